@@ -1,0 +1,289 @@
+"""One run as typed, frozen, strictly checked objects; YAML in, all errors at once.  Imports no torch.
+
+`load` reads a file, applies overrides, and returns a `Config` or raises a `ConfigError` that lists every fault with its
+path in the file, what was found, what is allowed, and the nearest valid name.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from kdlib.arguments import TRAINING_DEFAULTS, problem_with, typed
+from kdlib.errors import ConfigError, nearest
+from kdlib.schedulers import from_spec
+
+TERM_NAMES = ("kd", "ce")  # the terms that kdlib.objective knows; a test keeps the two alike
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number is needed, not true or false")
+    return value  # pydantic then takes 1e-4, which YAML reads as a string, and refuses "abc"
+
+
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Count = Annotated[int, BeforeValidator(_number)]
+ScheduleSpec = Any  # a number or a one-key mapping; kdlib.schedulers.from_spec judges it
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class TeacherConfig(_Section):
+    """Where the teacher comes from: a hub id, a local folder, a .gguf file, or a built-in name."""
+
+    model: str
+
+
+class StudentConfig(_Section):
+    """A student made from the teacher's layers (`from: teacher`), or a model of its own (`from:` as for the teacher)."""
+
+    source: str = Field("teacher", alias="from")
+    layers: Annotated[Count, Field(ge=1)] | None = None
+    keep: Literal["influence", "even", "first"] | list[int] = "influence"
+
+    @model_validator(mode="after")
+    def _layers_fit(self):
+        if self.source == "teacher" and self.layers is None and not isinstance(self.keep, list):
+            raise ValueError("a student made from the teacher needs `layers: <how many>`")
+        if self.source != "teacher" and (self.layers is not None or isinstance(self.keep, list)):
+            raise ValueError("`layers` and `keep` choose among the teacher's layers; they go with `from: teacher` only")
+        if isinstance(self.keep, list) and self.layers not in (None, len(self.keep)):
+            raise ValueError(f"`layers` is {self.layers}, but `keep` lists {len(self.keep)}; leave `layers` out")
+        return self
+
+
+class DataConfig(_Section):
+    """The text: where it is, how it is split and cut."""
+
+    source: str
+    subset: str | None = None
+    text: str = "text"
+    validation: Annotated[Number, Field(gt=0, lt=1)] = 0.1
+    packing: bool = True
+    max_length: Annotated[Count, Field(ge=2)] = 1024
+    max_train_rows: Annotated[Count, Field(ge=1)] | None = None
+    max_eval_rows: Annotated[Count, Field(ge=1)] | None = None
+
+
+class LossConfig(_Section):
+    """The terms' weights and the temperature: numbers, or schedules over training (kdlib.schedulers)."""
+
+    weights: dict[str, ScheduleSpec]
+    temperature: ScheduleSpec = 2.0
+    chunk: Annotated[Count, Field(ge=1)] = 128
+
+    @field_validator("weights")
+    @classmethod
+    def _weights(cls, weights):
+        return _checked_weights(weights)
+
+    @field_validator("temperature")
+    @classmethod
+    def _temperature(cls, spec):
+        if min(_values(spec)) <= 0:
+            raise ValueError(f"the temperature must stay above 0, found {spec}; usual values are 1 to 4")
+        return _plain(spec)
+
+
+class BaselineConfig(_Section):
+    """A second student that differs in its loss weights alone: same start, data, order, steps, learning rate."""
+
+    weights: dict[str, ScheduleSpec] = {"ce": 1.0}
+
+    @field_validator("weights")
+    @classmethod
+    def _weights(cls, weights):
+        return _checked_weights(weights)
+
+
+class CompareConfig(_Section):
+    """How teacher and students are compared on the validation text."""
+
+    resamples: Annotated[Count, Field(ge=100)] = 2000
+    continuations: Annotated[Count, Field(ge=0)] = 3
+    prompt_tokens: Annotated[Count, Field(ge=1)] = 32
+    new_tokens: Annotated[Count, Field(ge=1)] = 32
+
+
+class Config(_Section):
+    """One complete run."""
+
+    task: Literal["causal-lm"] = "causal-lm"
+    seed: Annotated[Count, Field(ge=0)] = 0
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    teacher: TeacherConfig
+    student: StudentConfig
+    data: DataConfig
+    loss: LossConfig
+    baseline: BaselineConfig | None = None
+    training: dict[str, Any]
+    compare: CompareConfig = CompareConfig()
+
+    @field_validator("training")
+    @classmethod
+    def _training_arguments(cls, training):
+        problems = [problem for name, value in training.items() if (problem := problem_with(name, value))]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return {**TRAINING_DEFAULTS, **{name: typed(name, value) for name, value in training.items()}}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, as it would stand in the YAML."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def as_yaml(self) -> str:
+        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+
+
+SMOKE = {
+    "training": {"max_steps": 4, "warmup_steps": 1, "logging_steps": 1, "eval_steps": 2, "save_steps": 2,
+                 "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "gradient_accumulation_steps": 1},
+    "data": {"max_length": 32, "max_train_rows": 64, "max_eval_rows": 8},
+    "compare": {"resamples": 200, "continuations": 1, "prompt_tokens": 8, "new_tokens": 4},
+}
+"""What `smoke` changes, so that the same config runs through in a minute: few steps, short rows."""
+
+
+def load(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = (), *, smoke: bool = False) -> Config:
+    """Read a config file, apply overrides, check all of it.
+
+    Args:
+        path: the YAML file.
+        overrides: `["loss.temperature=3"]` as on the command line, or `{"loss.temperature": 3}`; they win over `smoke`.
+        smoke: shrink the run to seconds (see SMOKE).
+
+    Raises:
+        ConfigError: unreadable, not YAML, or any key or value at fault: all faults in one message.
+    """
+    return parse(_read(Path(path)), overrides, smoke=smoke, name=str(path))
+
+
+def parse(
+    raw: Any, overrides: Sequence[str] | Mapping[str, Any] = (), *, smoke: bool = False, name: str = "config"
+) -> Config:
+    """`load` for what has been read already."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{name}: a mapping of sections is needed (teacher:, student:, …), found {type(raw).__name__}")
+    raw = _merged(raw, SMOKE) if smoke else raw
+    for key, value in _pairs(overrides):
+        raw = _with_override(raw, key, value, name)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        lines = [line for fault in error.errors() for line in _describe(fault)]
+        raise ConfigError(f"{name}: {len(lines)} fault{'s' * (len(lines) > 1)}\n" + "\n".join(f"  {x}" for x in lines)) from None
+
+
+def differences(one: Mapping, other: Mapping, prefix: str = "") -> list[str]:
+    """`loss.temperature: 2.0 -> 3.0`, a line per value that differs between two nested mappings."""
+    lines = []
+    for key in dict.fromkeys([*one, *other]):
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a} -> {b}")
+    return lines
+
+
+def _read(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        others = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        raise ConfigError(f"{path}: no such file{nearest(path.name, others)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a text file: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+
+
+def _pairs(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, Any]]:
+    if isinstance(overrides, Mapping):
+        return list(overrides.items())
+    if isinstance(overrides, str) or not all(isinstance(text, str) for text in overrides):
+        raise ConfigError(f'overrides are a list like ["loss.temperature=3"] or a mapping; found {overrides!r}')
+    pairs = []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"override {text!r}: write it as key=value, e.g. loss.temperature=3")
+        try:
+            pairs.append((key.strip(), yaml.safe_load(value)))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {text!r}: the value is not valid YAML: {error}") from None
+    return pairs
+
+
+def _with_override(raw: dict, key: str, value: Any, name: str) -> dict:
+    head, dot, rest = key.partition(".")
+    if not dot:
+        return {**raw, head: value}
+    inner = raw.get(head)
+    if inner is not None and not isinstance(inner, dict):
+        raise ConfigError(f"{name}: override {key}: `{head}` is {inner!r}, it has no `{rest}`")
+    return {**raw, head: _with_override(inner or {}, rest, value, name)}
+
+
+def _merged(raw: dict, change: Mapping) -> dict:
+    merged = dict(raw)
+    for key, value in change.items():
+        both = isinstance(value, Mapping) and isinstance(raw.get(key), dict)
+        merged[key] = _merged(raw[key], value) if both else raw[key] if key in raw and isinstance(value, Mapping) else value
+    return merged
+
+
+def _checked_weights(weights: dict) -> dict:
+    faults, positive = [], False
+    for name, spec in weights.items():
+        if name not in TERM_NAMES:
+            faults.append(f"there is no term {name!r}{nearest(name, TERM_NAMES)}; the terms are {', '.join(TERM_NAMES)}")
+        try:
+            values = _values(spec)
+        except ValueError as error:
+            faults.append(f"{name}: {error}")
+            continue
+        positive |= max(values) > 0
+        if min(values) < 0:
+            faults.append(f"{name}: found {spec}; weights are 0 or more")
+    if not faults and not positive:
+        faults.append(f"all weights are 0 ({weights}), so nothing would be learned; give one term a positive weight")
+    if faults:
+        raise ValueError("\n".join(faults))
+    return {name: _plain(spec) for name, spec in weights.items()}
+
+
+def _values(spec: float | Mapping) -> list[float]:
+    """The schedule at 101 points of training: what its range is judged by."""
+    schedule = from_spec(spec)
+    return [schedule(i / 100) for i in range(101)]
+
+
+def _plain(spec: Any) -> Any:
+    return spec if isinstance(spec, Mapping) else float(spec)
+
+
+def _describe(fault: Mapping) -> list[str]:
+    path = [str(part) for part in fault["loc"]]
+    where, found = ".".join(path) or "config", fault["input"]
+    if fault["type"] == "extra_forbidden":
+        return [f"{where}: unknown key{nearest(path[-1], _keys(path[:-1]))}; allowed here: {', '.join(_keys(path[:-1]))}"]
+    if fault["type"] == "missing":
+        return [f"{where}: missing; it must be given"]
+    if fault["type"] == "value_error":
+        return [f"{where}{'.' if where == 'training' else ': '}{line}" for line in str(fault["ctx"]["error"]).splitlines()]
+    return [f"{where}: found {found!r} ({type(found).__name__}); {fault['msg'][0].lower()}{fault['msg'][1:]}"]
+
+
+def _keys(path: Sequence[str]) -> list[str]:
+    """The keys allowed in the section at this path."""
+    section = Config
+    for part in path:
+        annotation = section.model_fields[part].annotation
+        section = next(c for c in (annotation, *getattr(annotation, "__args__", ())) if isinstance(c, type) and issubclass(c, _Section))
+    return [field.alias or name for name, field in section.model_fields.items()]

@@ -1,0 +1,35 @@
+"""Errors that a user can act on: what was found, what is needed, what to do.  The command line prints them bare."""
+
+
+import difflib
+from collections.abc import Iterable
+
+
+class KdlibError(Exception):
+    """Base of all errors whose cause lies outside kdlib's code: a config, a file, a model."""
+
+
+class ConfigError(KdlibError):
+    """A config that cannot be run."""
+
+
+class RunError(KdlibError):
+    """A run's folder that cannot be made, opened or written."""
+
+
+class DataError(KdlibError):
+    """Text that cannot be read or trained on."""
+
+
+class ModelError(KdlibError):
+    """A model or tokenizer that cannot be loaded or does not fit its partner."""
+
+
+class NonFiniteLoss(KdlibError):
+    """A loss term that is nan or infinite."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`; did you mean 'temperature'?`, or nothing where no name is near."""
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""

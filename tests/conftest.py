@@ -1,0 +1,79 @@
+"""A tiny teacher with a tokenizer of its own, as local folders of the form that a hub gives."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = ["the", "a", "student", "teacher", "learns", "says", "what", "it", "sees", "when", "words", "come", "back", "again"]
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    generator = random.Random(seed)
+    return [" ".join(generator.choices(WORDS, k=generator.randint(6, 30))) + f" {i}." for i in range(count)]
+
+
+def tiny_tokenizer(texts: list[str], size: int = 300) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=size, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+
+
+def tiny_model(vocabulary: int = 300, layers: int = 4, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, eos_token_id=0, bos_token_id=0,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory) -> Path:
+    """The tiny teacher: 4 layers, tied embeddings, a head padded from its tokenizer's 300 rows to 320."""
+    folder = tmp_path_factory.mktemp("tiny-teacher")
+    tokenizer = tiny_tokenizer(sentences(200))
+    tiny_model(vocabulary=320).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def raw_config(teacher_folder, tmp_path) -> dict:
+    """A complete tiny experiment as plain data: 12 steps, seconds on a CPU."""
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(f'{{"text": "{line}"}}\n' for line in sentences(120, seed=1)))
+    return {
+        "teacher": {"model": str(teacher_folder)},
+        "student": {"from": "teacher", "layers": 2},
+        "data": {"source": str(text), "packing": True, "max_length": 16, "max_eval_rows": 10},
+        "loss": {"temperature": 2.0, "weights": {"kd": 0.7, "ce": 0.3}},
+        "baseline": {"weights": {"ce": 1.0}},
+        "precision": "float32",
+        "training": {"max_steps": 12, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "learning_rate": 1e-3,
+                     "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4,
+                     "save_total_limit": 2, "use_cpu": True},
+        "compare": {"resamples": 100, "continuations": 2, "prompt_tokens": 6, "new_tokens": 4},
+    }
+
+
+@pytest.fixture
+def config_file(raw_config, tmp_path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(raw_config))
+    return path

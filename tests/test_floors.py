@@ -1,0 +1,61 @@
+"""kdlib is a building: a module may import only from lower floors.  Run: pytest tests/test_floors.py"""
+import ast
+from pathlib import Path
+
+KDLIB = Path(__file__).parent.parent / "kdlib"
+FLOORS = [
+    {"errors", "schedulers", "signals"},
+    {"arguments"},
+    {"config"},
+    {"losses.divergences", "losses.linear", "diagnostics.ledger", "runs"},
+    {"data", "models", "objective"},
+    {"teachers", "callbacks"},
+    {"trainer", "compare"},
+    {"plots"},
+    {"reports", "workbench"},
+    {"runner"},
+    {"cli"},
+]
+FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+READERS = {"errors", "arguments", "config", "runs", "plots", "reports", "runner"}  # importable without torch
+
+
+def modules():
+    for path in sorted(KDLIB.rglob("*.py")):
+        if path.name != "__init__.py":
+            yield ".".join(path.relative_to(KDLIB).with_suffix("").parts), path
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute dotted names this file imports; `from kdlib import data` counts as kdlib.data."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}:{node.lineno}: write `from kdlib...`, not a relative import"
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_imports_only_go_down():
+    uphill = []
+    for name, path in modules():
+        assert name in FLOOR_OF, f"kdlib.{name} has no floor; add it to FLOORS"
+        for target in imports(path):
+            target = target.removeprefix("kdlib.")
+            if target in FLOOR_OF and FLOOR_OF[target] >= FLOOR_OF[name]:
+                uphill.append(f"{name} (floor {FLOOR_OF[name]}) imports {target} (floor {FLOOR_OF[target]})")
+    assert not uphill, "\n".join(uphill)
+
+
+def test_readers_never_import_torch():
+    heavy = {name for name, path in modules() if name in READERS
+             for target in imports(path) if target.split(".")[0] in {"torch", "transformers"}}
+    assert not heavy, f"{heavy} must work from metrics.jsonl alone"
+
+
+def test_no_file_passes_300_lines():
+    long = {name: n for name, path in modules() if (n := len(path.read_text().splitlines())) > 300}
+    assert not long, f"split by noun: {long}"
