@@ -1,0 +1,1 @@
+"""What a step cost, and what went wrong with it."""

@@ -1,0 +1,72 @@
+"""The ledger: what a step cost, term by term, with sum, count and weight kept apart."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One term of one batch: the unweighted sum in nats, the tokens it is divided by, its weight."""
+
+    sum: Tensor  # scalar; carries the gradient while training
+    count: Tensor | int  # kept tokens of the whole optimizer step, all micro-batches and ranks
+    weight: float
+
+    @property
+    def mean(self) -> Tensor:
+        """Unweighted nats per token; 0 where nothing was kept."""
+        return self.sum / torch.as_tensor(self.count, device=self.sum.device).clamp(min=1)  # no wait for the device
+
+    @property
+    def share(self) -> Tensor:
+        """What the optimizer sees of this term: weight x mean."""
+        return self.weight * self.mean
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """All terms of one batch.  A term of weight 0 is not in it."""
+
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+
+    @property
+    def total(self) -> Tensor:
+        """The loss: sum of weight x sum / count.  The only place where a total is made."""
+        return sum(entry.share for entry in self.entries.values())
+
+    def detach(self) -> "Ledger":
+        """The same figures without their graph, to be kept for the log."""
+        return Ledger({name: replace(entry, sum=entry.sum.detach()) for name, entry in self.entries.items()})
+
+
+class LedgerWindow:
+    """Sums the ledgers of the optimizer steps between two log lines, without waiting for the device.
+
+    Over a window the logged value of a term is the mean of its steps' values, and its logged weight the one that makes
+    value x weight the mean share, so that the logged terms add up to the logged loss even while a weight moves.
+    """
+
+    def __init__(self) -> None:
+        self.means: dict[str, Tensor] = {}
+        self.shares: dict[str, Tensor] = {}
+        self.weights: dict[str, list[float]] = {}
+
+    def add(self, ledger: Ledger) -> None:
+        """Take in one micro-batch; its entries are already divided by the whole step's count."""
+        for name, entry in ledger.detach().entries.items():
+            self.means[name] = self.means.get(name, 0.0) + entry.mean
+            self.shares[name] = self.shares.get(name, 0.0) + entry.share
+            self.weights.setdefault(name, []).append(entry.weight)
+
+    def figures(self, steps: int, reduce=lambda tensor: tensor) -> dict[str, tuple[float, float]]:
+        """{term: (value in nats per token, weight)} over `steps` optimizer steps; `reduce` sums over ranks."""
+        figures = {}
+        for name, total in self.means.items():
+            mean, share = float(reduce(total)) / steps, float(reduce(self.shares[name])) / steps
+            weights = self.weights[name]
+            constant = min(weights) == max(weights) or mean == 0
+            figures[name] = (mean, sum(weights) / len(weights) if constant else share / mean)
+        return figures

@@ -1,0 +1,74 @@
+import pytest
+import torch
+
+from kdlib.diagnostics.ledger import Entry, Ledger, LedgerWindow
+from kdlib.objective import MEASURES, TERMS, Objective, ledger
+from kdlib.schedulers import constant, linear
+from kdlib.signals import DenseSignal
+
+
+def entry(total: float, count: int, weight: float) -> Entry:
+    return Entry(torch.tensor(total), count, weight)
+
+
+def test_the_total_is_the_sum_of_weight_times_sum_over_count():
+    book = Ledger({"kd": entry(8.0, 4, 0.7), "ce": entry(12.0, 4, 0.3)})
+    assert book.total.item() == pytest.approx(0.7 * 2 + 0.3 * 3)
+
+
+def test_an_empty_step_costs_zero_not_nan():
+    assert Ledger({"ce": entry(0.0, 0, 1.0)}).total.item() == 0
+
+
+def test_a_window_of_micro_batches_adds_up_to_the_steps_loss():
+    window, loss = LedgerWindow(), 0.0
+    for total in (1.0, 2.0, 5.0, 3.0):  # two steps of two micro-batches; 4 tokens a step
+        book = Ledger({"kd": entry(total, 4, 0.5), "ce": entry(2 * total, 4, 0.25)})
+        loss += book.total.item() / 2
+        window.add(book)
+    figures = window.figures(steps=2)
+    assert figures["kd"] == pytest.approx((11 / 8, 0.5))
+    assert sum(value * weight for value, weight in figures.values()) == pytest.approx(loss)
+
+
+def test_logged_terms_add_up_to_the_loss_even_while_a_weight_moves():
+    window = LedgerWindow()
+    for value, weight in ((4.0, 1.0), (2.0, 0.5)):
+        window.add(Ledger({"kd": entry(value, 1, weight)}))
+    value, weight = window.figures(steps=2)["kd"]
+    assert (value, value * weight) == pytest.approx((3.0, 2.5))
+
+
+def test_a_term_of_weight_zero_is_not_computed():
+    objective = Objective({"kd": constant(0.0), "ce": constant(1.0)}, constant(2.0))
+    moment = objective.at(0.5)
+    assert list(moment.weights) == ["ce"]
+    assert not moment.needs_teacher
+    signal = DenseSignal(torch.randn(3, 5))
+    book = ledger(signal, None, torch.tensor([0, 1, 2]), moment=moment, count=3)  # no teacher is asked
+    assert list(book.entries) == ["ce"]
+
+
+def test_weights_and_temperature_follow_their_schedules():
+    objective = Objective({"kd": linear(0.0, 1.0), "ce": constant(0.3)}, linear(4.0, 2.0))
+    assert list(objective.at(0.0).weights) == ["ce"]
+    assert objective.at(0.5).weights == pytest.approx({"kd": 0.5, "ce": 0.3})
+    assert objective.at(0.5).temperature == 3
+
+
+def test_the_formula_reads_as_it_is_computed():
+    moment = Objective({"kd": constant(0.7), "ce": constant(0.3)}, constant(2.0)).at(0)
+    assert moment.formula == "loss = 0.7·T²·KL(teacher ‖ student; T=2) + 0.3·CE"
+
+
+def test_a_moment_without_any_weight_is_refused():
+    moment = Objective({"ce": constant(0.0)}, constant(1.0)).at(0)
+    with pytest.raises(ValueError, match="every weight is 0"):
+        ledger(DenseSignal(torch.zeros(1, 2)), None, torch.tensor([0]), moment=moment, count=1)
+
+
+def test_the_config_knows_the_objectives_terms():
+    from kdlib.config import TERM_NAMES
+
+    assert set(TERM_NAMES) == set(TERMS)
+    assert MEASURES["ce"] is TERMS["ce"].at(2.0)  # evaluation makes it once for both
