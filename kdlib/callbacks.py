@@ -1,0 +1,139 @@
+"""What happens around training steps: a line per log, a line per file, throughput, and a stop that loses nothing."""
+
+import math
+import signal
+import threading
+import time
+
+import psutil
+import torch
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import rewrite_logs
+
+from kdlib.runs import StudentFolder, append_metrics, now
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log to metrics.jsonl, under the names that the trackers get: train/…, eval/…"""
+
+    def __init__(self, folder: StudentFolder) -> None:
+        self.folder = folder
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and ("loss" in logs or "eval_loss" in logs):
+            figures = {name: value for name, value in rewrite_logs(logs).items() if name != "train/epoch"}
+            append_metrics(self.folder, {"train/step": state.global_step, "train/epoch": logs["epoch"], **figures, "time": now()})
+
+
+class PrintedLines(TrainerCallback):
+    """One line per log, readable in a notebook, a terminal and a log file alike."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.started: tuple[float, int] | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started = (time.perf_counter(), state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        if "loss" in logs:
+            terms = "  ".join(f"{n.removesuffix('_loss')} {v:.3f}" for n, v in logs.items() if n.endswith("_loss"))
+            print(f"{self.label} step {state.global_step}/{state.max_steps}  loss {logs['loss']:.3f} = {terms}  "
+                  f"lr {logs['learning_rate']:.1e}  {logs['tokens_per_s']:.0f} tokens/s  {self._left(state)}", flush=True)
+        elif "eval_loss" in logs:
+            kl = f"  KL to teacher {logs['eval_kl_to_teacher']:.3f}" if "eval_kl_to_teacher" in logs else ""
+            print(f"{self.label} step {state.global_step}/{state.max_steps}  held-out: loss {logs['eval_loss']:.3f}  "
+                  f"perplexity {logs['eval_perplexity']:.1f}{kl}", flush=True)
+
+    def _left(self, state) -> str:
+        seconds, steps = time.perf_counter() - self.started[0], state.global_step - self.started[1]
+        return f"{seconds / steps * (state.max_steps - state.global_step):.0f} s left" if steps else ""
+
+
+class Throughput(TrainerCallback):
+    """Time spent in optimizer steps alone, without evaluation and checkpoints."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0  # since the last log
+        self.durations: list[float] = []  # of each step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.durations.append(time.perf_counter() - self.began)
+        self.seconds += self.durations[-1]
+
+    def drain(self) -> float:
+        """Seconds since the last call."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+
+class LogBeforeSave(TrainerCallback):
+    """A checkpoint never falls between two log lines, so that a resumed run's lines are those of an unbroken one."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save:
+            control.should_log = True
+
+
+class StopRequest(TrainerCallback):
+    """Turns an interrupt, or a file named STOP in the run's folder, into: finish the step, save a checkpoint, stop.
+
+    A second interrupt stops at once.
+    """
+
+    def __init__(self, folder: StudentFolder) -> None:
+        self.files = [folder.path / "STOP", folder.path.parent / "STOP"]
+        self.requested = False
+
+    def __enter__(self):
+        self.main = threading.current_thread() is threading.main_thread()
+        if self.main:
+            self.previous = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.main:
+            signal.signal(signal.SIGINT, self.previous)
+
+    def _interrupt(self, number, frame) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("stopping after this step, with a checkpoint; interrupt again to stop at once", flush=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        for file in self.files:
+            if file.exists():
+                file.unlink()
+                self.requested = True
+        if self.requested and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = control.should_log = True
+
+
+class StopAfter(TrainerCallback):
+    """Ends training after so many optimizer steps, on the schedules of the whole run: a dry run."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log = True
+        control.should_evaluate = control.should_save = False
+        control.should_training_stop |= state.global_step >= self.steps
+
+
+def memory_gib() -> float:
+    """Peak memory on the GPU, or the process's memory now on the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
+def is_better(value: float, others: list[float], *, greater: bool) -> bool:
+    """Whether a metric beats all others; nan never does."""
+    return not math.isnan(value) and all((value > other) if greater else (value < other) for other in others)

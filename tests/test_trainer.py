@@ -1,0 +1,303 @@
+"""The step's invariants, with SGD: AdamW would hide a wrong factor."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_model
+from datasets import Dataset
+from safetensors.torch import load_file
+from tiny_training import pieces
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kdlib import trainer
+from kdlib.config import parse
+from kdlib.data import collate
+from kdlib.errors import NonFiniteLoss, RunError
+from kdlib.runs import StudentFolder, read_metrics
+from kdlib.signals import kept
+from kdlib.trainer import DistillationTrainer, last_checkpoint, objective_of, training_arguments
+
+SGD = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 3,
+       "eval_strategy": "no", "save_strategy": "no", "logging_steps": 1}
+SCRIPT = Path(__file__).parent / "tiny_training.py"
+
+
+@pytest.fixture
+def rows() -> Dataset:
+    """24 rows of very different lengths, so that a mean of means shows."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 20, (24,), generator=generator)
+    return Dataset.from_dict({"input_ids": [torch.randint(300, (n,), generator=generator).tolist() for n in lengths]})
+
+
+def trained(raw_config, rows, folder, *, dtype=torch.float64, collator=None, dense=False, weights=None, chunk=7, **training):
+    """The change that three SGD steps make to the student's parameters, as one vector; and the first step's log.
+
+    In float32 the change is rounded to the parameters' own last digits, so there the parameters themselves are returned.
+    """
+    config = parse({**raw_config, "training": {**raw_config["training"], **SGD, **training}})
+    parts = pieces(config, dtype=dtype)
+    student, tokenizer = parts["student"], parts["tokenizer"]
+    before = torch.nn.utils.parameters_to_vector(student.parameters()).detach().clone()
+    run = DistillationTrainer(
+        model=student, args=training_arguments(config, folder / "checkpoints"), train_dataset=rows, processing_class=tokenizer,
+        data_collator=collator or partial(collate, pad_id=tokenizer.pad_token_id), objective=objective_of(config, weights),
+        teacher=parts["teacher"], vocabulary=len(tokenizer), chunk=chunk, folder=StudentFolder(folder), dense=dense,
+    )
+    run.train()
+    after = torch.nn.utils.parameters_to_vector(student.parameters()).detach()
+    assert (after - before).norm() > 0.01 or weights == {"kd": 1.0}  # SGD moved: an unmoved student would be equal too
+    return after - before if dtype is torch.float64 else after, run.state.log_history[0]
+
+
+def padded(batch_rows, length: int = 32):
+    batch = collate(batch_rows, pad_id=0)
+    missing = length - batch["input_ids"].shape[1]
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {name: torch.nn.functional.pad(values, (0, missing), value=fill[name]) for name, values in batch.items()}
+
+
+VARIANTS = {
+    "batch 8 x accumulation 1 = 1 x 8": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
+    "batch 8 x accumulation 1 = 2 x 4": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    "padded to 32 = padded to the longest": {"collator": padded},
+    "dense = chunked": {"dense": True},
+    "chunks of 5 = chunks of 7": {"chunk": 5},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=["float64", "float32"])
+def test_the_step_is_the_same(raw_config, rows, tmp_path, variant, dtype, tolerance):
+    whole = {"per_device_train_batch_size": 8}
+    one, log = trained(raw_config, rows, tmp_path / "one", dtype=dtype, **whole)
+    other, other_log = trained(raw_config, rows, tmp_path / "other", dtype=dtype, **{**whole, **variant})
+    assert (other - one).norm() <= tolerance * one.norm()
+    assert other_log["loss"] == pytest.approx(log["loss"], rel=1e-6)
+
+
+def test_rows_permuted_within_the_step_change_nothing(raw_config, rows, tmp_path):
+    order = {"per_device_train_batch_size": 8, "train_sampling_strategy": "sequential"}
+    permuted = rows.select([start + i for start in (0, 8, 16) for i in (3, 1, 7, 0, 6, 2, 5, 4)])
+    one, _ = trained(raw_config, rows, tmp_path / "one", **order)
+    other, _ = trained(raw_config, permuted, tmp_path / "other", **order)
+    assert (other - one).norm() <= 1e-12 * one.norm()
+
+
+def test_a_step_is_the_one_written_out_by_hand(raw_config, rows, tmp_path):
+    """One SGD step against plain torch: full logits, mean over kept tokens, the teacher's softened distribution."""
+    change, log = trained(raw_config, rows, tmp_path, max_steps=1, per_device_train_batch_size=8, train_sampling_strategy="sequential")
+    parts = pieces(parse(raw_config), dtype=torch.float64)
+    batch = collate([rows[i] for i in range(8)], pad_id=0)
+    tokens = kept(batch["labels"])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    student = parts["student"].train()
+    s = tokens.select(student(**inputs).logits)[:, :300]
+    t = tokens.select(parts["teacher"].model(**inputs).logits)[:, :300]
+    p, log_q = (t / 2).softmax(-1), (s / 2).log_softmax(-1)
+    kd = 4 * (p * (p.log() - log_q)).sum(-1).mean()
+    ce = torch.nn.functional.cross_entropy(s, tokens.targets)
+    (0.7 * kd + 0.3 * ce).backward()
+    by_hand = -0.05 * torch.cat([parameter.grad.flatten() for parameter in student.parameters()])
+    assert (change - by_hand).norm() <= 1e-12 * by_hand.norm()
+    assert log["kd_loss"] == pytest.approx(kd.item(), rel=1e-6)
+    assert log["ce_loss"] == pytest.approx(ce.item(), rel=1e-6)
+
+
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn(raw_config, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("test_trainer.pieces", partial(pieces, layers=range(4)))
+    change, log = trained(raw_config, rows, tmp_path, weights={"kd": 1.0}, per_device_train_batch_size=8)
+    assert abs(log["kd_loss"]) < 1e-6
+    assert change.norm() < 1e-12
+
+
+def test_a_weight_of_zero_is_a_term_removed(raw_config, rows, tmp_path):
+    one, log = trained(raw_config, rows, tmp_path / "one", weights={"kd": 0.0, "ce": 0.3}, per_device_train_batch_size=8)
+    other, _ = trained(raw_config, rows, tmp_path / "other", weights={"ce": 0.3}, per_device_train_batch_size=8)
+    assert "kd_loss" not in log
+    assert torch.equal(one, other)
+
+
+def test_a_model_that_gets_no_token_count_is_refused(raw_config, rows, tmp_path):
+    class Narrow(type(tiny_model())):
+        def forward(self, input_ids=None, attention_mask=None, labels=None, use_cache=None, logits_to_keep=0):
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache, logits_to_keep=logits_to_keep)
+
+    config = parse({**raw_config, "training": {**raw_config["training"], **SGD}})
+    run = DistillationTrainer(
+        model=Narrow(tiny_model().config), args=training_arguments(config, tmp_path), train_dataset=rows,
+        data_collator=partial(collate, pad_id=0), objective=objective_of(config, {"ce": 1}), teacher=None, vocabulary=300, chunk=8,
+        folder=StudentFolder(tmp_path),
+    )
+    with pytest.raises(RunError, match="takes \\*\\*kwargs, and Narrow's does not"):
+        run.train()
+
+
+def test_terms_that_do_not_sum_to_the_loss_stop_the_run(raw_config, rows, tmp_path, monkeypatch):
+    honest = DistillationTrainer.compute_loss
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", lambda self, *a, **k: honest(self, *a, **k) * 1.001)
+    with pytest.raises(RunError, match="terms sum to"):
+        trained(raw_config, rows, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_term(raw_config, rows, tmp_path):
+    with pytest.raises(NonFiniteLoss, match="kd = nan"):
+        trained(raw_config, rows, tmp_path, learning_rate=1e30, dtype=torch.float32)
+
+
+def full_training(raw_config, folder: Path, **training) -> DistillationTrainer:
+    config = parse({**raw_config, "training": {**raw_config["training"], **training}})
+    return trainer.train(config, StudentFolder(folder), **pieces(config))
+
+
+def test_a_training_leaves_its_files(raw_config, tmp_path):
+    run = full_training(raw_config, tmp_path / "run")
+    folder = StudentFolder(tmp_path / "run")
+    lines = read_metrics(folder)
+    assert [line["train/step"] for line in lines if "train/loss" in line] == [2, 4, 6, 8, 10, 12]
+    evaluations = [line for line in lines if "eval/loss" in line]
+    assert [line["train/step"] for line in evaluations] == [4, 8, 12]
+    for line in lines:
+        side = "train" if "train/loss" in line else "eval"
+        terms = sum(line[f"{side}/{term}_loss"] * line[f"{side}/{term}_weight"] for term in ("kd", "ce"))
+        assert terms == pytest.approx(line[f"{side}/loss"], rel=1e-5)
+    assert evaluations[-1]["eval/kl_to_teacher"] < evaluations[0]["eval/kl_to_teacher"]
+    assert evaluations[-1]["eval/min_loss"] == min(line["eval/loss"] for line in evaluations)
+    assert {p.name for p in folder.checkpoints.iterdir()} == {"checkpoint-8", "checkpoint-12"}
+    assert json.loads(folder.history.read_text())[-1]["train/step"] == 12
+    batch = collate([run.train_dataset[0]], pad_id=0)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    ours = run.model.eval()(**inputs).logits
+    for name in ("best_model", "final_model"):  # the last evaluation was the best
+        loaded = AutoModelForCausalLM.from_pretrained(folder.path / name).eval()
+        torch.testing.assert_close(loaded(**inputs).logits, ours, rtol=0, atol=0)
+        assert len(AutoTokenizer.from_pretrained(folder.path / name)) == 300
+
+
+def test_evaluation_measures_what_training_minimises(raw_config, tmp_path):
+    """On the same rows at the same moment the training loss and the evaluation loss are one number."""
+    config = parse({**raw_config, "training": {**raw_config["training"], **SGD, "max_steps": 1, "per_device_train_batch_size": 64}})
+    parts = pieces(config)
+    parts["blocks"] = type(parts["blocks"])(parts["blocks"].validation, parts["blocks"].validation, {})
+    parts["student"].eval()
+    run = trainer.train(config, StudentFolder(tmp_path / "a"), **parts, stop_after=1)
+    again = pieces(config)
+    again["blocks"] = parts["blocks"]
+    unmoved = parse({**raw_config, "training": {**raw_config["training"], **SGD, "max_steps": 1, "learning_rate": 0.0}})
+    fresh = trainer.train(unmoved, StudentFolder(tmp_path / "b"), **again, stop_after=1)
+    assert fresh.evaluate()["eval_loss"] == pytest.approx(run.state.log_history[0]["loss"], rel=1e-6)
+
+
+def test_the_objective_moves_with_training(raw_config, tmp_path):
+    raw = {**raw_config, "loss": {"temperature": {"linear": [4, 1]}, "weights": {"kd": {"steps": {0: 0.0, 0.5: 1.0}}, "ce": 1.0}}}
+    full_training(raw, tmp_path / "run", logging_steps=1)
+    lines = [line for line in read_metrics(StudentFolder(tmp_path / "run")) if "train/loss" in line]
+    assert ["train/kd_loss" in line for line in lines] == [False] * 6 + [True] * 6
+    assert lines[0]["train/temperature"] == 4
+    assert lines[6]["train/temperature"] == pytest.approx(2.5)
+
+
+def test_a_stop_file_leaves_a_checkpoint_and_the_way_on(raw_config, tmp_path):
+    whole = full_training(raw_config, tmp_path / "whole")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "STOP").touch()
+    with pytest.raises(RunError, match="stopped at step 1 with a checkpoint"):
+        full_training(raw_config, tmp_path / "run")
+    assert last_checkpoint(StudentFolder(tmp_path / "run")).endswith("checkpoint-1")
+    resumed = full_training(raw_config, tmp_path / "run")
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+def test_a_full_disk_is_refused_before_the_first_step(raw_config, tmp_path, monkeypatch):
+    monkeypatch.setattr("kdlib.trainer.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(RunError, match="GiB free, but models and checkpoints of this run need"):
+        full_training(raw_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def start(folder: Path, config: Path, *launcher: str) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *launcher, str(SCRIPT), str(folder), str(config)], env=environment,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def finished(process: subprocess.Popen) -> None:
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+
+
+def comparable(folder: Path) -> list[dict]:
+    """metrics.jsonl without what depends on the clock and the machine."""
+    clock = ("time", "tokens_per_s", "memory_gib", "runtime", "per_second")
+    return [{k: v for k, v in line.items() if not k.endswith(clock)} for line in read_metrics(StudentFolder(folder))]
+
+
+def test_kill_9_in_the_middle_then_resume_equals_an_unbroken_run(raw_config, tmp_path):
+    config = tmp_path / "run.yaml"
+    training = {"max_steps": 60, "logging_steps": 3, "save_steps": 7, "eval_steps": 10}
+    config.write_text(yaml.safe_dump({**raw_config, "training": {**raw_config["training"], **training}}))
+    finished(start(tmp_path / "whole", config))
+    victim = start(tmp_path / "killed", config)
+    deadline = time.monotonic() + 120
+    while not any(line["train/step"] >= 20 for line in read_metrics(StudentFolder(tmp_path / "killed"))):
+        assert time.monotonic() < deadline
+        assert victim.poll() is None
+        time.sleep(0.005)
+    victim.send_signal(signal.SIGKILL)
+    victim.communicate()
+    assert 14 <= int(last_checkpoint(StudentFolder(tmp_path / "killed")).rsplit("-", 1)[1]) < 60
+    assert not (tmp_path / "killed" / "history.json").exists()
+    finished(start(tmp_path / "killed", config))
+    whole, resumed = (load_file(tmp_path / name / "final_model" / "model.safetensors") for name in ("whole", "killed"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=1e-6, atol=1e-7)
+    expected, found = comparable(tmp_path / "whole"), comparable(tmp_path / "killed")
+    assert [line.keys() for line in found] == [line.keys() for line in expected]  # no line lost, none doubled
+    for one, other in zip(expected, found, strict=True):
+        assert other == pytest.approx(one, rel=1e-5)
+
+
+def test_a_checkpoint_half_written_by_a_kill_is_not_resumed_from(raw_config, tmp_path):
+    full_training(raw_config, tmp_path / "run", max_steps=8)
+    folder = StudentFolder(tmp_path / "run")
+    (folder.checkpoints / "checkpoint-8" / "trainer_state.json").write_text('{"epoch": 0.')
+    assert last_checkpoint(folder).endswith("checkpoint-4")
+
+
+def test_a_run_killed_after_its_last_step_makes_no_step_more(raw_config, tmp_path):
+    whole = full_training(raw_config, tmp_path / "run")
+    (tmp_path / "run" / "history.json").unlink()
+    again = full_training(raw_config, tmp_path / "run")
+    for one, other in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_two_ranks_equal_one(raw_config, tmp_path):
+    """torchrun with gloo on the CPU: the same final weights, logged losses and evaluation as one process."""
+    sizes = {"one": {"per_device_train_batch_size": 8}, "two": {"per_device_train_batch_size": 4}}
+    changes = {**SGD, "max_steps": 6, "eval_strategy": "steps", "eval_steps": 3}
+    for name, size in sizes.items():
+        training = {**raw_config["training"], **changes, **size}
+        ragged = {**raw_config["data"], "packing": False, "max_length": 24}  # rows of many lengths
+        raw = {**raw_config, "data": ragged, "training": training}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(raw))
+    finished(start(tmp_path / "one", tmp_path / "one.yaml"))
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611")
+    finished(start(tmp_path / "two", tmp_path / "two.yaml", *torchrun))
+    one, two = (load_file(tmp_path / name / "final_model" / "model.safetensors") for name in sizes)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-6, atol=1e-6)
+    for line, other in zip(comparable(tmp_path / "one"), comparable(tmp_path / "two"), strict=True):
+        assert other == pytest.approx(line, rel=1e-5)
+
+
