@@ -1,0 +1,192 @@
+"""Teacher, untrained student, baseline and distilled student on the same held-out tokens, with intervals."""
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kdlib.data import TokenBlocks, collate
+from kdlib.models import load_model, load_student, parameters
+from kdlib.objective import MEASURES, row_sums
+from kdlib.runs import Run, write_json
+from kdlib.signals import Signal, kept
+from kdlib.teachers import LiveTeacher
+
+BATCH = 8  # rows per forward pass
+METRICS = ("perplexity", "bits_per_byte", "kl_to_teacher", "agreement", "accuracy")
+
+
+class Comparison:
+    """Measures models one after another on the same rows, the teacher first: the others are held against it.
+
+    Between models only the sums of each row are kept, and what the teacher said (its last hidden states).
+    """
+
+    def __init__(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, resamples: int = 2000, seed: int = 0) -> None:
+        """
+        Args:
+            rows: validation rows of {"input_ids": …}.
+            resamples: of the bootstrap; each draws rows with replacement, the same for every model.
+        """
+        self.tokenizer = tokenizer
+        every = list(rows)
+        self.batches = [collate(every[i : i + BATCH], pad_id=tokenizer.pad_token_id) for i in range(0, len(every), BATCH)]
+        texts = tokenizer.batch_decode([row["input_ids"][1:] for row in every], skip_special_tokens=True)
+        self.row_bytes = np.array([len(text.encode()) for text in texts], dtype=float)
+        self.draws = np.random.default_rng(seed).integers(len(every), size=(resamples, len(every)))
+        self.said: list[Signal] = []  # by the teacher, batch by batch
+        self.sums: dict[str, np.ndarray] = {}  # model -> [rows, measures + 1]
+        self.facts: dict[str, dict[str, Any]] = {}
+        self.samples: dict[str, list[str]] = {}
+
+    def add(
+        self, name: str, load: Callable[[], PreTrainedModel], *, prompts: Sequence[Sequence[int]] = (), new_tokens: int = 32
+    ) -> PreTrainedModel:
+        """Load one model and measure it: quality on all rows, speed, memory, size, greedy continuations of the prompts."""
+        with peak_memory() as peak:
+            model = load()
+            voice = LiveTeacher(model, vocabulary=len(self.tokenizer))
+            self.sums[name] = np.concatenate([self._measure(number, voice) for number in range(len(self.batches))])
+            speed = forward_tokens_per_s(model, self.batches[0]["input_ids"])
+        size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        self.facts[name] = {
+            "parameters": parameters(model), "size_on_disk_gib": size / 2**30, "forward_tokens_per_s": speed,
+            "peak_memory_gib": peak[0] / 2**30,
+        }
+        self.samples[name] = continuations(model, self.tokenizer, prompts, new_tokens) if prompts else []
+        return model
+
+    def _measure(self, number: int, voice: LiveTeacher) -> np.ndarray:
+        """[rows, measures + 1] sums of one batch."""
+        batch = {key: value.to(voice.model.device) for key, value in self.batches[number].items()}
+        tokens = kept(batch["labels"])
+        signal = voice(batch, tokens)
+        if number == len(self.said):  # the first model, the teacher, is heard once
+            self.said.append(signal)
+        sums = row_sums(signal, self.said[number], tokens.targets, tokens.rows, row_count=len(batch["labels"]),
+                        functions=list(MEASURES.values()))
+        return sums.double().cpu().numpy()
+
+    def results(self) -> dict[str, Any]:
+        """Everything as plain data: per model its figures with 95 % intervals, and every paired difference."""
+        resampled = {name: self._figures(sums, self.draws) for name, sums in self.sums.items()}
+        everything = np.arange(len(self.row_bytes))[None]
+        models = {}
+        for name, sums in self.sums.items():
+            figures = self._figures(sums, everything)
+            models[name] = {**{m: _with_interval(figures[m][0], resampled[name][m]) for m in METRICS}, **self.facts[name]}
+        names = list(self.sums)
+        pairs = [(a, b) for i, b in enumerate(names) for a in names[i + 1 :]]
+        differences = [
+            {"model": a, "against": b, "metric": m,
+             **_with_interval(models[a][m]["value"] - models[b][m]["value"], resampled[a][m] - resampled[b][m])}
+            for a, b in pairs for m in METRICS
+        ]
+        return {
+            "models": models, "differences": differences, "rows": len(self.row_bytes),
+            "tokens": int(next(iter(self.sums.values()))[:, -1].sum()), "resamples": len(self.draws),
+            "interval": "95 %, paired bootstrap over rows", "samples": self.samples,
+        }
+
+    def _figures(self, sums: np.ndarray, draws: np.ndarray) -> dict[str, np.ndarray]:
+        """Each metric for each draw of rows: [draws]."""
+        drawn = sums[draws].sum(axis=1)  # [draws, measures + 1]
+        mean = dict(zip(MEASURES, (drawn[:, :-1] / drawn[:, -1:]).T, strict=True))
+        nats, size = drawn[:, list(MEASURES).index("ce")], self.row_bytes[draws].sum(axis=1)
+        perplexity, bits_per_byte = np.exp(mean.pop("ce")), nats / math.log(2) / size
+        return {"perplexity": perplexity, "bits_per_byte": bits_per_byte, **mean}
+
+
+def compare_run(run: Run, tokenizer: PreTrainedTokenizerBase, blocks: TokenBlocks) -> dict[str, Any]:
+    """Compare the models of a finished run and write its comparison_results.json.
+
+    The students are the final ones, after equally many steps, and not those chosen on these very rows (best_model/).
+    """
+    config = run.config
+    comparison = Comparison(blocks.validation, tokenizer, resamples=config.compare.resamples, seed=config.seed)
+    prompts = prompts_from(blocks.validation, count=config.compare.continuations, length=config.compare.prompt_tokens)
+    measure = partial(comparison.add, prompts=prompts, new_tokens=config.compare.new_tokens)
+    teacher = measure("teacher", lambda: load_model(config.teacher.model))
+    measure("untrained", partial(load_student, config, teacher, run.manifest["student_layers"]))
+    del teacher  # one model in memory at a time
+    if config.baseline:
+        measure("baseline", lambda: load_model(str(run.baseline.final_model)))
+    measure("distilled", lambda: load_model(str(run.final_model)))
+    results = {**comparison.results(), "prompts": tokenizer.batch_decode(prompts)}
+    write_json(run.path / "comparison_results.json", results)
+    return results
+
+
+@torch.no_grad()
+def forward_tokens_per_s(model: PreTrainedModel, input_ids: torch.Tensor, repeats: int = 2) -> float:
+    """Tokens per second of a plain forward pass with logits, the best of a few."""
+    ids, seconds = input_ids.to(model.device), math.inf
+    for _ in range(repeats):
+        started = perf_counter()
+        model(input_ids=ids, use_cache=False)
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+        seconds = min(seconds, perf_counter() - started)
+    return ids.numel() / seconds
+
+
+@torch.no_grad()
+def continuations(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], new_tokens: int
+) -> list[str]:
+    """Greedy continuations of prompts of one length (so that nothing is padded)."""
+    ids = torch.tensor([list(prompt) for prompt in prompts], device=model.device)
+    output = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+
+
+def prompts_from(rows: Dataset, *, count: int, length: int) -> list[list[int]]:
+    """The beginnings of `count` rows spread over the validation text, all of one length."""
+    fit = [row["input_ids"] for row in rows if len(row["input_ids"]) >= length]
+    return [list(fit[i * len(fit) // count][:length]) for i in range(min(count, len(fit)))]
+
+
+@contextmanager
+def peak_memory(interval: float = 0.01) -> Iterator[list[float]]:
+    """Bytes above what was held at the start, at the highest point: [peak], filled at the end.
+
+    On CUDA the allocator's own peak; on the CPU the process's resident memory, sampled every `interval` seconds.
+    """
+    peak = [0.0]
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        yield peak
+        peak[0] = torch.cuda.max_memory_allocated() - start
+        return
+    process, done = psutil.Process(), threading.Event()
+    start = process.memory_info().rss
+
+    def watch() -> None:
+        while not done.wait(interval):
+            peak[0] = max(peak[0], process.memory_info().rss - start)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+
+
+def _with_interval(value: float, resampled: np.ndarray) -> dict[str, float]:
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return {"value": float(value), "low": float(low), "high": float(high)}
