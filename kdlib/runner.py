@@ -1,0 +1,107 @@
+"""Running notebooks headless: papermill, one notebook after another, with a status that survives a dead kernel."""
+
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import papermill
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+
+from kdlib import reports
+from kdlib.errors import RunError, nearest
+from kdlib.runs import PARENT, Run, project_root
+
+NOTEBOOKS = ("00_setup", "01_dry_run", "02_train", "03_compare")
+
+
+def run_notebooks(run: Run, parameters: Mapping[str, Any], *, reports_folder: Path, names: Sequence[str] = NOTEBOOKS) -> Path:
+    """Execute the numbered notebooks for a run, then render its report and the index; returns the report's path.
+
+    Finished notebooks of an earlier try are not repeated.  Whatever happens, status.json says how it ended and a report,
+    if only a partial one, is written.
+
+    Raises:
+        RunError: a notebook failed, or its kernel died; or one does not declare a parameter it is given.
+    """
+    folder = project_root() / "notebooks"
+    for name in names:
+        check_parameters(folder / f"{name}.ipynb", parameters)
+    done = run.manifest.get("stages", [])
+    run.set_status("running")
+    try:
+        with _stop_file(run):
+            for name in names:
+                if name in done:
+                    print(f"— {name}: done before", flush=True)
+                    continue
+                print(f"— {name}", flush=True)
+                execute(folder / f"{name}.ipynb", run.notebooks / f"{name}.ipynb", parameters)
+                done = [*done, name]
+                run.add_to_manifest(stages=done)
+        run.set_status("done")
+    except RunError as error:
+        died = isinstance(error.__cause__, DeadKernelError)
+        run.set_status("died" if died else "failed", str(error))
+        raise
+    except BaseException as error:
+        run.set_status("failed", f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        page = reports.render(run, reports_folder)
+        reports.render_index(run.path.parent, reports_folder)
+    return page
+
+
+def execute(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> None:
+    """Execute one notebook in a kernel of its own; what its cells print appears here as it comes.
+
+    Raises:
+        RunError: a cell failed or the kernel died; the executed copy is kept.
+    """
+    try:
+        papermill.execute_notebook(
+            str(notebook), str(output), parameters=dict(parameters), cwd=str(project_root()), progress_bar=False,
+            log_output=False, stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=["--log-level=ERROR"],
+        )
+    except PapermillExecutionError as error:
+        raise RunError(f"{notebook.stem}: {error.ename}: {error.evalue}") from error
+    except DeadKernelError as error:
+        raise RunError(
+            f"{notebook.stem}: its kernel died (killed, or out of memory); go on from the last checkpoint with --resume"
+        ) from error
+
+
+def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
+    """Refuse names that the notebook does not declare; papermill only warns and runs with the defaults."""
+    if not notebook.exists():
+        raise RunError(f"{notebook}: no such notebook; run kd inside the project's folder")
+    declared = papermill.inspect_notebook(str(notebook))
+    for name in parameters:
+        if name not in declared:
+            raise RunError(f"{notebook.name} declares no parameter {name!r}{nearest(name, declared)}; it has {', '.join(declared)}")
+
+
+@contextmanager
+def _stop_file(run: Run):
+    """Ctrl-C asks the training kernel for a checkpoint by a file named STOP; a second Ctrl-C ends everything."""
+    previous_parent, stop = os.environ.get(PARENT), run.path / "STOP"
+    os.environ[PARENT] = "kd"
+
+    def ask(number, frame):
+        if stop.exists():
+            raise KeyboardInterrupt
+        stop.touch()
+        print("asked the training to stop after this step, with a checkpoint; Ctrl-C again to stop at once", flush=True)
+
+    previous = signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        stop.unlink(missing_ok=True)
+        os.environ.pop(PARENT) if previous_parent is None else os.environ.update({PARENT: previous_parent})

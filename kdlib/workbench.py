@@ -1,0 +1,213 @@
+"""What the notebooks call: one run, opened; each stage reads and writes the run's folder and nothing else."""
+
+import platform
+import shutil
+import statistics
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+import torch
+import transformers
+
+from kdlib import compare, data, models, plots, runs, trainer
+from kdlib import config as configs
+from kdlib.config import Config
+from kdlib.errors import RunError
+from kdlib.objective import Moment
+from kdlib.runs import Run, StudentFolder
+from kdlib.teachers import LiveTeacher
+
+PACKAGES = ("kdlib", "torch", "transformers", "accelerate", "datasets", "tokenizers", "papermill", "numpy")
+DRY_STEPS = 5
+CALIBRATION_ROWS = 8  # training rows on which layer influence is measured
+
+
+def open_run(
+    config: str, run: str | None = None, overrides: Sequence[str] | Mapping[str, Any] = (), smoke: bool = False, *, new: bool = False
+) -> "Workbench":
+    """The run that a notebook works on.
+
+    Args:
+        config: YAML file; used for a new run, and to find the newest run made from it when `run` is not given.
+        run: a run's name, or its folder; made from `config` where it does not exist.
+        overrides, smoke: of a new run.  For an existing one, overrides must agree with what it was made with.
+        new: start a new run when `run` is not given (the setup notebook); otherwise take the newest of this config.
+    """
+    root, name = locate(run) if run else (runs.project_root() / "runs", None)
+    if name is None and not new:
+        stem = Path(config).stem
+        found = [r.name for r in runs.all_runs(root) if r.name.startswith((f"{stem}_", f"{stem}-smoke_"))]
+        if not found:
+            raise RunError(f"there is no run of {config} yet; run 00_setup first, or name one in `run`")
+        name = found[0]
+    if name is not None and (root / name).exists():
+        opened = runs.open_run(root, name)
+        if overrides:
+            opened = runs.open_run(root, name, configs.parse(opened.config.as_dict(), overrides))
+    else:
+        path = Path(config) if Path(config).exists() else runs.project_root() / config
+        resolved = configs.load(path, overrides, smoke=smoke)
+        opened = runs.create(root, name or runs.new_name(config, smoke=smoke), resolved)
+    print(f"run: {opened.name} ({opened.status['state']})")
+    return Workbench(opened)
+
+
+def locate(run: str) -> tuple[Path, str]:
+    """A run's name or folder as (the folder of runs, name)."""
+    path = Path(run)
+    if len(path.parts) == 1:
+        return runs.project_root() / "runs", run
+    return (path if path.is_absolute() else runs.project_root() / path).parent, path.name
+
+
+def preflight(config: Config) -> None:
+    """Everything that can be refused before a run's folder is made: arguments, tokenizers, data."""
+    trainer.training_arguments(config, Path("unused"))
+    tokenizer = models.load_tokenizer(config.teacher.model)
+    models.check_pair(config, tokenizer)
+    data.prepare(config.data, tokenizer, seed=config.seed)
+
+
+class Workbench:
+    """One run with its models and data, loaded when first asked for."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.config = run, run.config
+        if runs.headless():  # a frozen bar is noise in a log; the training's own lines show progress
+            datasets.disable_progress_bars()
+            transformers.utils.logging.disable_progress_bar()
+
+    @cached_property
+    def tokenizer(self):
+        return models.load_tokenizer(self.config.teacher.model)
+
+    @cached_property
+    def blocks(self) -> data.TokenBlocks:
+        return data.prepare(self.config.data, self.tokenizer, seed=self.config.seed)
+
+    @cached_property
+    def teacher(self) -> LiveTeacher:
+        dtype, _ = models.precision_of(self.config)
+        models.check_pair(self.config, self.tokenizer)
+        return LiveTeacher(models.load_model(self.config.teacher.model, dtype), vocabulary=len(self.tokenizer))
+
+    def student(self):
+        """A fresh copy of the untrained student."""
+        if "student_layers" not in self.run.manifest:
+            raise RunError(f"run {self.run.name} is not set up yet; run 00_setup first")
+        torch.manual_seed(self.config.seed)
+        return models.load_student(self.config, self.teacher.model, self.run.manifest["student_layers"])
+
+    def moment(self, weights: Mapping[str, Any] | None = None, fraction: float = 0.0) -> Moment:
+        return trainer.objective_of(self.config, weights).at(fraction)
+
+    def setup(self) -> pd.DataFrame:
+        """Load everything once, choose the student's layers, write the manifest; returns what was found, for reading."""
+        dtype, reason = models.precision_of(self.config)
+        layers = models.chosen_layers(self.config, self.teacher.model, self._calibration())
+        self.run.add_to_manifest(
+            student_layers=layers, formula=self.formula(), seed=self.config.seed, precision=f"{dtype} ({reason})".replace("torch.", ""),
+            data=self.blocks.notes, versions={name: version(name) for name in PACKAGES},
+            machine={"python": platform.python_version(), "system": platform.system(), "processor": platform.machine(),
+                     "threads": torch.get_num_threads(),
+                     "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
+        )
+        student = self.student()
+        return _facts({
+            "teacher": f"{self.config.teacher.model}: {models.parameters(self.teacher.model) / 1e6:.1f} M parameters, "
+                       f"{self.teacher.model.config.num_hidden_layers} layers",
+            "student": f"{models.parameters(student) / 1e6:.1f} M parameters, {student.config.num_hidden_layers} layers"
+                       + (f": the teacher's {layers}" if layers else ""),
+            "vocabulary": f"{len(self.tokenizer):,} tokens, the same for both",
+            "training text": "{train_documents} documents, {train_rows} rows, {train_tokens:,} tokens".format(**self.blocks.notes),
+            "held-out text": "{validation_documents} documents, {validation_rows} rows, {validation_tokens:,} tokens".format(
+                **self.blocks.notes),
+            "fingerprint": self.blocks.notes["fingerprint"],
+            "precision": self.run.manifest["precision"],
+            "objective": self.formula(),
+            "baseline": self.moment(self.config.baseline.weights).formula if self.config.baseline else "none",
+        })
+
+    def _calibration(self) -> torch.Tensor:
+        """[rows, T] training text without padding."""
+        rows = [row["input_ids"] for row in self.blocks.train.select(range(min(CALIBRATION_ROWS, len(self.blocks.train))))]
+        return torch.tensor([ids[: min(map(len, rows))] for ids in rows])
+
+    def formula(self) -> str:
+        """The resolved objective at the start, and at the end where it moves."""
+        start, end = self.moment().formula, self.moment(fraction=1.0).formula
+        return start if start == end else f"{start}  …  {end}"
+
+    def shapes(self) -> pd.DataFrame:
+        """One training batch: shapes, kept tokens, and the text as the models see it."""
+        rows = [self.blocks.train[i] for i in range(min(2, len(self.blocks.train)))]
+        batch = data.collate(rows, pad_id=self.tokenizer.pad_token_id)
+        tokens = trainer.kept(batch["labels"])
+        signal = self.teacher(batch, tokens)
+        return _facts({
+            "input_ids [B, T]": list(batch["input_ids"].shape), "kept tokens N": len(tokens.targets),
+            "teacher's logits [N, V]": [len(signal), signal.logits(slice(0, 1)).shape[-1]],
+            "evaluated": f"in chunks of {self.config.loss.chunk} tokens" if self.teacher.linear else "all logits at once",
+            "first row begins": self.tokenizer.decode(rows[0]["input_ids"][:40]),
+        })
+
+    def dry_run(self) -> pd.DataFrame:
+        """Five optimizer steps of the real schedule and one evaluation; returns the component table, step by step."""
+        folder = StudentFolder(self.run.path / "dry_run")
+        shutil.rmtree(folder.path, ignore_errors=True)
+        trial = self._train(folder, None, label="dry run", stop_after=DRY_STEPS)
+        metrics = trial.evaluate()
+        seconds = statistics.median(trial.throughput.durations)
+        self.run.add_to_manifest(
+            optimizer_steps=trial.state.max_steps, warmup_steps=trial.args.get_warmup_steps(trial.state.max_steps),
+            seconds_per_step=round(seconds, 3),
+        )
+        print(f"held-out: loss {metrics['eval_loss']:.3f}, evaluated in {metrics['eval_runtime']:.0f} s")
+        print(f"forecast: {trial.state.max_steps} steps of {seconds:.1f} s, so {trial.state.max_steps * seconds / 60:.1f} minutes "
+              "for the distilled student, without evaluation")
+        return _step_table(plots.training_table(folder))
+
+    def train(self) -> None:
+        """The distilled student, from its last checkpoint where there is one."""
+        self._train(self.run, None, label="kd")
+
+    def train_baseline(self) -> None:
+        """The same student, data, order, steps and learning rate, with the baseline's weights."""
+        if self.config.baseline:
+            self._train(self.run.baseline, self.config.baseline.weights, label="baseline")
+
+    def compare(self) -> dict[str, Any]:
+        """All models on the held-out rows; writes comparison_results.json and teacher_student_comparison.png."""
+        results = compare.compare_run(self.run, self.tokenizer, self.blocks)
+        plots.comparison_bars(results).savefig(self.run.path / "teacher_student_comparison.png", dpi=130)
+        return results
+
+    def _train(self, folder: StudentFolder, weights: Mapping[str, Any] | None, *, label: str, stop_after: int | None = None):
+        if folder.is_trained:
+            print(f"{label}: trained already")
+            return None
+        moment = self.moment(weights)
+        how = f"in chunks of {self.config.loss.chunk} tokens" if self.teacher.linear else "all logits at once (no plain head)"
+        print(f"{label}: {moment.formula}; logits {how}")
+        return trainer.train(
+            self.config, folder, student=self.student(), teacher=self.teacher, tokenizer=self.tokenizer, blocks=self.blocks,
+            weights=weights, label=label, stop_after=stop_after,
+        )
+
+
+def _facts(facts: Mapping[str, Any]) -> pd.DataFrame:
+    return pd.DataFrame({"": [str(value) for value in facts.values()]}, index=list(facts))
+
+
+def _step_table(table: pd.DataFrame) -> pd.DataFrame:
+    shown = {"step": table["step"]}
+    for term in plots.terms_in(table):
+        shown |= {f"{term}, nats": table[f"{term}_loss"].map("{:.4f}".format), f"{term} weight": table[f"{term}_weight"]}
+    shown |= {"loss": table["loss"].map("{:.4f}".format), "T": table["temperature"], "T²": table["temperature"] ** 2,
+              "learning rate": table["learning_rate"].map("{:.1e}".format), "grad norm": table["grad_norm"].map("{:.2f}".format)}
+    return pd.DataFrame(shown).set_index("step")

@@ -1,0 +1,186 @@
+"""`kd` as people meet it: bad input is refused before anything is written; good input ends in a report."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from conftest import sentences, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from kdlib import cli, runner
+from kdlib.errors import RunError
+from kdlib.runs import Run, project_root, read_metrics
+
+
+@pytest.fixture
+def kd(tmp_path, monkeypatch, capsys):
+    """Runs `kd …` here: (exit status, what it said on standard error)."""
+
+    def call(*words: object) -> tuple[int, str]:
+        folders = ["--runs", str(tmp_path / "runs"), "--reports", str(tmp_path / "reports")] if words[0] == "run" else []
+        monkeypatch.setattr(sys, "argv", ["kd", *map(str, words), *folders])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return caught.value.code, capsys.readouterr().err
+
+    return call
+
+
+def nothing_written(tmp_path: Path) -> bool:
+    return not (tmp_path / "runs").exists() and not (tmp_path / "reports").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("loss.temprature=3", "did you mean 'temperature'?"),
+        ("training.max_steps=many", "training.max_steps: found 'many', needs int"),
+        ("training.eval_strategy=sometimes", "transformers refuses these arguments"),
+        ("loss.weights={kd: 0, ce: 0}", "all weights are 0"),
+        ("loss.weights={kd: -1, ce: 1}", "weights are 0 or more"),
+        ("data.source=missing.jsonl", "missing.jsonl: no such file"),
+        ("data.text=body", "no column 'body'"),
+        ("data.max_length=100000", "lower max_length"),
+        ("teacher.model=./nowhere", "./nowhere: no such folder"),
+        ("student.layers=9", "student.layers is 9, but the teacher has 4"),
+    ],
+)
+def test_a_bad_setting_is_refused_with_a_reason_and_nothing_is_written(kd, config_file, tmp_path, override, expected):
+    status, said = kd("run", config_file, "-o", override)
+    assert status == 1
+    assert any(line.startswith("kd: ") for line in said.splitlines())
+    assert expected in said
+    assert "Traceback" not in said
+    assert nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", "is empty"),
+        ('{"text": "one two three"}\nbroken\n', "1 broken lines\n  line 2"),
+        ('{"text": "a"}\n{"text": "b"}\n', "shorter than two tokens"),
+    ],
+)
+def test_bad_data_is_refused_with_a_reason_and_nothing_is_written(kd, config_file, tmp_path, content, expected):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(content)
+    status, said = kd("run", config_file, "-o", f"data.source={bad}")
+    assert (status, expected in said, nothing_written(tmp_path)) == (1, True, True), said
+
+
+def test_different_tokenizers_are_refused(kd, config_file, tmp_path):
+    tiny_tokenizer(sentences(50, seed=9), size=290).save_pretrained(tmp_path / "other")
+    tiny_model().save_pretrained(tmp_path / "other")
+    status, said = kd("run", config_file, "-o", f"student={{from: {tmp_path / 'other'}}}")
+    assert (status, "different vocabularies" in said, nothing_written(tmp_path)) == (1, True, True), said
+
+
+def test_a_missing_config_a_taken_name_and_an_unknown_run_are_refused(kd, config_file, tmp_path):
+    assert kd("run", tmp_path / "tyni.yaml") == (1, f"kd: {tmp_path / 'tyni.yaml'}: no such file; did you mean 'tiny.yaml'?\n")
+    (tmp_path / "runs" / "taken").mkdir(parents=True)
+    status, said = kd("run", config_file, "--name", "taken")
+    assert (status, "exists already" in said) == (1, True)
+    status, said = kd("run", config_file, "--resume", "unknown")
+    assert (status, "no run 'unknown'" in said) == (1, True)
+    assert not list((tmp_path / "runs" / "taken").iterdir())
+
+
+def test_a_parameter_that_the_notebooks_do_not_declare_is_refused(kd, config_file, tmp_path):
+    status, said = kd("run", config_file, "-p", "smok=true")
+    assert (status, "declares no parameter 'smok'; did you mean 'smoke'?" in said, nothing_written(tmp_path)) == (1, True, True), said
+
+
+def test_a_folder_that_cannot_be_written_is_refused(config_file, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(sys, "argv", ["kd", "run", str(config_file), "--runs", str(tmp_path / "file")])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    assert "choose a folder you can write to with --runs" in capsys.readouterr().err
+
+
+def test_a_parameter_is_checked_against_the_notebook_itself():
+    notebook = project_root() / "notebooks" / "02_train.ipynb"
+    runner.check_parameters(notebook, {"config": 1, "run": 1, "overrides": 1, "smoke": 1})
+    with pytest.raises(RunError, match="no parameter 'runn'; did you mean 'run'"):
+        runner.check_parameters(notebook, {"runn": 1})
+
+
+def kd_process(*words: object, **options) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", "kdlib.cli", *map(str, words)], text=True, cwd=project_root(),
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+@pytest.mark.slow
+def test_a_killed_kernel_shows_as_died_and_the_run_resumes_to_its_end(config_file, raw_config, tmp_path):
+    raw_config["training"] |= {"max_steps": 300, "save_steps": 10, "eval_steps": 100, "logging_steps": 5}
+    config_file.write_text(yaml.safe_dump(raw_config))
+    folders = ("--runs", tmp_path / "runs", "--reports", tmp_path / "reports")
+    process, run = kd_process("run", config_file, "--name", "tiny", *folders), Run(tmp_path / "runs" / "tiny")
+    deadline = time.monotonic() + 240
+    while not any(line["train/step"] >= 30 for line in read_metrics(run)):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    (kernel,) = [child for child in psutil.Process(process.pid).children(recursive=True) if "ipykernel" in " ".join(child.cmdline())]
+    kernel.send_signal(signal.SIGKILL)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "02_train: its kernel died" in said
+    assert run.status["state"] == "died"
+    assert "died" in (tmp_path / "reports" / "index.html").read_text()
+    assert "its kernel died" in (tmp_path / "reports" / "tiny" / "report.html").read_text()
+
+    process = kd_process("run", config_file, "--resume", "tiny", *folders)
+    out, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert "01_dry_run: done before" in out
+    assert run.status["state"] == "done"
+    steps = [line["train/step"] for line in read_metrics(run) if "train/loss" in line]
+    assert steps == list(range(5, 301, 5))
+    for name in ("teacher_student_comparison.png", "comparison_results.json", "history.json", "baseline/final_model/model.safetensors"):
+        assert (run.path / name).exists()
+    page = (tmp_path / "reports" / "tiny" / "report.html").read_text()
+    assert "state done" in page
+    assert str(tmp_path) not in re.sub(r"<pre>.*?</pre>|<td>.*?</td>|<details class=\"notebook\".*", "", page, flags=re.DOTALL)
+    assert AutoModelForCausalLM.from_pretrained(run.best_model).config.num_hidden_layers == 2
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_keeps_its_metrics_and_a_partial_report(config_file, tmp_path):
+    settings = ("learning_rate=1e30", "max_grad_norm=0", "optim=sgd", "logging_steps=1")
+    overrides = [word for setting in settings for word in ("-o", f"training.{setting}")]
+    folders = ("--runs", tmp_path / "runs", "--reports", tmp_path / "reports")
+    process = kd_process("run", config_file, "--name", "hot", *overrides, *folders)
+    _, said = process.communicate(timeout=300)
+    run = Run(tmp_path / "runs" / "hot")
+    assert process.returncode == 1
+    assert "NonFiniteLoss" in said
+    assert run.status["state"] == "failed"
+    page = (tmp_path / "reports" / "hot" / "report.html").read_text()
+    assert "This report is partial" in page
+    assert "NonFiniteLoss" in page
+
+
+@pytest.mark.slow
+def test_the_quickstart_runs_through_with_the_real_models(tmp_path):
+    folders = ("--runs", tmp_path / "runs", "--reports", tmp_path / "reports")
+    process = kd_process("run", "configs/quickstart.yaml", "--smoke", "--name", "smoke", *folders)
+    out, said = process.communicate(timeout=800)
+    assert process.returncode == 0, said
+    assert out.strip().splitlines()[-1].startswith("report: ")
+    results = json.loads((tmp_path / "runs" / "smoke" / "comparison_results.json").read_text())
+    assert set(results["models"]) == {"teacher", "untrained", "baseline", "distilled"}
+    assert results["models"]["distilled"]["kl_to_teacher"]["value"] < results["models"]["untrained"]["kl_to_teacher"]["value"]
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "smoke" / "best_model")
+    assert student.config.num_hidden_layers == 15
+    assert os.path.getsize(tmp_path / "reports" / "smoke" / "report.html") < 5 * 2**20
