@@ -119,7 +119,7 @@ def comparison_bars(results: Mapping[str, Any]) -> Figure:
         axes.set_title(label, fontsize=9, loc="left")
         axes.margins(y=0.15)
         _plain_spines(axes)
-    message = comparison_message(results).replace(" is ", " is\n", 1)
+    message = comparison_message(results).replace(": ", ":\n", 1)
     sample = f"n = {results['rows']} blocks, {results['tokens']:,} tokens; {results['interval']}"
     figure.suptitle(f"{message}\n{sample}", fontsize=10, x=0.01, ha="left")
     return figure
@@ -129,11 +129,11 @@ def comparison_message(results: Mapping[str, Any]) -> str:
     """What the comparison found, in a sentence; says so where an interval overlaps zero."""
     rival = "baseline" if "baseline" in results["models"] else "untrained"
     parts = []
-    for metric, words, good in (("kl_to_teacher", "KL to the teacher", -1), ("agreement", "agreement", 1)):
+    for metric, words, good in (("kl_to_teacher", "KL to the teacher", -1), ("agreement", "agreement", 1), ("perplexity", "perplexity", -1)):
         d = difference(results, "distilled", rival, metric)
-        verdict = "no clear difference in" if d["low"] <= 0 <= d["high"] else "better in" if d["value"] * good > 0 else "worse in"
-        parts.append(f"{verdict} {words} ({d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}])")
-    return f"Against the {LABELS[rival]}, the distilled student is " + " and ".join(parts)
+        verdict = "no clear difference in" if d["low"] <= 0 <= d["high"] else "better" if d["value"] * good > 0 else "worse"
+        parts.append(f"{verdict} {words} ({with_interval(d, '+')})")
+    return f"Against the {LABELS[rival]}, the distilled student shows: {'; '.join(parts)}"
 
 
 def difference(results: Mapping[str, Any], model: str, against: str, metric: str) -> dict[str, Any]:
@@ -141,40 +141,47 @@ def difference(results: Mapping[str, Any], model: str, against: str, metric: str
     return next(d for d in results["differences"] if (d["model"], d["against"], d["metric"]) == (model, against, metric))
 
 
-def comparison_table(results: Mapping[str, Any]) -> pd.DataFrame:
-    """One row per model: quality with intervals, size, speed, memory; ready to be read."""
-    rows = {}
-    for name, facts in results["models"].items():
-        row = {m.split("\n")[0]: "{value:.3f} [{low:.3f}, {high:.3f}]".format(**facts[k]) for k, m in METRIC_LABELS.items()}
-        row |= {"parameters": f"{facts['parameters'] / 1e6:.1f} M", "on disk, GiB": f"{facts['size_on_disk_gib']:.2f}",
-                "forward, tokens/s": f"{facts['forward_tokens_per_s']:.0f}", "peak memory, GiB": f"{facts['peak_memory_gib']:.2f}"}
-        rows[LABELS[name]] = row
+def quality_table(results: Mapping[str, Any]) -> pd.DataFrame:
+    """One row per model: each metric with its 95 % interval."""
+    rows = {LABELS[name]: {METRIC_LABELS[m].split("\n")[0]: with_interval(facts[m]) for m in METRIC_LABELS}
+            for name, facts in results["models"].items()}
+    return pd.DataFrame(rows).T
+
+
+def cost_table(results: Mapping[str, Any]) -> pd.DataFrame:
+    """One row per model: size, speed and memory, as measured in this comparison."""
+    rows = {
+        LABELS[name]: {"parameters": f"{facts['parameters'] / 1e6:.1f} M", "on disk, GiB": f"{facts['size_on_disk_gib']:.2f}",
+                       "forward, tokens/s": f"{facts['forward_tokens_per_s']:.0f}", "peak memory, GiB": f"{facts['peak_memory_gib']:.2f}"}
+        for name, facts in results["models"].items()
+    }
     return pd.DataFrame(rows).T
 
 
 def difference_table(results: Mapping[str, Any]) -> pd.DataFrame:
-    """Every paired difference of the distilled student, with its interval and whether that excludes zero."""
-    rows = [
-        {"distilled student against": LABELS[d["against"]], "metric": METRIC_LABELS[d["metric"]].split("\n")[0],
-         "difference": f"{d['value']:+.3f}", "95 % interval": f"[{d['low']:+.3f}, {d['high']:+.3f}]",
-         "excludes zero": "yes" if d["low"] > 0 or d["high"] < 0 else "no"}
-        for d in results["differences"] if d["model"] == "distilled" and d["metric"] in METRIC_LABELS
-    ]
-    return pd.DataFrame(rows)
+    """The distilled student's paired differences, the hardest rival first, and whether the interval excludes zero."""
+    rivals = [name for name in ("baseline", "untrained", "teacher") if name in results["models"]]
+    rows = []
+    for rival in rivals:
+        for metric, label in METRIC_LABELS.items():
+            d = difference(results, "distilled", rival, metric)
+            rows.append({
+                "distilled student against": LABELS[rival], "metric": label.split("\n")[0],
+                "difference and 95 % interval": with_interval(d, "+"), "excludes zero": "yes" if d["low"] > 0 or d["high"] < 0 else "no",
+            })
+    return pd.DataFrame(rows).set_index("distilled student against")
 
 
 def run_figures(run: Run, results: Mapping[str, Any] | None) -> dict[str, Figure]:
     """Every figure that the files of a run allow, by name: for notebook and report alike."""
     train, evaluation, baseline = training_table(run), eval_table(run), eval_table(run.baseline)
-    figures = {}
+    figures = {"teacher_student_comparison": comparison_bars(results)} if results else {}
     if len(train):
         figures |= {"component_values": component_values(train), "component_shares": component_shares(train), "schedules": schedules(train)}
     if len(train) and len(evaluation):
         figures["train_against_eval"] = train_against_eval(train, evaluation)
     if len(evaluation) and "kl_to_teacher" in evaluation:
         figures["closeness"] = closeness({"distilled": evaluation} | ({"baseline": baseline} if len(baseline) else {}))
-    if results:
-        figures["teacher_student_comparison"] = comparison_bars(results)
     return figures
 
 
@@ -196,6 +203,11 @@ def _labelled(figure: Figure, axes: Axes, ylabel: str) -> Figure:
         each.title.set_fontsize(10)
         _plain_spines(each)
     return figure
+
+
+def with_interval(figures: Mapping[str, float], sign: str = "") -> str:
+    """`1.22 [1.13, 1.33]`: three digits each; `sign` is + for differences."""
+    return "{} [{}, {}]".format(*(f"{figures[key]:{sign}#.3g}".rstrip(".") for key in ("value", "low", "high")))
 
 
 def _plain_spines(axes: Axes) -> None:

@@ -35,7 +35,8 @@ def render(run: Run, reports: Path) -> Path:
     figures = plots.run_figures(run, results)
     tables = {"metrics": plots.training_table(run), "evaluation": plots.eval_table(run)}
     if results:
-        tables |= {"comparison": plots.comparison_table(results), "differences": plots.difference_table(results)}
+        tables |= {"quality": plots.quality_table(results), "cost": plots.cost_table(results),
+                   "differences": plots.difference_table(results)}
     folder = reports / run.name
     images = {name: _png(figure) for name, figure in figures.items()}
     page = _page("report.html.j2", **_content(run, results, tables), figures={n: base64.b64encode(i).decode() for n, i in images.items()})
@@ -76,7 +77,7 @@ def _content(run: Run, results: dict | None, tables: dict[str, pd.DataFrame]) ->
         "run": run, "status": run.status, "manifest": manifest, "labels": plots.LABELS, "samples": samples, "notebooks": notebooks,
         "sections": [(id, name) for id, name in SECTIONS.items() if present.get(id, True)],
         "message": plots.comparison_message(results) if results else "",
-        "models": _table(tables.get("comparison")), "differences": _table(tables.get("differences"), index=False),
+        **{name: _table(tables.get(name)) for name in ("quality", "cost", "differences")},
         "config": (run.path / "config.yaml").read_text(encoding="utf-8"),
         "facts": list(_flat({k: v for k, v in manifest.items() if k not in ("formula", "command", "stages")})),
         "reproduce": _reproduce(run, manifest),
@@ -92,10 +93,9 @@ def _reproduce(run: Run, manifest: dict) -> str:
 def _row(run: Run, reports: Path) -> dict[str, Any]:
     results, manifest = read_json(run.path / "comparison_results.json"), run.manifest
     distilled = (results or {}).get("models", {}).get("distilled", {})
-    figures = {m: "{value:.3f} [{low:.3f}, {high:.3f}]".format(**distilled[m]) if m in distilled else "" for m in
-               ("kl_to_teacher", "agreement", "perplexity")}
+    figures = {m: plots.with_interval(distilled[m]) if m in distilled else "" for m in ("kl_to_teacher", "agreement", "perplexity")}
     link = f"{quote(run.name)}/report.html" if (reports / run.name / "report.html").exists() else None
-    return {"name": run.name, "created": manifest.get("created", ""), "state": run.status["state"], "link": link,
+    return {"name": run.name, "created": manifest.get("created", "")[:16].replace("T", " "), "state": run.status["state"], "link": link,
             "steps": manifest.get("optimizer_steps", ""), **figures}
 
 
@@ -105,8 +105,8 @@ def _page(template: str, **content: Any) -> str:
     return environment.get_template(template).render(style=Markup(style), **content)
 
 
-def _table(table: pd.DataFrame | None, *, index: bool = True) -> Markup | None:
-    return None if table is None else Markup(table.to_html(border=0, index=index, escape=True))
+def _table(table: pd.DataFrame | None) -> Markup | None:
+    return None if table is None else Markup(table.rename_axis(None).to_html(border=0, escape=True, justify="left"))
 
 
 def _flat(nested: dict, prefix: str = ""):

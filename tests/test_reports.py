@@ -54,7 +54,7 @@ def test_a_report_is_one_file_that_asks_for_nothing_outside(run, tmp_path):
     assert {p.name for p in (folder / "figures").iterdir()} == {
         "component_values.png", "component_shares.png", "schedules.png", "train_against_eval.png", "closeness.png",
         "teacher_student_comparison.png"}
-    assert {p.name for p in (folder / "tables").iterdir()} == {"metrics.csv", "evaluation.csv", "comparison.csv", "differences.csv"}
+    assert {p.name for p in (folder / "tables").iterdir()} == {f"{name}.csv" for name in ("metrics", "evaluation", "quality", "cost", "differences")}
 
 
 def test_text_from_data_and_models_stays_text(run, tmp_path):
@@ -96,8 +96,8 @@ def test_titles_say_what_the_figures_hold(run):
 
 
 def test_the_message_says_better_worse_or_no_clear_difference():
-    assert "better in KL to the teacher (-0.500" in plots.comparison_message(results(distilled_kl=1.0))
-    assert "worse in KL to the teacher" in plots.comparison_message(results(distilled_kl=2.0))
+    assert "shows: better KL to the teacher (-0.500 [-0.600, -0.400])" in plots.comparison_message(results(distilled_kl=1.0))
+    assert "worse KL to the teacher" in plots.comparison_message(results(distilled_kl=2.0))
     assert "no clear difference in KL to the teacher" in plots.comparison_message(results(distilled_kl=1.5))
 
 
