@@ -28,8 +28,8 @@ class MetricsFile(TrainerCallback):
 class PrintedLines(TrainerCallback):
     """One line per log, readable in a notebook, a terminal and a log file alike."""
 
-    def __init__(self, label: str) -> None:
-        self.label = label
+    def __init__(self, label: str, *, last_step: int | None = None) -> None:
+        self.label, self.last_step = label, last_step
         self.started: tuple[float, int] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -38,18 +38,19 @@ class PrintedLines(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero:
             return
+        at = f"{self.label} step {state.global_step}/{self.last_step or state.max_steps}"
         if "loss" in logs:
             terms = "  ".join(f"{n.removesuffix('_loss')} {v:.3f}" for n, v in logs.items() if n.endswith("_loss"))
-            print(f"{self.label} step {state.global_step}/{state.max_steps}  loss {logs['loss']:.3f} = {terms}  "
+            print(f"{at}  loss {logs['loss']:.3f} = {terms}  "
                   f"lr {logs['learning_rate']:.1e}  {logs['tokens_per_s']:.0f} tokens/s  {self._left(state)}", flush=True)
         elif "eval_loss" in logs:
             kl = f"  KL to teacher {logs['eval_kl_to_teacher']:.3f}" if "eval_kl_to_teacher" in logs else ""
-            print(f"{self.label} step {state.global_step}/{state.max_steps}  held-out: loss {logs['eval_loss']:.3f}  "
+            print(f"{at}  held-out: loss {logs['eval_loss']:.3f}  "
                   f"perplexity {logs['eval_perplexity']:.1f}{kl}", flush=True)
 
     def _left(self, state) -> str:
         seconds, steps = time.perf_counter() - self.started[0], state.global_step - self.started[1]
-        return f"{seconds / steps * (state.max_steps - state.global_step):.0f} s left" if steps else ""
+        return f"{seconds / steps * ((self.last_step or state.max_steps) - state.global_step):.0f} s left" if steps else ""
 
 
 class Throughput(TrainerCallback):
@@ -109,8 +110,12 @@ class StopRequest(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         for file in self.files:
             if file.exists():
-                file.unlink()
+                file.unlink(missing_ok=True)
                 self.requested = True
+        if args.world_size > 1:  # the ranks see an interrupt or the file at different steps; all must stop at the same
+            flag = torch.tensor(float(self.requested), device=args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            self.requested = bool(flag)
         if self.requested and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = control.should_log = True
 

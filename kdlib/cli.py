@@ -37,8 +37,7 @@ def run(
     reports_folder: ReportsFolder = None,
 ) -> None:
     """Run the numbered notebooks of CONFIG through papermill and render the report."""
-    root = runs_folder or runs.project_root() / "runs"
-    reports = reports_folder or runs.project_root() / "reports"
+    root, reports = _folders(runs_folder, reports_folder)
     resolved = configs.load(config, override or [], smoke=smoke)
     extra = _parameters(parameter or [])
     if resume:
@@ -50,15 +49,17 @@ def run(
         runs.check_new(root, name)
     from kdlib import runner, workbench  # after the checks that need no torch
 
-    given = {"config": config, "overrides": override or [], "smoke": smoke, **extra}
+    project = runs.project_root()
+    given = {"config": os.path.relpath(config, project), "overrides": override or [], "smoke": smoke, **extra}
+    os.chdir(project)  # relative paths in a config mean the same everywhere
     for notebook in runner.NOTEBOOKS:
-        runner.check_parameters(runs.project_root() / "notebooks" / f"{notebook}.ipynb", {"run": "", **given})
+        runner.check_parameters(project / "notebooks" / f"{notebook}.ipynb", {"run": "", **given})
     if not resume:
         print(f"checking {config}, its models and data …", flush=True)
         workbench.preflight(resolved)
         opened = runs.create(root, name, resolved)
         opened.add_to_manifest(command=shlex.join(["kd", *sys.argv[1:]]))
-    folder = os.path.relpath(opened.path, runs.project_root())
+    folder = os.path.relpath(opened.path, project)
     page = runner.run_notebooks(opened, {**given, "run": folder}, reports_folder=reports)
     print(f"report: {os.path.relpath(page)}    index: {os.path.relpath(reports / 'index.html')}")
 
@@ -72,8 +73,7 @@ def report(
     """Render the report of RUN again, from its files."""
     from kdlib import reports
 
-    root = runs_folder or runs.project_root() / "runs"
-    folder = reports_folder or runs.project_root() / "reports"
+    root, folder = _folders(runs_folder, reports_folder)
     if os.sep in run:
         root, run = Path(run).parent, Path(run).name
     page = reports.render(runs.open_run(root, run), folder)
@@ -88,6 +88,11 @@ def main() -> None:
     except KdlibError as error:
         print(f"kd: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def _folders(runs_folder: Path | None, reports_folder: Path | None) -> tuple[Path, Path]:
+    root = runs.project_root()
+    return (runs_folder or root / "runs").absolute(), (reports_folder or root / "reports").absolute()
 
 
 def _parameters(texts: list[str]) -> dict:

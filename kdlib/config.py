@@ -4,6 +4,7 @@
 path in the file, what was found, what is allowed, and the nearest valid name.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,15 +14,26 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from kdlib.arguments import TRAINING_DEFAULTS, problem_with, typed
 from kdlib.errors import ConfigError, nearest
+from kdlib.overrides import SMOKE, merged, pairs, with_override
 from kdlib.schedulers import from_spec
 
 TERM_NAMES = ("kd", "ce")  # the terms that kdlib.objective knows; a test keeps the two alike
 
 
 def _number(value: Any) -> Any:
+    """Takes 1e-4 and 1e3, which YAML reads as strings, and refuses true, which pydantic reads as 1."""
     if isinstance(value, bool):
         raise ValueError("a number is needed, not true or false")
-    return value  # pydantic then takes 1e-4, which YAML reads as a string, and refuses "abc"
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
+def _layers_kept(value: Any) -> Any:
+    if value in ("influence", "even", "first") or (isinstance(value, list) and all(type(item) is int for item in value)):
+        return value
+    raise ValueError(f"found {value!r}; it is influence, even, first, or a list of layer numbers")
 
 
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
@@ -44,7 +56,7 @@ class StudentConfig(_Section):
 
     source: str = Field("teacher", alias="from")
     layers: Annotated[Count, Field(ge=1)] | None = None
-    keep: Literal["influence", "even", "first"] | list[int] = "influence"
+    keep: Annotated[Any, BeforeValidator(_layers_kept)] = "influence"
 
     @model_validator(mode="after")
     def _layers_fit(self):
@@ -140,15 +152,6 @@ class Config(_Section):
         return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
 
 
-SMOKE = {
-    "training": {"max_steps": 4, "warmup_steps": 1, "logging_steps": 1, "eval_steps": 2, "save_steps": 2,
-                 "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "gradient_accumulation_steps": 1},
-    "data": {"max_length": 32, "max_train_rows": 64, "max_eval_rows": 8},
-    "compare": {"resamples": 200, "continuations": 1, "prompt_tokens": 8, "new_tokens": 4},
-}
-"""What `smoke` changes, so that the same config runs through in a minute: few steps, short rows."""
-
-
 def load(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = (), *, smoke: bool = False) -> Config:
     """Read a config file, apply overrides, check all of it.
 
@@ -169,9 +172,9 @@ def parse(
     """`load` for what has been read already."""
     if not isinstance(raw, dict):
         raise ConfigError(f"{name}: a mapping of sections is needed (teacher:, student:, …), found {type(raw).__name__}")
-    raw = _merged(raw, SMOKE) if smoke else raw
-    for key, value in _pairs(overrides):
-        raw = _with_override(raw, key, value, name)
+    raw = merged(raw, SMOKE) if smoke else raw
+    for key, value in pairs(overrides):
+        raw = with_override(raw, key, value, name)
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
@@ -201,41 +204,6 @@ def _read(path: Path) -> Any:
         raise ConfigError(f"{path}: cannot be read as a text file: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
-
-
-def _pairs(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, Any]]:
-    if isinstance(overrides, Mapping):
-        return list(overrides.items())
-    if isinstance(overrides, str) or not all(isinstance(text, str) for text in overrides):
-        raise ConfigError(f'overrides are a list like ["loss.temperature=3"] or a mapping; found {overrides!r}')
-    pairs = []
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError(f"override {text!r}: write it as key=value, e.g. loss.temperature=3")
-        try:
-            pairs.append((key.strip(), yaml.safe_load(value)))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {text!r}: the value is not valid YAML: {error}") from None
-    return pairs
-
-
-def _with_override(raw: dict, key: str, value: Any, name: str) -> dict:
-    head, dot, rest = key.partition(".")
-    if not dot:
-        return {**raw, head: value}
-    inner = raw.get(head)
-    if inner is not None and not isinstance(inner, dict):
-        raise ConfigError(f"{name}: override {key}: `{head}` is {inner!r}, it has no `{rest}`")
-    return {**raw, head: _with_override(inner or {}, rest, value, name)}
-
-
-def _merged(raw: dict, change: Mapping) -> dict:
-    merged = dict(raw)
-    for key, value in change.items():
-        both = isinstance(value, Mapping) and isinstance(raw.get(key), dict)
-        merged[key] = _merged(raw[key], value) if both else raw[key] if key in raw and isinstance(value, Mapping) else value
-    return merged
 
 
 def _checked_weights(weights: dict) -> dict:

@@ -129,7 +129,8 @@ def comparison_message(results: Mapping[str, Any]) -> str:
     """What the comparison found, in a sentence; says so where an interval overlaps zero."""
     rival = "baseline" if "baseline" in results["models"] else "untrained"
     parts = []
-    for metric, words, good in (("kl_to_teacher", "KL to the teacher", -1), ("agreement", "agreement", 1), ("perplexity", "perplexity", -1)):
+    for metric, words, good in (("kl_to_teacher", "KL to the teacher", -1), ("agreement", "agreement", 1),
+                                ("perplexity", "perplexity", -1)):
         d = difference(results, "distilled", rival, metric)
         verdict = "no clear difference in" if d["low"] <= 0 <= d["high"] else "better" if d["value"] * good > 0 else "worse"
         parts.append(f"{verdict} {words} ({with_interval(d, '+')})")

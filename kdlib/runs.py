@@ -7,6 +7,7 @@
 import datetime
 import errno
 import json
+import math
 import os
 import re
 import subprocess
@@ -204,6 +205,19 @@ def append_metrics(folder: StudentFolder, line: Mapping[str, Any]) -> None:
         raise write_error(folder.metrics, error) from error
 
 
+def history(folder: StudentFolder) -> list[dict[str, float]]:
+    """One line per epoch begun: the mean of its training figures and its last evaluation."""
+    epochs: dict[int, dict[str, list[float]]] = {}
+    for line in read_metrics(folder):
+        figures = epochs.setdefault(math.ceil(line["train/epoch"]), {})
+        for name, value in line.items():
+            if isinstance(value, (int, float)):
+                figures.setdefault(name, []).append(value)
+    last = ("train/step", "train/epoch")
+    return [{name: sum(v) / len(v) if name.startswith("train/") and name not in last else v[-1] for name, v in figures.items()}
+            for figures in epochs.values()]
+
+
 def read_json(path: Path, default: Any = None) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
 
@@ -219,10 +233,11 @@ def write_text(path: Path, text: str) -> None:
     neighbour.replace(path)
 
 
-def write_error(path: Path, error: OSError) -> RunError:
+def write_error(path: Path, error: Exception) -> RunError:
     """The RunError for a disk that refuses: full, read-only, or not ours."""
-    advice = "free some space" if error.errno == errno.ENOSPC else "choose a folder you can write to with --runs"
-    return RunError(f"cannot write {path}: {error.strerror or error}; {advice}, then go on with --resume")
+    refused = isinstance(error, OSError) and error.errno != errno.ENOSPC
+    advice = "choose a folder you can write to with --runs" if refused else "free some space, then go on with --resume"
+    return RunError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; {advice}")
 
 
 def now() -> str:

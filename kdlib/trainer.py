@@ -1,30 +1,33 @@
 """Training: transformers' Trainer with kdlib's objective in it, writing a student's folder."""
 
-import json
 import math
 import shutil
 from collections.abc import Mapping
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput
 
 from kdlib.callbacks import LogBeforeSave, MetricsFile, PrintedLines, StopAfter, StopRequest, Throughput, is_better, memory_gib
+from kdlib.checkpoints import check_disk, disk_is_full, last_checkpoint, step_of
 from kdlib.config import Config
 from kdlib.data import TokenBlocks, collate
 from kdlib.diagnostics.ledger import LedgerWindow
-from kdlib.errors import ConfigError, NonFiniteLoss, RunError
+from kdlib.errors import ConfigError, KdlibError, NonFiniteLoss, RunError
 from kdlib.models import has_plain_head, parameters, precision_of
 from kdlib.objective import MEASURES, Moment, Objective, ledger, row_sums
-from kdlib.runs import StudentFolder, cut_metrics, read_json, read_metrics, write_error, write_json
+from kdlib.runs import StudentFolder, cut_metrics, history, read_json, write_error, write_json
 from kdlib.schedulers import from_spec
 from kdlib.signals import Kept, Signal, kept
 from kdlib.teachers import LiveTeacher, signal_of
 
+DRY_RUN = {"save_strategy": "no", "eval_strategy": "no", "logging_steps": 1, "eval_on_start": False}
+TRACKERS = {"wandb", "tensorboard", "trackio"}
 SUM_TOLERANCE = 1e-5  # relative; between the loss that was back-propagated and the sum of its logged terms
 
 
@@ -39,9 +42,11 @@ class DistillationTrainer(Trainer):
 
     def __init__(
         self, *, objective: Objective, teacher: LiveTeacher | None, vocabulary: int, chunk: int, folder: StudentFolder,
-        label: str = "", dense: bool = False, **options: Any,
+        label: str = "", dense: bool = False, last_step: int | None = None, **options: Any,
     ) -> None:
-        """The teacher may be None where no term needs it; `dense` computes all logits at once: the slow reference."""
+        """The teacher may be None where no term needs it; `dense` computes all logits at once: the slow reference;
+        `last_step` is shown as the end where training will be stopped before the schedule's.
+        """
         super().__init__(**options)
         if self.args.n_gpu > 1:
             raise RunError(
@@ -52,7 +57,7 @@ class DistillationTrainer(Trainer):
         self.objective, self.teacher, self.vocabulary, self.chunk, self.folder = objective, teacher, vocabulary, chunk, folder
         self.linear = not dense and has_plain_head(self.model) and not self.is_fsdp_enabled
         self.window, self.throughput, self.counted = LedgerWindow(), Throughput(), []
-        for callback in (MetricsFile(folder), PrintedLines(label), LogBeforeSave(), self.throughput):
+        for callback in (MetricsFile(folder), PrintedLines(label, last_step=last_step), LogBeforeSave(), self.throughput):
             self.add_callback(callback)
         if self.teacher is not None:
             self.teacher.model.to(self.args.device)
@@ -185,9 +190,13 @@ def training_arguments(config: Config, output: Path, **changes: Any) -> Training
         "bf16": dtype is torch.bfloat16, "fp16": dtype is torch.float16,
     }
     try:
-        return TrainingArguments(**{**config.training, **fixed, **changes})
-    except (TypeError, ValueError) as error:
+        args = TrainingArguments(**{**config.training, **fixed, **changes})
+    except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"training: transformers refuses these arguments: {error}") from error
+    for tracker in TRACKERS.intersection(args.report_to):
+        if find_spec(tracker) is None:
+            raise ConfigError(f"training.report_to: {tracker} is not installed; run: pip install {tracker}")
+    return args
 
 
 def objective_of(config: Config, weights: Mapping[str, Any] | None = None) -> Objective:
@@ -210,18 +219,20 @@ def train(
         RunError: stopped by an interrupt or a STOP file (a checkpoint is there), or the disk is full.
         NonFiniteLoss: a term became nan or infinite.
     """
-    dry = {"save_strategy": "no", "eval_strategy": "no", "logging_steps": 1} if stop_after else {}
-    args = training_arguments(config, folder.checkpoints, **dry)
-    if not dry:
-        _check_disk(folder, student, args)
+    resume = last_checkpoint(folder)
+    changes = DRY_RUN if stop_after else {"eval_on_start": False} if resume else {}  # that evaluation is in metrics.jsonl already
+    args = training_arguments(config, folder.checkpoints, **changes)
+    if not stop_after:
+        check_disk(folder, weights=4 * parameters(student), args=args)
     try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        resume = last_checkpoint(folder)
-        cut_metrics(folder, _step_of(resume))
+        if args.process_index == 0:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            cut_metrics(folder, step_of(resume))
         trainer = DistillationTrainer(
             model=student, args=args, train_dataset=blocks.train, eval_dataset=blocks.validation, processing_class=tokenizer,
             data_collator=partial(collate, pad_id=tokenizer.pad_token_id), objective=objective_of(config, weights),
             teacher=teacher, vocabulary=len(tokenizer), chunk=config.loss.chunk, folder=folder, label=label,
+            last_step=stop_after,
         )
         stop = StopRequest(folder)
         trainer.add_callback(StopAfter(stop_after) if stop_after else stop)
@@ -231,38 +242,20 @@ def train(
             return trainer
         if stop.requested and trainer.state.global_step < trainer.state.max_steps:
             raise RunError(f"stopped at step {trainer.state.global_step} with a checkpoint; go on with --resume, or run this cell again")
-        trainer.save_student(folder.final_model)
-        if not folder.best_model.exists():  # no evaluation during training: the last is the best known
-            trainer.save_student(folder.best_model)
-        if trainer.is_world_process_zero():
-            write_json(folder.history, history(folder))
-    except OSError as error:
-        raise write_error(folder.path, error) from error
+        _finish(trainer, folder)
+    except Exception as error:  # a full disk: torch, safetensors and tokenizers (a bare Exception) each have errors of their own
+        if isinstance(error, OSError) or (not isinstance(error, KdlibError) and disk_is_full(folder)):
+            raise write_error(folder.path, error) from error
+        raise
     return trainer
 
 
-def history(folder: StudentFolder) -> list[dict[str, float]]:
-    """One line per epoch begun: the mean of its training figures and its last evaluation."""
-    epochs: dict[int, dict[str, list[float]]] = {}
-    for line in read_metrics(folder):
-        figures = epochs.setdefault(math.ceil(line["train/epoch"]), {})
-        for name, value in line.items():
-            if isinstance(value, (int, float)):
-                figures.setdefault(name, []).append(value)
-    last = ("train/step", "train/epoch")
-    return [{name: sum(v) / len(v) if name.startswith("train/") and name not in last else v[-1] for name, v in figures.items()}
-            for figures in epochs.values()]
-
-
-def last_checkpoint(folder: StudentFolder) -> str | None:
-    """The newest whole checkpoint; one that a kill left half-written is removed."""
-    while folder.checkpoints.exists() and (found := get_last_checkpoint(str(folder.checkpoints))):
-        try:
-            read_json(Path(found) / "trainer_state.json")["global_step"]  # written last
-            return found
-        except (TypeError, json.JSONDecodeError):
-            shutil.rmtree(found)
-    return None
+def _finish(trainer: DistillationTrainer, folder: StudentFolder) -> None:
+    trainer.save_student(folder.final_model)
+    if not folder.best_model.exists():  # no evaluation during training: the last is the best known
+        trainer.save_student(folder.best_model)
+    if trainer.is_world_process_zero():
+        write_json(folder.history, history(folder))  # the last file: it says that training reached its end
 
 
 def _run(trainer: DistillationTrainer, resume: str | None) -> None:
@@ -271,20 +264,3 @@ def _run(trainer: DistillationTrainer, resume: str | None) -> None:
         trainer._load_from_checkpoint(resume)
     else:
         trainer.train(resume_from_checkpoint=resume)
-
-
-def _step_of(checkpoint: str | None) -> int:
-    return int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
-
-
-def _check_disk(folder: StudentFolder, student: PreTrainedModel, args: TrainingArguments) -> None:
-    """Refuse before the first step what would fail at the first checkpoint."""
-    weights = 4 * parameters(student)
-    checkpoint = 3 * weights if args.save_strategy != "no" else 0  # weights and AdamW's two moments
-    needed = 3 * weights + checkpoint * ((args.save_total_limit or 2) + 1)
-    free = shutil.disk_usage(next(p for p in (folder.path, *folder.path.parents) if p.exists())).free
-    if free < needed:
-        raise RunError(
-            f"{folder.path}: {free / 2**30:.1f} GiB free, but models and checkpoints of this run need {needed / 2**30:.1f} GiB; "
-            "free some space, lower training.save_total_limit, or choose another folder with --runs"
-        )

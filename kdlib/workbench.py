@@ -1,5 +1,6 @@
 """What the notebooks call: one run, opened; each stage reads and writes the run's folder and nothing else."""
 
+import os
 import platform
 import shutil
 import statistics
@@ -38,6 +39,7 @@ def open_run(
         overrides, smoke: of a new run.  For an existing one, overrides must agree with what it was made with.
         new: start a new run when `run` is not given (the setup notebook); otherwise take the newest of this config.
     """
+    os.chdir(runs.project_root())  # relative paths in a config mean the same in JupyterLab, which starts in notebooks/
     root, name = locate(run) if run else (runs.project_root() / "runs", None)
     if name is None and not new:
         stem = Path(config).stem
@@ -50,8 +52,7 @@ def open_run(
         if overrides:
             opened = runs.open_run(root, name, configs.parse(opened.config.as_dict(), overrides))
     else:
-        path = Path(config) if Path(config).exists() else runs.project_root() / config
-        resolved = configs.load(path, overrides, smoke=smoke)
+        resolved = configs.load(config, overrides, smoke=smoke)
         opened = runs.create(root, name or runs.new_name(config, smoke=smoke), resolved)
     print(f"run: {opened.name} ({opened.status['state']})")
     return Workbench(opened)
@@ -62,7 +63,7 @@ def locate(run: str) -> tuple[Path, str]:
     path = Path(run)
     if len(path.parts) == 1:
         return runs.project_root() / "runs", run
-    return (path if path.is_absolute() else runs.project_root() / path).parent, path.name
+    return (runs.project_root() / path).parent, path.name
 
 
 def preflight(config: Config) -> None:

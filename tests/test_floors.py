@@ -5,11 +5,11 @@ from pathlib import Path
 KDLIB = Path(__file__).parent.parent / "kdlib"
 FLOORS = [
     {"errors", "schedulers", "signals"},
-    {"arguments"},
+    {"arguments", "overrides"},
     {"config"},
     {"losses.divergences", "losses.linear", "diagnostics.ledger", "runs"},
     {"data", "models", "objective"},
-    {"teachers", "callbacks"},
+    {"teachers", "callbacks", "checkpoints"},
     {"trainer", "compare"},
     {"plots"},
     {"reports", "workbench"},
@@ -17,7 +17,7 @@ FLOORS = [
     {"cli"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-READERS = {"errors", "arguments", "config", "runs", "plots", "reports", "runner"}  # importable without torch
+READERS = {"errors", "arguments", "overrides", "config", "runs", "plots", "reports", "runner"}  # importable without torch
 
 
 def modules():

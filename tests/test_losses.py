@@ -136,6 +136,18 @@ def test_sums_combined_with_other_weights_are_refused_on_backward():
         sums[0].backward()
 
 
+def test_under_autocast_the_chunks_are_multiplied_in_bfloat16_and_summed_in_float32():
+    parts, teacher, targets = linear_case(n=40, h=16, dtype=torch.float32)
+    exact = term_sums(LinearSignal(*parts), teacher, targets, functions=FUNCTIONS, weights=WEIGHTS, chunk=8)
+    exact_grads = torch.autograd.grad(exact @ torch.tensor(WEIGHTS), parts)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = term_sums(LinearSignal(*parts), teacher, targets, functions=FUNCTIONS, weights=WEIGHTS, chunk=8)
+    assert low.dtype is torch.float32
+    torch.testing.assert_close(low, exact, rtol=1e-2, atol=0)
+    for ours, theirs in zip(torch.autograd.grad(low @ torch.tensor(WEIGHTS), parts), exact_grads, strict=True):
+        assert (ours - theirs).norm() <= 2e-2 * theirs.norm()
+
+
 def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_theirs():
     (hidden, weight), teacher, targets = linear_case()
     sums = term_sums(LinearSignal(hidden, weight.detach()), teacher, targets, functions=FUNCTIONS, weights=WEIGHTS, chunk=4)

@@ -19,12 +19,13 @@ from tiny_training import pieces
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdlib import trainer
+from kdlib.checkpoints import last_checkpoint
 from kdlib.config import parse
 from kdlib.data import collate
 from kdlib.errors import NonFiniteLoss, RunError
 from kdlib.runs import StudentFolder, read_metrics
 from kdlib.signals import kept
-from kdlib.trainer import DistillationTrainer, last_checkpoint, objective_of, training_arguments
+from kdlib.trainer import DistillationTrainer, objective_of, training_arguments
 
 SGD = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 3,
        "eval_strategy": "no", "save_strategy": "no", "logging_steps": 1}
@@ -197,6 +198,17 @@ def test_evaluation_measures_what_training_minimises(raw_config, tmp_path):
     assert fresh.evaluate()["eval_loss"] == pytest.approx(run.state.log_history[0]["loss"], rel=1e-6)
 
 
+def test_bfloat16_trains_like_float32(raw_config, tmp_path):
+    runs = {}
+    for precision in ("float32", "bfloat16"):
+        full_training({**raw_config, "precision": precision}, tmp_path / precision)
+        runs[precision] = [line["eval/kl_to_teacher"] for line in read_metrics(StudentFolder(tmp_path / precision)) if "eval/loss" in line]
+        stored = load_file(tmp_path / precision / "final_model" / "model.safetensors")
+        assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    assert runs["bfloat16"] == pytest.approx(runs["float32"], rel=0.02)
+    assert runs["bfloat16"] != runs["float32"]
+
+
 def test_the_objective_moves_with_training(raw_config, tmp_path):
     raw = {**raw_config, "loss": {"temperature": {"linear": [4, 1]}, "weights": {"kd": {"steps": {0: 0.0, 0.5: 1.0}}, "ce": 1.0}}}
     full_training(raw, tmp_path / "run", logging_steps=1)
@@ -219,10 +231,25 @@ def test_a_stop_file_leaves_a_checkpoint_and_the_way_on(raw_config, tmp_path):
 
 
 def test_a_full_disk_is_refused_before_the_first_step(raw_config, tmp_path, monkeypatch):
-    monkeypatch.setattr("kdlib.trainer.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr("kdlib.checkpoints.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(RunError, match="GiB free, but models and checkpoints of this run need"):
         full_training(raw_config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a disk small enough to fill")
+@pytest.mark.parametrize("size", ["500k", "2m"], ids=["full at the best model", "full at a checkpoint"])
+def test_a_disk_that_fills_up_in_the_middle_says_so_and_keeps_the_metrics(raw_config, tmp_path, monkeypatch, size):
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(small)], check=True)
+    try:
+        monkeypatch.setattr("kdlib.trainer.check_disk", lambda *args, **options: None)  # it would refuse before the first step
+        with pytest.raises(RunError, match="cannot write .*; free some space, then go on with --resume"):
+            full_training(raw_config, small / "run", save_total_limit=30, save_steps=1)
+        assert [line["train/step"] for line in read_metrics(StudentFolder(small / "run"))][0] >= 1
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
 
 
 def start(folder: Path, config: Path, *launcher: str) -> subprocess.Popen:
@@ -244,7 +271,7 @@ def comparable(folder: Path) -> list[dict]:
 
 def test_kill_9_in_the_middle_then_resume_equals_an_unbroken_run(raw_config, tmp_path):
     config = tmp_path / "run.yaml"
-    training = {"max_steps": 60, "logging_steps": 3, "save_steps": 7, "eval_steps": 10}
+    training = {"max_steps": 60, "logging_steps": 3, "save_steps": 7, "eval_steps": 10, "eval_on_start": True}
     config.write_text(yaml.safe_dump({**raw_config, "training": {**raw_config["training"], **training}}))
     finished(start(tmp_path / "whole", config))
     victim = start(tmp_path / "killed", config)
@@ -265,6 +292,14 @@ def test_kill_9_in_the_middle_then_resume_equals_an_unbroken_run(raw_config, tmp
     assert [line.keys() for line in found] == [line.keys() for line in expected]  # no line lost, none doubled
     for one, other in zip(expected, found, strict=True):
         assert other == pytest.approx(one, rel=1e-5)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again_without_doubled_lines(raw_config, tmp_path):
+    folder = StudentFolder(tmp_path / "run")
+    folder.path.mkdir()
+    folder.metrics.write_text('{"train/step": 0, "eval/loss": 1.0}\n{"train/step": 2, "train/loss": 1.0}\n{"train/st')
+    full_training(raw_config, folder.path, eval_on_start=True)
+    assert [line["train/step"] for line in read_metrics(folder) if "eval/loss" in line] == [0, 4, 8, 12]
 
 
 def test_a_checkpoint_half_written_by_a_kill_is_not_resumed_from(raw_config, tmp_path):

@@ -1,0 +1,56 @@
+"""What is changed in a config after it is read: dotted overrides, and `smoke`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from kdlib.errors import ConfigError
+
+SMOKE = {
+    "training": {"max_steps": 4, "warmup_steps": 1, "logging_steps": 1, "eval_steps": 2, "save_steps": 2,
+                 "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "gradient_accumulation_steps": 1},
+    "data": {"max_length": 32, "max_train_rows": 64, "max_eval_rows": 8},
+    "compare": {"resamples": 200, "continuations": 1, "prompt_tokens": 8, "new_tokens": 4},
+}
+"""What `smoke` changes, so that the same config runs through in a minute: few steps, short rows."""
+
+
+def pairs(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """`["loss.temperature=3"]` or `{"loss.temperature": 3}` as [("loss.temperature", 3)]."""
+    if isinstance(overrides, Mapping):
+        return [(str(key), value) for key, value in overrides.items()]
+    if isinstance(overrides, str) or not all(isinstance(text, str) for text in overrides):
+        raise ConfigError(f'overrides are a list like ["loss.temperature=3"] or a mapping; found {overrides!r}')
+    pairs = []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"override {text!r}: write it as key=value, e.g. loss.temperature=3")
+        try:
+            pairs.append((key.strip(), yaml.safe_load(value)))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {text!r}: the value is not valid YAML: {error}") from None
+    return pairs
+
+
+def with_override(raw: dict, key: str, value: Any, name: str) -> dict:
+    """`raw` with the value at this dotted path; sections on the way are made where they are missing."""
+    head, dot, rest = key.partition(".")
+    if not dot:
+        return {**raw, head: value}
+    inner = raw.get(head)
+    if inner is not None and not isinstance(inner, dict):
+        raise ConfigError(f"{name}: override {key}: `{head}` is {inner!r}, it has no `{rest}`")
+    return {**raw, head: with_override(inner or {}, rest, value, name)}
+
+
+def merged(raw: dict, change: Mapping) -> dict:
+    """`raw` with the leaves of `change` put in; a section that is no mapping is left for the checks to refuse."""
+    result = dict(raw)
+    for key, value in change.items():
+        if not isinstance(value, Mapping):
+            result[key] = value
+        elif isinstance(raw.get(key, {}), dict):
+            result[key] = merged(raw.get(key, {}), value)
+    return result
