@@ -11,8 +11,9 @@ from kdlib.errors import nearest
 # Where kdlib's default is not transformers' own.
 TRAINING_DEFAULTS = {
     "report_to": "none", "save_total_limit": 3, "logging_steps": 10, "metric_for_best_model": "eval_perplexity",
-    "greater_is_better": False,
 }
+HIGHER_IS_BETTER = {"perplexity": False, "kl_to_teacher": False, "agreement": True, "accuracy": True}
+"""The metrics that may choose the best model: none depends on the loss's weights, which a curriculum moves."""
 RESERVED = {
     "output_dir": "it is the run's folder",
     "seed": "write `seed:` at the top level",
@@ -25,6 +26,12 @@ RESERVED = {
     "remove_unused_columns": "columns are kdlib's own",
     "prediction_loss_only": "evaluation is kdlib's own",
     "resume_from_checkpoint": "resume with `kd run CONFIG --resume RUN`",
+    "greater_is_better": "it follows from metric_for_best_model",
+    "average_tokens_across_devices": "every term is divided by the tokens of all devices",
+    "auto_find_batch_size": "it starts a training again in the middle of its ledger; set the batch size",
+    "bf16_full_eval": "evaluation has the precision of training",
+    "fp16_full_eval": "evaluation has the precision of training",
+    "save_only_model": "a checkpoint without its optimizer cannot be resumed; best_model/ and final_model/ are models alone",
     "load_best_model_at_end": "best_model/ and final_model/ are both kept",
 }
 
@@ -46,9 +53,15 @@ def problem_with(name: str, value: Any) -> str | None:
     if name not in training_fields():
         return f"{name}: TrainingArguments has no such name{nearest(name, training_fields())}"
     try:
-        typed(name, value)
-    except (TypeError, ValueError):
+        value = typed(name, value)
+    except (OverflowError, TypeError, ValueError):
         return f"{name}: found {value!r}, needs {training_fields()[name]}"
+    if name == "metric_for_best_model" and str(value).removeprefix("eval_") not in HIGHER_IS_BETTER:
+        return f"{name}: found {value!r}{nearest(str(value), HIGHER_IS_BETTER)}; it is one of {', '.join(HIGHER_IS_BETTER)}"
+    if name == "save_total_limit" and value == 1:
+        return f"{name}: found 1, needs 2 or more: with 1 the Trainer deletes the newest checkpoint when an older one is better"
+    if name == "save_strategy" and value == "best":
+        return f"{name}: found 'best', needs steps, epoch or no: checkpoints are for going on, and best_model/ is kept anyway"
     return None
 
 

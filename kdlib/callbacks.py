@@ -1,6 +1,5 @@
 """What happens around training steps: a line per log, a line per file, throughput, and a stop that loses nothing."""
 
-import math
 import signal
 import threading
 import time
@@ -64,6 +63,8 @@ class Throughput(TrainerCallback):
         self.began = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
+        if args.device.type == "cuda":
+            torch.cuda.synchronize()
         self.durations.append(time.perf_counter() - self.began)
         self.seconds += self.durations[-1]
 
@@ -79,6 +80,8 @@ class LogBeforeSave(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_save:
             control.should_log = True
+
+    on_epoch_end = on_step_end
 
 
 class StopRequest(TrainerCallback):
@@ -131,6 +134,9 @@ class StopAfter(TrainerCallback):
         control.should_evaluate = control.should_save = False
         control.should_training_stop |= state.global_step >= self.steps
 
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_evaluate = control.should_save = False
+
 
 def memory_gib() -> float:
     """Peak memory on the GPU, or the process's memory now on the CPU."""
@@ -140,5 +146,5 @@ def memory_gib() -> float:
 
 
 def is_better(value: float, others: list[float], *, greater: bool) -> bool:
-    """Whether a metric beats all others; nan never does."""
-    return not math.isnan(value) and all((value > other) if greater else (value < other) for other in others)
+    """Whether a metric beats all others."""
+    return all((value > other) if greater else (value < other) for other in others)

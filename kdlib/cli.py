@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 
 from kdlib import config as configs
 from kdlib import runs
 from kdlib.errors import ConfigError, KdlibError
+from kdlib.overrides import pairs
 
 app = typer.Typer(help="kdlib: knowledge distillation of language models, seen term by term.", no_args_is_help=True,
                   add_completion=False, pretty_exceptions_enable=False)
@@ -57,11 +57,21 @@ def run(
     if not resume:
         print(f"checking {config}, its models and data …", flush=True)
         workbench.preflight(resolved)
-        opened = runs.create(root, name, resolved)
-        opened.add_to_manifest(command=shlex.join(["kd", *sys.argv[1:]]))
-    folder = os.path.relpath(opened.path, project)
+        command = shlex.join(["kd", *sys.argv[1:]])
+        opened = runs.create(root, name, resolved, config_file=given["config"], smoke=smoke, command=command)
+    folder = os.path.join(".", os.path.relpath(opened.path, project))  # with a separator: a folder, not a name
     page = runner.run_notebooks(opened, {**given, "run": folder}, reports_folder=reports)
     print(f"report: {os.path.relpath(page)}    index: {os.path.relpath(reports / 'index.html')}")
+
+
+@app.command()
+def train(run: Annotated[str, typer.Argument(help="A run's name, or its folder; 00_setup has prepared it.")]) -> None:
+    """Train the students of RUN without notebooks; under torchrun (-m kdlib.cli train RUN) on several GPUs."""
+    from kdlib import workbench
+
+    bench = workbench.open_run("", run)
+    bench.train()
+    bench.train_baseline()
 
 
 @app.command()
@@ -96,7 +106,12 @@ def _folders(runs_folder: Path | None, reports_folder: Path | None) -> tuple[Pat
 
 
 def _parameters(texts: list[str]) -> dict:
-    return {name: yaml.safe_load(value) for name, equals, value in (text.partition("=") for text in texts)}
+    """Further notebook parameters: name=value, read as overrides are."""
+    given = dict(pairs(texts))
+    for name in given:
+        if name in ("config", "run", "overrides", "smoke"):
+            raise ConfigError(f"-p {name}: this parameter has a way of its own: CONFIG, --resume, -o, --smoke")
+    return given
 
 
 if __name__ == "__main__":

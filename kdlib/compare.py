@@ -4,6 +4,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -15,7 +16,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdlib.data import TokenBlocks, collate
-from kdlib.models import load_model, load_student, parameters
+from kdlib.models import device_of, load_model, load_student, parameters, precision_of
 from kdlib.objective import MEASURES, row_sums
 from kdlib.runs import Run, write_json
 from kdlib.signals import Signal, kept
@@ -31,18 +32,23 @@ class Comparison:
     Between models only the sums of each row are kept, and what the teacher said (its last hidden states).
     """
 
-    def __init__(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, resamples: int = 2000, seed: int = 0) -> None:
+    def __init__(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, device: torch.device | str = "cpu", resamples: int = 2000,
+        seed: int = 0,
+    ) -> None:
         """
         Args:
             rows: validation rows of {"input_ids": …}.
+            device: where the models are measured.
             resamples: of the bootstrap; each draws rows with replacement, the same for every model.
         """
-        self.tokenizer = tokenizer
+        self.tokenizer, self.device = tokenizer, torch.device(device)
         every = list(rows)
         self.batches = [collate(every[i : i + BATCH], pad_id=tokenizer.pad_token_id) for i in range(0, len(every), BATCH)]
         texts = tokenizer.batch_decode([row["input_ids"][1:] for row in every], skip_special_tokens=True)
         self.row_bytes = np.array([len(text.encode()) for text in texts], dtype=float)
-        self.draws = np.random.default_rng(seed).integers(len(every), size=(resamples, len(every)))
+        uniform = np.full(len(every), 1 / len(every))
+        self.draws = np.random.default_rng(seed).multinomial(len(every), uniform, size=resamples)  # [resamples, rows] times drawn
         self.said: list[Signal] = []  # by the teacher, batch by batch
         self.sums: dict[str, np.ndarray] = {}  # model -> [rows, measures + 1]
         self.facts: dict[str, dict[str, Any]] = {}
@@ -50,10 +56,10 @@ class Comparison:
 
     def add(
         self, name: str, load: Callable[[], PreTrainedModel], *, prompts: Sequence[Sequence[int]] = (), new_tokens: int = 32
-    ) -> PreTrainedModel:
+    ) -> None:
         """Load one model and measure it: quality on all rows, speed, memory, size, greedy continuations of the prompts."""
-        with peak_memory() as peak:
-            model = load()
+        with peak_memory(self.device) as peak:
+            model = load().to(self.device)
             voice = LiveTeacher(model, vocabulary=len(self.tokenizer))
             self.sums[name] = np.concatenate([self._measure(number, voice) for number in range(len(self.batches))])
             speed = forward_tokens_per_s(model, self.batches[0]["input_ids"])
@@ -63,7 +69,6 @@ class Comparison:
             "peak_memory_gib": peak[0] / 2**30,
         }
         self.samples[name] = continuations(model, self.tokenizer, prompts, new_tokens) if prompts else []
-        return model
 
     def _measure(self, number: int, voice: LiveTeacher) -> np.ndarray:
         """[rows, measures + 1] sums of one batch."""
@@ -79,7 +84,7 @@ class Comparison:
     def results(self) -> dict[str, Any]:
         """Everything as plain data: per model its figures with 95 % intervals, and every paired difference."""
         resampled = {name: self._figures(sums, self.draws) for name, sums in self.sums.items()}
-        everything = np.arange(len(self.row_bytes))[None]
+        everything = np.ones((1, len(self.row_bytes)))
         models = {}
         for name, sums in self.sums.items():
             figures = self._figures(sums, everything)
@@ -98,10 +103,10 @@ class Comparison:
         }
 
     def _figures(self, sums: np.ndarray, draws: np.ndarray) -> dict[str, np.ndarray]:
-        """Each metric for each draw of rows: [draws]."""
-        drawn = sums[draws].sum(axis=1)  # [draws, measures + 1]
+        """Each metric for each draw of rows, [draws, rows] times each row is drawn: [draws]."""
+        drawn = draws @ sums  # [draws, measures + 1]
         mean = dict(zip(MEASURES, (drawn[:, :-1] / drawn[:, -1:]).T, strict=True))
-        nats, size = drawn[:, list(MEASURES).index("ce")], self.row_bytes[draws].sum(axis=1)
+        nats, size = drawn[:, list(MEASURES).index("ce")], draws @ self.row_bytes
         perplexity, bits_per_byte = np.exp(mean.pop("ce")), nats / math.log(2) / size
         return {"perplexity": perplexity, "bits_per_byte": bits_per_byte, **mean}
 
@@ -112,16 +117,19 @@ def compare_run(run: Run, tokenizer: PreTrainedTokenizerBase, blocks: TokenBlock
     The students are the final ones, after equally many steps, and not those chosen on these very rows (best_model/).
     """
     config = run.config
-    comparison = Comparison(blocks.validation, tokenizer, resamples=config.compare.resamples, seed=config.seed)
+    dtype, _ = precision_of(config)
+    comparison = Comparison(
+        blocks.validation, tokenizer, device=device_of(config), resamples=config.compare.resamples, seed=config.seed
+    )
     prompts = prompts_from(blocks.validation, count=config.compare.continuations, length=config.compare.prompt_tokens)
     measure = partial(comparison.add, prompts=prompts, new_tokens=config.compare.new_tokens)
-    teacher = measure("teacher", lambda: load_model(config.teacher.model))
-    measure("untrained", partial(load_student, config, teacher, run.manifest["student_layers"]))
-    del teacher  # one model in memory at a time
+    measure("teacher", lambda: load_model(config.teacher.model, dtype))
+    untrained = load_student(config, run.manifest["student_layers"]).to(dtype)
+    measure("untrained", lambda: deepcopy(untrained))  # so that its memory is its own, not the teacher's that it is cut from
     if config.baseline:
-        measure("baseline", lambda: load_model(str(run.baseline.final_model)))
-    measure("distilled", lambda: load_model(str(run.final_model)))
-    results = {**comparison.results(), "prompts": tokenizer.batch_decode(prompts)}
+        measure("baseline", lambda: load_model(str(run.baseline.final_model), dtype))
+    measure("distilled", lambda: load_model(str(run.final_model), dtype))
+    results = {**comparison.results(), "prompts": tokenizer.batch_decode(prompts), "precision": str(dtype).removeprefix("torch.")}
     write_json(run.path / "comparison_results.json", results)
     return results
 
@@ -131,10 +139,10 @@ def forward_tokens_per_s(model: PreTrainedModel, input_ids: torch.Tensor, repeat
     """Tokens per second of a plain forward pass with logits, the best of a few."""
     ids, seconds = input_ids.to(model.device), math.inf
     for _ in range(repeats):
+        _wait_for(ids.device)
         started = perf_counter()
         model(input_ids=ids, use_cache=False)
-        if ids.is_cuda:
-            torch.cuda.synchronize()
+        _wait_for(ids.device)
         seconds = min(seconds, perf_counter() - started)
     return ids.numel() / seconds
 
@@ -147,7 +155,7 @@ def continuations(
     ids = torch.tensor([list(prompt) for prompt in prompts], device=model.device)
     output = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
+        repetition_penalty=1.0, pad_token_id=tokenizer.pad_token_id,
     )
     return tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
 
@@ -159,13 +167,13 @@ def prompts_from(rows: Dataset, *, count: int, length: int) -> list[list[int]]:
 
 
 @contextmanager
-def peak_memory(interval: float = 0.01) -> Iterator[list[float]]:
+def peak_memory(device: torch.device, interval: float = 0.01) -> Iterator[list[float]]:
     """Bytes above what was held at the start, at the highest point: [peak], filled at the end.
 
     On CUDA the allocator's own peak; on the CPU the process's resident memory, sampled every `interval` seconds.
     """
     peak = [0.0]
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         start = torch.cuda.memory_allocated()
         yield peak
@@ -185,6 +193,11 @@ def peak_memory(interval: float = 0.01) -> Iterator[list[float]]:
     finally:
         done.set()
         thread.join()
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def _with_interval(value: float, resampled: np.ndarray) -> dict[str, float]:

@@ -5,6 +5,7 @@ path in the file, what was found, what is allowed, and the nearest valid name.
 """
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +18,7 @@ from kdlib.errors import ConfigError, nearest
 from kdlib.overrides import SMOKE, merged, pairs, with_override
 from kdlib.schedulers import from_spec
 
+POINTS = 101  # at which a schedule is checked: each per cent of training
 TERM_NAMES = ("kd", "ce")  # the terms that kdlib.objective knows; a test keeps the two alike
 
 
@@ -126,7 +128,7 @@ class Config(_Section):
     """One complete run."""
 
     task: Literal["causal-lm"] = "causal-lm"
-    seed: Annotated[Count, Field(ge=0)] = 0
+    seed: Annotated[Count, Field(ge=0, lt=2**32)] = 0
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     teacher: TeacherConfig
     student: StudentConfig
@@ -207,29 +209,32 @@ def _read(path: Path) -> Any:
 
 
 def _checked_weights(weights: dict) -> dict:
-    faults, positive = [], False
+    faults, courses = [], []
     for name, spec in weights.items():
         if name not in TERM_NAMES:
             faults.append(f"there is no term {name!r}{nearest(name, TERM_NAMES)}; the terms are {', '.join(TERM_NAMES)}")
         try:
-            values = _values(spec)
+            courses.append(_values(spec))
         except ValueError as error:
             faults.append(f"{name}: {error}")
             continue
-        positive |= max(values) > 0
-        if min(values) < 0:
+        if min(courses[-1]) < 0:
             faults.append(f"{name}: found {spec}; weights are 0 or more")
-    if not faults and not positive:
-        faults.append(f"all weights are 0 ({weights}), so nothing would be learned; give one term a positive weight")
+    if not faults and (idle := [i for i, at in enumerate(zip(*courses, strict=True)) if not any(at)] if courses else [0]):
+        when = "" if len(idle) == POINTS else f" at {idle[0]} % of training"
+        faults.append(f"all weights are 0{when} ({weights}), so nothing would be learned; give one term a positive weight")
     if faults:
         raise ValueError("\n".join(faults))
     return {name: _plain(spec) for name, spec in weights.items()}
 
 
 def _values(spec: float | Mapping) -> list[float]:
-    """The schedule at 101 points of training: what its range is judged by."""
+    """The schedule at each per cent of training: what its range is judged by."""
     schedule = from_spec(spec)
-    return [schedule(i / 100) for i in range(101)]
+    values = [schedule(i / (POINTS - 1)) for i in range(POINTS)]
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"found {spec}; every value must be finite")
+    return values
 
 
 def _plain(spec: Any) -> Any:

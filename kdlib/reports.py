@@ -55,7 +55,10 @@ def render(run: Run, reports: Path) -> Path:
 
 def render_index(runs: Path, reports: Path) -> Path:
     """Write reports/index.html over all runs, and return its path."""
-    reports.mkdir(parents=True, exist_ok=True)
+    try:
+        reports.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(reports, error) from error
     write_text(reports / "index.html", _page("index.html.j2", rows=[_row(run, reports) for run in all_runs(runs)]))
     return reports / "index.html"
 

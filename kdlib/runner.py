@@ -1,10 +1,10 @@
 """Running notebooks headless: papermill, one notebook after another, with a status that survives a dead kernel."""
 
+import contextlib
 import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from kdlib import reports
 from kdlib.errors import RunError, nearest
-from kdlib.runs import PARENT, Run, project_root
+from kdlib.runs import PARENT, Run, project_root, write_error
 
 NOTEBOOKS = ("00_setup", "01_dry_run", "02_train", "03_compare")
 
@@ -31,29 +31,37 @@ def run_notebooks(run: Run, parameters: Mapping[str, Any], *, reports_folder: Pa
     folder = project_root() / "notebooks"
     for name in names:
         check_parameters(folder / f"{name}.ipynb", parameters)
-    done = run.manifest.get("stages", [])
+    if run.status["state"] == "running":
+        raise RunError(f"run {run.name} is running already, in process {run.status['pid']}; wait for it, or stop it first")
     run.set_status("running")
     try:
         with _stop_file(run):
-            for name in names:
-                if name in done:
-                    print(f"— {name}: done before", flush=True)
-                    continue
-                print(f"— {name}", flush=True)
-                execute(folder / f"{name}.ipynb", run.notebooks / f"{name}.ipynb", parameters)
-                done = [*done, name]
-                run.add_to_manifest(stages=done)
-        run.set_status("done")
-    except RunError as error:
-        died = isinstance(error.__cause__, DeadKernelError)
-        run.set_status("died" if died else "failed", str(error))
-        raise
+            _run_in_turn(run, parameters, folder, names)
     except BaseException as error:
-        run.set_status("failed", f"{type(error).__name__}: {error}")
+        died = isinstance(error.__cause__, DeadKernelError)
+        with contextlib.suppress(RunError):  # a full disk must not hide what went wrong
+            run.set_status("died" if died else "failed", str(error) or type(error).__name__)
+            _render(run, reports_folder)
         raise
-    finally:
-        page = reports.render(run, reports_folder)
-        reports.render_index(run.path.parent, reports_folder)
+    run.set_status("done")
+    return _render(run, reports_folder)
+
+
+def _run_in_turn(run: Run, parameters: Mapping[str, Any], folder: Path, names: Sequence[str]) -> None:
+    done = run.manifest.get("stages", [])
+    for name in names:
+        if name in done:
+            print(f"— {name}: done before", flush=True)
+            continue
+        print(f"— {name}", flush=True)
+        execute(folder / f"{name}.ipynb", run.notebooks / f"{name}.ipynb", parameters)
+        done = [*done, name]
+        run.add_to_manifest(stages=done)
+
+
+def _render(run: Run, reports_folder: Path) -> Path:
+    page = reports.render(run, reports_folder)
+    reports.render_index(run.path.parent, reports_folder)
     return page
 
 
@@ -70,6 +78,8 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> None
         )
     except PapermillExecutionError as error:
         raise RunError(f"{notebook.stem}: {error.ename}: {error.evalue}") from error
+    except OSError as error:
+        raise write_error(output, error) from error
     except DeadKernelError as error:
         raise RunError(
             f"{notebook.stem}: its kernel died (killed, or out of memory); go on from the last checkpoint with --resume"
@@ -86,7 +96,7 @@ def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
             raise RunError(f"{notebook.name} declares no parameter {name!r}{nearest(name, declared)}; it has {', '.join(declared)}")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _stop_file(run: Run):
     """Ctrl-C asks the training kernel for a checkpoint by a file named STOP; a second Ctrl-C ends everything."""
     previous_parent, stop = os.environ.get(PARENT), run.path / "STOP"
@@ -96,7 +106,7 @@ def _stop_file(run: Run):
         if stop.exists():
             raise KeyboardInterrupt
         stop.touch()
-        print("asked the training to stop after this step, with a checkpoint; Ctrl-C again to stop at once", flush=True)
+        print("a training stops after this step, with a checkpoint; Ctrl-C again to stop at once", flush=True)
 
     previous = signal.signal(signal.SIGINT, ask)
     try:

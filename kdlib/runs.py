@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -128,8 +129,8 @@ def new_name(config_path: str | Path, *, smoke: bool = False) -> str:
     return f"{Path(config_path).stem}{'-smoke' * smoke}_{datetime.datetime.now():%Y%m%d_%H%M%S}"
 
 
-def create(root: Path, name: str, config: Config) -> Run:
-    """Make a new run's folder with its resolved config.
+def create(root: Path, name: str, config: Config, **origin: Any) -> Run:
+    """Make a new run's folder with its resolved config; `origin` goes into its manifest.
 
     Raises:
         RunError: the name is taken or unfit for a folder, or the disk refuses.
@@ -138,11 +139,15 @@ def create(root: Path, name: str, config: Config) -> Run:
     run = Run(root / name)
     try:
         run.notebooks.mkdir(parents=True)
-        write_text(run.path / "config.yaml", config.as_yaml())
-        write_json(run.path / "manifest.json", {"run": name, "created": now(), "commit": _commit()})
-        run.set_status("created")
     except OSError as error:
         raise write_error(run.path, error) from error
+    try:
+        write_text(run.path / "config.yaml", config.as_yaml())
+        write_json(run.path / "manifest.json", {"run": name, "created": now(), "commit": _commit(), **origin})
+        run.set_status("created")
+    except RunError:
+        shutil.rmtree(run.path)
+        raise
     return run
 
 
@@ -227,10 +232,23 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write all or nothing: to a neighbour first, then renamed."""
+    """Write all or nothing: to a neighbour first, then renamed.
+
+    Raises:
+        RunError: the disk refuses.
+    """
     neighbour = path.with_name(path.name + ".tmp")
-    neighbour.write_text(text, encoding="utf-8")
-    neighbour.replace(path)
+    try:
+        neighbour.write_text(text, encoding="utf-8")
+        neighbour.replace(path)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def is_refusal(error: BaseException) -> bool:
+    """True for a disk that refuses: full, over quota, read-only, not ours; not for a tracker's lost connection."""
+    refusals = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR)
+    return isinstance(error, OSError) and error.errno in refusals
 
 
 def write_error(path: Path, error: Exception) -> RunError:

@@ -76,7 +76,7 @@ def from_spec(spec: float | Mapping) -> Schedule:
         (shape, arguments), = spec.items()
         return _shaped(shape, arguments)
     if not isinstance(spec, (Mapping, bool)):
-        with contextlib.suppress(TypeError, ValueError):  # YAML reads 1e-4 as a string
+        with contextlib.suppress(OverflowError, TypeError, ValueError):  # YAML reads 1e-4 as a string
             if math.isfinite(value := float(spec)):
                 return constant(value)
     raise ValueError(f"found {spec!r}; a schedule is a number or one of {', '.join(SHAPES)}, e.g. {{linear: [4, 1]}}")
@@ -89,7 +89,7 @@ def _shaped(shape: str, arguments) -> Schedule:
         if shape == "joined":
             return joined([(float(until), from_spec(part)) for until, part in arguments])
         start, end = map(float, arguments)
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"{shape}: {arguments!r} does not fit: {error}") from error
     return {"linear": linear, "cosine": cosine}[shape](start, end)
 

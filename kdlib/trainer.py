@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,20 +14,21 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+from kdlib.arguments import HIGHER_IS_BETTER
 from kdlib.callbacks import LogBeforeSave, MetricsFile, PrintedLines, StopAfter, StopRequest, Throughput, is_better, memory_gib
 from kdlib.checkpoints import check_disk, disk_is_full, last_checkpoint, step_of
 from kdlib.config import Config
 from kdlib.data import TokenBlocks, collate
 from kdlib.diagnostics.ledger import LedgerWindow
 from kdlib.errors import ConfigError, KdlibError, NonFiniteLoss, RunError
-from kdlib.models import has_plain_head, parameters, precision_of
+from kdlib.models import device_of, has_plain_head, parameters, precision_of
 from kdlib.objective import MEASURES, Moment, Objective, ledger, row_sums
-from kdlib.runs import StudentFolder, cut_metrics, history, read_json, write_error, write_json
+from kdlib.runs import StudentFolder, cut_metrics, history, is_refusal, read_json, write_error, write_json
 from kdlib.schedulers import from_spec
 from kdlib.signals import Kept, Signal, kept
 from kdlib.teachers import LiveTeacher, signal_of
 
-DRY_RUN = {"save_strategy": "no", "eval_strategy": "no", "logging_steps": 1, "eval_on_start": False}
+DRY_RUN = {"save_strategy": "no", "logging_steps": 1, "eval_on_start": False, "report_to": "none"}
 TRACKERS = {"wandb", "tensorboard", "trackio"}
 SUM_TOLERANCE = 1e-5  # relative; between the loss that was back-propagated and the sum of its logged terms
 
@@ -51,12 +53,12 @@ class DistillationTrainer(Trainer):
         if self.args.n_gpu > 1:
             raise RunError(
                 f"{self.args.n_gpu} GPUs in one process would train by DataParallel, which divides the loss by the wrong "
-                "count; start with `torchrun --nproc_per_node N`, or show one GPU by CUDA_VISIBLE_DEVICES=0"
+                "count; use `torchrun --nproc_per_node N -m kdlib.cli train RUN`, or show one GPU by CUDA_VISIBLE_DEVICES=0"
             )
         self.remove_callback(PrinterCallback)
         self.objective, self.teacher, self.vocabulary, self.chunk, self.folder = objective, teacher, vocabulary, chunk, folder
         self.linear = not dense and has_plain_head(self.model) and not self.is_fsdp_enabled
-        self.window, self.throughput, self.counted = LedgerWindow(), Throughput(), []
+        self.window, self.throughput, self.tokens = LedgerWindow(), Throughput(), 0
         for callback in (MetricsFile(folder), PrintedLines(label, last_step=last_step), LogBeforeSave(), self.throughput):
             self.add_callback(callback)
         if self.teacher is not None:
@@ -87,10 +89,9 @@ class DistillationTrainer(Trainer):
         with self.accelerator.autocast():  # accelerate wraps the model's forward only; the heads' products happen here
             tokens, student, teacher = self.signals(model, inputs, with_teacher=moment.needs_teacher)
             book = ledger(student, teacher, tokens.targets, moment=moment, count=num_items_in_batch, chunk=self.chunk)
-        self.window.add(book)
-        self.counted.append((len(tokens.targets), num_items_in_batch))
-        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return book.total * ranks  # DDP averages the ranks' gradients; their sum is what is meant
+        self.window.add(book, self.state.global_step)
+        self.tokens += len(tokens.targets)
+        return book.total * self.accelerator.num_processes  # DDP averages the ranks' gradients; their sum is what is meant
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the terms to the Trainer's own training line, after checking that they sum to its loss."""
@@ -99,20 +100,16 @@ class DistillationTrainer(Trainer):
         super().log(logs, start_time)
 
     def _term_figures(self, loss: float) -> dict[str, float]:
-        steps = self.state.global_step - self._logged_at()
-        figures = self.window.figures(steps, partial(self.accelerator.reduce, reduction="sum"))
-        tokens = float(self.accelerator.reduce(torch.tensor(float(sum(n for n, _ in self.counted)), device=self.args.device)))
+        figures = self.window.figures(partial(self.accelerator.reduce, reduction="sum"))
+        tokens = float(self.accelerator.reduce(torch.tensor(float(self.tokens), device=self.args.device)))
         moment = self.objective.at((self.state.global_step - 1) / max(self.state.max_steps, 1))
         total = sum(value * weight for value, weight in figures.values())
         if broken := [f"{name} = {value}" for name, (value, _) in figures.items() if not math.isfinite(value)]:
-            raise NonFiniteLoss(
-                f"step {self.state.global_step}: {', '.join(broken)}, so training has stopped; the last checkpoint is in "
-                f"{self.args.output_dir}. Usual causes: a learning rate too high, float16 overflow (precision: bfloat16)"
-            )
+            raise NonFiniteLoss(self._stopped(", ".join(broken)))
         if abs(total - loss) > SUM_TOLERANCE * max(abs(loss), abs(total)):
             terms = ", ".join(f"{name}: {value} x {weight}" for name, (value, weight) in figures.items())
             raise RunError(f"step {self.state.global_step}: the terms sum to {total}, but {loss} was back-propagated ({terms})")
-        self.window, self.counted = LedgerWindow(), []
+        self.window, self.tokens = LedgerWindow(), 0
         return {
             **{f"{name}_loss": value for name, (value, _) in figures.items()},
             **{f"{name}_weight": weight for name, (_, weight) in figures.items()},
@@ -121,9 +118,11 @@ class DistillationTrainer(Trainer):
             "memory_gib": memory_gib(),
         }
 
-    def _logged_at(self) -> int:
-        earlier = [line["step"] for line in self.state.log_history if "loss" in line]
-        return earlier[-1] if earlier else 0
+    def _stopped(self, why: str) -> str:
+        return (
+            f"step {self.state.global_step}: {why}, so training has stopped; checkpoints are in {self.args.output_dir}. "
+            "Usual causes: a learning rate too high, float16 overflow (precision: bfloat16)"
+        )
 
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
         """The same objective with the weights of this step, and the measures that do not depend on them."""
@@ -137,9 +136,11 @@ class DistillationTrainer(Trainer):
                 sums = row_sums(student, teacher, tokens.targets, tokens.rows, row_count=len(batch["labels"]),
                                 functions=list(functions.values()), chunk=self.chunk)
             rows.append(self.accelerator.gather_for_metrics(sums))  # drops the rows that a sampler repeated
-        rows = torch.cat(rows)
+        rows = torch.cat(rows).cpu()
         *sums, count = rows.double().sum(0).tolist()
         means = {name: value / max(count, 1) for name, value in zip(functions, sums, strict=True)}
+        if broken := [f"{name} = {value}" for name, value in means.items() if not math.isfinite(value)]:
+            raise NonFiniteLoss(self._stopped(f"on held-out text {', '.join(broken)}"))
         figures = {"loss": sum(weight * means[name] for name, weight in moment.weights.items())}
         figures |= {f"{name}_loss": means[name] for name in moment.weights}
         figures |= {f"{name}_weight": weight for name, weight in moment.weights.items()}
@@ -155,8 +156,6 @@ class DistillationTrainer(Trainer):
         metrics = super().evaluate(*args, **options)
         key = "eval_" + self.args.metric_for_best_model.removeprefix("eval_")
         if self.is_in_train:
-            if key not in metrics:
-                raise ConfigError(f"training.metric_for_best_model: there is no {key}; evaluation gives {', '.join(metrics)}")
             *earlier, latest = [line[key] for line in self.state.log_history if key in line]
             if is_better(latest, earlier, greater=bool(self.args.greater_is_better)):
                 self.save_student(self.folder.best_model)
@@ -183,10 +182,12 @@ def training_arguments(config: Config, output: Path, **changes: Any) -> Training
         ConfigError: transformers refuses the combination; its own words are in the message.
     """
     dtype, _ = precision_of(config)
+    metric = config.training["metric_for_best_model"].removeprefix("eval_")
     fixed = {
         "output_dir": str(output), "seed": config.seed, "data_seed": config.seed, "logging_nan_inf_filter": False,
         "remove_unused_columns": False, "label_names": ["labels"], "disable_tqdm": True,
-        "dataloader_pin_memory": config.training.get("dataloader_pin_memory", torch.cuda.is_available()),
+        "greater_is_better": HIGHER_IS_BETTER[metric], "use_cpu": device_of(config).type == "cpu",
+        "dataloader_pin_memory": config.training.get("dataloader_pin_memory", device_of(config).type == "cuda"),
         "bf16": dtype is torch.bfloat16, "fp16": dtype is torch.float16,
     }
     try:
@@ -236,7 +237,7 @@ def train(
         )
         stop = StopRequest(folder)
         trainer.add_callback(StopAfter(stop_after) if stop_after else stop)
-        with stop:
+        with nullcontext() if stop_after else stop:
             _run(trainer, resume)
         if stop_after:
             return trainer
@@ -244,7 +245,7 @@ def train(
             raise RunError(f"stopped at step {trainer.state.global_step} with a checkpoint; go on with --resume, or run this cell again")
         _finish(trainer, folder)
     except Exception as error:  # a full disk: torch, safetensors and tokenizers (a bare Exception) each have errors of their own
-        if isinstance(error, OSError) or (not isinstance(error, KdlibError) and disk_is_full(folder)):
+        if not isinstance(error, KdlibError) and (is_refusal(error) or disk_is_full(folder)):
             raise write_error(folder.path, error) from error
         raise
     return trainer

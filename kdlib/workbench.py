@@ -42,10 +42,10 @@ def open_run(
     os.chdir(runs.project_root())  # relative paths in a config mean the same in JupyterLab, which starts in notebooks/
     root, name = locate(run) if run else (runs.project_root() / "runs", None)
     if name is None and not new:
-        stem = Path(config).stem
-        found = [r.name for r in runs.all_runs(root) if r.name.startswith((f"{stem}_", f"{stem}-smoke_"))]
+        origin = {"config_file": str(config), "smoke": smoke}
+        found = [r.name for r in runs.all_runs(root) if origin.items() <= r.manifest.items()]
         if not found:
-            raise RunError(f"there is no run of {config} yet; run 00_setup first, or name one in `run`")
+            raise RunError(f"there is no {'smoke ' * smoke}run of {config} yet; run 00_setup first, or name one in `run`")
         name = found[0]
     if name is not None and (root / name).exists():
         opened = runs.open_run(root, name)
@@ -53,17 +53,17 @@ def open_run(
             opened = runs.open_run(root, name, configs.parse(opened.config.as_dict(), overrides))
     else:
         resolved = configs.load(config, overrides, smoke=smoke)
-        opened = runs.create(root, name or runs.new_name(config, smoke=smoke), resolved)
+        opened = runs.create(root, name or runs.new_name(config, smoke=smoke), resolved, config_file=str(config), smoke=smoke)
     print(f"run: {opened.name} ({opened.status['state']})")
     return Workbench(opened)
 
 
 def locate(run: str) -> tuple[Path, str]:
     """A run's name or folder as (the folder of runs, name)."""
-    path = Path(run)
-    if len(path.parts) == 1:
+    if os.sep not in run:
         return runs.project_root() / "runs", run
-    return (runs.project_root() / path).parent, path.name
+    path = runs.project_root() / run
+    return path.parent, path.name
 
 
 def preflight(config: Config) -> None:
@@ -102,7 +102,7 @@ class Workbench:
         if "student_layers" not in self.run.manifest:
             raise RunError(f"run {self.run.name} is not set up yet; run 00_setup first")
         torch.manual_seed(self.config.seed)
-        return models.load_student(self.config, self.teacher.model, self.run.manifest["student_layers"])
+        return models.load_student(self.config, self.run.manifest["student_layers"])
 
     def moment(self, weights: Mapping[str, Any] | None = None, fraction: float = 0.0) -> Moment:
         return trainer.objective_of(self.config, weights).at(fraction)

@@ -42,6 +42,11 @@ def project(raw_config, tmp_path) -> Path:
     return folder
 
 
+def answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.fixture
 def lab(project, tmp_path):
     """JupyterLab on that project; gives its address."""
@@ -59,7 +64,7 @@ def lab(project, tmp_path):
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 60
-    while socket.socket().connect_ex(("127.0.0.1", port)):
+    while not answers(port):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.2)
@@ -86,7 +91,7 @@ def test_the_notebooks_run_by_hand_and_leave_a_run(lab, project, browser, tmp_pa
     assert run.status["state"] == "done"
     assert (run.path / "teacher_student_comparison.png").exists()
 
-    asked = []
+    page, asked = browser.new_page(), []
     page.on("request", lambda request: asked.append(request.url))
     path = reports.render(run, project / "reports")
     page.goto(path.as_uri())

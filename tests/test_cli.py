@@ -15,7 +15,8 @@ import yaml
 from conftest import sentences, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from kdlib import cli, runner
+from kdlib import cli, runner, runs
+from kdlib.config import parse
 from kdlib.errors import RunError
 from kdlib.runs import Run, project_root, read_metrics
 
@@ -49,7 +50,7 @@ def nothing_written(tmp_path: Path) -> bool:
         ("loss.weights={kd: -1, ce: 1}", "weights are 0 or more"),
         ("data.source=missing.jsonl", "missing.jsonl: no such file"),
         ("data.text=body", "no column 'body'"),
-        ("data.max_length=100000", "lower max_length"),
+        ("data.max_length=100000", "has 64 positions; lower it"),
         ("teacher.model=./nowhere", "./nowhere: no such folder"),
         ("student.layers=9", "student.layers is 9, but the teacher has 4"),
     ],
@@ -98,6 +99,18 @@ def test_a_missing_config_a_taken_name_and_an_unknown_run_are_refused(kd, config
 def test_a_parameter_that_the_notebooks_do_not_declare_is_refused(kd, config_file, tmp_path):
     status, said = kd("run", config_file, "-p", "smok=true")
     assert (status, "declares no parameter 'smok'; did you mean 'smoke'?" in said, nothing_written(tmp_path)) == (1, True, True), said
+
+
+@pytest.mark.parametrize(("word", "expected"), [("smoke=true", "-p smoke: this parameter has a way of its own"), ("x", "key=value")])
+def test_a_parameter_that_the_command_sets_itself_is_refused(kd, config_file, tmp_path, word, expected):
+    status, said = kd("run", config_file, "-p", word)
+    assert (status, expected in said, nothing_written(tmp_path)) == (1, True, True), said
+
+
+def test_a_run_that_is_running_is_not_started_twice(kd, config_file, raw_config, tmp_path):
+    runs.create(tmp_path / "runs", "busy", parse(raw_config)).set_status("running")
+    status, said = kd("run", config_file, "--resume", "busy")
+    assert (status, "is running already" in said) == (1, True), said
 
 
 def test_a_folder_that_cannot_be_written_is_refused(config_file, tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@ import pytest
 import torch
 from conftest import sentences, tiny_tokenizer
 from datasets import Dataset, DatasetDict
+from tokenizers.processors import TemplateProcessing
 
 from kdlib.config import DataConfig
 from kdlib.data import collate, packed, prepare, read_documents, split_documents
@@ -114,6 +115,37 @@ def test_text_that_cannot_be_used_is_refused_with_a_reason(tmp_path, tokenizer, 
     with pytest.raises(DataError) as caught:
         prepare(config(path, **changes), tokenizer, seed=0)
     assert expected in str(caught.value)
+
+
+def test_folders_and_names_that_cannot_be_read_are_refused_with_a_reason(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "state.json").write_text("{")
+    (tmp_path / "book.md").write_text("text")
+    splits = DatasetDict(train=Dataset.from_dict({"text": ["a", "b"]}), validation=Dataset.from_dict({"body": ["c"]}))
+    splits.save_to_disk(tmp_path / "uneven")
+    reasons = {"empty": "cannot be read as a folder", "torn": "cannot be read as a folder", "book.md": "unknown type of file",
+               "uneven": "no column 'text'"}
+    for name, expected in reasons.items():
+        with pytest.raises(DataError) as caught:
+            read_documents(config(tmp_path / name))
+        assert expected in str(caught.value)
+
+
+def test_a_file_name_is_not_a_pattern(tmp_path):
+    path = write(tmp_path, "jsonl").rename(tmp_path / "we[ird]*.jsonl")
+    assert len(read_documents(config(path))["train"]) == 50
+
+
+def test_a_document_begins_with_bos_where_the_tokenizers_own_call_does(tmp_path, tokenizer):
+    path = write(tmp_path, "jsonl")
+    assert prepare(config(path, packing=False), tokenizer, seed=0).notes["each_document_begins_with"] == ""
+    llama = tiny_tokenizer(sentences(200))
+    llama.add_special_tokens({"bos_token": "<bos>"})
+    llama._tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", llama.bos_token_id)])
+    blocks = prepare(config(path, packing=False), llama, seed=0)
+    assert blocks.notes["each_document_begins_with"] == "<bos>"
+    assert all(row[0] == llama.bos_token_id != row[1] for row in blocks.train["input_ids"])
 
 
 @pytest.mark.parametrize(("source", "expected"), [("pyton-docs", "did you mean 'python-docs'?"), ("./nowhere", "no such file or folder")])

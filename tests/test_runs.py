@@ -67,6 +67,12 @@ def test_a_disk_that_is_full_says_so(tmp_path):
         runs.append_metrics(StudentFolder(tmp_path), {"train/step": 1})
 
 
+def test_a_status_that_cannot_be_written_says_so(run):
+    (run.path / "status.json.tmp").mkdir()
+    with pytest.raises(RunError, match="cannot write .*status.json"):
+        run.set_status("running")
+
+
 def test_a_folder_that_cannot_be_written_says_so(raw_config, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(RunError, match="cannot write .*choose a folder you can write to with --runs"):

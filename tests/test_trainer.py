@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from tiny_training import pieces
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdlib import trainer
+from kdlib import objective, trainer
 from kdlib.checkpoints import last_checkpoint
 from kdlib.config import parse
 from kdlib.data import collate
@@ -228,6 +229,57 @@ def test_a_stop_file_leaves_a_checkpoint_and_the_way_on(raw_config, tmp_path):
     resumed = full_training(raw_config, tmp_path / "run")
     for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+def test_a_stop_after_a_better_evaluation_keeps_its_own_checkpoint(raw_config, tmp_path, monkeypatch):
+    folder = StudentFolder(tmp_path / "run")
+    honest = DistillationTrainer.evaluate
+
+    def evaluate_and_ask_to_stop(self, *args, **options):
+        if self.state.global_step == 4:
+            (folder.path / "STOP").touch()
+        return honest(self, *args, **options)
+
+    monkeypatch.setattr(DistillationTrainer, "evaluate", evaluate_and_ask_to_stop)
+    with pytest.raises(RunError, match="stopped at step 5 with a checkpoint"):
+        full_training(raw_config, folder.path)
+    assert last_checkpoint(folder).endswith("checkpoint-5")
+
+
+def test_checkpoints_by_epoch_are_resumed_with_the_same_lines(raw_config, tmp_path):
+    training = {"save_strategy": "epoch", "eval_strategy": "epoch", "logging_steps": 7, "max_steps": -1, "num_train_epochs": 2}
+    training["per_device_train_batch_size"] = 16
+    full_training(raw_config, tmp_path / "whole", **training)
+    first = last_checkpoint(StudentFolder(tmp_path / "whole"))
+    os.rename(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / Path(first).name)
+    (tmp_path / "cut" / "history.json").unlink()
+    whole = comparable(tmp_path / "cut")
+    full_training(raw_config, tmp_path / "cut", **training)
+    for one, other in zip(whole, comparable(tmp_path / "cut"), strict=True):
+        assert other == pytest.approx(one, rel=1e-5)
+
+
+def test_an_evaluation_that_is_not_finite_stops_the_run(raw_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(objective.MEASURES, "kl_to_teacher", lambda student, teacher, targets: targets * float("nan"))
+    with pytest.raises(NonFiniteLoss, match="step 4: on held-out text kl_to_teacher = nan"):
+        full_training(raw_config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("metric", "greater"), [("agreement", True), ("eval_kl_to_teacher", False)])
+def test_the_best_model_is_the_best_by_its_metric(raw_config, tmp_path, metric, greater):
+    config = parse({**raw_config, "training": {**raw_config["training"], "metric_for_best_model": metric}})
+    assert training_arguments(config, tmp_path).greater_is_better is greater
+
+
+def test_a_cpu_with_bfloat16_and_no_gpu_is_used_as_it_is(raw_config, tmp_path, monkeypatch):
+    """TrainingArguments refuses bf16 on a CPU unless told to use it: the config need not say so."""
+    monkeypatch.setattr("kdlib.models._cpu_has_bf16", lambda: True)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda *args: False)
+    training = {name: value for name, value in raw_config["training"].items() if name != "use_cpu"}
+    args = training_arguments(parse({**raw_config, "precision": "auto", "training": training}), tmp_path)
+    assert args.bf16
+    assert args.use_cpu
 
 
 def test_a_full_disk_is_refused_before_the_first_step(raw_config, tmp_path, monkeypatch):

@@ -45,28 +45,30 @@ class Ledger:
 class LedgerWindow:
     """Sums the ledgers of the optimizer steps between two log lines, without waiting for the device.
 
-    Over a window the logged value of a term is the mean of its steps' values, and its logged weight the one that makes
-    value x weight the mean share, so that the logged terms add up to the logged loss even while a weight moves.
+    A term's logged value is its mean over the steps in which it was active, and its logged weight the one that makes
+    value x weight its mean share over all steps: so the logged terms add up to the logged loss even while a weight moves.
     """
 
     def __init__(self) -> None:
         self.means: dict[str, Tensor] = {}
         self.shares: dict[str, Tensor] = {}
-        self.weights: dict[str, list[float]] = {}
+        self.weights: dict[str, dict[int, float]] = {}  # term -> step -> weight
+        self.steps: set[int] = set()
 
-    def add(self, ledger: Ledger) -> None:
-        """Take in one micro-batch; its entries are already divided by the whole step's count."""
+    def add(self, ledger: Ledger, step: int) -> None:
+        """Take in one micro-batch of an optimizer step; its entries are already divided by the whole step's count."""
+        self.steps.add(step)
         for name, entry in ledger.detach().entries.items():
             self.means[name] = self.means.get(name, 0.0) + entry.mean
             self.shares[name] = self.shares.get(name, 0.0) + entry.share
-            self.weights.setdefault(name, []).append(entry.weight)
+            self.weights.setdefault(name, {})[step] = entry.weight
 
-    def figures(self, steps: int, reduce=lambda tensor: tensor) -> dict[str, tuple[float, float]]:
-        """{term: (value in nats per token, weight)} over `steps` optimizer steps; `reduce` sums over ranks."""
+    def figures(self, reduce=lambda tensor: tensor) -> dict[str, tuple[float, float]]:
+        """{term: (value in nats per token, weight)}; `reduce` sums over ranks."""
         figures = {}
         for name, total in self.means.items():
-            mean, share = float(reduce(total)) / steps, float(reduce(self.shares[name])) / steps
-            weights = self.weights[name]
-            constant = min(weights) == max(weights) or mean == 0
-            figures[name] = (mean, sum(weights) / len(weights) if constant else share / mean)
+            weights = list(self.weights[name].values())
+            value, share = float(reduce(total)) / len(weights), float(reduce(self.shares[name])) / len(self.steps)
+            unmoved = len(weights) == len(self.steps) and min(weights) == max(weights)
+            figures[name] = (value, weights[0] if unmoved or value == 0 else share / value)
         return figures
