@@ -69,7 +69,8 @@ def train(run: Annotated[str, typer.Argument(help="A run's name, or its folder; 
     """Train the students of RUN without notebooks; under torchrun (-m kdlib.cli train RUN) on several GPUs."""
     from kdlib import workbench
 
-    bench = workbench.open_run("", run)
+    os.chdir(runs.project_root())
+    bench = workbench.Workbench(runs.open_run(*workbench.locate(run)))
     bench.train()
     bench.train_baseline()
 

@@ -79,9 +79,9 @@ class Workbench:
 
     def __init__(self, run: Run) -> None:
         self.run, self.config = run, run.config
-        if runs.headless():  # a frozen bar is noise in a log; the training's own lines show progress
+        transformers.utils.logging.disable_progress_bar()  # a bar for each checkpoint is noise; training prints its own lines
+        if runs.headless():  # and a frozen bar is noise in a log
             datasets.disable_progress_bars()
-            transformers.utils.logging.disable_progress_bar()
 
     @cached_property
     def tokenizer(self):
@@ -95,6 +95,7 @@ class Workbench:
     def teacher(self) -> LiveTeacher:
         dtype, _ = models.precision_of(self.config)
         models.check_pair(self.config, self.tokenizer)
+        print(f"loading the teacher, {self.config.teacher.model} …", flush=True)
         return LiveTeacher(models.load_model(self.config.teacher.model, dtype), vocabulary=len(self.tokenizer))
 
     def student(self):

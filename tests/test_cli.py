@@ -15,7 +15,7 @@ import yaml
 from conftest import sentences, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from kdlib import cli, runner, runs
+from kdlib import cli, runner, runs, workbench
 from kdlib.config import parse
 from kdlib.errors import RunError
 from kdlib.runs import Run, project_root, read_metrics
@@ -127,6 +127,32 @@ def test_a_parameter_is_checked_against_the_notebook_itself():
     runner.check_parameters(notebook, {"config": 1, "run": 1, "overrides": 1, "smoke": 1})
     with pytest.raises(RunError, match="no parameter 'runn'; did you mean 'run'"):
         runner.check_parameters(notebook, {"runn": 1})
+
+
+def test_the_students_of_a_run_train_without_notebooks(raw_config, tmp_path, monkeypatch):
+    bench = workbench.Workbench(runs.create(tmp_path / "runs", "plain", parse(raw_config)))
+    monkeypatch.setattr(sys, "argv", ["kd", "train", str(bench.run.path)])
+    with pytest.raises(RunError, match="run 00_setup first"):
+        bench.student()
+    bench.setup()
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert not caught.value.code
+    assert bench.run.is_trained
+    assert bench.run.baseline.is_trained
+
+
+def test_a_notebook_finds_the_newest_run_of_its_config(config_file, tmp_path, monkeypatch):
+    for folder in ("notebooks", "configs"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")  # where JupyterLab starts
+    with pytest.raises(RunError, match="there is no run of tiny.yaml yet; run 00_setup first"):
+        workbench.open_run("tiny.yaml")
+    made = workbench.open_run("tiny.yaml", new=True, overrides=["loss.temperature=3"])
+    workbench.open_run("tiny.yaml", new=True, smoke=True)
+    assert workbench.open_run("tiny.yaml").run == made.run
+    with pytest.raises(RunError, match="other settings.*\n  loss.temperature: 3.0 -> 4.0"):
+        workbench.open_run("tiny.yaml", run=made.run.name, overrides=["loss.temperature=4"])
 
 
 def kd_process(*words: object, **options) -> subprocess.Popen:
