@@ -5,7 +5,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -79,7 +78,7 @@ class Comparison:
             self.said.append(signal)
         sums = row_sums(signal, self.said[number], tokens.targets, tokens.rows, row_count=len(batch["labels"]),
                         functions=list(MEASURES.values()))
-        return sums.double().cpu().numpy()
+        return sums.cpu().double().numpy()
 
     def results(self) -> dict[str, Any]:
         """Everything as plain data: per model its figures with 95 % intervals, and every paired difference."""
@@ -122,7 +121,11 @@ def compare_run(run: Run, tokenizer: PreTrainedTokenizerBase, blocks: TokenBlock
         blocks.validation, tokenizer, device=device_of(config), resamples=config.compare.resamples, seed=config.seed
     )
     prompts = prompts_from(blocks.validation, count=config.compare.continuations, length=config.compare.prompt_tokens)
-    measure = partial(comparison.add, prompts=prompts, new_tokens=config.compare.new_tokens)
+
+    def measure(name: str, load: Callable[[], PreTrainedModel]) -> None:
+        print(f"measuring the {name} model …", flush=True)
+        comparison.add(name, load, prompts=prompts, new_tokens=config.compare.new_tokens)
+
     measure("teacher", lambda: load_model(config.teacher.model, dtype))
     untrained = load_student(config, run.manifest["student_layers"]).to(dtype)
     measure("untrained", lambda: deepcopy(untrained))  # so that its memory is its own, not the teacher's that it is cut from
