@@ -20,6 +20,8 @@ from kdlib.schedulers import from_spec
 
 POINTS = 101  # at which a schedule is checked: each per cent of training
 TERM_NAMES = ("kd", "ce")  # the terms that kdlib.objective knows; a test keeps the two alike
+DIVERGENCES = {"forward_kl": (), "reverse_kl": (), "generalized_jsd": ("beta",), "skewed_forward_kl": ("alpha",),
+               "skewed_reverse_kl": ("alpha",), "adaptive_kl": ("head",), "total_variation": ()}  # with their options; likewise
 
 
 def _number(value: Any) -> Any:
@@ -36,6 +38,20 @@ def _layers_kept(value: Any) -> Any:
     if value in ("influence", "even", "first") or (isinstance(value, list) and all(type(item) is int for item in value)):
         return value
     raise ValueError(f"found {value!r}; it is influence, even, first, or a list of layer numbers")
+
+
+def _divergence(value: Any) -> Any:
+    """`reverse_kl`, or `{generalized_jsd: {beta: 0.3}}`."""
+    name, options = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else (value, {})
+    if not isinstance(name, str) or name not in DIVERGENCES:
+        raise ValueError(f"found {value!r}{nearest(str(name), DIVERGENCES)}; it is one of {', '.join(DIVERGENCES)}")
+    known = DIVERGENCES[name]
+    if not isinstance(options, dict) or not all(option in known for option in options):
+        raise ValueError(f"found {value!r}; {name} takes {', '.join(known) or 'no options'}: {{{name}: {{option: number}}}}")
+    numbers = {option: _number(number) for option, number in options.items()}
+    if not all(isinstance(number, (int, float)) and 0 <= number <= 1 for number in numbers.values()):
+        raise ValueError(f"found {value!r}; {', '.join(known)} of {name} lies from 0 to 1")
+    return {name: numbers} if numbers else name
 
 
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
@@ -85,10 +101,11 @@ class DataConfig(_Section):
 
 
 class LossConfig(_Section):
-    """The terms' weights and the temperature: numbers, or schedules over training (kdlib.schedulers)."""
+    """The terms' weights and the temperature: numbers, or schedules over training (kdlib.schedulers); and what kd measures."""
 
     weights: dict[str, ScheduleSpec]
     temperature: ScheduleSpec = 2.0
+    divergence: Annotated[Any, BeforeValidator(_divergence)] = "forward_kl"
     chunk: Annotated[Count, Field(ge=1)] = 128
 
     @field_validator("weights")

@@ -8,18 +8,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdlib.diagnostics.ledger import Entry, Ledger
-from kdlib.losses.divergences import forward_kl
+from kdlib.losses.divergences import Divergence, chosen, forward_kl
 from kdlib.losses.linear import CHUNK, TokenFunction, term_sums, token_values
 from kdlib.schedulers import Schedule
 from kdlib.signals import Signal
 
 
-def soft_target_loss(temperature: float) -> TokenFunction:
-    """T^2 x KL(teacher || student) with both sides divided by T; the T^2 keeps the weight's meaning when T moves."""
+def soft_target_loss(temperature: float, divergence: Divergence = forward_kl) -> TokenFunction:
+    """T^2 x divergence with both sides divided by T; the T^2 keeps the weight's meaning when T moves."""
 
     def per_token(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> Tensor:
         student_log_probs = log_probs(student_logits, temperature)
-        return temperature**2 * forward_kl(student_log_probs, log_probs(teacher_logits, temperature))
+        return temperature**2 * divergence(student_log_probs, log_probs(teacher_logits, temperature))
 
     return per_token
 
@@ -53,14 +53,14 @@ def log_probs_dtype(logits: Tensor) -> torch.dtype:
 class Term:
     """One summand of the objective: how it is computed at a temperature, whether it needs the teacher, how it is written."""
 
-    at: Callable[[float], TokenFunction]
+    at: Callable[[float, Divergence], TokenFunction]
     needs_teacher: bool
-    formula: str
+    formula: str  # {divergence} is the divergence's own
 
 
 TERMS = {
-    "kd": Term(soft_target_loss, needs_teacher=True, formula="T²·KL(teacher ‖ student; T={temperature})"),
-    "ce": Term(lambda temperature: cross_entropy, needs_teacher=False, formula="CE"),
+    "kd": Term(soft_target_loss, needs_teacher=True, formula="T²·{divergence}"),
+    "ce": Term(lambda temperature, divergence: cross_entropy, needs_teacher=False, formula="CE"),
 }
 """The terms that a config may weight."""
 
@@ -74,11 +74,13 @@ class Objective:
 
     weights: Mapping[str, Schedule]
     temperature: Schedule
+    divergence: str | Mapping[str, Mapping[str, float]] = "forward_kl"
 
     def at(self, fraction: float) -> "Moment":
         """The objective at this fraction of training, 0 to 1.  Terms of weight 0 are gone, not computed."""
         weights = {name: schedule(fraction) for name, schedule in self.weights.items()}
-        return Moment({name: weight for name, weight in weights.items() if weight != 0}, self.temperature(fraction))
+        active = {name: weight for name, weight in weights.items() if weight != 0}
+        return Moment(active, self.temperature(fraction), *chosen(self.divergence))
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ class Moment:
 
     weights: Mapping[str, float]
     temperature: float
+    divergence: Divergence
+    divergence_formula: str
 
     @property
     def needs_teacher(self) -> bool:
@@ -94,12 +98,13 @@ class Moment:
 
     @property
     def functions(self) -> list[TokenFunction]:
-        return [TERMS[name].at(self.temperature) for name in self.weights]
+        return [TERMS[name].at(self.temperature, self.divergence) for name in self.weights]
 
     @property
     def formula(self) -> str:
         """`loss = 0.7·T²·KL(teacher ‖ student; T=2) + 0.3·CE`"""
-        terms = [f"{w:g}·{TERMS[n].formula.format(temperature=f'{self.temperature:g}')}" for n, w in self.weights.items()]
+        divergence = self.divergence_formula.format(at=f"T={self.temperature:g}")
+        terms = [f"{weight:g}·{TERMS[name].formula.format(divergence=divergence)}" for name, weight in self.weights.items()]
         return "loss = " + (" + ".join(terms) or "0")
 
 

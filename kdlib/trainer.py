@@ -203,7 +203,8 @@ def training_arguments(config: Config, output: Path, **changes: Any) -> Training
 def objective_of(config: Config, weights: Mapping[str, Any] | None = None) -> Objective:
     """The config's objective, or the same with other weights: the baseline."""
     specs = config.loss.weights if weights is None else weights
-    return Objective({name: from_spec(spec) for name, spec in specs.items()}, from_spec(config.loss.temperature))
+    weights = {name: from_spec(spec) for name, spec in specs.items()}
+    return Objective(weights, from_spec(config.loss.temperature), config.loss.divergence)
 
 
 def train(

@@ -1,7 +1,11 @@
+from inspect import signature
+
 import pytest
 import torch
 
+from kdlib.config import DIVERGENCES, TERM_NAMES
 from kdlib.diagnostics.ledger import Entry, Ledger, LedgerWindow
+from kdlib.losses.divergences import FORMULAS, chosen
 from kdlib.objective import MEASURES, TERMS, Objective, ledger
 from kdlib.schedulers import constant, linear
 from kdlib.signals import DenseSignal
@@ -75,7 +79,27 @@ def test_a_moment_without_any_weight_is_refused():
 
 
 def test_the_config_knows_the_objectives_terms():
-    from kdlib.config import TERM_NAMES
-
     assert set(TERM_NAMES) == set(TERMS)
-    assert MEASURES["ce"] is TERMS["ce"].at(2.0)  # evaluation makes it once for both
+    assert MEASURES["ce"] is TERMS["ce"].at(2.0, None)  # evaluation makes it once for both
+
+
+def test_the_config_knows_the_divergences_and_their_options():
+    known = {function.__name__: tuple(signature(function).parameters)[2:] for function in FORMULAS}
+    assert known == DIVERGENCES
+
+
+@pytest.mark.parametrize(
+    ("spec", "formula"),
+    [
+        ("reverse_kl", "loss = 1·T²·KL(student ‖ teacher; T=3)"),
+        ({"generalized_jsd": {"beta": 0.3}}, "loss = 1·T²·JSD(teacher, student; beta=0.3, T=3)"),
+    ],
+)
+def test_the_kd_term_takes_the_divergence_chosen(spec, formula):
+    moment = Objective({"kd": constant(1.0)}, constant(3.0), spec).at(0)
+    assert moment.formula == formula
+    student, teacher = torch.randn(4, 7, dtype=torch.float64), torch.randn(4, 7, dtype=torch.float64)
+    book = ledger(DenseSignal(student), DenseSignal(teacher), torch.zeros(4, dtype=torch.long), moment=moment, count=4)
+    divergence, _ = chosen(spec)
+    by_hand = 9 * divergence((student / 3).log_softmax(-1), (teacher / 3).log_softmax(-1)).mean()
+    torch.testing.assert_close(book.total, by_hand)

@@ -1,31 +1,147 @@
 """Divergences: how far the student's next-token distribution is from the teacher's, token by token.
 
-Pure functions of log-probabilities; they know no mask, weight, temperature, log or step.
+Pure functions of log-probabilities; they know no mask, weight, temperature, log or step.  Each takes
+
+    student_log_probs: [N, V] natural log; each row a distribution; -inf means "never".
+    teacher_log_probs: [N, V] likewise, same vocabulary order; no gradient flows into it.
+
+and returns [N] nats (total variation: [N] from 0 to 1), >= 0 up to rounding and 0 where the two agree.  All raise
+ValueError where the two differ in shape.
 """
 
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
 from torch import Tensor
+
+Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
 def forward_kl(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-    """KL(teacher || student) per token: the student must cover everything that the teacher might say.
+    """KL(teacher || student): the student must cover everything that the teacher might say.
 
-    Args:
-        student_log_probs: [N, V] natural log; each row a distribution.
-        teacher_log_probs: [N, V] likewise, same vocabulary order; -inf means "never".
-
-    Returns:
-        [N] nats, >= 0 up to rounding, and 0 where the two agree; +inf where the student excludes what the teacher says.
-
-    Raises:
-        ValueError: the vocabularies differ in size.
+    +inf where the student excludes what the teacher says.
 
     Reference: Hinton, Vinyals & Dean 2015, https://arxiv.org/abs/1503.02531
     """
+    _check_shapes(student_log_probs, teacher_log_probs)
+    return _kl(teacher_log_probs, student_log_probs)
+
+
+def reverse_kl(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+    """KL(student || teacher): the student must not say what the teacher would not; it may settle on one mode.
+
+    +inf where the student says what the teacher excludes.
+
+    Reference: Gu et al. 2024 (MiniLLM), https://arxiv.org/abs/2306.08543
+    """
+    _check_shapes(student_log_probs, teacher_log_probs)
+    return _kl(student_log_probs, teacher_log_probs)
+
+
+def generalized_jsd(student_log_probs: Tensor, teacher_log_probs: Tensor, *, beta: float = 0.5) -> Tensor:
+    """From forward KL (beta = 0) over four times the Jensen-Shannon divergence (0.5) to reverse KL (beta = 1).
+
+    [beta KL(teacher || m) + (1 - beta) KL(student || m)] / (beta (1 - beta)),  m = beta teacher + (1 - beta) student.
+
+    Agarwal et al. and TRL leave out the division: theirs is beta (1 - beta) times ours inside, tends to 0 at both ends, and
+    TRL then jumps to a KL exactly there.  Ours is continuous, so that beta can be swept without changing the weight's meaning.
+
+    Reference: Agarwal et al. 2024 (GKD), https://arxiv.org/abs/2306.13649
+    """
+    _check_shapes(student_log_probs, teacher_log_probs)
+    if beta == 0:
+        return _kl(teacher_log_probs, student_log_probs)
+    if beta == 1:
+        return _kl(student_log_probs, teacher_log_probs)
+    mixture = _mixture(teacher_log_probs, student_log_probs, beta)
+    return _kl(teacher_log_probs, mixture) / (1 - beta) + _kl(student_log_probs, mixture) / beta
+
+
+def skewed_forward_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, *, alpha: float = 0.1) -> Tensor:
+    """KL(teacher || alpha teacher + (1 - alpha) student): forward KL whose gradient stays bounded; at most -log(alpha).
+
+    Reference: Ko et al. 2024 (DistiLLM), https://arxiv.org/abs/2402.03898
+    """
+    _check_shapes(student_log_probs, teacher_log_probs)
+    return _kl(teacher_log_probs, _mixture(teacher_log_probs, student_log_probs, alpha))
+
+
+def skewed_reverse_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, *, alpha: float = 0.1) -> Tensor:
+    """KL(student || (1 - alpha) teacher + alpha student): reverse KL whose gradient stays bounded; at most -log(alpha).
+
+    Reference: Ko et al. 2024 (DistiLLM), https://arxiv.org/abs/2402.03898
+    """
+    _check_shapes(student_log_probs, teacher_log_probs)
+    return _kl(student_log_probs, _mixture(student_log_probs, teacher_log_probs, alpha))
+
+
+def adaptive_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, *, head: float = 0.5) -> Tensor:
+    """Forward and reverse KL, mixed by where the student is wrong: in the teacher's likely tokens or in its unlikely ones.
+
+    The head is the fewest of the teacher's likeliest tokens that hold a mass of `head`.  Forward KL weighs by the share of
+    |teacher - student| that lies in the head, reverse KL by the rest; no gradient flows into that share.
+
+    Reference: Wu et al. 2024, https://arxiv.org/abs/2404.02657
+    """
+    _check_shapes(student_log_probs, teacher_log_probs)
+    teacher, gap = teacher_log_probs.exp(), (teacher_log_probs.exp() - student_log_probs.detach().exp()).abs()
+    ordered, order = teacher.sort(dim=-1, descending=True)
+    in_head = ordered.cumsum(-1) - ordered < head  # the mass before this token does not reach it yet
+    head_gap = (gap.gather(-1, order) * in_head).sum(-1)
+    share = head_gap / gap.sum(-1).clamp(min=torch.finfo(gap.dtype).tiny)
+    return share * _kl(teacher_log_probs, student_log_probs) + (1 - share) * _kl(student_log_probs, teacher_log_probs)
+
+
+def total_variation(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+    """Half the summed difference of probabilities: the largest difference in the chance of any event; from 0 to 1.
+
+    Reference: Wen et al. 2023 (f-DISTILL), https://arxiv.org/abs/2307.15190
+    """
+    _check_shapes(student_log_probs, teacher_log_probs)
+    return 0.5 * (student_log_probs.exp() - teacher_log_probs.exp()).abs().sum(-1)
+
+
+FORMULAS = {
+    forward_kl: "KL(teacher ‖ student; {at})",
+    reverse_kl: "KL(student ‖ teacher; {at})",
+    generalized_jsd: "JSD(teacher, student; {at})",
+    skewed_forward_kl: "KL(teacher ‖ skewed student; {at})",
+    skewed_reverse_kl: "KL(student ‖ skewed teacher; {at})",
+    adaptive_kl: "AKL(teacher, student; {at})",
+    total_variation: "TV(teacher, student; {at})",
+}
+"""Every divergence, and how it is written."""
+
+
+def chosen(spec: str | Mapping[str, Mapping[str, float]]) -> tuple[Divergence, str]:
+    """The divergence of a config, `reverse_kl` or `{generalized_jsd: {beta: 0.3}}`, and its formula with a place for {at}."""
+    (name, options), = spec.items() if isinstance(spec, Mapping) else [(spec, {})]
+    function = next(function for function in FORMULAS if function.__name__ == name)
+    settings = "".join(f"{option}={value:g}, " for option, value in options.items())
+    return partial(function, **options), FORMULAS[function].replace("{at}", settings + "{at}")
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) per row; gradient flows into both."""
+    difference = (log_p - log_q).masked_fill(log_p.isneginf(), 0.0)  # 0 * (-inf - x) is 0 here, not nan
+    return (log_p.exp() * difference).sum(-1)
+
+
+def _mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
+    """log(share p + (1 - share) q)."""
+    if not 0 < share < 1:
+        return log_p if share == 1 else log_q
+    never = log_p.isneginf() & log_q.isneginf()  # logaddexp's gradient is nan there
+    mixed = torch.logaddexp((log_p + math.log(share)).masked_fill(never, 0.0), (log_q + math.log1p(-share)).masked_fill(never, 0.0))
+    return mixed.masked_fill(never, -math.inf)
+
+
+def _check_shapes(student_log_probs: Tensor, teacher_log_probs: Tensor) -> None:
     if student_log_probs.shape != teacher_log_probs.shape:
         raise ValueError(
-            f"student has log-probs {tuple(student_log_probs.shape)}, teacher {tuple(teacher_log_probs.shape)}; a KL needs "
+            f"student has log-probs {tuple(student_log_probs.shape)}, teacher {tuple(teacher_log_probs.shape)}; a divergence needs "
             "one vocabulary and the same tokens: slice both heads to the tokenizer's size, or use a tokenizer-free term"
         )
-    impossible = teacher_log_probs.isneginf()  # 0 * (-inf - x) is 0 here, not nan
-    difference = (teacher_log_probs - student_log_probs).masked_fill(impossible, 0.0)
-    return (teacher_log_probs.exp() * difference).sum(-1)
