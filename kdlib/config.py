@@ -106,6 +106,8 @@ class LossConfig(_Section):
     weights: dict[str, ScheduleSpec]
     temperature: ScheduleSpec = 2.0
     divergence: Annotated[Any, BeforeValidator(_divergence)] = "forward_kl"
+    top_k: Annotated[Count, Field(ge=1)] | None = None
+    top_k_tail: Literal["bucket", "renormalise"] = "bucket"
     chunk: Annotated[Count, Field(ge=1)] = 128
 
     @field_validator("weights")

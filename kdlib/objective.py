@@ -10,6 +10,7 @@ from torch import Tensor
 from kdlib.diagnostics.ledger import Entry, Ledger
 from kdlib.losses.divergences import Divergence, chosen, forward_kl
 from kdlib.losses.linear import CHUNK, TokenFunction, term_sums, token_values
+from kdlib.losses.subset import on_top_k
 from kdlib.schedulers import Schedule
 from kdlib.signals import Signal
 
@@ -75,12 +76,18 @@ class Objective:
     weights: Mapping[str, Schedule]
     temperature: Schedule
     divergence: str | Mapping[str, Mapping[str, float]] = "forward_kl"
+    top_k: int | None = None  # of the teacher's tokens; the whole vocabulary where None
+    renormalise: bool = False  # the top k, rather than keep a bucket for the tail
 
     def at(self, fraction: float) -> "Moment":
         """The objective at this fraction of training, 0 to 1.  Terms of weight 0 are gone, not computed."""
         weights = {name: schedule(fraction) for name, schedule in self.weights.items()}
         active = {name: weight for name, weight in weights.items() if weight != 0}
-        return Moment(active, self.temperature(fraction), *chosen(self.divergence))
+        divergence, formula = chosen(self.divergence)
+        if self.top_k:
+            divergence = on_top_k(divergence, self.top_k, renormalise=self.renormalise)
+            formula = formula.replace("{at}", f"{{at}}, top-{self.top_k} {'renormalised' if self.renormalise else '+ tail'}")
+        return Moment(active, self.temperature(fraction), divergence, formula)
 
 
 @dataclass(frozen=True)

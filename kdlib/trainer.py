@@ -204,7 +204,8 @@ def objective_of(config: Config, weights: Mapping[str, Any] | None = None) -> Ob
     """The config's objective, or the same with other weights: the baseline."""
     specs = config.loss.weights if weights is None else weights
     weights = {name: from_spec(spec) for name, spec in specs.items()}
-    return Objective(weights, from_spec(config.loss.temperature), config.loss.divergence)
+    loss = config.loss
+    return Objective(weights, from_spec(loss.temperature), loss.divergence, loss.top_k, loss.top_k_tail == "renormalise")
 
 
 def train(

@@ -88,6 +88,22 @@ def test_the_config_knows_the_divergences_and_their_options():
     assert known == DIVERGENCES
 
 
+@pytest.mark.parametrize(("renormalise", "tail"), [(False, "+ tail"), (True, "renormalised")])
+def test_the_kd_term_takes_the_teachers_top_k(renormalise, tail):
+    moment = Objective({"kd": constant(0.7)}, constant(2.0), "forward_kl", 3, renormalise).at(0)
+    assert moment.formula == f"loss = 0.7·T²·KL(teacher ‖ student; T=2, top-3 {tail})"
+    student, teacher = torch.randn(4, 7, dtype=torch.float64), torch.randn(4, 7, dtype=torch.float64)
+    book = ledger(DenseSignal(student), DenseSignal(teacher), torch.zeros(4, dtype=torch.long), moment=moment, count=4)
+    p, q = (teacher / 2).softmax(-1), (student / 2).softmax(-1)
+    p3, order = p.topk(3)
+    q3 = q.gather(-1, order)
+    if renormalise:
+        p3, q3 = p3 / p3.sum(-1, True), q3 / q3.sum(-1, True)
+    else:
+        p3, q3 = (torch.cat([x, 1 - x.sum(-1, True)], -1) for x in (p3, q3))
+    torch.testing.assert_close(book.total, 0.7 * 4 * (p3 * (p3 / q3).log()).sum(-1).mean())
+
+
 @pytest.mark.parametrize(
     ("spec", "formula"),
     [

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kdlib.losses.divergences import generalized_jsd, reverse_kl
 from kdlib.losses.linear import term_sums, token_values
+from kdlib.losses.subset import on_top_k
 from kdlib.objective import agreement, cross_entropy, soft_target_loss
 from kdlib.signals import DenseSignal, LinearSignal
 
@@ -56,7 +57,7 @@ def linear_case(n: int = 10, h: int = 5, dtype=torch.float64, bias: bool = False
 FUNCTIONS, WEIGHTS = [soft_target_loss(2.0), cross_entropy], [0.7, 0.3]
 
 
-@pytest.mark.parametrize("divergence", [reverse_kl, generalized_jsd])
+@pytest.mark.parametrize("divergence", [reverse_kl, generalized_jsd, on_top_k(reverse_kl, 4)], ids=["reverse_kl", "jsd", "top-4"])
 def test_any_divergence_is_chunked_as_the_forward_kl_is(divergence):
     (hidden, weight), teacher, targets = linear_case()
     functions = [soft_target_loss(2.0, divergence), cross_entropy]

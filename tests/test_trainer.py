@@ -199,6 +199,17 @@ def test_evaluation_measures_what_training_minimises(raw_config, tmp_path):
     assert fresh.evaluate()["eval_loss"] == pytest.approx(run.state.log_history[0]["loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    "loss", [{"divergence": "reverse_kl"}, {"divergence": {"generalized_jsd": {"beta": 0.3}}}, {"top_k": 64}],
+    ids=["reverse", "jsd", "top-64"],
+)
+def test_other_divergences_bring_the_student_nearer_too(raw_config, tmp_path, loss):
+    kd_alone = {**raw_config["loss"], "weights": {"kd": 1.0}}  # ce would pull elsewhere: this teacher knows nothing of the text
+    full_training({**raw_config, "loss": {**kd_alone, **loss}}, tmp_path / "run", eval_on_start=True, learning_rate=1e-2)
+    distance = [line["eval/kl_to_teacher"] for line in read_metrics(StudentFolder(tmp_path / "run")) if "eval/loss" in line]
+    assert distance[-1] < 0.9 * distance[0]
+
+
 def test_bfloat16_trains_like_float32(raw_config, tmp_path):
     runs = {}
     for precision in ("float32", "bfloat16"):
