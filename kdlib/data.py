@@ -46,7 +46,9 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int
     """
     documents = read_documents(config)
     split = split_documents(documents, config, seed=seed)
-    notes: dict[str, Any] = {"source": config.source, "split": "the source's own" if "validation" in documents else "by document"}
+    own = "validation" in documents
+    notes: dict[str, Any] = {"source": config.source, "split": "the source's own" if own else "by document"}
+    notes["duplicate_documents_left_out"] = 0 if own else len(documents["train"]) - sum(map(len, split.values()))
     rows = {}
     for name, limit in (("train", config.max_train_rows), ("validation", config.max_eval_rows)):
         ids = tokenized(split[name], config.text, tokenizer)
@@ -93,6 +95,12 @@ def read_documents(config: DataConfig) -> DatasetDict:
                 f"{config.source}: no column {config.text!r}{nearest(config.text, columns)}; it has {', '.join(columns)}: "
                 "name the one with the text in data.text"
             )
+        for number, text in enumerate(documents[split][config.text]):
+            if not isinstance(text, str):
+                raise DataError(
+                    f"{config.source}: document {number} of {split} has {config.text!r} = {text!r} ({type(text).__name__}); "
+                    "every document needs a text"
+                )
     return documents
 
 
@@ -112,10 +120,6 @@ def split_documents(documents: DatasetDict, config: DataConfig, *, seed: int) ->
 
 def tokenized(documents: Dataset, column: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """{"input_ids": …} of each document of two tokens or more; shorter ones predict nothing and are left out."""
-    for number, text in enumerate(documents[column]):
-        if not isinstance(text, str):
-            raise DataError(f"document {number}: {column!r} is {text!r} ({type(text).__name__}); every document needs a text")
-
     first = beginning(tokenizer)
 
     def ids(batch):

@@ -63,6 +63,14 @@ def test_blocks_are_the_documents_end_to_end():
     assert blocks["input_ids"][:] == [[1, 2, 3], [0, 4, 5]]  # the last 0 does not fill a block
 
 
+def test_what_is_left_out_is_noted(tmp_path, tokenizer):
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(f'{{"text": "{text}"}}\n' for text in [*sentences(30), *sentences(30)[:4], "a"]))
+    notes = prepare(config(path), tokenizer, seed=0).notes
+    assert notes["duplicate_documents_left_out"] == 4
+    assert notes["train_documents_shorter_than_two_tokens"] + notes["validation_documents_shorter_than_two_tokens"] == 1
+
+
 def test_the_same_seed_gives_the_same_rows_and_another_seed_others(tmp_path, tokenizer):
     path = write(tmp_path, "jsonl")
     prints = [prepare(config(path), tokenizer, seed=seed).notes["fingerprint"] for seed in (0, 0, 1)]
@@ -104,6 +112,7 @@ def test_the_collator_masks_padding_and_the_first_token():
         ("text.jsonl", '{"text": "a"}\n{"text": "b"}\n{"text": "c"}\n', {"packing": False}, "shorter than two tokens"),
         ("text.jsonl", '{"text": "a b"}\n{"text": "b c d"}\n', {}, "lower max_length"),
         ("text.jsonl", '{"text": "a b"}\n{"text": null}\n', {}, "every document needs a text"),
+        ("text.jsonl", '{"text": ["a"]}\n{"text": ["b"]}\n', {}, "document 0 of train has 'text' = ['a'] (list)"),
         ("text.parquet", "this is no parquet", {}, "cannot be read as .parquet"),
         ("text.csv", "text\n", {}, "no data"),
     ],
