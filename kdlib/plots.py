@@ -104,7 +104,7 @@ def closeness(tables: Mapping[str, pd.DataFrame]) -> Figure:
 
 def comparison_bars(results: Mapping[str, Any]) -> Figure:
     """All models on the same tokens, with 95 % intervals."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
     for axes, (metric, label) in zip(figure.subplots(1, len(METRIC_LABELS)), METRIC_LABELS.items(), strict=True):
         models = list(results["models"])
         for position, name in enumerate(models):
@@ -119,7 +119,7 @@ def comparison_bars(results: Mapping[str, Any]) -> Figure:
         axes.set_title(label, fontsize=9, loc="left")
         axes.margins(y=0.15)
         _plain_spines(axes)
-    message = comparison_message(results).replace(": ", ":\n", 1)
+    message = comparison_message(results).replace(": ", ":\n", 1).replace("; ", ",\n")
     sample = f"n = {results['rows']} blocks, {results['tokens']:,} tokens; {results['interval']}"
     figure.suptitle(f"{message}\n{sample}", fontsize=10, x=0.01, ha="left")
     return figure
@@ -207,8 +207,9 @@ def _labelled(figure: Figure, axes: Axes, ylabel: str) -> Figure:
 
 
 def with_interval(figures: Mapping[str, float], sign: str = "") -> str:
-    """`1.22 [1.13, 1.33]`: three digits each; `sign` is + for differences."""
-    return "{} [{}, {}]".format(*(f"{figures[key]:{sign}#.3g}".rstrip(".") for key in ("value", "low", "high")))
+    """`1.22 [1.13, 1.33]`: three digits each, whole numbers from 1,000 on; `sign` is + for differences."""
+    three = [f"{x:{sign},.0f}" if abs(x) >= 1000 else f"{x:{sign}#.3g}".rstrip(".") for x in map(figures.get, ("value", "low", "high"))]
+    return "{} [{}, {}]".format(*three)
 
 
 def _plain_spines(axes: Axes) -> None:

@@ -101,6 +101,11 @@ def test_the_message_says_better_worse_or_no_clear_difference():
     assert "no clear difference in KL to the teacher" in plots.comparison_message(results(distilled_kl=1.5))
 
 
+def test_figures_have_three_digits_and_their_interval():
+    assert plots.with_interval({"value": 0.42, "low": 0.3961, "high": 0.441}) == "0.420 [0.396, 0.441]"
+    assert plots.with_interval({"value": -1234.5, "low": -2000.0, "high": 534.2}, "+") == "-1,234 [-2,000, +534]"
+
+
 def test_shares_are_stacked_to_the_loss(run):
     axes = plots.component_shares(plots.training_table(run)).axes[0]
     top = axes.collections[-1].get_paths()[0].vertices[:, 1].max()
