@@ -138,9 +138,9 @@ class StopAfter(TrainerCallback):
         control.should_evaluate = control.should_save = False
 
 
-def memory_gib() -> float:
+def memory_gib(device: torch.device) -> float:
     """Peak memory on the GPU, or the process's memory now on the CPU."""
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return psutil.Process().memory_info().rss / 2**30
 

@@ -69,8 +69,8 @@ def train(run: Annotated[str, typer.Argument(help="A run's name, or its folder; 
     """Train the students of RUN without notebooks; under torchrun (-m kdlib.cli train RUN) on several GPUs."""
     from kdlib import workbench
 
+    bench = workbench.Workbench(runs.open_run(*runs.locate(run)))
     os.chdir(runs.project_root())
-    bench = workbench.Workbench(runs.open_run(*workbench.locate(run)))
     bench.train()
     bench.train_baseline()
 
@@ -85,10 +85,9 @@ def report(
     from kdlib import reports
 
     root, folder = _folders(runs_folder, reports_folder)
-    if os.sep in run:
-        root, run = Path(run).parent, Path(run).name
-    page = reports.render(runs.open_run(root, run), folder)
-    reports.render_index(root, folder)
+    found = runs.open_run(*runs.locate(run, root))
+    page = reports.render(found, folder)
+    reports.render_index(found.path.parent, folder)
     print(f"report: {os.path.relpath(page)}")
 
 
@@ -102,8 +101,7 @@ def main() -> None:
 
 
 def _folders(runs_folder: Path | None, reports_folder: Path | None) -> tuple[Path, Path]:
-    root = runs.project_root()
-    return (runs_folder or root / "runs").absolute(), (reports_folder or root / "reports").absolute()
+    return (runs_folder or runs.default_root()).absolute(), (reports_folder or runs.project_root() / "reports").absolute()
 
 
 def _parameters(texts: list[str]) -> dict:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from kdlib.arguments import TRAINING_DEFAULTS, problem_with, typed
 from kdlib.errors import ConfigError, nearest
@@ -54,9 +54,49 @@ def _divergence(value: Any) -> Any:
     return {name: numbers} if numbers else name
 
 
+def _checked_weights(weights: dict) -> dict:
+    faults, courses = [], []
+    for name, spec in weights.items():
+        if name not in TERM_NAMES:
+            faults.append(f"there is no term {name!r}{nearest(name, TERM_NAMES)}; the terms are {', '.join(TERM_NAMES)}")
+        try:
+            courses.append(_values(spec))
+        except ValueError as error:
+            faults.append(f"{name}: {error}")
+            continue
+        if min(courses[-1]) < 0:
+            faults.append(f"{name}: found {spec}; weights are 0 or more")
+    if not faults and (idle := [i for i, at in enumerate(zip(*courses, strict=True)) if not any(at)] if courses else [0]):
+        when = "" if len(idle) == POINTS else f" at {idle[0]} % of training"
+        faults.append(f"all weights are 0{when} ({weights}), so nothing would be learned; give one term a positive weight")
+    if faults:
+        raise ValueError("\n".join(faults))
+    return {name: _plain(spec) for name, spec in weights.items()}
+
+
+def _values(spec: float | Mapping) -> list[float]:
+    """The schedule at each per cent of training: what its range is judged by."""
+    schedule = from_spec(spec)
+    values = [schedule(i / (POINTS - 1)) for i in range(POINTS)]
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"found {spec}; every value must be finite")
+    return values
+
+
+def _plain(spec: Any) -> Any:
+    return spec if isinstance(spec, Mapping) else float(spec)
+
+
+def _checked_temperature(spec: Any) -> Any:
+    if min(_values(spec)) <= 0:
+        raise ValueError(f"the temperature must stay above 0, found {spec}; usual values are 1 to 4")
+    return _plain(spec)
+
+
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Count = Annotated[int, BeforeValidator(_number)]
-ScheduleSpec = Any  # a number or a one-key mapping; kdlib.schedulers.from_spec judges it
+Weights = Annotated[dict[str, Any], AfterValidator(_checked_weights)]  # numbers or schedules (kdlib.schedulers), by term
+Temperature = Annotated[Any, AfterValidator(_checked_temperature)]  # a number or a schedule
 
 
 class _Section(BaseModel):
@@ -103,35 +143,18 @@ class DataConfig(_Section):
 class LossConfig(_Section):
     """The terms' weights and the temperature: numbers, or schedules over training (kdlib.schedulers); and what kd measures."""
 
-    weights: dict[str, ScheduleSpec]
-    temperature: ScheduleSpec = 2.0
+    weights: Weights
+    temperature: Temperature = 2.0
     divergence: Annotated[Any, BeforeValidator(_divergence)] = "forward_kl"
     top_k: Annotated[Count, Field(ge=1)] | None = None
     top_k_tail: Literal["bucket", "renormalise"] = "bucket"
     chunk: Annotated[Count, Field(ge=1)] = 128
 
-    @field_validator("weights")
-    @classmethod
-    def _weights(cls, weights):
-        return _checked_weights(weights)
-
-    @field_validator("temperature")
-    @classmethod
-    def _temperature(cls, spec):
-        if min(_values(spec)) <= 0:
-            raise ValueError(f"the temperature must stay above 0, found {spec}; usual values are 1 to 4")
-        return _plain(spec)
-
 
 class BaselineConfig(_Section):
     """A second student that differs in its loss weights alone: same start, data, order, steps, learning rate."""
 
-    weights: dict[str, ScheduleSpec] = {"ce": 1.0}
-
-    @field_validator("weights")
-    @classmethod
-    def _weights(cls, weights):
-        return _checked_weights(weights)
+    weights: Weights = {"ce": 1.0}
 
 
 class CompareConfig(_Section):
@@ -225,39 +248,6 @@ def _read(path: Path) -> Any:
         raise ConfigError(f"{path}: cannot be read as a text file: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
-
-
-def _checked_weights(weights: dict) -> dict:
-    faults, courses = [], []
-    for name, spec in weights.items():
-        if name not in TERM_NAMES:
-            faults.append(f"there is no term {name!r}{nearest(name, TERM_NAMES)}; the terms are {', '.join(TERM_NAMES)}")
-        try:
-            courses.append(_values(spec))
-        except ValueError as error:
-            faults.append(f"{name}: {error}")
-            continue
-        if min(courses[-1]) < 0:
-            faults.append(f"{name}: found {spec}; weights are 0 or more")
-    if not faults and (idle := [i for i, at in enumerate(zip(*courses, strict=True)) if not any(at)] if courses else [0]):
-        when = "" if len(idle) == POINTS else f" at {idle[0]} % of training"
-        faults.append(f"all weights are 0{when} ({weights}), so nothing would be learned; give one term a positive weight")
-    if faults:
-        raise ValueError("\n".join(faults))
-    return {name: _plain(spec) for name, spec in weights.items()}
-
-
-def _values(spec: float | Mapping) -> list[float]:
-    """The schedule at each per cent of training: what its range is judged by."""
-    schedule = from_spec(spec)
-    values = [schedule(i / (POINTS - 1)) for i in range(POINTS)]
-    if not all(map(math.isfinite, values)):
-        raise ValueError(f"found {spec}; every value must be finite")
-    return values
-
-
-def _plain(spec: Any) -> Any:
-    return spec if isinstance(spec, Mapping) else float(spec)
 
 
 def _describe(fault: Mapping) -> list[str]:

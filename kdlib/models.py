@@ -46,12 +46,13 @@ def check_pair(config: Config, teacher: PreTrainedTokenizerBase) -> None:
     Raises:
         ModelError: names the layers, or the first tokens that differ.
     """
-    for name in {config.teacher.model, config.student.source} - {"teacher"}:
-        positions = getattr(load_config(name), "max_position_embeddings", None)
+    configs = {name: load_config(name) for name in {config.teacher.model, config.student.source} - {"teacher"}}
+    for name, each in configs.items():
+        positions = getattr(each, "max_position_embeddings", None)
         if positions and config.data.max_length > positions:
             raise ModelError(f"data.max_length is {config.data.max_length}, but {name} has {positions} positions; lower it")
     if config.student.source == "teacher":
-        check_layers(config, load_config(config.teacher.model).num_hidden_layers)
+        check_layers(config, configs[config.teacher.model].num_hidden_layers)
         return
     student, ours = load_tokenizer(config.student.source).get_vocab(), teacher.get_vocab()
     if student != ours:

@@ -1,7 +1,7 @@
 """Figures from a run's files: one message each, stated in the title from the figures themselves.
 
-Every function takes plain tables (what `tables` returns) and gives a matplotlib Figure; none imports torch.
-Teacher dashed grey, distilled student blue, baseline thin orange, untrained student light grey; safe for colour-blind eyes.
+Figures are made from `training_table`, `eval_table` and comparison_results.json; nothing here imports torch.
+Teacher hatched grey, distilled student blue, baseline thin orange, untrained student light grey; safe for colour-blind eyes.
 """
 
 from collections.abc import Mapping
@@ -173,6 +173,12 @@ def difference_table(results: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("distilled student against")
 
 
+def with_interval(figures: Mapping[str, float], sign: str = "") -> str:
+    """`1.22 [1.13, 1.33]`: three digits each, whole numbers from 1,000 on; `sign` is + for differences."""
+    three = [f"{x:{sign},.0f}" if abs(x) >= 1000 else f"{x:{sign}#.3g}".rstrip(".") for x in map(figures.get, ("value", "low", "high"))]
+    return "{} [{}, {}]".format(*three)
+
+
 def run_figures(run: Run, results: Mapping[str, Any] | None) -> dict[str, Figure]:
     """Every figure that the files of a run allow, by name: for notebook and report alike."""
     train, evaluation, baseline = training_table(run), eval_table(run), eval_table(run.baseline)
@@ -204,12 +210,6 @@ def _labelled(figure: Figure, axes: Axes, ylabel: str) -> Figure:
         each.title.set_fontsize(10)
         _plain_spines(each)
     return figure
-
-
-def with_interval(figures: Mapping[str, float], sign: str = "") -> str:
-    """`1.22 [1.13, 1.33]`: three digits each, whole numbers from 1,000 on; `sign` is + for differences."""
-    three = [f"{x:{sign},.0f}" if abs(x) >= 1000 else f"{x:{sign}#.3g}".rstrip(".") for x in map(figures.get, ("value", "low", "high"))]
-    return "{} [{}, {}]".format(*three)
 
 
 def _plain_spines(axes: Axes) -> None:

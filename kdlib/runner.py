@@ -28,15 +28,12 @@ def run_notebooks(run: Run, parameters: Mapping[str, Any], *, reports_folder: Pa
     Raises:
         RunError: a notebook failed, or its kernel died; or one does not declare a parameter it is given.
     """
-    folder = project_root() / "notebooks"
-    for name in names:
-        check_parameters(folder / f"{name}.ipynb", parameters)
     if run.status["state"] == "running":
         raise RunError(f"run {run.name} is running already, in process {run.status['pid']}; wait for it, or stop it first")
     run.set_status("running")
     try:
         with _stop_file(run):
-            _run_in_turn(run, parameters, folder, names)
+            _run_in_turn(run, parameters, names)
     except BaseException as error:
         died = isinstance(error.__cause__, DeadKernelError)
         with contextlib.suppress(RunError):  # a full disk must not hide what went wrong
@@ -47,14 +44,14 @@ def run_notebooks(run: Run, parameters: Mapping[str, Any], *, reports_folder: Pa
     return _render(run, reports_folder)
 
 
-def _run_in_turn(run: Run, parameters: Mapping[str, Any], folder: Path, names: Sequence[str]) -> None:
+def _run_in_turn(run: Run, parameters: Mapping[str, Any], names: Sequence[str]) -> None:
     done = run.manifest.get("stages", [])
     for name in names:
         if name in done:
             print(f"— {name}: done before", flush=True)
             continue
         print(f"— {name}", flush=True)
-        execute(folder / f"{name}.ipynb", run.notebooks / f"{name}.ipynb", parameters)
+        execute(project_root() / "notebooks" / f"{name}.ipynb", run.notebooks / f"{name}.ipynb", parameters)
         done = [*done, name]
         run.add_to_manifest(stages=done)
 
@@ -69,8 +66,9 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> None
     """Execute one notebook in a kernel of its own; what its cells print appears here as it comes.
 
     Raises:
-        RunError: a cell failed or the kernel died; the executed copy is kept.
+        RunError: it does not declare one of the parameters; or a cell failed or the kernel died: the executed copy is kept.
     """
+    check_parameters(notebook, parameters)
     try:
         papermill.execute_notebook(
             str(notebook), str(output), parameters=dict(parameters), cwd=str(project_root()), progress_bar=False,

@@ -176,6 +176,19 @@ def open_run(root: Path, name: str, config: Config | None = None) -> Run:
     return run
 
 
+def default_root() -> Path:
+    """The project's own folder of runs."""
+    return project_root() / "runs"
+
+
+def locate(run: str, root: Path | None = None) -> tuple[Path, str]:
+    """A run's name, or its folder as seen from here, as (the folder of runs, name); `root` is where a mere name is sought."""
+    if os.sep not in run:
+        return root or default_root(), run
+    path = Path(run).absolute()
+    return path.parent, path.name
+
+
 def all_runs(root: Path) -> list[Run]:
     """Every run below this folder, newest first."""
     found = [Run(path.parent) for path in root.glob("*/config.yaml")]

@@ -115,7 +115,7 @@ class DistillationTrainer(Trainer):
             **{f"{name}_weight": weight for name, (_, weight) in figures.items()},
             "temperature": moment.temperature,
             "tokens_per_s": tokens / max(self.throughput.drain(), 1e-9),
-            "memory_gib": memory_gib(),
+            "memory_gib": memory_gib(self.args.device),
         }
 
     def _stopped(self, why: str) -> str:

@@ -21,6 +21,7 @@ from kdlib.config import Config
 from kdlib.errors import RunError
 from kdlib.objective import Moment
 from kdlib.runs import Run, StudentFolder
+from kdlib.signals import kept
 from kdlib.teachers import LiveTeacher
 
 PACKAGES = ("kdlib", "torch", "transformers", "accelerate", "datasets", "tokenizers", "papermill", "numpy")
@@ -40,7 +41,7 @@ def open_run(
         new: start a new run when `run` is not given (the setup notebook); otherwise take the newest of this config.
     """
     os.chdir(runs.project_root())  # relative paths in a config mean the same in JupyterLab, which starts in notebooks/
-    root, name = locate(run) if run else (runs.project_root() / "runs", None)
+    root, name = runs.locate(run) if run else (runs.default_root(), None)
     if name is None and not new:
         origin = {"config_file": str(config), "smoke": smoke}
         found = [r.name for r in runs.all_runs(root) if origin.items() <= r.manifest.items()]
@@ -56,14 +57,6 @@ def open_run(
         opened = runs.create(root, name or runs.new_name(config, smoke=smoke), resolved, config_file=str(config), smoke=smoke)
     print(f"run: {opened.name} ({opened.status['state']})")
     return Workbench(opened)
-
-
-def locate(run: str) -> tuple[Path, str]:
-    """A run's name or folder as (the folder of runs, name)."""
-    if os.sep not in run:
-        return runs.project_root() / "runs", run
-    path = runs.project_root() / run
-    return path.parent, path.name
 
 
 def preflight(config: Config) -> None:
@@ -149,7 +142,7 @@ class Workbench:
         """One training batch: shapes, kept tokens, and the text as the models see it."""
         rows = [self.blocks.train[i] for i in range(min(2, len(self.blocks.train)))]
         batch = data.collate(rows, pad_id=self.tokenizer.pad_token_id)
-        tokens = trainer.kept(batch["labels"])
+        tokens = kept(batch["labels"])
         signal = self.teacher(batch, tokens)
         return _facts({
             "input_ids [B, T]": list(batch["input_ids"].shape), "kept tokens N": len(tokens.targets),
