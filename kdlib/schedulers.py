@@ -1,21 +1,26 @@
 """Schedules: a number (the fraction of training done, 0 to 1) to a number.
 
-One maths for temperature, loss weights and whatever else changes while a student learns.  In a config a schedule is a
-number, or a mapping with one key that names the shape:
+One maths for temperature, loss weights, learning rate, top k and whatever else changes while a student learns.  In a
+config a schedule is a number, or a mapping with one key that names the shape:
 
     2.0                                       the same value throughout
     {linear: [4, 1]}                          a straight line from 4 to 1
     {cosine: [4, 1]}                          half a cosine from 4 to 1
+    {exponential: [4, 1]}                     from 4 to 1 by equal factors: 2 at the half
     {steps: {0: 1.0, 0.5: 0.2}}               1.0, and 0.2 from half of training on
+    {piecewise: {0: 1.0, 0.3: 0.5, 1: 0.1}}   straight lines from point to point
     {joined: [[0.3, {linear: [0, 1]}], [1.0, 1.0]]}   each shape runs until the fraction before it
 """
 
 import contextlib
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 Schedule = Callable[[float], float]
-SHAPES = ("linear", "cosine", "steps", "joined")
+Spec = float | Mapping  # as it stands in a config
+SHAPES = ("linear", "cosine", "exponential", "steps", "piecewise", "joined")
 
 
 def constant(value: float) -> Schedule:
@@ -33,16 +38,42 @@ def cosine(start: float, end: float) -> Schedule:
     return lambda fraction: end + (start - end) * 0.5 * (1 + math.cos(math.pi * _clipped(fraction)))
 
 
+def exponential(start: float, end: float) -> Schedule:
+    """From `start` to `end` by equal factors in equal times: a straight line of the logarithm.
+
+    Raises:
+        ValueError: an end is 0 or less, where there is no logarithm.
+    """
+    if not (start > 0 and end > 0):
+        raise ValueError(f"both ends must be above 0, found {start:g} and {end:g}; take a small positive number, or linear")
+    return lambda fraction: start ** (1 - _clipped(fraction)) * end ** _clipped(fraction)
+
+
 def steps(values: Mapping[float, float]) -> Schedule:
     """A staircase: each value holds from its fraction on.
 
     Raises:
-        ValueError: no value is given for fraction 0.
+        ValueError: no value is given for fraction 0, or one lies outside 0 to 1.
     """
-    starts = sorted(values)
-    if not starts or starts[0] != 0:
-        raise ValueError(f"steps need a value at fraction 0, found {starts}; add `0: <first value>`")
-    return lambda fraction: values[max(start for start in starts if start <= max(fraction, 0))]
+    starts = _starts(values)
+    return lambda fraction: values[starts[bisect_right(starts, _clipped(fraction)) - 1]]
+
+
+def piecewise(points: Mapping[float, float]) -> Schedule:
+    """Straight lines from point to point, flat after the last.
+
+    Raises:
+        ValueError: no value is given for fraction 0, or one lies outside 0 to 1.
+    """
+    starts = _starts(points)
+
+    def at(fraction: float) -> float:
+        index = bisect_right(starts, _clipped(fraction)) - 1
+        start, end = starts[index], starts[min(index + 1, len(starts) - 1)]
+        done = (_clipped(fraction) - start) / (end - start) if end > start else 0.0
+        return points[start] + (points[end] - points[start]) * done
+
+    return at
 
 
 def joined(phases: Sequence[tuple[float, Schedule]]) -> Schedule:
@@ -55,7 +86,7 @@ def joined(phases: Sequence[tuple[float, Schedule]]) -> Schedule:
         ValueError: the ends do not rise, or the last is not 1.
     """
     ends = [until for until, _ in phases]
-    if not ends or ends[-1] != 1 or sorted(set(ends)) != ends or ends[0] <= 0:
+    if not ends or ends[-1] != 1 or not all(start < end for start, end in pairwise([0.0, *ends])):
         raise ValueError(f"phases must end at rising fractions, the last at 1; found {ends}")
 
     def at(fraction: float) -> float:
@@ -66,7 +97,7 @@ def joined(phases: Sequence[tuple[float, Schedule]]) -> Schedule:
     return at
 
 
-def from_spec(spec: float | Mapping) -> Schedule:
+def from_spec(spec: Spec) -> Schedule:
     """The schedule that a config's number or one-key mapping describes (see the module's docstring).
 
     Raises:
@@ -74,24 +105,91 @@ def from_spec(spec: float | Mapping) -> Schedule:
     """
     if isinstance(spec, Mapping) and len(spec) == 1 and next(iter(spec)) in SHAPES:
         (shape, arguments), = spec.items()
-        return _shaped(shape, arguments)
-    if not isinstance(spec, (Mapping, bool)):
-        with contextlib.suppress(OverflowError, TypeError, ValueError):  # YAML reads 1e-4 as a string
-            if math.isfinite(value := float(spec)):
+        try:
+            return _shaped(shape, arguments)
+        except (OverflowError, TypeError, ValueError) as error:
+            raise ValueError(f"{shape}: {arguments!r} does not fit: {error}") from error
+    if not isinstance(spec, Mapping):
+        with contextlib.suppress(OverflowError, TypeError, ValueError):
+            if math.isfinite(value := _number(spec)):
                 return constant(value)
     raise ValueError(f"found {spec!r}; a schedule is a number or one of {', '.join(SHAPES)}, e.g. {{linear: [4, 1]}}")
 
 
+def normal(spec: Spec) -> Spec:
+    """A spec that `from_spec` takes, as plain data with all its numbers floats: equal however YAML or JSON wrote them."""
+    if not isinstance(spec, Mapping):
+        return float(spec)
+    (shape, arguments), = spec.items()
+    if shape == "joined":
+        return {shape: [[float(until), normal(part)] for until, part in arguments]}
+    return {shape: _table(arguments) if shape in ("steps", "piecewise") else [float(value) for value in arguments]}
+
+
+def moments(*specs: Spec) -> list[float]:
+    """The fractions at which specs are judged: each per cent of training, and both sides of every corner and jump."""
+    corners = {corner for spec in specs for corner in _corners(spec)}
+    beside = {_clipped(corner + step) for corner in corners for step in (-1e-9, 0.0, 1e-9)}
+    return sorted({i / 100 for i in range(101)} | beside)
+
+
+def sampled(spec: Spec) -> list[float]:
+    """The values at its `moments`: what its range is judged by.
+
+    Raises:
+        ValueError: it is no schedule, or a value is not finite.
+    """
+    schedule = from_spec(spec)
+    values = [schedule(moment) for moment in moments(spec)]
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"found {spec}; every value must be finite")
+    return values
+
+
 def _shaped(shape: str, arguments) -> Schedule:
-    try:
-        if shape == "steps":
-            return steps({float(start): float(value) for start, value in arguments.items()})
-        if shape == "joined":
-            return joined([(float(until), from_spec(part)) for until, part in arguments])
-        start, end = map(float, arguments)
-    except (AttributeError, OverflowError, TypeError, ValueError) as error:
-        raise ValueError(f"{shape}: {arguments!r} does not fit: {error}") from error
-    return {"linear": linear, "cosine": cosine}[shape](start, end)
+    if shape in ("steps", "piecewise"):
+        if not isinstance(arguments, Mapping):
+            raise TypeError(f"a mapping from fractions to values is needed, as {{{shape}: {{0: 1.0, 0.5: 0.2}}}}")
+        return {"steps": steps, "piecewise": piecewise}[shape](_table(arguments))
+    if isinstance(arguments, (str, Mapping)) or not isinstance(arguments, Sequence):
+        raise TypeError("a list is needed")
+    if shape == "joined":
+        return joined([(_number(until), from_spec(part)) for until, part in arguments])
+    if len(arguments) != 2:
+        raise ValueError(f"two numbers are needed, as {{{shape}: [4, 1]}}")
+    return {"linear": linear, "cosine": cosine, "exponential": exponential}[shape](*map(_number, arguments))
+
+
+def _table(arguments: Mapping) -> dict[float, float]:
+    return {_number(start): _number(value) for start, value in arguments.items()}
+
+
+def _number(value) -> float:
+    """YAML reads 1e-4 as a string; Python reads true as 1."""
+    if isinstance(value, bool):
+        raise TypeError("a number is needed, not true or false")
+    return float(value)
+
+
+def _starts(values: Mapping[float, float]) -> list[float]:
+    starts = sorted(values)
+    if not all(0 <= start <= 1 for start in starts):
+        raise ValueError(f"fractions of training lie from 0 to 1, found {starts}")
+    if not starts or starts[0] != 0:
+        raise ValueError(f"fraction 0 needs a value, found {starts}; add `0: <first value>`")
+    return starts
+
+
+def _corners(spec: Spec) -> list[float]:
+    """The fractions at which a spec's line may jump or turn."""
+    (shape, arguments), = spec.items() if isinstance(spec, Mapping) else [("constant", None)]
+    if shape in ("steps", "piecewise"):
+        return list(_table(arguments))
+    if shape != "joined":
+        return []
+    ends = [float(until) for until, _ in arguments]
+    phases = zip([0.0, *ends], ends, arguments, strict=False)
+    return ends + [start + (end - start) * corner for start, end, (_, part) in phases for corner in _corners(part)]
 
 
 def _clipped(fraction: float) -> float:
