@@ -5,7 +5,8 @@ from pathlib import Path
 KDLIB = Path(__file__).parent.parent / "kdlib"
 FLOORS = [
     {"errors", "schedulers", "signals"},
-    {"arguments", "overrides"},
+    {"arguments", "curriculum", "fields", "overrides"},
+    {"loss_config"},
     {"config"},
     {"losses.divergences"},
     {"losses.subset", "losses.linear", "diagnostics.ledger", "runs"},
@@ -19,7 +20,9 @@ FLOORS = [
     {"cli"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-READERS = {"errors", "arguments", "overrides", "config", "runs", "plots", "reports", "runner"}  # importable without torch
+READERS = {  # importable without torch
+    "errors", "schedulers", "arguments", "curriculum", "fields", "overrides", "loss_config", "config", "runs", "plots", "reports", "runner",
+}
 
 
 def modules():
