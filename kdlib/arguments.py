@@ -2,11 +2,13 @@
 
 import ast
 import importlib.util
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from kdlib.errors import nearest
+from kdlib.schedulers import normal, sampled
 
 # Where kdlib's default is not transformers' own.
 TRAINING_DEFAULTS = {
@@ -35,15 +37,27 @@ RESERVED = {
     "load_best_model_at_end": "best_model/ and final_model/ are both kept",
 }
 
+WARM_UP = ("the schedule is the whole course; write the warm-up as its first part, as "
+           "{joined: [[0.1, {linear: [0, 1]}], [1.0, {cosine: [1, 0]}]]}")
+
 
 @cache
 def training_fields() -> dict[str, str]:
     """TrainingArguments' own field names with their annotations, read from its source so that torch stays unloaded."""
-    source = Path(importlib.util.find_spec("transformers").submodule_search_locations[0]) / "training_args.py"
-    body = next(node.body for node in ast.parse(source.read_text(encoding="utf-8")).body
-                if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
-    return {n.target.id: ast.unparse(n.annotation) for n in body
+    return {n.target.id: ast.unparse(n.annotation) for n in _body("training_args.py", "TrainingArguments")
             if isinstance(n, ast.AnnAssign) and not n.target.id.startswith("_")}
+
+
+@cache
+def scheduler_names() -> tuple[str, ...]:
+    """The Trainer's own names of learning-rate schedules, read likewise."""
+    return tuple(n.value.value for n in _body("trainer_utils.py", "SchedulerType") if isinstance(n, ast.Assign))
+
+
+def _body(file: str, name: str) -> list[ast.stmt]:
+    source = Path(importlib.util.find_spec("transformers").submodule_search_locations[0]) / file
+    return next(node.body for node in ast.parse(source.read_text(encoding="utf-8")).body
+                if isinstance(node, ast.ClassDef) and node.name == name)
 
 
 def problem_with(name: str, value: Any) -> str | None:
@@ -52,6 +66,8 @@ def problem_with(name: str, value: Any) -> str | None:
         return f"{name}: not set here: {RESERVED[name]}"
     if name not in training_fields():
         return f"{name}: TrainingArguments has no such name{nearest(name, training_fields())}"
+    if name == "lr_scheduler_type":
+        return _problem_with_course(name, value)
     try:
         value = typed(name, value)
     except (OverflowError, TypeError, ValueError):
@@ -65,8 +81,39 @@ def problem_with(name: str, value: Any) -> str | None:
     return None
 
 
+def _problem_with_course(name: str, value: Any) -> str | None:
+    """A learning rate's course is one of the Trainer's names, or a schedule whose values multiply `learning_rate`."""
+    if not isinstance(value, Mapping):
+        known = scheduler_names()
+        return None if value in known else (
+            f"{name}: found {value!r}{nearest(str(value), known)}; it is one of {', '.join(known)}, or a schedule that multiplies "
+            "learning_rate, as {cosine: [1, 0.1]}"
+        )
+    try:
+        values = sampled(value)
+    except ValueError as error:
+        return f"{name}: {error}"
+    if min(values) < 0 or not any(values):
+        return f"{name}: found {value}, which multiplies learning_rate; needs values of 0 or more, and not 0 throughout"
+    return None
+
+
+def clashes(training: Mapping[str, Any]) -> list[str]:
+    """What does not go together, a line each: a schedule is the learning rate's whole course, warm-up and all."""
+    if not isinstance(training.get("lr_scheduler_type"), Mapping):
+        return []
+    advice = {
+        "warmup_steps": WARM_UP, "warmup_ratio": WARM_UP,
+        "lr_scheduler_kwargs": "it belongs to the Trainer's own names, and a schedule does not read it",
+    }
+    return [f"{name}: found {training[name]!r} beside a schedule as lr_scheduler_type; {why}; leave {name} out"
+            for name, why in advice.items() if training.get(name)]
+
+
 def typed(name: str, value: Any) -> Any:
     """The value in its field's type; TrainingArguments itself would take `learning_rate="abc"`."""
+    if name == "lr_scheduler_type" and isinstance(value, Mapping):
+        return normal(value)
     kinds = [kind.strip() for kind in training_fields()[name].split("|")]
     if value is None:
         if "None" in kinds:

@@ -16,6 +16,21 @@ SMOKE = {
 """What `smoke` changes, so that the same config runs through in a minute: few steps, short rows."""
 
 
+def smoke_for(raw: Mapping) -> Mapping:
+    """SMOKE for this config: less the warm-up steps where the learning rate is a schedule, which has its own."""
+    training = raw.get("training")
+    if not isinstance(training, Mapping) or not isinstance(training.get("lr_scheduler_type"), Mapping):
+        return SMOKE
+    return {**SMOKE, "training": {name: value for name, value in SMOKE["training"].items() if name != "warmup_steps"}}
+
+
+def overridden(raw: dict, overrides: Sequence[str] | Mapping[str, Any], name: str) -> dict:
+    """`raw`, the config of this name, with every override put in, the last one winning."""
+    for key, value in pairs(overrides):
+        raw = with_override(raw, key, value, name)
+    return raw
+
+
 def pairs(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, Any]]:
     """`["loss.temperature=3"]` or `{"loss.temperature": 3}` as [("loss.temperature", 3)]."""
     if isinstance(overrides, Mapping):
