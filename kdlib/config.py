@@ -4,34 +4,18 @@
 path in the file, what was found, what is allowed, and the nearest valid name.
 """
 
-import contextlib
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from kdlib.arguments import TRAINING_DEFAULTS, problem_with, typed
+from kdlib.arguments import TRAINING_DEFAULTS, clashes, problem_with, typed
 from kdlib.errors import ConfigError, nearest
-from kdlib.overrides import SMOKE, merged, pairs, with_override
-from kdlib.schedulers import from_spec
-
-POINTS = 101  # at which a schedule is checked: each per cent of training
-TERM_NAMES = ("kd", "ce")  # the terms that kdlib.objective knows; a test keeps the two alike
-DIVERGENCES = {"forward_kl": (), "reverse_kl": (), "generalized_jsd": ("beta",), "skewed_forward_kl": ("alpha",),
-               "skewed_reverse_kl": ("alpha",), "adaptive_kl": ("head",), "total_variation": ()}  # with their options; likewise
-
-
-def _number(value: Any) -> Any:
-    """Takes 1e-4 and 1e3, which YAML reads as strings, and refuses true, which pydantic reads as 1."""
-    if isinstance(value, bool):
-        raise ValueError("a number is needed, not true or false")
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            return float(value)
-    return value
+from kdlib.fields import Count, Number, Section, refuse
+from kdlib.loss_config import BaselineConfig, LossConfig
+from kdlib.overrides import merged, overridden, smoke_for
 
 
 def _layers_kept(value: Any) -> Any:
@@ -40,76 +24,13 @@ def _layers_kept(value: Any) -> Any:
     raise ValueError(f"found {value!r}; it is influence, even, first, or a list of layer numbers")
 
 
-def _divergence(value: Any) -> Any:
-    """`reverse_kl`, or `{generalized_jsd: {beta: 0.3}}`."""
-    name, options = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else (value, {})
-    if not isinstance(name, str) or name not in DIVERGENCES:
-        raise ValueError(f"found {value!r}{nearest(str(name), DIVERGENCES)}; it is one of {', '.join(DIVERGENCES)}")
-    known = DIVERGENCES[name]
-    if not isinstance(options, dict) or not all(option in known for option in options):
-        raise ValueError(f"found {value!r}; {name} takes {', '.join(known) or 'no options'}: {{{name}: {{option: number}}}}")
-    numbers = {option: _number(number) for option, number in options.items()}
-    if not all(isinstance(number, (int, float)) and 0 <= number <= 1 for number in numbers.values()):
-        raise ValueError(f"found {value!r}; {', '.join(known)} of {name} lies from 0 to 1")
-    return {name: numbers} if numbers else name
-
-
-def _checked_weights(weights: dict) -> dict:
-    faults, courses = [], []
-    for name, spec in weights.items():
-        if name not in TERM_NAMES:
-            faults.append(f"there is no term {name!r}{nearest(name, TERM_NAMES)}; the terms are {', '.join(TERM_NAMES)}")
-        try:
-            courses.append(_values(spec))
-        except ValueError as error:
-            faults.append(f"{name}: {error}")
-            continue
-        if min(courses[-1]) < 0:
-            faults.append(f"{name}: found {spec}; weights are 0 or more")
-    if not faults and (idle := [i for i, at in enumerate(zip(*courses, strict=True)) if not any(at)] if courses else [0]):
-        when = "" if len(idle) == POINTS else f" at {idle[0]} % of training"
-        faults.append(f"all weights are 0{when} ({weights}), so nothing would be learned; give one term a positive weight")
-    if faults:
-        raise ValueError("\n".join(faults))
-    return {name: _plain(spec) for name, spec in weights.items()}
-
-
-def _values(spec: float | Mapping) -> list[float]:
-    """The schedule at each per cent of training: what its range is judged by."""
-    schedule = from_spec(spec)
-    values = [schedule(i / (POINTS - 1)) for i in range(POINTS)]
-    if not all(map(math.isfinite, values)):
-        raise ValueError(f"found {spec}; every value must be finite")
-    return values
-
-
-def _plain(spec: Any) -> Any:
-    return spec if isinstance(spec, Mapping) else float(spec)
-
-
-def _checked_temperature(spec: Any) -> Any:
-    if min(_values(spec)) <= 0:
-        raise ValueError(f"the temperature must stay above 0, found {spec}; usual values are 1 to 4")
-    return _plain(spec)
-
-
-Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-Count = Annotated[int, BeforeValidator(_number)]
-Weights = Annotated[dict[str, Any], AfterValidator(_checked_weights)]  # numbers or schedules (kdlib.schedulers), by term
-Temperature = Annotated[Any, AfterValidator(_checked_temperature)]  # a number or a schedule
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class TeacherConfig(_Section):
+class TeacherConfig(Section):
     """Where the teacher comes from: a hub id, a local folder, a .gguf file, or a built-in name."""
 
     model: str
 
 
-class StudentConfig(_Section):
+class StudentConfig(Section):
     """A student made from the teacher's layers (`from: teacher`), or a model of its own (`from:` as for the teacher)."""
 
     source: str = Field("teacher", alias="from")
@@ -127,7 +48,7 @@ class StudentConfig(_Section):
         return self
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """The text: where it is, how it is split and cut."""
 
     source: str
@@ -140,24 +61,7 @@ class DataConfig(_Section):
     max_eval_rows: Annotated[Count, Field(ge=1)] | None = None
 
 
-class LossConfig(_Section):
-    """The terms' weights and the temperature: numbers, or schedules over training (kdlib.schedulers); and what kd measures."""
-
-    weights: Weights
-    temperature: Temperature = 2.0
-    divergence: Annotated[Any, BeforeValidator(_divergence)] = "forward_kl"
-    top_k: Annotated[Count, Field(ge=1)] | None = None
-    top_k_tail: Literal["bucket", "renormalise"] = "bucket"
-    chunk: Annotated[Count, Field(ge=1)] = 128
-
-
-class BaselineConfig(_Section):
-    """A second student that differs in its loss weights alone: same start, data, order, steps, learning rate."""
-
-    weights: Weights = {"ce": 1.0}
-
-
-class CompareConfig(_Section):
+class CompareConfig(Section):
     """How teacher and students are compared on the validation text."""
 
     resamples: Annotated[Count, Field(ge=100)] = 2000
@@ -166,7 +70,7 @@ class CompareConfig(_Section):
     new_tokens: Annotated[Count, Field(ge=1)] = 32
 
 
-class Config(_Section):
+class Config(Section):
     """One complete run."""
 
     task: Literal["causal-lm"] = "causal-lm"
@@ -183,14 +87,14 @@ class Config(_Section):
     @field_validator("training")
     @classmethod
     def _training_arguments(cls, training):
-        problems = [problem for name, value in training.items() if (problem := problem_with(name, value))]
-        if problems:
-            raise ValueError("\n".join(problems))
-        return {**TRAINING_DEFAULTS, **{name: typed(name, value) for name, value in training.items()}}
+        problems = {name: problem for name, value in training.items() if (problem := problem_with(name, value))}
+        sound = {name: typed(name, value) for name, value in training.items() if name not in problems}
+        refuse([*problems.values(), *clashes({**sound, "lr_scheduler_type": training.get("lr_scheduler_type")})])
+        return {**TRAINING_DEFAULTS, **sound}
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, as it would stand in the YAML."""
-        return self.model_dump(mode="json", by_alias=True)
+        return self.model_dump(by_alias=True)
 
     def as_yaml(self) -> str:
         return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
@@ -202,7 +106,7 @@ def load(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = (), *,
     Args:
         path: the YAML file.
         overrides: `["loss.temperature=3"]` as on the command line, or `{"loss.temperature": 3}`; they win over `smoke`.
-        smoke: shrink the run to seconds (see SMOKE).
+        smoke: shrink the run to seconds (see kdlib.overrides.SMOKE).
 
     Raises:
         ConfigError: unreadable, not YAML, or any key or value at fault: all faults in one message.
@@ -216,11 +120,11 @@ def parse(
     """`load` for what has been read already."""
     if not isinstance(raw, dict):
         raise ConfigError(f"{name}: a mapping of sections is needed (teacher:, student:, …), found {type(raw).__name__}")
-    raw = merged(raw, SMOKE) if smoke else raw
-    for key, value in pairs(overrides):
-        raw = with_override(raw, key, value, name)
+    changed = overridden(raw, overrides, name)
+    if smoke:
+        changed = overridden(merged(raw, smoke_for(changed)), overrides, name)
     try:
-        return Config.model_validate(raw)
+        return Config.model_validate(changed)
     except ValidationError as error:
         lines = [line for fault in error.errors() for line in _describe(fault)]
         raise ConfigError(f"{name}: {len(lines)} fault{'s' * (len(lines) > 1)}\n" + "\n".join(f"  {x}" for x in lines)) from None
@@ -263,9 +167,16 @@ def _describe(fault: Mapping) -> list[str]:
 
 
 def _keys(path: Sequence[str]) -> list[str]:
-    """The keys allowed in the section at this path."""
+    """The keys allowed in the section at this path, which may lead through lists: loss.curriculum.0."""
     section = Config
     for part in path:
-        annotation = section.model_fields[part].annotation
-        section = next(c for c in (annotation, *getattr(annotation, "__args__", ())) if isinstance(c, type) and issubclass(c, _Section))
+        if not part.isdigit():
+            section = _section_in(section.model_fields[part].annotation)
     return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The section that a field holds, be it one, a list of them, or none at all."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for inner in getattr(annotation, "__args__", ()) if (found := _section_in(inner))), None)

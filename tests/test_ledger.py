@@ -3,8 +3,8 @@ from inspect import signature
 import pytest
 import torch
 
-from kdlib.config import DIVERGENCES, TERM_NAMES
 from kdlib.diagnostics.ledger import Entry, Ledger, LedgerWindow
+from kdlib.loss_config import DIVERGENCES, TERM_NAMES
 from kdlib.losses.divergences import FORMULAS, chosen
 from kdlib.objective import MEASURES, TERMS, Objective, ledger
 from kdlib.schedulers import constant, linear
