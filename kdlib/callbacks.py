@@ -27,12 +27,14 @@ class MetricsFile(TrainerCallback):
 class PrintedLines(TrainerCallback):
     """One line per log, readable in a notebook, a terminal and a log file alike."""
 
-    def __init__(self, label: str, *, last_step: int | None = None) -> None:
-        self.label, self.last_step = label, last_step
+    def __init__(self, label: str, opening: str = "", *, last_step: int | None = None) -> None:
+        self.label, self.opening, self.last_step = label, opening, last_step
         self.started: tuple[float, int] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started = (time.perf_counter(), state.global_step)
+        if self.opening and state.is_world_process_zero:
+            print(f"{self.label}: {self.opening}", flush=True)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero:

@@ -76,9 +76,8 @@ class Comparison:
         signal = voice(batch, tokens)
         if number == len(self.said):  # the first model, the teacher, is heard once
             self.said.append(signal)
-        sums = row_sums(signal, self.said[number], tokens.targets, tokens.rows, row_count=len(batch["labels"]),
-                        functions=list(MEASURES.values()))
-        return sums.cpu().double().numpy()
+        sums = row_sums(signal, self.said[number], tokens.targets, tokens.rows, row_count=len(batch["labels"]))
+        return torch.stack(list(sums.values()), dim=1).cpu().double().numpy()
 
     def results(self) -> dict[str, Any]:
         """Everything as plain data: per model its figures with 95 % intervals, and every paired difference."""

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from kdlib.captures import captured_hidden, layers_name, layers_of
 from kdlib.config import Config
 from kdlib.embedded import BUILT_IN, built_in_file, plain_config, unpacked
 from kdlib.errors import ModelError, nearest
+from kdlib.signals import Form
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -122,7 +124,7 @@ def layer_influence(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
         before, after = args[0] if args else kwargs["hidden_states"], output[0] if isinstance(output, tuple) else output
         influence.append(1 - F.cosine_similarity(before.float(), after.float(), dim=-1).mean())
 
-    layers = model.get_submodule(_layers_name(model))
+    layers = layers_of(model)
     handles = [layer.register_forward_hook(measure, with_kwargs=True) for layer in layers]
     try:
         model.base_model(input_ids=input_ids.to(model.device), use_cache=False)
@@ -140,7 +142,7 @@ def shallower(teacher: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
             setattr(config, name, [value[i] for i in keep])
     config.num_hidden_layers = len(keep)
     student = type(teacher)(config)
-    prefix = _layers_name(teacher) + "."
+    prefix = layers_name(teacher) + "."
     new_index = {old: new for new, old in enumerate(keep)}
     state = {}
     for name, value in teacher.state_dict().items():
@@ -155,36 +157,23 @@ def shallower(teacher: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
     return student.float().eval()
 
 
-@contextmanager
-def captured_hidden(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Collects the last hidden states [B, T, H], those that the head reads, of each forward pass made inside.
-
-    A hook rather than `output_hidden_states`, so that it works through DDP, keeps no other layer, and stays in the dtype
-    in which the model computed.
-    """
-    states: list[Tensor] = []
-    handle = model.base_model.register_forward_hook(lambda module, args, output: states.append(output[0]))
-    try:
-        yield states
-    finally:
-        handle.remove()
-
-
 @torch.no_grad()
-def has_plain_head(model: PreTrainedModel) -> bool:
-    """True where logits are exactly head(last hidden states): seen on four tokens, not guessed from the model's name.
+def head_form(model: PreTrainedModel) -> Form | None:
+    """How logits follow from head(last hidden states): as they are, scaled or soft-capped by the model's config.
 
-    False for soft-capped or scaled logits and for models whose forward computes all logits whether asked or not.
+    None for a model whose logits are made otherwise, or computed all at once whether asked or not: seen on four tokens, not
+    guessed from the model's name.
     """
-    head = model.get_output_embeddings()
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
     if not isinstance(head, nn.Linear) or "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        return False
-    training = model.training
+        return None
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    form, training = Form(float(scale), getattr(config, "final_logit_softcapping", None)), model.training
     model.eval()
     with captured_hidden(model) as states:
         logits = model(input_ids=torch.arange(4, device=model.device)[None], use_cache=False).logits
     model.train(training)
-    return torch.allclose(head(states[0]), logits, rtol=1e-3, atol=1e-3)
+    return form if torch.allclose(form.logits(head(states[0])).to(logits.dtype), logits, rtol=1e-3, atol=1e-3) else None
 
 
 def device_of(config: Config) -> torch.device:
@@ -217,14 +206,6 @@ def parameters(model: nn.Module) -> int:
 def _cpu_has_bf16() -> bool:
     flags = Path("/proc/cpuinfo")
     return flags.exists() and any(name in flags.read_text() for name in ("avx512_bf16", "amx_bf16"))
-
-
-def _layers_name(model: PreTrainedModel) -> str:
-    """The dotted name of the list of layers: `model.layers`, `transformer.h`, …"""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
-            return name
-    raise ModelError(f"{type(model).__name__}: found no list of {model.config.num_hidden_layers} layers to choose from")
 
 
 def _folder(model: str) -> str:

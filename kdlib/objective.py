@@ -1,6 +1,6 @@
 """The objective: terms x schedules -> Ledger.  A plain function, the same for training and evaluation."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,34 +8,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdlib.diagnostics.ledger import Entry, Ledger
-from kdlib.losses.divergences import Divergence, chosen, forward_kl
-from kdlib.losses.linear import CHUNK, TokenFunction, term_sums, token_values
-from kdlib.losses.subset import on_top_k
-from kdlib.schedulers import Schedule
-from kdlib.signals import Signal
+from kdlib.losses.divergences import FORMULAS, Divergence, chosen, forward_kl
+from kdlib.losses.features import attention_divergence, contrastive_loss, hidden_distance, relational_distance
+from kdlib.losses.linear import TokenFunction, Weighted, term_sums, token_values
+from kdlib.losses.subset import OnSamples, OnTopK
+from kdlib.losses.workspace import Workspace
+from kdlib.schedulers import Schedule, constant
+from kdlib.signals import Features, Signal
 
 
-def soft_target_loss(temperature: float, divergence: Divergence = forward_kl) -> TokenFunction:
+@dataclass(frozen=True)
+class SoftTargets:
     """T^2 x divergence with both sides divided by T; the T^2 keeps the weight's meaning when T moves."""
 
-    def per_token(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> Tensor:
+    divergence: Divergence = forward_kl
+
+    def __call__(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: Tensor | float) -> Tensor:
         student_log_probs = log_probs(student_logits, temperature)
-        return temperature**2 * divergence(student_log_probs, log_probs(teacher_logits, temperature))
-
-    return per_token
+        return temperature**2 * self.divergence(student_log_probs, log_probs(teacher_logits, temperature))
 
 
-def cross_entropy(student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor) -> Tensor:
+def cross_entropy(student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
     """-log p(the token that came), always at T = 1; [n] nats."""
     return F.nll_loss(log_probs(student_logits), targets, reduction="none")
 
 
-def accuracy(student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor) -> Tensor:
+def accuracy(student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
     """1 where the student's first choice is the token that came."""
     return (student_logits.argmax(-1) == targets).to(log_probs_dtype(student_logits))
 
 
-def agreement(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> Tensor:
+def agreement(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
     """1 where student and teacher have the same first choice."""
     return (student_logits.argmax(-1) == teacher_logits.argmax(-1)).to(log_probs_dtype(student_logits))
 
@@ -50,44 +53,92 @@ def log_probs_dtype(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
+FeatureFunction = Callable[[Features, Features], Tensor]  # student's, teacher's -> [N]
+
+
 @dataclass(frozen=True)
-class Term:
-    """One summand of the objective: how it is computed at a temperature, whether it needs the teacher, how it is written."""
+class FeatureTerm:
+    """A term on what goes on inside: the mean over the pairs of layers of one of kdlib.losses.features."""
 
-    at: Callable[[float, Divergence], TokenFunction]
-    needs_teacher: bool
-    formula: str  # {divergence} is the divergence's own
+    per_pair: Callable[..., Tensor]  # (student's, teacher's, rows, temperature, normalise) -> [N]
+    attention: bool = False  # of the maps, not of the hidden states
+    projected: bool = False  # needs the student's states in the teacher's size
+
+    def values(self, student: Features, teacher: Features, *, temperature: float, normalise: bool) -> Tensor:
+        """[N] per-token values."""
+        ours = student.attention if self.attention else student.projected if self.projected else student.hidden
+        theirs = teacher.attention if self.attention else teacher.hidden
+        pairs = [self.per_pair(a, b, student.rows, temperature, normalise) for a, b in zip(ours, theirs, strict=True)]
+        return torch.stack(pairs).mean(0)
 
 
-TERMS = {
-    "kd": Term(soft_target_loss, needs_teacher=True, formula="T²·{divergence}"),
-    "ce": Term(lambda temperature, divergence: cross_entropy, needs_teacher=False, formula="CE"),
+FEATURE_TERMS = {
+    "hidden": FeatureTerm(lambda s, t, rows, temperature, normalise: hidden_distance(s, t, normalise=normalise), projected=True),
+    "attention": FeatureTerm(lambda s, t, rows, temperature, normalise: attention_divergence(s, t), attention=True),
+    "relational": FeatureTerm(lambda s, t, rows, temperature, normalise: relational_distance(s, t, rows)),
+    "contrastive": FeatureTerm(
+        lambda s, t, rows, temperature, normalise: contrastive_loss(s, t, rows, temperature=temperature), projected=True
+    ),
 }
-"""The terms that a config may weight."""
+TERMS = ("kd", "ce", *(divergence.__name__ for divergence in FORMULAS), *FEATURE_TERMS)
+"""The terms that a config may weight: kd is the divergence that it names, the others are what their names say."""
 
-MEASURES = {"ce": cross_entropy, "kl_to_teacher": soft_target_loss(1.0), "agreement": agreement, "accuracy": accuracy}
+TEMPERED = tuple(name for name in TERMS if name not in ("ce", "hidden", "attention", "relational"))
+"""Those that have a temperature; contrastive's is of its own kind."""
+
+MEASURES = {
+    "ce": Weighted(cross_entropy), "kl_to_teacher": Weighted(SoftTargets()), "agreement": Weighted(agreement),
+    "accuracy": Weighted(accuracy),
+}
 """What evaluation measures beside the objective: independent of weights and temperature."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Which terms, with which weight and temperature at which moment of training."""
+    """Which terms, with which weight and temperature, at which moment of training."""
 
     weights: Mapping[str, Schedule]
-    temperature: Schedule
-    divergence: str | Mapping[str, Mapping[str, float]] = "forward_kl"
-    top_k: int | None = None  # of the teacher's tokens; the whole vocabulary where None
+    temperature: Schedule | Mapping[str, Schedule] = constant(2.0)  # one for all soft targets, or term by term
+    divergence: str | Mapping[str, Mapping[str, float]] = "forward_kl"  # of the kd term
+    top_k: Schedule | int | None = None  # of the teacher's tokens, in kd; the whole vocabulary where None
     renormalise: bool = False  # the top k, rather than keep a bucket for the tail
+    samples: int | None = None  # tokens drawn from the teacher, in kd: an unbiased estimate
+    normalise: bool = True  # hidden states, in the hidden term
+    layers: str = "even"  # which are compared, in words: for the formula
 
-    def at(self, fraction: float) -> "Moment":
-        """The objective at this fraction of training, 0 to 1.  Terms of weight 0 are gone, not computed."""
+    def at(self, fraction: float, *, sampled: bool = True) -> "Moment":
+        """The objective at this fraction of training, 0 to 1.  Terms of weight 0 are gone, not computed.
+
+        Args:
+            sampled: False gives the expectation in place of an estimate from samples: for evaluation, which then neither
+                adds noise nor moves the random numbers of the training.
+        """
         weights = {name: schedule(fraction) for name, schedule in self.weights.items()}
         active = {name: weight for name, weight in weights.items() if weight != 0}
         divergence, formula = chosen(self.divergence)
         if self.top_k:
-            divergence = on_top_k(divergence, self.top_k, renormalise=self.renormalise)
-            formula = formula.replace("{at}", f"{{at}}, top-{self.top_k} {'renormalised' if self.renormalise else '+ tail'}")
-        return Moment(active, self.temperature(fraction), divergence, formula)
+            k = round(self.top_k(fraction)) if callable(self.top_k) else self.top_k
+            divergence = OnTopK(divergence, k, self.renormalise)
+            formula = formula.replace("{at}", f"{{at}}, top-{k} {'renormalised' if self.renormalise else '+ tail'}")
+        if self.samples:
+            divergence = OnSamples(divergence, self.samples) if sampled else divergence
+            formula = formula.replace("{at}", f"{{at}}, from {self.samples} samples" if sampled else "{at}")
+        temperatures = {name: self.temperature_of(name)(fraction) for name in active if name in TEMPERED}
+        return Moment(active, temperatures, divergence, formula, self.normalise, self.layers)
+
+    @property
+    def temperature_courses(self) -> dict[str, Schedule]:
+        """The temperature as it is logged: kd's, and where terms have their own, each term's."""
+        if not isinstance(self.temperature, Mapping):
+            return {"temperature": self.temperature}
+        main = self.temperature.get("kd", next(iter(self.temperature.values()), constant(1.0)))
+        return {"temperature": main, **{f"{name}_temperature": course for name, course in self.temperature.items()}}
+
+    def temperature_of(self, name: str) -> Schedule:
+        """The course of a term's temperature; a contrastive term has one of its own kind, 0.1 where none is named."""
+        if isinstance(self.temperature, Mapping):
+            return self.temperature[name]
+        return constant(0.1) if name == "contrastive" else self.temperature
 
 
 @dataclass(frozen=True)
@@ -95,28 +146,64 @@ class Moment:
     """The objective at one moment: plain numbers."""
 
     weights: Mapping[str, float]
-    temperature: float
-    divergence: Divergence
-    divergence_formula: str
+    temperatures: Mapping[str, float]
+    divergence: Divergence = forward_kl
+    divergence_formula: str = FORMULAS[forward_kl]
+    normalise: bool = True
+    layers: str = "even"
 
     @property
     def needs_teacher(self) -> bool:
-        return any(TERMS[name].needs_teacher for name in self.weights)
+        return any(name != "ce" for name in self.weights)
 
     @property
-    def functions(self) -> list[TokenFunction]:
-        return [TERMS[name].at(self.temperature, self.divergence) for name in self.weights]
+    def needs_hidden(self) -> bool:
+        return any(name in FEATURE_TERMS and not FEATURE_TERMS[name].attention for name in self.weights)
+
+    @property
+    def needs_attention(self) -> bool:
+        return any(name in FEATURE_TERMS and FEATURE_TERMS[name].attention for name in self.weights)
+
+    @property
+    def logit_terms(self) -> dict[str, Weighted]:
+        """The terms that are made from logits."""
+        return {
+            name: Weighted(self._function(name), weight, self.temperatures.get(name, 1.0))
+            for name, weight in self.weights.items() if name not in FEATURE_TERMS
+        }
+
+    def feature_values(self, student: Signal, teacher: Signal | None) -> dict[str, Tensor]:
+        """{term: [N] unweighted values} of the terms on features; none are asked of the models where there is no such term."""
+        return {
+            name: FEATURE_TERMS[name].values(
+                student.features, teacher.features, temperature=self.temperatures.get(name, 1.0), normalise=self.normalise
+            )
+            for name in self.weights if name in FEATURE_TERMS
+        }
 
     @property
     def formula(self) -> str:
         """`loss = 0.7·T²·KL(teacher ‖ student; T=2) + 0.3·CE`"""
-        divergence = self.divergence_formula.format(at=f"T={self.temperature:g}")
-        terms = [f"{weight:g}·{TERMS[name].formula.format(divergence=divergence)}" for name, weight in self.weights.items()]
-        return "loss = " + (" + ".join(terms) or "0")
+        return "loss = " + (" + ".join(f"{weight:g}·{self._written(name)}" for name, weight in self.weights.items()) or "0")
+
+    def _function(self, name: str) -> TokenFunction:
+        if name == "ce":
+            return cross_entropy
+        return SoftTargets(self.divergence if name == "kd" else chosen(name)[0])
+
+    def _written(self, name: str) -> str:
+        if name == "ce":
+            return "CE"
+        if name == "contrastive":
+            return f"contrastive({self.layers}; T={self.temperatures[name]:g})"
+        if name in FEATURE_TERMS:
+            return f"{name}({self.layers}{', normalised' if name == 'hidden' and self.normalise else ''})"
+        formula = self.divergence_formula if name == "kd" else chosen(name)[1]
+        return "T²·" + formula.format(at=f"T={self.temperatures[name]:g}")
 
 
 def ledger(
-    student: Signal, teacher: Signal | None, targets: Tensor, *, moment: Moment, count: Tensor | int, chunk: int = CHUNK
+    student: Signal, teacher: Signal | None, targets: Tensor, *, moment: Moment, count: Tensor | int, workspace: Workspace | None = None
 ) -> Ledger:
     """What these kept tokens cost: the ledger whose `total` is back-propagated.
 
@@ -124,13 +211,15 @@ def ledger(
         student, teacher: signals of the same N kept tokens; the teacher may be None if `moment.needs_teacher` is False.
         targets: [N] token ids.
         count: kept tokens of the whole optimizer step: all micro-batches, all ranks.
+        workspace: what is kept between steps.
     """
     if not moment.weights:
         raise ValueError("every weight is 0 at this moment, so there is nothing to learn from; give one term a weight")
-    sums = term_sums(
-        student, teacher, targets, functions=moment.functions, weights=list(moment.weights.values()), chunk=chunk
-    )
-    return Ledger({name: Entry(sums[i], count, weight) for i, (name, weight) in enumerate(moment.weights.items())})
+    sums = {name: values.sum() for name, values in moment.feature_values(student, teacher).items()}
+    if terms := moment.logit_terms:
+        made = term_sums(student, teacher, targets, terms=list(terms.values()), count=count, workspace=workspace)
+        sums |= dict(zip(terms, made, strict=True))
+    return Ledger({name: Entry(sums[name], count, weight) for name, weight in moment.weights.items()})
 
 
 @torch.no_grad()
@@ -141,13 +230,17 @@ def row_sums(
     rows: Tensor,
     *,
     row_count: int,
-    functions: Sequence[TokenFunction],
-    chunk: int = CHUNK,
-) -> Tensor:
-    """[row_count, functions + 1] sums of the tokens of each row, the token count last: what evaluation adds up.
+    measures: Mapping[str, Weighted] = MEASURES,
+    moment: Moment | None = None,
+    chunk: int | None = 128,
+) -> dict[str, Tensor]:
+    """{measure or term of the moment: [row_count] unweighted sums of the tokens of each row; tokens: their number}.
 
-    Row by row, so that ranks can drop the rows that a sampler repeated, and comparisons can resample rows.
+    Row by row, so that ranks can drop the rows that a sampler repeated, and comparisons can resample rows.  A measure that is
+    also a term is made once.
     """
-    values = token_values(student, teacher, targets, functions=functions, chunk=chunk)
-    values = torch.cat([values, values.new_ones(1, values.shape[1])])
-    return values.new_zeros(row_count, len(values)).index_add_(0, rows, values.T)
+    terms = {**(moment.logit_terms if moment else {}), **measures}
+    values = dict(zip(terms, token_values(student, teacher, targets, terms=list(terms.values()), chunk=chunk), strict=True))
+    values |= moment.feature_values(student, teacher) if moment else {}
+    values["tokens"] = next(iter(values.values())).new_ones(len(targets))
+    return {name: value.new_zeros(row_count).index_add_(0, rows, value) for name, value in values.items()}

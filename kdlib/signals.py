@@ -4,6 +4,7 @@ Axes: B batch, T position, N kept tokens, V vocabulary, H hidden.  The causal sh
 below it no loss sees a label, a mask or a batch shape.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,17 +39,61 @@ def kept(labels: Tensor) -> Kept:
 
 
 @dataclass(frozen=True)
+class Form:
+    """How a head's products become logits: scaled (Cohere, Granite) and soft-capped (Gemma), or as they are."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, products: Tensor) -> Tensor:
+        """softcap · tanh(scale · products / softcap), in float32 at least where there is anything to do."""
+        if self == Form():
+            return products
+        scaled = products.to(torch.promote_types(products.dtype, torch.float32)) * self.scale
+        return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a model had inside at the N kept tokens, for each pair of layers, and which row each token came from."""
+
+    rows: Tensor  # [N]
+    hidden: Sequence[Tensor] = ()  # [N, H] each: a layer's output
+    attention: Sequence[Tensor] = ()  # [N, A, T] each: how much the token looks at each position
+    projected: Sequence[Tensor] = ()  # [N, H of the teacher] each; the student's alone, where the sizes differ
+
+
+@dataclass(frozen=True)
 class DenseSignal:
     """Logits as they are: the reference, and the way for models whose head is not a plain matrix."""
 
     values: Tensor  # [N, V]
+    features: Features | None = None
+    form = Form()
 
     def __len__(self) -> int:
         return self.values.shape[0]
 
+    @property
+    def vocabulary(self) -> int:
+        return self.values.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
     def logits(self, rows: slice = slice(None)) -> Tensor:
         """[n, V] logits of these kept tokens."""
         return self.values[rows]
+
+    @torch.no_grad()
+    def write(self, out: Tensor, rows: slice) -> None:
+        """Their logits into memory that is there: [n, V]."""
+        out.copy_(self.values[rows])
 
 
 @dataclass(frozen=True)
@@ -58,19 +103,42 @@ class LinearSignal:
     hidden: Tensor  # [N, H]
     weight: Tensor  # [V, H]
     bias: Tensor | None = None  # [V]
+    form: Form = Form()
+    features: Features | None = None
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
 
-    def logits(self, rows: slice = slice(None)) -> Tensor:
-        """[n, V] logits of these kept tokens, in the dtype of the product (autocast applies)."""
-        return F.linear(self.hidden[rows].to(self.dtype), self.weight.to(self.dtype), self.bias)
+    @property
+    def vocabulary(self) -> int:
+        return self.weight.shape[0]
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype in which the product with the head is made: autocast's where it is active, else the head's."""
         device = self.hidden.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    def logits(self, rows: slice = slice(None)) -> Tensor:
+        """[n, V] logits of these kept tokens, in the dtype of the product (autocast applies)."""
+        return self.form.logits(F.linear(self.hidden[rows].to(self.dtype), self.weight.to(self.dtype), self.bias))
+
+    def cast(self) -> "LinearSignal":
+        """The same in the dtype of the products, so that the head is converted once and not for each chunk."""
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        return LinearSignal(self.hidden.to(self.dtype), self.weight.to(self.dtype), bias, self.form)
+
+    @torch.no_grad()
+    def write(self, out: Tensor, rows: slice) -> None:
+        """Their products with the head, before `form`, into memory that is there: [n, V] of `dtype`."""
+        if self.bias is None:
+            torch.mm(self.hidden[rows], self.weight.T, out=out)
+        else:
+            torch.addmm(self.bias, self.hidden[rows], self.weight.T, out=out)
 
 
 Signal = DenseSignal | LinearSignal

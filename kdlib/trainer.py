@@ -3,33 +3,29 @@
 import math
 import shutil
 from collections.abc import Mapping
-from contextlib import nullcontext
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PrinterCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from kdlib.arguments import HIGHER_IS_BETTER
-from kdlib.callbacks import LogBeforeSave, MetricsFile, PrintedLines, StopAfter, StopRequest, Throughput, is_better, memory_gib
-from kdlib.checkpoints import check_disk, disk_is_full, last_checkpoint, step_of
-from kdlib.config import Config
-from kdlib.data import TokenBlocks, collate
+from kdlib.callbacks import LogBeforeSave, MetricsFile, PrintedLines, Throughput, is_better, memory_gib
 from kdlib.diagnostics.ledger import LedgerWindow
-from kdlib.errors import ConfigError, KdlibError, NonFiniteLoss, RunError
-from kdlib.models import device_of, has_plain_head, parameters, precision_of
+from kdlib.errors import NonFiniteLoss, RunError
+from kdlib.losses.features import LayerPairs
+from kdlib.losses.workspace import Workspace
+from kdlib.models import head_form
 from kdlib.objective import MEASURES, Moment, Objective, ledger, row_sums
-from kdlib.runs import StudentFolder, cut_metrics, history, is_refusal, read_json, write_error, write_json
-from kdlib.schedulers import from_spec
+from kdlib.runs import StudentFolder
+from kdlib.schedulers import Schedule
 from kdlib.signals import Kept, Signal, kept
-from kdlib.teachers import LiveTeacher, signal_of
+from kdlib.teachers import Inside, LiveTeacher, signal_of
 
-DRY_RUN = {"save_strategy": "no", "logging_steps": 1, "eval_on_start": False, "report_to": "none"}
-TRACKERS = {"wandb", "tensorboard", "trackio"}
+PROJECTIONS = "distillation_projections"  # the student's submodule that maps its hidden states to the teacher's size
 SUM_TOLERANCE = 1e-5  # relative; between the loss that was back-propagated and the sum of its logged terms
 
 
@@ -43,11 +39,18 @@ class DistillationTrainer(Trainer):
     loss_is_scaled_for_ga = True
 
     def __init__(
-        self, *, objective: Objective, teacher: LiveTeacher | None, vocabulary: int, chunk: int, folder: StudentFolder,
+        self, *, objective: Objective, teacher: LiveTeacher | None, vocabulary: int, folder: StudentFolder,
+        workspace: Workspace | None = None, layer_pairs: LayerPairs = (), learning_rate_schedule: Schedule | None = None,
         label: str = "", dense: bool = False, last_step: int | None = None, **options: Any,
     ) -> None:
-        """The teacher may be None where no term needs it; `dense` computes all logits at once: the slow reference;
-        `last_step` is shown as the end where training will be stopped before the schedule's.
+        """
+        Args:
+            teacher: None where no term needs it.
+            workspace: what the losses keep between steps.
+            layer_pairs: the layers that feature terms compare, (student's, teacher's).
+            learning_rate_schedule: multiplier of the learning rate over training, in place of `lr_scheduler_type`.
+            dense: compute all logits at once: the slow reference.
+            last_step: shown as the end where training will be stopped before the schedule's.
         """
         super().__init__(**options)
         if self.args.n_gpu > 1:
@@ -56,26 +59,41 @@ class DistillationTrainer(Trainer):
                 "count; use `torchrun --nproc_per_node N -m kdlib.cli train RUN`, or show one GPU by CUDA_VISIBLE_DEVICES=0"
             )
         self.remove_callback(PrinterCallback)
-        self.objective, self.teacher, self.vocabulary, self.chunk, self.folder = objective, teacher, vocabulary, chunk, folder
-        self.linear = not dense and has_plain_head(self.model) and not self.is_fsdp_enabled
+        self.objective, self.teacher, self.vocabulary, self.folder = objective, teacher, vocabulary, folder
+        self.workspace, self.layer_pairs, self.learning_rate_schedule = workspace or Workspace(), layer_pairs, learning_rate_schedule
+        flattened = self.is_fsdp_enabled and not self.accelerator.is_fsdp2  # FSDP1: no weight of its own shape is left
+        self.form = None if dense or flattened else head_form(self.model)
         self.window, self.throughput, self.tokens = LedgerWindow(), Throughput(), 0
-        for callback in (MetricsFile(folder), PrintedLines(label, last_step=last_step), LogBeforeSave(), self.throughput):
+        how = "all at once (no plain head)" if self.form is None else str(self.workspace)
+        lines = PrintedLines(label, f"the student's logits {how}", last_step=last_step)
+        for callback in (MetricsFile(folder), lines, LogBeforeSave(), self.throughput):
             self.add_callback(callback)
         if self.teacher is not None:
             self.teacher.model.to(self.args.device)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """The learning rate's course: one of kdlib.schedulers where given, else the Trainer's own."""
+        if self.learning_rate_schedule is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        course, steps = self.learning_rate_schedule, max(num_training_steps, 1)
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: course(step / steps))
+        return self.lr_scheduler
 
     @property
     def moment(self) -> Moment:
         """The objective at the optimizer step being made."""
         return self.objective.at(self.state.global_step / max(self.state.max_steps, 1))
 
-    def signals(self, model, batch: Mapping[str, Tensor], *, with_teacher: bool) -> tuple[Kept, Signal, Signal | None]:
-        """The kept tokens of a batch and what student and teacher said about them."""
-        tokens = kept(batch["labels"])
+    def signals(self, model, batch: Mapping[str, Tensor], moment: Moment, *, with_teacher: bool) -> tuple[Kept, Signal, Signal | None]:
+        """The kept tokens of a batch and what student and teacher said about them, and felt where a term of the moment asks."""
+        tokens, wanted = kept(batch["labels"]), {"hidden": moment.needs_hidden, "attention": moment.needs_attention}
+        ours, theirs = zip(*self.layer_pairs, strict=True) if self.layer_pairs else ((), ())
+        unwrapped = self.accelerator.unwrap_model(model)
         student = signal_of(
-            model, batch, tokens, vocabulary=self.vocabulary, linear=self.linear, unwrapped=self.accelerator.unwrap_model(model)
+            model, batch, tokens, vocabulary=self.vocabulary, form=self.form, unwrapped=unwrapped,
+            inside=Inside(ours, **wanted, projections=getattr(unwrapped, PROJECTIONS, None)),
         )
-        return tokens, student, self.teacher(batch, tokens) if with_teacher else None
+        return tokens, student, self.teacher(batch, tokens, Inside(theirs, **wanted)) if with_teacher else None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The ledger's total for one micro-batch; `num_items_in_batch` is the whole optimizer step's token count."""
@@ -87,11 +105,13 @@ class DistillationTrainer(Trainer):
             )
         moment = self.moment
         with self.accelerator.autocast():  # accelerate wraps the model's forward only; the heads' products happen here
-            tokens, student, teacher = self.signals(model, inputs, with_teacher=moment.needs_teacher)
-            book = ledger(student, teacher, tokens.targets, moment=moment, count=num_items_in_batch, chunk=self.chunk)
+            tokens, student, teacher = self.signals(model, inputs, moment, with_teacher=moment.needs_teacher)
+            book = ledger(student, teacher, tokens.targets, moment=moment, count=num_items_in_batch, workspace=self.workspace)
         self.window.add(book, self.state.global_step)
         self.tokens += len(tokens.targets)
-        return book.total * self.accelerator.num_processes  # DDP averages the ranks' gradients; their sum is what is meant
+        idle = [] if moment.needs_hidden else getattr(self.accelerator.unwrap_model(model), PROJECTIONS, [])
+        unused = sum(0 * matrix.weight.sum() for matrix in idle)  # DDP waits for a gradient of every parameter
+        return book.total * self.accelerator.num_processes + unused  # DDP averages the ranks' gradients; their sum is meant
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the terms to the Trainer's own training line, after checking that they sum to its loss."""
@@ -102,7 +122,7 @@ class DistillationTrainer(Trainer):
     def _term_figures(self, loss: float) -> dict[str, float]:
         figures = self.window.figures(partial(self.accelerator.reduce, reduction="sum"))
         tokens = float(self.accelerator.reduce(torch.tensor(float(self.tokens), device=self.args.device)))
-        moment = self.objective.at((self.state.global_step - 1) / max(self.state.max_steps, 1))
+        done = (self.state.global_step - 1) / max(self.state.max_steps, 1)
         total = sum(value * weight for value, weight in figures.values())
         if broken := [f"{name} = {value}" for name, (value, _) in figures.items() if not math.isfinite(value)]:
             raise NonFiniteLoss(self._stopped(", ".join(broken)))
@@ -113,7 +133,7 @@ class DistillationTrainer(Trainer):
         return {
             **{f"{name}_loss": value for name, (value, _) in figures.items()},
             **{f"{name}_weight": weight for name, (_, weight) in figures.items()},
-            "temperature": moment.temperature,
+            **{name: course(done) for name, course in self.objective.temperature_courses.items()},
             "tokens_per_s": tokens / max(self.throughput.drain(), 1e-9),
             "memory_gib": memory_gib(self.args.device),
         }
@@ -126,19 +146,21 @@ class DistillationTrainer(Trainer):
 
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
         """The same objective with the weights of this step, and the measures that do not depend on them."""
-        model, moment, rows = self.accelerator.unwrap_model(self.model), self.moment, []
+        model, rows = self.accelerator.unwrap_model(self.model), []
+        moment = self.objective.at(self.state.global_step / max(self.state.max_steps, 1), sampled=False)
         measures = {name: f for name, f in MEASURES.items() if self.teacher is not None or name in ("ce", "accuracy")}
-        functions = {**dict(zip(moment.weights, moment.functions, strict=True)), **measures}  # ce is both, and made once
         model.eval()
         for batch in dataloader:
             with torch.no_grad(), self.accelerator.autocast():
-                tokens, student, teacher = self.signals(model, self._prepare_inputs(batch), with_teacher=self.teacher is not None)
-                sums = row_sums(student, teacher, tokens.targets, tokens.rows, row_count=len(batch["labels"]),
-                                functions=list(functions.values()), chunk=self.chunk)
-            rows.append(self.accelerator.gather_for_metrics(sums))  # drops the rows that a sampler repeated
+                tokens, student, teacher = self.signals(
+                    model, self._prepare_inputs(batch), moment, with_teacher=self.teacher is not None
+                )
+                sums = row_sums(student, teacher, tokens.targets, tokens.rows, row_count=len(batch["labels"]), measures=measures,
+                                moment=moment)
+            rows.append(self.accelerator.gather_for_metrics(torch.stack(list(sums.values()), dim=1)))  # drops repeated rows
         rows = torch.cat(rows).cpu()
-        *sums, count = rows.double().sum(0).tolist()
-        means = {name: value / max(count, 1) for name, value in zip(functions, sums, strict=True)}
+        *totals, count = rows.double().sum(0).tolist()
+        means = {name: total / max(count, 1) for name, total in zip(sums, totals, strict=False)}
         if broken := [f"{name} = {value}" for name, value in means.items() if not math.isfinite(value)]:
             raise NonFiniteLoss(self._stopped(f"on held-out text {', '.join(broken)}"))
         figures = {"loss": sum(weight * means[name] for name, weight in moment.weights.items())}
@@ -165,6 +187,7 @@ class DistillationTrainer(Trainer):
         """The student and its tokenizer as safetensors, all or nothing, loadable by `from_pretrained`."""
         model = self.accelerator.unwrap_model(self.model)
         state = self.accelerator.get_state_dict(self.model_wrapped)
+        state = {name: value for name, value in state.items() if not name.startswith(PROJECTIONS)}
         if not self.is_world_process_zero():
             return
         half_made = folder.with_name(folder.name + ".tmp")
@@ -173,97 +196,3 @@ class DistillationTrainer(Trainer):
         self.processing_class.save_pretrained(half_made)
         shutil.rmtree(folder, ignore_errors=True)
         half_made.rename(folder)
-
-
-def training_arguments(config: Config, output: Path, **changes: Any) -> TrainingArguments:
-    """The config's `training:` section as TrainingArguments.
-
-    Raises:
-        ConfigError: transformers refuses the combination; its own words are in the message.
-    """
-    dtype, _ = precision_of(config)
-    metric = config.training["metric_for_best_model"].removeprefix("eval_")
-    fixed = {
-        "output_dir": str(output), "seed": config.seed, "data_seed": config.seed, "logging_nan_inf_filter": False,
-        "remove_unused_columns": False, "label_names": ["labels"], "disable_tqdm": True,
-        "greater_is_better": HIGHER_IS_BETTER[metric], "use_cpu": device_of(config).type == "cpu",
-        "dataloader_pin_memory": config.training.get("dataloader_pin_memory", device_of(config).type == "cuda"),
-        "bf16": dtype is torch.bfloat16, "fp16": dtype is torch.float16,
-    }
-    try:
-        args = TrainingArguments(**{**config.training, **fixed, **changes})
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"training: transformers refuses these arguments: {error}") from error
-    for tracker in TRACKERS.intersection(args.report_to):
-        if find_spec(tracker) is None:
-            raise ConfigError(f"training.report_to: {tracker} is not installed; run: pip install {tracker}")
-    return args
-
-
-def objective_of(config: Config, weights: Mapping[str, Any] | None = None) -> Objective:
-    """The config's objective, or the same with other weights: the baseline."""
-    specs = config.loss.weights if weights is None else weights
-    weights = {name: from_spec(spec) for name, spec in specs.items()}
-    loss = config.loss
-    return Objective(weights, from_spec(loss.temperature), loss.divergence, loss.top_k, loss.top_k_tail == "renormalise")
-
-
-def train(
-    config: Config, folder: StudentFolder, *, student: PreTrainedModel, teacher: LiveTeacher, tokenizer: PreTrainedTokenizerBase,
-    blocks: TokenBlocks, weights: Mapping[str, Any] | None = None, label: str = "", stop_after: int | None = None,
-) -> DistillationTrainer:
-    """Train one student into its folder, from its last checkpoint where there is one.
-
-    Args:
-        weights: in place of the config's: the baseline's.
-        stop_after: a dry run of so many steps: no checkpoints, no models.
-
-    Raises:
-        RunError: stopped by an interrupt or a STOP file (a checkpoint is there), or the disk is full.
-        NonFiniteLoss: a term became nan or infinite.
-    """
-    resume = last_checkpoint(folder)
-    changes = DRY_RUN if stop_after else {"eval_on_start": False} if resume else {}  # that evaluation is in metrics.jsonl already
-    args = training_arguments(config, folder.checkpoints, **changes)
-    if not stop_after:
-        check_disk(folder, weights=4 * parameters(student), args=args)
-    try:
-        if args.process_index == 0:
-            folder.path.mkdir(parents=True, exist_ok=True)
-            cut_metrics(folder, step_of(resume))
-        trainer = DistillationTrainer(
-            model=student, args=args, train_dataset=blocks.train, eval_dataset=blocks.validation, processing_class=tokenizer,
-            data_collator=partial(collate, pad_id=tokenizer.pad_token_id), objective=objective_of(config, weights),
-            teacher=teacher, vocabulary=len(tokenizer), chunk=config.loss.chunk, folder=folder, label=label,
-            last_step=stop_after,
-        )
-        stop = StopRequest(folder)
-        trainer.add_callback(StopAfter(stop_after) if stop_after else stop)
-        with nullcontext() if stop_after else stop:
-            _run(trainer, resume)
-        if stop_after:
-            return trainer
-        if stop.requested and trainer.state.global_step < trainer.state.max_steps:
-            raise RunError(f"stopped at step {trainer.state.global_step} with a checkpoint; go on with --resume, or run this cell again")
-        _finish(trainer, folder)
-    except Exception as error:  # a full disk: torch, safetensors and tokenizers (a bare Exception) each have errors of their own
-        if not isinstance(error, KdlibError) and (is_refusal(error) or disk_is_full(folder)):
-            raise write_error(folder.path, error) from error
-        raise
-    return trainer
-
-
-def _finish(trainer: DistillationTrainer, folder: StudentFolder) -> None:
-    trainer.save_student(folder.final_model)
-    if not folder.best_model.exists():  # no evaluation during training: the last is the best known
-        trainer.save_student(folder.best_model)
-    if trainer.is_world_process_zero():
-        write_json(folder.history, history(folder))  # the last file: it says that training reached its end
-
-
-def _run(trainer: DistillationTrainer, resume: str | None) -> None:
-    state = read_json(Path(resume) / "trainer_state.json") if resume else None
-    if state and state["global_step"] >= state["max_steps"]:  # killed after the last step: the Trainer would make one more
-        trainer._load_from_checkpoint(resume)
-    else:
-        trainer.train(resume_from_checkpoint=resume)

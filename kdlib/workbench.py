@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 import transformers
 
-from kdlib import compare, data, models, plots, runs, trainer
+from kdlib import compare, data, models, plots, runs, training
 from kdlib import config as configs
 from kdlib.config import Config
 from kdlib.errors import RunError
@@ -61,7 +61,7 @@ def open_run(
 
 def preflight(config: Config) -> None:
     """Everything that can be refused before a run's folder is made: arguments, tokenizers, data."""
-    trainer.training_arguments(config, Path("unused"))
+    training.training_arguments(config, Path("unused"))
     tokenizer = models.load_tokenizer(config.teacher.model)
     models.check_pair(config, tokenizer)
     data.prepare(config.data, tokenizer, seed=config.seed)
@@ -99,7 +99,7 @@ class Workbench:
         return models.load_student(self.config, self.run.manifest["student_layers"])
 
     def moment(self, weights: Mapping[str, Any] | None = None, fraction: float = 0.0) -> Moment:
-        return trainer.objective_of(self.config, weights).at(fraction)
+        return training.objective_of(self.config, weights).at(fraction)
 
     def setup(self) -> pd.DataFrame:
         """Load everything once, choose the student's layers, write the manifest; returns what was found, for reading."""
@@ -147,7 +147,7 @@ class Workbench:
         return _facts({
             "input_ids [B, T]": list(batch["input_ids"].shape), "kept tokens N": len(tokens.targets),
             "teacher's logits [N, V]": [len(signal), signal.logits(slice(0, 1)).shape[-1]],
-            "evaluated": f"in chunks of {self.config.loss.chunk} tokens" if self.teacher.linear else "all logits at once",
+            "teacher's head": "applied in chunks" if self.teacher.form else "all logits at once: no plain head",
             "first row begins": self.tokenizer.decode(rows[0]["input_ids"][:40]),
         })
 
@@ -186,10 +186,8 @@ class Workbench:
         if folder.is_trained:
             print(f"{label}: trained already")
             return None
-        moment = self.moment(weights)
-        how = f"in chunks of {self.config.loss.chunk} tokens" if self.teacher.linear else "all logits at once (no plain head)"
-        print(f"{label}: {moment.formula}; logits {how}")
-        return trainer.train(
+        print(f"{label}: {self.moment(weights).formula}")
+        return training.train(
             self.config, folder, student=self.student(), teacher=self.teacher, tokenizer=self.tokenizer, blocks=self.blocks,
             weights=weights, label=label, stop_after=stop_after,
         )

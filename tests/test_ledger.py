@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from kdlib.diagnostics.ledger import Entry, Ledger, LedgerWindow
-from kdlib.loss_config import DIVERGENCES, TERM_NAMES
+from kdlib.loss_config import DIVERGENCES, TEMPERATURES, TERM_NAMES
 from kdlib.losses.divergences import FORMULAS, chosen
-from kdlib.objective import MEASURES, TERMS, Objective, ledger
+from kdlib.objective import MEASURES, TEMPERED, TERMS, Objective, ledger
 from kdlib.schedulers import constant, linear
 from kdlib.signals import DenseSignal
 
@@ -64,7 +64,7 @@ def test_weights_and_temperature_follow_their_schedules():
     objective = Objective({"kd": linear(0.0, 1.0), "ce": constant(0.3)}, linear(4.0, 2.0))
     assert list(objective.at(0.0).weights) == ["ce"]
     assert objective.at(0.5).weights == pytest.approx({"kd": 0.5, "ce": 0.3})
-    assert objective.at(0.5).temperature == 3
+    assert objective.at(0.5).temperatures == {"kd": 3}
 
 
 def test_the_formula_reads_as_it_is_computed():
@@ -80,7 +80,8 @@ def test_a_moment_without_any_weight_is_refused():
 
 def test_the_config_knows_the_objectives_terms():
     assert set(TERM_NAMES) == set(TERMS)
-    assert MEASURES["ce"] is TERMS["ce"].at(2.0, None)  # evaluation makes it once for both
+    assert set(TEMPERATURES) == set(TEMPERED)
+    assert MEASURES["ce"].function is Objective({"ce": constant(1.0)}).at(0).logit_terms["ce"].function  # made once for both
 
 
 def test_the_config_knows_the_divergences_and_their_options():

@@ -1,12 +1,22 @@
 import pytest
 import torch
 from conftest import sentences, tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
 
 from kdlib import embedded, models
 from kdlib.config import parse
 from kdlib.errors import ModelError
-from kdlib.signals import kept
+from kdlib.signals import Form, kept
 from kdlib.teachers import LiveTeacher, signal_of
 
 
@@ -74,21 +84,46 @@ def test_a_shallower_gpt2_keeps_the_layers_asked_for():
     torch.testing.assert_close(student.transformer.h[1].mlp.c_fc.weight, teacher.transformer.h[3].mlp.c_fc.weight)
 
 
-def test_a_plain_head_is_recognised_and_a_soft_capped_one_is_not():
-    assert models.has_plain_head(tiny_model())
-    capped = Gemma2ForCausalLM(Gemma2Config(
-        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=8, final_logit_softcapping=0.05, query_pre_attn_scalar=8,
-    ))
-    assert not models.has_plain_head(capped)
+SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+         "num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+HEADS = {
+    "llama": (lambda: tiny_model(64), Form()),
+    "gemma2": (lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=0.05, query_pre_attn_scalar=8)),
+               Form(softcap=0.05)),
+    "cohere": (lambda: CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.25)), Form(scale=0.25)),
+    "granite": (lambda: GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=8.0)), Form(scale=0.125)),
+}
 
 
-@pytest.mark.parametrize("linear", [True, False])
-def test_a_padded_head_is_cut_to_the_tokenizers_size(linear):
+@pytest.mark.parametrize(("make", "form"), HEADS.values(), ids=HEADS)
+def test_scaling_and_soft_capping_are_read_from_the_config_and_seen_to_be_right(make, form):
+    torch.manual_seed(0)
+    model = make().eval()
+    assert models.head_form(model) == form
+    batch = {"input_ids": torch.arange(6)[None], "attention_mask": torch.ones(1, 6, dtype=torch.long)}
+    signal = signal_of(model, batch, kept(batch["input_ids"]), vocabulary=64, form=form)
+    torch.testing.assert_close(signal.logits(), model(**batch).logits[0, :-1], rtol=1e-5, atol=1e-6)
+
+
+def test_a_head_whose_logits_are_made_otherwise_is_not_taken_for_a_plain_one():
+    model = tiny_model()
+    original = model.forward
+
+    def forward(input_ids, logits_to_keep=0, **options):
+        output = original(input_ids=input_ids, **options)
+        output.logits = 2 * output.logits
+        return output
+
+    model.forward = forward
+    assert models.head_form(model) is None
+
+
+@pytest.mark.parametrize("form", [Form(), None], ids=["linear", "dense"])
+def test_a_padded_head_is_cut_to_the_tokenizers_size(form):
     model = tiny_model(vocabulary=320).eval()
     batch = {"input_ids": torch.arange(6)[None], "attention_mask": torch.ones(1, 6, dtype=torch.long)}
     tokens = kept(batch["input_ids"])
-    signal = signal_of(model, batch, tokens, vocabulary=300, linear=linear)
+    signal = signal_of(model, batch, tokens, vocabulary=300, form=form)
     expected = model(**batch).logits[0, :-1, :300]
     torch.testing.assert_close(signal.logits(), expected, rtol=1e-5, atol=1e-5)
 
@@ -132,7 +167,7 @@ def test_the_built_in_teacher_loads_from_its_wheel_and_by_folder(tmp_path):
     teacher = models.load_model("smollm2-135m-instruct")
     tokenizer = models.load_tokenizer("smollm2-135m-instruct")
     assert (teacher.config.num_hidden_layers, len(tokenizer)) == (30, 49152)
-    assert models.has_plain_head(teacher)
+    assert models.head_form(teacher) == Form()
     ids = torch.tensor([tokenizer("The capital of France is")["input_ids"]])
     assert "Paris" in tokenizer.decode(teacher(input_ids=ids).logits[0, -1].topk(5).indices)
     teacher.save_pretrained(tmp_path)

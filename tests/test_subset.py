@@ -5,7 +5,7 @@ import torch
 from test_divergences import FAMILY, V, each, random_log_probs
 
 from kdlib.losses.divergences import adaptive_kl, forward_kl
-from kdlib.losses.subset import on_top_k, top_k_pair
+from kdlib.losses.subset import OnTopK, top_k_pair
 
 STUDENT, TEACHER = random_log_probs(40, seed=0), random_log_probs(40, seed=1)
 
@@ -30,19 +30,19 @@ def test_both_sides_are_distributions_again(k, renormalise):
 @each
 @pytest.mark.parametrize("k", [1, 4, V - 1])
 def test_zero_at_equality_and_never_below(divergence, k):
-    assert on_top_k(divergence, k)(TEACHER, TEACHER).abs().max() < 1e-14
-    assert (on_top_k(divergence, k)(STUDENT, TEACHER) > -1e-15).all()
+    assert OnTopK(divergence, k)(TEACHER, TEACHER).abs().max() < 1e-14
+    assert (OnTopK(divergence, k)(STUDENT, TEACHER) > -1e-15).all()
 
 
 @each
 @pytest.mark.parametrize("k", [V, V + 1])
 def test_all_of_the_vocabulary_is_the_full_divergence(divergence, k):
-    torch.testing.assert_close(on_top_k(divergence, k)(STUDENT, TEACHER), divergence(STUDENT, TEACHER), rtol=1e-14, atol=0)
+    torch.testing.assert_close(OnTopK(divergence, k)(STUDENT, TEACHER), divergence(STUDENT, TEACHER), rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("divergence", [f for f in FAMILY.values() if f is not adaptive_kl])  # no f-divergence
 def test_the_bucket_never_exceeds_the_full_divergence_and_rises_with_k(divergence):
-    values = [on_top_k(divergence, k)(STUDENT, TEACHER) for k in range(1, V + 1)]
+    values = [OnTopK(divergence, k)(STUDENT, TEACHER) for k in range(1, V + 1)]
     for fewer, more in zip(values, values[1:], strict=False):
         assert (fewer <= more + 1e-12).all()
 
@@ -50,13 +50,13 @@ def test_the_bucket_never_exceeds_the_full_divergence_and_rises_with_k(divergenc
 def test_a_student_with_its_mass_outside_pays_in_the_bucket_and_nothing_renormalised():
     teacher = torch.tensor([[0.6, 0.3, 0.05, 0.05]], dtype=torch.float64).log()
     student = torch.tensor([[0.006, 0.003, 0.9, 0.091]], dtype=torch.float64).log()
-    assert on_top_k(forward_kl, 2)(student, teacher).item() > 3
-    assert on_top_k(forward_kl, 2, renormalise=True)(student, teacher).item() == pytest.approx(0, abs=1e-12)
+    assert OnTopK(forward_kl, 2)(student, teacher).item() > 3
+    assert OnTopK(forward_kl, 2, renormalise=True)(student, teacher).item() == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("renormalise", [False, True], ids=["bucket", "renormalised"])
 def test_gradcheck(renormalise):
-    divergence = on_top_k(forward_kl, 3, renormalise=renormalise)
+    divergence = OnTopK(forward_kl, 3, renormalise=renormalise)
     logits = random_log_probs(3, seed=2).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: divergence(x.log_softmax(-1), TEACHER[:3]), logits)
 
@@ -65,7 +65,7 @@ def test_a_teacher_with_nothing_outside_its_top_k_gives_no_nan():
     teacher = torch.tensor([[0.7, 0.3, 0.0, 0.0]], dtype=torch.float64).log()
     for rest in (0.0, 0.1):
         student = torch.tensor([[0.5, 0.5 - rest, rest, 0.0]], dtype=torch.float64).log().requires_grad_()
-        loss = on_top_k(forward_kl, 2)(student, teacher)
+        loss = OnTopK(forward_kl, 2)(student, teacher)
         loss.sum().backward()
         assert loss.isfinite().all()
         assert student.grad.isfinite().all()

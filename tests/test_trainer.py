@@ -19,14 +19,17 @@ from safetensors.torch import load_file
 from tiny_training import pieces
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdlib import objective, trainer
+from kdlib import objective
 from kdlib.checkpoints import last_checkpoint
 from kdlib.config import parse
 from kdlib.data import collate
 from kdlib.errors import NonFiniteLoss, RunError
+from kdlib.losses.linear import Weighted
+from kdlib.losses.workspace import Workspace
 from kdlib.runs import StudentFolder, read_metrics
 from kdlib.signals import kept
-from kdlib.trainer import DistillationTrainer, objective_of, training_arguments
+from kdlib.trainer import DistillationTrainer
+from kdlib.training import objective_of, train, training_arguments
 
 SGD = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 3,
        "eval_strategy": "no", "save_strategy": "no", "logging_steps": 1}
@@ -53,7 +56,7 @@ def trained(raw_config, rows, folder, *, dtype=torch.float64, collator=None, den
     run = DistillationTrainer(
         model=student, args=training_arguments(config, folder / "checkpoints"), train_dataset=rows, processing_class=tokenizer,
         data_collator=collator or partial(collate, pad_id=tokenizer.pad_token_id), objective=objective_of(config, weights),
-        teacher=parts["teacher"], vocabulary=len(tokenizer), chunk=chunk, folder=StudentFolder(folder), dense=dense,
+        teacher=parts["teacher"], vocabulary=len(tokenizer), workspace=Workspace(chunk), folder=StudentFolder(folder), dense=dense,
     )
     run.train()
     after = torch.nn.utils.parameters_to_vector(student.parameters()).detach()
@@ -137,7 +140,7 @@ def test_a_model_that_gets_no_token_count_is_refused(raw_config, rows, tmp_path)
     config = parse({**raw_config, "training": {**raw_config["training"], **SGD}})
     run = DistillationTrainer(
         model=Narrow(tiny_model().config), args=training_arguments(config, tmp_path), train_dataset=rows,
-        data_collator=partial(collate, pad_id=0), objective=objective_of(config, {"ce": 1}), teacher=None, vocabulary=300, chunk=8,
+        data_collator=partial(collate, pad_id=0), objective=objective_of(config, {"ce": 1}), teacher=None, vocabulary=300,
         folder=StudentFolder(tmp_path),
     )
     with pytest.raises(RunError, match="takes \\*\\*kwargs, and Narrow's does not"):
@@ -158,7 +161,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_term(raw_config, 
 
 def full_training(raw_config, folder: Path, **training) -> DistillationTrainer:
     config = parse({**raw_config, "training": {**raw_config["training"], **training}})
-    return trainer.train(config, StudentFolder(folder), **pieces(config))
+    return train(config, StudentFolder(folder), **pieces(config))
 
 
 def test_a_training_leaves_its_files(raw_config, tmp_path):
@@ -191,11 +194,11 @@ def test_evaluation_measures_what_training_minimises(raw_config, tmp_path):
     parts = pieces(config)
     parts["blocks"] = type(parts["blocks"])(parts["blocks"].validation, parts["blocks"].validation, {})
     parts["student"].eval()
-    run = trainer.train(config, StudentFolder(tmp_path / "a"), **parts, stop_after=1)
+    run = train(config, StudentFolder(tmp_path / "a"), **parts, stop_after=1)
     again = pieces(config)
     again["blocks"] = parts["blocks"]
     unmoved = parse({**raw_config, "training": {**raw_config["training"], **SGD, "max_steps": 1, "learning_rate": 0.0}})
-    fresh = trainer.train(unmoved, StudentFolder(tmp_path / "b"), **again, stop_after=1)
+    fresh = train(unmoved, StudentFolder(tmp_path / "b"), **again, stop_after=1)
     assert fresh.evaluate()["eval_loss"] == pytest.approx(run.state.log_history[0]["loss"], rel=1e-6)
 
 
@@ -272,7 +275,7 @@ def test_checkpoints_by_epoch_are_resumed_with_the_same_lines(raw_config, tmp_pa
 
 
 def test_an_evaluation_that_is_not_finite_stops_the_run(raw_config, tmp_path, monkeypatch):
-    monkeypatch.setitem(objective.MEASURES, "kl_to_teacher", lambda student, teacher, targets: targets * float("nan"))
+    monkeypatch.setitem(objective.MEASURES, "kl_to_teacher", Weighted(lambda s, t, targets, temperature: targets * float("nan")))
     with pytest.raises(NonFiniteLoss, match="step 4: on held-out text kl_to_teacher = nan"):
         full_training(raw_config, tmp_path / "run")
 
@@ -307,7 +310,7 @@ def test_a_disk_that_fills_up_in_the_middle_says_so_and_keeps_the_metrics(raw_co
     small.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(small)], check=True)
     try:
-        monkeypatch.setattr("kdlib.trainer.check_disk", lambda *args, **options: None)  # it would refuse before the first step
+        monkeypatch.setattr("kdlib.training.check_disk", lambda *args, **options: None)  # it would refuse before the first step
         with pytest.raises(RunError, match="cannot write .*; free some space, then go on with --resume"):
             full_training(raw_config, small / "run", save_total_limit=30, save_steps=1)
         assert [line["train/step"] for line in read_metrics(StudentFolder(small / "run"))][0] >= 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from kdlib import config, data, models, trainer
+from kdlib import config, data, models, training
 from kdlib.runs import StudentFolder
 from kdlib.teachers import LiveTeacher
 
@@ -17,11 +17,11 @@ def pieces(settings, *, dtype=torch.float32, layers=(0, 3)):
     """Everything that `train` needs, freshly made and the same each time."""
     tokenizer = models.load_tokenizer(settings.teacher.model)
     teacher = models.load_model(settings.teacher.model)
-    student = models.shallower(teacher, layers).to(dtype)
+    student = models.load_student(settings, layers).to(dtype)
     blocks = data.prepare(settings.data, tokenizer, seed=settings.seed)
     return {"student": student, "teacher": LiveTeacher(teacher.to(dtype), len(tokenizer)), "tokenizer": tokenizer, "blocks": blocks}
 
 
 if __name__ == "__main__":
     folder, settings = StudentFolder(Path(sys.argv[1])), config.load(sys.argv[2])
-    trainer.train(settings, folder, label="tiny", **pieces(settings))
+    training.train(settings, folder, label="tiny", **pieces(settings))

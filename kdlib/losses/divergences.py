@@ -11,7 +11,7 @@ ValueError where the two differ in shape.
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -81,16 +81,15 @@ def skewed_reverse_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, *, a
 def adaptive_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, *, head: float = 0.5) -> Tensor:
     """Forward and reverse KL, mixed by where the student is wrong: in the teacher's likely tokens or in its unlikely ones.
 
-    The head is the fewest of the teacher's likeliest tokens that hold a mass of `head`.  Forward KL weighs by the share of
-    |teacher - student| that lies in the head, reverse KL by the rest; no gradient flows into that share.
+    The head is the fewest of the teacher's likeliest tokens that hold a mass of `head` (and those as likely as its last).
+    Forward KL weighs by the share of |teacher - student| that lies in the head, reverse KL by the rest; no gradient flows into
+    that share.
 
     Reference: Wu et al. 2024, https://arxiv.org/abs/2404.02657
     """
     _check_shapes(student_log_probs, teacher_log_probs)
-    teacher, gap = teacher_log_probs.exp(), (teacher_log_probs.exp() - student_log_probs.detach().exp()).abs()
-    ordered, order = teacher.sort(dim=-1, descending=True)
-    in_head = ordered.cumsum(-1) - ordered < head  # the mass before this token does not reach it yet
-    head_gap = (gap.gather(-1, order) * in_head).sum(-1)
+    gap = (teacher_log_probs.exp() - student_log_probs.detach().exp()).abs()
+    head_gap = (gap * _likeliest(teacher_log_probs, head)).sum(-1)
     share = head_gap / gap.sum(-1).clamp(min=torch.finfo(gap.dtype).tiny)
     return share * _kl(teacher_log_probs, student_log_probs) + (1 - share) * _kl(student_log_probs, teacher_log_probs)
 
@@ -116,12 +115,24 @@ FORMULAS = {
 """Every divergence, and how it is written."""
 
 
+@dataclass(frozen=True)
+class WithOptions:
+    """A divergence with its options given; two of the same are equal, so that what was compiled for one serves the other."""
+
+    divergence: Divergence
+    options: tuple[tuple[str, float], ...]
+
+    def __call__(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+        return self.divergence(student_log_probs, teacher_log_probs, **dict(self.options))
+
+
 def chosen(spec: str | Mapping[str, Mapping[str, float]]) -> tuple[Divergence, str]:
     """The divergence of a config, `reverse_kl` or `{generalized_jsd: {beta: 0.3}}`, and its formula with a place for {at}."""
     (name, options), = spec.items() if isinstance(spec, Mapping) else [(spec, {})]
     function = next(function for function in FORMULAS if function.__name__ == name)
     settings = "".join(f"{option}={value:g}, " for option, value in options.items())
-    return partial(function, **options), FORMULAS[function].replace("{at}", settings + "{at}")
+    formula = FORMULAS[function].replace("{at}", settings + "{at}")
+    return WithOptions(function, tuple(options.items())) if options else function, formula
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -137,6 +148,21 @@ def _mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
     never = log_p.isneginf() & log_q.isneginf()  # logaddexp's gradient is nan there
     mixed = torch.logaddexp((log_p + math.log(share)).masked_fill(never, 0.0), (log_q + math.log1p(-share)).masked_fill(never, 0.0))
     return mixed.masked_fill(never, -math.inf)
+
+
+def _likeliest(log_probs: Tensor, mass: float) -> Tensor:
+    """[N, V] True for the fewest likeliest tokens that hold this mass: by bisection of the threshold, as a sort of V costs more.
+
+    Tokens whose log-probabilities differ by less than 3e-4 may count as equally likely.
+    """
+    probs = log_probs.exp()
+    low = torch.full_like(log_probs[..., :1], math.log((1 - mass) / log_probs.shape[-1]) - 1 if mass < 1 else -math.inf)
+    high = torch.zeros_like(low)
+    for _ in range(16):  # > low holds the mass, > high does not
+        middle = (low + high) / 2
+        enough = (probs * (log_probs > middle)).sum(-1, keepdim=True) >= mass
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return log_probs > low
 
 
 def _check_shapes(student_log_probs: Tensor, teacher_log_probs: Tensor) -> None:

@@ -1,37 +1,52 @@
 """Loss terms evaluated chunk by chunk, so that no [N, V] tensor of logits ever exists.
 
 The gradient with respect to hidden states and head is made in the forward pass, while a chunk's logits are at hand:
-backward then only scales it.  Any number of terms shares one product with each head.
+backward then only scales it.  Any number of terms shares one product with each head.  What remains is the cost of the
+matrix products: the logit buffers are kept between steps, the gradient overwrites the student's logits in place, and the
+arithmetic on the rows between the products may be compiled into a few passes over them.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kdlib.losses.workspace import Workspace
 from kdlib.signals import LinearSignal, Signal
 
-CHUNK = 128  # tokens whose logits exist at a time: 25 MB per float32 copy at V = 49,152
+TokenFunction = Callable[[Tensor, Tensor | None, Tensor, Tensor | float], Tensor]
+"""(student logits [n, V], teacher logits [n, V] or None, targets [n], temperature) -> [n] per-token values."""
 
-TokenFunction = Callable[[Tensor, Tensor | None, Tensor], Tensor]
-"""(student logits [n, V], teacher logits [n, V] or None, targets [n]) -> [n] per-token values."""
+
+@dataclass(frozen=True)
+class Weighted:
+    """One term of an objective at one moment, as the head sees it."""
+
+    function: TokenFunction
+    weight: float = 1.0
+    temperature: float = 1.0
 
 
 def token_values(
-    student: Signal, teacher: Signal | None, targets: Tensor, *, functions: Sequence[TokenFunction], chunk: int = CHUNK
+    student: Signal, teacher: Signal | None, targets: Tensor, *, terms: Sequence[Weighted], chunk: int | None = None
 ) -> Tensor:
-    """Every function's value for every kept token, as plain differentiable code: the reference, and the way to evaluate.
+    """Every term's value for every kept token, unweighted, as plain differentiable code: the reference, and how to evaluate.
 
     Args:
         student: N kept tokens.
-        teacher: the same N tokens, or None where no function asks for it.
+        teacher: the same N tokens, or None where no term asks for it.
         targets: [N] token ids.
-        chunk: tokens whose logits are made at a time.  Under autograd all of them are kept for the backward pass.
+        chunk: tokens whose logits are made at a time; all at once where None.  Under autograd all are kept for backward.
 
     Returns:
-        [functions, N] in float32, or float64 for float64 logits.
+        [terms, N] in float32, or float64 for float64 logits.
     """
-    parts = [_values(functions, student, teacher, targets, rows) for rows in _chunks(len(student), chunk)]
+    parts = []
+    for rows in _chunks(len(student), chunk or len(student)):
+        logits = None if teacher is None else _teacher_logits(teacher, rows)
+        ours = student.logits(rows)
+        parts.append(torch.stack([term.function(ours, logits, targets[rows], term.temperature) for term in terms]))
     return torch.cat(parts, dim=-1)
 
 
@@ -40,91 +55,104 @@ def term_sums(
     teacher: Signal | None,
     targets: Tensor,
     *,
-    functions: Sequence[TokenFunction],
-    weights: Sequence[float],
-    chunk: int = CHUNK,
+    terms: Sequence[Weighted],
+    count: Tensor | int = 1,
+    workspace: Workspace | None = None,
 ) -> Tensor:
     """Every term's sum over the kept tokens: chunked where the student is a LinearSignal, dense where it is not.
 
     Args:
         student: N kept tokens; gradient flows into a LinearSignal's hidden, weight and bias, or a DenseSignal's logits.
         teacher: the same N tokens, or None; no gradient flows into it.
-        functions, weights: one per term, weights not 0.  A chunked gradient is that of `sum(weights * sums)`:
-            back-propagate a multiple of that (what `Ledger.total` is) and nothing else; anything else is refused.
+        terms: weights not 0.
+        count: a chunked gradient is that of `sum(weight * sum) / count`: back-propagate a multiple of that (what
+            `Ledger.total` is) and nothing else; anything else is refused.
+        workspace: buffers kept between calls; made anew where None.
 
     Returns:
         [terms] sums; 0 where nothing is kept.
 
     Raises:
-        RuntimeError: on backward, when the sums were combined with other weights.
+        RuntimeError: on backward, when the sums were combined with other weights, or when a second derivative is asked for.
     """
     if not (isinstance(student, LinearSignal) and torch.is_grad_enabled()):
-        return token_values(student, teacher, targets, functions=functions, chunk=max(len(student), 1)).sum(-1)
+        return token_values(student, teacher, targets, terms=terms).sum(-1)
     return _ChunkedSums.apply(
-        student.hidden, student.weight, student.bias, teacher, targets, tuple(functions), tuple(weights), chunk
+        student.hidden, student.weight, student.bias, student, teacher, targets, tuple(terms), count, workspace or Workspace()
     )
 
 
 class _ChunkedSums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, teacher, targets, functions, weights, chunk):
-        student = LinearSignal(hidden, weight, bias)
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight) if needs_weight else None
-        grad_bias = torch.zeros_like(bias) if needs_bias else None
-        combine = torch.tensor(weights, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        sums = 0.0
-        for rows in _chunks(len(student), chunk):
-            logits = student.logits(rows)
-            with torch.enable_grad():
-                leaf = logits.detach().requires_grad_()
-                values = _stack(functions, leaf, _teacher_logits(teacher, rows), targets[rows]).sum(-1)
-                (grad_logits,) = torch.autograd.grad(values @ combine.to(values.dtype), leaf)
-            sums = sums + values.detach()
-            if needs_hidden:
-                grad_hidden[rows] = grad_logits @ weight.to(student.dtype)
-            if needs_weight:
-                product = grad_logits.T, hidden[rows].to(student.dtype)
-                if product[0].dtype == grad_weight.dtype:
-                    grad_weight.addmm_(*product)  # in place: no second [V, H]
-                else:
-                    grad_weight += product[0] @ product[1]
-            if needs_bias:
-                grad_bias += grad_logits.sum(0)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.weights = combine
+    def forward(ctx, hidden, weight, bias, student, teacher, targets, terms, count, workspace):
+        student, teacher = student.cast(), teacher.cast() if isinstance(teacher, LinearSignal) else teacher
+        numbers = {"dtype": torch.promote_types(student.dtype, torch.float32), "device": hidden.device}
+        temperatures = torch.tensor([term.temperature for term in terms], **numbers)
+        weights = torch.tensor([term.weight for term in terms], **numbers)
+        if student.dtype is not torch.float16:  # whose range a gradient per token would leave before the loss is scaled up
+            weights = weights / torch.as_tensor(count, device=hidden.device).clamp(min=1)
+        gradients = _Gradients((hidden, weight, bias), needed=ctx.needs_input_grad[:3])
+        with torch.autocast(hidden.device.type, enabled=False):  # the dtype of the products is settled
+            arithmetic = workspace.rows([term.function for term in terms], student.form, None if teacher is None else teacher.form)
+            sums = weights.new_zeros(len(terms))
+            for rows in _chunks(len(student), workspace.chunk_for(student)):
+                products, others = workspace.products(student, teacher, rows)
+                sums += arithmetic(products, others, targets[rows], temperatures, weights)
+                gradients.add(rows, products[: rows.stop - rows.start], student)
+        ctx.save_for_backward(*gradients.tensors)
+        ctx.weights = weights
         return sums
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_sums):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "term_sums made its gradient in the forward pass, so there is no second derivative; call backward without "
+                "create_graph, or use token_values, which is plain differentiable code"
+            )
         weights = ctx.weights.to(grad_sums.dtype)
         scale = (grad_sums @ weights) / (weights @ weights)
         torch._assert_async(  # no wait for the device, unlike `if`
             (grad_sums - scale * weights).abs().amax() <= 1e-4 * grad_sums.abs().amax(),
-            "term_sums: its gradient was made for sum(weights * sums) with the weights given to it, and the sums were "
+            "term_sums: its gradient was made for sum(weight * sum) / count with the weights given to it, and the sums were "
             "combined with others; back-propagate Ledger.total, or call it again with the weights you want",
         )
+        if scale.device.type == "cpu" and abs(scale.item() - 1) <= 8 * torch.finfo(scale.dtype).eps:
+            return *ctx.saved_tensors, *[None] * 6  # as it is: no second [V, H]
         grads = [None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors]
-        return *grads, None, None, None, None, None
+        return *grads, *[None] * 6
 
 
-def _values(functions, student, teacher, targets, rows) -> Tensor:
-    return _stack(functions, student.logits(rows), _teacher_logits(teacher, rows), targets[rows])
+class _Gradients:
+    """The gradients of hidden states, head and bias, added up chunk by chunk."""
+
+    def __init__(self, inputs: Sequence[Tensor | None], *, needed: Sequence[bool]) -> None:
+        self.tensors = [torch.zeros_like(x) if need else None for x, need in zip(inputs, needed, strict=True)]
+
+    def add(self, rows: slice, logits: Tensor, student: LinearSignal) -> None:
+        """Take in a chunk's gradient with respect to the products with the head: [n, V]."""
+        to_hidden, to_weight, to_bias = self.tensors
+        if to_hidden is not None:
+            _add_product(to_hidden[rows], logits, student.weight)
+        if to_weight is not None:
+            _add_product(to_weight, logits.T, student.hidden[rows])
+        if to_bias is not None:
+            to_bias += logits.sum(0)
 
 
-def _stack(functions, student_logits, teacher_logits, targets) -> Tensor:
-    return torch.stack([function(student_logits, teacher_logits, targets) for function in functions])
+def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out += left @ right, without another tensor of its size where the dtypes allow."""
+    if out.dtype == left.dtype:
+        out.addmm_(left, right)
+    else:
+        out += left @ right
 
 
-def _teacher_logits(teacher: Signal | None, rows: slice) -> Tensor | None:
-    if teacher is None:
-        return None
+def _teacher_logits(teacher: Signal, rows: slice) -> Tensor:
     with torch.no_grad():
         return teacher.logits(rows)
 
 
 def _chunks(tokens: int, size: int) -> list[slice]:
     """Slices that cover `tokens`; one empty slice where there are none, so that every result keeps its shape and type."""
-    return [slice(start, min(start + size, tokens)) for start in range(0, max(tokens, 1), size)]
+    return [slice(start, min(start + size, tokens)) for start in range(0, max(tokens, 1), max(size, 1))]

@@ -1,11 +1,12 @@
-"""The teacher's k likeliest tokens in place of the whole vocabulary: k log-probabilities and one for all the rest."""
+"""Part of the vocabulary in its place: the teacher's k likeliest tokens and one for all the rest, or tokens drawn from it."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kdlib.losses.divergences import Divergence
+from kdlib.losses.divergences import Divergence, adaptive_kl
 
 
 def top_k_pair(
@@ -40,9 +41,38 @@ def top_k_pair(
     return tuple(torch.cat([part, tail], dim=-1) for part, tail in zip(pair, tails, strict=True))
 
 
-def on_top_k(divergence: Divergence, k: int, *, renormalise: bool = False) -> Divergence:
+@dataclass(frozen=True)
+class OnTopK:
     """The same divergence, of the top k and the tail."""
-    return lambda student, teacher: divergence(*top_k_pair(student, teacher, k, renormalise=renormalise))
+
+    divergence: Divergence
+    k: int
+    renormalise: bool = False
+
+    def __call__(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+        return self.divergence(*top_k_pair(student_log_probs, teacher_log_probs, self.k, renormalise=self.renormalise))
+
+
+@dataclass(frozen=True)
+class OnSamples:
+    """An unbiased estimate of the same divergence from `count` tokens drawn from the teacher, with replacement.
+
+    An f-divergence is a sum over tokens; each drawn token's summand is divided by the probability with which it was drawn, the
+    teacher's own.  Value and gradient are then right on average over draws, as the student's normaliser is that of the whole
+    vocabulary; a single value may be negative.  0 where the two agree, for any draw.  adaptive_kl is no such sum: not for it.
+
+    Reference: Anshumann et al. 2025 ("random sampling KD"), https://arxiv.org/abs/2503.16870
+    """
+
+    divergence: Divergence
+    count: int
+
+    def __call__(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+        if self.divergence is adaptive_kl or getattr(self.divergence, "divergence", None) is adaptive_kl:
+            raise ValueError("adaptive_kl is not a sum over tokens, so it has no unbiased estimate from samples; use another divergence")
+        ids = teacher_log_probs.exp().multinomial(self.count, replacement=True)
+        student, teacher = (log_probs.gather(-1, ids)[..., None] for log_probs in (student_log_probs, teacher_log_probs))
+        return (self.divergence(student, teacher) / teacher[..., 0].exp()).mean(-1)  # one summand at a time: V = 1
 
 
 def _log_mass_outside(log_probs: Tensor, ids: Tensor) -> Tensor:

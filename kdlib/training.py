@@ -1,0 +1,167 @@
+"""One training from a config: its arguments and objective, resumed where it stopped, its files left behind."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from kdlib.arguments import HIGHER_IS_BETTER
+from kdlib.callbacks import StopAfter, StopRequest
+from kdlib.checkpoints import check_disk, disk_is_full, last_checkpoint, step_of
+from kdlib.config import Config
+from kdlib.data import TokenBlocks, collate
+from kdlib.errors import ConfigError, KdlibError, RunError
+from kdlib.losses.features import LayerPairs, layer_pairs, projections
+from kdlib.losses.workspace import Workspace
+from kdlib.models import device_of, parameters, precision_of
+from kdlib.objective import FEATURE_TERMS, Objective
+from kdlib.runs import StudentFolder, cut_metrics, history, is_refusal, read_json, write_error, write_json
+from kdlib.schedulers import SHAPES, from_spec
+from kdlib.teachers import LiveTeacher
+from kdlib.trainer import PROJECTIONS, DistillationTrainer
+
+DRY_RUN = {"save_strategy": "no", "logging_steps": 1, "eval_on_start": False, "report_to": "none"}
+TRACKERS = {"wandb", "tensorboard", "trackio"}
+WORTH_COMPILING = 4e9  # logits of a training; below it the compiler takes longer than it spares
+
+
+def training_arguments(config: Config, output: Path, **changes: Any) -> TrainingArguments:
+    """The config's `training:` section as TrainingArguments.
+
+    Raises:
+        ConfigError: transformers refuses the combination; its own words are in the message.
+    """
+    dtype, _ = precision_of(config)
+    metric = config.training["metric_for_best_model"].removeprefix("eval_")
+    fixed = {
+        "output_dir": str(output), "seed": config.seed, "data_seed": config.seed, "logging_nan_inf_filter": False,
+        "remove_unused_columns": False, "label_names": ["labels"], "disable_tqdm": True,
+        "greater_is_better": HIGHER_IS_BETTER[metric], "use_cpu": device_of(config).type == "cpu",
+        "dataloader_pin_memory": config.training.get("dataloader_pin_memory", device_of(config).type == "cuda"),
+        "bf16": dtype is torch.bfloat16, "fp16": dtype is torch.float16,
+    }
+    if isinstance(config.training.get("lr_scheduler_type"), Mapping):
+        fixed["lr_scheduler_type"] = "constant"  # the trainer follows the schedule itself
+    try:
+        args = TrainingArguments(**{**config.training, **fixed, **changes})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"training: transformers refuses these arguments: {error}") from error
+    for tracker in TRACKERS.intersection(args.report_to):
+        if find_spec(tracker) is None:
+            raise ConfigError(f"training.report_to: {tracker} is not installed; run: pip install {tracker}")
+    return args
+
+
+def objective_of(config: Config, weights: Mapping[str, Any] | None = None) -> Objective:
+    """The config's objective, or the same with other weights: the baseline."""
+    loss = config.loss
+    specs = loss.schedules if weights is None else weights
+    one = isinstance(loss.temperature, float) or next(iter(loss.temperature)) in SHAPES
+    return Objective(
+        weights={name: from_spec(spec) for name, spec in specs.items()},
+        temperature=from_spec(loss.temperature) if one else {n: from_spec(spec) for n, spec in loss.temperatures(specs).items()},
+        divergence=loss.divergence, top_k=None if loss.top_k is None else from_spec(loss.top_k),
+        renormalise=loss.top_k_tail == "renormalise", samples=loss.samples, normalise=loss.features.normalise,
+        layers=f"layers {loss.features.layers}",
+    )
+
+
+def workspace_of(config: Config, args: TrainingArguments, rows: int, vocabulary: int) -> Workspace:
+    """The losses' workspace; `compile: auto` compiles the row arithmetic where the training is long enough to repay it."""
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * rows / batch
+    repays = steps * batch * config.data.max_length * vocabulary > WORTH_COMPILING
+    chunk, compiled = config.loss.chunk, config.loss.compile
+    return Workspace(None if chunk == "auto" else chunk, compiled=repays if compiled == "auto" else compiled)
+
+
+def listen(config: Config, student: PreTrainedModel, teacher: PreTrainedModel, objective: Objective) -> LayerPairs:
+    """The layers that feature terms compare; the student gets the projections that they need, trained with it, never saved in it.
+
+    Raises:
+        ConfigError: a model has no such layer.
+    """
+    if not any(name in FEATURE_TERMS for name in objective.weights):
+        return ()
+    ours, theirs = student.config.get_text_config(), teacher.config.get_text_config()
+    try:
+        pairs = layer_pairs(config.loss.features.layers, ours.num_hidden_layers, theirs.num_hidden_layers)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    torch.manual_seed(config.seed)
+    made = projections(pairs, ours.hidden_size, theirs.hidden_size)
+    if made and any(name in FEATURE_TERMS and FEATURE_TERMS[name].projected for name in objective.weights):
+        student.add_module(PROJECTIONS, made.to(student.device, student.dtype))
+    return pairs
+
+
+def train(
+    config: Config, folder: StudentFolder, *, student: PreTrainedModel, teacher: LiveTeacher, tokenizer: PreTrainedTokenizerBase,
+    blocks: TokenBlocks, weights: Mapping[str, Any] | None = None, label: str = "", stop_after: int | None = None,
+) -> DistillationTrainer:
+    """Train one student into its folder, from its last checkpoint where there is one.
+
+    Args:
+        weights: in place of the config's: the baseline's.
+        stop_after: a dry run of so many steps: no checkpoints, no models.
+
+    Raises:
+        RunError: stopped by an interrupt or a STOP file (a checkpoint is there), or the disk is full.
+        NonFiniteLoss: a term became nan or infinite.
+    """
+    resume = last_checkpoint(folder)
+    changes = DRY_RUN if stop_after else {"eval_on_start": False} if resume else {}  # that evaluation is in metrics.jsonl already
+    args = training_arguments(config, folder.checkpoints, **changes)
+    if not stop_after:
+        check_disk(folder, weights=4 * parameters(student), args=args)
+    try:
+        if args.process_index == 0:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            cut_metrics(folder, step_of(resume))
+        objective = objective_of(config, weights)
+        pairs = listen(config, student, teacher.model, objective)
+        if hasattr(student, PROJECTIONS) and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # DDP sees only its forward, and would take the projections for unused
+        course = config.training.get("lr_scheduler_type")
+        trainer = DistillationTrainer(
+            model=student, args=args, train_dataset=blocks.train, eval_dataset=blocks.validation, processing_class=tokenizer,
+            data_collator=partial(collate, pad_id=tokenizer.pad_token_id), objective=objective, teacher=teacher,
+            vocabulary=len(tokenizer), workspace=workspace_of(config, args, len(blocks.train), len(tokenizer)), layer_pairs=pairs,
+            learning_rate_schedule=from_spec(course) if isinstance(course, Mapping) else None,
+            folder=folder, label=label, last_step=stop_after,
+        )
+        stop = StopRequest(folder)
+        trainer.add_callback(StopAfter(stop_after) if stop_after else stop)
+        with nullcontext() if stop_after else stop:
+            _run(trainer, resume)
+        if stop_after:
+            return trainer
+        if stop.requested and trainer.state.global_step < trainer.state.max_steps:
+            raise RunError(f"stopped at step {trainer.state.global_step} with a checkpoint; go on with --resume, or run this cell again")
+        _finish(trainer, folder)
+    except Exception as error:  # a full disk: torch, safetensors and tokenizers (a bare Exception) each have errors of their own
+        if not isinstance(error, KdlibError) and (is_refusal(error) or disk_is_full(folder)):
+            raise write_error(folder.path, error) from error
+        raise
+    return trainer
+
+
+def _finish(trainer: DistillationTrainer, folder: StudentFolder) -> None:
+    trainer.save_student(folder.final_model)
+    if not folder.best_model.exists():  # no evaluation during training: the last is the best known
+        trainer.save_student(folder.best_model)
+    if trainer.is_world_process_zero():
+        write_json(folder.history, history(folder))  # the last file: it says that training reached its end
+
+
+def _run(trainer: DistillationTrainer, resume: str | None) -> None:
+    state = read_json(Path(resume) / "trainer_state.json") if resume else None
+    if state and state["global_step"] >= state["max_steps"]:  # killed after the last step: the Trainer would make one more
+        trainer._load_from_checkpoint(resume)
+    else:
+        trainer.train(resume_from_checkpoint=resume)
