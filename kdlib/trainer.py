@@ -156,7 +156,7 @@ class DistillationTrainer(Trainer):
                     model, self._prepare_inputs(batch), moment, with_teacher=self.teacher is not None
                 )
                 sums = row_sums(student, teacher, tokens.targets, tokens.rows, row_count=len(batch["labels"]), measures=measures,
-                                moment=moment)
+                                moment=moment, chunk=self.workspace.chunk_for(student))
             rows.append(self.accelerator.gather_for_metrics(torch.stack(list(sums.values()), dim=1)))  # drops repeated rows
         rows = torch.cat(rows).cpu()
         *totals, count = rows.double().sum(0).tolist()

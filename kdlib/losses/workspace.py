@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdlib.signals import Form, LinearSignal, Signal
+from kdlib.signals import Form, Signal
 
 PIECE = 64  # rows worked on at a time on a CPU: with 50,000 columns they stay in its last cache; also what is compiled
 CPU_BUDGET, BUDGET = 128 * 2**20, 2**30  # bytes of logits, student's and teacher's, at most
@@ -32,15 +32,16 @@ class Workspace:
         self._buffers: dict[str, Tensor] = {}
 
     def __str__(self) -> str:
-        return f"in chunks of {self.chunk or 'as many tokens as memory allows'}, rows {'compiled' if self.compiled else 'not compiled'}"
+        size = f"{self.chunk} tokens" if self.chunk else "as many tokens as memory suggests"
+        return f"in chunks of {size}, the row arithmetic {'compiled' if self.compiled else 'not compiled'}"
 
-    def chunk_for(self, student: LinearSignal) -> int:
+    def chunk_for(self, student: Signal) -> int:
         """Tokens whose logits exist at a time."""
         if self.chunk is None:
-            self.chunk = chunk_tokens(len(student.weight), student.dtype.itemsize, student.hidden.device)
+            self.chunk = chunk_tokens(student.vocabulary, student.dtype.itemsize, student.device)
         return self.chunk
 
-    def products(self, student: LinearSignal, teacher: Signal | None, rows: slice) -> tuple[Tensor, Tensor | None]:
+    def products(self, student: Signal, teacher: Signal | None, rows: slice) -> tuple[Tensor, Tensor | None]:
         """The student's and the teacher's raw products with their heads for these rows, in the kept buffers.
 
         Returns:
@@ -120,6 +121,8 @@ def _row_arithmetic(functions: Sequence[Callable], student: Form, teacher: Form 
 def _compiled(functions: tuple[Callable, ...], student: Form, teacher: Form | None) -> Callable[..., Tensor]:
     """The arithmetic compiled, or as it is where the compiler cannot; the log says so."""
     eager = _row_arithmetic(functions, student, teacher)
+    limits = torch._dynamo.config  # counts what was compiled for every objective of this process, as all share one code
+    limits.recompile_limit = max(limits.recompile_limit, 64)
     chosen = torch.compile(eager, fullgraph=True)
 
     def arithmetic(*arguments: Tensor) -> Tensor:
