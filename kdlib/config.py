@@ -8,7 +8,7 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -99,17 +99,27 @@ Weights = Annotated[dict[str, Any], AfterValidator(_checked_weights)]  # numbers
 Temperature = Annotated[Any, AfterValidator(_checked_temperature)]  # a number or a schedule
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a config, or all of one: frozen, and without unknown keys."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    smoke: ClassVar[Mapping[str, Any]] = {}  # what `smoke` changes
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, as it would stand in the YAML."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def as_yaml(self) -> str:
+        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
 
 
-class TeacherConfig(_Section):
+class TeacherConfig(Section):
     """Where the teacher comes from: a hub id, a local folder, a .gguf file, or a built-in name."""
 
     model: str
 
 
-class StudentConfig(_Section):
+class StudentConfig(Section):
     """A student made from the teacher's layers (`from: teacher`), or a model of its own (`from:` as for the teacher)."""
 
     source: str = Field("teacher", alias="from")
@@ -127,7 +137,7 @@ class StudentConfig(_Section):
         return self
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """The text: where it is, how it is split and cut."""
 
     source: str
@@ -140,7 +150,7 @@ class DataConfig(_Section):
     max_eval_rows: Annotated[Count, Field(ge=1)] | None = None
 
 
-class LossConfig(_Section):
+class LossConfig(Section):
     """The terms' weights and the temperature: numbers, or schedules over training (kdlib.schedulers); and what kd measures."""
 
     weights: Weights
@@ -151,13 +161,13 @@ class LossConfig(_Section):
     chunk: Annotated[Count, Field(ge=1)] = 128
 
 
-class BaselineConfig(_Section):
+class BaselineConfig(Section):
     """A second student that differs in its loss weights alone: same start, data, order, steps, learning rate."""
 
     weights: Weights = {"ce": 1.0}
 
 
-class CompareConfig(_Section):
+class CompareConfig(Section):
     """How teacher and students are compared on the validation text."""
 
     resamples: Annotated[Count, Field(ge=100)] = 2000
@@ -166,9 +176,10 @@ class CompareConfig(_Section):
     new_tokens: Annotated[Count, Field(ge=1)] = 32
 
 
-class Config(_Section):
+class Config(Section):
     """One complete run."""
 
+    smoke: ClassVar[Mapping[str, Any]] = SMOKE
     task: Literal["causal-lm"] = "causal-lm"
     seed: Annotated[Count, Field(ge=0, lt=2**32)] = 0
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -188,41 +199,42 @@ class Config(_Section):
             raise ValueError("\n".join(problems))
         return {**TRAINING_DEFAULTS, **{name: typed(name, value) for name, value in training.items()}}
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data, as it would stand in the YAML."""
-        return self.model_dump(mode="json", by_alias=True)
 
-    def as_yaml(self) -> str:
-        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
-
-
-def load(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = (), *, smoke: bool = False) -> Config:
+def load(
+    path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = (), *, smoke: bool = False, kind: type[Section] = Config
+) -> Any:
     """Read a config file, apply overrides, check all of it.
 
     Args:
         path: the YAML file.
         overrides: `["loss.temperature=3"]` as on the command line, or `{"loss.temperature": 3}`; they win over `smoke`.
         smoke: shrink the run to seconds (see SMOKE).
+        kind: what the file describes: a run, or something of its own (kdlib.benchmarks.settings).
+
+    Returns:
+        A `kind`.
 
     Raises:
         ConfigError: unreadable, not YAML, or any key or value at fault: all faults in one message.
     """
-    return parse(_read(Path(path)), overrides, smoke=smoke, name=str(path))
+    return parse(_read(Path(path)), overrides, smoke=smoke, name=str(path), kind=kind)
 
 
 def parse(
-    raw: Any, overrides: Sequence[str] | Mapping[str, Any] = (), *, smoke: bool = False, name: str = "config"
-) -> Config:
+    raw: Any, overrides: Sequence[str] | Mapping[str, Any] = (), *, smoke: bool = False, name: str = "config",
+    kind: type[Section] = Config,
+) -> Any:
     """`load` for what has been read already."""
     if not isinstance(raw, dict):
-        raise ConfigError(f"{name}: a mapping of sections is needed (teacher:, student:, …), found {type(raw).__name__}")
-    raw = merged(raw, SMOKE) if smoke else raw
+        sections = ", ".join(f"{key}:" for key, field in kind.model_fields.items() if field.is_required())
+        raise ConfigError(f"{name}: a mapping of sections is needed ({sections}), found {type(raw).__name__}")
+    raw = merged(raw, kind.smoke) if smoke else raw
     for key, value in pairs(overrides):
         raw = with_override(raw, key, value, name)
     try:
-        return Config.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
-        lines = [line for fault in error.errors() for line in _describe(fault)]
+        lines = [line for fault in error.errors() for line in _describe(fault, kind)]
         raise ConfigError(f"{name}: {len(lines)} fault{'s' * (len(lines) > 1)}\n" + "\n".join(f"  {x}" for x in lines)) from None
 
 
@@ -250,11 +262,12 @@ def _read(path: Path) -> Any:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
 
 
-def _describe(fault: Mapping) -> list[str]:
+def _describe(fault: Mapping, kind: type[Section]) -> list[str]:
     path = [str(part) for part in fault["loc"]]
     where, found = ".".join(path) or "config", fault["input"]
     if fault["type"] == "extra_forbidden":
-        return [f"{where}: unknown key{nearest(path[-1], _keys(path[:-1]))}; allowed here: {', '.join(_keys(path[:-1]))}"]
+        keys = _keys(path[:-1], kind)
+        return [f"{where}: unknown key{nearest(path[-1], keys)}; allowed here: {', '.join(keys)}"]
     if fault["type"] == "missing":
         return [f"{where}: missing; it must be given"]
     if fault["type"] == "value_error":
@@ -262,10 +275,9 @@ def _describe(fault: Mapping) -> list[str]:
     return [f"{where}: found {found!r} ({type(found).__name__}); {fault['msg'][0].lower()}{fault['msg'][1:]}"]
 
 
-def _keys(path: Sequence[str]) -> list[str]:
-    """The keys allowed in the section at this path."""
-    section = Config
+def _keys(path: Sequence[str], section: type[Section]) -> list[str]:
+    """The keys allowed at this path below a section."""
     for part in path:
         annotation = section.model_fields[part].annotation
-        section = next(c for c in (annotation, *getattr(annotation, "__args__", ())) if isinstance(c, type) and issubclass(c, _Section))
+        section = next(c for c in (annotation, *getattr(annotation, "__args__", ())) if isinstance(c, type) and issubclass(c, Section))
     return [field.alias or name for name, field in section.model_fields.items()]
