@@ -13,13 +13,16 @@ FLOORS = [
     {"data", "models", "objective"},
     {"teachers", "callbacks", "checkpoints"},
     {"trainer", "compare"},
-    {"plots"},
-    {"reports", "workbench"},
+    {"plots", "benchmarks.settings", "benchmarks.machine", "benchmarks.heads"},
+    {"benchmarks.peers", "benchmarks.reading"},
+    {"benchmarks.rounds", "benchmarks.steps", "benchmarks.targets", "benchmarks.figures"},
+    {"reports", "workbench", "benchmarks.study"},
     {"runner"},
     {"cli"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-READERS = {"errors", "arguments", "overrides", "config", "runs", "plots", "reports", "runner"}  # importable without torch
+READERS = {"errors", "arguments", "overrides", "config", "runs", "plots", "reports", "runner",
+           "benchmarks.settings", "benchmarks.reading", "benchmarks.targets", "benchmarks.figures"}  # importable without torch
 
 
 def modules():

@@ -20,8 +20,8 @@ def run_figures(results: Mapping[str, Any]) -> dict[str, Figure]:
     """Every figure that the results allow, by the name of its table."""
     figures = {}
     for dtype, part in results["heads"].items():
-        figures |= {f"time_{dtype}": times(results, dtype)} if "rounds" in part else {}
-        figures |= {f"memory_{dtype}": memory(results, dtype)} if "memory" in part else {}
+        figures |= {f"time_{dtype}": times(results, dtype)} if part.get("rounds") else {}
+        figures |= {f"memory_{dtype}": memory(results, dtype)} if part.get("memory") else {}
     return figures | {f"steps_{precision}": steps(results, precision) for precision in results["steps"]}
 
 
@@ -33,9 +33,8 @@ def times(results: Mapping[str, Any], dtype: str) -> Figure:
     title = _sentence(table, f"In {dtype}, KD + CE takes ", {"÷ naive": "naive's time", "÷ floor": "that of the matrix products alone"})
     figure = _bars(table.drop(index=[floor], errors="ignore"), to, title)
     clock = "CPU" if "CPU s" in table else "wall"
-    rounds = len({line["round"] for line in part["rounds"]})
     label = f"{clock} time {to}" if to.startswith("÷") else f"{clock} time, s"
-    figure.axes[0].set_xlabel(f"{label}: median, lowest and highest of {rounds} rounds; {part['tokens']:,} tokens")
+    figure.axes[0].set_xlabel(f"{label}: {_rounds(part['rounds'])}; {part['tokens']:,} tokens")
     if floor in table.index:
         _line(figure, table.loc[floor, to], floor)
     return figure
@@ -61,8 +60,7 @@ def steps(results: Mapping[str, Any], precision: str) -> Figure:
         title += f";\nTRL's GKDTrainer takes {gkd['value']:.2f} × ours"
     *contenders, floor = table.index
     figure = _bars(table.loc[contenders], "s per step", title)
-    rounds = len({line["round"] for line in part["rounds"]})
-    figure.axes[0].set_xlabel(f"wall time per step, s: median, lowest and highest of {rounds} rounds; {part['tokens']:,} tokens a step")
+    figure.axes[0].set_xlabel(f"wall time per step, s: {_rounds(part['rounds'])}; {part['tokens']:,} tokens a step")
     _line(figure, table.loc[floor, "s per step"], floor)
     return figure
 
@@ -88,14 +86,22 @@ def _bars(table: pd.DataFrame, column: str, title: str) -> Figure:
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlim(left=0)
-    axes.set_title(title, loc="left", fontsize=10)
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def _line(figure: Figure, value: float, label: str) -> None:
-    figure.axes[0].axvline(value, color="black", linestyle="--", linewidth=1, label=f"{label}: {value:.3g}")
-    figure.axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    axes = figure.axes[0]
+    axes.axvline(value, color="black", linestyle="--", linewidth=1)
+    left = value < sum(axes.get_xlim()) / 2  # the words go where there is room
+    axes.text(value, 1, f" {label}: {value:.3g} ", transform=axes.get_xaxis_transform(), va="bottom", ha="left" if left else "right",
+              fontsize=8)
+
+
+def _rounds(lines: reading.Lines) -> str:
+    count = len({line["round"] for line in lines})
+    return f"median, lowest and highest of {count} rounds" if count > 1 else "one round"
 
 
 def _colour(label: str) -> str:

@@ -55,7 +55,8 @@ def problem(*, tokens: int, hidden: int, vocabulary: int, masked: float, dtype: 
     states = [torch.randn(tokens, hidden, **like) for _ in range(2)]
     heads = [torch.randn(vocabulary, hidden, **like).mul_(SPREAD / hidden**0.5) for _ in range(2)]
     targets = torch.randint(vocabulary, (tokens,), device=device)
-    labels = targets.masked_fill(torch.arange(tokens, device=device) % 100 < round(100 * masked), IGNORED)
+    passed = (torch.arange(tokens + 1, device=device) * masked).floor()
+    labels = targets.masked_fill(passed.diff() > 0, IGNORED)  # spread evenly
     return Problem(states[0].requires_grad_(), heads[0].requires_grad_(), states[1], heads[1], targets, labels)
 
 

@@ -1,6 +1,6 @@
 """A benchmark's results as tables: medians and spreads, ratios formed within a round, targets.  Imports no torch.
 
-benchmark_results.json:  machine,  heads.<dtype>.{tokens, rounds, agreement, memory, skipped},
+benchmark_results.json:  machine,  heads.<dtype>.{tokens, vocabulary, rounds, agreement, memory, skipped},
 steps.<precision>.{tokens, rounds, flops, flops_per_s, skipped}
 """
 
@@ -73,9 +73,9 @@ def above_gradients(line: Mapping[str, Any]) -> float:
     return line["peak_bytes"] - line["gradient_bytes"]
 
 
-def agreement_table(results: Mapping[str, Any]) -> pd.DataFrame:
-    """One row per case and dtype: the largest difference from float64 over the largest value."""
-    rows = {(dtype, CASES[name]): figures for dtype, part in results["heads"].items() for name, figures in part["agreement"].items()}
+def agreement_table(results: Mapping[str, Any], dtype: str) -> pd.DataFrame:
+    """One row per case: the largest difference from float64 over the largest value, of the loss and of both gradients."""
+    rows = {CASES[name]: figures for name, figures in results["heads"][dtype]["agreement"].items()}
     return pd.DataFrame(rows).T
 
 
@@ -120,17 +120,12 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def run_tables(results: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
-    """Every table that the results allow, by name; a figure's table has its name."""
-    from kdlib.benchmarks.targets import target_table
-
-    tables = {"targets": target_table(results)}
-    for dtype, part in results["heads"].items():
-        tables |= {f"time_{dtype}": time_table(results, dtype)} if "rounds" in part else {}
-        tables |= {f"memory_{dtype}": memory_table(results, dtype)} if "memory" in part else {}
+    """Every table of measurements that the results allow, by name; a figure's table has its name."""
+    makers = {"rounds": ("time", time_table), "memory": ("memory", memory_table), "agreement": ("agreement", agreement_table)}
+    tables = {f"{name}_{dtype}": make(results, dtype) for dtype, part in results["heads"].items()
+              for key, (name, make) in makers.items() if part.get(key)}
     for precision in results["steps"]:
         tables |= {f"steps_{precision}": step_table(results, precision), f"flops_{precision}": flops_table(results, precision)}
-    if any("agreement" in part for part in results["heads"].values()):
-        tables["agreement"] = agreement_table(results)
     return tables
 
 
@@ -140,8 +135,11 @@ def _names(lines: Lines) -> list[str]:
 
 
 def _flat(columns: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    return {name + end: figures[key] for name, figures in columns.items() for key, end in (("value", ""), ("low", ", low"), ("high", ", high"))}
+    ends = {"value": "", "low": ", low", "high": ", high"}
+    return {name + end: figures[key] for name, figures in columns.items() for key, end in ends.items()}
 
 
-def _three(value: float) -> str:
+def _three(value: Any) -> str:
+    if isinstance(value, str):
+        return value
     return "" if pd.isna(value) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

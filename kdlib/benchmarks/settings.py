@@ -45,7 +45,7 @@ CONTENDERS = {
 
 def _chosen(value: Any, known: dict[str, str]) -> list[str]:
     names = list(known) if value == "all" else value
-    if not isinstance(names, list) or not names:
+    if not isinstance(names, list):
         raise ValueError(f"found {value!r}; it is `all` or a list of names")
     if faults := [name for name in names if name not in known]:
         raise ValueError(f"there is no {faults[0]!r}{nearest(str(faults[0]), known)}; known are {', '.join(known)}")
@@ -73,7 +73,7 @@ class HeadsConfig(Section):
     chunk: Positive = 256
     top_k: Positive = 64
     masked: Annotated[Number, Field(gt=0, lt=1)] = 0.5
-    memory: bool = True
+    memory: Cases = "all"
     more_tokens: Annotated[Count, Field(ge=2)] = 8
     float32: Measurement | None = None
     bfloat16: Measurement | None = None
@@ -99,9 +99,9 @@ class BenchmarkConfig(Section):
     """One complete benchmark."""
 
     smoke: ClassVar = {
-        "heads": {"hidden": 32, "vocabulary": 500, "chunk": 16, "top_k": 8,
+        "heads": {"hidden": 32, "vocabulary": 500, "chunk": 16, "top_k": 8, "memory": ["naive", "ours"],
                   "float32": {"tokens": 40, "rounds": 2}, "bfloat16": {"tokens": 40, "rounds": 2}},
-        "steps": {"batch": 2, "length": 16, "rounds": 1, "warmup": 1, "steps": 1},
+        "steps": {"batch": 2, "length": 16, "precision": ["float32"], "rounds": 1, "warmup": 1, "steps": 1},
     }
     seed: Annotated[Count, Field(ge=0, lt=2**32)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -9,11 +9,12 @@ import transformers
 import yaml
 
 from kdlib import config as configs
-from kdlib import runs
+from kdlib import models, runs
 from kdlib.benchmarks import figures, machine, reading, rounds, steps
 from kdlib.benchmarks.heads import Setting, problem
 from kdlib.benchmarks.settings import BenchmarkConfig
-from kdlib.errors import RunError
+from kdlib.benchmarks.targets import target_table
+from kdlib.errors import ConfigError, RunError
 from kdlib.runs import Run
 
 DTYPES = ("float32", "bfloat16")
@@ -33,6 +34,7 @@ def open_study(
     root, name = runs.locate(run) if run else (runs.default_root(), runs.new_name(config, smoke=smoke))
     if not (root / name).exists():
         resolved = configs.load(config, overrides, smoke=smoke, kind=BenchmarkConfig)
+        preflight(resolved)
         runs.create(root, name, resolved, config_file=str(config), smoke=smoke)
     study = Study(runs.open_run(root, name))
     asked = configs.parse(study.config.as_dict(), overrides, kind=BenchmarkConfig)
@@ -40,6 +42,21 @@ def open_study(
         raise RunError(f"run {name!r} was made with other settings; start a new one for these:\n  " + "\n  ".join(lines))
     print(f"run: {name} ({study.run.status['state']})")
     return study
+
+
+def preflight(config: BenchmarkConfig) -> None:
+    """What can be refused before an hour is spent: a device, a teacher or layers that are not there.
+
+    Raises:
+        ConfigError, ModelError: with what to do.
+    """
+    if config.device == "cuda" and machine.device_named("auto").type != "cuda":
+        raise ConfigError("device: found cuda, but torch sees no CUDA device; use auto or cpu")
+    if config.steps:
+        models.load_tokenizer(config.steps.teacher)
+        layers = models.load_config(config.steps.teacher).num_hidden_layers
+        if config.steps.student_layers > layers:
+            raise ConfigError(f"steps.student_layers is {config.steps.student_layers}, but the teacher has {layers}; choose 1 to {layers}")
 
 
 class Study:
@@ -66,7 +83,9 @@ class Study:
             for name, why in skipped.items():
                 print(f"{dtype}: {name} is skipped: {why}")
             names = [name for name in measurement.cases if name not in skipped]
-            self._add("heads", dtype, tokens=measurement.tokens, skipped=skipped, agreement=rounds.agreements(names, self._setting, **inputs))
+            found = rounds.agreements(names, self._setting, **inputs)
+            sizes = {"tokens": measurement.tokens, "vocabulary": inputs["vocabulary"]}
+            self._add("heads", dtype, **sizes, skipped=skipped, agreement=found)
 
     def time_heads(self) -> None:
         """Every case in interleaved rounds."""
@@ -78,15 +97,14 @@ class Study:
     def measure_memory(self) -> None:
         """Every case's peak, each in a process of its own; ours also with more tokens."""
         for dtype, measurement, inputs in self._heads():
-            if self.config.heads.memory:
-                names = list(self.results["heads"][dtype]["agreement"])
-                names = [name for name in measurement.cases if name in names or name == "floor"]
-                print(f"{dtype}: a process for each of {len(names)} cases …", flush=True)
-                lines = [rounds.memory(name, self._setting, **inputs) for name in names]
-                if "ours" in names:
-                    more = {**inputs, "tokens": self.config.heads.more_tokens * measurement.tokens}
-                    lines.append(rounds.memory("ours", self._setting, **more))
-                self._add("heads", dtype, memory=lines)
+            skipped = self.results["heads"][dtype]["skipped"]
+            names = [name for name in measurement.cases if name in self.config.heads.memory and name not in skipped]
+            print(f"{dtype}: peak memory, a process for each of {len(names)} cases …", flush=True)
+            lines = [rounds.memory(name, self._setting, **inputs) for name in names]
+            if "ours" in names:
+                more = {**inputs, "tokens": self.config.heads.more_tokens * measurement.tokens}
+                lines.append(rounds.memory("ours", self._setting, **more))
+            self._add("heads", dtype, memory=lines)
 
     def time_steps(self) -> None:
         """Whole training steps in interleaved rounds, and the physical floor under them."""
@@ -107,7 +125,7 @@ class Study:
         folder.mkdir(exist_ok=True)
         for name, figure in figures.run_figures(self.results).items():
             figure.savefig(folder / f"{name}.png", dpi=130)
-        for name, table in reading.run_tables(self.results).items():
+        for name, table in {"targets": target_table(self.results), **reading.run_tables(self.results)}.items():
             table.to_csv(folder / f"{name}.csv")
         self.run.finish()
 
