@@ -142,6 +142,12 @@ def test_targets_say_what_was_measured_and_whether_it_is_met():
     assert "targets that were measured are met (float32: 40 tokens" in targets.verdict(results())
 
 
+def test_utilisation_counts_a_contenders_own_products():
+    table = reading.step_table(results(), "float32")
+    assert table["MFU"].tolist()[:4] == pytest.approx([0.3, 0.5 / 3, (0.8 / 3.6 + 0.8 / 3.8) / 2, (0.8 / 5.4 + 0.8 / 7.6) / 2])
+    assert table["s per step"].iloc[-1] == 0.8
+
+
 def test_a_report_of_a_benchmark_has_its_verdict_figures_and_tables(tmp_path):
     run = runs.create(tmp_path, "measured", load("configs/benchmark.yaml", kind=settings.BenchmarkConfig))
     runs.write_json(run.path / reading.RESULTS, results())

@@ -80,23 +80,31 @@ def agreement_table(results: Mapping[str, Any], dtype: str) -> pd.DataFrame:
 
 
 def step_table(results: Mapping[str, Any], precision: str) -> pd.DataFrame:
-    """One row per contender: seconds per step, tokens per second, and its time over our KD step's; the physical floor last."""
+    """One row per contender: seconds per step, tokens per second, its time over our KD step's, and its MFU; the floor last.
+
+    MFU: the time that its own part of the matrix products takes at the speed measured, over its time.
+    """
     part = results["steps"][precision]
     rows = {}
     for name in _names(part["rounds"]):
-        walls = [line["wall_s"] for line in part["rounds"] if line["name"] == name]
+        own = [line for line in part["rounds"] if line["name"] == name]
+        walls = [line["wall_s"] for line in own]
         columns = {"s per step": spread(walls), "tokens per s": spread([part["tokens"] / wall for wall in walls])}
         if found := ratio(part["rounds"], name, "ours_kd", "wall_s"):
             columns["÷ ours, KD + CE"] = found
+        columns["MFU"] = spread([floor_s(part, name) / wall for wall in walls])
+        if "peak_bytes" in own[0]:
+            columns["peak, GiB"] = spread([line["peak_bytes"] / 2**30 for line in own])
         rows[CONTENDERS[name]] = _flat(columns)
     floor = floor_s(part)
     rows["KD's matrix products at the measured peak"] = {"s per step": floor, "tokens per s": part["tokens"] / floor}
     return pd.DataFrame(rows).T
 
 
-def floor_s(part: Mapping[str, Any]) -> float:
-    """Seconds that a KD step's matrix products take at the fastest product's speed: nobody can be below."""
-    return sum(part["flops"].values()) / part["flops_per_s"]
+def floor_s(part: Mapping[str, Any], name: str = "ours_kd") -> float:
+    """Seconds that a contender's matrix products take at the fastest product's speed: nobody can be below."""
+    models = {"teacher": "teacher"}.get(name, "student" if name.endswith("sft") else ("teacher", "student"))
+    return sum(flops for what, flops in part["flops"].items() if what.startswith(models)) / part["flops_per_s"]
 
 
 def flops_table(results: Mapping[str, Any], precision: str) -> pd.DataFrame:

@@ -134,7 +134,7 @@ def rounds(made: Pair, skipped: dict[str, str]) -> Iterator[dict[str, Any]]:
         skipped: takes the names of contenders whose package is not there, and why.
 
     Yields:
-        {"round": …, "name": …, "wall_s": …, "cpu_s": …}
+        {"round": …, "name": …, "wall_s": …, "cpu_s": …}; on CUDA also "peak_bytes", of all that is allocated.
     """
     names = list(made.settings.contenders)
     for number in range(made.settings.rounds):
@@ -143,7 +143,10 @@ def rounds(made: Pair, skipped: dict[str, str]) -> Iterator[dict[str, Any]]:
             if name in skipped:
                 continue
             try:
-                yield {"round": number, "name": name, **measured(name, made)}
+                if made.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                line = {"round": number, "name": name, **measured(name, made)}
+                yield line | ({"peak_bytes": torch.cuda.max_memory_allocated()} if made.device.type == "cuda" else {})
             except ImportError as error:
                 skipped[name] = str(error)
 
