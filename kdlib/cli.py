@@ -65,6 +65,35 @@ def run(
 
 
 @app.command()
+def bench(
+    config: Annotated[str, typer.Argument(help="What is measured: a YAML file.")] = "configs/benchmark.yaml",
+    smoke: Annotated[bool, typer.Option("--smoke", help="The same with tiny sizes.")] = False,
+    name: Annotated[str | None, typer.Option("--name", help="The run's name; <config>_<time> unless given.")] = None,
+    override: Annotated[list[str] | None, typer.Option("-o", "--override", help="key=value, e.g. heads.float32.rounds=3.")] = None,
+    runs_folder: RunsFolder = None,
+    reports_folder: ReportsFolder = None,
+) -> None:
+    """Measure losses and training steps beside other packages' by the benchmark notebook, and render the report."""
+    from kdlib.benchmarks.settings import BenchmarkConfig
+
+    root, reports = _folders(runs_folder, reports_folder)
+    resolved = configs.load(config, override or [], smoke=smoke, kind=BenchmarkConfig)
+    name = name or runs.new_name(config, smoke=smoke)
+    runs.check_new(root, name)
+    from kdlib import runner
+    from kdlib.benchmarks import study
+
+    project = runs.project_root()
+    given = {"config": os.path.relpath(config, project), "overrides": override or [], "smoke": smoke}
+    os.chdir(project)
+    study.preflight(resolved)
+    opened = runs.create(root, name, resolved, config_file=given["config"], smoke=smoke, command=shlex.join(["kd", *sys.argv[1:]]))
+    folder = os.path.join(".", os.path.relpath(opened.path, project))
+    page = runner.run_notebooks(opened, {**given, "run": folder}, reports_folder=reports, names=runner.BENCHMARK)
+    print(f"report: {os.path.relpath(page)}    index: {os.path.relpath(reports / 'index.html')}")
+
+
+@app.command()
 def train(run: Annotated[str, typer.Argument(help="A run's name, or its folder; 00_setup has prepared it.")]) -> None:
     """Train the students of RUN without notebooks; under torchrun (-m kdlib.cli train RUN) on several GPUs."""
     from kdlib import workbench

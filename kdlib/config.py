@@ -92,41 +92,47 @@ class Config(Section):
         refuse([*problems.values(), *clashes({**sound, "lr_scheduler_type": training.get("lr_scheduler_type")})])
         return {**TRAINING_DEFAULTS, **sound}
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data, as it would stand in the YAML."""
-        return self.model_dump(by_alias=True)
-
-    def as_yaml(self) -> str:
-        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+    @classmethod
+    def smoke_changes(cls, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See kdlib.overrides.SMOKE."""
+        return smoke_for(raw)
 
 
-def load(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = (), *, smoke: bool = False) -> Config:
+def load(
+    path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = (), *, smoke: bool = False, kind: type[Section] = Config
+) -> Any:
     """Read a config file, apply overrides, check all of it.
 
     Args:
         path: the YAML file.
         overrides: `["loss.temperature=3"]` as on the command line, or `{"loss.temperature": 3}`; they win over `smoke`.
-        smoke: shrink the run to seconds (see kdlib.overrides.SMOKE).
+        smoke: shrink the run to seconds (see `smoke_changes` of the kind).
+        kind: what the file describes: a run, or something of its own (kdlib.benchmarks.settings).
+
+    Returns:
+        A `kind`.
 
     Raises:
         ConfigError: unreadable, not YAML, or any key or value at fault: all faults in one message.
     """
-    return parse(_read(Path(path)), overrides, smoke=smoke, name=str(path))
+    return parse(_read(Path(path)), overrides, smoke=smoke, name=str(path), kind=kind)
 
 
 def parse(
-    raw: Any, overrides: Sequence[str] | Mapping[str, Any] = (), *, smoke: bool = False, name: str = "config"
-) -> Config:
+    raw: Any, overrides: Sequence[str] | Mapping[str, Any] = (), *, smoke: bool = False, name: str = "config",
+    kind: type[Section] = Config,
+) -> Any:
     """`load` for what has been read already."""
     if not isinstance(raw, dict):
-        raise ConfigError(f"{name}: a mapping of sections is needed (teacher:, student:, …), found {type(raw).__name__}")
+        sections = ", ".join(f"{key}:" for key, field in kind.model_fields.items() if field.is_required())
+        raise ConfigError(f"{name}: a mapping of sections is needed ({sections}), found {type(raw).__name__}")
     changed = overridden(raw, overrides, name)
     if smoke:
-        changed = overridden(merged(raw, smoke_for(changed)), overrides, name)
+        changed = overridden(merged(raw, kind.smoke_changes(changed)), overrides, name)
     try:
-        return Config.model_validate(changed)
+        return kind.model_validate(changed)
     except ValidationError as error:
-        lines = [line for fault in error.errors() for line in _describe(fault)]
+        lines = [line for fault in error.errors() for line in _describe(fault, kind)]
         raise ConfigError(f"{name}: {len(lines)} fault{'s' * (len(lines) > 1)}\n" + "\n".join(f"  {x}" for x in lines)) from None
 
 
@@ -154,11 +160,12 @@ def _read(path: Path) -> Any:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
 
 
-def _describe(fault: Mapping) -> list[str]:
+def _describe(fault: Mapping, kind: type[Section]) -> list[str]:
     path = [str(part) for part in fault["loc"]]
     where, found = ".".join(path) or "config", fault["input"]
     if fault["type"] == "extra_forbidden":
-        return [f"{where}: unknown key{nearest(path[-1], _keys(path[:-1]))}; allowed here: {', '.join(_keys(path[:-1]))}"]
+        keys = _keys(path[:-1], kind)
+        return [f"{where}: unknown key{nearest(path[-1], keys)}; allowed here: {', '.join(keys)}"]
     if fault["type"] == "missing":
         return [f"{where}: missing; it must be given"]
     if fault["type"] == "value_error":
@@ -166,9 +173,8 @@ def _describe(fault: Mapping) -> list[str]:
     return [f"{where}: found {found!r} ({type(found).__name__}); {fault['msg'][0].lower()}{fault['msg'][1:]}"]
 
 
-def _keys(path: Sequence[str]) -> list[str]:
-    """The keys allowed in the section at this path, which may lead through lists: loss.curriculum.0."""
-    section = Config
+def _keys(path: Sequence[str], section: type[Section]) -> list[str]:
+    """The keys allowed at this path below a section, which may lead through lists: loss.curriculum.0."""
     for part in path:
         if not part.isdigit():
             section = _section_in(section.model_fields[part].annotation)

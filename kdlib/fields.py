@@ -1,16 +1,30 @@
 """What the sections of a config are made of: the strict base class, and numbers as YAML writes them.  Imports no torch."""
 
 import contextlib
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
+import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """A part of a config: frozen, and no key that it does not know."""
+    """A part of a config, or all of one: frozen, and no key that it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    smoke: ClassVar[Mapping[str, Any]] = {}  # what `smoke` changes
+
+    @classmethod
+    def smoke_changes(cls, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What `smoke` changes in this config, as it stands in the YAML."""
+        return cls.smoke
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, as it would stand in the YAML."""
+        return self.model_dump(by_alias=True)
+
+    def as_yaml(self) -> str:
+        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
 
 
 def number(value: Any) -> Any:

@@ -92,8 +92,13 @@ def chosen_layers(config: Config, teacher: PreTrainedModel, calibration: Tensor)
     if keep == "first" or count == 1:
         return list(range(count))
     if keep == "even":
-        return [round(i * (total - 1) / (count - 1)) for i in range(count)]
+        return even_layers(count, total)
     return sorted(layer_influence(teacher, calibration).topk(count).indices.tolist())
+
+
+def even_layers(count: int, total: int) -> list[int]:
+    """`count` of `total` layers, spread evenly from the first to the last."""
+    return [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
 
 
 def check_layers(config: Config, total: int) -> None:

@@ -18,12 +18,16 @@ from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 
 from kdlib import plots
+from kdlib.benchmarks import figures as benchmark_figures
+from kdlib.benchmarks import reading
+from kdlib.benchmarks.targets import target_table, verdict
 from kdlib.errors import RunError
 from kdlib.runs import Run, all_runs, read_json, write_error, write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
-SECTIONS = {"summary": "Summary", "figures": "Figures", "differences": "Differences", "samples": "Continuations", "config": "Config",
-            "environment": "Environment", "reproduce": "Reproduce", "notebooks": "Notebooks"}
+SECTIONS = {"summary": "Summary", "figures": "Figures", "measurements": "Measurements", "differences": "Differences",
+            "samples": "Continuations", "config": "Config", "environment": "Environment", "reproduce": "Reproduce",
+            "notebooks": "Notebooks"}
 DPI = 130
 
 
@@ -32,14 +36,18 @@ def render(run: Run, reports: Path) -> Path:
     if not (run.path / "config.yaml").exists():
         raise RunError(f"{run.path}: no run there, since there is no config.yaml")
     results = read_json(run.path / "comparison_results.json")
-    figures = plots.run_figures(run, results)
+    benchmark = reading.results_of(run)
+    figures = benchmark_figures.run_figures(benchmark) if benchmark else plots.run_figures(run, results)
     tables = {"metrics": plots.training_table(run), "evaluation": plots.eval_table(run)}
+    if benchmark:
+        tables = {"targets": target_table(benchmark), **reading.run_tables(benchmark)}
     if results:
         tables |= {"quality": plots.quality_table(results), "cost": plots.cost_table(results),
                    "differences": plots.difference_table(results)}
     folder = reports / run.name
     images = {name: _png(figure) for name, figure in figures.items()}
-    page = _page("report.html.j2", **_content(run, results, tables), figures={n: base64.b64encode(i).decode() for n, i in images.items()})
+    embedded = {name: base64.b64encode(image).decode() for name, image in images.items()}
+    page = _page("report.html.j2", **_content(run, results, benchmark, tables), figures=embedded)
     try:
         for name in ("figures", "tables"):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -70,27 +78,30 @@ def notebook_html(path: Path) -> str:
     return body
 
 
-def _content(run: Run, results: dict | None, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
+def _content(run: Run, results: dict | None, benchmark: dict | None, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
     manifest = run.manifest
     prompts = results["prompts"] if results else []
     samples = [(prompt, {model: texts[i] for model, texts in results["samples"].items()}) for i, prompt in enumerate(prompts)]
     notebooks = {path.stem: Markup(notebook_html(path)) for path in sorted(run.notebooks.glob("*.ipynb"))}
-    present = {"figures": len(tables["metrics"]), "differences": results, "samples": samples, "notebooks": notebooks}
+    measured = {name: _table(reading.shown(table)) for name, table in tables.items()} if benchmark else {}
+    present = {"figures": benchmark or len(tables["metrics"]), "measurements": measured, "differences": results, "samples": samples,
+               "notebooks": notebooks}
+    facts = {k: v for k, v in manifest.items() if k not in ("formula", "command", "stages")} | (benchmark or {}).get("machine", {})
     return {
         "run": run, "status": run.status, "manifest": manifest, "labels": plots.LABELS, "samples": samples, "notebooks": notebooks,
         "sections": [(id, name) for id, name in SECTIONS.items() if present.get(id, True)],
-        "message": plots.comparison_message(results) if results else "",
+        "message": plots.comparison_message(results) if results else verdict(benchmark) if benchmark else "",
         **{name: _table(tables.get(name)) for name in ("quality", "cost", "differences")},
         "config": (run.path / "config.yaml").read_text(encoding="utf-8"),
-        "facts": list(_flat({k: v for k, v in manifest.items() if k not in ("formula", "command", "stages")})),
-        "reproduce": _reproduce(run, manifest),
+        "facts": list(_flat(facts)), "measured": measured,
+        "reproduce": _reproduce(run, manifest, "bench" if benchmark else "run"),
     }
 
 
-def _reproduce(run: Run, manifest: dict) -> str:
+def _reproduce(run: Run, manifest: dict, verb: str) -> str:
     commit = f"git checkout {manifest['commit']}\n" if manifest.get("commit") else ""
-    command = manifest.get("command", f"kd run runs/{run.name}/config.yaml")
-    return f"{commit}{command}\n# the config above holds every setting: kd run runs/{run.name}/config.yaml does the same"
+    command = manifest.get("command", f"kd {verb} runs/{run.name}/config.yaml")
+    return f"{commit}{command}\n# the config above holds every setting: kd {verb} runs/{run.name}/config.yaml does the same"
 
 
 def _row(run: Run, reports: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from kdlib.errors import RunError, nearest
 from kdlib.runs import PARENT, Run, project_root, write_error
 
 NOTEBOOKS = ("00_setup", "01_dry_run", "02_train", "03_compare")
+BENCHMARK = ("90_benchmark",)
 
 
 def run_notebooks(run: Run, parameters: Mapping[str, Any], *, reports_folder: Path, names: Sequence[str] = NOTEBOOKS) -> Path:

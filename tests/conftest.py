@@ -6,6 +6,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from kdlib.runs import project_root
 
 WORDS = ["the", "a", "student", "teacher", "learns", "says", "what", "it", "sees", "when", "words", "come", "back", "again"]
 
@@ -41,6 +45,11 @@ def tiny_model(vocabulary: int = 300, layers: int = 4, seed: int = 0) -> LlamaFo
         initializer_range=0.3,
     )
     return LlamaForCausalLM(config)
+
+
+def kd_process(*words: object, **options) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", "kdlib.cli", *map(str, words)], text=True, cwd=project_root(),
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import sentences, tiny_model, tiny_tokenizer
+from conftest import kd_process, sentences, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from kdlib import cli, runner, runs, workbench
@@ -153,11 +152,6 @@ def test_a_notebook_finds_the_newest_run_of_its_config(config_file, tmp_path, mo
     assert workbench.open_run("tiny.yaml").run == made.run
     with pytest.raises(RunError, match="other settings.*\n  loss.temperature: 3.0 -> 4.0"):
         workbench.open_run("tiny.yaml", run=made.run.name, overrides=["loss.temperature=4"])
-
-
-def kd_process(*words: object, **options) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "kdlib.cli", *map(str, words)], text=True, cwd=project_root(),
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
 @pytest.mark.slow

@@ -14,14 +14,17 @@ FLOORS = [
     {"data", "models", "objective"},
     {"teachers", "callbacks", "checkpoints"},
     {"trainer", "compare"},
-    {"training", "plots"},
-    {"reports", "workbench"},
+    {"training", "plots", "benchmarks.settings", "benchmarks.machine", "benchmarks.heads"},
+    {"benchmarks.peers", "benchmarks.reading"},
+    {"benchmarks.rounds", "benchmarks.steps", "benchmarks.targets", "benchmarks.figures"},
+    {"reports", "workbench", "benchmarks.study"},
     {"runner"},
     {"cli"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 READERS = {  # importable without torch
     "errors", "schedulers", "arguments", "curriculum", "fields", "overrides", "loss_config", "config", "runs", "plots", "reports", "runner",
+    "benchmarks.settings", "benchmarks.reading", "benchmarks.targets", "benchmarks.figures",
 }
 
 

@@ -17,7 +17,8 @@ PINS = {re.sub("[._]", "-", name.lower()): version for name, version in
 
 
 def test_every_pin_lies_in_its_range():
-    for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]:
+    extras = PROJECT["optional-dependencies"]
+    for text in PROJECT["dependencies"] + extras["test"] + extras["bench"]:
         requirement = Requirement(text)
         assert PINS[requirement.name] in requirement.specifier, text
 

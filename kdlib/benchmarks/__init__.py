@@ -1,0 +1,1 @@
+"""The cost of a loss and of a training step, beside what other packages offer for the same job."""

@@ -1,0 +1,143 @@
+"""The machine that a benchmark runs on: what it is, how fast it multiplies, and how time and memory are read on it."""
+
+import ctypes
+import gc
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+import torch
+
+PACKAGES = ("kdlib", "torch", "transformers", "accelerate", "trl", "liger-kernel", "torchtune")
+PROCESS = Path("/proc/self")  # Linux only
+MATRICES = ((2048, 2048, 2048), (512, 576, 8192))  # rows x columns x columns of the products that are timed
+SAMPLE_S = 0.002
+
+
+def description(device: torch.device) -> dict[str, object]:
+    """What others need to know to compare: processor, cores, threads, device, versions; no names or paths of the host."""
+    return {
+        "processor": _processor(), "cores": psutil.cpu_count(logical=False), "logical cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "memory, GiB": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": platform.system(), "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "bfloat16 instructions": _instructions(), **{name: found for name in PACKAGES if (found := _version(name))},
+    }
+
+
+def device_named(name: str) -> torch.device:
+    """`auto` is cuda where there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> dict[str, float | None]:
+    """How long one call takes: wall time, and this process's CPU time over all its threads; on CUDA by events, without the latter."""
+    if device.type == "cuda":
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        begin.record()
+        work()
+        end.record()
+        torch.cuda.synchronize(device)
+        return {"wall_s": begin.elapsed_time(end) / 1000, "cpu_s": None}
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+
+
+def matmul_speed(dtype: torch.dtype, device: torch.device, *, tries: int = 5) -> float:
+    """FLOP/s of the fastest of a few matrix products: what this machine can do at best, now."""
+    best = 0.0
+    for rows, inner, columns in MATRICES:
+        left, right = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, inner), (inner, columns)))
+        times = [seconds(lambda left=left, right=right: left @ right, device)["wall_s"] for _ in range(tries)]
+        best = max(best, 2 * rows * inner * columns / min(times))
+    return best
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
+    """The most memory taken inside above that at entry, in bytes, as `bytes` of what is yielded.
+
+    CUDA: what the allocator handed out.  Linux: the resident set's own high-water mark, after setting it back.  Elsewhere
+    that mark cannot be set back, so the resident set is looked at every 2 ms, and a shorter peak can be missed.
+    """
+    gc.collect()
+    measured: dict[str, int] = {}
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield measured
+        torch.cuda.synchronize(device)
+        measured["bytes"] = torch.cuda.max_memory_allocated(device) - before
+    elif (PROCESS / "clear_refs").exists():
+        _return_free_memory()
+        (PROCESS / "clear_refs").write_text("5")
+        before = _high_water()
+        yield measured
+        measured["bytes"] = _high_water() - before
+    else:
+        with _sampled() as highest:
+            before = highest[0]
+            yield measured
+        measured["bytes"] = highest[0] - before
+
+
+@contextmanager
+def _sampled() -> Iterator[list[int]]:
+    process, ended = psutil.Process(), threading.Event()
+    highest = [process.memory_info().rss]
+
+    def watch() -> None:
+        while not ended.wait(SAMPLE_S):
+            highest[0] = max(highest[0], process.memory_info().rss)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield highest
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _high_water() -> int:
+    line = next(line for line in (PROCESS / "status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def _return_free_memory() -> None:
+    """What glibc holds free goes back to the system; otherwise it would be used again unseen."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _processor() -> str:
+    """`AMD EPYC 7R13`, and where the maker gives family and model only, those."""
+    facts: dict[str, str] = {}
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines():
+            name, _, value = line.partition(":")
+            facts[name.strip()] = value.strip()
+    family = f", family {facts['cpu family']} model {facts['model']}" if {"cpu family", "model"} <= facts.keys() else ""
+    return facts.get("model name", platform.processor() or platform.machine()) + family
+
+
+def _instructions() -> str:
+    with suppress(OSError):
+        flags = Path("/proc/cpuinfo").read_text()
+        return ", ".join(name for name in ("avx512_bf16", "amx_bf16") if name in flags) or "none"
+    return "unknown"
+
+
+def _version(package: str) -> str | None:
+    with suppress(PackageNotFoundError):
+        return version(package)
+    return None

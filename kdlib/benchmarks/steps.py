@@ -1,0 +1,204 @@
+"""Whole training steps: the same student, teacher, tokens and optimizer, in our trainer and in others'.
+
+Each contender trains a fresh copy of the student for a few steps; what is timed is the time from the end of one optimizer
+step to the end of the next, after a warm-up: batch, forward passes, loss, backward pass, clipping, AdamW; no set-up, log or
+checkpoint.  TRL's GKDTrainer computes its loss at T = 1 and has no CE, which is less work than ours.
+"""
+
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from kdlib import models
+from kdlib.benchmarks import machine
+from kdlib.benchmarks.heads import CE, KD
+from kdlib.benchmarks.peers import module
+from kdlib.benchmarks.settings import StepsConfig
+from kdlib.data import collate
+from kdlib.losses.workspace import Workspace
+from kdlib.objective import Objective
+from kdlib.runs import StudentFolder
+from kdlib.schedulers import constant
+from kdlib.teachers import LiveTeacher
+from kdlib.trainer import DistillationTrainer
+
+
+class StepClock(TrainerCallback):
+    """Notes wall and CPU time at the end of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.ends: list[tuple[float, float]] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.ends.append((time.perf_counter(), time.process_time()))
+
+    def figures(self, warmup: int) -> dict[str, float]:
+        """The median step after the warm-up."""
+        steps = list(zip(self.ends[warmup - 1 :], self.ends[warmup:], strict=False))
+        walls, cpus = ([end[i] - begin[i] for begin, end in steps] for i in (0, 1))
+        return {"wall_s": statistics.median(walls), "cpu_s": statistics.median(cpus)}
+
+
+@dataclass
+class Pair:
+    """What all contenders share."""
+
+    student: PreTrainedModel  # float32, never trained itself: each contender gets a copy
+    teacher: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    rows: Dataset  # of exactly `length` tokens
+    settings: StepsConfig
+    precision: str
+    device: torch.device
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """TrainingArguments for every contender alike; TRL's defaults differ in bf16 and checkpointing."""
+        return {
+            "max_steps": self.settings.warmup + self.settings.steps, "per_device_train_batch_size": self.settings.batch,
+            "learning_rate": 1e-4, "lr_scheduler_type": "constant", "bf16": self.precision == "bfloat16", "activation_checkpointing": False,
+            "use_cpu": self.device.type == "cpu", "dataloader_pin_memory": self.device.type == "cuda", "remove_unused_columns": False,
+            "label_names": ["labels"], "report_to": "none", "logging_strategy": "no", "save_strategy": "no", "disable_tqdm": True,
+        }
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """Arguments for every Trainer alike."""
+        return {"model": copy.deepcopy(self.student).train(), "train_dataset": self.rows, "processing_class": self.tokenizer,
+                "data_collator": partial(collate, pad_id=self.tokenizer.pad_token_id)}
+
+
+def pair(settings: StepsConfig, *, precision: str, device: torch.device, seed: int) -> Pair:
+    """Teacher, student and tokens, the same for the same arguments."""
+    torch.manual_seed(seed)
+    teacher, tokenizer = models.load_model(settings.teacher), models.load_tokenizer(settings.teacher)
+    total = teacher.config.num_hidden_layers
+    count = settings.batch * (settings.warmup + settings.steps)
+    rows = Dataset.from_dict({"input_ids": torch.randint(len(tokenizer), (count, settings.length)).tolist()})
+    student = models.shallower(teacher, models.even_layers(settings.student_layers, total))
+    return Pair(student, teacher.to(device, getattr(torch, precision)).eval(), tokenizer, rows, settings, precision, device)
+
+
+def ours(made: Pair, folder: Path, *, weights: Mapping[str, float]) -> Trainer:
+    """kdlib's trainer."""
+    teacher = LiveTeacher(made.teacher, len(made.tokenizer)) if "kd" in weights else None
+    objective = Objective({name: constant(weight) for name, weight in weights.items()}, constant(made.settings.temperature))
+    return DistillationTrainer(
+        **made.parts, args=TrainingArguments(str(folder), **made.options), objective=objective, teacher=teacher,
+        vocabulary=len(made.tokenizer), workspace=Workspace(made.settings.chunk, compiled=True), folder=StudentFolder(folder),
+    )
+
+
+def trainer_sft(made: Pair, folder: Path) -> Trainer:
+    """transformers' own Trainer and the model's own loss."""
+    return Trainer(**made.parts, args=TrainingArguments(str(folder), **made.options))
+
+
+def trl_sft(made: Pair, folder: Path) -> Trainer:
+    """TRL's SFTTrainer on the same token ids."""
+    trl = module("trl")
+    args = trl.SFTConfig(str(folder), **made.options, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None)
+    return trl.SFTTrainer(**made.parts, args=args)
+
+
+def trl_gkd(made: Pair, folder: Path, *, beta: float) -> Trainer:
+    """TRL's GKDTrainer on the data's own tokens (lmbda 0: nothing is generated); beta 0 is the forward KL."""
+    gkd = module("trl.experimental.gkd")
+    args = gkd.GKDConfig(str(folder), **made.options, beta=beta, lmbda=0.0, max_length=None)
+    return gkd.GKDTrainer(**made.parts, teacher_model=copy.deepcopy(made.teacher), args=args)  # a copy: accelerate wraps its forward
+
+
+TRAINERS: dict[str, Callable[..., Trainer]] = {
+    "ours_kd": partial(ours, weights={"kd": KD, "ce": CE}), "ours_sft": partial(ours, weights={"ce": 1.0}),
+    "trainer_sft": trainer_sft, "trl_sft": trl_sft, "trl_gkd": partial(trl_gkd, beta=0.0), "trl_gkd_jsd": partial(trl_gkd, beta=0.5),
+}
+
+
+def rounds(made: Pair, skipped: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Every contender's median step in each round, the order rotated.
+
+    Args:
+        skipped: takes the names of contenders whose package is not there, and why.
+
+    Yields:
+        {"round": …, "name": …, "wall_s": …, "cpu_s": …}; on CUDA also "peak_bytes", of all that is allocated.
+    """
+    names = list(made.settings.contenders)
+    for number in range(made.settings.rounds):
+        first = number * len(names) // made.settings.rounds
+        for name in names[first:] + names[:first]:
+            if name in skipped:
+                continue
+            try:
+                if made.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                line = {"round": number, "name": name, **measured(name, made)}
+                yield line | ({"peak_bytes": torch.cuda.max_memory_allocated()} if made.device.type == "cuda" else {})
+            except ImportError as error:
+                skipped[name] = str(error)
+
+
+def measured(name: str, made: Pair) -> dict[str, float]:
+    """One contender's median step."""
+    if name == "teacher":
+        return _teacher_alone(made)
+    clock = StepClock()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = TRAINERS[name](made, Path(folder))
+        trainer.add_callback(clock)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return clock.figures(made.settings.warmup)
+
+
+@torch.no_grad()
+def _teacher_alone(made: Pair) -> dict[str, float]:
+    """The teacher's forward pass with all its logits, on batches as the trainers see them."""
+    times = []
+    for number in range(made.settings.warmup + made.settings.steps):
+        rows = [made.rows[i] for i in range(number * made.settings.batch, (number + 1) * made.settings.batch)]
+        batch = {name: tensor.to(made.device) for name, tensor in collate(rows, pad_id=0).items() if name != "labels"}
+        with torch.autocast(made.device.type, torch.bfloat16) if made.precision == "bfloat16" else nullcontext():
+            times.append(machine.seconds(lambda batch=batch: made.teacher(**batch, use_cache=False), made.device))
+    last = times[made.settings.warmup :]
+    return {key: statistics.median(line[key] for line in last) if last[0][key] is not None else None for key in last[0]}
+
+
+def flops(made: Pair) -> dict[str, float]:
+    """Multiplications and additions of a KD step's matrix products: what cannot be avoided, per part.
+
+    Two per weight and position, four per attended pair and attention channel with half of the pairs behind the causal mask;
+    a backward pass costs twice its forward pass; heads at the kept tokens only.
+    """
+    positions, tokens = made.settings.batch * made.settings.length, made.settings.batch * (made.settings.length - 1)
+    body = {name: _body(model) * 2 * positions + _attention(model.config) * positions * made.settings.length / 2
+            for name, model in (("student", made.student), ("teacher", made.teacher))}
+    heads = {name: 2 * tokens * model.get_output_embeddings().weight.numel()
+             for name, model in (("student", made.student), ("teacher", made.teacher))}
+    return {"teacher, forward": body["teacher"], "teacher's head": heads["teacher"],
+            "student, forward and backward": 3 * body["student"], "student's head, forward and backward": 3 * heads["student"]}
+
+
+def _body(model: PreTrainedModel) -> int:
+    """Weights of the layers: matrices only, without embedding and head."""
+    outside: set[Tensor] = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    return sum(weight.numel() for weight in model.parameters() if weight.ndim > 1 and weight not in outside)
+
+
+def _attention(config) -> int:
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 4 * config.num_attention_heads * width * config.num_hidden_layers

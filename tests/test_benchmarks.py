@@ -1,0 +1,183 @@
+"""The benchmark measures what it says: every case computes the same loss, rounds are paired, peaks are a case's own."""
+
+import json
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import kd_process
+
+from kdlib import reports, runs
+from kdlib.benchmarks import heads, machine, peers, reading, rounds, settings, steps, study, targets
+from kdlib.config import load
+from kdlib.errors import ConfigError, RunError
+
+CPU = torch.device("cpu")
+SETTING = heads.Setting(chunk=16, top_k=8)
+INPUTS = {"tokens": 43, "hidden": 24, "vocabulary": 301, "masked": 0.5, "dtype": "float32", "seed": 0, "device": "cpu"}
+
+
+def lines(**seconds):
+    """Rounds in which each name took these seconds."""
+    return [{"round": number, "name": name, "wall_s": value, "cpu_s": 2 * value}
+            for name, values in seconds.items() for number, value in enumerate(values)]
+
+
+def results():
+    memory = [("naive", 40, 1000), ("ours", 40, 130), ("trl_jsd", 40, 2000), ("ours_generalized_jsd", 40, 150), ("ours", 320, 132)]
+    return {
+        "heads": {"float32": {
+            "tokens": 40, "vocabulary": 500, "skipped": {}, "agreement": {"ours": {"loss": 1e-7, "grad_hidden": 1e-6, "grad_head": 1e-6}},
+            "rounds": lines(floor=[1.0, 1.2], naive=[2.0, 2.0], ours=[1.1, 1.5], ours_reverse_kl=[2.2, 1.5]),
+            "memory": [{"name": name, "tokens": n, "peak_bytes": peak * 10**6, "gradient_bytes": 30 * 10**6} for name, n, peak in memory],
+        }},
+        "steps": {"float32": {
+            "tokens": 512, "skipped": {}, "flops": {"teacher": 3e9, "student": 5e9}, "flops_per_s": 1e10,
+            "rounds": lines(teacher=[1.0, 1.0], trainer_sft=[3.0, 3.0], ours_kd=[3.6, 3.8], trl_gkd=[5.4, 7.6]),
+        }},
+        "machine": {"processor": "one"},
+    }
+
+
+def test_what_a_config_may_name_is_what_there_is():
+    assert set(settings.CASES) == set(peers.CASES)
+    assert set(settings.CONTENDERS) == {*steps.TRAINERS, "teacher"}
+
+
+@pytest.mark.parametrize("name", [name for name in settings.CASES if name != "floor"])
+def test_every_case_has_the_value_and_the_gradients_of_float64(name):
+    try:
+        found = heads.agreement(peers.CASES[name], heads.problem(**INPUTS), SETTING)
+    except ImportError as error:
+        pytest.skip(str(error))
+    assert max(found.values()) < 1e-5, found
+
+
+def test_the_floor_makes_the_four_products():
+    problem = heads.problem(**INPUTS)
+    last = heads.floor(peers.CASES["floor"], problem, SETTING)()
+    assert torch.allclose(last, (problem.hidden @ problem.head.T @ problem.head)[0, 0], rtol=1e-4)
+
+
+def test_a_package_that_is_missing_is_skipped_with_what_to_do(monkeypatch):
+    for name in ("trl", "trl.experimental.gkd.gkd_trainer"):
+        monkeypatch.setitem(sys.modules, name, None)
+    prepared, skipped = rounds.prepared(["naive", "trl_jsd"], heads.problem(**INPUTS), SETTING)
+    assert set(prepared) == {"naive"}
+    assert 'pip install "kdlib[bench]"' in skipped["trl_jsd"]
+
+
+def test_rounds_are_interleaved_and_their_order_rotates_after_a_warm_up():
+    called = []
+    measured = list(rounds.interleaved({name: lambda name=name: called.append(name) for name in "abc"}, rounds=3, device=CPU))
+    assert "".join(called) == "abc" + "abc" + "bca" + "cab"
+    assert [(line["round"], line["name"]) for line in measured[:4]] == [(0, "a"), (0, "b"), (0, "c"), (1, "b")]
+
+
+def test_ratios_are_formed_within_a_round():
+    found = reading.ratio(lines(a=[1.0, 8.0, 3.0], b=[2.0, 4.0, 3.0]), "a", "b", "wall_s")
+    assert found == {"value": 1.0, "low": 0.5, "high": 2.0}
+    assert reading.ratio(lines(a=[3.0], b=[1.0], c=[2.0]), "a", ("b", "c"), "wall_s")["value"] == 1.0
+    assert reading.ratio(lines(a=[1.0]), "a", "missing", "wall_s") is None
+
+
+def test_a_peak_is_what_was_taken_inside_and_above_what_was_there():
+    kept = torch.ones(10 * 2**20)
+    with machine.peak_memory(CPU) as peak:
+        del kept
+        torch.ones(20 * 2**20).sum()
+        torch.ones(5 * 2**20).sum()
+    assert 35 * 2**20 < peak["bytes"] < 60 * 2**20  # 80 MiB, less the 40 that were given back
+
+
+def test_where_the_high_water_mark_cannot_be_set_back_memory_is_sampled(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "PROCESS", tmp_path)
+    with machine.peak_memory(CPU) as peak:
+        for _ in range(20):
+            torch.ones(20 * 2**20).sum()
+    assert peak["bytes"] > 60 * 2**20
+
+
+def test_the_naive_way_needs_more_memory_than_ours_in_processes_of_their_own():
+    sizes = {**INPUTS, "tokens": 256, "vocabulary": 20000}
+    naive, ours = (rounds.memory(name, SETTING, **sizes)["peak_bytes"] for name in ("naive", "ours_eager"))
+    assert ours < 0.6 * naive
+
+
+def test_a_process_that_fails_to_measure_says_why():
+    with pytest.raises(RunError, match=r"(?s)memory of ours ended with status 1:.*hidden"):
+        rounds.memory("ours", SETTING, **{**INPUTS, "hidden": -1})
+
+
+def test_whole_steps_are_timed_in_every_trainer_that_is_there(teacher_folder):
+    options = {"teacher": str(teacher_folder), "student_layers": 2, "batch": 2, "length": 12, "rounds": 1, "warmup": 1, "steps": 1}
+    made = steps.pair(settings.StepsConfig(**options), precision="float32", device=CPU, seed=0)
+    weights, skipped = made.student.get_input_embeddings().weight.clone(), {}
+    timed = {line["name"]: line["wall_s"] for line in steps.rounds(made, skipped)}
+    assert set(timed) | set(skipped) == set(settings.CONTENDERS)
+    assert {"ours_kd", "ours_sft", "teacher", "trainer_sft"} <= set(timed)
+    assert min(timed.values()) > 0
+    assert torch.equal(made.student.get_input_embeddings().weight, weights)  # each trained a copy
+
+
+def test_the_flops_of_a_step_are_those_counted_by_hand(teacher_folder):
+    made = steps.pair(settings.StepsConfig(teacher=str(teacher_folder), student_layers=2, batch=2, length=10), precision="float32",
+                      device=CPU, seed=0)
+    layer = 32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 32 * 48  # query, key and value, output, three of the MLP
+    found = steps.flops(made)
+    assert found["teacher, forward"] == 4 * (2 * 20 * layer + 4 * 32 * 2 * 10 * 10 / 2)
+    assert found["student's head, forward and backward"] == 3 * 2 * 18 * 320 * 32
+
+
+def test_targets_say_what_was_measured_and_whether_it_is_met():
+    table = targets.target_table(results()).set_index("target")
+    assert table.loc["KD + CE, float32: time ÷ naive", "measured"] == pytest.approx(0.65)
+    assert table.loc["KD + CE, float32: peak memory ÷ naive", ["measured", "met"]].tolist() == [0.13, "yes"]
+    assert table.loc["JSD(0.5), float32: peak memory ÷ TRL", "met"] == "yes"
+    assert table.loc["peak memory above inputs and gradients with more tokens: change", "measured"] == pytest.approx(0.02)
+    assert table.loc["KD step, float32: time ÷ (teacher's forward pass + Trainer's SFT step)", "measured"] == pytest.approx(0.925)
+    assert table.loc["KD step, float32: tokens per s ÷ TRL's GKDTrainer", "measured"] == pytest.approx(1.75)
+    assert table.loc["KD + CE, bfloat16: time ÷ TRL's forward KL", "met"] == "not measured"
+    assert "targets that were measured are met (float32: 40 tokens" in targets.verdict(results())
+
+
+def test_utilisation_counts_a_contenders_own_products():
+    table = reading.step_table(results(), "float32")
+    assert table["MFU"].tolist()[:4] == pytest.approx([0.3, 0.5 / 3, (0.8 / 3.6 + 0.8 / 3.8) / 2, (0.8 / 5.4 + 0.8 / 7.6) / 2])
+    assert table["s per step"].iloc[-1] == 0.8
+
+
+def test_a_report_of_a_benchmark_has_its_verdict_figures_and_tables(tmp_path):
+    run = runs.create(tmp_path, "measured", load("configs/benchmark.yaml", kind=settings.BenchmarkConfig))
+    runs.write_json(run.path / reading.RESULTS, results())
+    page = reports.render(run, tmp_path / "reports").read_text()
+    assert targets.verdict(results()) in page
+    assert "kd bench runs/measured/config.yaml" in page
+    made = {path.name for path in (tmp_path / "reports" / "measured").glob("*/*")}
+    assert {"time_float32.png", "time_float32.csv", "memory_float32.png", "steps_float32.csv", "targets.csv"} <= made
+
+
+def test_a_bad_benchmark_is_refused_with_all_faults(teacher_folder):
+    changes = {"heads.float32.cases": ["our"], "heads.chunks": 3, "device": "cuda", "steps.teacher": str(teacher_folder)}
+    with pytest.raises(ConfigError, match=r"(?s)2 faults.*no 'our'; did you mean 'ours'.*chunks: unknown key; did you mean 'chunk'"):
+        load("configs/benchmark.yaml", changes, kind=settings.BenchmarkConfig)
+    with pytest.raises(ConfigError, match="steps.student_layers is 10, but the teacher has 4"):
+        study.preflight(load("configs/benchmark.yaml", {"steps.teacher": str(teacher_folder)}, kind=settings.BenchmarkConfig))
+
+
+@pytest.mark.slow
+def test_the_benchmark_notebook_runs_through_and_leaves_a_report(teacher_folder, tmp_path):
+    folders = ("--runs", tmp_path / "runs", "--reports", tmp_path / "reports")
+    overrides = ("-o", f"steps.teacher={teacher_folder}", "-o", "steps.student_layers=2")
+    process = kd_process("bench", "--smoke", "--name", "tiny", *overrides, *folders)
+    out, said = process.communicate(timeout=800)
+    assert process.returncode == 0, said
+    assert out.strip().splitlines()[-1].startswith("report: ")
+    run = runs.Run(tmp_path / "runs" / "tiny")
+    assert run.status["state"] == "done"
+    found = json.loads((run.path / "benchmark_results.json").read_text())
+    assert set(found) == {"machine", "heads", "steps"}
+    assert (run.path / "figures" / "time_float32.png").exists()
+    assert yaml.safe_load((run.path / "config.yaml").read_text())["heads"]["vocabulary"] == 500
+    assert (tmp_path / "reports" / "tiny" / "report.html").exists()
