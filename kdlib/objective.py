@@ -30,7 +30,7 @@ class SoftTargets:
 
 def cross_entropy(student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
     """-log p(the token that came), always at T = 1; [n] nats."""
-    return F.nll_loss(log_probs(student_logits), targets, reduction="none")
+    return -log_probs(student_logits).gather(-1, targets[:, None])[:, 0]
 
 
 def accuracy(student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
@@ -43,9 +43,13 @@ def agreement(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, t
     return (student_logits.argmax(-1) == teacher_logits.argmax(-1)).to(log_probs_dtype(student_logits))
 
 
-def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
+def log_probs(logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
     """log softmax(logits / T), in float32 at least, whatever the model's dtype."""
-    return F.log_softmax(logits.to(log_probs_dtype(logits)) / temperature, dim=-1)
+    scaled = logits.to(log_probs_dtype(logits)) * (1 / temperature)
+    if not torch.compiler.is_compiling():
+        return F.log_softmax(scaled, dim=-1)
+    top = scaled.detach().amax(-1, keepdim=True)  # written out it fuses with its surroundings: half the time of log_softmax
+    return scaled - top - (scaled - top).exp().sum(-1, keepdim=True).log()
 
 
 def log_probs_dtype(logits: Tensor) -> torch.dtype:
