@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdlib.diagnostics.ledger import Entry, Ledger
+from kdlib.loss_config import TEMPERATURES
 from kdlib.losses.divergences import FORMULAS, Divergence, chosen, forward_kl
 from kdlib.losses.features import attention_divergence, contrastive_loss, hidden_distance, relational_distance
 from kdlib.losses.linear import TokenFunction, Weighted, term_sums, token_values
@@ -57,9 +58,6 @@ def log_probs_dtype(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
-FeatureFunction = Callable[[Features, Features], Tensor]  # student's, teacher's -> [N]
-
-
 @dataclass(frozen=True)
 class FeatureTerm:
     """A term on what goes on inside: the mean over the pairs of layers of one of kdlib.losses.features."""
@@ -86,9 +84,6 @@ FEATURE_TERMS = {
 }
 TERMS = ("kd", "ce", *(divergence.__name__ for divergence in FORMULAS), *FEATURE_TERMS)
 """The terms that a config may weight: kd is the divergence that it names, the others are what their names say."""
-
-TEMPERED = tuple(name for name in TERMS if name not in ("ce", "hidden", "attention", "relational"))
-"""Those that have a temperature; contrastive's is of its own kind."""
 
 MEASURES = {
     "ce": Weighted(cross_entropy), "kl_to_teacher": Weighted(SoftTargets()), "agreement": Weighted(agreement),
@@ -127,7 +122,7 @@ class Objective:
         if self.samples:
             divergence = OnSamples(divergence, self.samples) if sampled else divergence
             formula = formula.replace("{at}", f"{{at}}, from {self.samples} samples" if sampled else "{at}")
-        temperatures = {name: self.temperature_of(name)(fraction) for name in active if name in TEMPERED}
+        temperatures = {name: self.temperature_of(name)(fraction) for name in active if name in TEMPERATURES}
         return Moment(active, temperatures, divergence, formula, self.normalise, self.layers)
 
     @property
@@ -139,10 +134,10 @@ class Objective:
         return {"temperature": main, **{f"{name}_temperature": course for name, course in self.temperature.items()}}
 
     def temperature_of(self, name: str) -> Schedule:
-        """The course of a term's temperature; a contrastive term has one of its own kind, 0.1 where none is named."""
+        """The course of a term's temperature; the one given for all is not meant for a contrastive term's similarities."""
         if isinstance(self.temperature, Mapping):
             return self.temperature[name]
-        return constant(0.1) if name == "contrastive" else self.temperature
+        return constant(TEMPERATURES[name]) if name == "contrastive" else self.temperature
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Measuring heads: interleaved rounds of time, agreement with float64, and peak memory in a fresh process per case."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,7 +56,10 @@ def memory(name: str, setting: Setting, **inputs: Any) -> dict[str, Any]:
         RunError: that process failed; its last words are in the message.
     """
     asked = json.dumps({"name": name, "chunk": setting.chunk, "top_k": setting.top_k, "inputs": inputs})
-    done = subprocess.run([sys.executable, "-m", __name__, asked], capture_output=True, text=True, check=False)
+    returned = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}  # glibc gives large blocks back when they are freed: what is
+    done = subprocess.run(  # measured is what is held, not how its heap happened to be cut up
+        [sys.executable, "-m", __name__, asked], capture_output=True, text=True, check=False, env=returned
+    )
     if done.returncode != 0:
         raise RunError(f"measuring the memory of {name} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
     return {"name": name, "tokens": inputs["tokens"], **json.loads(done.stdout.splitlines()[-1])}

@@ -127,25 +127,27 @@ class _Gradients:
     """The gradients of hidden states, head and bias, added up chunk by chunk."""
 
     def __init__(self, inputs: Sequence[Tensor | None], *, needed: Sequence[bool]) -> None:
-        self.tensors = [torch.zeros_like(x) if need else None for x, need in zip(inputs, needed, strict=True)]
+        self.tensors = [torch.empty_like(x) if need else None for x, need in zip(inputs, needed, strict=True)]
+        self.begun = False  # the first chunk writes, the others add: no pass of zeros
 
     def add(self, rows: slice, logits: Tensor, student: LinearSignal) -> None:
         """Take in a chunk's gradient with respect to the products with the head: [n, V]."""
         to_hidden, to_weight, to_bias = self.tensors
         if to_hidden is not None:
-            _add_product(to_hidden[rows], logits, student.weight)
+            _put_product(to_hidden[rows], logits, student.weight, add=False)
         if to_weight is not None:
-            _add_product(to_weight, logits.T, student.hidden[rows])
+            _put_product(to_weight, logits.T, student.hidden[rows], add=self.begun)
         if to_bias is not None:
-            to_bias += logits.sum(0)
+            to_bias.copy_(to_bias + logits.sum(0) if self.begun else logits.sum(0))
+        self.begun = True
 
 
-def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """out += left @ right, without another tensor of its size where the dtypes allow."""
+def _put_product(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
+    """out = left @ right, or += it; without another tensor of its size where the dtypes allow."""
     if out.dtype == left.dtype:
-        out.addmm_(left, right)
+        out.addmm_(left, right, beta=float(add))  # beta 0 does not read what was there
     else:
-        out += left @ right
+        out.copy_(out + left @ right if add else left @ right)
 
 
 def _teacher_logits(teacher: Signal, rows: slice) -> Tensor:
