@@ -160,6 +160,10 @@ class Moment:
         return any(name in FEATURE_TERMS and not FEATURE_TERMS[name].attention for name in self.weights)
 
     @property
+    def needs_projection(self) -> bool:
+        return any(name in FEATURE_TERMS and FEATURE_TERMS[name].projected for name in self.weights)
+
+    @property
     def needs_attention(self) -> bool:
         return any(name in FEATURE_TERMS and FEATURE_TERMS[name].attention for name in self.weights)
 

@@ -91,7 +91,7 @@ class DistillationTrainer(Trainer):
         unwrapped = self.accelerator.unwrap_model(model)
         student = signal_of(
             model, batch, tokens, vocabulary=self.vocabulary, form=self.form, unwrapped=unwrapped,
-            inside=Inside(ours, **wanted, projections=getattr(unwrapped, PROJECTIONS, None)),
+            inside=Inside(ours, **wanted, projections=getattr(unwrapped, PROJECTIONS, None) if moment.needs_projection else None),
         )
         return tokens, student, self.teacher(batch, tokens, Inside(theirs, **wanted)) if with_teacher else None
 
@@ -109,7 +109,7 @@ class DistillationTrainer(Trainer):
             book = ledger(student, teacher, tokens.targets, moment=moment, count=num_items_in_batch, workspace=self.workspace)
         self.window.add(book, self.state.global_step)
         self.tokens += len(tokens.targets)
-        idle = [] if moment.needs_hidden else getattr(self.accelerator.unwrap_model(model), PROJECTIONS, [])
+        idle = [] if moment.needs_projection else getattr(self.accelerator.unwrap_model(model), PROJECTIONS, [])
         unused = sum(0 * matrix.weight.sum() for matrix in idle)  # DDP waits for a gradient of every parameter
         return book.total * self.accelerator.num_processes + unused  # DDP averages the ranks' gradients; their sum is meant
 

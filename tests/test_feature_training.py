@@ -176,9 +176,9 @@ PHASES = [{"until": 0.5, "weights": {"hidden": 0.3}}, {"until": 1.0, "weights": 
 
 @pytest.mark.parametrize("curriculum", [PHASES, None], ids=["projections", "none"])
 def test_two_ranks_equal_one_with_an_untied_head(raw_config, narrow, tmp_path, curriculum):
-    """The second phase has no hidden term: DDP must not wait for the projections' gradients."""
+    """The second phase has no term that is projected: DDP must not wait for the projections' gradients."""
     for name, size in {"one": 8, "two": 4}.items():
-        loss = {"weights": {"kd": 0.5, "ce": 0.2}, "curriculum": curriculum}
+        loss = {"weights": {"kd": 0.5, "ce": 0.2, "relational": 0.1}, "curriculum": curriculum}
         settings = raw(raw_config, narrow, loss=loss, per_device_train_batch_size=size)
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings))
         ranks = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613"] if name == "two" else []
