@@ -222,7 +222,7 @@ def test_scaled_and_capped_logits_are_those_of_the_models(form, chunk):
     close(sums_and_gradients(leaves, dense_teacher, targets, ours("forward_kl", "whole"), chunk, form=form), expected, rtol=1e-12)
 
 
-COMPILED = [("forward_kl", "whole"), ("adaptive_kl", "whole"), ("generalized_jsd", "whole"), ("reverse_kl", "top-4 + tail")]
+COMPILED = [("forward_kl", "whole"), ("generalized_jsd", "whole"), ("reverse_kl", "top-4 + tail")]  # some ten seconds each
 
 
 @pytest.mark.parametrize(("name", "form"), COMPILED)
