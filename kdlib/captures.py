@@ -40,7 +40,8 @@ def captured_layers(model: PreTrainedModel, numbers: Sequence[int], *, hidden: b
     Raises:
         ModelError: a layer showed no attention map: the model's attention does not make them (see `attend_eagerly`).
     """
-    captured, layers, handles = Captured(), layers_of(model), []
+    captured, handles = Captured(), []
+    layers = layers_of(model) if hidden or attention else []
 
     def keep_output(number):
         return lambda module, args, output: captured.hidden.update({number: output[0] if isinstance(output, tuple) else output})
@@ -53,7 +54,7 @@ def captured_layers(model: PreTrainedModel, numbers: Sequence[int], *, hidden: b
 
         return look
 
-    for number in dict.fromkeys(numbers):
+    for number in dict.fromkeys(numbers) if layers else ():
         if hidden:
             handles.append(layers[number].register_forward_hook(keep_output(number)))
         if attention:

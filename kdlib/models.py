@@ -208,9 +208,14 @@ def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _cpu_has_bf16() -> bool:
+def bf16_instructions() -> list[str] | None:
+    """Those that this CPU has for bfloat16 products; None where the system does not say."""
     flags = Path("/proc/cpuinfo")
-    return flags.exists() and any(name in flags.read_text() for name in ("avx512_bf16", "amx_bf16"))
+    return [name for name in ("avx512_bf16", "amx_bf16") if name in flags.read_text()] if flags.exists() else None
+
+
+def _cpu_has_bf16() -> bool:
+    return bool(bf16_instructions())
 
 
 def _folder(model: str) -> str:

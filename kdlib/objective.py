@@ -1,6 +1,6 @@
 """The objective: terms x schedules -> Ledger.  A plain function, the same for training and evaluation."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +82,11 @@ FEATURE_TERMS = {
         lambda s, t, rows, temperature, normalise: contrastive_loss(s, t, rows, temperature=temperature), projected=True
     ),
 }
+def feature_terms(names: Iterable[str]) -> list[FeatureTerm]:
+    """Those of these terms that look inside the models."""
+    return [FEATURE_TERMS[name] for name in names if name in FEATURE_TERMS]
+
+
 TERMS = ("kd", "ce", *(divergence.__name__ for divergence in FORMULAS), *FEATURE_TERMS)
 """The terms that a config may weight: kd is the divergence that it names, the others are what their names say."""
 
@@ -157,15 +162,15 @@ class Moment:
 
     @property
     def needs_hidden(self) -> bool:
-        return any(name in FEATURE_TERMS and not FEATURE_TERMS[name].attention for name in self.weights)
+        return any(not term.attention for term in feature_terms(self.weights))
 
     @property
     def needs_projection(self) -> bool:
-        return any(name in FEATURE_TERMS and FEATURE_TERMS[name].projected for name in self.weights)
+        return any(term.projected for term in feature_terms(self.weights))
 
     @property
     def needs_attention(self) -> bool:
-        return any(name in FEATURE_TERMS and FEATURE_TERMS[name].attention for name in self.weights)
+        return any(term.attention for term in feature_terms(self.weights))
 
     @property
     def logit_terms(self) -> dict[str, Weighted]:

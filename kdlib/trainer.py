@@ -79,10 +79,9 @@ class DistillationTrainer(Trainer):
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: course(step / steps))
         return self.lr_scheduler
 
-    @property
-    def moment(self) -> Moment:
-        """The objective at the optimizer step being made."""
-        return self.objective.at(self.state.global_step / max(self.state.max_steps, 1))
+    def _done(self, step: int) -> float:
+        """The fraction of training done before this optimizer step, counted from 0."""
+        return step / max(self.state.max_steps, 1)
 
     def signals(self, model, batch: Mapping[str, Tensor], moment: Moment, *, with_teacher: bool) -> tuple[Kept, Signal, Signal | None]:
         """The kept tokens of a batch and what student and teacher said about them, and felt where a term of the moment asks."""
@@ -103,7 +102,7 @@ class DistillationTrainer(Trainer):
                 f"models whose forward takes **kwargs, and {type(self.accelerator.unwrap_model(model)).__name__}'s does not: "
                 "use a model that does"
             )
-        moment = self.moment
+        moment = self.objective.at(self._done(self.state.global_step))
         with self.accelerator.autocast():  # accelerate wraps the model's forward only; the heads' products happen here
             tokens, student, teacher = self.signals(model, inputs, moment, with_teacher=moment.needs_teacher)
             book = ledger(student, teacher, tokens.targets, moment=moment, count=num_items_in_batch, workspace=self.workspace)
@@ -122,7 +121,7 @@ class DistillationTrainer(Trainer):
     def _term_figures(self, loss: float) -> dict[str, float]:
         figures = self.window.figures(partial(self.accelerator.reduce, reduction="sum"))
         tokens = float(self.accelerator.reduce(torch.tensor(float(self.tokens), device=self.args.device)))
-        done = (self.state.global_step - 1) / max(self.state.max_steps, 1)
+        done = self._done(self.state.global_step - 1)
         total = sum(value * weight for value, weight in figures.values())
         if broken := [f"{name} = {value}" for name, (value, _) in figures.items() if not math.isfinite(value)]:
             raise NonFiniteLoss(self._stopped(", ".join(broken)))
@@ -147,7 +146,7 @@ class DistillationTrainer(Trainer):
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
         """The same objective with the weights of this step, and the measures that do not depend on them."""
         model, rows = self.accelerator.unwrap_model(self.model), []
-        moment = self.objective.at(self.state.global_step / max(self.state.max_steps, 1), sampled=False)
+        moment = self.objective.at(self._done(self.state.global_step), sampled=False)
         measures = {name: f for name, f in MEASURES.items() if self.teacher is not None or name in ("ce", "accuracy")}
         model.eval()
         for batch in dataloader:

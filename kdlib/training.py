@@ -19,7 +19,7 @@ from kdlib.errors import ConfigError, KdlibError, RunError
 from kdlib.losses.features import LayerPairs, layer_pairs, projections
 from kdlib.losses.workspace import Workspace
 from kdlib.models import device_of, parameters, precision_of
-from kdlib.objective import FEATURE_TERMS, Objective
+from kdlib.objective import Objective, feature_terms
 from kdlib.runs import StudentFolder, cut_metrics, history, is_refusal, read_json, write_error, write_json
 from kdlib.schedulers import SHAPES, from_spec
 from kdlib.teachers import LiveTeacher
@@ -86,7 +86,8 @@ def listen(config: Config, student: PreTrainedModel, teacher: PreTrainedModel, o
     Raises:
         ConfigError: a model has no such layer.
     """
-    if not any(name in FEATURE_TERMS for name in objective.weights):
+    terms = feature_terms(objective.weights)
+    if not terms:
         return ()
     ours, theirs = student.config.get_text_config(), teacher.config.get_text_config()
     try:
@@ -95,7 +96,7 @@ def listen(config: Config, student: PreTrainedModel, teacher: PreTrainedModel, o
         raise ConfigError(str(error)) from error
     torch.manual_seed(config.seed)
     made = projections(pairs, ours.hidden_size, theirs.hidden_size)
-    if made and any(name in FEATURE_TERMS and FEATURE_TERMS[name].projected for name in objective.weights):
+    if made and any(term.projected for term in terms):
         student.add_module(PROJECTIONS, made.to(student.device, student.dtype))
     return pairs
 

@@ -176,6 +176,12 @@ def test_hooks_give_what_the_model_itself_would_show(make):
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_a_model_without_a_list_of_layers_can_be_heard_where_nothing_inside_is_asked_for():
+    with captured_layers(torch.nn.Linear(2, 2), [0], hidden=False, attention=False) as captured:
+        pass
+    assert captured.hidden == captured.attention == {}
+
+
 def test_a_model_that_shows_no_maps_is_refused():
     model = tiny_model()
     with (

@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from kdlib.models import bf16_instructions
+
 PACKAGES = ("kdlib", "torch", "transformers", "accelerate", "trl", "liger-kernel", "torchtune")
 PROCESS = Path("/proc/self")  # Linux only
 MATRICES = ((2048, 2048, 2048), (512, 576, 8192))  # rows x columns x columns of the products that are timed
@@ -131,10 +133,8 @@ def _processor() -> str:
 
 
 def _instructions() -> str:
-    with suppress(OSError):
-        flags = Path("/proc/cpuinfo").read_text()
-        return ", ".join(name for name in ("avx512_bf16", "amx_bf16") if name in flags) or "none"
-    return "unknown"
+    found = bf16_instructions()
+    return "unknown" if found is None else ", ".join(found) or "none"
 
 
 def _version(package: str) -> str | None:
