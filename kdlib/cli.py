@@ -93,6 +93,32 @@ def bench(
     print(f"report: {os.path.relpath(page)}    index: {os.path.relpath(reports / 'index.html')}")
 
 
+@app.command("dry-run")
+def dry_run(
+    config: Annotated[str, typer.Argument(help="The experiment: a YAML file.")],
+    smoke: Annotated[bool, typer.Option("--smoke", help="The same with short rows.")] = False,
+    name: Annotated[str | None, typer.Option("--name", help="The run's name; <config>_<time> unless given.")] = None,
+    override: Annotated[list[str] | None, typer.Option("-o", "--override", help="key=value, e.g. loss.temperature=3.")] = None,
+    runs_folder: RunsFolder = None,
+) -> None:
+    """Try CONFIG: shapes, what is learned from, five optimizer steps and one evaluation, the plan, a forecast; in the terminal."""
+    root, _ = _folders(runs_folder, None)
+    resolved = configs.load(config, override or [], smoke=smoke)
+    name = name or runs.new_name(config, smoke=smoke)
+    runs.check_new(root, name)
+    from kdlib import workbench
+
+    origin = os.path.relpath(config, runs.project_root())
+    os.chdir(runs.project_root())
+    workbench.preflight(resolved)
+    opened = runs.create(root, name, resolved, config_file=origin, smoke=smoke, command=shlex.join(["kd", *sys.argv[1:]]))
+    bench = workbench.Workbench(opened)
+    for part in (bench.setup, bench.shapes, bench.example, bench.dry_run, bench.plan):
+        made = part()
+        print(made.to_string() if hasattr(made, "to_string") else made, end="\n\n", flush=True)
+    print(f"all of it, from here: kd run {config} --resume {os.path.relpath(opened.path)}")
+
+
 @app.command()
 def train(run: Annotated[str, typer.Argument(help="A run's name, or its folder; 00_setup has prepared it.")]) -> None:
     """Train the students of RUN without notebooks; under torchrun (-m kdlib.cli train RUN) on several GPUs."""

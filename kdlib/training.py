@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from kdlib.arguments import HIGHER_IS_BETTER
-from kdlib.callbacks import StopAfter, StopRequest
+from kdlib.callbacks import PlanFile, StopAfter, StopRequest
 from kdlib.checkpoints import check_disk, disk_is_full, last_checkpoint, step_of
 from kdlib.config import Config
 from kdlib.data import TokenBlocks, collate
@@ -136,6 +136,7 @@ def train(
             learning_rate_schedule=from_spec(course) if isinstance(course, Mapping) else None,
             folder=folder, label=label, last_step=stop_after,
         )
+        trainer.add_callback(PlanFile(folder, objective))
         stop = StopRequest(folder)
         trainer.add_callback(StopAfter(stop_after) if stop_after else stop)
         with nullcontext() if stop_after else stop:

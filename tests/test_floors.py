@@ -9,13 +9,13 @@ FLOORS = [
     {"loss_config"},
     {"config"},
     {"losses.divergences"},
-    {"losses.subset", "losses.features", "losses.workspace", "diagnostics.ledger", "runs"},
+    {"diagnostics.token_view", "losses.subset", "losses.features", "losses.workspace", "diagnostics.ledger", "runs"},
     {"losses.linear", "captures", "embedded"},
     {"data", "models", "objective"},
     {"teachers", "callbacks", "checkpoints"},
     {"trainer", "compare"},
     {"training", "plots", "benchmarks.settings", "benchmarks.machine", "benchmarks.heads"},
-    {"benchmarks.peers", "benchmarks.reading"},
+    {"benchmarks.peers", "benchmarks.reading", "diagnostics.scorecard"},
     {"benchmarks.rounds", "benchmarks.steps", "benchmarks.targets", "benchmarks.figures"},
     {"reports", "workbench", "benchmarks.study"},
     {"runner"},
@@ -24,7 +24,7 @@ FLOORS = [
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 READERS = {  # importable without torch
     "errors", "schedulers", "arguments", "curriculum", "fields", "overrides", "loss_config", "config", "runs", "plots", "reports", "runner",
-    "benchmarks.settings", "benchmarks.reading", "benchmarks.targets", "benchmarks.figures",
+    "diagnostics.scorecard", "benchmarks.settings", "benchmarks.reading", "benchmarks.targets", "benchmarks.figures",
 }
 
 
