@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetGenerationError
@@ -60,7 +62,7 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int
         if limit is not None and limit < len(blocks):  # a sample over all documents, not the first of them
             blocks = blocks.select(sorted(random.Random(seed).sample(range(len(blocks)), limit)))
         rows[name] = blocks
-        notes[f"{name}_rows"], notes[f"{name}_tokens"] = len(blocks), sum(map(len, blocks["input_ids"]))
+        notes[f"{name}_rows"], notes[f"{name}_tokens"] = len(blocks), len(_token_lists(blocks).flatten())
     notes["each_document_begins_with"] = tokenizer.decode(beginning(tokenizer))
     notes["fingerprint"] = fingerprint(rows["train"], rows["validation"])
     return TokenBlocks(rows["train"], rows["validation"], notes)
@@ -171,10 +173,17 @@ def fingerprint(*parts: Dataset) -> str:
     """16 hex digits that change when any token of any row does."""
     digest = hashlib.sha256()
     for part in parts:
-        for ids in part["input_ids"]:
-            digest.update(json.dumps(list(ids)).encode())
-        digest.update(b"|")
+        rows = _token_lists(part)
+        for numbers in (rows.value_lengths(), rows.flatten()):
+            digest.update(len(numbers).to_bytes(8))
+            digest.update(np.ascontiguousarray(numbers.to_numpy(zero_copy_only=False), dtype="<i8"))
     return digest.hexdigest()[:16]
+
+
+def _token_lists(rows: Dataset) -> pa.ListArray:
+    """All rows' ids as one Arrow array: a million rows in a second, without a Python list each."""
+    ids = rows.with_format("arrow")[:]["input_ids"]
+    return ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
 
 
 def python_docs() -> Dataset:
