@@ -110,6 +110,7 @@ class GuardedTrainer(Trainer):
         return nan_report.Standing(
             stage=stage, step=step, max_grad_norm=self.args.max_grad_norm or 0.0,
             precision={**precision, "autocast": "float16" if self.args.fp16 else "bfloat16" if self.args.bf16 else "off"},
+            loss=float(self.guard.loss) if stage == "training" and step > self.state.global_step else None,
             learning_rate=self._get_learning_rate() if self.lr_scheduler else self.args.learning_rate,
             grad_norms=[float(norm) for norm in self.guard.norms], last_log=lines[-1] if lines else {},
             checkpoint=checkpoint and str(Path(checkpoint).relative_to(self.folder.path)),

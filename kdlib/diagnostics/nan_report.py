@@ -32,6 +32,7 @@ class Standing:
     stage: str  # training, evaluation
     step: int
     precision: Mapping[str, str]  # dtype of student and teacher, and autocast's
+    loss: float | None  # of the step, this rank's part of it; None outside a step
     learning_rate: float
     max_grad_norm: float
     grad_norms: Sequence[float]  # of the optimizer steps before, the last one last
@@ -60,7 +61,8 @@ def report_of(
         "micro_batch": culprit.micro_batch, "row_of_micro_batch": culprit.row, "row": row,
         "position": culprit.position, "row_of_data": None, "text": None,
         "rows_without_kept_token": (batch["labels"][:, 1:] == IGNORED).all(-1).nonzero()[:, 0].tolist(),
-        "precision": dict(standing.precision), "learning_rate": standing.learning_rate, "max_grad_norm": standing.max_grad_norm,
+        "precision": dict(standing.precision), "loss": _written(standing.loss),
+        "learning_rate": standing.learning_rate, "max_grad_norm": standing.max_grad_norm,
         "grad_norm_before": _written(standing.grad_norms[-1]) if standing.grad_norms else None,
         "grad_norms_before": [_written(norm) for norm in standing.grad_norms],
         "last_log": {name: _written(value) for name, value in standing.last_log.items()}, "last_checkpoint": standing.checkpoint,
@@ -173,7 +175,7 @@ def _blame(report: Mapping[str, Any]) -> str:
     if who == "gradient" and not tensors[report["parameter"]]["values"]:
         return f"the gradient's norm is not finite; every value of it is, the largest in {report['parameter']}"
     if who == "gradient":
-        return f"the loss is finite, but not the gradient of {broken}"
+        return f"the loss is finite ({report['loss']:.3g}), but not the gradient of {broken}"
     if who == "loss":
         return "teacher and student are finite, the term is not"
     if who == "nobody":
