@@ -1,7 +1,7 @@
 """The objective: terms x schedules -> Ledger.  A plain function, the same for training and evaluation."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -160,6 +160,10 @@ class Moment:
     divergence_formula: str = FORMULAS[forward_kl]
     normalise: bool = True
     layers: str = "even"
+
+    def alone(self, name: str) -> "Moment":
+        """The same with this term only."""
+        return replace(self, weights={name: self.weights[name]})
 
     @property
     def needs_teacher(self) -> bool:

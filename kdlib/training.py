@@ -113,7 +113,7 @@ def train(
 
     Raises:
         RunError: stopped by an interrupt or a STOP file (a checkpoint is there), or the disk is full.
-        NonFiniteLoss: a term became nan or infinite.
+        NonFiniteLoss: a value became nan or infinite; nan_report/ says which.
     """
     resume = last_checkpoint(folder)
     changes = DRY_RUN if stop_after else {"eval_on_start": False} if resume else {}  # that evaluation is in metrics.jsonl already
@@ -134,7 +134,7 @@ def train(
             data_collator=partial(collate, pad_id=tokenizer.pad_token_id), objective=objective, teacher=teacher,
             vocabulary=len(tokenizer), workspace=workspace_of(config, args, len(blocks.train), len(tokenizer)), layer_pairs=pairs,
             learning_rate_schedule=from_spec(course) if isinstance(course, Mapping) else None,
-            folder=folder, label=label, last_step=stop_after,
+            folder=folder, label=label, last_step=stop_after, grad_norms_every=config.diagnostics.grad_norms_every,
         )
         trainer.add_callback(PlanFile(folder, objective))
         stop = StopRequest(folder)
