@@ -120,6 +120,22 @@ def report(
     print(f"report: {os.path.relpath(page)}")
 
 
+@app.command()
+def selftest(
+    config: Annotated[str, typer.Argument(help="The experiment: a YAML file.")],
+    smoke: Annotated[bool, typer.Option("--smoke", help="With short rows.")] = False,
+    override: Annotated[list[str] | None, typer.Option("-o", "--override", help="key=value, e.g. precision=float32.")] = None,
+) -> None:
+    """Compare what must be equal on CONFIG, its models and data; exit status 1 where something is not."""
+    resolved = configs.load(config, override or [], smoke=smoke)
+    from kdlib.diagnostics import parity
+
+    table = parity.selftest(resolved)
+    print(table.to_string(index=False))
+    if (table["result"] == "fail").any():
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Entry point: what a user can act on is printed bare, with exit status 1."""
     try:

@@ -15,7 +15,7 @@ FLOORS = [
     {"teachers", "callbacks", "checkpoints"},
     {"trainer", "compare"},
     {"training", "plots", "benchmarks.settings", "benchmarks.machine", "benchmarks.heads"},
-    {"benchmarks.peers", "benchmarks.reading"},
+    {"benchmarks.peers", "benchmarks.reading", "diagnostics.parity"},
     {"benchmarks.rounds", "benchmarks.steps", "benchmarks.targets", "benchmarks.figures"},
     {"reports", "workbench", "benchmarks.study"},
     {"runner"},
