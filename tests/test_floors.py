@@ -9,8 +9,8 @@ FLOORS = [
     {"loss_config"},
     {"config"},
     {"losses.divergences"},
-    {"losses.subset", "losses.features", "losses.workspace", "diagnostics.ledger", "runs"},
-    {"losses.linear", "captures", "embedded"},
+    {"losses.subset", "losses.features", "losses.workspace", "diagnostics.ledger", "runs", "dialects"},
+    {"losses.linear", "captures", "embedded", "migration"},
     {"data", "models", "objective"},
     {"teachers", "callbacks", "checkpoints"},
     {"trainer", "compare"},
@@ -24,7 +24,7 @@ FLOORS = [
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 READERS = {  # importable without torch
     "errors", "schedulers", "arguments", "curriculum", "fields", "overrides", "loss_config", "config", "runs", "plots", "reports", "runner",
-    "benchmarks.settings", "benchmarks.reading", "benchmarks.targets", "benchmarks.figures",
+    "dialects", "migration", "benchmarks.settings", "benchmarks.reading", "benchmarks.targets", "benchmarks.figures",
 }
 
 
