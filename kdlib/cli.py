@@ -146,6 +146,46 @@ def report(
     print(f"report: {os.path.relpath(page)}")
 
 
+@app.command()
+def selftest(
+    config: Annotated[str, typer.Argument(help="The experiment: a YAML file.")],
+    smoke: Annotated[bool, typer.Option("--smoke", help="With short rows.")] = False,
+    override: Annotated[list[str] | None, typer.Option("-o", "--override", help="key=value, e.g. precision=float32.")] = None,
+) -> None:
+    """Compare what must be equal on CONFIG, its models and data; exit status 1 where something is not."""
+    resolved = configs.load(config, override or [], smoke=smoke)
+    from kdlib.diagnostics import parity
+
+    table = parity.selftest(resolved)
+    print(table.to_string(index=False))
+    if (table["result"] == "fail").any():
+        raise typer.Exit(1)
+
+
+@app.command("import")
+def migrate(
+    file: Annotated[str, typer.Argument(help="Another project's settings: JSON, YAML, or a text with command-line flags.")],
+    alpha_on: Annotated[str | None, typer.Option("--alpha-on", help="kd or ce: the term that its `alpha` weights.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="A new YAML file; printed unless given.")] = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", help="Where FILE does not name it.")] = None,
+    student: Annotated[str | None, typer.Option("--student", help="Likewise.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Likewise.")] = None,
+) -> None:
+    """Turn another project's FILE of settings into a config of ours; what has no counterpart is listed."""
+    from kdlib.migration import migrated
+
+    made = migrated(file, alpha_on=alpha_on, teacher=teacher, student=student, data=data)
+    if output is None:
+        print(made.as_yaml(), end="")
+    else:
+        made.write(output)
+        print(f"{output}: {len(made.values)} settings")
+    for line in made.left_out:
+        print(f"left out: {line}", file=sys.stderr)
+    for path in made.missing:
+        print(f"to be filled in: {path}", file=sys.stderr)
+
+
 def main() -> None:
     """Entry point: what a user can act on is printed bare, with exit status 1."""
     try:

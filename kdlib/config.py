@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from kdlib.arguments import TRAINING_DEFAULTS, clashes, problem_with, typed
 from kdlib.errors import ConfigError, nearest
 from kdlib.fields import Count, Number, Section, refuse
 from kdlib.loss_config import BaselineConfig, LossConfig
-from kdlib.overrides import merged, overridden, smoke_for
+from kdlib.overrides import merged, overridden, read_yaml, smoke_for
 
 
 def _layers_kept(value: Any) -> Any:
@@ -122,7 +121,7 @@ def load(
     Raises:
         ConfigError: unreadable, not YAML, or any key or value at fault: all faults in one message.
     """
-    return parse(_read(Path(path)), overrides, smoke=smoke, name=str(path), kind=kind)
+    return parse(read_yaml(read_text(Path(path)), str(path)), overrides, smoke=smoke, name=str(path), kind=kind)
 
 
 def parse(
@@ -143,6 +142,21 @@ def parse(
         raise ConfigError(f"{name}: {len(lines)} fault{'s' * (len(lines) > 1)}\n" + "\n".join(f"  {x}" for x in lines)) from None
 
 
+def read_text(path: Path) -> str:
+    """What a text file says.
+
+    Raises:
+        ConfigError: there is none, or it is no text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        others = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        raise ConfigError(f"{path}: no such file{nearest(path.name, others)}") from None
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name that no file can have
+        raise ConfigError(f"{path}: cannot be read as a text file: {error}") from None
+
+
 def differences(one: Mapping, other: Mapping, prefix: str = "") -> list[str]:
     """`loss.temperature: 2.0 -> 3.0`, a line per value that differs between two nested mappings."""
     lines = []
@@ -153,18 +167,6 @@ def differences(one: Mapping, other: Mapping, prefix: str = "") -> list[str]:
         elif a != b:
             lines.append(f"{prefix}{key}: {a} -> {b}")
     return lines
-
-
-def _read(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        others = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        raise ConfigError(f"{path}: no such file{nearest(path.name, others)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a text file: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
 
 
 def _describe(fault: Mapping, kind: type[Section]) -> list[str]:

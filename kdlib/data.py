@@ -169,6 +169,12 @@ def collate(rows: Sequence[dict[str, list[int]]], *, pad_id: int) -> dict[str, t
     return {name: torch.tensor(values) for name, values in batch.items()}
 
 
+def calibration_rows(rows: Dataset, count: int = 8) -> torch.Tensor:
+    """[count, T] training text without padding, on which layer influence is measured."""
+    ids = [row["input_ids"] for row in rows.select(range(min(count, len(rows))))]
+    return torch.tensor([row[: min(map(len, ids))] for row in ids])
+
+
 def fingerprint(*parts: Dataset) -> str:
     """16 hex digits that change when any token of any row does."""
     digest = hashlib.sha256()

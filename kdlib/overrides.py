@@ -42,11 +42,22 @@ def pairs(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, Any]]
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"override {text!r}: write it as key=value, e.g. loss.temperature=3")
-        try:
-            pairs.append((key.strip(), yaml.safe_load(value)))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {text!r}: the value is not valid YAML: {error}") from None
+        pairs.append((key.strip(), read_yaml(value, f"override {text!r}")))
     return pairs
+
+
+def read_yaml(text: str, name: str) -> Any:
+    """Plain data from YAML.
+
+    Raises:
+        ConfigError: it is none; `name` says in the message where the text stood.
+    """
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ConfigError(f"{name}: not valid YAML: nested too deeply") from None
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:  # PyYAML's own conversions: 2026-13-45, !!bool x
+        raise ConfigError(f"{name}: not valid YAML: {error}") from None
 
 
 def with_override(raw: dict, key: str, value: Any, name: str) -> dict:

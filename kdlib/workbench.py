@@ -21,6 +21,7 @@ from kdlib import compare, data, models, plots, runs, training
 from kdlib import config as configs
 from kdlib.callbacks import device_memory_gib
 from kdlib.config import Config
+from kdlib.diagnostics import parity
 from kdlib.diagnostics.token_view import TokenView, token_view
 from kdlib.errors import RunError
 from kdlib.objective import Moment
@@ -30,7 +31,6 @@ from kdlib.teachers import LiveTeacher
 
 PACKAGES = ("kdlib", "torch", "transformers", "accelerate", "datasets", "tokenizers", "papermill", "numpy")
 DRY_STEPS = 5
-CALIBRATION_ROWS = 8  # training rows on which layer influence is measured
 
 
 def open_run(
@@ -108,7 +108,7 @@ class Workbench:
     def setup(self) -> pd.DataFrame:
         """Load everything once, choose the student's layers, write the manifest; returns what was found, for reading."""
         dtype, reason = models.precision_of(self.config)
-        layers = models.chosen_layers(self.config, self.teacher.model, self._calibration())
+        layers = models.chosen_layers(self.config, self.teacher.model, data.calibration_rows(self.blocks.train))
         self.run.add_to_manifest(
             student_layers=layers, formula=self.formula(), seed=self.config.seed, precision=f"{dtype} ({reason})".replace("torch.", ""),
             data=self.blocks.notes, versions={name: version(name) for name in PACKAGES},
@@ -131,11 +131,6 @@ class Workbench:
             "objective": self.formula(),
             "baseline": self.moment(self.config.baseline.weights).formula if self.config.baseline else "none",
         })
-
-    def _calibration(self) -> torch.Tensor:
-        """[rows, T] training text without padding."""
-        rows = [row["input_ids"] for row in self.blocks.train.select(range(min(CALIBRATION_ROWS, len(self.blocks.train))))]
-        return torch.tensor([ids[: min(map(len, rows))] for ids in rows])
 
     def formula(self) -> str:
         """The resolved objective at the start, and at the end where it moves."""
@@ -169,6 +164,10 @@ class Workbench:
     def trial(self) -> StudentFolder:
         """Where the dry run leaves its figures."""
         return StudentFolder(self.run.path / "dry_run")
+
+    def selftest(self) -> pd.DataFrame:
+        """What must be equal on this config, these models and this text, compared: a line each, pass or fail."""
+        return parity.parity(self.config, student=self.student(), teacher=self.teacher, tokenizer=self.tokenizer, blocks=self.blocks)
 
     def dry_run(self) -> pd.DataFrame:
         """Five optimizer steps of the real schedule and one evaluation; returns the component table, step by step."""

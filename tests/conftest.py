@@ -63,6 +63,19 @@ def teacher_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def narrow(teacher_folder, tmp_path) -> str:
+    """A student of its own: smaller hidden size, other head counts, an untied head."""
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=300, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        max_position_embeddings=64, tie_word_embeddings=False, eos_token_id=0, bos_token_id=0, initializer_range=0.3,
+    ))
+    model.save_pretrained(tmp_path / "narrow")
+    PreTrainedTokenizerFast.from_pretrained(teacher_folder).save_pretrained(tmp_path / "narrow")
+    return str(tmp_path / "narrow")
+
+
+@pytest.fixture
 def raw_config(teacher_folder, tmp_path) -> dict:
     """A complete tiny experiment as plain data: 12 steps, seconds on a CPU."""
     text = tmp_path / "text.jsonl"

@@ -9,30 +9,16 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny_training import pieces
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from kdlib import captures
 from kdlib.config import parse
-from kdlib.models import load_tokenizer
 from kdlib.runs import StudentFolder, read_metrics
 from kdlib.training import objective_of, train
 
 SGD = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 4,
        "eval_strategy": "no", "save_strategy": "no", "logging_steps": 1, "per_device_train_batch_size": 8}
 ALL = {"kd": 0.5, "ce": 0.2, "hidden": 0.3, "attention": 0.2, "relational": 0.1, "contrastive": 0.1}
-
-
-@pytest.fixture
-def narrow(teacher_folder, tmp_path) -> str:
-    """A student of its own: smaller hidden size, other head counts, an untied head."""
-    torch.manual_seed(3)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=300, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        max_position_embeddings=64, tie_word_embeddings=False, eos_token_id=0, bos_token_id=0, initializer_range=0.3,
-    ))
-    model.save_pretrained(tmp_path / "narrow")
-    load_tokenizer(str(teacher_folder)).save_pretrained(tmp_path / "narrow")
-    return str(tmp_path / "narrow")
 
 
 def raw(raw_config, student=None, *, loss=None, **training) -> dict:

@@ -9,15 +9,15 @@ FLOORS = [
     {"loss_config"},
     {"config"},
     {"losses.divergences"},
-    {"diagnostics.token_view", "losses.subset", "losses.features", "losses.workspace", "diagnostics.ledger", "runs"},
-    {"losses.linear", "captures", "embedded"},
+    {"diagnostics.token_view", "losses.subset", "losses.features", "losses.workspace", "diagnostics.ledger", "runs", "dialects"},
+    {"losses.linear", "captures", "embedded", "migration"},
     {"data", "models", "objective"},
     {"teachers", "callbacks", "checkpoints", "diagnostics.culprits", "diagnostics.gradients"},
     {"diagnostics.nan_guard", "diagnostics.nan_report"},
     {"guarded_trainer"},
     {"trainer", "compare"},
     {"training", "plots", "benchmarks.settings", "benchmarks.machine", "benchmarks.heads"},
-    {"benchmarks.peers", "benchmarks.reading", "diagnostics.scorecard"},
+    {"benchmarks.peers", "benchmarks.reading", "diagnostics.scorecard", "diagnostics.parity"},
     {"benchmarks.rounds", "benchmarks.steps", "benchmarks.targets", "benchmarks.figures"},
     {"reports", "workbench", "benchmarks.study"},
     {"runner"},
@@ -26,7 +26,7 @@ FLOORS = [
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 READERS = {  # importable without torch
     "errors", "schedulers", "arguments", "curriculum", "fields", "overrides", "loss_config", "config", "runs", "plots", "reports", "runner",
-    "diagnostics.scorecard", "benchmarks.settings", "benchmarks.reading", "benchmarks.targets", "benchmarks.figures",
+    "diagnostics.scorecard", "benchmarks.settings", "benchmarks.reading", "benchmarks.targets", "benchmarks.figures", "dialects", "migration",
 }
 
 

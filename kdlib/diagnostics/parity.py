@@ -1,0 +1,243 @@
+"""The parity self-test: equal things computed in two ways, on this config, these models and these rows.
+
+Five pairs that must agree whatever the config says: a step in micro-batches and in one batch, dense logits and logits by the
+chunk, rows padded together and rows alone, training and evaluation, and a teacher held against itself.  All of it goes
+through the trainer's own step, on a few rows cut to different lengths, so that a mean of means or a leak of padding shows.
+"""
+
+import math
+import random
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kdlib import models, training
+from kdlib.captures import attend_eagerly
+from kdlib.config import Config
+from kdlib.data import TokenBlocks, calibration_rows, collate, prepare
+from kdlib.diagnostics.ledger import LedgerWindow
+from kdlib.losses.workspace import Workspace
+from kdlib.runs import StudentFolder
+from kdlib.schedulers import from_spec, moments
+from kdlib.signals import kept
+from kdlib.teachers import LiveTeacher
+from kdlib.trainer import PROJECTIONS, DistillationTrainer
+
+ROWS, LONGEST = 4, 64  # rows and tokens of the longest: enough for every kind of error, and quick
+TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 1e-1), torch.float16: (2.5e-3, 1.25e-2)}
+"""(terms, gradient) by the dtype of the products, relative.  Rounding alone was seen to do (2e-7, 4e-7) in float32, where longer sums
+have room to do more, and (2e-3, 5e-3) in bfloat16; float16 has three binary digits more than that.  A wrong count, mask, weight or
+temperature does more than any of these."""
+SMALL = 0.1  # nats; below it a term's difference is held against this, as rounding does not shrink with the term
+CONTRASTIVE = {"ce", "contrastive"}  # not 0 where student and teacher agree
+
+
+@dataclass(frozen=True)
+class Check:
+    """Two figures that should be one: how far apart they are, and how far rounding may set them apart."""
+
+    compared: str
+    difference: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= self.tolerance  # nan passes nothing
+
+
+def selftest(config: Config) -> pd.DataFrame:
+    """`parity` from a config alone: loads what it names and makes the student as a run would, without a run's folder."""
+    training.training_arguments(config, Path("unused"))  # a fault shows before anything is loaded
+    tokenizer = models.load_tokenizer(config.teacher.model)
+    models.check_pair(config, tokenizer)
+    blocks = prepare(config.data, tokenizer, seed=config.seed)
+    teacher = models.load_model(config.teacher.model, models.precision_of(config)[0])
+    layers = models.chosen_layers(config, teacher, calibration_rows(blocks.train))
+    return parity(
+        config, student=models.load_student(config, layers), teacher=LiveTeacher(teacher, len(tokenizer)), tokenizer=tokenizer,
+        blocks=blocks,
+    )
+
+
+def parity(
+    config: Config, *, student: PreTrainedModel, teacher: LiveTeacher, tokenizer: PreTrainedTokenizerBase, blocks: TokenBlocks
+) -> pd.DataFrame:
+    """The self-test's table, a line per comparison: compared, difference, tolerance, result (pass or fail).
+
+    At the start of training, and for each term that is silent there, where its weight is greatest.  Dropout is off, and an
+    estimate from samples is compared by its expectation.  Nothing is kept: models, their modes and random numbers are as before
+    (but for the student's gradients, which are cleared); nothing is written outside a temporary folder.
+    """
+    terms, gradient = TOLERANCES[models.precision_of(config)[0]]
+    rows = shortened(blocks.train)
+    with _as_before(student, teacher.model), tempfile.TemporaryDirectory() as folder, without_dropout(student):
+        trainer = _trainer(config, student, teacher, tokenizer, blocks, rows, Path(folder))
+        checks = []
+        for fraction in (fractions := tested_fractions(config)):
+            trainer.state.global_step, trainer.state.max_steps = fraction, 1  # the objective reads their quotient alone
+            at = f", at {100 * fraction:.3g} % of training" if len(fractions) > 1 else ""
+            checks += [replace(check, compared=check.compared + at) for check in _checks(trainer, rows, terms, gradient)]
+    return pd.DataFrame({"compared": [c.compared for c in checks], "difference": [f"{c.difference:.1e}" for c in checks],
+                         "tolerance": [f"{c.tolerance:.0e}" for c in checks], "result": ["pass" if c.passed else "fail" for c in checks]})
+
+
+def shortened(rows: Sequence[Mapping[str, Sequence[int]]]) -> list[dict[str, list[int]]]:
+    """The first rows, each cut to another length: packed rows are all alike, and a mean of means would not show."""
+    taken = [rows[i]["input_ids"][:LONGEST] for i in range(min(ROWS, len(rows)))]
+    longest = max(map(len, taken))
+    return [{"input_ids": list(ids[: max(longest * (number + 1) // len(taken), 2)])} for number, ids in enumerate(taken)]
+
+
+def tested_fractions(config: Config) -> list[float]:
+    """The start of training; then, for each term that no fraction so far has in it, the one where its weight is greatest."""
+    specs, fractions = config.loss.schedules, [0.0]
+    when = moments(*specs.values())
+    for course in map(from_spec, specs.values()):
+        if not any(course(fraction) for fraction in fractions) and course(best := max(when, key=course)):
+            fractions.append(best)
+    return fractions
+
+
+@contextmanager
+def without_dropout(model: PreTrainedModel) -> Iterator[None]:
+    """Dropout and layer drop off in every module and in the config, whichever the forward pass reads; back at the end."""
+    found = [(part, name, value) for part in (*model.modules(), model.config) for name, value in vars(part).items()
+             if type(value) is float and ("drop" in name or (name == "p" and "Dropout" in type(part).__name__))]
+    for part, name, _ in found:
+        setattr(part, name, 0.0)
+    try:
+        yield
+    finally:
+        for part, name, value in found:
+            setattr(part, name, value)
+
+
+def _trainer(config, student, teacher, tokenizer, blocks, rows, folder: Path) -> DistillationTrainer:
+    """The trainer of the run, its logits in chunks so small that several are needed for these few rows."""
+    args = training.training_arguments(config, folder, **training.DRY_RUN)
+    objective = training.objective_of(config)
+    pairs = training.listen(config, student, teacher.model, objective)
+    tokens = sum(len(row["input_ids"]) - 1 for row in rows)
+    usual = training.workspace_of(config, args, len(blocks.train), len(tokenizer))
+    chunk = min(usual.chunk or tokens, tokens // 3 + 1)
+    trainer = DistillationTrainer(
+        model=student, args=args, train_dataset=blocks.train, eval_dataset=blocks.validation, processing_class=tokenizer,
+        data_collator=partial(collate, pad_id=tokenizer.pad_token_id), vocabulary=len(tokenizer), layer_pairs=pairs,
+        objective=replace(objective, samples=None), teacher=teacher,
+        workspace=Workspace(chunk, compiled=usual.compiled), folder=StudentFolder(folder),
+    )
+    if trainer.accelerator.scaler is not None:  # float16: the usual first scale of 65536 overflows until it has come down
+        trainer.accelerator.scaler = torch.amp.GradScaler(args.device.type, init_scale=2.0**10)
+    return trainer
+
+
+def _checks(trainer: DistillationTrainer, rows: Sequence[Mapping], terms: float, gradient: float) -> list[Check]:
+    """The five comparisons at one moment; two sides differ in one thing only.
+
+    Chunks come first: an error there comes out differently for other batches, so that later lines show it too.
+    """
+    whole = trainer.data_collator(rows)
+    tokens, chunk = len(kept(whole["labels"]).targets), trainer.workspace.chunk
+    sums, slopes = _step(trainer, [whole])
+    dense_sums, other = _with_dense_logits(trainer, whole)
+    how = f"{chunk} logits at a time = all at once" if trainer.form else "logits all at once, twice: this head is no plain matrix"
+    checks = [Check(f"{how}, terms", _furthest(sums, dense_sums, tokens), terms)]
+    checks.append(Check(f"{how}, gradient", _apart(slopes, other), gradient))
+    _, other = _step(trainer, [{name: values[i : i + 1] for name, values in whole.items()} for i in range(len(rows))])
+    checks.append(Check(f"1 batch of {len(rows)} rows = {len(rows)} of 1, accumulated, gradient", _apart(slopes, other), gradient))
+    del slopes, other
+    alone = [_step(trainer, [trainer.data_collator([row])])[0] for row in rows]
+    added = {name: sum(each[name] for each in alone) for name in sums}
+    checks.append(Check("rows padded together = each row alone, terms", _furthest(sums, added, tokens), terms))
+    means = {name: value / tokens for name, value in sums.items()}
+    weights = trainer.objective.at(trainer.state.global_step).weights
+    means["loss"] = sum(weight * means[name] for name, weight in weights.items())
+    checks.append(Check("training = evaluation, loss and terms", _furthest(means, _evaluated(trainer, whole)), terms))
+    return [*checks, Check("student = teacher: 0 in every divergence, nats", _against_itself(trainer, whole), terms)]
+
+
+def _step(trainer: DistillationTrainer, batches: Sequence[Mapping[str, Tensor]]) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """One optimizer step's terms, summed over its tokens, and its gradient, as the training loop would make them."""
+    taken, count = trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)
+    trainer.current_gradient_accumulation_steps = len(taken)
+    trainer.window = LedgerWindow()
+    for batch in taken:
+        trainer.training_step(trainer.model, batch, count)
+    sums = {name: value * float(count) for name, (value, _) in trainer.window.figures().items()}
+    slopes = {name: parameter.grad for name, parameter in trainer.model.named_parameters() if parameter.grad is not None}
+    trainer.model.zero_grad()  # lets go of the gradients, which stay as they were taken
+    return sums, slopes
+
+
+def _with_dense_logits(trainer: DistillationTrainer, batch: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """The step with student's and teacher's logits made by the models themselves, all at once."""
+    forms = trainer.form, trainer.teacher.form
+    trainer.form = trainer.teacher.form = None
+    try:
+        return _step(trainer, [batch])
+    finally:
+        trainer.form, trainer.teacher.form = forms
+
+
+def _evaluated(trainer: DistillationTrainer, batch: Mapping[str, Tensor]) -> dict[str, float]:
+    """The loss, the terms and kl_to_teacher as an evaluation at this moment gives them, per token."""
+    figures = trainer.evaluation_loop([batch], "parity").metrics
+    names = ("loss", "kl_to_teacher", *(f"{name}_loss" for name in trainer.objective.at(trainer.state.global_step).weights))
+    return {name.removesuffix("_loss"): figures[f"eval_{name}"] for name in names}
+
+
+def _against_itself(trainer: DistillationTrainer, batch: Mapping[str, Tensor]) -> float:
+    """The greatest term, of those whose least value is 0, with the teacher in the student's place."""
+    usual = trainer.model, trainer.form, trainer.layer_pairs
+    trainer.model, trainer.form = trainer.teacher.model, trainer.teacher.form
+    trainer.layer_pairs = [(theirs, theirs) for _, theirs in trainer.layer_pairs]
+    try:
+        figures = _evaluated(trainer, batch)
+    finally:
+        trainer.model, trainer.form, trainer.layer_pairs = usual
+    return max(abs(value) for name, value in figures.items() if name not in CONTRASTIVE | {"loss"})
+
+
+def _furthest(one: Mapping[str, float], other: Mapping[str, float], tokens: int = 1) -> float:
+    """The greatest relative difference between terms of the same name, both divided by `tokens`; nan where there is one."""
+    pairs = [(value / tokens, other[name] / tokens) for name, value in one.items()]
+    return float(np.max([abs(a - b) / max(abs(a), abs(b), SMALL) for a, b in pairs]))
+
+
+def _apart(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """|one - other| / |one| over all parameters; a gradient that only one of the two has is a difference."""
+    difference = size = 0.0
+    for name in {**one, **other}:
+        ours, theirs = one.get(name, 0.0), other.get(name, 0.0)
+        difference, size = (math.hypot(total, float(torch.as_tensor(part).float().norm()))
+                            for total, part in ((difference, ours - theirs), (size, ours)))
+    return difference / size if size else difference
+
+
+@contextmanager
+def _as_before(*given: PreTrainedModel) -> Iterator[None]:
+    """Gives back models in their places, modes and ways of attending, without what was added; and the random numbers."""
+    modes = [(part, part.training) for model in given for part in model.modules()]
+    devices, numbers = [model.device for model in given], (random.getstate(), np.random.get_state())
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(numbers[0])
+        np.random.set_state(numbers[1])
+        for part, mode in modes:
+            part.training = mode
+        for model, device in zip(given, devices, strict=True):
+            if hasattr(model, PROJECTIONS):
+                delattr(model, PROJECTIONS)
+            attend_eagerly(model, False)
+            model.to(device)
