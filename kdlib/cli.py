@@ -113,7 +113,7 @@ def dry_run(
     workbench.preflight(resolved)
     opened = runs.create(root, name, resolved, config_file=origin, smoke=smoke, command=shlex.join(["kd", *sys.argv[1:]]))
     bench = workbench.Workbench(opened)
-    for part in (bench.setup, bench.shapes, bench.example, bench.dry_run, bench.plan):
+    for part in (bench.setup, bench.shapes, bench.example, bench.selftest, bench.dry_run, bench.plan):
         made = part()
         print(made.to_string() if hasattr(made, "to_string") else made, end="\n\n", flush=True)
     print(f"all of it, from here: kd run {config} --resume {os.path.relpath(opened.path)}")

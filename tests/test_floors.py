@@ -25,8 +25,9 @@ FLOORS = [
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 READERS = {  # importable without torch
-    "errors", "schedulers", "arguments", "curriculum", "fields", "overrides", "loss_config", "config", "runs", "plots", "reports", "runner",
-    "diagnostics.scorecard", "benchmarks.settings", "benchmarks.reading", "benchmarks.targets", "benchmarks.figures", "dialects", "migration",
+    "errors", "schedulers", "arguments", "curriculum", "fields", "overrides", "loss_config", "config", "runs", "dialects", "migration",
+    "plots", "diagnostics.scorecard", "reports", "runner",
+    "benchmarks.settings", "benchmarks.reading", "benchmarks.targets", "benchmarks.figures",
 }
 
 
