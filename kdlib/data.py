@@ -24,6 +24,7 @@ from kdlib.errors import DataError, nearest
 from kdlib.signals import IGNORED
 
 ROWS = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
+CALIBRATION_ROWS = 8  # training rows on which layer influence is measured
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -54,9 +55,12 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int
         ids = tokenized(split[name], config.text, tokenizer)
         notes[f"{name}_documents"] = len(split[name])
         notes[f"{name}_documents_shorter_than_two_tokens"] = len(split[name]) - len(ids)
+        lengths = list(map(len, ids["input_ids"]))
+        if not config.packing:
+            notes |= {f"{name}_{what}": figure for what, figure in cut_off(lengths, config.max_length).items()}
         blocks = packed(ids, config.max_length, separator=tokenizer.eos_token_id) if config.packing else cut(ids, config.max_length)
         if len(blocks) == 0:
-            raise DataError(_too_little(name, config, len(split[name]), sum(map(len, ids["input_ids"]))))
+            raise DataError(_too_little(name, config, len(split[name]), sum(lengths)))
         if limit is not None and limit < len(blocks):  # a sample over all documents, not the first of them
             blocks = blocks.select(sorted(random.Random(seed).sample(range(len(blocks)), limit)))
         rows[name] = blocks
@@ -150,6 +154,13 @@ def cut(rows: Dataset, length: int) -> Dataset:
     return rows.map(lambda row: {"input_ids": row["input_ids"][:length]})
 
 
+def cut_off(lengths: Sequence[int], length: int) -> dict[str, float]:
+    """What `cut` takes from documents of these lengths: how many it shortens, and the share of all tokens that goes."""
+    lost = [each - length for each in lengths if each > length]
+    return {"documents_cut": len(lost), "longest_document": max(lengths, default=0),
+            "share_of_tokens_cut_off": round(sum(lost) / max(sum(lengths), 1), 4)}
+
+
 def collate(rows: Sequence[dict[str, list[int]]], *, pad_id: int) -> dict[str, torch.Tensor]:
     """Rows to a batch, padded on the right: input_ids, attention_mask, labels, each [B, T].
 
@@ -165,6 +176,12 @@ def collate(rows: Sequence[dict[str, list[int]]], *, pad_id: int) -> dict[str, t
         batch["attention_mask"].append([1] * len(ids) + [0] * padding)
         batch["labels"].append([IGNORED, *ids[1:]] + [IGNORED] * padding)
     return {name: torch.tensor(values) for name, values in batch.items()}
+
+
+def rectangle(rows: Dataset, count: int = CALIBRATION_ROWS) -> torch.Tensor:
+    """[count, T] the first rows, as long as the shortest of them: text without padding."""
+    first = [row["input_ids"] for row in rows.select(range(min(count, len(rows))))]
+    return torch.tensor([ids[: min(map(len, first))] for ids in first])
 
 
 def fingerprint(*parts: Dataset) -> str:

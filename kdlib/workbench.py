@@ -26,7 +26,6 @@ from kdlib.teachers import LiveTeacher
 
 PACKAGES = ("kdlib", "torch", "transformers", "accelerate", "datasets", "tokenizers", "papermill", "numpy")
 DRY_STEPS = 5
-CALIBRATION_ROWS = 8  # training rows on which layer influence is measured
 
 
 def open_run(
@@ -104,7 +103,7 @@ class Workbench:
     def setup(self) -> pd.DataFrame:
         """Load everything once, choose the student's layers, write the manifest; returns what was found, for reading."""
         dtype, reason = models.precision_of(self.config)
-        layers = models.chosen_layers(self.config, self.teacher.model, self._calibration())
+        layers = models.chosen_layers(self.config, self.teacher.model, data.rectangle(self.blocks.train))
         self.run.add_to_manifest(
             student_layers=layers, formula=self.formula(), seed=self.config.seed, precision=f"{dtype} ({reason})".replace("torch.", ""),
             data=self.blocks.notes, versions={name: version(name) for name in PACKAGES},
@@ -127,11 +126,6 @@ class Workbench:
             "objective": self.formula(),
             "baseline": self.moment(self.config.baseline.weights).formula if self.config.baseline else "none",
         })
-
-    def _calibration(self) -> torch.Tensor:
-        """[rows, T] training text without padding."""
-        rows = [row["input_ids"] for row in self.blocks.train.select(range(min(CALIBRATION_ROWS, len(self.blocks.train))))]
-        return torch.tensor([ids[: min(map(len, rows))] for ids in rows])
 
     def formula(self) -> str:
         """The resolved objective at the start, and at the end where it moves."""

@@ -4,8 +4,8 @@ from pathlib import Path
 
 KDLIB = Path(__file__).parent.parent / "kdlib"
 FLOORS = [
-    {"errors", "schedulers", "signals"},
-    {"arguments", "curriculum", "fields", "overrides"},
+    {"errors", "schedulers", "signals", "diagnostics.findings"},
+    {"arguments", "curriculum", "fields", "overrides", "diagnostics.fixes"},
     {"loss_config"},
     {"config"},
     {"losses.divergences"},
@@ -15,8 +15,11 @@ FLOORS = [
     {"teachers", "callbacks", "checkpoints"},
     {"trainer", "compare"},
     {"training", "plots", "benchmarks.settings", "benchmarks.machine", "benchmarks.heads"},
-    {"benchmarks.peers", "benchmarks.reading"},
-    {"benchmarks.rounds", "benchmarks.steps", "benchmarks.targets", "benchmarks.figures"},
+    {"benchmarks.peers", "benchmarks.reading", "diagnostics.subject"},
+    {"benchmarks.rounds", "benchmarks.steps", "benchmarks.targets", "benchmarks.figures", "diagnostics.config_checks",
+     "diagnostics.schedule_checks", "diagnostics.data_checks", "diagnostics.model_checks"},
+    {"diagnostics.batch_checks"},
+    {"diagnostics.doctor"},
     {"reports", "workbench", "benchmarks.study"},
     {"runner"},
     {"cli"},
@@ -24,7 +27,7 @@ FLOORS = [
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 READERS = {  # importable without torch
     "errors", "schedulers", "arguments", "curriculum", "fields", "overrides", "loss_config", "config", "runs", "plots", "reports", "runner",
-    "benchmarks.settings", "benchmarks.reading", "benchmarks.targets", "benchmarks.figures",
+    "benchmarks.settings", "benchmarks.reading", "benchmarks.targets", "benchmarks.figures", "diagnostics.findings", "diagnostics.fixes",
 }
 
 

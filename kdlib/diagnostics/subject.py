@@ -1,0 +1,230 @@
+"""What the doctor looks at: a config, with its data and models, each loaded once, when a check first asks for it."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import DatasetDict
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.optimization import get_scheduler
+
+from kdlib import data, models
+from kdlib.config import Config
+from kdlib.data import TokenBlocks
+from kdlib.errors import ConfigError, KdlibError
+from kdlib.losses.features import LayerPairs
+from kdlib.objective import Moment, Objective, row_sums
+from kdlib.schedulers import Schedule, from_spec
+from kdlib.signals import Kept, Signal, kept
+from kdlib.teachers import Inside, LiveTeacher, signal_of
+from kdlib.trainer import PROJECTIONS
+from kdlib.training import listen, objective_of, training_arguments
+
+TOKENS = 2048  # of the first batch, at most
+CHUNK = 128  # tokens whose logits exist at a time
+
+
+class Unavailable(KdlibError):
+    """A part of what the config names cannot be had; `where` is the setting that names it."""
+
+    def __init__(self, where: str, error: KdlibError) -> None:
+        super().__init__(str(error))
+        self.where = where
+
+
+def part(where: str) -> Callable[[Callable[["Subject"], Any]], property]:
+    """A property that is made once; where that fails, the failure is kept too, and names this setting."""
+
+    def decorate(make):
+        @wraps(make)
+        def get(self):
+            if make.__name__ not in self.made:
+                try:
+                    self.made[make.__name__] = make(self)
+                except Unavailable as error:
+                    self.made[make.__name__] = error
+                except KdlibError as error:
+                    self.made[make.__name__] = Unavailable(where, error)
+            if isinstance(found := self.made[make.__name__], Unavailable):
+                raise found
+            return found
+
+        return property(get)
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a training is, counted as the Trainer counts."""
+
+    rows: int  # of the training text
+    batches: int  # of one pass over the text, on one device
+    passes: float  # over the text
+    steps: int  # optimizer steps of the whole training
+
+
+@dataclass(frozen=True)
+class FirstBatch:
+    """What both models say about the first rows of the training text."""
+
+    tokens: Kept
+    student: Signal
+    teacher: Signal
+    rows: int
+
+    def means(self, moment: Moment) -> dict[str, float]:
+        """{term of the moment: unweighted nats per token}."""
+        sums = row_sums(self.student, self.teacher, self.tokens.targets, self.tokens.rows, row_count=self.rows, moment=moment, chunk=CHUNK)
+        count = max(len(self.tokens.targets), 1)
+        return {name: float(sums[name].sum()) / count for name in moment.weights}
+
+    def teacher_logits(self) -> Iterator[Tensor]:
+        """[n, V] of each chunk, in float32."""
+        for start in range(0, len(self.teacher), CHUNK):
+            with torch.no_grad():
+                yield self.teacher.logits(slice(start, start + CHUNK)).float()
+
+
+class Subject:
+    """A config and what it names.  A part that cannot be had raises `Unavailable` to each check that asks for it."""
+
+    needs = {  # the sections on which a part depends, so that a mended config need not load it again
+        "tokenizer": ("teacher",), "split": ("data", "seed"), "blocks": ("data", "seed", "teacher"), "teacher": ("teacher",),
+        "student": ("teacher", "student", "data", "seed"), "configs": ("teacher", "student"), "student_tokenizer": ("student",),
+        "size": ("teacher", "student"),
+    }
+
+    def __init__(self, config: Config, made: Mapping[str, Any] | None = None) -> None:
+        """
+        Args:
+            made: parts that are there already, by the names of the properties below.
+        """
+        self.config, self.made = config, dict(made or {})
+
+    def mended(self, config: Config) -> "Subject":
+        """Another config, with what is the same for both."""
+        same = {name for name, sections in self.needs.items() if all(getattr(config, s) == getattr(self.config, s) for s in sections)}
+        return Subject(config, {name: found for name, found in self.made.items() if name in same})
+
+    @part("training")
+    def args(self) -> TrainingArguments:
+        """In float32: whether the device has the config's dtype is a check of its own."""
+        return training_arguments(self.config.model_copy(update={"precision": "float32"}), Path("unused"))
+
+    @part("teacher.model")
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return models.load_tokenizer(self.config.teacher.model)
+
+    @part("student.from")
+    def student_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The one that a student of its own was trained with."""
+        return models.load_tokenizer(self.config.student.source)
+
+    @part("teacher.model")
+    def configs(self) -> dict[str, Any]:
+        """{"teacher": …, "student": …} the models' own; without a student where that is made from the teacher."""
+        found = {"teacher": models.load_config(self.config.teacher.model)}
+        if self.config.student.source != "teacher":
+            try:
+                found["student"] = models.load_config(self.config.student.source)
+            except KdlibError as error:
+                raise Unavailable("student.from", error) from error
+        return found
+
+    @part("student.from")
+    def size(self) -> int:
+        """The student's parameters, counted on a model without weights."""
+        chosen = copy.deepcopy(self.configs.get("student") or self.configs["teacher"])
+        if self.config.student.source == "teacher":
+            keep = self.config.student.keep
+            chosen.num_hidden_layers = len(keep) if isinstance(keep, list) else self.config.student.layers
+        with torch.device("meta"):
+            return models.parameters(AutoModelForCausalLM.from_config(chosen))
+
+    @part("data.source")
+    def split(self) -> DatasetDict:
+        """The documents, before they are tokens."""
+        return data.split_documents(data.read_documents(self.config.data), self.config.data, seed=self.config.seed)
+
+    @part("data.source")
+    def blocks(self) -> TokenBlocks:
+        return data.prepare(self.config.data, self.tokenizer, seed=self.config.seed)
+
+    @part("teacher.model")
+    def teacher(self) -> LiveTeacher:
+        """In float32, so that numbers too large for the config's dtype can be seen."""
+        device = models.device_of(self.config)
+        return LiveTeacher(models.load_model(self.config.teacher.model).to(device), vocabulary=len(self.tokenizer))
+
+    @part("student.from")
+    def student(self) -> PreTrainedModel:
+        """Untrained, as a run would start with it."""
+        layers = models.chosen_layers(self.config, self.teacher.model, data.rectangle(self.blocks.train))
+        torch.manual_seed(self.config.seed)
+        made = models.load_student(self.config, layers) if layers is None else models.shallower(self.teacher.model, layers)
+        return made.to(self.teacher.model.device)
+
+    @property
+    def objective(self) -> Objective:
+        return objective_of(self.config)
+
+    @part("training")
+    def steps(self) -> int:
+        """Optimizer steps of the whole training; does not read the data where the config says `max_steps`."""
+        return self.args.max_steps if self.args.max_steps > 0 else self.plan.steps
+
+    @part("training")
+    def plan(self) -> Plan:
+        args, rows = self.args, len(self.blocks.train)
+        batches = rows / (args.train_batch_size * args.world_size)
+        batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+        a_pass = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * a_pass)
+        return Plan(rows, batches, steps / a_pass, steps)
+
+    @part("training.lr_scheduler_kwargs")
+    def learning_rate(self) -> Schedule | None:
+        """Optimizer step, from 0 → multiple of `training.learning_rate`; None where it follows from how the training goes."""
+        course, args, steps = self.config.training.get("lr_scheduler_type"), self.args, self.steps
+        if isinstance(course, Mapping):
+            schedule = from_spec(course)
+            return lambda step: schedule(step / steps)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+        try:
+            scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"transformers cannot make the schedule {args.lr_scheduler_type.value} from these: {error}") from error
+        return scheduler.lr_lambdas[0] if isinstance(scheduler, LambdaLR) else None
+
+    @part("loss.features.layers")
+    def pairs(self) -> LayerPairs:
+        """The layers that feature terms compare; the student gets the projections that they need."""
+        return listen(self.config, self.student, self.teacher.model, self.objective)
+
+    @part("loss.weights")
+    def batch(self) -> FirstBatch:
+        """The first rows, no more than `TOKENS` tokens, through both models."""
+        rows, total = [], 0
+        for row in self.blocks.train.select(range(min(self.args.train_batch_size, len(self.blocks.train)))):
+            if rows and total + len(row["input_ids"]) > TOKENS:
+                break
+            rows, total = [*rows, row], total + len(row["input_ids"])
+        batch = {name: values.to(self.teacher.model.device)
+                 for name, values in data.collate(rows, pad_id=self.tokenizer.pad_token_id).items()}
+        tokens, (ours, theirs) = kept(batch["labels"]), zip(*self.pairs, strict=True) if self.pairs else ((), ())
+        every = Moment(dict.fromkeys(self.objective.weights, 1.0), {})
+        wanted = {"hidden": every.needs_hidden, "attention": every.needs_attention}
+        with torch.no_grad():
+            student = signal_of(
+                self.student, batch, tokens, vocabulary=len(self.tokenizer), form=models.head_form(self.student),
+                inside=Inside(ours, **wanted, projections=getattr(self.student, PROJECTIONS, None) if every.needs_projection else None),
+            )
+        return FirstBatch(tokens, student, self.teacher(batch, tokens, Inside(theirs, **wanted)), len(rows))
