@@ -138,6 +138,7 @@ def doctor(
     from kdlib.diagnostics import doctor
 
     path, target = Path(config).absolute(), output and output.absolute()
+    print(f"looking at {config}, its data and models …", file=sys.stderr, flush=True)
     os.chdir(runs.project_root())
     with contextlib.redirect_stdout(sys.stderr):  # what loading says
         visit = doctor.visit(path, override or [], quick=quick, fix=fix)

@@ -21,7 +21,7 @@ EQUAL = 1e-6  # nats: student and teacher say the same
 def temperature_leaves_something_to_teach(subject: Subject) -> Iterator[Finding]:
     """At the highest temperature of each term the teacher is not near uniform on this text."""
     loss, done = subject.config.loss, set()
-    for term, spec in loss.temperatures(loss.schedules).items():
+    for term, spec in loss.temperatures(subject.active).items():
         highest = max(from_spec(spec)(moment) for moment in moments(spec))
         if term in FEATURE_TERMS or highest in done:
             continue
@@ -40,7 +40,7 @@ def temperature_leaves_something_to_teach(subject: Subject) -> Iterator[Finding]
             + (f"; at T = {better:g} it is {_flatness(subject, better):.0%}" if better else ""),
             "a teacher that finds every token equally likely teaches nothing: what is left is its noise on tokens that never come",
             f"write {better:g}" if better else "see whether this teacher knows such text: it is near uniform at every temperature tried",
-            {where: better} if better else None,
+            {where: better} if better and not isinstance(spec, Mapping) else None,
         )
 
 
@@ -50,9 +50,8 @@ def terms_are_of_a_size(subject: Subject) -> Iterator[Finding]:
     What is held against is the largest share among the terms made from logits, in nats, else the largest of all; the weight
     proposed gives the term that share.
     """
-    courses = subject.objective.weights
-    for term, course in courses.items():
-        at = max(moments(*subject.config.loss.schedules.values()), key=course)
+    for term, spec in subject.active.items():
+        at = max(moments(*subject.active.values()), key=from_spec(spec))
         moment = subject.objective.at(at, sampled=False)
         shares = {name: moment.weights[name] * mean for name, mean in subject.batch.means(moment).items()}
         plain = {name: share for name, share in shares.items() if name not in FEATURE_TERMS} or shares

@@ -12,8 +12,8 @@ from ruamel.yaml.error import YAMLError
 
 from kdlib.errors import ConfigError
 
-LAYOUTS = [{"mapping": deep, "sequence": deep + offset, "offset": offset} for deep in (2, 4) for offset in (0, 2, 4)]
-"""How files are indented: by how much a mapping is, and how far its dashes stand from the margin of a list's section."""
+LAYOUTS = [{"mapping": deep, "sequence": offset + dash, "offset": offset} for deep in (2, 4) for offset in (0, 2, 4) for dash in (2, 4)]
+"""How files are indented: a mapping, a list's dashes, and what stands after a dash."""
 
 def rewritten(text: str, changes: Mapping[str, Any]) -> str:
     """The YAML text with each value put in at its dotted path; sections on the way are made where they are missing.
@@ -47,12 +47,14 @@ def _put(tree: Any, path: Sequence[str], value: Any) -> None:
     head, *rest = path
     key = int(head) if isinstance(tree, list) else head
     if isinstance(tree, CommentedMap) and key not in tree:
-        tree.insert(max(len(tree) - 1, 0), key, CommentedMap() if rest else value)
+        tree.insert(max(len(tree) - 1, 1), key, None)
     if not rest:
         tree[key] = value
         return
     if tree[key] is None:
         tree[key] = CommentedMap()
+    if not tree[key]:
+        tree[key].fa.set_flow_style()
     _put(tree[key], rest, value)
 
 

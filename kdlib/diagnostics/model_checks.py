@@ -16,7 +16,7 @@ def rows_fit_the_positions(subject: Subject) -> Iterator[Finding]:
     length = subject.config.data.max_length
     limits = {name: limit for name, each in subject.configs.items() if (limit := getattr(each, "max_position_embeddings", None))}
     if limits and (least := min(limits.values())) < length:
-        yield Finding("critical", "data.max_length", f"found {length}; the {min(limits, key=limits.get)} has {least} positions",
+        yield Finding("critical", "data.max_length", f"{length}; the {min(limits, key=limits.get)} has {least} positions",
                       "beyond them a model fails, or says nothing that it has learned", f"write {least}", {"data.max_length": least})
 
 
@@ -59,10 +59,9 @@ def tokenizers_agree(subject: Subject) -> Iterator[Finding]:
 
 def terms_have_a_source(subject: Subject) -> Iterator[Finding]:
     """What feature terms need is there, or made, and what that costs."""
-    weights = subject.config.loss.schedules
     configs = [each.get_text_config() for each in (subject.configs.get("student", subject.configs["teacher"]), subject.configs["teacher"])]
     sizes = [each.hidden_size for each in configs]
-    for name in weights:
+    for name in subject.active:
         (term,) = feature_terms([name]) or [None]
         if term and term.projected and sizes[0] != sizes[1]:
             yield Finding("note", f"loss.weights.{name}", f"the student's states have {sizes[0]} dimensions, the teacher's {sizes[1]}",

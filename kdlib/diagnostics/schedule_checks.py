@@ -9,6 +9,7 @@ from kdlib.schedulers import from_spec
 
 REACHED = 0.5  # of training.learning_rate that the course must get to
 FLAT = 0.05  # of it, below which nothing is learned
+WITHOUT_WARM_UP = ("constant", "reduce_lr_on_plateau", "greedy")
 SAMPLES = 2000  # steps at which a course is looked at, at most
 LONG_WARM_UP = 0.5  # of the steps
 IN_BATCHES = (10, 3)  # max_steps equal to the batches of 1 to 3 passes, of 10 or more batches each, is no accident
@@ -27,7 +28,7 @@ def schedule_can_be_made(subject: Subject) -> Iterator[Finding]:
     if isinstance(given, Mapping) and "num_training_steps" in given:
         kept = {name: value for name, value in given.items() if name != "num_training_steps"}
         yield Finding(
-            "critical", "training.lr_scheduler_kwargs", f"found num_training_steps: {given['num_training_steps']} in a training of "
+            "critical", "training.lr_scheduler_kwargs", f"num_training_steps: {given['num_training_steps']} in a training of "
             f"{subject.steps} optimizer steps", "the Trainer counts the steps itself, and its schedule fails on two counts",
             "leave num_training_steps out", {"training.lr_scheduler_kwargs": kept or None},
         )
@@ -38,7 +39,8 @@ def schedule_can_be_made(subject: Subject) -> Iterator[Finding]:
 def warm_up_fits(subject: Subject) -> Iterator[Finding]:
     """The warm-up ends within the training, and leaves most of it."""
     steps, warm_up = subject.steps, subject.args.get_warmup_steps(subject.steps)
-    if isinstance(subject.config.training.get("lr_scheduler_type"), Mapping) or warm_up <= LONG_WARM_UP * steps or steps < 2:
+    course = subject.config.training.get("lr_scheduler_type")
+    if isinstance(course, Mapping) or course in WITHOUT_WARM_UP or warm_up <= LONG_WARM_UP * steps or steps < 2:
         return
     accumulation, batches = subject.args.gradient_accumulation_steps, ""
     if accumulation > 1:
@@ -88,7 +90,7 @@ def learning_rate_in_range(subject: Subject) -> Iterator[Finding]:
     if isinstance(course, Mapping) and subject.learning_rate is not None:
         rate *= max(subject.learning_rate(step) for step in range(0, subject.steps, -(-subject.steps // SAMPLES)))
     if rate <= 0:
-        yield Finding("critical", "training.learning_rate", f"found {rate:g}", "no weight moves at a learning rate of 0",
+        yield Finding("critical", "training.learning_rate", f"{rate:g}", "no weight moves at a learning rate of 0",
                       "give one, as 1e-4")
         return
     optimizer = getattr(subject.args.optim, "value", str(subject.args.optim))
@@ -107,7 +109,7 @@ def learning_rate_in_range(subject: Subject) -> Iterator[Finding]:
         rounded = float(f"{proposed:.1g}")
         yield Finding(
             "critical" if far else "warning", "training.learning_rate",
-            f"found a peak of {rate:.1e}; with {rule} trainings go well from {low:.0e} to {high:.0e}",
+            f"a peak of {rate:.1e}; with {rule} trainings go well from {low:.0e} to {high:.0e}",
             "above it a training diverges, below it the weights hardly move before the steps are used up",
             f"try {rounded:g}", {"training.learning_rate": rounded} if far and not isinstance(course, Mapping) else None,
         )
@@ -122,7 +124,7 @@ def steps_are_not_batches(subject: Subject) -> Iterator[Finding]:
         meant = args.max_steps // batches * -(-batches // args.gradient_accumulation_steps)
         yield Finding(
             "warning", "training.max_steps",
-            f"found {args.max_steps}, which is the number of batches in {args.max_steps // batches} "
+            f"{args.max_steps}, which is the number of batches in {args.max_steps // batches} "
             f"pass{'es' * (args.max_steps > batches)} over {subject.plan.rows} rows; {args.gradient_accumulation_steps} batches make one "
             f"optimizer step, so the training would pass {subject.plan.passes:.1f} times over the text",
             "steps are optimizer steps: counted in batches, a training and all its schedules are too long by the accumulation",
@@ -139,10 +141,10 @@ def intervals_fit(subject: Subject) -> Iterator[Finding]:
     for name, interval in every.items():
         if interval > steps:
             shorter = max(steps // {"logging": 20, "eval": 4}[name], 1)
-            yield Finding("warning", f"training.{name}_steps", f"found {interval:g} in a training of {steps} steps", lost[name],
+            yield Finding("warning", f"training.{name}_steps", f"{interval:g} in a training of {steps} steps", lost[name],
                           f"write {shorter}", {f"training.{name}_steps": shorter})
     if args.save_strategy == "steps" and args.save_steps > steps > 1:
-        yield Finding("note", "training.save_steps", f"found {args.save_steps:g} in a training of {steps} steps",
+        yield Finding("note", "training.save_steps", f"{args.save_steps:g} in a training of {steps} steps",
                       "a training that is stopped by force starts again from the beginning", "save more often, if it takes long")
 
 

@@ -18,10 +18,10 @@ from transformers.optimization import get_scheduler
 from kdlib import data, models
 from kdlib.config import Config
 from kdlib.data import TokenBlocks
-from kdlib.errors import ConfigError, KdlibError
+from kdlib.errors import ConfigError, KdlibError, ModelError
 from kdlib.losses.features import LayerPairs
 from kdlib.objective import Moment, Objective, row_sums
-from kdlib.schedulers import Schedule, from_spec
+from kdlib.schedulers import Schedule, Spec, from_spec, sampled
 from kdlib.signals import Kept, Signal, kept
 from kdlib.teachers import Inside, LiveTeacher, signal_of
 from kdlib.trainer import PROJECTIONS
@@ -34,7 +34,7 @@ CHUNK = 128  # tokens whose logits exist at a time
 class Unavailable(KdlibError):
     """A part of what the config names cannot be had; `where` is the setting that names it."""
 
-    def __init__(self, where: str, error: KdlibError) -> None:
+    def __init__(self, where: str, error: Exception) -> None:
         super().__init__(str(error))
         self.where = where
 
@@ -50,7 +50,7 @@ def part(where: str) -> Callable[[Callable[["Subject"], Any]], property]:
                     self.made[make.__name__] = make(self)
                 except Unavailable as error:
                     self.made[make.__name__] = error
-                except KdlibError as error:
+                except (KdlibError, torch.OutOfMemoryError) as error:
                     self.made[make.__name__] = Unavailable(where, error)
             if isinstance(found := self.made[make.__name__], Unavailable):
                 raise found
@@ -117,7 +117,11 @@ class Subject:
     @part("training")
     def args(self) -> TrainingArguments:
         """In float32: whether the device has the config's dtype is a check of its own."""
-        return training_arguments(self.config.model_copy(update={"precision": "float32"}), Path("unused"))
+        args = training_arguments(self.config.model_copy(update={"precision": "float32"}), Path("unused"))
+        if min(args.train_batch_size, args.gradient_accumulation_steps) < 1:
+            raise ConfigError(f"found {args.train_batch_size} rows a batch and {args.gradient_accumulation_steps} batches a step; "
+                              "both must be 1 or more")
+        return args
 
     @part("teacher.model")
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -142,12 +146,17 @@ class Subject:
     @part("student.from")
     def size(self) -> int:
         """The student's parameters, counted on a model without weights."""
-        chosen = copy.deepcopy(self.configs.get("student") or self.configs["teacher"])
-        if self.config.student.source == "teacher":
-            keep = self.config.student.keep
-            chosen.num_hidden_layers = len(keep) if isinstance(keep, list) else self.config.student.layers
-        with torch.device("meta"):
-            return models.parameters(AutoModelForCausalLM.from_config(chosen))
+        chosen, student = self.configs.get("student"), self.config.student
+        if chosen is None:
+            teacher = self.configs["teacher"]
+            models.check_layers(self.config, teacher.num_hidden_layers)
+            keep = student.keep if isinstance(student.keep, list) else range(student.layers)
+            chosen = models.with_layers(copy.deepcopy(teacher), keep)
+        try:
+            with torch.device("meta"):
+                return models.parameters(AutoModelForCausalLM.from_config(chosen))
+        except ValueError as error:
+            raise ModelError(f"{student.source}: no model that predicts the next token: {error}") from error
 
     @part("data.source")
     def split(self) -> DatasetDict:
@@ -160,9 +169,10 @@ class Subject:
 
     @part("teacher.model")
     def teacher(self) -> LiveTeacher:
-        """In float32, so that numbers too large for the config's dtype can be seen."""
-        device = models.device_of(self.config)
-        return LiveTeacher(models.load_model(self.config.teacher.model).to(device), vocabulary=len(self.tokenizer))
+        """In a dtype that the machine is good at, and that has float32's range: what float16 has no number for is seen."""
+        dtype, _ = models.precision_of(self.config.model_copy(update={"precision": "auto"}))
+        model = models.load_model(self.config.teacher.model, dtype).to(models.device_of(self.config))
+        return LiveTeacher(model, vocabulary=len(self.tokenizer))
 
     @part("student.from")
     def student(self) -> PreTrainedModel:
@@ -176,18 +186,28 @@ class Subject:
     def objective(self) -> Objective:
         return objective_of(self.config)
 
+    @property
+    def active(self) -> dict[str, Spec]:
+        """The weights over training of the terms that have one at some moment."""
+        return {name: spec for name, spec in self.config.loss.schedules.items() if max(sampled(spec)) > 0}
+
     @part("training")
     def steps(self) -> int:
         """Optimizer steps of the whole training; does not read the data where the config says `max_steps`."""
-        return self.args.max_steps if self.args.max_steps > 0 else self.plan.steps
+        steps = self.args.max_steps if self.args.max_steps >= 0 else self.plan.steps
+        if steps < 1:
+            raise ConfigError("the training has no optimizer step; raise max_steps or num_train_epochs")
+        return steps
 
     @part("training")
     def plan(self) -> Plan:
         args, rows = self.args, len(self.blocks.train)
         batches = rows / (args.train_batch_size * args.world_size)
         batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+        if batches == 0:
+            raise ConfigError(f"{rows} rows make no whole batch, and dataloader_drop_last leaves the others out; set it to false")
         a_pass = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
-        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * a_pass)
+        steps = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * a_pass)
         return Plan(rows, batches, steps / a_pass, steps)
 
     @part("training.lr_scheduler_kwargs")
@@ -220,7 +240,7 @@ class Subject:
         batch = {name: values.to(self.teacher.model.device)
                  for name, values in data.collate(rows, pad_id=self.tokenizer.pad_token_id).items()}
         tokens, (ours, theirs) = kept(batch["labels"]), zip(*self.pairs, strict=True) if self.pairs else ((), ())
-        every = Moment(dict.fromkeys(self.objective.weights, 1.0), {})
+        every = Moment(dict.fromkeys(self.active, 1.0), {})
         wanted = {"hidden": every.needs_hidden, "attention": every.needs_attention}
         with torch.no_grad():
             student = signal_of(
