@@ -143,6 +143,12 @@ TRAINING = {  # what is changed in training → the findings; 476 rows of 32 tok
     "warm-up as long as the training, of a schedule without one": ({"warmup_steps": 36, "lr_scheduler_type": "constant"}, {}),
     "the schedule's own steps": ({"lr_scheduler_kwargs": {"num_training_steps": 4000}}, {"lr_scheduler_kwargs": "critical"}),
     "a word that the schedule does not know": ({"lr_scheduler_kwargs": {"cycles": 2}}, {"lr_scheduler_kwargs": "critical"}),
+    "a word that is read after the warm-up": (
+        {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": "many"}}, {"lr_scheduler_kwargs": "critical"}),
+    "a learning rate below 0": ({"learning_rate": -1e-3}, {"learning_rate": "critical", "lr_scheduler_kwargs": "critical"}),
+    "a plateau, whose course nobody knows": ({"lr_scheduler_type": "reduce_lr_on_plateau"}, {}),
+    "a course that ends too early": (
+        {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 8}}, {"lr_scheduler_type": "warning"}),
     "flat near zero": ({"lr_scheduler_type": {"steps": {0: 1.0, 0.2: 0.01}}, "warmup_steps": 0}, {"lr_scheduler_type": "warning"}),
     "no learning rate": ({"learning_rate": 0}, {"learning_rate": "critical"}),
     "high": ({"learning_rate": 0.2}, {"learning_rate": "warning"}),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import cache
 
 import torch
 
@@ -50,13 +51,14 @@ def terms_are_of_a_size(subject: Subject) -> Iterator[Finding]:
     What is held against is the largest share among the terms made from logits, in nats, else the largest of all; the weight
     proposed gives the term that share.
     """
+    means, when = cache(lambda at: subject.batch.means(subject.objective.at(at, sampled=False))), moments(*subject.active.values())
     for term, spec in subject.active.items():
-        at = max(moments(*subject.active.values()), key=from_spec(spec))
-        moment = subject.objective.at(at, sampled=False)
-        shares = {name: moment.weights[name] * mean for name, mean in subject.batch.means(moment).items()}
+        at = max(when, key=from_spec(spec))
+        moment = subject.objective.at(at)
+        shares = {name: moment.weights[name] * mean for name, mean in means(at).items()}
         plain = {name: share for name, share in shares.items() if name not in FEATURE_TERMS} or shares
         main = max(plain, key=plain.get)
-        if term == main or not all(math.isfinite(share) for share in shares.values()):
+        if term == main or shares[main] == 0 or not all(math.isfinite(share) for share in shares.values()):
             continue
         mean = shares[term] / moment.weights[term]
         if mean < EQUAL:

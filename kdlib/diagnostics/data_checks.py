@@ -10,7 +10,7 @@ from kdlib.diagnostics.subject import Subject
 
 LEFT_OUT = 0.05  # of the documents
 CUT_DOCUMENTS, CUT_TOKENS = 0.10, 0.05  # shares
-REPEATED = 0.01  # of the documents
+REPEATED = 0.01  # of the held-out documents
 MOSTLY = 0.5  # of the documents
 FEW_ROWS, FEW_TOKENS = 10, 1000  # held out
 SAMPLE = 200  # documents by which another column is judged
@@ -61,8 +61,9 @@ def held_out_text_is_new(subject: Subject) -> Iterator[Finding]:
             "warning", "data.source", f"{repeated} of the {len(split['validation'])} validation documents are training documents too",
             "held-out figures then tell what was learned by heart", "leave them out of one side, or give the source without its own split",
         )
-    if (out := notes["duplicate_documents_left_out"]) > REPEATED * (notes["train_documents"] + notes["validation_documents"] + out):
-        total = notes["train_documents"] + notes["validation_documents"] + out
+    out = notes["duplicate_documents_left_out"]
+    total = notes["train_documents"] + notes["validation_documents"] + out
+    if out > LEFT_OUT * total:
         yield Finding("warning" if out > MOSTLY * total else "note", "data.text",
                       f"{out} of {total} documents came twice and were left out", "each text is kept once, on one side",
                       f"see whether {column!r} is the column with the text")

@@ -20,7 +20,7 @@ from kdlib.config import Config
 from kdlib.data import TokenBlocks
 from kdlib.errors import ConfigError, KdlibError, ModelError
 from kdlib.losses.features import LayerPairs
-from kdlib.objective import Moment, Objective, row_sums
+from kdlib.objective import MEASURES, Moment, Objective, row_sums
 from kdlib.schedulers import Schedule, Spec, from_spec, sampled
 from kdlib.signals import Kept, Signal, kept
 from kdlib.teachers import Inside, LiveTeacher, signal_of
@@ -82,7 +82,8 @@ class FirstBatch:
 
     def means(self, moment: Moment) -> dict[str, float]:
         """{term of the moment: unweighted nats per token}."""
-        sums = row_sums(self.student, self.teacher, self.tokens.targets, self.tokens.rows, row_count=self.rows, moment=moment, chunk=CHUNK)
+        sums = row_sums(self.student, self.teacher, self.tokens.targets, self.tokens.rows, row_count=self.rows, moment=moment,
+                        measures={"ce": MEASURES["ce"]}, chunk=CHUNK)
         count = max(len(self.tokens.targets), 1)
         return {name: float(sums[name].sum()) / count for name in moment.weights}
 
@@ -217,12 +218,15 @@ class Subject:
         if isinstance(course, Mapping):
             schedule = from_spec(course)
             return lambda step: schedule(step / steps)
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
         try:
+            optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
             scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs)
-        except (TypeError, ValueError) as error:
+            course = scheduler.lr_lambdas[0] if isinstance(scheduler, LambdaLR) else None
+            if course:
+                course(steps - 1)  # some arguments are first read after the warm-up
+        except (ArithmeticError, TypeError, ValueError) as error:
             raise ConfigError(f"transformers cannot make the schedule {args.lr_scheduler_type.value} from these: {error}") from error
-        return scheduler.lr_lambdas[0] if isinstance(scheduler, LambdaLR) else None
+        return course
 
     @part("loss.features.layers")
     def pairs(self) -> LayerPairs:
