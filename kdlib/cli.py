@@ -1,5 +1,7 @@
 """`kd`: a few lines each over the library."""
 
+import contextlib
+import json
 import os
 import shlex
 import sys
@@ -184,6 +186,32 @@ def migrate(
         print(f"left out: {line}", file=sys.stderr)
     for path in made.missing:
         print(f"to be filled in: {path}", file=sys.stderr)
+
+
+@app.command()
+def doctor(
+    config: Annotated[str, typer.Argument(help="The experiment: a YAML file.")],
+    fix: Annotated[bool, typer.Option("--fix", help="Write the fixes that are unambiguous, and the overrides, into --output.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", help="The file that --fix writes; may be CONFIG itself.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with status 1 where there are warnings.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out what needs the models' weights.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    override: Annotated[list[str] | None, typer.Option("-o", "--override", help="key=value, e.g. loss.temperature=3.")] = None,
+) -> None:
+    """Say what is wrong with CONFIG before it trains.  Exit status 2 with critical findings, else 0; see --strict."""
+    if fix != (output is not None):
+        raise ConfigError("--fix and --output go together: --fix --output FILE writes the mended config, and nothing is written without")
+    from kdlib.diagnostics import doctor
+
+    path, target = Path(config).absolute(), output and output.absolute()
+    print(f"looking at {config}, its data and models …", file=sys.stderr, flush=True)
+    os.chdir(runs.project_root())
+    with contextlib.redirect_stdout(sys.stderr):  # what loading says
+        visit = doctor.visit(path, override or [], quick=quick, fix=fix)
+    if target and visit.text is not None:
+        runs.write_text(target, visit.text)
+    print(json.dumps(visit.as_data(), indent=1, ensure_ascii=False) if as_json else visit)
+    raise typer.Exit(visit.exit_status(strict=strict))
 
 
 def main() -> None:

@@ -56,9 +56,12 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int
         ids = tokenized(split[name], config.text, tokenizer)
         notes[f"{name}_documents"] = len(split[name])
         notes[f"{name}_documents_shorter_than_two_tokens"] = len(split[name]) - len(ids)
+        lengths = list(map(len, ids["input_ids"]))
+        if not config.packing:
+            notes |= {f"{name}_{what}": figure for what, figure in cut_off(lengths, config.max_length).items()}
         blocks = packed(ids, config.max_length, separator=tokenizer.eos_token_id) if config.packing else cut(ids, config.max_length)
         if len(blocks) == 0:
-            raise DataError(_too_little(name, config, len(split[name]), sum(map(len, ids["input_ids"]))))
+            raise DataError(_too_little(name, config, len(split[name]), sum(lengths)))
         if limit is not None and limit < len(blocks):  # a sample over all documents, not the first of them
             blocks = blocks.select(sorted(random.Random(seed).sample(range(len(blocks)), limit)))
         rows[name] = blocks
@@ -150,6 +153,13 @@ def packed(rows: Dataset, length: int, *, separator: int | None) -> Dataset:
 def cut(rows: Dataset, length: int) -> Dataset:
     """One document a row, its first `length` tokens."""
     return rows.map(lambda row: {"input_ids": row["input_ids"][:length]})
+
+
+def cut_off(lengths: Sequence[int], length: int) -> dict[str, float]:
+    """What `cut` takes from documents of these lengths: how many it shortens, and the share of all tokens that goes."""
+    lost = [each - length for each in lengths if each > length]
+    return {"documents_cut": len(lost), "longest_document": max(lengths, default=0),
+            "share_of_tokens_cut_off": round(sum(lost) / max(sum(lengths), 1), 4)}
 
 
 def collate(rows: Sequence[dict[str, list[int]]], *, pad_id: int) -> dict[str, torch.Tensor]:

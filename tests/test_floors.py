@@ -4,8 +4,8 @@ from pathlib import Path
 
 KDLIB = Path(__file__).parent.parent / "kdlib"
 FLOORS = [
-    {"errors", "schedulers", "signals"},
-    {"arguments", "curriculum", "fields", "overrides"},
+    {"errors", "schedulers", "signals", "diagnostics.findings"},
+    {"arguments", "curriculum", "fields", "overrides", "diagnostics.fixes"},
     {"loss_config"},
     {"config"},
     {"losses.divergences"},
@@ -17,8 +17,11 @@ FLOORS = [
     {"guarded_trainer"},
     {"trainer", "compare"},
     {"training", "plots", "benchmarks.settings", "benchmarks.machine", "benchmarks.heads"},
-    {"benchmarks.peers", "benchmarks.reading", "diagnostics.scorecard", "diagnostics.parity"},
-    {"benchmarks.rounds", "benchmarks.steps", "benchmarks.targets", "benchmarks.figures"},
+    {"benchmarks.peers", "benchmarks.reading", "diagnostics.scorecard", "diagnostics.parity", "diagnostics.subject"},
+    {"benchmarks.rounds", "benchmarks.steps", "benchmarks.targets", "benchmarks.figures", "diagnostics.config_checks",
+     "diagnostics.schedule_checks", "diagnostics.data_checks", "diagnostics.model_checks"},
+    {"diagnostics.batch_checks"},
+    {"diagnostics.doctor"},
     {"reports", "workbench", "benchmarks.study"},
     {"runner"},
     {"cli"},
@@ -28,6 +31,7 @@ READERS = {  # importable without torch
     "errors", "schedulers", "arguments", "curriculum", "fields", "overrides", "loss_config", "config", "runs", "dialects", "migration",
     "plots", "diagnostics.scorecard", "reports", "runner",
     "benchmarks.settings", "benchmarks.reading", "benchmarks.targets", "benchmarks.figures",
+    "diagnostics.findings", "diagnostics.fixes",
 }
 
 
