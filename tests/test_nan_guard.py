@@ -226,6 +226,7 @@ STANDING = Standing(
     [
         (Culprit("student"), {"precision": {"student": "float32", "autocast": "float16"}}, ["float16 ends at 65504", "too large"]),
         (Culprit("student", tensors={"w": Broken(1, [0])}), {}, ["an update made w not finite: go on from the last checkpoint"]),
+        (Culprit("student", tensors={"w": Broken(1, [0])}), {"grad_norms": []}, ["no step was made yet, so w came so"]),
         (Culprit("student"), {"grad_norms": [1.0, 1.0, 3.0, 40.0]}, ["too large to compute with", "grew from 1 to 40 in the 4 steps"]),
         (Culprit("teacher", module="m"), {}, ["its outputs in float32 are not"]),
         (Culprit("gradient", tensors={"w": Broken(3, [0])}), {"max_grad_norm": 0.0}, ["gradient of w is not: lower.*clipping is off"]),

@@ -129,7 +129,9 @@ def suggestions(report: Mapping[str, Any]) -> Iterator[str]:
     elif who == "teacher":
         dtype = report["precision"].get("teacher")
         yield f"the teacher's weights are finite, its outputs in {dtype} are not: ask it in float32 (precision: float32)"
-    if who == "student" and weights:
+    if who == "student" and weights and not report["grad_norms_before"]:
+        yield f"no step was made yet, so {first} came so: load or make a sound student, or go on from an earlier checkpoint"
+    elif who == "student" and weights:
         yield f"an update made {first} not finite: go on from the last checkpoint with a lower {rate}"
     elif who == "student":
         yield f"the student's weights are finite, but too large to compute with: lower {rate}, or warm up longer (training.warmup_steps)"
