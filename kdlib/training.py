@@ -15,6 +15,7 @@ from kdlib.callbacks import PlanFile, StopAfter, StopRequest
 from kdlib.checkpoints import check_disk, disk_is_full, last_checkpoint, step_of
 from kdlib.config import Config
 from kdlib.data import TokenBlocks, collate
+from kdlib.diagnostics import nan_report
 from kdlib.errors import ConfigError, KdlibError, RunError
 from kdlib.losses.features import LayerPairs, layer_pairs, projections
 from kdlib.losses.workspace import Workspace
@@ -124,6 +125,7 @@ def train(
         if args.process_index == 0:
             folder.path.mkdir(parents=True, exist_ok=True)
             cut_metrics(folder, step_of(resume))
+            nan_report.put_aside(folder)
         objective = objective_of(config, weights)
         pairs = listen(config, student, teacher.model, objective)
         if hasattr(student, PROJECTIONS) and args.ddp_find_unused_parameters is None:

@@ -21,7 +21,7 @@ from kdlib import compare, data, models, plots, runs, training
 from kdlib import config as configs
 from kdlib.callbacks import device_memory_gib
 from kdlib.config import Config
-from kdlib.diagnostics import parity
+from kdlib.diagnostics import doctor, findings, parity
 from kdlib.diagnostics.token_view import TokenView, token_view
 from kdlib.errors import RunError
 from kdlib.objective import Moment
@@ -76,6 +76,7 @@ class Workbench:
 
     def __init__(self, run: Run) -> None:
         self.run, self.config = run, run.config
+        pd.options.display.max_colwidth = None  # a formula is read whole
         transformers.utils.logging.disable_progress_bar()  # a bar for each checkpoint is noise; training prints its own lines
         if runs.headless():  # and a frozen bar is noise in a log
             datasets.disable_progress_bars()
@@ -164,6 +165,13 @@ class Workbench:
     def trial(self) -> StudentFolder:
         """Where the dry run leaves its figures."""
         return StudentFolder(self.run.path / "dry_run")
+
+    def doctor(self) -> pd.DataFrame:
+        """What is wrong with this config, data and models before they train; `kd doctor --fix` mends what is unambiguous."""
+        made = {"tokenizer": self.tokenizer, "blocks": self.blocks, "teacher": self.teacher, "student": self.student()}
+        found = doctor.diagnose(self.config, made=made)
+        print(f"the doctor has {findings.counted(found)}")
+        return findings.table(found)
 
     def selftest(self) -> pd.DataFrame:
         """What must be equal on this config, these models and this text, compared: a line each, pass or fail."""

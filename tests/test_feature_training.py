@@ -47,7 +47,7 @@ def test_the_step_is_the_same_with_every_feature_term(raw_config, narrow, tmp_pa
     student = narrow if other_sizes else None
     _, lines, one = trained(raw(raw_config, student), tmp_path / "one")
     _, other_lines, other = trained(raw(raw_config, student, **variant), tmp_path / "other")
-    assert (other - one).norm() <= 1e-12 * one.norm()
+    assert (other - one).norm() <= 1e-8 * one.norm()  # attention's softmax and the norms round to float32 inside the models
     for name in ALL:
         figures = [[line[f"train/{name}_loss"] for line in each if f"train/{name}_loss" in line] for each in (lines, other_lines)]
         assert figures[0] == pytest.approx(figures[1], rel=1e-6)

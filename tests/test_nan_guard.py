@@ -20,7 +20,7 @@ from kdlib import models, objective
 from kdlib.config import parse
 from kdlib.data import collate
 from kdlib.diagnostics.culprits import Broken, Culprit
-from kdlib.diagnostics.nan_report import Standing, report_of
+from kdlib.diagnostics.nan_report import Standing, put_aside, report_of
 from kdlib.errors import NonFiniteLoss, RunError
 from kdlib.losses.linear import Weighted
 from kdlib.losses.workspace import Workspace
@@ -272,3 +272,15 @@ def test_two_ranks_stop_together_and_the_one_at_fault_reports(raw_config, tmp_pa
     assert done.stderr.count("NonFiniteLoss: step 1: ce = nan") == 2, done.stderr
     report = json.loads((tmp_path / "run" / "nan_report" / "report.json").read_text())
     assert part(report, "who", "term", "rank", "step") == ["loss", "ce", 1, 1]
+
+
+def test_the_report_of_an_earlier_try_is_kept_beside(tmp_path):
+    folder = StudentFolder(tmp_path)
+    put_aside(folder)
+    assert not list(tmp_path.iterdir())
+    for text in ("first", "second"):
+        (tmp_path / "nan_report").mkdir()
+        (tmp_path / "nan_report" / "report.json").write_text(text)
+        put_aside(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["nan_report_before"]
+    assert (tmp_path / "nan_report_before" / "report.json").read_text() == "second"

@@ -39,9 +39,14 @@ def table(findings: Sequence[Finding]) -> pd.DataFrame:
 
 def text(findings: Sequence[Finding]) -> str:
     """A paragraph for each, and how many there are."""
+    return "\n\n".join([*map(str, findings), counted(findings)])
+
+
+def counted(findings: Sequence[Finding]) -> str:
+    """`1 critical, 2 warnings`, or `no findings`."""
     counts = [f"{n} {name}{'s' * (n > 1 and name != 'critical')}" for name in SEVERITIES
               if (n := sum(each.severity == name for each in findings))]
-    return "\n\n".join([*map(str, findings), ", ".join(counts) or "no findings"])
+    return ", ".join(counts) or "no findings"
 
 
 def as_data(findings: Sequence[Finding]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@
 """
 
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -80,6 +81,13 @@ def write(folder: StudentFolder, report: Mapping[str, Any], micro_batches: Seque
     place.mkdir(parents=True, exist_ok=True)
     save_file(joined(micro_batches), place / "batch.safetensors")
     write_json(place / "report.json", report)
+
+
+def put_aside(folder: StudentFolder) -> None:
+    """Keep an earlier try's report as nan_report_before/: a training that goes on is judged by its own."""
+    if (folder.path / FOLDER).exists():
+        shutil.rmtree(folder.path / f"{FOLDER}_before", ignore_errors=True)
+        (folder.path / FOLDER).rename(folder.path / f"{FOLDER}_before")
 
 
 def joined(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
