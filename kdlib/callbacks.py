@@ -6,10 +6,14 @@ import time
 
 import psutil
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
-from kdlib.runs import StudentFolder, append_metrics, now
+from kdlib.objective import Objective
+from kdlib.runs import StudentFolder, append_metrics, now, write_json
+
+PLANNED = 400  # moments at which a plan is written down, at most twice as many
 
 
 class MetricsFile(TrainerCallback):
@@ -22,6 +26,28 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero and ("loss" in logs or "eval_loss" in logs):
             figures = {name: value for name, value in rewrite_logs(logs).items() if name != "train/epoch"}
             append_metrics(self.folder, {"train/step": state.global_step, "train/epoch": logs["epoch"], **figures, "time": now()})
+
+
+class PlanFile(TrainerCallback):
+    """Writes plan.json when training begins: learning rate, weights and temperatures over the whole of it, as they will be logged."""
+
+    def __init__(self, folder: StudentFolder, objective: Objective) -> None:
+        self.folder, self.objective = folder, objective
+
+    def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        stride = max(state.max_steps // PLANNED, 1)
+        lines = [{"step": step, **self._rate(lr_scheduler, step), **self.objective.planned((step - 1) / state.max_steps)}
+                 for step in sorted({*range(1, state.max_steps + 1, stride), state.max_steps})]
+        write_json(self.folder.plan, lines)
+
+    @staticmethod
+    def _rate(scheduler, step: int) -> dict[str, float]:
+        """Of this optimizer step, counted from 1; nothing where it depends on the course of the training (plateau)."""
+        if not isinstance(scheduler, LambdaLR):
+            return {}
+        return {"learning_rate": scheduler.base_lrs[0] * scheduler.lr_lambdas[0](step - 1)}
 
 
 class PrintedLines(TrainerCallback):
@@ -145,6 +171,13 @@ def memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return psutil.Process().memory_info().rss / 2**30
+
+
+def device_memory_gib(device: torch.device) -> float:
+    """All the memory that this device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 2**30
+    return psutil.virtual_memory().total / 2**30
 
 
 def is_better(value: float, others: list[float], *, greater: bool) -> bool:

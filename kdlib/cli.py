@@ -1,5 +1,7 @@
 """`kd`: a few lines each over the library."""
 
+import contextlib
+import json
 import os
 import shlex
 import sys
@@ -93,6 +95,32 @@ def bench(
     print(f"report: {os.path.relpath(page)}    index: {os.path.relpath(reports / 'index.html')}")
 
 
+@app.command("dry-run")
+def dry_run(
+    config: Annotated[str, typer.Argument(help="The experiment: a YAML file.")],
+    smoke: Annotated[bool, typer.Option("--smoke", help="The same with short rows.")] = False,
+    name: Annotated[str | None, typer.Option("--name", help="The run's name; <config>_<time> unless given.")] = None,
+    override: Annotated[list[str] | None, typer.Option("-o", "--override", help="key=value, e.g. loss.temperature=3.")] = None,
+    runs_folder: RunsFolder = None,
+) -> None:
+    """Try CONFIG: shapes, what is learned from, five optimizer steps and one evaluation, the plan, a forecast; in the terminal."""
+    root, _ = _folders(runs_folder, None)
+    resolved = configs.load(config, override or [], smoke=smoke)
+    name = name or runs.new_name(config, smoke=smoke)
+    runs.check_new(root, name)
+    from kdlib import workbench
+
+    origin = os.path.relpath(config, runs.project_root())
+    os.chdir(runs.project_root())
+    workbench.preflight(resolved)
+    opened = runs.create(root, name, resolved, config_file=origin, smoke=smoke, command=shlex.join(["kd", *sys.argv[1:]]))
+    bench = workbench.Workbench(opened)
+    for part in (bench.setup, bench.shapes, bench.example, bench.selftest, bench.dry_run, bench.plan):
+        made = part()
+        print(made.to_string() if hasattr(made, "to_string") else made, end="\n\n", flush=True)
+    print(f"all of it, from here: kd run {config} --resume {os.path.relpath(opened.path)}")
+
+
 @app.command()
 def train(run: Annotated[str, typer.Argument(help="A run's name, or its folder; 00_setup has prepared it.")]) -> None:
     """Train the students of RUN without notebooks; under torchrun (-m kdlib.cli train RUN) on several GPUs."""
@@ -158,6 +186,32 @@ def migrate(
         print(f"left out: {line}", file=sys.stderr)
     for path in made.missing:
         print(f"to be filled in: {path}", file=sys.stderr)
+
+
+@app.command()
+def doctor(
+    config: Annotated[str, typer.Argument(help="The experiment: a YAML file.")],
+    fix: Annotated[bool, typer.Option("--fix", help="Write the fixes that are unambiguous, and the overrides, into --output.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", help="The file that --fix writes; may be CONFIG itself.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with status 1 where there are warnings.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out what needs the models' weights.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    override: Annotated[list[str] | None, typer.Option("-o", "--override", help="key=value, e.g. loss.temperature=3.")] = None,
+) -> None:
+    """Say what is wrong with CONFIG before it trains.  Exit status 2 with critical findings, else 0; see --strict."""
+    if fix != (output is not None):
+        raise ConfigError("--fix and --output go together: --fix --output FILE writes the mended config, and nothing is written without")
+    from kdlib.diagnostics import doctor
+
+    path, target = Path(config).absolute(), output and output.absolute()
+    print(f"looking at {config}, its data and models …", file=sys.stderr, flush=True)
+    os.chdir(runs.project_root())
+    with contextlib.redirect_stdout(sys.stderr):  # what loading says
+        visit = doctor.visit(path, override or [], quick=quick, fix=fix)
+    if target and visit.text is not None:
+        runs.write_text(target, visit.text)
+    print(json.dumps(visit.as_data(), indent=1, ensure_ascii=False) if as_json else visit)
+    raise typer.Exit(visit.exit_status(strict=strict))
 
 
 def main() -> None:

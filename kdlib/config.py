@@ -69,6 +69,12 @@ class CompareConfig(Section):
     new_tokens: Annotated[Count, Field(ge=1)] = 32
 
 
+class DiagnosticsConfig(Section):
+    """What is measured beside the losses while a student trains."""
+
+    grad_norms_every: Annotated[Count, Field(ge=1)] | None = None  # optimizer steps
+
+
 class Config(Section):
     """One complete run."""
 
@@ -82,6 +88,7 @@ class Config(Section):
     baseline: BaselineConfig | None = None
     training: dict[str, Any]
     compare: CompareConfig = CompareConfig()
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig()
 
     @field_validator("training")
     @classmethod

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetGenerationError
@@ -54,13 +56,16 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int
         ids = tokenized(split[name], config.text, tokenizer)
         notes[f"{name}_documents"] = len(split[name])
         notes[f"{name}_documents_shorter_than_two_tokens"] = len(split[name]) - len(ids)
+        lengths = list(map(len, ids["input_ids"]))
+        if not config.packing:
+            notes |= {f"{name}_{what}": figure for what, figure in cut_off(lengths, config.max_length).items()}
         blocks = packed(ids, config.max_length, separator=tokenizer.eos_token_id) if config.packing else cut(ids, config.max_length)
         if len(blocks) == 0:
-            raise DataError(_too_little(name, config, len(split[name]), sum(map(len, ids["input_ids"]))))
+            raise DataError(_too_little(name, config, len(split[name]), sum(lengths)))
         if limit is not None and limit < len(blocks):  # a sample over all documents, not the first of them
             blocks = blocks.select(sorted(random.Random(seed).sample(range(len(blocks)), limit)))
         rows[name] = blocks
-        notes[f"{name}_rows"], notes[f"{name}_tokens"] = len(blocks), sum(map(len, blocks["input_ids"]))
+        notes[f"{name}_rows"], notes[f"{name}_tokens"] = len(blocks), len(_token_lists(blocks).flatten())
     notes["each_document_begins_with"] = tokenizer.decode(beginning(tokenizer))
     notes["fingerprint"] = fingerprint(rows["train"], rows["validation"])
     return TokenBlocks(rows["train"], rows["validation"], notes)
@@ -150,6 +155,13 @@ def cut(rows: Dataset, length: int) -> Dataset:
     return rows.map(lambda row: {"input_ids": row["input_ids"][:length]})
 
 
+def cut_off(lengths: Sequence[int], length: int) -> dict[str, float]:
+    """What `cut` takes from documents of these lengths: how many it shortens, and the share of all tokens that goes."""
+    lost = [each - length for each in lengths if each > length]
+    return {"documents_cut": len(lost), "longest_document": max(lengths, default=0),
+            "share_of_tokens_cut_off": round(sum(lost) / max(sum(lengths), 1), 4)}
+
+
 def collate(rows: Sequence[dict[str, list[int]]], *, pad_id: int) -> dict[str, torch.Tensor]:
     """Rows to a batch, padded on the right: input_ids, attention_mask, labels, each [B, T].
 
@@ -177,10 +189,17 @@ def fingerprint(*parts: Dataset) -> str:
     """16 hex digits that change when any token of any row does."""
     digest = hashlib.sha256()
     for part in parts:
-        for ids in part["input_ids"]:
-            digest.update(json.dumps(list(ids)).encode())
-        digest.update(b"|")
+        rows = _token_lists(part)
+        for numbers in (rows.value_lengths(), rows.flatten()):
+            digest.update(len(numbers).to_bytes(8))
+            digest.update(np.ascontiguousarray(numbers.to_numpy(zero_copy_only=False), dtype="<i8"))
     return digest.hexdigest()[:16]
+
+
+def _token_lists(rows: Dataset) -> pa.ListArray:
+    """All rows' ids as one Arrow array: a million rows in a second, without a Python list each."""
+    ids = rows.with_format("arrow")[:]["input_ids"]
+    return ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
 
 
 def python_docs() -> Dataset:

@@ -141,11 +141,7 @@ def layer_influence(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 
 def shallower(teacher: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
     """A float32 copy of the teacher with only the layers `keep`; embeddings, norms and head come along."""
-    config = plain_config(teacher)
-    for name, value in teacher.config.to_dict().items():  # layer_types, no_rope_layers, …: one entry per layer
-        if isinstance(value, list) and len(value) == teacher.config.num_hidden_layers:
-            setattr(config, name, [value[i] for i in keep])
-    config.num_hidden_layers = len(keep)
+    config = with_layers(plain_config(teacher), keep)
     student = type(teacher)(config)
     prefix = layers_name(teacher) + "."
     new_index = {old: new for new, old in enumerate(keep)}
@@ -160,6 +156,15 @@ def shallower(teacher: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
     student.load_state_dict(state)
     student.generation_config = GenerationConfig.from_model_config(config)  # without the teacher's sampling habits
     return student.float().eval()
+
+
+def with_layers(config, keep: Sequence[int]):
+    """The config with only the layers `keep`; what it says of each layer goes with the layer."""
+    for name, value in config.to_dict().items():  # layer_types, no_rope_layers, …: one entry per layer
+        if isinstance(value, list) and len(value) == config.num_hidden_layers:
+            setattr(config, name, [value[i] for i in keep])
+    config.num_hidden_layers = len(keep)
+    return config
 
 
 @torch.no_grad()

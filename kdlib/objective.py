@@ -1,7 +1,7 @@
 """The objective: terms x schedules -> Ledger.  A plain function, the same for training and evaluation."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -130,6 +130,11 @@ class Objective:
         temperatures = {name: self.temperature_of(name)(fraction) for name in active if name in TEMPERATURES}
         return Moment(active, temperatures, divergence, formula, self.normalise, self.layers)
 
+    def planned(self, fraction: float) -> dict[str, float]:
+        """Weights and temperatures at this fraction of training, by the names under which they are logged."""
+        weights = {f"{name}_weight": schedule(fraction) for name, schedule in self.weights.items()}
+        return weights | {name: course(fraction) for name, course in self.temperature_courses.items()}
+
     @property
     def temperature_courses(self) -> dict[str, Schedule]:
         """The temperature as it is logged: kd's, and where terms have their own, each term's."""
@@ -155,6 +160,10 @@ class Moment:
     divergence_formula: str = FORMULAS[forward_kl]
     normalise: bool = True
     layers: str = "even"
+
+    def alone(self, name: str) -> "Moment":
+        """The same with this term only."""
+        return replace(self, weights={name: self.weights[name]})
 
     @property
     def needs_teacher(self) -> bool:

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kdlib.runs import Run, StudentFolder, read_metrics
+from kdlib.runs import Run, StudentFolder, read_json, read_metrics
 
 COLOURS = {"teacher": "#6e6e6e", "untrained": "#bdbdbd", "baseline": "#e69f00", "distilled": "#0072b2"}
 LABELS = {"teacher": "teacher", "untrained": "untrained student", "baseline": "CE-only baseline", "distilled": "distilled student"}
@@ -30,6 +30,11 @@ def training_table(folder: StudentFolder) -> pd.DataFrame:
 def eval_table(folder: StudentFolder) -> pd.DataFrame:
     """The evaluation lines of metrics.jsonl, with step and epoch, without the eval/ prefix."""
     return _lines(folder, "eval/loss", "eval/")
+
+
+def plan_table(folder: StudentFolder) -> pd.DataFrame:
+    """Learning rate, weights and temperatures over the whole training as plan.json has them: columns as of `training_table`."""
+    return pd.DataFrame(read_json(folder.plan, []))
 
 
 def terms_in(table: pd.DataFrame) -> list[str]:

@@ -21,13 +21,14 @@ from kdlib import plots
 from kdlib.benchmarks import figures as benchmark_figures
 from kdlib.benchmarks import reading
 from kdlib.benchmarks.targets import target_table, verdict
+from kdlib.diagnostics.scorecard import scorecard, scorecard_table
 from kdlib.errors import RunError
 from kdlib.runs import Run, all_runs, read_json, write_error, write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
-SECTIONS = {"summary": "Summary", "figures": "Figures", "measurements": "Measurements", "differences": "Differences",
-            "samples": "Continuations", "config": "Config", "environment": "Environment", "reproduce": "Reproduce",
-            "notebooks": "Notebooks"}
+SECTIONS = {"summary": "Summary", "scorecard": "Scorecard", "figures": "Figures", "measurements": "Measurements",
+            "differences": "Differences", "samples": "Continuations", "config": "Config", "environment": "Environment",
+            "reproduce": "Reproduce", "notebooks": "Notebooks"}
 DPI = 130
 
 
@@ -44,6 +45,8 @@ def render(run: Run, reports: Path) -> Path:
     if results:
         tables |= {"quality": plots.quality_table(results), "cost": plots.cost_table(results),
                    "differences": plots.difference_table(results)}
+    if lines := scorecard(run):
+        tables["scorecard"] = scorecard_table(lines)
     folder = reports / run.name
     images = {name: _png(figure) for name, figure in figures.items()}
     embedded = {name: base64.b64encode(image).decode() for name, image in images.items()}
@@ -82,13 +85,15 @@ def _content(run: Run, results: dict | None, benchmark: dict | None, tables: dic
     manifest = run.manifest
     prompts = results["prompts"] if results else []
     samples = [(prompt, {model: texts[i] for model, texts in results["samples"].items()}) for i, prompt in enumerate(prompts)]
+    cards = {name: lines for name, folder in (("distilled student", run), ("baseline", run.baseline)) if (lines := scorecard(run, folder))}
     notebooks = {path.stem: Markup(notebook_html(path)) for path in sorted(run.notebooks.glob("*.ipynb"))}
     measured = {name: _table(reading.shown(table)) for name, table in tables.items()} if benchmark else {}
-    present = {"figures": benchmark or len(tables["metrics"]), "measurements": measured, "differences": results, "samples": samples,
-               "notebooks": notebooks}
+    present = {"scorecard": cards, "figures": benchmark or len(tables["metrics"]), "measurements": measured, "differences": results,
+               "samples": samples, "notebooks": notebooks}
     facts = {k: v for k, v in manifest.items() if k not in ("formula", "command", "stages")} | (benchmark or {}).get("machine", {})
     return {
         "run": run, "status": run.status, "manifest": manifest, "labels": plots.LABELS, "samples": samples, "notebooks": notebooks,
+        "cards": cards,
         "sections": [(id, name) for id, name in SECTIONS.items() if present.get(id, True)],
         "message": plots.comparison_message(results) if results else verdict(benchmark) if benchmark else "",
         **{name: _table(tables.get(name)) for name in ("quality", "cost", "differences")},

@@ -1,6 +1,6 @@
 """Run folders: what a run made, in files that people and programs read.  Imports no torch.
 
-    runs/<run>/  config.yaml  manifest.json  status.json  metrics.jsonl  history.json
+    runs/<run>/  config.yaml  manifest.json  status.json  plan.json  metrics.jsonl  history.json
                  best_model/  final_model/  checkpoints/  notebooks/  baseline/ (a student's folder again)
 """
 
@@ -65,6 +65,10 @@ class StudentFolder:
     @property
     def history(self) -> Path:
         return self.path / "history.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
 
     @property
     def is_trained(self) -> bool:

@@ -10,14 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from kdlib.callbacks import LogBeforeSave, MetricsFile, PrintedLines, Throughput, is_better, memory_gib
-from kdlib.diagnostics.ledger import LedgerWindow
-from kdlib.errors import NonFiniteLoss, RunError
+from kdlib.diagnostics.gradients import gradient_figures, term_gradients
+from kdlib.diagnostics.ledger import LedgerWindow, breach
+from kdlib.diagnostics.nan_guard import Scene
+from kdlib.errors import RunError
+from kdlib.guarded_trainer import UNSHARDED, GuardedTrainer
 from kdlib.losses.features import LayerPairs
-from kdlib.losses.workspace import Workspace
+from kdlib.losses.linear import Weighted
+from kdlib.losses.workspace import PIECE, Workspace
 from kdlib.models import head_form
 from kdlib.objective import MEASURES, Moment, Objective, ledger, row_sums
 from kdlib.runs import StudentFolder
@@ -26,10 +30,9 @@ from kdlib.signals import Kept, Signal, kept
 from kdlib.teachers import Inside, LiveTeacher, signal_of
 
 PROJECTIONS = "distillation_projections"  # the student's submodule that maps its hidden states to the teacher's size
-SUM_TOLERANCE = 1e-5  # relative; between the loss that was back-propagated and the sum of its logged terms
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(GuardedTrainer):
     """A Trainer whose loss is an Objective's ledger, in training and in evaluation.
 
     Every term is divided by the kept tokens of the whole optimizer step, all micro-batches and ranks, which is what makes
@@ -41,7 +44,7 @@ class DistillationTrainer(Trainer):
     def __init__(
         self, *, objective: Objective, teacher: LiveTeacher | None, vocabulary: int, folder: StudentFolder,
         workspace: Workspace | None = None, layer_pairs: LayerPairs = (), learning_rate_schedule: Schedule | None = None,
-        label: str = "", dense: bool = False, last_step: int | None = None, **options: Any,
+        label: str = "", dense: bool = False, last_step: int | None = None, grad_norms_every: int | None = None, **options: Any,
     ) -> None:
         """
         Args:
@@ -51,19 +54,27 @@ class DistillationTrainer(Trainer):
             learning_rate_schedule: multiplier of the learning rate over training, in place of `lr_scheduler_type`.
             dense: compute all logits at once: the slow reference.
             last_step: shown as the end where training will be stopped before the schedule's.
+            grad_norms_every: so many optimizer steps apart, measure each term's gradient on its own, on the first micro-batch
+                (of the first rank): one more forward pass, a backward pass per term, and memory for terms x parameters.
         """
-        super().__init__(**options)
+        super().__init__(folder=folder, **options)
         if self.args.n_gpu > 1:
             raise RunError(
                 f"{self.args.n_gpu} GPUs in one process would train by DataParallel, which divides the loss by the wrong "
                 "count; use `torchrun --nproc_per_node N -m kdlib.cli train RUN`, or show one GPU by CUDA_VISIBLE_DEVICES=0"
             )
+        if grad_norms_every and self.accelerator.distributed_type not in UNSHARDED:
+            raise RunError(
+                f"diagnostics.grad_norms_every is {grad_norms_every}, but no rank has the whole student "
+                f"({self.accelerator.distributed_type}); set it to null"
+            )
         self.remove_callback(PrinterCallback)
-        self.objective, self.teacher, self.vocabulary, self.folder = objective, teacher, vocabulary, folder
+        self.objective, self.teacher, self.vocabulary = objective, teacher, vocabulary
         self.workspace, self.layer_pairs, self.learning_rate_schedule = workspace or Workspace(), layer_pairs, learning_rate_schedule
         flattened = self.is_fsdp_enabled and not self.accelerator.is_fsdp2  # FSDP1: no weight of its own shape is left
         self.form = None if dense or flattened else head_form(self.model)
         self.window, self.throughput, self.tokens = LedgerWindow(), Throughput(), 0
+        self.grad_norms_every, self.gradients = grad_norms_every, {}
         how = "all at once (no plain head)" if self.form is None else str(self.workspace)
         lines = PrintedLines(label, f"the student's logits {how}", last_step=last_step)
         for callback in (MetricsFile(folder), lines, LogBeforeSave(), self.throughput):
@@ -103,31 +114,50 @@ class DistillationTrainer(Trainer):
                 "use a model that does"
             )
         moment = self.objective.at(self._done(self.state.global_step))
+        is_first, every = self.guard.begin(inputs, self.state.global_step), self.grad_norms_every
+        if is_first and every and (self.state.global_step + 1) % every == 0 and self.is_world_process_zero():
+            self.gradients = self._gradient_figures(moment)
         with self.accelerator.autocast():  # accelerate wraps the model's forward only; the heads' products happen here
             tokens, student, teacher = self.signals(model, inputs, moment, with_teacher=moment.needs_teacher)
             book = ledger(student, teacher, tokens.targets, moment=moment, count=num_items_in_batch, workspace=self.workspace)
+        total = book.total
         self.window.add(book, self.state.global_step)
+        self.guard.end(total, num_items_in_batch)
         self.tokens += len(tokens.targets)
         idle = [] if moment.needs_projection else getattr(self.accelerator.unwrap_model(model), PROJECTIONS, [])
         unused = sum(0 * matrix.weight.sum() for matrix in idle)  # DDP waits for a gradient of every parameter
-        return book.total * self.accelerator.num_processes + unused  # DDP averages the ranks' gradients; their sum is meant
+        return total * self.accelerator.num_processes + unused  # DDP averages the ranks' gradients; their sum is meant
+
+    def _gradient_figures(self, moment: Moment) -> dict[str, float]:
+        """Each term's gradient norm and their cosines, on the micro-batch that has just begun; nothing of the step is changed."""
+        model, micro_batch = self.accelerator.unwrap_model(self.model), self.guard.micro_batches[-1]  # unwrapped: DDP is not to know
+        parameters = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith(PROJECTIONS)]
+        with micro_batch.replayed(), self.accelerator.autocast():
+            tokens, student, teacher = self.signals(model, micro_batch.inputs, moment, with_teacher=moment.needs_teacher)
+            return gradient_figures(term_gradients(student, teacher, tokens, moment=moment, parameters=parameters,
+                                                   chunk=self.workspace.chunk))
+
+    def scene(self, moment: Moment | None = None, measures: Mapping[str, Weighted] | None = None) -> Scene:
+        moment, model = moment or self.objective.at(self._done(self.state.global_step)), self.accelerator.unwrap_model(self.model)
+        with_teacher = self.teacher is not None and (measures is not None or moment.needs_teacher)
+        models = {"student": model} | ({"teacher": self.teacher.model} if with_teacher else {})
+        ask = partial(self.signals, model, moment=moment, with_teacher=with_teacher)
+        return Scene(models, ask, moment, self.workspace.chunk or PIECE, measures or {})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the terms to the Trainer's own training line, after checking that they sum to its loss."""
         if "loss" in logs:
-            logs |= self._term_figures(logs["loss"])
+            logs |= self.term_figures(logs["loss"]) | self.gradients
+            self.gradients = {}
         super().log(logs, start_time)
 
-    def _term_figures(self, loss: float) -> dict[str, float]:
+    def term_figures(self, loss: float) -> dict[str, float]:
+        """What is logged of the steps since the last call, whose mean loss this is."""
         figures = self.window.figures(partial(self.accelerator.reduce, reduction="sum"))
         tokens = float(self.accelerator.reduce(torch.tensor(float(self.tokens), device=self.args.device)))
         done = self._done(self.state.global_step - 1)
-        total = sum(value * weight for value, weight in figures.values())
-        if broken := [f"{name} = {value}" for name, (value, _) in figures.items() if not math.isfinite(value)]:
-            raise NonFiniteLoss(self._stopped(", ".join(broken)))
-        if abs(total - loss) > SUM_TOLERANCE * max(abs(loss), abs(total)):
-            terms = ", ".join(f"{name}: {value} x {weight}" for name, (value, weight) in figures.items())
-            raise RunError(f"step {self.state.global_step}: the terms sum to {total}, but {loss} was back-propagated ({terms})")
+        if wrong := breach(figures, loss):
+            raise RunError(f"step {self.state.global_step}: {wrong}")
         self.window, self.tokens = LedgerWindow(), 0
         return {
             **{f"{name}_loss": value for name, (value, _) in figures.items()},
@@ -136,12 +166,6 @@ class DistillationTrainer(Trainer):
             "tokens_per_s": tokens / max(self.throughput.drain(), 1e-9),
             "memory_gib": memory_gib(self.args.device),
         }
-
-    def _stopped(self, why: str) -> str:
-        return (
-            f"step {self.state.global_step}: {why}, so training has stopped; checkpoints are in {self.args.output_dir}. "
-            "Usual causes: a learning rate too high, float16 overflow (precision: bfloat16)"
-        )
 
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
         """The same objective with the weights of this step, and the measures that do not depend on them."""
@@ -160,8 +184,10 @@ class DistillationTrainer(Trainer):
         rows = torch.cat(rows).cpu()
         *totals, count = rows.double().sum(0).tolist()
         means = {name: total / max(count, 1) for name, total in zip(sums, totals, strict=False)}
-        if broken := [f"{name} = {value}" for name, value in means.items() if not math.isfinite(value)]:
-            raise NonFiniteLoss(self._stopped(f"on held-out text {', '.join(broken)}"))
+        if not all(map(math.isfinite, means.values())):
+            row = int((~rows.isfinite()).any(1).nonzero()[0, 0])
+            self.stop(self.scene(moment, measures), [self.asked(dataloader.dataset[row])], step=self.state.global_step,
+                      stage="evaluation", rows=dataloader.dataset)
         figures = {"loss": sum(weight * means[name] for name, weight in moment.weights.items())}
         figures |= {f"{name}_loss": means[name] for name in moment.weights}
         figures |= {f"{name}_weight": weight for name, weight in moment.weights.items()}
@@ -184,6 +210,7 @@ class DistillationTrainer(Trainer):
 
     def save_student(self, folder: Path) -> None:
         """The student and its tokenizer as safetensors, all or nothing, loadable by `from_pretrained`."""
+        self.check_weights()
         model = self.accelerator.unwrap_model(self.model)
         state = self.accelerator.get_state_dict(self.model_wrapped)
         state = {name: value for name, value in state.items() if not name.startswith(PROJECTIONS)}

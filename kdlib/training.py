@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from kdlib.arguments import HIGHER_IS_BETTER
-from kdlib.callbacks import StopAfter, StopRequest
+from kdlib.callbacks import PlanFile, StopAfter, StopRequest
 from kdlib.checkpoints import check_disk, disk_is_full, last_checkpoint, step_of
 from kdlib.config import Config
 from kdlib.data import TokenBlocks, collate
@@ -113,7 +113,7 @@ def train(
 
     Raises:
         RunError: stopped by an interrupt or a STOP file (a checkpoint is there), or the disk is full.
-        NonFiniteLoss: a term became nan or infinite.
+        NonFiniteLoss: a value became nan or infinite; nan_report/ says which.
     """
     resume = last_checkpoint(folder)
     changes = DRY_RUN if stop_after else {"eval_on_start": False} if resume else {}  # that evaluation is in metrics.jsonl already
@@ -134,8 +134,9 @@ def train(
             data_collator=partial(collate, pad_id=tokenizer.pad_token_id), objective=objective, teacher=teacher,
             vocabulary=len(tokenizer), workspace=workspace_of(config, args, len(blocks.train), len(tokenizer)), layer_pairs=pairs,
             learning_rate_schedule=from_spec(course) if isinstance(course, Mapping) else None,
-            folder=folder, label=label, last_step=stop_after,
+            folder=folder, label=label, last_step=stop_after, grad_norms_every=config.diagnostics.grad_norms_every,
         )
+        trainer.add_callback(PlanFile(folder, objective))
         stop = StopRequest(folder)
         trainer.add_callback(StopAfter(stop_after) if stop_after else stop)
         with nullcontext() if stop_after else stop:

@@ -1,5 +1,6 @@
 """What the notebooks call: one run, opened; each stage reads and writes the run's folder and nothing else."""
 
+import math
 import os
 import platform
 import shutil
@@ -14,11 +15,14 @@ import datasets
 import pandas as pd
 import torch
 import transformers
+from transformers import TrainerState, TrainingArguments
 
 from kdlib import compare, data, models, plots, runs, training
 from kdlib import config as configs
+from kdlib.callbacks import device_memory_gib
 from kdlib.config import Config
 from kdlib.diagnostics import parity
+from kdlib.diagnostics.token_view import TokenView, token_view
 from kdlib.errors import RunError
 from kdlib.objective import Moment
 from kdlib.runs import Run, StudentFolder
@@ -109,7 +113,7 @@ class Workbench:
             student_layers=layers, formula=self.formula(), seed=self.config.seed, precision=f"{dtype} ({reason})".replace("torch.", ""),
             data=self.blocks.notes, versions={name: version(name) for name in PACKAGES},
             machine={"python": platform.python_version(), "system": platform.system(), "processor": platform.machine(),
-                     "threads": torch.get_num_threads(),
+                     "threads": torch.get_num_threads(), "memory_gib": round(device_memory_gib(models.device_of(self.config)), 1),
                      "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
         )
         student = self.student()
@@ -134,17 +138,32 @@ class Workbench:
         return start if start == end else f"{start}  …  {end}"
 
     def shapes(self) -> pd.DataFrame:
-        """One training batch: shapes, kept tokens, and the text as the models see it."""
-        rows = [self.blocks.train[i] for i in range(min(2, len(self.blocks.train)))]
-        batch = data.collate(rows, pad_id=self.tokenizer.pad_token_id)
+        """One training batch, and what each model makes of it."""
+        batch = self._two_rows()
         tokens = kept(batch["labels"])
-        signal = self.teacher(batch, tokens)
-        return _facts({
-            "input_ids [B, T]": list(batch["input_ids"].shape), "kept tokens N": len(tokens.targets),
-            "teacher's logits [N, V]": [len(signal), signal.logits(slice(0, 1)).shape[-1]],
-            "teacher's head": "applied in chunks" if self.teacher.form else "all logits at once: no plain head",
-            "first row begins": self.tokenizer.decode(rows[0]["input_ids"][:40]),
-        })
+        columns = {}
+        for name, model in (("teacher", self.teacher), ("student", LiveTeacher(self.student(), len(self.tokenizer)))):
+            signal = model(batch, tokens)
+            columns[name] = {
+                "input_ids [B, T]": list(batch["input_ids"].shape), "kept tokens N": len(tokens.targets),
+                "layers, hidden size": f"{model.model.config.num_hidden_layers}, {model.model.config.hidden_size}",
+                "logits [N, V]": [len(signal), signal.logits(slice(0, 1)).shape[-1]],
+                "head": "applied in chunks" if model.form else "all logits at once: no plain head",
+            }
+        return pd.DataFrame(columns)
+
+    def example(self) -> TokenView:
+        """The first training row, token by token, coloured by what is learned from it."""
+        return token_view(self._two_rows(), 0, self.tokenizer)
+
+    def _two_rows(self) -> dict[str, torch.Tensor]:
+        rows = [self.blocks.train[i] for i in range(min(2, len(self.blocks.train)))]
+        return data.collate(rows, pad_id=self.tokenizer.pad_token_id)
+
+    @property
+    def trial(self) -> StudentFolder:
+        """Where the dry run leaves its figures."""
+        return StudentFolder(self.run.path / "dry_run")
 
     def selftest(self) -> pd.DataFrame:
         """What must be equal on this config, these models and this text, compared: a line each, pass or fail."""
@@ -152,7 +171,7 @@ class Workbench:
 
     def dry_run(self) -> pd.DataFrame:
         """Five optimizer steps of the real schedule and one evaluation; returns the component table, step by step."""
-        folder = StudentFolder(self.run.path / "dry_run")
+        folder = self.trial
         shutil.rmtree(folder.path, ignore_errors=True)
         trial = self._train(folder, None, label="dry run", stop_after=DRY_STEPS)
         metrics = trial.evaluate()
@@ -161,10 +180,18 @@ class Workbench:
             optimizer_steps=trial.state.max_steps, warmup_steps=trial.args.get_warmup_steps(trial.state.max_steps),
             seconds_per_step=round(seconds, 3),
         )
+        table, evaluations = plots.training_table(folder), _evaluations(trial.args, trial.state)
         print(f"held-out: loss {metrics['eval_loss']:.3f}, evaluated in {metrics['eval_runtime']:.0f} s")
-        print(f"forecast: {trial.state.max_steps} steps of {seconds:.1f} s, so {trial.state.max_steps * seconds / 60:.1f} minutes "
-              "for the distilled student, without evaluation")
-        return _step_table(plots.training_table(folder))
+        minutes = (trial.state.max_steps * seconds + evaluations * metrics["eval_runtime"]) / 60
+        print(f"forecast for the distilled student, from these steps: {trial.state.max_steps} steps of {seconds:.1f} s and {evaluations} "
+              f"evaluations, so {minutes:.1f} minutes; memory in use {table['memory_gib'].max():.1f} GiB")
+        return _step_table(table)
+
+    def plan(self) -> pd.DataFrame:
+        """Learning rate, weights and temperature at every tenth of the training that the dry run began."""
+        table = plots.plan_table(self.trial)
+        shown = table.iloc[[round(i * (len(table) - 1) / 10) for i in range(11)]].drop_duplicates().set_index("step")
+        return shown.assign(learning_rate=shown["learning_rate"].map("{:.1e}".format)) if "learning_rate" in shown else shown
 
     def train(self) -> None:
         """The distilled student, from its last checkpoint where there is one."""
@@ -190,6 +217,12 @@ class Workbench:
             self.config, folder, student=self.student(), teacher=self.teacher, tokenizer=self.tokenizer, blocks=self.blocks,
             weights=weights, label=label, stop_after=stop_after,
         )
+
+
+def _evaluations(args: TrainingArguments, state: TrainerState) -> int:
+    """How often a training will evaluate."""
+    every = {"no": math.inf, "steps": state.eval_steps, "epoch": state.max_steps / max(args.num_train_epochs, 1)}
+    return int(args.eval_on_start) + int(state.max_steps / every[args.eval_strategy.value])
 
 
 def _facts(facts: Mapping[str, Any]) -> pd.DataFrame:

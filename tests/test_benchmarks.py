@@ -114,7 +114,10 @@ def test_whole_steps_are_timed_in_every_trainer_that_is_there(teacher_folder):
     options = {"teacher": str(teacher_folder), "student_layers": 2, "batch": 2, "length": 12, "rounds": 1, "warmup": 1, "steps": 1}
     made = steps.pair(settings.StepsConfig(**options), precision="float32", device=CPU, seed=0)
     weights, skipped = made.student.get_input_embeddings().weight.clone(), {}
-    timed = {line["name"]: line["wall_s"] for line in steps.rounds(made, skipped)}
+    measured = {line["name"]: line for line in steps.rounds(made, skipped)}
+    timed = {name: line["wall_s"] for name, line in measured.items()}
+    assert {name for name, line in measured.items() if "ledger_s" in line} == {"ours_kd", "ours_sft"}
+    assert 0 < measured["ours_kd"]["ledger_s"] < timed["ours_kd"]
     assert set(timed) | set(skipped) == set(settings.CONTENDERS)
     assert {"ours_kd", "ours_sft", "teacher", "trainer_sft"} <= set(timed)
     assert min(timed.values()) > 0
@@ -139,6 +142,11 @@ def test_targets_say_what_was_measured_and_whether_it_is_met():
     assert table.loc["KD step, float32: time ÷ (teacher's forward pass + Trainer's SFT step)", "measured"] == pytest.approx(0.925)
     assert table.loc["KD step, float32: tokens per s ÷ TRL's GKDTrainer", "measured"] == pytest.approx(1.75)
     assert table.loc["KD + CE, bfloat16: time ÷ TRL's forward KL", "met"] == "not measured"
+    books = "KD step, float32: ledger and guard, share of the step, a log every 10 steps"
+    assert table.loc[books, "met"] == "not measured"  # results of before it was
+    later = results()
+    later["steps"]["float32"]["rounds"] = [line | {"ledger_s": line["wall_s"] / 200} for line in later["steps"]["float32"]["rounds"]]
+    assert targets.target_table(later).set_index("target").loc[books, ["measured", "met"]].tolist() == [pytest.approx(0.005), "yes"]
     assert "targets that were measured are met (float32: 40 tokens" in targets.verdict(results())
 
 

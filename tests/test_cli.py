@@ -218,3 +218,17 @@ def test_the_quickstart_runs_through_with_the_real_models(tmp_path):
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "smoke" / "best_model")
     assert student.config.num_hidden_layers == 15
     assert os.path.getsize(tmp_path / "reports" / "smoke" / "report.html") < 5 * 2**20
+
+
+def test_a_dry_run_shows_shapes_tokens_steps_plan_and_forecast_and_leaves_a_run_to_go_on_with(config_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kd", "dry-run", str(config_file), "--name", "tried", "--runs", str(tmp_path / "runs")])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    said = capsys.readouterr().out
+    assert caught.value.code == 0
+    for expected in ("logits [N, V]", "[30, 300]", "learned: 15", "dry run step 5/5", "kd, nats", "T²", "12 steps of",
+                     "learning_rate", "0.7·T²·KL(teacher ‖ student; T=2)", "--resume"):
+        assert expected in said, expected
+    run = Run(tmp_path / "runs" / "tried")
+    assert run.manifest["optimizer_steps"] == 12
+    assert not run.checkpoints.exists()

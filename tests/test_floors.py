@@ -4,27 +4,34 @@ from pathlib import Path
 
 KDLIB = Path(__file__).parent.parent / "kdlib"
 FLOORS = [
-    {"errors", "schedulers", "signals"},
-    {"arguments", "curriculum", "fields", "overrides"},
+    {"errors", "schedulers", "signals", "diagnostics.findings"},
+    {"arguments", "curriculum", "fields", "overrides", "diagnostics.fixes"},
     {"loss_config"},
     {"config"},
     {"losses.divergences"},
-    {"losses.subset", "losses.features", "losses.workspace", "diagnostics.ledger", "runs", "dialects"},
+    {"diagnostics.token_view", "losses.subset", "losses.features", "losses.workspace", "diagnostics.ledger", "runs", "dialects"},
     {"losses.linear", "captures", "embedded", "migration"},
     {"data", "models", "objective"},
-    {"teachers", "callbacks", "checkpoints"},
+    {"teachers", "callbacks", "checkpoints", "diagnostics.culprits", "diagnostics.gradients"},
+    {"diagnostics.nan_guard", "diagnostics.nan_report"},
+    {"guarded_trainer"},
     {"trainer", "compare"},
     {"training", "plots", "benchmarks.settings", "benchmarks.machine", "benchmarks.heads"},
-    {"benchmarks.peers", "benchmarks.reading", "diagnostics.parity"},
-    {"benchmarks.rounds", "benchmarks.steps", "benchmarks.targets", "benchmarks.figures"},
+    {"benchmarks.peers", "benchmarks.reading", "diagnostics.scorecard", "diagnostics.parity", "diagnostics.subject"},
+    {"benchmarks.rounds", "benchmarks.steps", "benchmarks.targets", "benchmarks.figures", "diagnostics.config_checks",
+     "diagnostics.schedule_checks", "diagnostics.data_checks", "diagnostics.model_checks"},
+    {"diagnostics.batch_checks"},
+    {"diagnostics.doctor"},
     {"reports", "workbench", "benchmarks.study"},
     {"runner"},
     {"cli"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 READERS = {  # importable without torch
-    "errors", "schedulers", "arguments", "curriculum", "fields", "overrides", "loss_config", "config", "runs", "plots", "reports", "runner",
-    "dialects", "migration", "benchmarks.settings", "benchmarks.reading", "benchmarks.targets", "benchmarks.figures",
+    "errors", "schedulers", "arguments", "curriculum", "fields", "overrides", "loss_config", "config", "runs", "dialects", "migration",
+    "plots", "diagnostics.scorecard", "reports", "runner",
+    "benchmarks.settings", "benchmarks.reading", "benchmarks.targets", "benchmarks.figures",
+    "diagnostics.findings", "diagnostics.fixes",
 }
 
 

@@ -1,9 +1,10 @@
+import re
 from inspect import signature
 
 import pytest
 import torch
 
-from kdlib.diagnostics.ledger import Entry, Ledger, LedgerWindow
+from kdlib.diagnostics.ledger import Entry, Ledger, LedgerWindow, breach
 from kdlib.loss_config import DIVERGENCES, TEMPERATURES, TERM_NAMES
 from kdlib.losses.divergences import FORMULAS, chosen
 from kdlib.objective import MEASURES, TERMS, Objective, ledger
@@ -48,6 +49,32 @@ def test_a_term_that_starts_inside_a_window_is_shown_at_its_full_value():
     window.add(Ledger({"ce": entry(1.0, 1, 1.0)}), 0)
     window.add(Ledger({"ce": entry(1.0, 1, 1.0), "kd": entry(6.0, 1, 0.5)}), 1)
     assert window.figures() == {"ce": (1.0, 1.0), "kd": (6.0, 0.25)}  # a share of 3 in one step of two: 1.5
+
+
+FIGURES = {"kd": (4.0, 0.7), "ce": (3.0, 0.3), "hidden": (0.5, 0.1)}
+RIGHT = 4.0 * 0.7 + 3.0 * 0.3 + 0.5 * 0.1
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (RIGHT - 0.9, "-0.9: as if ce was left out"),
+        (RIGHT + 2.8, r"\+2.8: as if kd was counted twice"),
+        (RIGHT + 0.45, r"\+0.45: as if hidden was taken without its weight 0.1"),
+        (RIGHT - 0.63, "-0.63: as if ce was weighted by 0.3 twice"),
+        (RIGHT * 1.01, "no usual mistake with one term explains it: the loss is 1.01 x the sum"),
+        (float("nan"), "no usual mistake"),
+    ],
+)
+def test_a_breach_names_the_term_that_explains_it_and_gives_all_figures(loss, words):
+    found = breach(FIGURES, loss)
+    assert re.search(words, found)
+    assert "hidden: 0.5 x 0.1 = 0.05" in found
+
+
+def test_terms_that_sum_to_the_loss_are_no_breach():
+    assert breach(FIGURES, RIGHT * (1 + 5e-6)) is None
+    assert breach(FIGURES, RIGHT * (1 + 5e-5)) is not None
 
 
 def test_a_term_of_weight_zero_is_not_computed():

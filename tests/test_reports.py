@@ -54,7 +54,8 @@ def test_a_report_is_one_file_that_asks_for_nothing_outside(run, tmp_path):
     assert {p.name for p in (folder / "figures").iterdir()} == {
         "component_values.png", "component_shares.png", "schedules.png", "train_against_eval.png", "closeness.png",
         "teacher_student_comparison.png"}
-    assert {p.stem for p in (folder / "tables").iterdir()} == {"metrics", "evaluation", "quality", "cost", "differences"}
+    assert {p.stem for p in (folder / "tables").iterdir()} == {
+        "metrics", "evaluation", "quality", "cost", "differences", "scorecard"}
 
 
 def test_text_from_data_and_models_stays_text(run, tmp_path):

@@ -42,6 +42,12 @@ def ratio(lines: Lines, name: str, to: str | Sequence[str], clock: str) -> dict[
     return spread([times[name][i] / sum(times[part][i] for part in parts) for i in common]) if common else None
 
 
+def share(lines: Lines, name: str, part: str) -> dict[str, float] | None:
+    """A part's seconds over the whole wall time of the same line; None where it was not measured."""
+    found = [line[part] / line["wall_s"] for line in lines if line["name"] == name and part in line]
+    return spread(found) if found else None
+
+
 def time_table(results: Mapping[str, Any], dtype: str) -> pd.DataFrame:
     """One row per case: seconds, and its time over naive's and over the floor's."""
     lines = results["heads"][dtype]["rounds"]

@@ -34,6 +34,8 @@ from kdlib.schedulers import constant
 from kdlib.teachers import LiveTeacher
 from kdlib.trainer import DistillationTrainer
 
+LOGGING_STEPS = 10  # for which the ledger's share is told
+
 
 class StepClock(TrainerCallback):
     """Notes wall and CPU time at the end of each optimizer step."""
@@ -51,6 +53,36 @@ class StepClock(TrainerCallback):
         steps = list(zip(self.ends[warmup - 1 :], self.ends[warmup:], strict=False))
         walls, cpus = ([end[i] - begin[i] for begin, end in steps] for i in (0, 1))
         return {"wall_s": statistics.median(walls), "cpu_s": statistics.median(cpus)}
+
+
+class BooksClock(TrainerCallback):
+    """Times what our trainer keeps of its own steps: the ledger's window and the guard, and a line of the log every so many steps.
+
+    On CUDA the device is waited for around each call, which makes the steps themselves a little slower.
+    """
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self.trainer, self.now, self.steps = trainer, 0.0, []
+        for owner, name in ((trainer.window, "add"), (trainer.guard, "begin"), (trainer.guard, "end"), (trainer, "check_step")):
+            setattr(owner, name, self._timed(getattr(owner, name)))
+
+    def _timed(self, call: Callable) -> Callable:
+        def timed(*arguments):
+            answer = []
+            self.now += machine.seconds(lambda: answer.append(call(*arguments)), self.trainer.args.device)["wall_s"]
+            return answer[0]
+
+        return timed
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append(self.now)
+        self.now = 0.0
+
+    def figures(self, warmup: int) -> dict[str, float]:
+        """Seconds of the median step after the warm-up, with its share of a log line every `LOGGING_STEPS` steps."""
+        loss = sum(value * weight for value, weight in self.trainer.window.figures().values())
+        line = machine.seconds(lambda: self.trainer.term_figures(loss), self.trainer.args.device)["wall_s"]
+        return {"ledger_s": statistics.median(self.steps[warmup:]) + line / LOGGING_STEPS}
 
 
 @dataclass
@@ -135,7 +167,7 @@ def rounds(made: Pair, skipped: dict[str, str]) -> Iterator[dict[str, Any]]:
         skipped: takes the names of contenders whose package is not there, and why.
 
     Yields:
-        {"round": …, "name": …, "wall_s": …, "cpu_s": …}; on CUDA also "peak_bytes", of all that is allocated.
+        {"round": …, "name": …, "wall_s": …, "cpu_s": …}; of ours also "ledger_s"; on CUDA "peak_bytes", of all that is allocated.
     """
     names = list(made.settings.contenders)
     for number in range(made.settings.rounds):
@@ -156,13 +188,15 @@ def measured(name: str, made: Pair) -> dict[str, float]:
     """One contender's median step."""
     if name == "teacher":
         return _teacher_alone(made)
-    clock = StepClock()
+    clocks = [StepClock()]
     with tempfile.TemporaryDirectory() as folder:
         trainer = TRAINERS[name](made, Path(folder))
-        trainer.add_callback(clock)
+        clocks += [BooksClock(trainer)] if isinstance(trainer, DistillationTrainer) else []
+        for clock in clocks:
+            trainer.add_callback(clock)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return clock.figures(made.settings.warmup)
+        return {key: value for clock in clocks for key, value in clock.figures(made.settings.warmup).items()}
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from kdlib.benchmarks.reading import above_gradients, clock_of, ratio
+from kdlib.benchmarks.reading import above_gradients, clock_of, ratio, share
 from kdlib.benchmarks.settings import CASES
 
 OTHERS = [name for name in CASES if name.startswith("ours_") and name not in ("ours_eager", "ours_top_k", "ours_half_masked")]
@@ -67,6 +67,8 @@ def _steps(results: Mapping[str, Any]) -> Iterator[Target]:
         yield Target(f"KD step, {precision}: time ÷ (teacher's forward pass + Trainer's SFT step)", 0.95, together)
         faster = ratio(lines, "trl_gkd", "ours_kd", "wall_s")
         yield Target(f"KD step, {precision}: tokens per s ÷ TRL's GKDTrainer", 1.5, faster, at_least=True)
+        books = share(lines, "ours_kd", "ledger_s")
+        yield Target(f"KD step, {precision}: ledger and guard, share of the step, a log every 10 steps", 0.01, books)
 
 
 def _time(part: Mapping[str, Any], name: str, to: str) -> dict[str, float] | None:

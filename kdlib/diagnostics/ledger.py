@@ -6,6 +6,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+SUM_TOLERANCE = 1e-5  # relative; between the loss that was back-propagated and the sum of its logged terms
+EXPLAINED = 1e-3  # relative; how near a factor must be to be named as the reason of a breach
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -72,3 +75,30 @@ class LedgerWindow:
             unmoved = len(weights) == len(self.steps) and min(weights) == max(weights)
             figures[name] = (value, weights[0] if unmoved or value == 0 else share / value)
         return figures
+
+
+def breach(figures: Mapping[str, tuple[float, float]], loss: float) -> str | None:
+    """How the logged terms fail to sum to the loss that was back-propagated, and the term that explains it; None where they do sum.
+
+    A sum cannot prove whose fault it is: a term is named where one of the usual mistakes with it alone explains the gap.
+
+    Args:
+        figures: {term: (value, weight)}.
+    """
+    shares = {name: value * weight for name, (value, weight) in figures.items()}
+    total = sum(shares.values())
+    gap = loss - total
+    if abs(gap) <= SUM_TOLERANCE * max(abs(loss), abs(total)):
+        return None
+    reasons = []
+    for name, share in shares.items():
+        weight = figures[name][1]
+        mistakes = {"was left out": 0.0, "was counted twice": 2.0, f"was weighted by {weight:g} twice": weight}
+        mistakes |= {f"was taken without its weight {weight:g}": 1 / weight} if weight else {}
+        factor = 1 + gap / share if share else 1.0  # with which it would have entered, were all others right
+        reasons += [(abs(factor - found), f"{name} {words}") for words, found in mistakes.items() if found != 1]
+    miss, reason = min(reasons, default=(float("inf"), ""))
+    alike = f": the loss is {loss / total:g} x the sum" if total else ""
+    why = f"as if {reason}" if miss <= EXPLAINED else f"no usual mistake with one term explains it{alike}"
+    terms = ", ".join(f"{name}: {value} x {weight} = {shares[name]}" for name, (value, weight) in figures.items())
+    return f"the terms sum to {total}, but {loss} was back-propagated, {gap:+g}: {why} ({terms})"

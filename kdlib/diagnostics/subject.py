@@ -1,0 +1,254 @@
+"""What the doctor looks at: a config, with its data and models, each loaded once, when a check first asks for it."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import DatasetDict
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.optimization import get_scheduler
+
+from kdlib import data, models
+from kdlib.config import Config
+from kdlib.data import TokenBlocks
+from kdlib.errors import ConfigError, KdlibError, ModelError
+from kdlib.losses.features import LayerPairs
+from kdlib.objective import MEASURES, Moment, Objective, row_sums
+from kdlib.schedulers import Schedule, Spec, from_spec, sampled
+from kdlib.signals import Kept, Signal, kept
+from kdlib.teachers import Inside, LiveTeacher, signal_of
+from kdlib.trainer import PROJECTIONS
+from kdlib.training import listen, objective_of, training_arguments
+
+TOKENS = 2048  # of the first batch, at most
+CHUNK = 128  # tokens whose logits exist at a time
+
+
+class Unavailable(KdlibError):
+    """A part of what the config names cannot be had; `where` is the setting that names it."""
+
+    def __init__(self, where: str, error: Exception) -> None:
+        super().__init__(str(error))
+        self.where = where
+
+
+def part(where: str) -> Callable[[Callable[["Subject"], Any]], property]:
+    """A property that is made once; where that fails, the failure is kept too, and names this setting."""
+
+    def decorate(make):
+        @wraps(make)
+        def get(self):
+            if make.__name__ not in self.made:
+                try:
+                    self.made[make.__name__] = make(self)
+                except Unavailable as error:
+                    self.made[make.__name__] = error
+                except (KdlibError, torch.OutOfMemoryError) as error:
+                    self.made[make.__name__] = Unavailable(where, error)
+            if isinstance(found := self.made[make.__name__], Unavailable):
+                raise found
+            return found
+
+        return property(get)
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a training is, counted as the Trainer counts."""
+
+    rows: int  # of the training text
+    batches: int  # of one pass over the text, on one device
+    passes: float  # over the text
+    steps: int  # optimizer steps of the whole training
+
+
+@dataclass(frozen=True)
+class FirstBatch:
+    """What both models say about the first rows of the training text."""
+
+    tokens: Kept
+    student: Signal
+    teacher: Signal
+    rows: int
+
+    def means(self, moment: Moment) -> dict[str, float]:
+        """{term of the moment: unweighted nats per token}."""
+        sums = row_sums(self.student, self.teacher, self.tokens.targets, self.tokens.rows, row_count=self.rows, moment=moment,
+                        measures={"ce": MEASURES["ce"]}, chunk=CHUNK)
+        count = max(len(self.tokens.targets), 1)
+        return {name: float(sums[name].sum()) / count for name in moment.weights}
+
+    def teacher_logits(self) -> Iterator[Tensor]:
+        """[n, V] of each chunk, in float32."""
+        for start in range(0, len(self.teacher), CHUNK):
+            with torch.no_grad():
+                yield self.teacher.logits(slice(start, start + CHUNK)).float()
+
+
+class Subject:
+    """A config and what it names.  A part that cannot be had raises `Unavailable` to each check that asks for it."""
+
+    needs = {  # the sections on which a part depends, so that a mended config need not load it again
+        "tokenizer": ("teacher",), "split": ("data", "seed"), "blocks": ("data", "seed", "teacher"), "teacher": ("teacher",),
+        "student": ("teacher", "student", "data", "seed"), "configs": ("teacher", "student"), "student_tokenizer": ("student",),
+        "size": ("teacher", "student"),
+    }
+
+    def __init__(self, config: Config, made: Mapping[str, Any] | None = None) -> None:
+        """
+        Args:
+            made: parts that are there already, by the names of the properties below.
+        """
+        self.config, self.made = config, dict(made or {})
+
+    def mended(self, config: Config) -> "Subject":
+        """Another config, with what is the same for both."""
+        same = {name for name, sections in self.needs.items() if all(getattr(config, s) == getattr(self.config, s) for s in sections)}
+        return Subject(config, {name: found for name, found in self.made.items() if name in same})
+
+    @part("training")
+    def args(self) -> TrainingArguments:
+        """In float32: whether the device has the config's dtype is a check of its own."""
+        args = training_arguments(self.config.model_copy(update={"precision": "float32"}), Path("unused"))
+        if min(args.train_batch_size, args.gradient_accumulation_steps) < 1:
+            raise ConfigError(f"found {args.train_batch_size} rows a batch and {args.gradient_accumulation_steps} batches a step; "
+                              "both must be 1 or more")
+        return args
+
+    @part("teacher.model")
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return models.load_tokenizer(self.config.teacher.model)
+
+    @part("student.from")
+    def student_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The one that a student of its own was trained with."""
+        return models.load_tokenizer(self.config.student.source)
+
+    @part("teacher.model")
+    def configs(self) -> dict[str, Any]:
+        """{"teacher": …, "student": …} the models' own; without a student where that is made from the teacher."""
+        found = {"teacher": models.load_config(self.config.teacher.model)}
+        if self.config.student.source != "teacher":
+            try:
+                found["student"] = models.load_config(self.config.student.source)
+            except KdlibError as error:
+                raise Unavailable("student.from", error) from error
+        return found
+
+    @part("student.from")
+    def size(self) -> int:
+        """The student's parameters, counted on a model without weights."""
+        chosen, student = self.configs.get("student"), self.config.student
+        if chosen is None:
+            teacher = self.configs["teacher"]
+            models.check_layers(self.config, teacher.num_hidden_layers)
+            keep = student.keep if isinstance(student.keep, list) else range(student.layers)
+            chosen = models.with_layers(copy.deepcopy(teacher), keep)
+        try:
+            with torch.device("meta"):
+                return models.parameters(AutoModelForCausalLM.from_config(chosen))
+        except ValueError as error:
+            raise ModelError(f"{student.source}: no model that predicts the next token: {error}") from error
+
+    @part("data.source")
+    def split(self) -> DatasetDict:
+        """The documents, before they are tokens."""
+        return data.split_documents(data.read_documents(self.config.data), self.config.data, seed=self.config.seed)
+
+    @part("data.source")
+    def blocks(self) -> TokenBlocks:
+        return data.prepare(self.config.data, self.tokenizer, seed=self.config.seed)
+
+    @part("teacher.model")
+    def teacher(self) -> LiveTeacher:
+        """In a dtype that the machine is good at, and that has float32's range: what float16 has no number for is seen."""
+        dtype, _ = models.precision_of(self.config.model_copy(update={"precision": "auto"}))
+        model = models.load_model(self.config.teacher.model, dtype).to(models.device_of(self.config))
+        return LiveTeacher(model, vocabulary=len(self.tokenizer))
+
+    @part("student.from")
+    def student(self) -> PreTrainedModel:
+        """Untrained, as a run would start with it."""
+        layers = models.chosen_layers(self.config, self.teacher.model, data.calibration_rows(self.blocks.train))
+        torch.manual_seed(self.config.seed)
+        made = models.load_student(self.config, layers) if layers is None else models.shallower(self.teacher.model, layers)
+        return made.to(self.teacher.model.device)
+
+    @property
+    def objective(self) -> Objective:
+        return objective_of(self.config)
+
+    @property
+    def active(self) -> dict[str, Spec]:
+        """The weights over training of the terms that have one at some moment."""
+        return {name: spec for name, spec in self.config.loss.schedules.items() if max(sampled(spec)) > 0}
+
+    @part("training")
+    def steps(self) -> int:
+        """Optimizer steps of the whole training; does not read the data where the config says `max_steps`."""
+        steps = self.args.max_steps if self.args.max_steps >= 0 else self.plan.steps
+        if steps < 1:
+            raise ConfigError("the training has no optimizer step; raise max_steps or num_train_epochs")
+        return steps
+
+    @part("training")
+    def plan(self) -> Plan:
+        args, rows = self.args, len(self.blocks.train)
+        batches = rows / (args.train_batch_size * args.world_size)
+        batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+        if batches == 0:
+            raise ConfigError(f"{rows} rows make no whole batch, and dataloader_drop_last leaves the others out; set it to false")
+        a_pass = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+        steps = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * a_pass)
+        return Plan(rows, batches, steps / a_pass, steps)
+
+    @part("training.lr_scheduler_kwargs")
+    def learning_rate(self) -> Schedule | None:
+        """Optimizer step, from 0 → multiple of `training.learning_rate`; None where it follows from how the training goes."""
+        course, args, steps = self.config.training.get("lr_scheduler_type"), self.args, self.steps
+        if isinstance(course, Mapping):
+            schedule = from_spec(course)
+            return lambda step: schedule(step / steps)
+        try:
+            optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+            scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs)
+            course = scheduler.lr_lambdas[0] if isinstance(scheduler, LambdaLR) else None
+            if course:
+                course(steps - 1)  # some arguments are first read after the warm-up
+        except (ArithmeticError, TypeError, ValueError) as error:
+            raise ConfigError(f"transformers cannot make the schedule {args.lr_scheduler_type.value} from these: {error}") from error
+        return course
+
+    @part("loss.features.layers")
+    def pairs(self) -> LayerPairs:
+        """The layers that feature terms compare; the student gets the projections that they need."""
+        return listen(self.config, self.student, self.teacher.model, self.objective)
+
+    @part("loss.weights")
+    def batch(self) -> FirstBatch:
+        """The first rows, no more than `TOKENS` tokens, through both models."""
+        rows, total = [], 0
+        for row in self.blocks.train.select(range(min(self.args.train_batch_size, len(self.blocks.train)))):
+            if rows and total + len(row["input_ids"]) > TOKENS:
+                break
+            rows, total = [*rows, row], total + len(row["input_ids"])
+        batch = {name: values.to(self.teacher.model.device)
+                 for name, values in data.collate(rows, pad_id=self.tokenizer.pad_token_id).items()}
+        tokens, (ours, theirs) = kept(batch["labels"]), zip(*self.pairs, strict=True) if self.pairs else ((), ())
+        every = Moment(dict.fromkeys(self.active, 1.0), {})
+        wanted = {"hidden": every.needs_hidden, "attention": every.needs_attention}
+        with torch.no_grad():
+            student = signal_of(
+                self.student, batch, tokens, vocabulary=len(self.tokenizer), form=models.head_form(self.student),
+                inside=Inside(ours, **wanted, projections=getattr(self.student, PROJECTIONS, None) if every.needs_projection else None),
+            )
+        return FirstBatch(tokens, student, self.teacher(batch, tokens, Inside(theirs, **wanted)), len(rows))
