@@ -26,7 +26,7 @@ SOUND = {
     "baseline": {"weights": {"ce": 1.0}},
     "training": {"max_steps": 3, "learning_rate": "6e-4", "lr_scheduler_type": {"joined": [[0.1, {"linear": [0, 1]}], [1, 1.0]]},
                  "metric_for_best_model": "eval_perplexity"},
-    "compare": {"resamples": 100},
+    "compare": {"resamples": 100}, "diagnostics": {"grad_norms_every": 2},
 }
 NEVER = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
