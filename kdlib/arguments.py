@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from kdlib.errors import nearest
+from kdlib.errors import nearest, printable
 from kdlib.schedulers import normal, sampled
 
 # Where kdlib's default is not transformers' own.
@@ -65,7 +65,7 @@ def problem_with(name: str, value: Any) -> str | None:
     if name in RESERVED:
         return f"{name}: not set here: {RESERVED[name]}"
     if name not in training_fields():
-        return f"{name}: TrainingArguments has no such name{nearest(name, training_fields())}"
+        return f"{printable(name)}: TrainingArguments has no such name{nearest(name, training_fields())}"
     if name == "lr_scheduler_type":
         return _problem_with_course(name, value)
     try:

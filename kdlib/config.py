@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from kdlib.arguments import TRAINING_DEFAULTS, clashes, problem_with, typed
-from kdlib.errors import ConfigError, nearest
+from kdlib.errors import ConfigError, nearest, printable
 from kdlib.fields import Count, Number, Section, refuse
 from kdlib.loss_config import BaselineConfig, LossConfig
 from kdlib.overrides import merged, overridden, read_yaml, smoke_for
@@ -140,6 +140,8 @@ def parse(
     except ValidationError as error:
         lines = [line for fault in error.errors() for line in _describe(fault, kind)]
         raise ConfigError(f"{name}: {len(lines)} fault{'s' * (len(lines) > 1)}\n" + "\n".join(f"  {x}" for x in lines)) from None
+    except RecursionError:
+        raise ConfigError(f"{name}: a value is nested too deeply, or within itself; a schedule needs a few levels at most") from None
 
 
 def read_text(path: Path) -> str:
@@ -171,7 +173,7 @@ def differences(one: Mapping, other: Mapping, prefix: str = "") -> list[str]:
 
 def _describe(fault: Mapping, kind: type[Section]) -> list[str]:
     path = [str(part) for part in fault["loc"]]
-    where, found = ".".join(path) or "config", fault["input"]
+    where, found = ".".join(map(printable, path)) or "config", fault["input"]
     if fault["type"] == "extra_forbidden":
         keys = _keys(path[:-1], kind)
         return [f"{where}: unknown key{nearest(path[-1], keys)}; allowed here: {', '.join(keys)}"]

@@ -29,6 +29,11 @@ class NonFiniteLoss(KdlibError):
     """A loss term that is nan or infinite."""
 
 
+def printable(text: str) -> str:
+    """The text where it prints as one line, else with escapes: a name that someone else chose."""
+    return text if text.isprintable() else ascii(text)
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """`; did you mean 'temperature'?`, or nothing where no name is near."""
     near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)

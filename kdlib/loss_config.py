@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo, WrapValidator
 
 from kdlib.curriculum import conflicts, disorder, idle, resolved
-from kdlib.errors import nearest
+from kdlib.errors import nearest, printable
 from kdlib.fields import Count, Number, Section, fraction, number, refuse, whole
 from kdlib.schedulers import SHAPES, Spec, normal, sampled
 
@@ -44,9 +44,9 @@ def _unfit(weights: Mapping[str, Any]) -> list[str]:
             faults.append(f"there is no term {name!r}{nearest(name, TERM_NAMES)}; the terms are {', '.join(TERM_NAMES)}")
         try:
             if min(sampled(spec)) < 0:
-                faults.append(f"{name}: found {spec}; weights are 0 or more")
+                faults.append(f"{printable(name)}: found {spec}; weights are 0 or more")
         except ValueError as error:
-            faults.append(f"{name}: {error}")
+            faults.append(f"{printable(name)}: {error}")
     return faults
 
 
@@ -82,7 +82,7 @@ def _temperature(value: Any) -> Any:
         try:
             found[name] = _above_zero(spec)
         except ValueError as error:
-            faults.append(f"{name}: {error}")
+            faults.append(f"{printable(str(name))}: {error}")
     refuse(faults if value else [f"found {value!r}; it is a number, a schedule, or a mapping from terms to these; {known}"])
     return found
 

@@ -15,7 +15,7 @@ import yaml
 from kdlib.arguments import RESERVED, problem_with, scheduler_names, training_fields
 from kdlib.config import parse
 from kdlib.dialects import HALVES, OURS, REASONS, read_settings
-from kdlib.errors import ConfigError
+from kdlib.errors import ConfigError, printable
 from kdlib.fields import number
 from kdlib.overrides import with_override
 
@@ -253,8 +253,7 @@ def _switch(theirs: Mapping[str, Any], key: str, made: Migration) -> bool:
 
 
 def _one_line(value: Any) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    return text if text.isprintable() else ascii(text)
+    return printable(value if isinstance(value, str) else repr(value))
 
 
 def _flow(value: Any) -> str:

@@ -270,6 +270,13 @@ def test_differences_name_the_values_that_differ(raw_config):
         ("empty.yaml", b"", "a mapping of sections is needed"),
         ("list.yaml", b"- 1", "a mapping of sections is needed"),
         ("binary.yaml", b"\xff\xfe\x00", "cannot be read as a text file"),
+        ("no\0name.yaml", None, "cannot be read as a text file: embedded null byte"),
+        ("deep.yaml", b"[" * 5000, "not valid YAML: nested too deeply"),
+        ("date.yaml", b"seed: 2026-13-45", "not valid YAML: month must be in 1..12"),
+        ("bool.yaml", b"seed: !!bool maybe", "not valid YAML: 'maybe'"),
+        ("itself.yaml", b"loss: {weights: {kd: &a {joined: [[1, *a]]}}}", "nested too deeply, or within itself"),
+        ("half.yaml", b'loss: {weights: {"\\ud800": -1}, temperature: {"\\ud800": 0}}', r"'\ud800': the temperature must stay above 0"),
+        ("lines.yaml", b'training: {"a\\nb": 1}\n"a\\nb": 1', "training.'a\\nb': TrainingArguments has no such name"),
     ],
 )
 def test_a_file_that_cannot_be_read_says_so(config_file, name, content, expected):
