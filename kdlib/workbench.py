@@ -166,12 +166,10 @@ class Workbench:
         """Where the dry run leaves its figures."""
         return StudentFolder(self.run.path / "dry_run")
 
-    def doctor(self) -> pd.DataFrame:
-        """What is wrong with this config, data and models before they train; `kd doctor --fix` mends what is unambiguous."""
+    def doctor(self) -> None:
+        """Say what is wrong with this config, data and models before they train; `kd doctor --fix` mends what is unambiguous."""
         made = {"tokenizer": self.tokenizer, "blocks": self.blocks, "teacher": self.teacher, "student": self.student()}
-        found = doctor.diagnose(self.config, made=made)
-        print(f"the doctor has {findings.counted(found)}")
-        return findings.table(found)
+        print(f"the doctor: {findings.text(doctor.diagnose(self.config, made=made))}")
 
     def selftest(self) -> pd.DataFrame:
         """What must be equal on this config, these models and this text, compared: a line each, pass or fail."""

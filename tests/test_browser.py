@@ -75,7 +75,7 @@ def lab(project, tmp_path):
 
 def test_the_notebooks_run_by_hand_and_leave_a_run(lab, project, browser, tmp_path):
     page = browser.new_page(viewport={"width": 1300, "height": 1600})
-    last_words = {"00_setup": "the doctor has", "01_dry_run": "forecast for", "02_train": "baseline step 12/12",
+    last_words = {"00_setup": "the doctor: ", "01_dry_run": "forecast for", "02_train": "baseline step 12/12",
                   "03_compare": "now: kd report"}
     for name in NOTEBOOKS:
         page.goto(f"{lab}/lab/tree/notebooks/{name}.ipynb?token=t&reset")

@@ -1,10 +1,8 @@
-"""Findings: what the doctor says about a config, and how it is shown: as text, as a table, as JSON.  Imports no torch."""
+"""Findings: what the doctor says about a config, and how it is shown: as text or as JSON.  Imports no torch."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
-
-import pandas as pd
 
 SEVERITIES = ("critical", "warning", "note")  # it will fail or teach nothing; it may go wrong; good to know
 
@@ -31,22 +29,11 @@ def ordered(findings: Iterable[Finding]) -> list[Finding]:
     return sorted(unique.values(), key=lambda each: SEVERITIES.index(each.severity))
 
 
-def table(findings: Sequence[Finding]) -> pd.DataFrame:
-    """where → severity, what, why, fix; for reading in a notebook."""
-    columns = ["where", "severity", "what", "why", "fix"]
-    return pd.DataFrame([[getattr(each, name) for name in columns] for each in findings], columns=columns).set_index("where")
-
-
 def text(findings: Sequence[Finding]) -> str:
-    """A paragraph for each, and how many there are."""
-    return "\n\n".join([*map(str, findings), counted(findings)])
-
-
-def counted(findings: Sequence[Finding]) -> str:
-    """`1 critical, 2 warnings`, or `no findings`."""
+    """How many there are, and a paragraph for each."""
     counts = [f"{n} {name}{'s' * (n > 1 and name != 'critical')}" for name in SEVERITIES
               if (n := sum(each.severity == name for each in findings))]
-    return ", ".join(counts) or "no findings"
+    return "\n\n".join([", ".join(counts) or "no findings", *map(str, findings)])
 
 
 def as_data(findings: Sequence[Finding]) -> list[dict[str, Any]]:
