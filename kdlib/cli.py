@@ -214,6 +214,26 @@ def doctor(
     raise typer.Exit(visit.exit_status(strict=strict))
 
 
+@app.command()
+def forecast(
+    config: Annotated[str, typer.Argument(help="The experiment: a YAML file.")],
+    override: Annotated[list[str] | None, typer.Option("-o", "--override", help="key=value, e.g. data.max_length=512.")] = None,
+    memory: Annotated[float | None, typer.Option("--memory", help="GiB of the device; what is here unless given.", min=0.1)] = None,
+    devices: Annotated[int | None, typer.Option("--devices", help="Devices that share the training.", min=1)] = None,
+    rows: Annotated[int | None, typer.Option("--rows", help="Training rows, for the time of so many epochs.", min=1)] = None,
+    no_time: Annotated[bool, typer.Option("--no-time", help="Memory alone: seconds, and nothing is computed.")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="Also train four steps in a process of its own, and compare.")] = False,
+    cards: Annotated[bool, typer.Option("--cards", help="Also which of the usual cards would do, and with which change.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON, in bytes and seconds.")] = False,
+) -> None:
+    """Say how much memory CONFIG will take, moment by moment, what would make it fit, and how long it takes."""
+    resolved = configs.load(config, override or [])
+    from kdlib.diagnostics import outlook
+
+    data = outlook.outlook(resolved, memory=memory, devices=devices, rows=rows, timed=not no_time, measure=measure, every_card=cards)
+    print(json.dumps(data, indent=1) if as_json else outlook.described(data))
+
+
 def main() -> None:
     """Entry point: what a user can act on is printed bare, with exit status 1."""
     try:

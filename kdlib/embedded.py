@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from kdlib.errors import ModelError
 
@@ -37,7 +37,7 @@ def unpacked(file: Path) -> Path:
     print(f"unpacking {file.name} once, into {folder} …", flush=True)
     half_made = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     source = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    model = type(source)(plain_config(source))
+    model = type(source)(plain_config(source.config))
     model.load_state_dict(source.state_dict())
     model.save_pretrained(half_made)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(half_made)
@@ -48,13 +48,13 @@ def unpacked(file: Path) -> Path:
     return folder
 
 
-def plain_config(model: PreTrainedModel):
-    """A copy of the model's config without the traces of a quantised file, so that it can be saved."""
-    config = deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.dtype = torch.float32
-    return config
+def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of a model's config without the traces of a quantised file, so that it can be saved."""
+    plain = deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    plain.dtype = torch.float32
+    return plain
 
 
 def _fingerprint(file: Path) -> str:

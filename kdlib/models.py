@@ -8,7 +8,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from kdlib.captures import captured_hidden, layers_name, layers_of
 from kdlib.config import Config
@@ -141,7 +149,7 @@ def layer_influence(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 
 def shallower(teacher: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
     """A float32 copy of the teacher with only the layers `keep`; embeddings, norms and head come along."""
-    config = with_layers(plain_config(teacher), keep)
+    config = with_layers(teacher.config, keep)
     student = type(teacher)(config)
     prefix = layers_name(teacher) + "."
     new_index = {old: new for new, old in enumerate(keep)}
@@ -158,13 +166,24 @@ def shallower(teacher: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
     return student.float().eval()
 
 
-def with_layers(config, keep: Sequence[int]):
-    """The config with only the layers `keep`; what it says of each layer goes with the layer."""
+def with_layers(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfig:
+    """A copy of a model's config with only the layers `keep`."""
+    changed = plain_config(config)
     for name, value in config.to_dict().items():  # layer_types, no_rope_layers, …: one entry per layer
         if isinstance(value, list) and len(value) == config.num_hidden_layers:
-            setattr(config, name, [value[i] for i in keep])
-    config.num_hidden_layers = len(keep)
-    return config
+            setattr(changed, name, [value[i] for i in keep])
+    changed.num_hidden_layers = len(keep)
+    return changed
+
+
+def blank_model(name: str, config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A causal language model of this config with random weights; `name` is for the message of an error.
+
+    Raises:
+        ModelError: the config is of no such model.
+    """
+    with _explained(name, "causal language model"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 @torch.no_grad()
@@ -174,16 +193,23 @@ def head_form(model: PreTrainedModel) -> Form | None:
     None for a model whose logits are made otherwise, or computed all at once whether asked or not: seen on four tokens, not
     guessed from the model's name.
     """
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    if not isinstance(head, nn.Linear) or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+    head, form, training = model.get_output_embeddings(), stated_form(model), model.training
+    if form is None:
         return None
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-    form, training = Form(float(scale), getattr(config, "final_logit_softcapping", None)), model.training
     model.eval()
     with captured_hidden(model) as states:
         logits = model(input_ids=torch.arange(4, device=model.device)[None], use_cache=False).logits
     model.train(training)
     return form if torch.allclose(form.logits(head(states[0])).to(logits.dtype), logits, rtol=1e-3, atol=1e-3) else None
+
+
+def stated_form(model: PreTrainedModel) -> Form | None:
+    """What the structure and config of a model say of `head_form`, without a look at what it computes."""
+    config = model.config.get_text_config()
+    if not isinstance(model.get_output_embeddings(), nn.Linear) or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return None
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    return Form(float(scale), getattr(config, "final_logit_softcapping", None))
 
 
 def device_of(config: Config) -> torch.device:

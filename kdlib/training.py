@@ -1,6 +1,6 @@
 """One training from a config: its arguments and objective, resumed where it stopped, its files left behind."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from kdlib.arguments import HIGHER_IS_BETTER
 from kdlib.callbacks import PlanFile, StopAfter, StopRequest
@@ -105,12 +105,15 @@ def listen(config: Config, student: PreTrainedModel, teacher: PreTrainedModel, o
 def train(
     config: Config, folder: StudentFolder, *, student: PreTrainedModel, teacher: LiveTeacher, tokenizer: PreTrainedTokenizerBase,
     blocks: TokenBlocks, weights: Mapping[str, Any] | None = None, label: str = "", stop_after: int | None = None,
+    dense: bool = False, callbacks: Sequence[TrainerCallback] = (),
 ) -> DistillationTrainer:
     """Train one student into its folder, from its last checkpoint where there is one.
 
     Args:
         weights: in place of the config's: the baseline's.
         stop_after: a dry run of so many steps: no checkpoints, no models.
+        dense: compute all logits at once: the slow reference.
+        callbacks: told of the training beside its own.
 
     Raises:
         RunError: stopped by an interrupt or a STOP file (a checkpoint is there), or the disk is full.
@@ -136,7 +139,8 @@ def train(
             data_collator=partial(collate, pad_id=tokenizer.pad_token_id), objective=objective, teacher=teacher,
             vocabulary=len(tokenizer), workspace=workspace_of(config, args, len(blocks.train), len(tokenizer)), layer_pairs=pairs,
             learning_rate_schedule=from_spec(course) if isinstance(course, Mapping) else None,
-            folder=folder, label=label, last_step=stop_after, grad_norms_every=config.diagnostics.grad_norms_every,
+            folder=folder, label=label, last_step=stop_after, grad_norms_every=config.diagnostics.grad_norms_every, dense=dense,
+            callbacks=[*callbacks],
         )
         trainer.add_callback(PlanFile(folder, objective))
         stop = StopRequest(folder)

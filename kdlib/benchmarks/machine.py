@@ -2,18 +2,23 @@
 
 import ctypes
 import gc
+import json
 import os
 import platform
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
+from kdlib.errors import RunError
 from kdlib.models import bf16_instructions
 
 PACKAGES = ("kdlib", "torch", "transformers", "accelerate", "trl", "liger-kernel", "torchtune")
@@ -90,6 +95,24 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
             before = highest[0]
             yield measured
         measured["bytes"] = highest[0] - before
+
+
+def in_fresh_process(module: str, asked: Mapping[str, Any], *, what: str) -> dict[str, Any]:
+    """What `python -m module` prints as its last line, given `asked`, both in JSON.
+
+    Args:
+        what: is done there, for the message of an error.
+
+    Raises:
+        RunError: that process failed; its last words are in the message.
+    """
+    returned = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}  # glibc gives large blocks back when they are freed: what is
+    done = subprocess.run(  # measured is what is held, not how its heap happened to be cut up
+        [sys.executable, "-m", module, json.dumps(asked)], capture_output=True, text=True, check=False, env=returned
+    )
+    if done.returncode != 0:
+        raise RunError(f"{what} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @contextmanager

@@ -1,8 +1,6 @@
 """Measuring heads: interleaved rounds of time, agreement with float64, and peak memory in a fresh process per case."""
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,7 +10,6 @@ import torch
 from kdlib.benchmarks import machine
 from kdlib.benchmarks.heads import Problem, Setting, agreement, problem
 from kdlib.benchmarks.peers import CASES
-from kdlib.errors import RunError
 
 WARMUP_CHUNKS = 1  # tokens of the warm-up, in chunks: what is compiled is compiled for the same shapes
 
@@ -55,14 +52,9 @@ def memory(name: str, setting: Setting, **inputs: Any) -> dict[str, Any]:
     Raises:
         RunError: that process failed; its last words are in the message.
     """
-    asked = json.dumps({"name": name, "chunk": setting.chunk, "top_k": setting.top_k, "inputs": inputs})
-    returned = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}  # glibc gives large blocks back when they are freed: what is
-    done = subprocess.run(  # measured is what is held, not how its heap happened to be cut up
-        [sys.executable, "-m", __name__, asked], capture_output=True, text=True, check=False, env=returned
-    )
-    if done.returncode != 0:
-        raise RunError(f"measuring the memory of {name} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
-    return {"name": name, "tokens": inputs["tokens"], **json.loads(done.stdout.splitlines()[-1])}
+    asked = {"name": name, "chunk": setting.chunk, "top_k": setting.top_k, "inputs": inputs}
+    found = machine.in_fresh_process(__name__, asked, what=f"measuring the memory of {name}")
+    return {"name": name, "tokens": inputs["tokens"], **found}
 
 
 def memory_here(name: str, setting: Setting, **inputs: Any) -> dict[str, int]:

@@ -1,9 +1,13 @@
 """What the doctor asks of teacher and student before their weights are loaded: do they fit each other, the text and the terms?"""
 
 from collections.abc import Iterator
+from functools import partial
 
 from kdlib import models
+from kdlib.diagnostics.charges import GIB
 from kdlib.diagnostics.findings import Finding
+from kdlib.diagnostics.forecast import forecast, verdict
+from kdlib.diagnostics.remedies import remedies
 from kdlib.diagnostics.subject import Subject, Unavailable
 from kdlib.errors import ModelError
 from kdlib.objective import feature_terms
@@ -72,4 +76,21 @@ def terms_have_a_source(subject: Subject) -> Iterator[Finding]:
                           "nothing, or compare hidden states instead")
 
 
-MODEL_CHECKS = (rows_fit_the_positions, models_are_a_pair, tokenizers_agree, terms_have_a_source)
+def memory_suffices(subject: Subject) -> Iterator[Finding]:
+    """The forecast of the training's peak lies within what the device has; by how much, `kd forecast` says part by part."""
+    config, rows = subject.config, len(subject.blocks.train)
+    found = forecast(config, rows=rows)
+    judged = verdict(found.peak, found.total)
+    if judged == "fits":
+        return
+    changes = [each for each in remedies(config, found, found.total, partial(forecast, rows=rows)) if each.peak <= found.total]
+    yield Finding(
+        "critical" if judged == "does not fit" else "warning", "training.per_device_train_batch_size",
+        f"the training is forecast to take {found.peak / GIB:.1f} GiB, {found.moment}, and the device has {found.total / GIB:.1f}",
+        "a training that runs out of memory ends without a word, on a CPU even with the whole machine",
+        "; or ".join(f"{each.overrides} ({each.what}): {each.peak / GIB:.1f} GiB" for each in changes)
+        or "see `kd forecast`; take smaller models, shorter rows, or more memory",
+    )
+
+
+MODEL_CHECKS = (rows_fit_the_positions, models_are_a_pair, tokenizers_agree, terms_have_a_source, memory_suffices)

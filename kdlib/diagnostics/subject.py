@@ -1,6 +1,5 @@
 """What the doctor looks at: a config, with its data and models, each loaded once, when a check first asks for it."""
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,13 +11,14 @@ import torch
 from datasets import DatasetDict
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.optimization import get_scheduler
 
 from kdlib import data, models
 from kdlib.config import Config
 from kdlib.data import TokenBlocks
-from kdlib.errors import ConfigError, KdlibError, ModelError
+from kdlib.diagnostics.rehearsal import outline
+from kdlib.errors import ConfigError, KdlibError
 from kdlib.losses.features import LayerPairs
 from kdlib.objective import MEASURES, Moment, Objective, row_sums
 from kdlib.schedulers import Schedule, Spec, from_spec, sampled
@@ -147,17 +147,8 @@ class Subject:
     @part("student.from")
     def size(self) -> int:
         """The student's parameters, counted on a model without weights."""
-        chosen, student = self.configs.get("student"), self.config.student
-        if chosen is None:
-            teacher = self.configs["teacher"]
-            models.check_layers(self.config, teacher.num_hidden_layers)
-            keep = student.keep if isinstance(student.keep, list) else range(student.layers)
-            chosen = models.with_layers(copy.deepcopy(teacher), keep)
-        try:
-            with torch.device("meta"):
-                return models.parameters(AutoModelForCausalLM.from_config(chosen))
-        except ValueError as error:
-            raise ModelError(f"{student.source}: no model that predicts the next token: {error}") from error
+        with torch.device("meta"):
+            return models.parameters(models.blank_model(self.config.student.source, outline(self.config).student))
 
     @part("data.source")
     def split(self) -> DatasetDict:

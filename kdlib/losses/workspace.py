@@ -62,8 +62,15 @@ class Workspace:
 
         The function returned takes what `products` gave, targets [n], temperatures [terms] and weights [terms].
         """
-        make = _compiled if self.compiled else _row_arithmetic
-        return _by_pieces(make(tuple(functions), student, teacher))
+        return _by_pieces(self.arithmetic(functions, student, teacher), self.piece)
+
+    def arithmetic(self, functions: Sequence[Callable], student: Form, teacher: Form | None) -> Callable[..., Tensor]:
+        """What is done with one piece of a chunk: [terms, n] values; the student's products are overwritten."""
+        return (_compiled if self.compiled else _row_arithmetic)(tuple(functions), student, teacher)
+
+    def piece(self, products: Tensor) -> int:
+        """Rows worked on at a time: as many as a CPU's last cache holds; elsewhere all."""
+        return PIECE if products.device.type == "cpu" else max(len(products), 1)
 
     def _buffer(self, name: str, tokens: int, signal: Signal) -> Tensor:
         """[tokens, V] of the kept memory, which grows where it must."""
@@ -73,24 +80,26 @@ class Workspace:
         return kept[: tokens * signal.vocabulary].view(tokens, signal.vocabulary)
 
 
-def chunk_tokens(vocabulary: int, itemsize: int, device: torch.device) -> int:
+def chunk_tokens(vocabulary: int, itemsize: int, device: torch.device, *, free: int | None = None) -> int:
     """How many tokens' logits to make at a time: a multiple of 64, as many as an eighth of the free memory holds, in bounds.
 
     More make the products a little faster, up to a few hundred; memory grows in proportion.
+
+    Args:
+        free: bytes of the device; those that are free now where None.
     """
-    if device.type == "cuda":
-        budget = min(torch.cuda.mem_get_info(device)[0] // 8, BUDGET)
-    else:
-        budget = min(psutil.virtual_memory().available // 8, CPU_BUDGET)
+    cuda = device.type == "cuda"
+    if free is None:
+        free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
+    budget = min(free // 8, BUDGET if cuda else CPU_BUDGET)
     return max(budget // (2 * vocabulary * itemsize) // PIECE, 1) * PIECE
 
 
-def _by_pieces(arithmetic: Callable) -> Callable[..., Tensor]:
+def _by_pieces(arithmetic: Callable, piece: Callable[[Tensor], int]) -> Callable[..., Tensor]:
     """The same arithmetic done piece by piece, and summed over the rows that are tokens."""
 
     def sums(products: Tensor, others: Tensor | None, targets: Tensor, temperatures: Tensor, weights: Tensor) -> Tensor:
-        size = PIECE if products.device.type == "cpu" else max(len(products), 1)
-        padded, values = F.pad(targets, (0, len(products) - len(targets))), []
+        size, padded, values = piece(products), F.pad(targets, (0, len(products) - len(targets))), []
         for start in range(0, max(len(products), 1), size):
             rows = slice(start, start + size)
             values.append(arithmetic(products[rows], None if others is None else others[rows], padded[rows], temperatures, weights))

@@ -1,0 +1,63 @@
+"""What a config's training really takes: a few steps in a process of its own, to hold a forecast against."""
+
+import json
+import sys
+import tempfile
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from kdlib import config as configs
+from kdlib import models, training
+from kdlib.benchmarks import machine
+from kdlib.benchmarks.steps import StepClock
+from kdlib.config import Config
+from kdlib.data import TokenBlocks
+from kdlib.diagnostics.rehearsal import kept_layers
+from kdlib.runs import StudentFolder
+from kdlib.teachers import LiveTeacher
+
+STEPS = 4  # the first is not timed
+
+
+def measured(config: Config, *, steps: int = STEPS, dense: bool = False) -> dict[str, Any]:
+    """Peak memory above the process's own, and the median optimizer step, of a few steps on random tokens.
+
+    Returns:
+        {"peak_bytes": …, "wall_s": …, "cpu_s": …}.
+
+    Raises:
+        RunError: the process failed, as for want of memory; its last words are in the message.
+    """
+    asked = {"config": config.as_dict(), "steps": steps, "dense": dense}
+    return machine.in_fresh_process(__name__, asked, what=f"training {steps} steps of this config")
+
+
+def measured_here(config: Config, *, steps: int, dense: bool) -> dict[str, Any]:
+    """What the fresh process does: teacher, student and trainer as in a run; random rows as long as the config allows."""
+    tokenizer = models.load_tokenizer(config.teacher.model)
+    rows = config.training.get("per_device_train_batch_size", 8) * config.training.get("gradient_accumulation_steps", 1) * steps
+    tokens = torch.randint(len(tokenizer), (rows, config.data.max_length)).tolist()
+    blocks = TokenBlocks(*[Dataset.from_dict({"input_ids": tokens})] * 2, notes={})
+    dtype, _ = models.precision_of(config)
+    clock = StepClock()
+    with tempfile.TemporaryDirectory() as folder, machine.peak_memory(models.device_of(config)) as peak:
+        teacher = LiveTeacher(models.load_model(config.teacher.model, dtype), len(tokenizer))
+        student = models.load_student(config, kept_layers(config, teacher.model.config.num_hidden_layers))
+        training.train(config, StudentFolder(Path(folder)), student=student, teacher=teacher, tokenizer=tokenizer, blocks=blocks,
+                       stop_after=steps, dense=dense, callbacks=[clock])
+    return {"peak_bytes": peak["bytes"], **clock.figures(1)}
+
+
+def main() -> None:
+    asked = json.loads(sys.argv[1])
+    with redirect_stdout(sys.stderr):
+        found = measured_here(configs.parse(asked["config"]), steps=asked["steps"], dense=asked["dense"])
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""One micro-batch of a config, on models made from their configs alone: without data for memory, with random weights for time.
+
+What runs is the training's own code, phase by phase: the student's forward pass, the teacher's, the loss, the backward pass.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from accelerate.utils import convert_outputs_to_fp32
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from kdlib.config import Config
+from kdlib.data import collate
+from kdlib.errors import ModelError
+from kdlib.losses.features import LayerPairs
+from kdlib.losses.workspace import Workspace
+from kdlib.models import blank_model, check_layers, even_layers, load_config, load_tokenizer, stated_form, with_layers
+from kdlib.objective import MEASURES, Moment, Objective, ledger, row_sums
+from kdlib.signals import Form, Kept, Signal, kept
+from kdlib.teachers import Inside, signal_of
+from kdlib.trainer import PROJECTIONS
+from kdlib.training import listen, objective_of
+
+PHASES = ("student's forward", "teacher's forward", "loss", "backward")
+MOMENTS = 20  # points of the training at which the objective is looked at
+
+Phase = Callable[[str], AbstractContextManager]
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The two models of a config, known by their configs alone, and the size of the vocabulary that they share."""
+
+    config: Config
+    student: PreTrainedConfig
+    teacher: PreTrainedConfig
+    vocabulary: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> tuple[int, int]:
+        """The student's and the teacher's."""
+        return self.student.num_hidden_layers, self.teacher.num_hidden_layers
+
+    def with_layers(self, student: int, teacher: int) -> "Outline":
+        """The same with few layers of each model, evenly taken."""
+        few = [with_layers(each, even_layers(count, each.num_hidden_layers))
+               for each, count in ((self.student, student), (self.teacher, teacher))]
+        return replace(self, student=few[0], teacher=few[1])
+
+
+def outline(config: Config) -> Outline:
+    """What is known of a config's models without their weights.
+
+    Raises:
+        ModelError: there is no such model; or the teacher lacks the student's layers.
+    """
+    teacher, notes = load_config(config.teacher.model), []
+    student = load_config(config.student.source) if config.student.source != "teacher" else teacher
+    for name, each in ((config.teacher.model, teacher), (config.student.source, student)):
+        if type(each) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ModelError(f"{name}: its config is of a {each.model_type} model, which is no causal language model; choose one that is")
+    if config.student.source == "teacher":
+        check_layers(config, teacher.num_hidden_layers)
+        student = with_layers(teacher, kept_layers(config, teacher.num_hidden_layers))
+        if config.student.keep == "influence":
+            notes.append("which layers the student keeps is seen on text; taken evenly here, which matters where layers differ in size")
+    try:
+        vocabulary = len(load_tokenizer(config.teacher.model))
+    except ModelError:
+        vocabulary = teacher.get_text_config().vocab_size
+        notes.append(f"no tokenizer is to be had for {config.teacher.model}: its head's {vocabulary:,} rows are taken for the vocabulary")
+    if getattr(teacher, "quantization_config", None):
+        notes.append("the teacher's quantised weights are counted in the precision of the training")
+    return Outline(config, student, teacher, vocabulary, tuple(notes))
+
+
+def kept_layers(config: Config, total: int) -> list[int] | None:
+    """Which of the teacher's layers the student has, evenly taken where the config leaves that to their influence."""
+    if config.student.source != "teacher":
+        return None
+    return config.student.keep if isinstance(config.student.keep, list) else even_layers(config.student.layers, total)
+
+
+class Rehearsal:
+    """Student and teacher of an outline, made on entry to whatever mode is active, and one micro-batch after another."""
+
+    def __init__(self, plan: Outline, *, dtype: torch.dtype, workspace: Workspace, dense: bool = False, device: str = "cpu") -> None:
+        """
+        Args:
+            dtype: of matrix products, and of the teacher's weights.
+            dense: all logits at once, whatever the models' heads.
+            device: where the tensors are.
+        """
+        config = plan.config
+        self.plan, self.dtype, self.workspace, self.device = plan, dtype, workspace, torch.device(device)
+        self.objective: Objective = objective_of(config)
+        with self.device:
+            self.student = blank_model(config.student.source, plan.student)
+            self.teacher = blank_model(config.teacher.model, plan.teacher, dtype).requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):  # `listen` seeds it
+            self.pairs: LayerPairs = listen(config, self.student, self.teacher, self.objective)
+        self.form: Form | None = None if dense else stated_form(self.student)
+        self.teacher_form = stated_form(self.teacher)
+        if self.form is None and dtype is not torch.float32:
+            self.student.forward = convert_outputs_to_fp32(self.student.forward)  # accelerate does so
+        if config.training.get("activation_checkpointing") or config.training.get("gradient_checkpointing"):
+            self._checkpoint(config.training)
+
+    def _checkpoint(self, training: Mapping[str, Any]) -> None:
+        options = dict(training.get("activation_checkpointing_kwargs") or training.get("gradient_checkpointing_kwargs") or {})
+        every, offload = options.pop("every_n_layers", 1), options.pop("offload", False)
+        options = {"use_reentrant": False, **options, "preserve_rng_state": False}  # there is no dropout to repeat
+        self.student.activation_checkpointing_enable(options, every_n_layers=every, offload=offload)
+
+    @cached_property
+    def moments(self) -> list[Moment]:
+        """The objective at the moments of training that ask the models for different things."""
+        found: dict[tuple, Moment] = {}
+        for number in range(MOMENTS + 1):
+            moment = self.objective.at(number / MOMENTS)
+            asks = (moment.needs_teacher, moment.needs_hidden, moment.needs_attention)
+            if moment.weights and len(moment.weights) > len(getattr(found.get(asks), "weights", ())):
+                found[asks] = moment
+        return list(found.values())
+
+    def batch(self, rows: int) -> dict[str, Tensor]:
+        """Rows of random tokens as long as the config allows; unpacked, one is shorter, so that a mask is needed."""
+        data = self.plan.config.data
+        with unset_fake_temporarily(), torch.device("cpu"):  # token ids keep their values in a rehearsal without data
+            generator = torch.Generator().manual_seed(0)
+            ids = torch.randint(self.plan.vocabulary, (rows, data.max_length), generator=generator).tolist()
+            if not data.packing and rows > 1 and data.max_length > 2:
+                ids[-1].pop()
+            made = collate([{"input_ids": row} for row in ids], pad_id=0)
+            return {name: tensor.to(self.device) for name, tensor in made.items()}
+
+    def train(self, batch: Mapping[str, Tensor], moment: Moment, *, count: int, phase: Phase = lambda name: nullcontext()) -> None:
+        """One micro-batch, forward and backward; the gradients stay in the student.
+
+        Args:
+            count: kept tokens of the optimizer step.
+            phase: entered for each of PHASES.
+        """
+        self.student.train()
+        total = self._loss(batch, moment, count, phase)
+        with phase("backward"):
+            total.backward()
+
+    def _loss(self, batch: Mapping[str, Tensor], moment: Moment, count: int, phase: Phase) -> Tensor:
+        with self._autocast():
+            tokens, student, teacher = self._signals(batch, moment, moment.needs_teacher, phase)
+            with phase("loss"):
+                return ledger(student, teacher, tokens.targets, moment=moment, count=count, workspace=self.workspace).total
+
+    @torch.no_grad()
+    def evaluate(self, batch: Mapping[str, Tensor], moment: Moment, phase: Phase = lambda name: nullcontext()) -> None:
+        """One batch of the evaluation."""
+        self.student.eval()
+        with phase("evaluation"), self._autocast():
+            tokens, student, teacher = self._signals(batch, moment, True, phase)
+            row_sums(student, teacher, tokens.targets, tokens.rows, row_count=len(batch["labels"]), measures=MEASURES, moment=moment,
+                     chunk=self.workspace.chunk_for(student))
+
+    def _signals(
+        self, batch: Mapping[str, Tensor], moment: Moment, with_teacher: bool, phase: Phase
+    ) -> tuple[Kept, Signal, Signal | None]:
+        tokens, wanted = kept(batch["labels"]), {"hidden": moment.needs_hidden, "attention": moment.needs_attention}
+        ours, theirs = zip(*self.pairs, strict=True) if self.pairs else ((), ())
+        projections = getattr(self.student, PROJECTIONS, None) if moment.needs_projection else None
+        with phase("student's forward"):
+            student = self._heard(self.student, batch, tokens, self.form, Inside(ours, **wanted, projections=projections))
+        if not with_teacher:
+            return tokens, student, None
+        with phase("teacher's forward"), torch.no_grad():
+            return tokens, student, self._heard(self.teacher, batch, tokens, self.teacher_form, Inside(theirs, **wanted))
+
+    def _heard(self, model: PreTrainedModel, batch: Mapping[str, Tensor], tokens: Kept, form: Form | None, inside: Inside) -> Signal:
+        return signal_of(model, batch, tokens, vocabulary=self.plan.vocabulary, form=form, inside=inside)
+
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+            yield
+
+
+def at_layers(
+    full: tuple[int, int], name: str, low: float, high: float, small: tuple[int, int], large: tuple[int, int]
+) -> float:
+    """A quantity at all layers, on the line through two numbers of layers: the teacher's if its name says so, else the student's."""
+    model = 1 if "teacher" in name else 0
+    if large[model] == small[model]:
+        return high
+    return max(low + (high - low) / (large[model] - small[model]) * (full[model] - small[model]), 0.0)
+
+
+def bytes_of(tensors: Sequence[Tensor]) -> int:
+    """Memory of distinct tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
