@@ -16,8 +16,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from kdlib import cli
 from kdlib.config import load, parse
 from kdlib.data import collate
-from kdlib.diagnostics import config_checks, doctor
+from kdlib.diagnostics import config_checks, doctor, model_checks
 from kdlib.diagnostics.findings import Finding
+from kdlib.diagnostics.forecast import forecast
 from kdlib.diagnostics.subject import Subject
 from kdlib.objective import ledger
 from kdlib.runs import StudentFolder, project_root
@@ -83,6 +84,17 @@ def made(well) -> dict:
     """What does not depend on training and loss, made once for all tests."""
     subject = Subject(parse(well))
     return {name: getattr(subject, name) for name in ("tokenizer", "configs", "split", "blocks", "teacher", "student")}
+
+
+@pytest.fixture(scope="session")
+def usual_forecast(well):
+    return forecast(parse(well))
+
+
+@pytest.fixture(autouse=True)
+def forecast_made_once(monkeypatch, usual_forecast):
+    """A second for each of some seventy visits would tell nothing more: tests/test_forecast.py asks about forecasts."""
+    monkeypatch.setattr(model_checks, "forecast", lambda config, **options: usual_forecast)
 
 
 @pytest.fixture
@@ -389,6 +401,7 @@ def test_the_command_mends_into_another_file_and_says_what_it_changed(kd_doctor,
 
 @pytest.mark.parametrize(("gib", "severity"), [(0.01, "critical"), (64, None)])
 def test_a_training_that_does_not_fit_the_device_is_named_with_the_forecast(well, made, monkeypatch, gib, severity):
+    monkeypatch.setattr(model_checks, "forecast", forecast)
     monkeypatch.setattr("kdlib.diagnostics.forecast._memory", lambda kind: (int(gib * 2**30),) * 2)
     found = {each.where: each for each in doctor.diagnose(parse(well), quick=True, made=made)}
     assert getattr(found.get("training.per_device_train_batch_size"), "severity", None) == severity

@@ -17,14 +17,14 @@ from kdlib.diagnostics.config_checks import CONFIG_CHECKS
 from kdlib.diagnostics.data_checks import DATA_CHECKS
 from kdlib.diagnostics.findings import Finding, as_data, exit_status, ordered, text
 from kdlib.diagnostics.fixes import rewritten
-from kdlib.diagnostics.model_checks import MODEL_CHECKS
+from kdlib.diagnostics.model_checks import MODEL_CHECKS, memory_suffices
 from kdlib.diagnostics.schedule_checks import SCHEDULE_CHECKS
 from kdlib.diagnostics.subject import Subject, Unavailable
 from kdlib.errors import ConfigError
 from kdlib.overrides import pairs
 
 CHECKS = (*CONFIG_CHECKS, *SCHEDULE_CHECKS, *DATA_CHECKS, *MODEL_CHECKS)
-"""In the order in which they are made; `BATCH_CHECKS` follow, which load the models."""
+"""In the order in which they are made; `memory_suffices` follows, and `BATCH_CHECKS`, which load the models."""
 ROUNDS = 5  # of changes: one may bring another to light
 
 
@@ -89,6 +89,8 @@ def examine(subject: Subject, *, quick: bool = False) -> list[Finding]:
     """All checks in turn; what cannot be loaded is a finding, and the other checks go on."""
     _without_bars()
     found = [finding for check in CHECKS for finding in _answers(check, subject)]
+    if not any(each.severity == "critical" for each in found):  # what cannot train takes no memory
+        found += _answers(memory_suffices, subject)
     if quick:
         found.append(_not_measured("asked to be quick"))
     elif stops := [each for each in found if each.severity == "critical" and each.where.split(".")[0] in ("teacher", "student", "data")]:

@@ -93,4 +93,4 @@ def memory_suffices(subject: Subject) -> Iterator[Finding]:
     )
 
 
-MODEL_CHECKS = (rows_fit_the_positions, models_are_a_pair, tokenizers_agree, terms_have_a_source, memory_suffices)
+MODEL_CHECKS = (rows_fit_the_positions, models_are_a_pair, tokenizers_agree, terms_have_a_source)

@@ -147,6 +147,7 @@ class Subject:
     @part("student.from")
     def size(self) -> int:
         """The student's parameters, counted on a model without weights."""
+        _ = self.configs  # a model that cannot be had is named there
         with torch.device("meta"):
             return models.parameters(models.blank_model(self.config.student.source, outline(self.config).student))
 
