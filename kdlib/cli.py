@@ -222,7 +222,7 @@ def forecast(
     devices: Annotated[int | None, typer.Option("--devices", help="Devices that share the training.", min=1)] = None,
     rows: Annotated[int | None, typer.Option("--rows", help="Training rows, for the time of so many epochs.", min=1)] = None,
     no_time: Annotated[bool, typer.Option("--no-time", help="Memory alone: seconds, and nothing is computed.")] = False,
-    measure: Annotated[bool, typer.Option("--measure", help="Also train four steps in a process of its own, and compare.")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="Also train a few steps in processes of their own, and compare.")] = False,
     cards: Annotated[bool, typer.Option("--cards", help="Also which of the usual cards would do, and with which change.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON, in bytes and seconds.")] = False,
 ) -> None:

@@ -302,6 +302,6 @@ def test_a_quantity_follows_its_own_models_layers():
 def test_the_peak_of_a_real_training_is_within_15_percent(dense, checkpointing):
     config = configs.load(project_root() / "configs" / "quickstart.yaml", {
         "student.layers": 10, "training.activation_checkpointing": checkpointing, "loss.compile": False, "training.eval_strategy": "no"})
-    ahead, found = forecast(config, dense=dense), measured(config, steps=2, dense=dense)
-    print(f"forecast {ahead.peak_in_training / GIB:.2f} GiB, measured {found['peak_bytes'] / GIB:.2f}; a step {found['wall_s']:.1f} s")
+    ahead, found = forecast(config, dense=dense), measured(config, dense=dense, what=["memory"])
+    print(f"forecast {ahead.peak_in_training / GIB:.2f} GiB, measured {found['peak_bytes'] / GIB:.2f}")
     assert ahead.peak_in_training == pytest.approx(found["peak_bytes"], rel=0.15)

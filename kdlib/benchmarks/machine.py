@@ -97,18 +97,19 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
         measured["bytes"] = highest[0] - before
 
 
-def in_fresh_process(module: str, asked: Mapping[str, Any], *, what: str) -> dict[str, Any]:
+def in_fresh_process(module: str, asked: Mapping[str, Any], *, what: str, memory: bool = True) -> dict[str, Any]:
     """What `python -m module` prints as its last line, given `asked`, both in JSON.
 
     Args:
         what: is done there, for the message of an error.
+        memory: is measured there, and not time, which giving blocks back takes.
 
     Raises:
         RunError: that process failed; its last words are in the message.
     """
-    returned = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}  # glibc gives large blocks back when they are freed: what is
+    returned = {"MALLOC_MMAP_THRESHOLD_": "1000000"} if memory else {}  # glibc gives large blocks back when they are freed: what is
     done = subprocess.run(  # measured is what is held, not how its heap happened to be cut up
-        [sys.executable, "-m", module, json.dumps(asked)], capture_output=True, text=True, check=False, env=returned
+        [sys.executable, "-m", module, json.dumps(asked)], capture_output=True, text=True, check=False, env={**os.environ, **returned}
     )
     if done.returncode != 0:
         raise RunError(f"{what} ended with status {done.returncode}:\n{done.stderr[-2000:]}")

@@ -27,7 +27,7 @@ def outlook(
     Args:
         memory: GiB of the device, in place of what is here.
         timed: time the pieces of a step here.
-        measure: also train a few steps in a process of its own.
+        measure: also train a few steps in processes of their own.
         every_card: also for each usual size of a card, whether the config fits or with which change.
 
     Returns:
@@ -99,7 +99,7 @@ def _measured(data: Mapping[str, Any]) -> list[str]:
     if not (found := data.get("measured")):
         return []
     ahead = data["peak_in_training"]
-    lines = ["against a few measured steps, in a process of their own:",
+    lines = ["against a few measured steps, in processes of their own:",
              f"  memory above the process's own: forecast {_gib(ahead)} GiB, measured {_gib(found['peak_bytes'])}, "
              f"ratio {ahead / found['peak_bytes']:.2f}"]
     if data["time"]:
