@@ -5,8 +5,9 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +19,10 @@ from kdlib.overrides import pairs
 app = typer.Typer(help="kdlib: knowledge distillation of language models, seen term by term.", no_args_is_help=True,
                   add_completion=False, pretty_exceptions_enable=False)
 
+ConfigFile = Annotated[str, typer.Argument(help="The experiment: a YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Option("-o", "--override", help="key=value, e.g. loss.temperature=3.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="The same with few steps and short rows.")]
+RunName = Annotated[str | None, typer.Option("--name", help="The run's name; <config>_<time> unless given.")]
 RunsFolder = Annotated[Path | None, typer.Option("--runs", help="Folder of runs; runs/ in the project unless given.")]
 ReportsFolder = Annotated[Path | None, typer.Option("--reports", help="Folder of reports; reports/ in the project unless given.")]
 
@@ -29,11 +34,11 @@ def kd() -> None:
 
 @app.command()
 def run(
-    config: Annotated[str, typer.Argument(help="The experiment: a YAML file.")],
-    smoke: Annotated[bool, typer.Option("--smoke", help="The same in a minute: few steps, short rows.")] = False,
+    config: ConfigFile,
+    smoke: Smoke = False,
     resume: Annotated[str | None, typer.Option("--resume", help="Go on with this run from its last checkpoint.")] = None,
-    name: Annotated[str | None, typer.Option("--name", help="The run's name; <config>_<time> unless given.")] = None,
-    override: Annotated[list[str] | None, typer.Option("-o", "--override", help="key=value, e.g. loss.temperature=3.")] = None,
+    name: RunName = None,
+    override: Overrides = None,
     parameter: Annotated[list[str] | None, typer.Option("-p", "--parameter", help="name=value for the notebooks.")] = None,
     runs_folder: RunsFolder = None,
     reports_folder: ReportsFolder = None,
@@ -47,31 +52,25 @@ def run(
             raise ConfigError("--name is for a new run; --resume goes on with one that has a name")
         opened = runs.open_run(root, resume, resolved)
     else:
-        name = name or runs.new_name(config, smoke=smoke)
-        runs.check_new(root, name)
+        name = _free_name(root, name, config, smoke=smoke)
     from kdlib import runner, workbench  # after the checks that need no torch
 
-    project = runs.project_root()
-    given = {"config": os.path.relpath(config, project), "overrides": override or [], "smoke": smoke, **extra}
-    os.chdir(project)  # relative paths in a config mean the same everywhere
+    given = _entered(config, override, smoke=smoke) | extra
     for notebook in runner.NOTEBOOKS:
-        runner.check_parameters(project / "notebooks" / f"{notebook}.ipynb", {"run": "", **given})
+        runner.check_parameters(Path("notebooks", f"{notebook}.ipynb"), {"run": "", **given})
     if not resume:
         print(f"checking {config}, its models and data …", flush=True)
         workbench.preflight(resolved)
-        command = shlex.join(["kd", *sys.argv[1:]])
-        opened = runs.create(root, name, resolved, config_file=given["config"], smoke=smoke, command=command)
-    folder = os.path.join(".", os.path.relpath(opened.path, project))  # with a separator: a folder, not a name
-    page = runner.run_notebooks(opened, {**given, "run": folder}, reports_folder=reports)
-    print(f"report: {os.path.relpath(page)}    index: {os.path.relpath(reports / 'index.html')}")
+        opened = _created(root, name, resolved, given)
+    _through(runner.NOTEBOOKS, opened, given, reports)
 
 
 @app.command()
 def bench(
     config: Annotated[str, typer.Argument(help="What is measured: a YAML file.")] = "configs/benchmark.yaml",
-    smoke: Annotated[bool, typer.Option("--smoke", help="The same with tiny sizes.")] = False,
-    name: Annotated[str | None, typer.Option("--name", help="The run's name; <config>_<time> unless given.")] = None,
-    override: Annotated[list[str] | None, typer.Option("-o", "--override", help="key=value, e.g. heads.float32.rounds=3.")] = None,
+    smoke: Smoke = False,
+    name: RunName = None,
+    override: Overrides = None,
     runs_folder: RunsFolder = None,
     reports_folder: ReportsFolder = None,
 ) -> None:
@@ -80,45 +79,38 @@ def bench(
 
     root, reports = _folders(runs_folder, reports_folder)
     resolved = configs.load(config, override or [], smoke=smoke, kind=BenchmarkConfig)
-    name = name or runs.new_name(config, smoke=smoke)
-    runs.check_new(root, name)
+    name = _free_name(root, name, config, smoke=smoke)
     from kdlib import runner
     from kdlib.benchmarks import study
 
-    project = runs.project_root()
-    given = {"config": os.path.relpath(config, project), "overrides": override or [], "smoke": smoke}
-    os.chdir(project)
+    given = _entered(config, override, smoke=smoke)
     study.preflight(resolved)
-    opened = runs.create(root, name, resolved, config_file=given["config"], smoke=smoke, command=shlex.join(["kd", *sys.argv[1:]]))
-    folder = os.path.join(".", os.path.relpath(opened.path, project))
-    page = runner.run_notebooks(opened, {**given, "run": folder}, reports_folder=reports, names=runner.BENCHMARK)
-    print(f"report: {os.path.relpath(page)}    index: {os.path.relpath(reports / 'index.html')}")
+    _through(runner.BENCHMARK, _created(root, name, resolved, given), given, reports)
 
 
 @app.command("dry-run")
 def dry_run(
-    config: Annotated[str, typer.Argument(help="The experiment: a YAML file.")],
-    smoke: Annotated[bool, typer.Option("--smoke", help="The same with short rows.")] = False,
-    name: Annotated[str | None, typer.Option("--name", help="The run's name; <config>_<time> unless given.")] = None,
-    override: Annotated[list[str] | None, typer.Option("-o", "--override", help="key=value, e.g. loss.temperature=3.")] = None,
+    config: ConfigFile,
+    smoke: Smoke = False,
+    name: RunName = None,
+    override: Overrides = None,
     runs_folder: RunsFolder = None,
 ) -> None:
-    """Try CONFIG: shapes, what is learned from, five optimizer steps and one evaluation, the plan, a forecast; in the terminal."""
+    """Try CONFIG, in the terminal: the doctor, shapes, what is learned from, the self-test, five steps, forecast and plan."""
     root, _ = _folders(runs_folder, None)
     resolved = configs.load(config, override or [], smoke=smoke)
-    name = name or runs.new_name(config, smoke=smoke)
-    runs.check_new(root, name)
+    name = _free_name(root, name, config, smoke=smoke)
     from kdlib import workbench
 
-    origin = os.path.relpath(config, runs.project_root())
-    os.chdir(runs.project_root())
+    given = _entered(config, override, smoke=smoke)
     workbench.preflight(resolved)
-    opened = runs.create(root, name, resolved, config_file=origin, smoke=smoke, command=shlex.join(["kd", *sys.argv[1:]]))
+    opened = _created(root, name, resolved, given)
     bench = workbench.Workbench(opened)
-    for part in (bench.setup, bench.shapes, bench.example, bench.selftest, bench.dry_run, bench.plan):
-        made = part()
-        print(made.to_string() if hasattr(made, "to_string") else made, end="\n\n", flush=True)
-    print(f"all of it, from here: kd run {config} --resume {os.path.relpath(opened.path)}")
+    for part in (bench.setup, bench.doctor, bench.shapes, bench.example, bench.selftest, bench.dry_run, bench.forecast, bench.plan):
+        made = part()  # or it has printed what it found
+        print("" if made is None else f"{made.to_string() if hasattr(made, 'to_string') else made}\n", flush=True)
+    words = [given["config"], *(f"--override={text}" for text in override or []), *["--smoke"] * smoke, "--resume", opened.name]
+    print(f"all of it, from here: kd run {shlex.join(words)}{f' --runs {os.path.relpath(root)}' if runs_folder else ''}")
 
 
 @app.command()
@@ -150,9 +142,9 @@ def report(
 
 @app.command()
 def selftest(
-    config: Annotated[str, typer.Argument(help="The experiment: a YAML file.")],
-    smoke: Annotated[bool, typer.Option("--smoke", help="With short rows.")] = False,
-    override: Annotated[list[str] | None, typer.Option("-o", "--override", help="key=value, e.g. precision=float32.")] = None,
+    config: ConfigFile,
+    smoke: Smoke = False,
+    override: Overrides = None,
 ) -> None:
     """Compare what must be equal on CONFIG, its models and data; exit status 1 where something is not."""
     resolved = configs.load(config, override or [], smoke=smoke)
@@ -190,13 +182,13 @@ def migrate(
 
 @app.command()
 def doctor(
-    config: Annotated[str, typer.Argument(help="The experiment: a YAML file.")],
+    config: ConfigFile,
     fix: Annotated[bool, typer.Option("--fix", help="Write the fixes that are unambiguous, and the overrides, into --output.")] = False,
     output: Annotated[Path | None, typer.Option("--output", help="The file that --fix writes; may be CONFIG itself.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with status 1 where there are warnings.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out what needs the models' weights.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    override: Annotated[list[str] | None, typer.Option("-o", "--override", help="key=value, e.g. loss.temperature=3.")] = None,
+    override: Overrides = None,
 ) -> None:
     """Say what is wrong with CONFIG before it trains.  Exit status 2 with critical findings, else 0; see --strict."""
     if fix != (output is not None):
@@ -216,8 +208,8 @@ def doctor(
 
 @app.command()
 def forecast(
-    config: Annotated[str, typer.Argument(help="The experiment: a YAML file.")],
-    override: Annotated[list[str] | None, typer.Option("-o", "--override", help="key=value, e.g. data.max_length=512.")] = None,
+    config: ConfigFile,
+    override: Overrides = None,
     memory: Annotated[float | None, typer.Option("--memory", help="GiB of the device; what is here unless given.", min=0.1)] = None,
     devices: Annotated[int | None, typer.Option("--devices", help="Devices that share the training.", min=1)] = None,
     rows: Annotated[int | None, typer.Option("--rows", help="Training rows, for the time of so many epochs.", min=1)] = None,
@@ -245,6 +237,34 @@ def main() -> None:
 
 def _folders(runs_folder: Path | None, reports_folder: Path | None) -> tuple[Path, Path]:
     return (runs_folder or runs.default_root()).absolute(), (reports_folder or runs.project_root() / "reports").absolute()
+
+
+def _free_name(root: Path, name: str | None, config: str, *, smoke: bool) -> str:
+    """The name of a new run, given or made; refused where it is taken."""
+    name = name or runs.new_name(config, smoke=smoke)
+    runs.check_new(root, name)
+    return name
+
+
+def _entered(config: str, override: list[str] | None, *, smoke: bool) -> dict[str, Any]:
+    """Goes to the project's folder, as relative paths in a config mean the same everywhere; the notebooks' parameters, seen from there."""
+    given = {"config": os.path.relpath(config, runs.project_root()), "overrides": override or [], "smoke": smoke}
+    os.chdir(runs.project_root())
+    return given
+
+
+def _created(root: Path, name: str, config: Any, given: Mapping[str, Any]) -> runs.Run:
+    command = shlex.join(["kd", *sys.argv[1:]])
+    return runs.create(root, name, config, config_file=given["config"], smoke=given["smoke"], command=command)
+
+
+def _through(notebooks: Sequence[str], run: runs.Run, given: Mapping[str, Any], reports: Path) -> None:
+    """The notebooks through papermill, and the report."""
+    from kdlib import runner
+
+    folder = os.path.join(".", os.path.relpath(run.path))  # with a separator: a folder, not a name
+    page = runner.run_notebooks(run, {**given, "run": folder}, reports_folder=reports, names=notebooks)
+    print(f"report: {os.path.relpath(page)}    index: {os.path.relpath(reports / 'index.html')}")
 
 
 def _parameters(texts: list[str]) -> dict:

@@ -21,7 +21,7 @@ from kdlib import compare, data, models, plots, runs, training
 from kdlib import config as configs
 from kdlib.callbacks import device_memory_gib
 from kdlib.config import Config
-from kdlib.diagnostics import doctor, findings, parity
+from kdlib.diagnostics import doctor, findings, outlook, parity
 from kdlib.diagnostics.token_view import TokenView, token_view
 from kdlib.errors import RunError
 from kdlib.objective import Moment
@@ -192,6 +192,10 @@ class Workbench:
         print(f"forecast for the distilled student, from these steps: {trial.state.max_steps} steps of {seconds:.1f} s and {evaluations} "
               f"evaluations, so {minutes:.1f} minutes; memory in use {table['memory_gib'].max():.1f} GiB")
         return _step_table(table)
+
+    def forecast(self) -> None:
+        """Say what the whole run will hold in memory, moment by moment; its time is what the dry run's steps foretell."""
+        print(outlook.described(outlook.outlook(self.config, rows=len(self.blocks.train), timed=False)))
 
     def plan(self) -> pd.DataFrame:
         """Learning rate, weights and temperature at every tenth of the training that the dry run began."""

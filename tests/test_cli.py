@@ -228,7 +228,7 @@ def test_a_dry_run_shows_shapes_tokens_steps_plan_and_forecast_and_leaves_a_run_
     said = capsys.readouterr().out
     assert caught.value.code == 0
     for expected in ("logits [N, V]", "[30, 300]", "learned: 15", "dry run step 5/5", "kd, nats", "T²", "12 steps of",
-                     "learning_rate", "0.7·T²·KL(teacher ‖ student; T=2)", "--resume"):
+                     "learning_rate", "0.7·T²·KL(teacher ‖ student; T=2)", "the doctor: ", "student = teacher: 0", "GiB", "--resume tried"):
         assert expected in said, expected
     run = Run(tmp_path / "runs" / "tried")
     assert run.manifest["optimizer_steps"] == 12
