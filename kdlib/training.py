@@ -96,9 +96,10 @@ def listen(config: Config, student: PreTrainedModel, teacher: PreTrainedModel, o
     except ValueError as error:
         raise ConfigError(str(error)) from error
     torch.manual_seed(config.seed)
-    made = projections(pairs, ours.hidden_size, theirs.hidden_size)
+    with student.device:
+        made = projections(pairs, ours.hidden_size, theirs.hidden_size)
     if made and any(term.projected for term in terms):
-        student.add_module(PROJECTIONS, made.to(student.device, student.dtype))
+        student.add_module(PROJECTIONS, made if student.dtype is torch.float32 else made.to(student.dtype))  # no data, no conversion
     return pairs
 
 

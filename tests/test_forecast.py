@@ -156,6 +156,14 @@ def test_attention_terms_cost_maps_and_dense_logits_cost_the_vocabulary(raw, pla
     assert part(dense, "loss", "logits") > 6 * 60 * 300 * 4  # the student's, the teacher's, and what the terms make of them
 
 
+def test_projections_are_trained_and_so_are_counted(raw, plain, tmp_path):
+    narrow = LlamaConfig(vocab_size=320, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    narrow.save_pretrained(tmp_path / "narrow")
+    own = {**raw, "student": {"from": str(tmp_path / "narrow")}}
+    without, with_them = (forecast(parsed(own, loss__weights=weights)) for weights in ({"kd": 1.0}, {"kd": 1.0, "hidden": 1.0}))
+    assert with_them.parameters["student"] == without.parameters["student"] + 2 * 16 * 32  # one for each pair of layers
+
+
 def test_half_precision_halves_the_teacher(raw, plain):
     half = forecast(parsed(raw, precision="bfloat16"))
     assert part(half, "loss", "teacher's weights") == pytest.approx(part(plain, "loss", "teacher's weights") / 2, rel=0.01)

@@ -14,7 +14,7 @@ from kdlib.diagnostics.rehearsal import PHASES, Outline, Rehearsal, at_layers, b
 from kdlib.losses.workspace import Workspace
 from kdlib.models import blank_model
 from kdlib.objective import Moment, feature_terms
-from kdlib.training import objective_of
+from kdlib.training import listen, objective_of
 
 GIB = 2**30
 FRAMEWORK = {"cpu": 0.7 * GIB, "cuda": 0.6 * GIB}
@@ -72,9 +72,10 @@ class Charges:
     def __post_init__(self) -> None:
         """The two models in full, without memory: what is counted in them is exact."""
         config = self.plan.config
-        with torch.device("meta"):
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):  # `listen` seeds it
             self.student = blank_model(config.student.source, self.plan.student)
             self.teacher = blank_model(config.teacher.model, self.plan.teacher, self.dtype)
+            listen(config, self.student, self.teacher, objective_of(config))  # adds projections
 
     def moments(self) -> dict[str, dict[str, int]]:
         """{moment: {part: bytes}} for one device that holds everything."""

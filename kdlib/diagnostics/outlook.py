@@ -16,6 +16,7 @@ ORDER = ("framework", "teacher's weights", "teacher's activations", "student's p
          "gradient buckets", "optimizer state", "activations", "logits", "head's gradient", "temporaries")
 
 SMALLEST = 8  # GiB of the card for which `loss.chunk: auto` is resolved in the table of cards: larger ones take no larger chunks
+BUSY = 0.2  # cores kept busy by others, above which the times of a probe are doubtful
 
 
 def outlook(
@@ -86,6 +87,8 @@ def _time(data: Mapping[str, Any]) -> list[str]:
     if not time:
         return ["time: not forecast"]
     lines = [f"time: {_seconds(time['step_s'])} per optimizer step ({time['how']})"]
+    if time.get("cores_of_others", 0) > BUSY:
+        lines.append(f"  other processes kept {time['cores_of_others']:.1f} cores busy meanwhile: the times are those of a busy machine")
     if time.get("first_s"):
         lines.append(f"  the first step takes {_seconds(time['first_s'])} more")
     if time.get("train_s") is None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import psutil
 import torch
 
 from kdlib.benchmarks import machine
@@ -56,6 +57,7 @@ def pace(job: Job, free: int) -> dict[str, Any]:
     Returns:
         {"step_s": wall, "step_cpu_s": of all threads (None on CUDA), "first_s": what the first step takes more, "eval_batch_s": wall,
         "phases": {phase: wall seconds per micro-batch}, "how": in words}; from the matrix products alone where a probe would be too large.
+        A probe also says how many "cores_of_others" other processes kept busy meanwhile, on which its times depend.
     """
     speed = machine.matmul_speed(job.dtype, job.device)
     small, large = _sizes(job, speed)
@@ -78,12 +80,13 @@ def _probed(job: Job, small: tuple[int, int], large: tuple[int, int]) -> dict[st
     made = {size: Rehearsal(job.plan.with_layers(*size), dtype=job.dtype, workspace=workspace, dense=job.dense, device=str(job.device))
             for size in dict.fromkeys((small, large))}
     rounds: dict[tuple[int, int], list[Times]] = {size: [] for size in made}
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), _seconds_of_others()
     for number in range(ROUNDS + 1):
         if number > 1 and time.perf_counter() - began > LONGEST:
             break
         for size, rehearsal in made.items():
             rounds[size].append(_timed(job, rehearsal))
+    others = max(_seconds_of_others() - busy, 0.0) / (time.perf_counter() - began)
     first = rounds[small][0]["loss"][0] - statistics.median(times["loss"][0] for times in rounds[small][1:])
     found = {size: _medians(lines[1:]) for size, lines in rounds.items()}
     alone = ("optimizer", "evaluation: measures")  # do not depend on the layers
@@ -95,9 +98,15 @@ def _probed(job: Job, small: tuple[int, int], large: tuple[int, int]) -> dict[st
     cpu = None if job.device.type == "cuda" else step[1]
     return {
         "step_s": step[0], "step_cpu_s": cpu, "first_s": max(first, 0.0), "eval_batch_s": evaluation,
-        "phases": {name: seconds for name, (seconds, _) in phases.items()},
+        "phases": {name: seconds for name, (seconds, _) in phases.items()}, "cores_of_others": others,
         "how": f"probed with {large[0]} of {job.layers[0]} and {large[1]} of {job.layers[1]} layers, against one of each",
     }
+
+
+def _seconds_of_others() -> float:
+    """CPU seconds that this machine has spent on other processes than this one."""
+    spent = psutil.cpu_times()
+    return spent.user + spent.system - time.process_time()
 
 
 def _timed(job: Job, rehearsal: Rehearsal) -> Times:
