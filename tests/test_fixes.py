@@ -87,15 +87,13 @@ def test_the_second_of_two_equal_keys_is_not_lost():
         rewritten("seed: 1\nseed: 2\n", {"seed": 3})
 
 
-def test_findings_are_ordered_counted_and_tabled():
+def test_findings_are_ordered_and_counted():
     some = [Finding(severity, f"a.{severity}", "what", "why", "fix") for severity in ("note", "warning", "critical", "warning")]
     ordered = findings.ordered([*some, Finding("warning", "b", "what", "why", "fix", {"b": 1})])
     assert [each.severity for each in ordered] == ["critical", "warning", "warning", "note"]
-    assert findings.text(ordered).endswith("1 critical, 2 warnings, 1 note")
+    assert findings.text(ordered).startswith("1 critical, 2 warnings, 1 note")
     assert "--fix  b: 1" in findings.text(ordered)
     assert findings.text([]) == "no findings"
-    assert list(findings.table(ordered).index) == ["a.critical", "a.warning", "b", "a.note"]
-    assert list(findings.table([]).columns) == ["severity", "what", "why", "fix"]
     assert findings.as_data(ordered)[2]["change"] == {"b": 1}
 
 
