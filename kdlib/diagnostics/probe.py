@@ -17,10 +17,11 @@ import torch
 from kdlib.benchmarks import machine
 from kdlib.diagnostics.rehearsal import PHASES, Outline, Rehearsal, at_layers
 from kdlib.losses.workspace import Workspace
+from kdlib.objective import feature_terms
 
 ROUNDS = 3  # timed, after one that is not
-LAYER_SECONDS = 1.0  # of work that the larger of the two models has more than the smaller: enough to stand out from the noise
-LONGEST = 20.0  # seconds that a probe may be expected to take, and after which no further round is begun
+LAYER_SECONDS = 2.0  # of work that the larger of the two models has more than the smaller: enough to stand out from the noise
+LONGEST = 40.0  # seconds that a probe may be expected to take, and after which no further round is begun
 UTILISATION = 0.5  # of the fastest matrix product, where a step is too large to be probed
 
 Times = dict[str, tuple[float, float]]  # phase -> wall and CPU seconds
@@ -89,7 +90,8 @@ def _probed(job: Job, small: tuple[int, int], large: tuple[int, int]) -> dict[st
     others = max(_seconds_of_others() - busy, 0.0) / (time.perf_counter() - began)
     first = rounds[small][0]["loss"][0] - statistics.median(times["loss"][0] for times in rounds[small][1:])
     found = {size: _medians(lines[1:]) for size, lines in rounds.items()}
-    alone = ("optimizer", "evaluation: measures")  # do not depend on the layers
+    alone = ["optimizer", "evaluation: measures"]  # do not depend on the layers, nor does a loss that does not look inside
+    alone += [] if feature_terms(job.plan.config.loss.weights) else ["loss"]
     phases = {name: [at_layers(job.layers, name, found[small][name][which], found[large][name][which], small,
                                small if name in alone else large) for which in (0, 1)] for name in found[small]}
     micro = [sum(phases[name][which] for name in PHASES if name in phases) for which in (0, 1)]
