@@ -173,13 +173,6 @@ def memory_gib(device: torch.device) -> float:
     return psutil.Process().memory_info().rss / 2**30
 
 
-def device_memory_gib(device: torch.device) -> float:
-    """All the memory that this device has."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory / 2**30
-    return psutil.virtual_memory().total / 2**30
-
-
 def is_better(value: float, others: list[float], *, greater: bool) -> bool:
     """Whether a metric beats all others."""
     return all((value > other) if greater else (value < other) for other in others)

@@ -56,7 +56,7 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int
         ids = tokenized(split[name], config.text, tokenizer)
         notes[f"{name}_documents"] = len(split[name])
         notes[f"{name}_documents_shorter_than_two_tokens"] = len(split[name]) - len(ids)
-        lengths = list(map(len, ids["input_ids"]))
+        lengths = _token_lists(ids).value_lengths().to_pylist()
         if not config.packing:
             notes |= {f"{name}_{what}": figure for what, figure in cut_off(lengths, config.max_length).items()}
         blocks = packed(ids, config.max_length, separator=tokenizer.eos_token_id) if config.packing else cut(ids, config.max_length)

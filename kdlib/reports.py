@@ -21,7 +21,7 @@ from kdlib import plots
 from kdlib.benchmarks import figures as benchmark_figures
 from kdlib.benchmarks import reading
 from kdlib.benchmarks.targets import target_table, verdict
-from kdlib.diagnostics.scorecard import scorecard, scorecard_table
+from kdlib.diagnostics.scorecard import Line, scorecard, scorecard_table
 from kdlib.errors import RunError
 from kdlib.runs import Run, all_runs, read_json, write_error, write_text
 
@@ -45,12 +45,14 @@ def render(run: Run, reports: Path) -> Path:
     if results:
         tables |= {"quality": plots.quality_table(results), "cost": plots.cost_table(results),
                    "differences": plots.difference_table(results)}
-    if lines := scorecard(run):
-        tables["scorecard"] = scorecard_table(lines)
+    students = {"distilled student": run, "baseline": run.baseline}
+    cards = {name: lines for name, student in students.items() if (lines := scorecard(run, student))}
+    if "distilled student" in cards:
+        tables["scorecard"] = scorecard_table(cards["distilled student"])
     folder = reports / run.name
     images = {name: _png(figure) for name, figure in figures.items()}
     embedded = {name: base64.b64encode(image).decode() for name, image in images.items()}
-    page = _page("report.html.j2", **_content(run, results, benchmark, tables), figures=embedded)
+    page = _page("report.html.j2", **_content(run, results, benchmark, tables, cards), figures=embedded)
     try:
         for name in ("figures", "tables"):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -81,11 +83,12 @@ def notebook_html(path: Path) -> str:
     return body
 
 
-def _content(run: Run, results: dict | None, benchmark: dict | None, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
+def _content(
+    run: Run, results: dict | None, benchmark: dict | None, tables: dict[str, pd.DataFrame], cards: dict[str, list[Line]]
+) -> dict[str, Any]:
     manifest = run.manifest
     prompts = results["prompts"] if results else []
     samples = [(prompt, {model: texts[i] for model, texts in results["samples"].items()}) for i, prompt in enumerate(prompts)]
-    cards = {name: lines for name, folder in (("distilled student", run), ("baseline", run.baseline)) if (lines := scorecard(run, folder))}
     notebooks = {path.stem: Markup(notebook_html(path)) for path in sorted(run.notebooks.glob("*.ipynb"))}
     measured = {name: _table(reading.shown(table)) for name, table in tables.items()} if benchmark else {}
     present = {"scorecard": cards, "figures": benchmark or len(tables["metrics"]), "measurements": measured, "differences": results,

@@ -9,8 +9,12 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
 from kdlib.captures import attend_eagerly, captured_hidden, captured_layers
+from kdlib.losses.features import LayerPairs
 from kdlib.models import head_form
+from kdlib.objective import Moment
 from kdlib.signals import DenseSignal, Features, Form, Kept, LinearSignal, Signal
+
+PROJECTIONS = "distillation_projections"  # the student's submodule that maps its hidden states to the teacher's size
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,14 @@ class Inside:
     hidden: bool = False
     attention: bool = False
     projections: nn.ModuleList | None = None  # the student's, to the teacher's size
+
+
+def insides(moment: Moment, pairs: LayerPairs, student: PreTrainedModel) -> tuple[Inside, Inside]:
+    """What student and teacher are listened to for, at a moment of the training; the student with its projections."""
+    ours, theirs = zip(*pairs, strict=True) if pairs else ((), ())
+    wanted = {"hidden": moment.needs_hidden, "attention": moment.needs_attention}
+    projections = getattr(student, PROJECTIONS, None) if moment.needs_projection else None
+    return Inside(ours, **wanted, projections=projections), Inside(theirs, **wanted)
 
 
 def signal_of(

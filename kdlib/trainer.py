@@ -27,9 +27,7 @@ from kdlib.objective import MEASURES, Moment, Objective, ledger, row_sums
 from kdlib.runs import StudentFolder
 from kdlib.schedulers import Schedule
 from kdlib.signals import Kept, Signal, kept
-from kdlib.teachers import Inside, LiveTeacher, signal_of
-
-PROJECTIONS = "distillation_projections"  # the student's submodule that maps its hidden states to the teacher's size
+from kdlib.teachers import PROJECTIONS, LiveTeacher, insides, signal_of
 
 
 class DistillationTrainer(GuardedTrainer):
@@ -96,14 +94,10 @@ class DistillationTrainer(GuardedTrainer):
 
     def signals(self, model, batch: Mapping[str, Tensor], moment: Moment, *, with_teacher: bool) -> tuple[Kept, Signal, Signal | None]:
         """The kept tokens of a batch and what student and teacher said about them, and felt where a term of the moment asks."""
-        tokens, wanted = kept(batch["labels"]), {"hidden": moment.needs_hidden, "attention": moment.needs_attention}
-        ours, theirs = zip(*self.layer_pairs, strict=True) if self.layer_pairs else ((), ())
-        unwrapped = self.accelerator.unwrap_model(model)
-        student = signal_of(
-            model, batch, tokens, vocabulary=self.vocabulary, form=self.form, unwrapped=unwrapped,
-            inside=Inside(ours, **wanted, projections=getattr(unwrapped, PROJECTIONS, None) if moment.needs_projection else None),
-        )
-        return tokens, student, self.teacher(batch, tokens, Inside(theirs, **wanted)) if with_teacher else None
+        tokens, unwrapped = kept(batch["labels"]), self.accelerator.unwrap_model(model)
+        ours, theirs = insides(moment, self.layer_pairs, unwrapped)
+        student = signal_of(model, batch, tokens, vocabulary=self.vocabulary, form=self.form, unwrapped=unwrapped, inside=ours)
+        return tokens, student, self.teacher(batch, tokens, theirs) if with_teacher else None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The ledger's total for one micro-batch; `num_items_in_batch` is the whole optimizer step's token count."""

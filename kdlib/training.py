@@ -1,7 +1,9 @@
 """One training from a config: its arguments and objective, resumed where it stopped, its files left behind."""
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,12 +25,48 @@ from kdlib.models import device_of, parameters, precision_of
 from kdlib.objective import Objective, feature_terms
 from kdlib.runs import StudentFolder, cut_metrics, history, is_refusal, read_json, write_error, write_json
 from kdlib.schedulers import SHAPES, from_spec
-from kdlib.teachers import LiveTeacher
-from kdlib.trainer import PROJECTIONS, DistillationTrainer
+from kdlib.teachers import PROJECTIONS, LiveTeacher
+from kdlib.trainer import DistillationTrainer
 
 DRY_RUN = {"save_strategy": "no", "logging_steps": 1, "eval_on_start": False, "report_to": "none"}
 TRACKERS = {"wandb", "tensorboard", "trackio"}
 WORTH_COMPILING = 4e9  # logits of a training; below it the compiler takes longer than it spares
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How long a training is, counted as the Trainer counts; None where it depends on the rows and they are not known."""
+
+    rows: int | None  # of the training text
+    batches: int | None  # of one pass over the text, on one device
+    passes: float | None  # over the text
+    steps: int | None  # optimizer steps of the whole training
+    evaluations: int | None
+
+
+def extent(args: TrainingArguments, rows: int | None, *, devices: int | None = None) -> Extent:
+    """How long a training on so many rows is; `devices` share it, those of this process group where None."""
+    batches = per_pass = passes = None
+    if rows is not None:
+        share = rows / (args.train_batch_size * (devices or args.world_size))
+        batches = math.floor(share) if args.dataloader_drop_last else math.ceil(share)
+        per_pass = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+    steps = args.max_steps if args.max_steps >= 0 or not per_pass else math.ceil(args.num_train_epochs * per_pass)
+    if steps < 0:
+        return Extent(rows, batches, None, None, None)
+    if per_pass:
+        passes = steps / per_pass
+    return Extent(rows, batches, passes, steps, _evaluations(args, steps, passes))
+
+
+def _evaluations(args: TrainingArguments, steps: int, passes: float | None) -> int | None:
+    """How often a training evaluates; one that ends within a pass evaluates at that end too, if it does so by the epoch."""
+    if args.eval_strategy.value == "epoch":
+        return None if passes is None else math.ceil(passes) + bool(args.eval_on_start)
+    if args.eval_strategy.value == "no":
+        return int(args.eval_on_start)
+    every = args.eval_steps or args.logging_steps
+    return steps // max(math.ceil(steps * every) if every < 1 else int(every), 1) + bool(args.eval_on_start)
 
 
 def training_arguments(config: Config, output: Path, **changes: Any) -> TrainingArguments:
@@ -74,9 +112,8 @@ def objective_of(config: Config, weights: Mapping[str, Any] | None = None) -> Ob
 
 def workspace_of(config: Config, args: TrainingArguments, rows: int, vocabulary: int) -> Workspace:
     """The losses' workspace; `compile: auto` compiles the row arithmetic where the training is long enough to repay it."""
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * rows / batch
-    repays = steps * batch * config.data.max_length * vocabulary > WORTH_COMPILING
+    tokens = args.per_device_train_batch_size * args.gradient_accumulation_steps * config.data.max_length
+    repays = extent(args, rows).steps * tokens * vocabulary > WORTH_COMPILING
     chunk, compiled = config.loss.chunk, config.loss.compile
     return Workspace(None if chunk == "auto" else chunk, compiled=repays if compiled == "auto" else compiled)
 

@@ -1,6 +1,5 @@
 """What the notebooks call: one run, opened; each stage reads and writes the run's folder and nothing else."""
 
-import math
 import os
 import platform
 import shutil
@@ -15,15 +14,14 @@ import datasets
 import pandas as pd
 import torch
 import transformers
-from transformers import TrainerState, TrainingArguments
 
 from kdlib import compare, data, models, plots, runs, training
 from kdlib import config as configs
-from kdlib.callbacks import device_memory_gib
 from kdlib.config import Config
 from kdlib.diagnostics import doctor, findings, outlook, parity
 from kdlib.diagnostics.token_view import TokenView, token_view
 from kdlib.errors import RunError
+from kdlib.losses.workspace import device_memory
 from kdlib.objective import Moment
 from kdlib.runs import Run, StudentFolder
 from kdlib.signals import kept
@@ -114,7 +112,7 @@ class Workbench:
             student_layers=layers, formula=self.formula(), seed=self.config.seed, precision=f"{dtype} ({reason})".replace("torch.", ""),
             data=self.blocks.notes, versions={name: version(name) for name in PACKAGES},
             machine={"python": platform.python_version(), "system": platform.system(), "processor": platform.machine(),
-                     "threads": torch.get_num_threads(), "memory_gib": round(device_memory_gib(models.device_of(self.config)), 1),
+                     "threads": torch.get_num_threads(), "memory_gib": round(device_memory(models.device_of(self.config))[0] / 2**30, 1),
                      "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
         )
         student = self.student()
@@ -186,7 +184,8 @@ class Workbench:
             optimizer_steps=trial.state.max_steps, warmup_steps=trial.args.get_warmup_steps(trial.state.max_steps),
             seconds_per_step=round(seconds, 3),
         )
-        table, evaluations = plots.training_table(folder), _evaluations(trial.args, trial.state)
+        args, table = training.training_arguments(self.config, folder.checkpoints), plots.training_table(folder)
+        evaluations = training.extent(args, len(self.blocks.train)).evaluations
         print(f"held-out: loss {metrics['eval_loss']:.3f}, evaluated in {metrics['eval_runtime']:.0f} s")
         minutes = (trial.state.max_steps * seconds + evaluations * metrics["eval_runtime"]) / 60
         print(f"forecast for the distilled student, from these steps: {trial.state.max_steps} steps of {seconds:.1f} s and {evaluations} "
@@ -227,12 +226,6 @@ class Workbench:
             self.config, folder, student=self.student(), teacher=self.teacher, tokenizer=self.tokenizer, blocks=self.blocks,
             weights=weights, label=label, stop_after=stop_after,
         )
-
-
-def _evaluations(args: TrainingArguments, state: TrainerState) -> int:
-    """How often a training will evaluate."""
-    every = {"no": math.inf, "steps": state.eval_steps, "epoch": state.max_steps / max(args.num_train_epochs, 1)}
-    return int(args.eval_on_start) + int(state.max_steps / every[args.eval_strategy.value])
 
 
 def _facts(facts: Mapping[str, Any]) -> pd.DataFrame:

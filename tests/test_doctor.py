@@ -402,7 +402,7 @@ def test_the_command_mends_into_another_file_and_says_what_it_changed(kd_doctor,
 @pytest.mark.parametrize(("gib", "severity"), [(0.01, "critical"), (64, None)])
 def test_a_training_that_does_not_fit_the_device_is_named_with_the_forecast(well, made, monkeypatch, gib, severity):
     monkeypatch.setattr(model_checks, "forecast", forecast)
-    monkeypatch.setattr("kdlib.diagnostics.forecast._memory", lambda kind: (int(gib * 2**30),) * 2)
+    monkeypatch.setattr("kdlib.diagnostics.forecast.device_memory", lambda device: (int(gib * 2**30),) * 2)
     found = {each.where: each for each in doctor.diagnose(parse(well), quick=True, made=made)}
     assert getattr(found.get("training.per_device_train_batch_size"), "severity", None) == severity
     if severity:

@@ -18,7 +18,7 @@ from kdlib.diagnostics.measurement import measured
 from kdlib.diagnostics.rehearsal import PHASES, Rehearsal, at_layers, outline
 from kdlib.errors import ModelError
 from kdlib.losses.workspace import Workspace
-from kdlib.models import load_model, load_student
+from kdlib.models import load_model, load_student, parameters
 from kdlib.runs import project_root
 from kdlib.training import training_arguments
 
@@ -73,13 +73,13 @@ def test_parameters_gradients_and_optimizer_are_those_of_the_real_models(raw, pl
 @pytest.mark.parametrize(("optim", "each"), [("sgd", 0), ("adamw_torch", 8), ("lion_32bit", 4), ("adamw_torch_8bit", 2)])
 def test_the_optimizers_state_follows_from_its_name(raw, optim, each):
     found = charges(parsed(raw, training__optim=optim))
-    assert found.optimizer_state() == each * found.count(found.student)
+    assert found.optimizer_state() == each * parameters(found.student)
     assert not found.notes
 
 
 def test_an_optimizer_that_is_not_known_is_assumed_and_said(raw):
     found = charges(parsed(raw, training__optim="galore_adamw"))
-    assert found.optimizer_state() == 8 * found.count(found.student)
+    assert found.optimizer_state() == 8 * parameters(found.student)
     assert "galore_adamw" in found.notes[0]
     assert "assumed" in found.notes[0]
 

@@ -23,8 +23,8 @@ from kdlib.losses.workspace import Workspace
 from kdlib.models import load_model
 from kdlib.objective import Objective, SoftTargets, log_probs
 from kdlib.signals import IGNORED, LinearSignal
-from kdlib.teachers import LiveTeacher
-from kdlib.trainer import PROJECTIONS, DistillationTrainer
+from kdlib.teachers import PROJECTIONS, LiveTeacher
+from kdlib.trainer import DistillationTrainer
 
 FEATURES = {"kd": 0.5, "ce": 0.2, "hidden": 0.3, "attention": 0.2, "relational": 0.1, "contrastive": 0.1}
 PADDED = {"packing": False, "max_length": 24}

@@ -17,7 +17,7 @@ from conftest import tiny_model
 from datasets import Dataset
 from safetensors.torch import load_file
 from tiny_training import pieces
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from kdlib import objective
 from kdlib.checkpoints import last_checkpoint
@@ -29,7 +29,7 @@ from kdlib.losses.workspace import Workspace
 from kdlib.runs import StudentFolder, read_metrics
 from kdlib.signals import kept
 from kdlib.trainer import DistillationTrainer
-from kdlib.training import objective_of, train, training_arguments
+from kdlib.training import extent, objective_of, train, training_arguments
 
 SGD = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 3,
        "eval_strategy": "no", "save_strategy": "no", "logging_steps": 1}
@@ -402,3 +402,46 @@ def test_two_ranks_equal_one(raw_config, tmp_path):
         assert other == pytest.approx(line, rel=1e-5)
 
 
+
+@pytest.mark.parametrize(("changes", "rows", "expected"), [
+    ({"max_steps": 10, "eval_strategy": "steps", "eval_steps": 4}, None, (10, 2)),
+    ({"max_steps": 10, "eval_strategy": "steps", "eval_steps": 0.25}, None, (10, 3)),  # every third step, as the Trainer rounds
+    ({"max_steps": 10, "eval_strategy": "steps", "eval_steps": 4, "eval_on_start": True}, None, (10, 3)),
+    ({"max_steps": 10, "eval_strategy": "epoch"}, 16, (10, 3)),  # 4 steps a pass: the last pass is cut short
+    ({"max_steps": 10, "eval_strategy": "no"}, 16, (10, 0)),
+    ({"num_train_epochs": 2, "eval_strategy": "epoch"}, 17, (10, 2)),
+    ({"num_train_epochs": 2, "eval_strategy": "epoch", "dataloader_drop_last": True}, 17, (8, 2)),
+    ({"num_train_epochs": 1, "gradient_accumulation_steps": 3, "eval_strategy": "no"}, 17, (2, 0)),
+    ({"num_train_epochs": 1, "eval_strategy": "no"}, None, (None, None)),
+])
+def test_steps_and_evaluations_are_counted_as_the_trainer_counts_them(tmp_path, changes, rows, expected):
+    args = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=4, use_cpu=True, **changes)
+    found = extent(args, rows)
+    assert (found.steps, found.evaluations) == expected
+    if rows:
+        assert counted_by_the_trainer(args, rows) == expected
+
+
+def counted_by_the_trainer(args: TrainingArguments, rows: int) -> tuple[int, int]:
+    """Optimizer steps and evaluations of transformers' own Trainer on a model of one number."""
+    data = [{"x": torch.ones(1), "labels": torch.ones(1)} for _ in range(rows)]
+    counted = []
+
+    class Counted(Trainer):
+        def evaluate(self, *arguments, **options):
+            counted.append(self.state.global_step)
+            return {"eval_loss": 0.0}
+
+    class Line(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x, labels):
+            return {"loss": ((self.weight * x - labels) ** 2).mean()}
+
+    trainer = Counted(Line(), args, train_dataset=data, eval_dataset=data)
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.train()
+    return trainer.state.global_step, len(counted)

@@ -12,7 +12,7 @@ from kdlib.captures import layers_of
 from kdlib.diagnostics.allocations import Allocations, Block
 from kdlib.diagnostics.rehearsal import PHASES, Outline, Rehearsal, at_layers, bytes_of
 from kdlib.losses.workspace import Workspace
-from kdlib.models import blank_model
+from kdlib.models import blank_model, parameters
 from kdlib.objective import Moment, feature_terms
 from kdlib.training import listen, objective_of
 
@@ -138,7 +138,7 @@ class Charges:
         each = STATE_BYTES.get(name, STATE_BYTES["adamw"] if name.startswith("adamw") else None)
         if each is None:
             self.notes.append(f"training.optim {name}: its state is not known here; 8 bytes per parameter, as AdamW's, are assumed")
-        return (8 if each is None else each) * self.count(self.student)
+        return (8 if each is None else each) * parameters(self.student)
 
     @property
     def optimizer(self) -> str:
@@ -212,17 +212,13 @@ class Charges:
             kept = self.kept_logits(watch)
         return self.parts(watch, watch.spans["evaluation"], kept)
 
-    @staticmethod
-    def count(model: torch.nn.Module) -> int:
-        return sum(parameter.numel() for parameter in model.parameters())
-
 
 def spread(parts: Mapping[str, int], charges: Charges, devices: int) -> dict[str, int]:
     """The parts on each of several devices: shards with FSDP, and a second copy of the gradients without."""
     if devices == 1:
         return dict(parts)
     if not charges.args.fsdp:
-        return {**parts, "gradient buckets": charges.count(charges.student) * 4}
+        return {**parts, "gradient buckets": parameters(charges.student) * 4}
     student = charges.student
     whole = bytes_of(list(student.parameters()))
     layer = (whole - bytes_of([student.get_input_embeddings().weight])) // max(student.config.num_hidden_layers, 1)

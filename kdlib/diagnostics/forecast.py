@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import TrainingArguments
 
@@ -19,9 +18,9 @@ from kdlib.config import Config
 from kdlib.diagnostics.charges import GIB, Charges, RehearsedWorkspace, spread
 from kdlib.diagnostics.probe import Job, pace
 from kdlib.diagnostics.rehearsal import outline
-from kdlib.losses.workspace import chunk_tokens
-from kdlib.models import device_of, precision_of, stated_form
-from kdlib.training import training_arguments, workspace_of
+from kdlib.losses.workspace import chunk_tokens, device_memory
+from kdlib.models import device_of, parameters, precision_of, stated_form
+from kdlib.training import extent, training_arguments, workspace_of
 
 MARGIN = 0.15  # of the forecast: what it may be wrong by
 
@@ -94,7 +93,7 @@ def forecast(
     here = "cuda" if device_of(config).type == "cuda" else "cpu"
     kind = device or here
     dtype = precision_of(config)[0] if kind == here or config.precision != "auto" else torch.bfloat16
-    total, free = (round(memory * GIB),) * 2 if memory else _memory(kind)
+    total, free = (round(memory * GIB),) * 2 if memory else device_memory(torch.device(kind))
     args = training_arguments(config, Path("unused"))
     plan, devices = outline(config), devices or int(os.environ.get("WORLD_SIZE", 1))
     compiled = workspace_of(config, args, rows or 0, plan.vocabulary).compiled
@@ -107,7 +106,7 @@ def forecast(
         device=kind, precision=str(dtype).removeprefix("torch."), total=total, free=free, devices=devices,
         moments={name: spread(parts, charges, devices) for name, parts in moments.items()}, compiled=compiled,
         chunk=None if dense or stated_form(charges.student) is None else chunk, flops=charges.flops, notes=(*plan.notes, *charges.notes),
-        parameters={"student": charges.count(charges.student), "teacher": charges.count(charges.teacher)},
+        parameters={"student": parameters(charges.student), "teacher": parameters(charges.teacher)},
     )
     if not timed or kind != here:
         return found
@@ -119,25 +118,12 @@ def forecast(
 
 def _whole_run(config: Config, args: TrainingArguments, found: dict[str, Any], rows: int | None, devices: int) -> dict[str, Any]:
     """The pace, and what follows from it for all steps and evaluations; None where the number of rows is needed and not known."""
-    batch, limit = args.per_device_train_batch_size * devices, config.data.max_train_rows
-    rows = limit if rows is None else rows
-    per_epoch = None if rows is None else math.ceil(math.ceil(rows / batch) / args.gradient_accumulation_steps)
-    if args.max_steps <= 0 and per_epoch is None:
+    course = extent(args, config.data.max_train_rows if rows is None else rows, devices=devices)
+    if course.steps is None:
         return {**found, "steps": None, "train_s": None}
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-    times = {**found, "steps": steps, "train_s": steps * found["step_s"] + (found["first_s"] or 0.0)}
-    every = {"steps": args.eval_steps or args.logging_steps, "epoch": per_epoch}.get(args.eval_strategy.value)
-    if not every or found["eval_batch_s"] is None or config.data.max_eval_rows is None:
+    times = {**found, "steps": course.steps, "train_s": course.steps * found["step_s"] + (found["first_s"] or 0.0)}
+    if not course.evaluations or found["eval_batch_s"] is None or config.data.max_eval_rows is None:
         return times
-    evaluations = int(steps // max(every, 1)) + bool(args.eval_on_start)
     batches = math.ceil(config.data.max_eval_rows / (args.per_device_eval_batch_size * devices))
-    return {**times, "evaluations": evaluations, "evaluation_s": evaluations * batches * found["eval_batch_s"]}
-
-
-def _memory(kind: str) -> tuple[int, int]:
-    """Bytes in all and free of the present device."""
-    if kind == "cuda" and torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        return total, free
-    memory = psutil.virtual_memory()
-    return memory.total, memory.available
+    seconds = course.evaluations * batches * found["eval_batch_s"]
+    return {**times, "evaluations": course.evaluations, "evaluation_s": seconds}

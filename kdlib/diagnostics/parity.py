@@ -29,8 +29,8 @@ from kdlib.losses.workspace import Workspace
 from kdlib.runs import StudentFolder
 from kdlib.schedulers import from_spec, moments
 from kdlib.signals import kept
-from kdlib.teachers import LiveTeacher
-from kdlib.trainer import PROJECTIONS, DistillationTrainer
+from kdlib.teachers import PROJECTIONS, LiveTeacher
+from kdlib.trainer import DistillationTrainer
 
 ROWS, LONGEST = 4, 64  # rows and tokens of the longest: enough for every kind of error, and quick
 TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 1e-1), torch.float16: (2.5e-3, 1.25e-2)}

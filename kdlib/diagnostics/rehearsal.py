@@ -23,8 +23,7 @@ from kdlib.losses.workspace import Workspace
 from kdlib.models import blank_model, check_layers, even_layers, load_config, load_tokenizer, stated_form, with_layers
 from kdlib.objective import MEASURES, Moment, Objective, ledger, row_sums
 from kdlib.signals import Form, Kept, Signal, kept
-from kdlib.teachers import Inside, signal_of
-from kdlib.trainer import PROJECTIONS
+from kdlib.teachers import Inside, insides, signal_of
 from kdlib.training import listen, objective_of
 
 PHASES = ("student's forward", "teacher's forward", "loss", "backward")
@@ -171,15 +170,13 @@ class Rehearsal:
     def _signals(
         self, batch: Mapping[str, Tensor], moment: Moment, with_teacher: bool, phase: Phase
     ) -> tuple[Kept, Signal, Signal | None]:
-        tokens, wanted = kept(batch["labels"]), {"hidden": moment.needs_hidden, "attention": moment.needs_attention}
-        ours, theirs = zip(*self.pairs, strict=True) if self.pairs else ((), ())
-        projections = getattr(self.student, PROJECTIONS, None) if moment.needs_projection else None
+        tokens, (ours, theirs) = kept(batch["labels"]), insides(moment, self.pairs, self.student)
         with phase("student's forward"):
-            student = self._heard(self.student, batch, tokens, self.form, Inside(ours, **wanted, projections=projections))
+            student = self._heard(self.student, batch, tokens, self.form, ours)
         if not with_teacher:
             return tokens, student, None
         with phase("teacher's forward"), torch.no_grad():
-            return tokens, student, self._heard(self.teacher, batch, tokens, self.teacher_form, Inside(theirs, **wanted))
+            return tokens, student, self._heard(self.teacher, batch, tokens, self.teacher_form, theirs)
 
     def _heard(self, model: PreTrainedModel, batch: Mapping[str, Tensor], tokens: Kept, form: Form | None, inside: Inside) -> Signal:
         return signal_of(model, batch, tokens, vocabulary=self.plan.vocabulary, form=form, inside=inside)

@@ -118,15 +118,15 @@ def learning_rate_in_range(subject: Subject) -> Iterator[Finding]:
 def steps_are_not_batches(subject: Subject) -> Iterator[Finding]:
     """`max_steps` is not the number of batches, which accumulation makes fewer steps of."""
     args, (fewest, passes) = subject.args, IN_BATCHES
-    if args.max_steps <= 0 or args.gradient_accumulation_steps == 1 or (batches := subject.plan.batches) < fewest:
+    if args.max_steps <= 0 or args.gradient_accumulation_steps == 1 or (batches := subject.extent.batches) < fewest:
         return
     if args.max_steps % batches == 0 and args.max_steps // batches <= passes:
         meant = args.max_steps // batches * -(-batches // args.gradient_accumulation_steps)
         yield Finding(
             "warning", "training.max_steps",
             f"{args.max_steps}, which is the number of batches in {args.max_steps // batches} "
-            f"pass{'es' * (args.max_steps > batches)} over {subject.plan.rows} rows; {args.gradient_accumulation_steps} batches make one "
-            f"optimizer step, so the training would pass {subject.plan.passes:.1f} times over the text",
+            f"pass{'es' * (args.max_steps > batches)} over {subject.extent.rows} rows; {args.gradient_accumulation_steps} batches make one "
+            f"optimizer step, so the training would pass {subject.extent.passes:.1f} times over the text",
             "steps are optimizer steps: counted in batches, a training and all its schedules are too long by the accumulation",
             f"write {meant}", {"training.max_steps": meant},
         )
@@ -150,12 +150,12 @@ def intervals_fit(subject: Subject) -> Iterator[Finding]:
 
 def batch_is_sensible(subject: Subject) -> Iterator[Finding]:
     """An optimizer step sees enough tokens for its gradient to mean something, and not the whole text."""
-    args, plan, blocks = subject.args, subject.plan, subject.blocks
+    args, extent, blocks = subject.args, subject.extent, subject.blocks
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     tokens = rows * blocks.notes["train_tokens"] / max(blocks.notes["train_rows"], 1)
     where, seen = "training.gradient_accumulation_steps", f"{rows} rows, {tokens:,.0f} tokens, make an optimizer step"
-    if rows > plan.rows:
-        yield Finding("warning", where, f"{seen}; the training text has {plan.rows} rows",
+    if rows > extent.rows:
+        yield Finding("warning", where, f"{seen}; the training text has {extent.rows} rows",
                       "every step then sees the same text, and fewer rows than was meant", "lower batch size or accumulation")
     elif tokens > MANY_TOKENS:
         yield Finding("warning", where, seen, "so large a step learns little more than a smaller one would, and there are fewer",

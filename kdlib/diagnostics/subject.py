@@ -1,6 +1,5 @@
 """What the doctor looks at: a config, with its data and models, each loaded once, when a check first asks for it."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import wraps
@@ -23,9 +22,8 @@ from kdlib.losses.features import LayerPairs
 from kdlib.objective import MEASURES, Moment, Objective, row_sums
 from kdlib.schedulers import Schedule, Spec, from_spec, sampled
 from kdlib.signals import Kept, Signal, kept
-from kdlib.teachers import Inside, LiveTeacher, signal_of
-from kdlib.trainer import PROJECTIONS
-from kdlib.training import listen, objective_of, training_arguments
+from kdlib.teachers import LiveTeacher, insides, signal_of
+from kdlib.training import Extent, extent, listen, objective_of, training_arguments
 
 TOKENS = 2048  # of the first batch, at most
 CHUNK = 128  # tokens whose logits exist at a time
@@ -59,16 +57,6 @@ def part(where: str) -> Callable[[Callable[["Subject"], Any]], property]:
         return property(get)
 
     return decorate
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long a training is, counted as the Trainer counts."""
-
-    rows: int  # of the training text
-    batches: int  # of one pass over the text, on one device
-    passes: float  # over the text
-    steps: int  # optimizer steps of the whole training
 
 
 @dataclass(frozen=True)
@@ -187,21 +175,17 @@ class Subject:
     @part("training")
     def steps(self) -> int:
         """Optimizer steps of the whole training; does not read the data where the config says `max_steps`."""
-        steps = self.args.max_steps if self.args.max_steps >= 0 else self.plan.steps
+        steps = self.args.max_steps if self.args.max_steps >= 0 else self.extent.steps
         if steps < 1:
             raise ConfigError("the training has no optimizer step; raise max_steps or num_train_epochs")
         return steps
 
     @part("training")
-    def plan(self) -> Plan:
-        args, rows = self.args, len(self.blocks.train)
-        batches = rows / (args.train_batch_size * args.world_size)
-        batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-        if batches == 0:
-            raise ConfigError(f"{rows} rows make no whole batch, and dataloader_drop_last leaves the others out; set it to false")
-        a_pass = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
-        steps = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * a_pass)
-        return Plan(rows, batches, steps / a_pass, steps)
+    def extent(self) -> Extent:
+        found = extent(self.args, len(self.blocks.train))
+        if found.batches == 0:
+            raise ConfigError(f"{found.rows} rows make no whole batch, and dataloader_drop_last leaves the others out; set it to false")
+        return found
 
     @part("training.lr_scheduler_kwargs")
     def learning_rate(self) -> Schedule | None:
@@ -235,12 +219,9 @@ class Subject:
             rows, total = [*rows, row], total + len(row["input_ids"])
         batch = {name: values.to(self.teacher.model.device)
                  for name, values in data.collate(rows, pad_id=self.tokenizer.pad_token_id).items()}
-        tokens, (ours, theirs) = kept(batch["labels"]), zip(*self.pairs, strict=True) if self.pairs else ((), ())
-        every = Moment(dict.fromkeys(self.active, 1.0), {})
-        wanted = {"hidden": every.needs_hidden, "attention": every.needs_attention}
+        tokens, every = kept(batch["labels"]), Moment(dict.fromkeys(self.active, 1.0), {})
+        ours, theirs = insides(every, self.pairs, self.student)
         with torch.no_grad():
-            student = signal_of(
-                self.student, batch, tokens, vocabulary=len(self.tokenizer), form=models.head_form(self.student),
-                inside=Inside(ours, **wanted, projections=getattr(self.student, PROJECTIONS, None) if every.needs_projection else None),
-            )
-        return FirstBatch(tokens, student, self.teacher(batch, tokens, Inside(theirs, **wanted)), len(rows))
+            form = models.head_form(self.student)
+            student = signal_of(self.student, batch, tokens, vocabulary=len(self.tokenizer), form=form, inside=ours)
+        return FirstBatch(tokens, student, self.teacher(batch, tokens, theirs), len(rows))

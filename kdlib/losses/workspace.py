@@ -88,11 +88,19 @@ def chunk_tokens(vocabulary: int, itemsize: int, device: torch.device, *, free: 
     Args:
         free: bytes of the device; those that are free now where None.
     """
-    cuda = device.type == "cuda"
     if free is None:
-        free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
-    budget = min(free // 8, BUDGET if cuda else CPU_BUDGET)
+        _, free = device_memory(device)
+    budget = min(free // 8, BUDGET if device.type == "cuda" else CPU_BUDGET)
     return max(budget // (2 * vocabulary * itemsize) // PIECE, 1) * PIECE
+
+
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes in all, and free now, of a device; of the machine where the device has no memory of its own."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info(device)
+        return total, free
+    memory = psutil.virtual_memory()
+    return memory.total, memory.available
 
 
 def _by_pieces(arithmetic: Callable, piece: Callable[[Tensor], int]) -> Callable[..., Tensor]:
