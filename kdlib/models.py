@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 
 from kdlib.captures import captured_hidden, layers_name, layers_of
 from kdlib.config import Config
@@ -150,7 +151,9 @@ def layer_influence(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 def shallower(teacher: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
     """A float32 copy of the teacher with only the layers `keep`; embeddings, norms and head come along."""
     config = with_layers(teacher.config, keep)
-    student = type(teacher)(config)
+    with no_init_weights():  # every weight is the teacher's; this leaves out the tying too
+        student = type(teacher)(config)
+    student.tie_weights()
     prefix = layers_name(teacher) + "."
     new_index = {old: new for new, old in enumerate(keep)}
     state = {}

@@ -30,7 +30,7 @@ FEATURES = {"kd": 0.5, "ce": 0.2, "hidden": 0.3, "attention": 0.2, "relational":
 PADDED = {"packing": False, "max_length": 24}
 
 
-CHUNKS, ACCUMULATION, PADDING = "13 logits at a time = all at once", "1 batch of 4 rows = 4 of 1", "rows padded together = each row alone"
+CHUNKS, ACCUMULATION, PADDING = "10 logits at a time = all at once", "1 batch of 3 rows = 3 of 1", "rows padded together = each row alone"
 EVALUATION, TEACHER = "training = evaluation", "student = teacher"
 
 
@@ -187,7 +187,7 @@ def test_fractions_are_the_start_and_where_a_term_silent_there_weighs_most(raw_c
 
 def test_rows_are_cut_to_different_lengths():
     rows = [{"input_ids": list(range(100))} for _ in range(6)]
-    assert [len(row["input_ids"]) for row in parity.shortened(rows)] == [16, 32, 48, 64]
+    assert [len(row["input_ids"]) for row in parity.shortened(rows)] == [21, 42, 64]
     assert [len(row["input_ids"]) for row in parity.shortened([{"input_ids": [1, 2]}, {"input_ids": [1, 2, 3]}])] == [2, 3]
 
 

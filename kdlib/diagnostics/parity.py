@@ -32,7 +32,7 @@ from kdlib.signals import kept
 from kdlib.teachers import PROJECTIONS, LiveTeacher
 from kdlib.trainer import DistillationTrainer
 
-ROWS, LONGEST = 4, 64  # rows and tokens of the longest: enough for every kind of error, and quick
+ROWS, LONGEST = 3, 64  # rows and tokens of the longest: enough for every kind of error, and quick
 TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 1e-1), torch.float16: (2.5e-3, 1.25e-2)}
 """(terms, gradient) by the dtype of the products, relative.  Rounding alone was seen to do (2e-7, 4e-7) in float32, where longer sums
 have room to do more, and (2e-3, 5e-3) in bfloat16; float16 has three binary digits more than that.  A wrong count, mask, weight or
