@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+PARALLEL := -n logical --maxprocesses 4 --dist worksteal  # each with one thread: tests/conftest.py
 
 .PHONY: demo test test-fast lab lint clean
 .DEFAULT_GOAL := demo
@@ -10,10 +11,10 @@ demo: .venv/installed  ## teach a small model, compare, and write reports/<run>/
 	$(BIN)/kd run configs/quickstart.yaml
 
 test: .venv/installed  ## everything but what needs a GPU
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -m "not gpu"
+	HF_HUB_OFFLINE=1 $(BIN)/pytest $(PARALLEL) -m "not gpu"
 
 test-fast: .venv/installed  ## without the notebooks and the real models
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -m "not gpu and not slow and not browser"
+	HF_HUB_OFFLINE=1 $(BIN)/pytest $(PARALLEL) -m "not gpu and not slow and not browser"
 
 lab: .venv/installed  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks/00_setup.ipynb
