@@ -46,7 +46,7 @@ def candidate_bars(sight: Sight, number: int, temperature: float, k: int) -> str
 def _sentence(probs: dict[str, np.ndarray], order: np.ndarray, temperature: float) -> str:
     teacher, k = probs["teacher"], len(order)
     entropy = -np.sum(teacher * np.log(teacher, where=teacher > 0, out=np.zeros_like(teacher)))
-    others = ", ".join(f"the {escape(LABELS.get(name, name))} gives the same {_percent(values[order].sum())}"
+    others = ", ".join(f"the {escape(LABELS.get(name, name))} gives the same tokens {_percent(values[order].sum())}"
                        for name, values in probs.items() if name != "teacher")
     return (f"<p>At T = {temperature:g} the teacher's entropy is <b>{max(entropy, 0):.2f} nats</b>; "
             f"<b>{_percent(_outside(teacher, order))}</b> of its mass lies outside the top {k:,}; {others}.</p>")

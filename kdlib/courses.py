@@ -87,7 +87,7 @@ def course_figure(table: pd.DataFrame, ends: Sequence[float] = (), steps: int | 
     """
     figure = Figure(figsize=(9, 5.4))
     upper, middle, lower = figure.subplots(3, 1, sharex=True, height_ratios=(1, 1.3, 1))
-    figure.subplots_adjust(left=0.1, right=0.9, bottom=0.12, top=0.95, hspace=0.36)
+    figure.subplots_adjust(left=0.1, right=0.88, bottom=0.12, top=0.95, hspace=0.36)
     when = 100 * table["fraction"]
     if "learning_rate" in table:
         upper.plot(when, table["learning_rate"], color="black")

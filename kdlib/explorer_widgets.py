@@ -72,13 +72,11 @@ class HeatMapExplorer(widgets.VBox):
     def __init__(self, facts: Mapping[str, Any]) -> None:
         self.facts = facts
         students = [(LABELS.get(name, name), name) for name in facts["students"]]
-        self.student = _slider(widgets.ToggleButtons, "student", students[0][1], options=students)
-        self.measure = _slider(widgets.ToggleButtons, "coloured by", "kl", options=[(words, name) for name, words in MEASURES.items()])
+        self.student = _slider(widgets.Dropdown, "student", students[0][1], options=students)
+        self.measure = _slider(widgets.Dropdown, "coloured by", "kl", options=[(words, name) for name, words in MEASURES.items()])
         self.rank = _slider(widgets.IntSlider, "hardest token", 1, min=1, max=len(facts["tokens"]))
         self.map = widgets.HTML()
         controls = [self.student, self.measure, self.rank]
-        for buttons in (self.student, self.measure):
-            buttons.layout.width = "auto"
         _watch(controls, self._redraw)
         super().__init__([*controls, self.map])
 
@@ -137,8 +135,9 @@ class ScheduleDesigner(widgets.VBox):
         if len(self.row.children) != count:
             self.row.children = self.phases[:count]
         for number, phase in enumerate(self.phases):
+            for slider in (phase.until, phase.ramp):
+                slider.layout.display = None if count > 1 else "none"
             phase.until.layout.visibility = "visible" if number + 1 < count else "hidden"
-            phase.ramp.layout.visibility = "visible" if count > 1 else "hidden"
 
 
 class PhaseSliders(widgets.VBox):

@@ -64,7 +64,7 @@ def limit(facts: Mapping[str, Any], measure: str) -> float:
     if measure == "differs":
         return 1.0
     every = np.concatenate([values(facts, student, measure) for student in facts["students"]])
-    return float(f"{max(np.percentile(every, BROAD), 1e-3):.2g}")
+    return float(f"{max(np.percentile(every[np.isfinite(every)], BROAD), 1e-3):.2g}")
 
 
 def message(facts: Mapping[str, Any], student: str, measure: str) -> str:
@@ -73,8 +73,7 @@ def message(facts: Mapping[str, Any], student: str, measure: str) -> str:
     if measure == "differs":
         return f"Teacher and {who} have different first choices at {found.sum():.0f} of {len(found)} tokens"
     half = int(np.searchsorted(np.cumsum(-np.sort(-found)), found.sum() / 2)) + 1
-    name = "the KL to the teacher" if measure == "kl" else "the cross-entropy"
-    return f"Half of {name} of the {who} sits in {half} of {len(found)} tokens; the mean is {found.mean():.2f} nats"
+    return f"Half of the {who}'s {MEASURES[measure]} sits in {half} of {len(found)} tokens; the mean is {found.mean():.2f} nats"
 
 
 def _strengths(facts: Mapping[str, Any], student: str, measure: str) -> np.ndarray:

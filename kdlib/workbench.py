@@ -20,7 +20,7 @@ from kdlib import config as configs
 from kdlib.config import Config
 from kdlib.diagnostics import doctor, findings, outlook, parity
 from kdlib.diagnostics.token_view import TokenView, token_view
-from kdlib.errors import RunError
+from kdlib.errors import RunError, nearest
 from kdlib.losses.workspace import device_memory
 from kdlib.objective import Moment
 from kdlib.runs import Run, StudentFolder
@@ -224,15 +224,17 @@ class Workbench:
         A summary goes into explorers.json, for `kdlib.explorers` and the report.  A baseline that the config has not is left out.
         """
         folders = {"distilled": self.run, "baseline": self.run.baseline}
+        for name in students:
+            if name not in (*folders, "untrained"):
+                raise RunError(f"there is no student {name!r}{nearest(name, (*folders, 'untrained'))}; there are {', '.join(folders)}, untrained")
         dtype, _ = models.precision_of(self.config)
 
         def voice(name: str) -> LiveTeacher:
             print(f"asking the {name} model …", flush=True)
             if name == "teacher":
                 return self.teacher
-            trained = name != "untrained"
-            model = models.load_model(str(folders[name].final_model), dtype) if trained else self.student().to(dtype)
-            return LiveTeacher(model, vocabulary=len(self.tokenizer))
+            student = models.load_model(str(folders[name].final_model), dtype) if name in folders else self.student().to(dtype)
+            return LiveTeacher(student, vocabulary=len(self.tokenizer))
 
         names = ["teacher", *(name for name in students if name != "baseline" or self.config.baseline)]
         sight = sights.look({name: partial(voice, name) for name in names}, self.blocks.validation, self.tokenizer)
