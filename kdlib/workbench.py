@@ -224,9 +224,9 @@ class Workbench:
         A summary goes into explorers.json, for `kdlib.explorers` and the report.  A baseline that the config has not is left out.
         """
         folders = {"distilled": self.run, "baseline": self.run.baseline}
-        for name in students:
-            if name not in (*folders, "untrained"):
-                raise RunError(f"there is no student {name!r}{nearest(name, (*folders, 'untrained'))}; there are {', '.join(folders)}, untrained")
+        known = (*folders, "untrained")
+        for name in set(students).difference(known):
+            raise RunError(f"there is no student {name!r}{nearest(name, known)}; there are {', '.join(known)}")
         dtype, _ = models.precision_of(self.config)
 
         def voice(name: str) -> LiveTeacher:

@@ -327,7 +327,7 @@ def test_the_bench_asks_the_students_that_there_are(raw_config, tmp_path):
     run.add_to_manifest(student_layers=[0, 3])
     sight = Workbench(run).explore("untrained", "baseline")
     assert sight.students == ["untrained"]
-    assert len(sight.texts) == 7 * 15 + 15
+    assert len(sight.texts) == sights.TOKENS
     assert len(runs.read_json(run.path / "explorers.json")["tokens"]) == len(sight.texts)
     with pytest.raises(RunError, match="no student 'destilled'; did you mean 'distilled'"):
         Workbench(run).explore("destilled")
