@@ -5,7 +5,7 @@ import platform
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,18 @@ import pandas as pd
 import torch
 import transformers
 
-from kdlib import compare, data, models, plots, runs, training
+from kdlib import compare, data, models, plots, runs, sights, training
 from kdlib import config as configs
 from kdlib.config import Config
 from kdlib.diagnostics import doctor, findings, outlook, parity
 from kdlib.diagnostics.token_view import TokenView, token_view
-from kdlib.errors import RunError
+from kdlib.errors import RunError, nearest
 from kdlib.losses.workspace import device_memory
 from kdlib.objective import Moment
 from kdlib.runs import Run, StudentFolder
 from kdlib.signals import kept
 from kdlib.teachers import LiveTeacher
+from kdlib.temperatures import Sight
 
 PACKAGES = ("kdlib", "torch", "transformers", "accelerate", "datasets", "tokenizers", "papermill", "numpy")
 DRY_STEPS = 5
@@ -216,6 +217,29 @@ class Workbench:
         results = compare.compare_run(self.run, self.tokenizer, self.blocks)
         plots.comparison_bars(results).savefig(self.run.path / "teacher_student_comparison.png", dpi=130)
         return results
+
+    def explore(self, *students: str) -> Sight:
+        """What the teacher and these students ("distilled", "baseline", "untrained") say about a held-out text, token by token.
+
+        A summary goes into explorers.json, for `kdlib.explorers` and the report.  A baseline that the config has not is left out.
+        """
+        folders = {"distilled": self.run, "baseline": self.run.baseline}
+        known = (*folders, "untrained")
+        for name in set(students).difference(known):
+            raise RunError(f"there is no student {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+        dtype, _ = models.precision_of(self.config)
+
+        def voice(name: str) -> LiveTeacher:
+            print(f"asking the {name} model …", flush=True)
+            if name == "teacher":
+                return self.teacher
+            student = models.load_model(str(folders[name].final_model), dtype) if name in folders else self.student().to(dtype)
+            return LiveTeacher(student, vocabulary=len(self.tokenizer))
+
+        names = ["teacher", *(name for name in students if name != "baseline" or self.config.baseline)]
+        sight = sights.look({name: partial(voice, name) for name in names}, self.blocks.validation, self.tokenizer)
+        sights.write(self.run, sight)
+        return sight
 
     def _train(self, folder: StudentFolder, weights: Mapping[str, Any] | None, *, label: str, stop_after: int | None = None):
         if folder.is_trained:

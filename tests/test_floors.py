@@ -4,7 +4,7 @@ from pathlib import Path
 
 KDLIB = Path(__file__).parent.parent / "kdlib"
 FLOORS = [
-    {"errors", "schedulers", "signals", "diagnostics.findings"},
+    {"errors", "schedulers", "signals", "tokens", "diagnostics.findings"},
     {"arguments", "curriculum", "fields", "overrides", "diagnostics.fixes"},
     {"loss_config"},
     {"config"},
@@ -17,6 +17,10 @@ FLOORS = [
     {"guarded_trainer"},
     {"trainer", "compare"},
     {"training", "plots", "benchmarks.settings", "benchmarks.machine", "benchmarks.heads"},
+    {"temperatures", "courses", "heat_map"},
+    {"sights", "candidates", "schedule_designer"},
+    {"explorer_widgets"},
+    {"explorers"},
     {"benchmarks.peers", "benchmarks.reading", "diagnostics.scorecard", "diagnostics.parity", "diagnostics.rehearsal"},
     {"benchmarks.rounds", "benchmarks.steps", "benchmarks.targets", "benchmarks.figures", "diagnostics.charges", "diagnostics.probe"},
     {"diagnostics.forecast", "diagnostics.measurement"},
@@ -32,7 +36,8 @@ FLOORS = [
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 READERS = {  # importable without torch
     "errors", "schedulers", "arguments", "curriculum", "fields", "overrides", "loss_config", "config", "runs", "dialects", "migration",
-    "plots", "diagnostics.scorecard", "reports", "runner",
+    "plots", "diagnostics.scorecard", "reports", "runner", "tokens",
+    "temperatures", "courses", "heat_map", "candidates", "schedule_designer", "explorer_widgets", "explorers",
     "benchmarks.settings", "benchmarks.reading", "benchmarks.targets", "benchmarks.figures",
     "diagnostics.findings", "diagnostics.fixes",
 }

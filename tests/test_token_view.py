@@ -1,7 +1,8 @@
 from conftest import sentences, tiny_tokenizer
 
 from kdlib.data import collate
-from kdlib.diagnostics.token_view import token_view, visible
+from kdlib.diagnostics.token_view import token_view
+from kdlib.tokens import visible
 
 
 def view(row, rows=("the student learns", "a teacher says what it sees when words come back")):

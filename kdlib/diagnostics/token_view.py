@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kdlib.signals import IGNORED
+from kdlib.tokens import visible
 
 COLOURS = {"learned": "#c6e7f7", "context": "#eeeeee", "padding": "#ffffff"}
 TERMINAL = {"learned": "\x1b[30;46m", "context": "\x1b[2m", "padding": "\x1b[2;9m"}
@@ -48,8 +49,3 @@ def token_view(batch: Mapping[str, Tensor], row: int, tokenizer: PreTrainedToken
     ids, labels, read = (batch[name][row].tolist() for name in ("input_ids", "labels", "attention_mask"))
     states = ["learned" if label != IGNORED else "context" if seen else "padding" for label, seen in zip(labels, read, strict=True)]
     return TokenView([tokenizer.decode([token]) for token in ids], states)
-
-
-def visible(text: str) -> str:
-    """A token with its white space and control characters to be seen."""
-    return "".join({" ": "·", "\n": "⏎", "\t": "→"}.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in text) or "∅"

@@ -1,0 +1,98 @@
+"""What teacher and students say about a few held-out tokens: every logit for the explorers, and a summary for the run's files."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from kdlib.config import Config
+from kdlib.data import collate
+from kdlib.objective import SoftTargets, agreement, cross_entropy
+from kdlib.runs import Run, read_json, write_json
+from kdlib.signals import kept
+from kdlib.teachers import LiveTeacher
+from kdlib.temperatures import Sight, softening_of
+
+TOKENS = 128  # of the held-out text: as many as one reads
+FEW = 8  # not worth a row of their own
+CANDIDATES = 5  # of each model, kept for each token
+
+
+def look(
+    voices: Mapping[str, Callable[[], LiveTeacher]], rows: Sequence[Mapping[str, Sequence[int]]], tokenizer: PreTrainedTokenizerBase,
+    *, tokens: int = TOKENS,
+) -> Sight:
+    """Ask models, one after another, about the first tokens of held-out rows.
+
+    Args:
+        voices: name → what loads the model; the teacher first.
+        rows: of {"input_ids": …}.
+        tokens: how many are predicted, at most; each row costs one more, its first.
+    """
+    batch = collate(beginnings(rows, tokens), pad_id=tokenizer.pad_token_id)
+    predicted, logits = kept(batch["labels"]), {}
+    for name, load in voices.items():
+        voice = load()
+        there = {key: value.to(voice.model.device) for key, value in batch.items()}
+        logits[name] = voice(there, kept(there["labels"])).logits().float().cpu().numpy()
+    ids, length = batch["input_ids"].flatten().tolist(), batch["labels"].shape[1]
+    here = (predicted.positions + 1).tolist()
+    previous = [-1, *here[:-1]]
+    before = [tokenizer.decode(ids[max(last + 1, place // length * length) : place]) if place - last > 1 else ""
+              for last, place in zip(previous, here, strict=True)]
+    texts = [tokenizer.decode([token]) for token in predicted.targets.tolist()]
+    return Sight(texts, before, predicted.targets.numpy(), logits, lambda token: tokenizer.decode([token]))
+
+
+def beginnings(rows: Sequence[Mapping[str, Sequence[int]]], tokens: int) -> list[dict[str, list[int]]]:
+    """The first rows, the last one cut, that together have some so many tokens to predict, or all where they have fewer."""
+    taken = []
+    for row in rows:
+        if tokens < (FEW if taken else 1):
+            break
+        ids = list(row["input_ids"][: tokens + 1])
+        taken.append({"input_ids": ids})
+        tokens -= len(ids) - 1
+    return taken
+
+
+def summary(sight: Sight, config: Config) -> dict[str, Any]:
+    """A sight as plain data: temperatures x top k of the teacher, and each token with what every model made of it."""
+    logits = {name: torch.from_numpy(values) for name, values in sight.logits.items()}
+    targets = torch.from_numpy(sight.targets)
+    return {
+        **softening_of(sight, config),
+        "tokens": [{"text": text, "before": before} for text, before in zip(sight.texts, sight.before, strict=True)],
+        "teacher": _said(logits["teacher"], targets, sight.decode),
+        "students": {name: _said(logits[name], targets, sight.decode) | _against(logits[name], logits["teacher"], targets)
+                     for name in sight.students},
+    }
+
+
+def write(run: Run, sight: Sight) -> None:
+    """Write explorers.json; students seen before on the same text stay in it."""
+    path, found = run.path / "explorers.json", summary(sight, run.config)
+    earlier = read_json(path, {})
+    if earlier.get("tokens") == found["tokens"]:
+        found["students"] = found["students"] | {n: s for n, s in earlier["students"].items() if n not in found["students"]}
+    write_json(path, found)
+
+
+def _said(logits: Tensor, targets: Tensor, decode: Callable[[int], str]) -> dict[str, list]:
+    """Of one model: the cross-entropy of each token, in nats, and its likeliest candidates as [text, probability]."""
+    top = logits.softmax(-1).topk(min(CANDIDATES, logits.shape[-1]))
+    candidates = [[[decode(token), round(p, 6)] for token, p in zip(*row, strict=True)]
+                  for row in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+    return {"ce": _rounded(cross_entropy(logits, None, targets)), "top": candidates}
+
+
+def _against(student: Tensor, teacher: Tensor, targets: Tensor) -> dict[str, list]:
+    return {"kl": _rounded(SoftTargets()(student, teacher, targets, 1.0).clamp(min=0)),
+            "agrees": [bool(same) for same in agreement(student, teacher, targets).tolist()]}
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return np.round(values.double().numpy(), 5).tolist()
