@@ -254,7 +254,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         RunError: the disk refuses.
     """
-    neighbour = path.with_name(path.name + ".tmp")
+    neighbour = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of this process: several write one index
     try:
         neighbour.write_text(text, encoding="utf-8")
         neighbour.replace(path)

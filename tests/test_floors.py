@@ -16,17 +16,21 @@ FLOORS = [
     {"diagnostics.nan_guard", "diagnostics.nan_report"},
     {"guarded_trainer"},
     {"trainer", "compare"},
-    {"training", "plots", "benchmarks.settings", "benchmarks.machine", "benchmarks.heads"},
-    {"benchmarks.peers", "benchmarks.reading", "diagnostics.scorecard", "diagnostics.parity", "diagnostics.rehearsal"},
-    {"benchmarks.rounds", "benchmarks.steps", "benchmarks.targets", "benchmarks.figures", "diagnostics.charges", "diagnostics.probe"},
-    {"diagnostics.forecast", "diagnostics.measurement"},
-    {"diagnostics.remedies", "diagnostics.subject"},
+    {"training", "plots", "benchmarks.settings", "benchmarks.machine", "benchmarks.heads", "sweeps.settings", "sweeps.clock",
+     "sweeps.crew"},
+    {"benchmarks.peers", "benchmarks.reading", "diagnostics.scorecard", "diagnostics.parity", "diagnostics.rehearsal", "sweeps.trials"},
+    {"benchmarks.rounds", "benchmarks.steps", "benchmarks.targets", "benchmarks.figures", "diagnostics.charges", "diagnostics.probe",
+     "sweeps.reading", "sweeps.search"},
+    {"diagnostics.forecast", "diagnostics.measurement", "sweeps.axes"},
+    {"diagnostics.remedies", "diagnostics.subject", "sweeps.maps", "sweeps.cost"},
     {"diagnostics.outlook", "diagnostics.config_checks", "diagnostics.schedule_checks", "diagnostics.data_checks",
-     "diagnostics.model_checks"},
-    {"diagnostics.batch_checks"},
+     "diagnostics.model_checks", "sweeps.figures"},
+    {"diagnostics.batch_checks", "sweeps.page"},
     {"diagnostics.doctor"},
     {"reports", "workbench", "benchmarks.study"},
-    {"runner"},
+    {"runner", "sweeps.pool"},
+    {"sweeps.conduct", "cli_options"},
+    {"cli_checks"},
     {"cli"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -35,6 +39,8 @@ READERS = {  # importable without torch
     "plots", "diagnostics.scorecard", "reports", "runner",
     "benchmarks.settings", "benchmarks.reading", "benchmarks.targets", "benchmarks.figures",
     "diagnostics.findings", "diagnostics.fixes",
+    "sweeps.settings", "sweeps.trials", "sweeps.reading", "sweeps.axes", "sweeps.maps", "sweeps.figures", "sweeps.page", "sweeps.clock",
+    "sweeps.crew", "sweeps.search", "sweeps.pool", "cli_options", "cli_checks", "cli",
 }
 
 

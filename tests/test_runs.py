@@ -68,7 +68,7 @@ def test_a_disk_that_is_full_says_so(tmp_path):
 
 
 def test_a_status_that_cannot_be_written_says_so(run):
-    (run.path / "status.json.tmp").mkdir()
+    (run.path / f"status.json.{os.getpid()}.tmp").mkdir()
     with pytest.raises(RunError, match="cannot write .*status.json"):
         run.set_status("running")
 
