@@ -73,6 +73,6 @@ def scaled(axes: Axes, side: str, values: Sequence[float]) -> None:
 
 def titled(figure: Figure, title: str) -> Figure:
     figure.suptitle(literal(title), fontsize=10, x=0.01, ha="left")
-    for axes in figure.axes[:1]:
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     return figure

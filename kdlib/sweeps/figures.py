@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from kdlib.plots import COLOURS
 from kdlib.sweeps import maps
@@ -15,6 +16,7 @@ from kdlib.sweeps.axes import literal, scaled, short, titled
 from kdlib.sweeps.reading import (
     ALIKE,
     COSTS,
+    MANY,
     UNITS,
     WORDS,
     Sweep,
@@ -44,7 +46,7 @@ def run_figures(sweep: Sweep, trials: pd.DataFrame, settings: pd.DataFrame) -> d
         figures["course"] = course(settings, names[0], metric)
     if len(names) > 1:
         across, along = list(weights_of(settings, names))[:2]
-        scattered = max(len(levels(list(trials[name]))) for name in (across, along)) > maps.CELLS
+        scattered = max(len(levels(list(trials[name]))) for name in (across, along)) > MANY
         figures["map"] = (maps.scatter if scattered else maps.heat_map)(trials, across, along, metric)
         figures["parallel_coordinates"] = maps.parallel(trials, names, metric)
     if len(settings) > 1 and (costs := compared_costs(settings)):
@@ -66,7 +68,7 @@ def ranking(settings: pd.DataFrame, names: Sequence[str], metric: str) -> Figure
         axes.text(1.01, position, f"{row['value']:.4g}", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
     axes.axvspan(shown.iloc[0]["low"], shown.iloc[0]["high"], color=BEST, alpha=0.1, linewidth=0)
     axes.set_yticks(range(len(shown)), [literal(label(row, names)) for _, row in shown.iterrows()], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(shown) - 0.4, -0.6)
     most = f"the best {MOST} of {len(settings)}; " if len(settings) > MOST else ""
     how = "mean of the seeds, 95 % over seeds" if settings["n"].max() > 1 else "95 % over blocks of text"
     axes.set_xlabel(f"{WORDS[metric]}, {UNITS[metric]} ({most}{how})", fontsize=9)
@@ -106,7 +108,8 @@ def price(settings: pd.DataFrame, costs: Sequence[str], metric: str) -> Figure:
         front = pareto(settings, cost, higher_is_better=METRICS[metric])
         gaps = [np.maximum(settings["value"] - settings["low"], 0), np.maximum(settings["high"] - settings["value"], 0)]
         axes.errorbar(settings[cost], settings["value"], yerr=gaps, fmt="o", color=OTHER, markersize=5, elinewidth=0.8, alpha=0.8)
-        axes.plot(front[cost], front["value"], "o-", color=BEST, markersize=7, label="not beaten in both")
+        axes.plot(front[cost], front["value"], "o-", color=BEST, markersize=7, label="not beaten in both", zorder=4)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel(f"{COSTS[cost][0]} ({'more' if COSTS[cost][1] else 'less'} is better)", fontsize=9)
         axes.margins(0.12)
     figure.axes[0].set_ylabel(f"{WORDS[metric]}\n{UNITS[metric]}")
@@ -123,7 +126,7 @@ def _price_title(settings: pd.DataFrame, costs: Sequence[str], metric: str) -> s
     if len(front) == 1:
         return f"The best setting is also the best in cost ({COSTS[cost][0]}: {front.iloc[0][cost]:.4g})"
     first, last = front.iloc[0], front.iloc[-1]
-    return (f"{COSTS[cost][0]}: from {first[cost]:.4g} to {last[cost]:.4g}, {WORDS[metric]} goes from "
+    return (f"{upper(COSTS[cost][0])}: from {first[cost]:.4g} to {last[cost]:.4g}, {WORDS[metric]} goes from "
             f"{first['value']:.4g} to {last['value']:.4g}")
 
 

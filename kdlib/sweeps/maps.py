@@ -10,17 +10,16 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, Normalize
+from matplotlib.colors import Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
 
 from kdlib.plots import COLOURS
 from kdlib.sweeps.axes import Places, heights, literal, short, titled, upright
-from kdlib.sweeps.reading import UNITS, WORDS, levels, upper, weights_of
+from kdlib.sweeps.reading import MANY, UNITS, WORDS, levels, upper, weights_of
 from kdlib.sweeps.settings import METRICS
 from kdlib.sweeps.trials import plain
 
 BEST = COLOURS["distilled"]
-CELLS = 12  # values of a parameter above which a map is made of points, and an axis names its ends alone
 
 
 def heat_map(trials: pd.DataFrame, across: str, along: str, metric: str) -> Figure:
@@ -85,14 +84,14 @@ def parallel(trials: pd.DataFrame, names: Sequence[str], metric: str) -> Figure:
     done = trials[trials["value"].notna()].sort_values("value", ascending=METRICS[metric])
     figure = Figure(figsize=(max(1.9 * (len(names) + 1), 6.5), 4), layout="constrained")
     axes, colours, norm = figure.subplots(), _darker_is_better(metric), _norm(done["value"])
-    columns = np.array([heights(done[name], trials[name]) for name in names] + [heights(done["value"], done["value"])])  # [axes, runs]
+    columns = np.array([heights(done[name], done[name]) for name in names] + [heights(done["value"], done["value"])])  # [axes, runs]
     curves = np.linspace(0, len(names), 60 * len(names) + 1)
     for number, (_, row) in enumerate(done.iterrows()):
         last = number == len(done) - 1
         axes.plot(curves, _eased(curves, columns[:, number]), color=BEST if last else colours(norm(row["value"])), zorder=3 if last else 2,
                   linewidth=3 if last else 1.4, alpha=1 if last else 0.75)
     for place, name in enumerate(names):
-        upright(axes, place, [(height, plain(value)) for value, height in _ticks(trials[name])], short(name))
+        upright(axes, place, [(height, plain(value)) for value, height in _ticks(done[name])], short(name))
     ends = [(heights([end], done["value"])[0], f"{end:.4g}") for end in sorted({done["value"].min(), done["value"].max()})]
     upright(axes, len(names), ends, WORDS[metric].replace(" the ", "\nthe ", 1).replace(" with", "\nwith"))
     axes.set(ylim=(-0.06, 1.06), xlim=(-0.35, len(names) + 0.5))
@@ -113,7 +112,7 @@ def _eased(at: np.ndarray, heights: np.ndarray) -> np.ndarray:
 
 def _ticks(values: Sequence[Any]) -> list[tuple[Any, float]]:
     known = levels(list(values))
-    if len(known) > CELLS:  # numbers drawn from a range: its ends
+    if len(known) > MANY:  # numbers drawn from a range: its ends
         known = [known[0], known[-1]]
     return list(zip(known, heights(known, values), strict=True))
 
@@ -123,7 +122,8 @@ def _norm(values: Any) -> Normalize:
 
 
 def _darker_is_better(metric: str) -> Colormap:
-    return matplotlib.colormaps["YlGnBu" if METRICS[metric] else "YlGnBu_r"]
+    shades = matplotlib.colormaps["YlGnBu"](np.linspace(0.22, 1, 256))  # the palest cannot be seen on white
+    return ListedColormap(shades if METRICS[metric] else shades[::-1])
 
 
 def _ink(colour: Sequence[float]) -> str:

@@ -67,7 +67,8 @@ def _page(sweep: Sweep, trials: pd.DataFrame, settings: pd.DataFrame, images: di
         rows=[{**row, "link": _link(row["run"], reports)} for row in shown.to_dict("records")],
         failed=[row for row in shown.to_dict("records") if row["state"] not in ("done", "running", "waiting")],
         figures={name: (ALT[name], base64.b64encode(image).decode()) for name, image in images.items()},
-        config=yaml.safe_dump(facts["settings"], sort_keys=False, allow_unicode=True),
+        config=yaml.safe_dump({name: value for name, value in facts["settings"].items() if value is not None}, sort_keys=False,
+                              allow_unicode=True, default_flow_style=None),
     )
 
 

@@ -105,7 +105,7 @@ class Pool:
     def _settled(self, trial: Trial, outcome: Outcome, ahead: Sequence[str]) -> float | None:
         """Tidy up after a trial, say what came of it, and renew the sweep's report; returns its metric."""
         self.outcomes.append(outcome)
-        run, value = outcome.run, None
+        run, value, more = outcome.run, None, ""
         if outcome.state == "done":
             metric = self.sweep.facts["metric"]
             found = read_json(run.path / "comparison_results.json")["models"]["distilled"][metric]
@@ -114,10 +114,10 @@ class Pool:
                 for student in (run, run.baseline):
                     shutil.rmtree(student.checkpoints, ignore_errors=True)
         else:
-            what = f"{outcome.message}\n         all it said: {os.path.relpath(run.path / 'log.txt')}"
+            what, more = outcome.message, f"\n         all it said: {os.path.relpath(run.path / 'log.txt')}"
         if outcome.whole:
             self.clock.learn(run.name, outcome.seconds)
-        say(f"{outcome.state:8} {run.name}  {described(trial.parameters)}: {what}{self._left(outcome, ahead)}")
+        say(f"{outcome.state:8} {run.name}  {described(trial.parameters)}: {what}{self._left(outcome, ahead)}{more}")
         if outcome.unreported:
             reports.render(run, self.crew.reports)
         page.render(self.sweep, self.crew.reports)

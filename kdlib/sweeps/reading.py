@@ -30,7 +30,9 @@ UNITS = {"kl_to_teacher": "nats per token, T = 1", "agreement": "share of tokens
 COSTS = {"parameters": ("student's parameters, millions", False), "tokens_per_s": ("forward pass, tokens/s", True),
          "training_s": ("training, s", False)}
 """Column -> (how figures call it, whether more is better)."""
+MANY = 12  # values, above which a parameter is a range rather than a grid
 ALIKE = 0.1  # costs that differ by less than this share of the lowest are called alike
+CLEAR = 10  # s: logs have the time to the second, so shorter trainings are not told apart
 BREAK = 20  # times the usual time between two logs: more is a break between a stop and a resume, or an evaluation
 
 
@@ -185,16 +187,23 @@ def compared_costs(table: pd.DataFrame) -> list[str]:
     """The costs in which trials can differ: students of one size differ in time alone."""
     sizes = table["parameters"].dropna()
     size = ["parameters", "tokens_per_s"] if len(sizes) and sizes.max() > sizes.min() else []
-    return [*size, "training_s"] if table["training_s"].fillna(0).max() > 0 else size
+    return [*size, "training_s"] if table["training_s"].min() >= CLEAR else size
 
 
 def weights_of(settings: pd.DataFrame, names: Sequence[str]) -> dict[str, float]:
-    """How much of the metric's variance each parameter's own means explain, the most first: what matters here."""
-    total = settings["value"].var(ddof=0)
+    """How much of the metric's variance each parameter explains by itself, the most first: what matters here.
+
+    By the means of its values, adjusted for their number (as R² is); numbers drawn from a range count by their quarters.
+    """
+    total, count = settings["value"].var(ddof=0), len(settings)
     shares = {}
     for name in names:
-        groups = settings.groupby(settings[name].map(plain))["value"]
-        shares[name] = float((groups.transform("mean")).var(ddof=0) / total) if total else 0.0
+        several = len(levels(list(settings[name]))) > MANY
+        groups = pd.qcut(settings[name].astype(float), 4) if several and settings[name].map(is_number).all() else settings[name].map(plain)
+        means = settings["value"].groupby(groups, observed=True).transform("mean")
+        left = 1 - means.var(ddof=0) / total if total else 1.0
+        free = count - groups.nunique()
+        shares[name] = max(1 - left * (count - 1) / free, 0.0) if free else 0.0
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 

@@ -159,8 +159,8 @@ def _unsound_corners(settings: SweepConfig, base: Base) -> Iterator[tuple[dict[s
 
 
 def described(parameters: Mapping[str, Any]) -> str:
-    """`loss.temperature=2  loss.weights.kd:ce=0.7`"""
-    return "  ".join(f"{name}={plain(value)}" for name, value in parameters.items()) or "as the base config"
+    """`loss.temperature=2, loss.weights.kd:ce=0.7`"""
+    return ", ".join(f"{name}={plain(value)}" for name, value in parameters.items()) or "as the base config"
 
 
 def plain(value: Any) -> str:
