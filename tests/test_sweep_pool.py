@@ -178,7 +178,8 @@ def run(raw_config, tmp_path) -> Run:
 
 def test_no_second_process_is_started_on_a_run_whose_log_is_held(run, tmp_path):
     """The processes of a sweep that was itself killed hold their logs."""
-    hold = "import fcntl, sys, time; log = open(sys.argv[1], 'a'); fcntl.flock(log, fcntl.LOCK_EX); print('held', flush=True); time.sleep(2)"
+    hold = ("import fcntl, sys, time; log = open(sys.argv[1], 'a'); fcntl.flock(log, fcntl.LOCK_EX); "
+            "print('held', flush=True); time.sleep(2)")
     holder = subprocess.Popen([sys.executable, "-c", hold, str(run.path / "log.txt")], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     runs.write_json(run.path / "status.json", {"state": "done"})

@@ -1,5 +1,6 @@
 """Where the values of a setting stand on an axis: numbers by size, others side by side.  Imports no torch."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 from kdlib.sweeps.reading import is_number, levels
 from kdlib.sweeps.trials import plain
 
+CHARACTERS = 11  # of a title to the inch
 WIDE = 100  # the highest over the lowest value, above which an axis is logarithmic
 
 
@@ -72,7 +74,9 @@ def scaled(axes: Axes, side: str, values: Sequence[float]) -> None:
 
 
 def titled(figure: Figure, title: str) -> Figure:
-    figure.suptitle(literal(title), fontsize=10, x=0.01, ha="left")
+    width = int(figure.get_figwidth() * CHARACTERS)
+    lines = [line for part in title.split("\n") for line in textwrap.wrap(part, width)]
+    figure.suptitle(literal("\n".join(lines)), fontsize=10, x=0.01, ha="left")
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     return figure

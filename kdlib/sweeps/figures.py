@@ -95,7 +95,8 @@ def course(settings: pd.DataFrame, name: str, metric: str) -> Figure:
     axes.errorbar(at, ordered["value"], yerr=gaps, fmt="o-" if numbers else "o", color=BEST, capsize=3)
     if numbers:
         scaled(axes, "x", values)
-    axes.set_xticks(at, [literal(plain(value)) for value in values], fontsize=8)
+    if not numbers or len(values) <= MANY:
+        axes.set_xticks(at, [literal(plain(value)) for value in values], fontsize=8)
     axes.set(xlabel=literal(name), ylabel=f"{WORDS[metric]}\n{UNITS[metric]}")
     best = settings.iloc[0]
     return titled(figure, f"{upper(WORDS[metric])} is best at {short(name)} {plain(best[name])}: {best['value']:.4g}")
@@ -119,9 +120,9 @@ def price(settings: pd.DataFrame, costs: Sequence[str], metric: str) -> Figure:
 
 def _price_title(settings: pd.DataFrame, costs: Sequence[str], metric: str) -> str:
     cost = costs[0]
-    known, name = settings[cost].dropna(), COSTS[cost][0].split(",")[0]
+    known, name = settings[cost].dropna(), COSTS[cost][0]
     if known.max() <= (1 + ALIKE) * known.min():
-        return f"All cost about the same ({name} {known.min():.4g} to {known.max():.4g}): quality decides"
+        return f"All cost about the same ({name}: {known.min():.4g} to {known.max():.4g}): quality decides"
     front = pareto(settings, cost, higher_is_better=METRICS[metric])
     if len(front) == 1:
         return f"The best setting is also the best in cost ({COSTS[cost][0]}: {front.iloc[0][cost]:.4g})"

@@ -26,7 +26,8 @@ def heat_map(trials: pd.DataFrame, across: str, along: str, metric: str) -> Figu
     """The metric over two parameters, a cell the mean of its runs; cells without a finished run are hatched."""
     columns, rows = levels(list(trials[across])), levels(list(trials[along]))
     grid, counts = cells(trials, across, along)
-    figure = Figure(figsize=(2.6 + max(1.0 * len(columns), 3.2), 1.6 + 0.62 * max(len(rows), 2)), layout="constrained")
+    widest = max(len(plain(value)) for value in columns)
+    figure = Figure(figsize=(2.6 + max(max(1.0, 0.08 * widest) * len(columns), 3.2), 1.6 + 0.62 * max(len(rows), 2)), layout="constrained")
     axes, colours = figure.subplots(), _darker_is_better(metric)
     norm = _norm(grid)
     mesh = axes.pcolormesh(np.ma.masked_invalid(grid), cmap=colours, norm=norm, edgecolors="white", linewidth=2)

@@ -133,7 +133,7 @@ class Pool:
         failed = [outcome for outcome in self.outcomes if outcome.state not in ("done", "stopped")]
         names = "".join(f"\n  {outcome.run.name}: {(outcome.message or outcome.state).splitlines()[0]}" for outcome in failed)
         message = f"{len(failed)} of the runs failed:{names}" if failed else ""
-        if self.crew.stopping.is_set():
+        if self.crew.stopping.is_set() or any(outcome.state == "stopped" for outcome in self.outcomes):
             message = f"stopped; the same command goes on where it stopped{f'; {message}' if message else ''}"
         self.sweep.folder.set_status("failed" if message else "done", message)
         made = page.render(self.sweep, self.crew.reports)
