@@ -289,8 +289,9 @@ def _alive(pid: int | None, started: float | None) -> bool:
 
 
 def _process_start(pid: int) -> float | None:
-    """When this process began, which tells it from a later one of the same number; None where there is none."""
+    """When this process began, which tells it from a later one of the same number; None where there is none that lives."""
     try:
-        return psutil.Process(pid).create_time()
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
     except psutil.NoSuchProcess:
         return None

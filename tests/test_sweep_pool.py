@@ -327,6 +327,7 @@ def test_a_sweep_killed_in_the_middle_ends_with_five_good_runs_and_the_planted_f
     for member in family:
         member.send_signal(signal.SIGKILL)
     process.communicate(timeout=30)
+    psutil.wait_procs(family[1:], timeout=10)
     finished = {run.name: before(run) for run in others if run.status["state"] == "done"}
     assert 1 <= len(finished) < 5
     assert "died" in {run.status["state"] for run in others}

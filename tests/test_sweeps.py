@@ -1,14 +1,15 @@
 """A sweep runs what its file lists, once each; what fails stops nothing, what was killed goes on; its report has the right figures."""
 
 import json
+import sys
 from pathlib import Path
 
 import matplotlib.figure
 import pandas as pd
 import pytest
 
+from kdlib import cli, reports, runs
 from kdlib import config as configs
-from kdlib import reports, runs
 from kdlib.errors import ConfigError
 from kdlib.runs import Run
 from kdlib.sweeps import conduct, figures, maps, page, reading
@@ -338,6 +339,17 @@ def test_the_report_shows_every_trial_escaped_and_asks_for_nothing(swept, tmp_pa
     trials = pd.read_csv(folder / "tables" / "trials.csv")
     assert trials["value"].tolist()[:2] == [1.0, 0.8]
     assert pd.read_csv(folder / "tables" / "settings.csv")["value"].tolist() == [0.8, 0.97, 1.0]
+
+
+def test_kd_report_renders_a_sweep_as_it_renders_a_run(swept, tmp_path, monkeypatch, capsys):
+    swept([1.0, 0.8], grid={"seed": [0, 1]})
+    folders = ["--runs", str(tmp_path / "runs"), "--reports", str(tmp_path / "reports")]
+    monkeypatch.setattr(sys, "argv", ["kd", "report", "s", *folders])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert not caught.value.code
+    assert capsys.readouterr().out.strip().endswith("s/report.html")
+    assert "KL to the teacher is lowest with seed=1" in (tmp_path / "reports" / "s" / "report.html").read_text()
 
 
 def test_text_that_looks_like_mathematics_is_no_mathematics_in_a_figure(swept, tmp_path):
