@@ -1,5 +1,6 @@
 """A sweep's processes: what fails stops nothing, what stopped goes on, nothing is done twice; then all of it with real runs."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -325,7 +326,8 @@ def test_a_sweep_killed_in_the_middle_ends_with_five_good_runs_and_the_planted_f
         time.sleep(0.05)
     family = [process, *psutil.Process(process.pid).children(recursive=True)]
     for member in family:
-        member.send_signal(signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.send_signal(signal.SIGKILL)
     process.communicate(timeout=30)
     psutil.wait_procs(family[1:], timeout=10)
     finished = {run.name: before(run) for run in others if run.status["state"] == "done"}

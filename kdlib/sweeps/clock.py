@@ -21,6 +21,7 @@ class Clock:
     costs: dict[str, Cost] = field(default_factory=dict)  # by the run's name
     errors: dict[str, str] = field(default_factory=dict)  # runs that cannot be forecast, and why
     free: float = 0.0  # bytes of memory
+    others: float = 0.0  # cores that other processes kept busy while the forecast was made
     measured: list[tuple[float, float]] = field(default_factory=list)  # seconds of whole runs: forecast, measured
 
     def learn(self, run: str, seconds: float) -> None:

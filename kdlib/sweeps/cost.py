@@ -9,6 +9,7 @@ from pathlib import Path
 from kdlib.config import Config
 from kdlib.diagnostics.charges import GIB
 from kdlib.diagnostics.forecast import Forecast, forecast, verdict
+from kdlib.diagnostics.outlook import BUSY
 from kdlib.errors import KdlibError
 from kdlib.sweeps.clock import Clock, Cost, duration
 from kdlib.sweeps.trials import Trial
@@ -35,7 +36,7 @@ def clock_of(trials: Sequence[Trial]) -> Clock:
         except KdlibError as error:
             clock.errors |= {trial.run: str(error) for trial in alike}
             continue
-        clock.free = found.free
+        clock.free, clock.others = found.free, max(clock.others, (found.time or {}).get("cores_of_others", 0.0))
         clock.costs |= {trial.run: _cost(trial.config, found) for trial in alike}
     return clock
 
@@ -75,7 +76,10 @@ def _time(clock: Clock, trials: Sequence[Trial], jobs: int) -> str:
     if seconds is None:
         return "not known: it depends on the number of rows"
     share = "; side by side they share what the machine has" if jobs > 1 else ""
-    return f"{duration(seconds)} of training; setting up and comparing come on top{share}"
+    busy = ""
+    if clock.others > BUSY:
+        busy = f"\n          other processes kept {clock.others:.1f} cores busy meanwhile: that is the time on a busy machine"
+    return f"{duration(seconds)} of training; setting up and comparing come on top{share}{busy}"
 
 
 def _memory(clock: Clock, known: Sequence[Cost], jobs: int) -> str:
