@@ -13,6 +13,7 @@ from kdlib.sweeps.reading import is_number, levels
 from kdlib.sweeps.trials import plain
 
 CHARACTERS = 11  # of a title to the inch
+LITERAL = {"parse_math": False}  # a `$` in somebody's text is a dollar
 WIDE = 100  # the highest over the lowest value, above which an axis is logarithmic
 
 
@@ -22,11 +23,11 @@ class Places:
     def __init__(self, axes: Axes, side: str, name: str, trials: pd.DataFrame) -> None:
         self.name, self.levels = name, levels(list(trials[name]))
         self.numbers = all(map(is_number, self.levels))
-        axes.set(**{f"{side}label": literal(name)})
+        getattr(axes, f"set_{side}label")(name, **LITERAL)
         if self.numbers:
             scaled(axes, side, self.levels)
         else:
-            getattr(axes, f"set_{side}ticks")(range(len(self.levels)), [literal(plain(value)) for value in self.levels], fontsize=8)
+            getattr(axes, f"set_{side}ticks")(range(len(self.levels)), [plain(value) for value in self.levels], fontsize=8, **LITERAL)
 
     def of(self, trials: pd.DataFrame) -> list[float]:
         if self.numbers:
@@ -51,32 +52,31 @@ def short(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def literal(text: str) -> str:
-    """So that matplotlib reads no mathematics into it."""
-    return text.replace("$", r"\$")
-
-
 def upright(axes: Axes, place: int, ticks: Sequence[tuple[float, str]], name: str) -> None:
+    """An axis among others side by side, with its name above it."""
     axes.plot([place, place], [0, 1], color="black", linewidth=1, zorder=4)
     for height, text in ticks:
-        axes.text(place + 0.04, height, literal(text), fontsize=8, va="center", zorder=5,
+        axes.text(place + 0.04, height, text, fontsize=8, va="center", zorder=5, **LITERAL,
                   bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1})
-    axes.text(place, 1.06, literal(name), ha="center", va="bottom", fontsize=9, fontweight="bold")
+    axes.text(place, 1.06, name, ha="center", va="bottom", fontsize=9, fontweight="bold", **LITERAL)
 
 
 def is_wide(values: Sequence[float]) -> bool:
+    """Whether numbers are better told apart by their logarithms."""
     return min(values) > 0 and max(values) / min(values) >= WIDE
 
 
 def scaled(axes: Axes, side: str, values: Sequence[float]) -> None:
+    """Make an axis (x or y) logarithmic where its values ask for it."""
     if is_wide(values):
         getattr(axes, f"set_{side}scale")("log")
 
 
 def titled(figure: Figure, title: str) -> Figure:
+    """The figure with its message above it, as wide as it is."""
     width = int(figure.get_figwidth() * CHARACTERS)
     lines = [line for part in title.split("\n") for line in textwrap.wrap(part, width)]
-    figure.suptitle(literal("\n".join(lines)), fontsize=10, x=0.01, ha="left")
+    figure.suptitle("\n".join(lines), fontsize=10, x=0.01, ha="left", **LITERAL)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from kdlib.plots import COLOURS
 from kdlib.sweeps import maps
-from kdlib.sweeps.axes import literal, scaled, short, titled
+from kdlib.sweeps.axes import LITERAL, scaled, short, titled
 from kdlib.sweeps.reading import (
     ALIKE,
     COSTS,
@@ -67,7 +67,7 @@ def ranking(settings: pd.DataFrame, names: Sequence[str], metric: str) -> Figure
             axes.plot(row["values"], [position] * row["n"], ".", color=colour, markersize=4, alpha=0.6)
         axes.text(1.01, position, f"{row['value']:.4g}", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
     axes.axvspan(shown.iloc[0]["low"], shown.iloc[0]["high"], color=BEST, alpha=0.1, linewidth=0)
-    axes.set_yticks(range(len(shown)), [literal(label(row, names)) for _, row in shown.iterrows()], fontsize=8)
+    axes.set_yticks(range(len(shown)), [label(row, names) for _, row in shown.iterrows()], fontsize=8, **LITERAL)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     most = f"the best {MOST} of {len(settings)}; " if len(settings) > MOST else ""
     how = "mean of the seeds, 95 % over seeds" if settings["n"].max() > 1 else "95 % over blocks of text"
@@ -96,8 +96,9 @@ def course(settings: pd.DataFrame, name: str, metric: str) -> Figure:
     if numbers:
         scaled(axes, "x", values)
     if not numbers or len(values) <= MANY:
-        axes.set_xticks(at, [literal(plain(value)) for value in values], fontsize=8)
-    axes.set(xlabel=literal(name), ylabel=f"{WORDS[metric]}\n{UNITS[metric]}")
+        axes.set_xticks(at, [plain(value) for value in values], fontsize=8, **LITERAL)
+    axes.set_xlabel(name, **LITERAL)
+    axes.set_ylabel(f"{WORDS[metric]}\n{UNITS[metric]}")
     best = settings.iloc[0]
     return titled(figure, f"{upper(WORDS[metric])} is best at {short(name)} {plain(best[name])}: {best['value']:.4g}")
 

@@ -14,7 +14,7 @@ from matplotlib.colors import Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
 
 from kdlib.plots import COLOURS
-from kdlib.sweeps.axes import Places, heights, literal, short, titled, upright
+from kdlib.sweeps.axes import LITERAL, Places, heights, short, titled, upright
 from kdlib.sweeps.reading import MANY, UNITS, WORDS, levels, upper, weights_of
 from kdlib.sweeps.settings import METRICS
 from kdlib.sweeps.trials import plain
@@ -40,9 +40,10 @@ def heat_map(trials: pd.DataFrame, across: str, along: str, metric: str) -> Figu
             continue
         count = f"\nn = {counts[row, column]}" if several else ""
         axes.text(column + 0.5, row + 0.5, f"{value:.4g}{count}", ha="center", va="center", fontsize=9, color=_ink(colours(norm(value))))
-    axes.set_xticks(np.arange(len(columns)) + 0.5, [literal(plain(value)) for value in columns], fontsize=8)
-    axes.set_yticks(np.arange(len(rows)) + 0.5, [literal(plain(value)) for value in rows], fontsize=8)
-    axes.set(xlabel=literal(across), ylabel=literal(along))
+    axes.set_xticks(np.arange(len(columns)) + 0.5, [plain(value) for value in columns], fontsize=8, **LITERAL)
+    axes.set_yticks(np.arange(len(rows)) + 0.5, [plain(value) for value in rows], fontsize=8, **LITERAL)
+    axes.set_xlabel(across, **LITERAL)
+    axes.set_ylabel(along, **LITERAL)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     figure.colorbar(mesh, ax=axes, label=f"{WORDS[metric]}\n{UNITS[metric]}").outline.set_visible(False)
