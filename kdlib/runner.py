@@ -20,6 +20,19 @@ NOTEBOOKS = ("00_setup", "01_dry_run", "02_train", "03_compare")
 BENCHMARK = ("90_benchmark",)
 
 
+def without(names: Sequence[str]) -> tuple[str, ...]:
+    """The numbered notebooks but these.
+
+    Raises:
+        RunError: there is no such notebook, or the others need it.
+    """
+    for name in names:
+        if name not in NOTEBOOKS[1:]:
+            why = "the others need it" if name in NOTEBOOKS else f"there is none of this name{nearest(name, NOTEBOOKS)}"
+            raise RunError(f"--without {name}: {why}; it is one of {', '.join(NOTEBOOKS[1:])}")
+    return tuple(name for name in NOTEBOOKS if name not in names)
+
+
 def run_notebooks(run: Run, parameters: Mapping[str, Any], *, reports_folder: Path, names: Sequence[str] = NOTEBOOKS) -> Path:
     """Execute the numbered notebooks for a run, then render its report and the index; returns the report's path.
 

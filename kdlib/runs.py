@@ -254,7 +254,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         RunError: the disk refuses.
     """
-    neighbour = path.with_name(path.name + ".tmp")
+    neighbour = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of this process: several write one index
     try:
         neighbour.write_text(text, encoding="utf-8")
         neighbour.replace(path)
@@ -289,8 +289,9 @@ def _alive(pid: int | None, started: float | None) -> bool:
 
 
 def _process_start(pid: int) -> float | None:
-    """When this process began, which tells it from a later one of the same number; None where there is none."""
+    """When this process began, which tells it from a later one of the same number; None where there is none that lives."""
     try:
-        return psutil.Process(pid).create_time()
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
     except psutil.NoSuchProcess:
         return None

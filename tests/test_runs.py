@@ -1,7 +1,9 @@
 import os
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 
 from kdlib import runs
@@ -48,6 +50,19 @@ def test_a_running_run_whose_process_is_gone_has_died(run):
     assert run.status["state"] == "running"  # this process lives
 
 
+def test_a_killed_process_that_nobody_has_buried_is_gone_too(run):
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    started = psutil.Process(process.pid).create_time()
+    runs.write_json(run.path / "status.json", {"state": "running", "pid": process.pid, "pid_started": started})
+    assert run.status["state"] == "running"
+    process.kill()
+    until = time.monotonic() + 10
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until
+    assert run.status["state"] == "died"
+    process.wait()
+
+
 def test_metrics_survive_a_torn_line_and_are_cut_to_a_step(tmp_path):
     folder = StudentFolder(tmp_path)
     assert runs.read_metrics(folder) == []
@@ -68,7 +83,7 @@ def test_a_disk_that_is_full_says_so(tmp_path):
 
 
 def test_a_status_that_cannot_be_written_says_so(run):
-    (run.path / "status.json.tmp").mkdir()
+    (run.path / f"status.json.{os.getpid()}.tmp").mkdir()
     with pytest.raises(RunError, match="cannot write .*status.json"):
         run.set_status("running")
 

@@ -1,0 +1,137 @@
+"""Figures of a sweep: one message each, stated in the title from the figures themselves.  Imports no torch.
+
+The best is blue, the others grey.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from kdlib.plots import COLOURS
+from kdlib.sweeps import maps
+from kdlib.sweeps.axes import LITERAL, scaled, short, titled
+from kdlib.sweeps.reading import (
+    ALIKE,
+    COSTS,
+    MANY,
+    UNITS,
+    WORDS,
+    Sweep,
+    compared_costs,
+    is_number,
+    levels,
+    overlapping,
+    pareto,
+    upper,
+    varied,
+    weights_of,
+)
+from kdlib.sweeps.settings import METRICS
+from kdlib.sweeps.trials import plain
+
+BEST, OTHER = COLOURS["distilled"], "#8a939b"
+MOST = 30  # settings that a ranking shows
+
+
+def run_figures(sweep: Sweep, trials: pd.DataFrame, settings: pd.DataFrame) -> dict[str, Figure]:
+    """Every figure that the finished trials allow, by name."""
+    if not len(settings):
+        return {}
+    names, metric = [name for name in varied(sweep) if len(levels(list(trials[name]))) > 1], sweep.facts["metric"]
+    figures = {"ranking": ranking(settings, names, metric)}
+    if len(names) == 1:
+        figures["course"] = course(settings, names[0], metric)
+    if len(names) > 1:
+        across, along = list(weights_of(settings, names))[:2]
+        scattered = max(len(levels(list(trials[name]))) for name in (across, along)) > MANY
+        figures["map"] = (maps.scatter if scattered else maps.heat_map)(trials, across, along, metric)
+        figures["parallel_coordinates"] = maps.parallel(trials, names, metric)
+    if len(settings) > 1 and (costs := compared_costs(settings)):
+        figures["pareto"] = price(settings, costs, metric)
+    return figures
+
+
+def ranking(settings: pd.DataFrame, names: Sequence[str], metric: str) -> Figure:
+    """Every setting with its interval, the best first; the best one's interval is a band, small dots are single seeds."""
+    shown = settings.head(MOST)
+    figure = Figure(figsize=(8, 1.3 + 0.28 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    for position, (_, row) in enumerate(shown.iterrows()):
+        colour = OTHER if position else BEST
+        axes.errorbar(row["value"], position, xerr=[[max(row["value"] - row["low"], 0)], [max(row["high"] - row["value"], 0)]], fmt="o",
+                      color=colour, capsize=3, markersize=6)
+        if row["n"] > 1:
+            axes.plot(row["values"], [position] * row["n"], ".", color=colour, markersize=4, alpha=0.6)
+        axes.text(1.01, position, f"{row['value']:.4g}", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+    axes.axvspan(shown.iloc[0]["low"], shown.iloc[0]["high"], color=BEST, alpha=0.1, linewidth=0)
+    axes.set_yticks(range(len(shown)), [label(row, names) for _, row in shown.iterrows()], fontsize=8, **LITERAL)
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    most = f"the best {MOST} of {len(settings)}; " if len(settings) > MOST else ""
+    how = "mean of the seeds, 95 % over seeds" if settings["n"].max() > 1 else "95 % over blocks of text"
+    axes.set_xlabel(f"{WORDS[metric]}, {UNITS[metric]} ({most}{how})", fontsize=9)
+    return titled(figure, _ranking_title(settings, names, metric))
+
+
+def _ranking_title(settings: pd.DataFrame, names: Sequence[str], metric: str) -> str:
+    best = f"{upper(WORDS[metric])} is {'highest' if METRICS[metric] else 'lowest'} with {label(settings.iloc[0], names)}"
+    if len(settings) == 1:
+        return best
+    count = overlapping(settings)
+    others = f"with {count} of {len(settings) - 1} others within the intervals" if count else "beyond the intervals of all others"
+    return f"{best},\n{others}"
+
+
+def course(settings: pd.DataFrame, name: str, metric: str) -> Figure:
+    """The metric over the one parameter that differs."""
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    axes, values = figure.subplots(), levels(list(settings[name]))
+    numbers = all(map(is_number, values))
+    ordered = settings.set_index(settings[name].map(plain)).loc[[plain(value) for value in values]]
+    at = values if numbers else range(len(values))
+    gaps = [np.maximum(ordered["value"] - ordered["low"], 0), np.maximum(ordered["high"] - ordered["value"], 0)]
+    axes.errorbar(at, ordered["value"], yerr=gaps, fmt="o-" if numbers else "o", color=BEST, capsize=3)
+    if numbers:
+        scaled(axes, "x", values)
+    if not numbers or len(values) <= MANY:
+        axes.set_xticks(at, [plain(value) for value in values], fontsize=8, **LITERAL)
+    axes.set_xlabel(name, **LITERAL)
+    axes.set_ylabel(f"{WORDS[metric]}\n{UNITS[metric]}")
+    best = settings.iloc[0]
+    return titled(figure, f"{upper(WORDS[metric])} is best at {short(name)} {plain(best[name])}: {best['value']:.4g}")
+
+
+def price(settings: pd.DataFrame, costs: Sequence[str], metric: str) -> Figure:
+    """The metric against each cost; the line joins what nothing else beats in both."""
+    figure = Figure(figsize=(max(3.6 * len(costs), 6.5), 3.6), layout="constrained")
+    for axes, cost in zip(np.atleast_1d(figure.subplots(1, len(costs), sharey=True)), costs, strict=True):
+        front = pareto(settings, cost, higher_is_better=METRICS[metric])
+        gaps = [np.maximum(settings["value"] - settings["low"], 0), np.maximum(settings["high"] - settings["value"], 0)]
+        axes.errorbar(settings[cost], settings["value"], yerr=gaps, fmt="o", color=OTHER, markersize=5, elinewidth=0.8, alpha=0.8)
+        axes.plot(front[cost], front["value"], "o-", color=BEST, markersize=7, label="not beaten in both", zorder=4)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlabel(f"{COSTS[cost][0]} ({'more' if COSTS[cost][1] else 'less'} is better)", fontsize=9)
+        axes.margins(0.12)
+    figure.axes[0].set_ylabel(f"{WORDS[metric]}\n{UNITS[metric]}")
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    return titled(figure, _price_title(settings, costs, metric))
+
+
+def _price_title(settings: pd.DataFrame, costs: Sequence[str], metric: str) -> str:
+    cost = costs[0]
+    known, name = settings[cost].dropna(), COSTS[cost][0]
+    if known.max() <= (1 + ALIKE) * known.min():
+        return f"All cost about the same ({name}: {known.min():.4g} to {known.max():.4g}): quality decides"
+    front = pareto(settings, cost, higher_is_better=METRICS[metric])
+    if len(front) == 1:
+        return f"The best setting is also the best in cost ({COSTS[cost][0]}: {front.iloc[0][cost]:.4g})"
+    first, last = front.iloc[0], front.iloc[-1]
+    return (f"{upper(COSTS[cost][0])}: from {first[cost]:.4g} to {last[cost]:.4g}, {WORDS[metric]} goes from "
+            f"{first['value']:.4g} to {last['value']:.4g}")
+
+
+def label(row: pd.Series, names: Sequence[str]) -> str:
+    """`temperature 2, kd:ce 0.7`"""
+    return ", ".join(f"{short(name)} {plain(row[name])}" for name in names) or "the base config"
