@@ -131,12 +131,12 @@ def report(
     reports_folder: ReportsFolder = None,
 ) -> None:
     """Render the report of RUN again, from its files."""
-    from kdlib import reports
+    from kdlib import overview, reports
 
     root, folder = _folders(runs_folder, reports_folder)
     found = runs.open_run(*runs.locate(run, root))
     page = reports.render(found, folder)
-    reports.render_index(found.path.parent, folder)
+    overview.render_index(found.path.parent, folder)
     print(f"report: {os.path.relpath(page)}")
 
 
