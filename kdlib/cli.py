@@ -152,7 +152,7 @@ def report(
     reports_folder: ReportsFolder = None,
 ) -> None:
     """Render the report of RUN again, from its files."""
-    from kdlib import reports
+    from kdlib import overview, reports
     from kdlib.sweeps import page as sweep_page
     from kdlib.sweeps import reading
 
@@ -160,7 +160,7 @@ def report(
     root, name = runs.locate(run, root)
     is_sweep = reading.exists(root, name)
     page = sweep_page.render(reading.Sweep(root / name), folder) if is_sweep else reports.render(runs.open_run(root, name), folder)
-    reports.render_index(root, folder)
+    overview.render_index(root, folder)
     print(f"report: {os.path.relpath(page)}")
 
 

@@ -1,63 +1,48 @@
-"""Reports: one self-contained HTML page per run, and an index over all runs.  They read files; nothing calls into them.
+"""Reports: one self-contained HTML page per run.  They read files; nothing calls into them, and nothing here imports torch."""
 
-Text from data and models is escaped, and a content-security policy forbids scripts and outside requests besides.
-"""
-
-import base64
-import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-import nbformat
 import pandas as pd
-from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
-from matplotlib.figure import Figure
-from nbconvert import HTMLExporter
-from pygments.formatters import HtmlFormatter
+from nbconvert.filters import strip_ansi
 
-from kdlib import plots
+from kdlib import pages, plots
 from kdlib.benchmarks import figures as benchmark_figures
 from kdlib.benchmarks import reading
 from kdlib.benchmarks.targets import target_table, verdict
-from kdlib.diagnostics.scorecard import Line, scorecard, scorecard_table
+from kdlib.diagnostics.scorecard import Line, scorecard_table
 from kdlib.errors import RunError
-from kdlib.runs import Run, all_runs, read_json, write_error, write_text
+from kdlib.executed import notebook_html
+from kdlib.explorers import static_html
+from kdlib.pages import Picture
+from kdlib.runs import Run, now, read_json, write_error, write_text
+from kdlib.summaries import KEYS, card, costs, flat, number, summary
 
-TEMPLATES = Path(__file__).parent / "templates"
-SECTIONS = {"summary": "Summary", "scorecard": "Scorecard", "figures": "Figures", "measurements": "Measurements",
-            "differences": "Differences", "samples": "Continuations", "config": "Config", "environment": "Environment",
-            "reproduce": "Reproduce", "notebooks": "Notebooks"}
-DPI = 130
+SECTIONS = {"summary": "Summary", "scorecard": "Scorecard", "training": "Training", "measurements": "Measurements",
+            "comparison": "Comparison", "samples": "Continuations", "explorers": "Explorers", "config": "Config", "formula": "Formula",
+            "environment": "Environment and data", "reproduce": "How to reproduce", "notebooks": "Notebooks as they ran"}
+DASHBOARD, COMPARISON = "dashboard", "teacher_student_comparison"  # figures with a place of their own
 
 
 def render(run: Run, reports: Path) -> Path:
     """Write reports/<run>/report.html, its figures and tables from whatever the run has left, and return the page's path."""
     if not (run.path / "config.yaml").exists():
         raise RunError(f"{run.path}: no run there, since there is no config.yaml")
-    results = read_json(run.path / "comparison_results.json")
-    benchmark = reading.results_of(run)
+    results, benchmark = read_json(run.path / "comparison_results.json"), reading.results_of(run)
     figures = benchmark_figures.run_figures(benchmark) if benchmark else plots.run_figures(run, results)
-    tables = {"metrics": plots.training_table(run), "evaluation": plots.eval_table(run)}
-    if benchmark:
-        tables = {"targets": target_table(benchmark), **reading.run_tables(benchmark)}
-    if results:
-        tables |= {"quality": plots.quality_table(results), "cost": plots.cost_table(results),
-                   "differences": plots.difference_table(results)}
+    pictures = {name: pages.picture(figure, name) for name, figure in figures.items()}
     students = {"distilled student": run, "baseline": run.baseline}
-    cards = {name: lines for name, student in students.items() if (lines := scorecard(run, student))}
-    if "distilled student" in cards:
-        tables["scorecard"] = scorecard_table(cards["distilled student"])
+    cards = {name: lines for name, student in students.items() if (lines := card(run, student))}
+    tables = _tables(run, results, benchmark, cards)
+    page = pages.page("report.html.j2", **_content(run, results, benchmark, pictures, tables, cards))
     folder = reports / run.name
-    images = {name: _png(figure) for name, figure in figures.items()}
-    embedded = {name: base64.b64encode(image).decode() for name, image in images.items()}
-    page = _page("report.html.j2", **_content(run, results, benchmark, tables, cards), figures=embedded)
     try:
         for name in ("figures", "tables"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        for name, image in images.items():
-            (folder / "figures" / f"{name}.png").write_bytes(image)
+        for name, image in pictures.items():
+            (folder / "figures" / f"{name}.png").write_bytes(image.png)
         for name, table in tables.items():
             table.to_csv(folder / "tables" / f"{name}.csv")
         write_text(folder / "report.html", page)
@@ -66,80 +51,88 @@ def render(run: Run, reports: Path) -> Path:
     return folder / "report.html"
 
 
-def render_index(runs: Path, reports: Path) -> Path:
-    """Write reports/index.html over all runs, and return its path."""
-    try:
-        reports.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(reports, error) from error
-    write_text(reports / "index.html", _page("index.html.j2", rows=[_row(run, reports) for run in all_runs(runs)]))
-    return reports / "index.html"
-
-
-def notebook_html(path: Path) -> str:
-    """An executed notebook as HTML: prose and results, code folded away."""
-    exporter = HTMLExporter(template_name="notebook", extra_template_basedirs=[str(TEMPLATES)])
-    body, _ = exporter.from_notebook_node(nbformat.read(path, as_version=4))
-    return body
+def _tables(run: Run, results: Mapping | None, benchmark: Mapping | None, cards: Mapping[str, list[Line]]) -> dict[str, pd.DataFrame]:
+    if benchmark:
+        return {"targets": target_table(benchmark), **reading.run_tables(benchmark)}
+    tables = {"metrics": plots.training_table(run), "evaluation": plots.eval_table(run)}
+    if results:
+        tables |= {"quality": plots.quality_table(results), "cost": plots.cost_table(results),
+                   "differences": plots.difference_table(results)}
+    if "distilled student" in cards:
+        tables["scorecard"] = scorecard_table(cards["distilled student"])
+    return tables
 
 
 def _content(
-    run: Run, results: dict | None, benchmark: dict | None, tables: dict[str, pd.DataFrame], cards: dict[str, list[Line]]
+    run: Run, results: Mapping[str, Any] | None, benchmark: Mapping[str, Any] | None, pictures: Mapping[str, Picture],
+    tables: Mapping[str, pd.DataFrame], cards: Mapping[str, list[Line]],
 ) -> dict[str, Any]:
-    manifest = run.manifest
-    prompts = results["prompts"] if results else []
-    samples = [(prompt, {model: texts[i] for model, texts in results["samples"].items()}) for i, prompt in enumerate(prompts)]
-    notebooks = {path.stem: Markup(notebook_html(path)) for path in sorted(run.notebooks.glob("*.ipynb"))}
-    measured = {name: _table(reading.shown(table)) for name, table in tables.items()} if benchmark else {}
-    present = {"scorecard": cards, "figures": benchmark or len(tables["metrics"]), "measurements": measured, "differences": results,
-               "samples": samples, "notebooks": notebooks}
+    manifest, status = run.manifest, run.status
+    content = {
+        "cards": cards, "samples": _samples(results), "formula": manifest.get("formula"), "comparison": results,
+        "explorers": {title: Markup(html) for title, html in static_html(run).items()},
+        "training": [name for name in pictures if name != COMPARISON],
+        "measured": {name: pages.table(reading.shown(table)) for name, table in tables.items()} if benchmark else {},
+        "notebooks": {path.stem: notebook_html(path) for path in sorted(run.notebooks.glob("*.ipynb"))},
+    }
+    needs = {"scorecard": "cards", "measurements": "measured"} | {name: name for name in content}
     facts = {k: v for k, v in manifest.items() if k not in ("formula", "command", "stages")} | (benchmark or {}).get("machine", {})
-    return {
-        "run": run, "status": run.status, "manifest": manifest, "labels": plots.LABELS, "samples": samples, "notebooks": notebooks,
-        "cards": cards,
-        "sections": [(id, name) for id, name in SECTIONS.items() if present.get(id, True)],
+    return content | {
+        "run": run, "manifest": manifest, "labels": plots.LABELS,
+        "status": {**status, "message": strip_ansi(status.get("message", ""))}, "partial": _partial(run, status["state"]),
+        "sections": {id: name for id, name in SECTIONS.items() if id not in needs or content[needs[id]]},
         "message": plots.comparison_message(results) if results else verdict(benchmark) if benchmark else "",
-        **{name: _table(tables.get(name)) for name in ("quality", "cost", "differences")},
+        "strip": [] if benchmark else _strip(run, results, cards),
+        "dashboard": pictures.get(DASHBOARD), "comparison": pictures.get(COMPARISON),
+        "pictures": [image for name, image in pictures.items() if name not in (DASHBOARD, COMPARISON)],
+        **{name: pages.table(tables[name]) for name in ("quality", "cost", "differences") if name in tables},
         "config": (run.path / "config.yaml").read_text(encoding="utf-8"),
-        "facts": list(_flat(facts)), "measured": measured,
+        "facts": [(name.replace("_", " "), value) for name, value in flat(facts, " · ")],
         "reproduce": _reproduce(run, manifest, "bench" if benchmark else "run"),
     }
 
 
-def _reproduce(run: Run, manifest: dict, verb: str) -> str:
+def _partial(run: Run, state: str) -> str:
+    """What is to be known of a page about a run that is not at its end."""
+    if state == "done":
+        return ""
+    doing = {"running": "is running", "created": "is not at its end", "stopped": "was stopped"}.get(state, state)
+    return f"This report is partial: the run {doing}. It shows what there was on {now()[:16].replace('T', ' at ')}."
+
+
+def _samples(results: Mapping[str, Any] | None) -> list[tuple[str, dict[str, str]]]:
+    """Each prompt with what every model makes of it."""
+    prompts = results["prompts"] if results else []
+    return [(prompt, {model: texts[i] for model, texts in results["samples"].items()}) for i, prompt in enumerate(prompts)]
+
+
+def _strip(run: Run, results: Mapping[str, Any] | None, cards: Mapping[str, list[Line]]) -> list[tuple[str, str, list[str]]]:
+    """Key figures: what, how much, and what to hold it against."""
+    brief, strip = summary(run), []
+    for metric, label in KEYS.items():
+        value, _, interval = brief.key(metric).partition(" ")
+        if value:
+            where = f"held-out, at step {brief.evaluation['step'].iloc[-1]}" if not results else _rival(results, metric)
+            strip.append((label, value, [interval, where]))
+    if results:
+        student, teacher = (results["models"][name]["parameters"] / 1e6 for name in ("distilled", "teacher"))
+        strip.append(("parameters", f"{number(student)} M", [f"{student / teacher:.0%} of the teacher's {number(teacher)} M"]))
+    if brief.step is not None:
+        strip.append(("steps", f"{brief.step:,}", [f"of {brief.steps:,}"] if brief.steps else []))
+    strip += [(name, value, []) for name, value in costs(None, brief.train).items()]
+    if lines := cards.get("distilled student"):
+        failed = [line.check for line in lines if line.passed is False]
+        passed = f"{sum(line.passed is True for line in lines)} of {len(lines)} pass"
+        strip.append(("scorecard", passed, [f"fails: {check}" for check in failed] or ["no check fails"]))
+    return strip
+
+
+def _rival(results: Mapping[str, Any], metric: str) -> str:
+    name = "baseline" if "baseline" in results["models"] else "untrained"
+    return f"{plots.LABELS[name]} {plots.with_interval(results['models'][name][metric])}"
+
+
+def _reproduce(run: Run, manifest: Mapping[str, Any], verb: str) -> str:
     commit = f"git checkout {manifest['commit']}\n" if manifest.get("commit") else ""
     command = manifest.get("command", f"kd {verb} runs/{run.name}/config.yaml")
     return f"{commit}{command}\n# the config above holds every setting: kd {verb} runs/{run.name}/config.yaml does the same"
-
-
-def _row(run: Run, reports: Path) -> dict[str, Any]:
-    results, manifest = read_json(run.path / "comparison_results.json"), run.manifest
-    distilled = (results or {}).get("models", {}).get("distilled", {})
-    figures = {m: plots.with_interval(distilled[m]) if m in distilled else "" for m in ("kl_to_teacher", "agreement", "perplexity")}
-    link = f"{quote(run.name)}/report.html" if (reports / run.name / "report.html").exists() else None
-    return {"name": run.name, "created": manifest.get("created", "")[:16].replace("T", " "), "state": run.status["state"], "link": link,
-            "steps": manifest.get("optimizer_steps", ""), **figures}
-
-
-def _page(template: str, **content: Any) -> str:
-    environment = Environment(loader=PackageLoader("kdlib"), autoescape=True, trim_blocks=True)
-    style = (TEMPLATES / "style.css").read_text() + HtmlFormatter().get_style_defs(".highlight")
-    return environment.get_template(template).render(style=Markup(style), **content)
-
-
-def _table(table: pd.DataFrame | None) -> Markup | None:
-    return None if table is None else Markup(table.rename_axis(None).to_html(border=0, escape=True, justify="left"))
-
-
-def _flat(nested: dict, prefix: str = ""):
-    for name, value in nested.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name} · ")
-        else:
-            yield prefix + name.replace("_", " "), value
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
-    return buffer.getvalue()

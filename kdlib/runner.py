@@ -12,7 +12,7 @@ import papermill
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from kdlib import reports
+from kdlib import overview, reports
 from kdlib.errors import RunError, nearest
 from kdlib.runs import PARENT, Run, project_root, write_error
 
@@ -72,7 +72,7 @@ def _run_in_turn(run: Run, parameters: Mapping[str, Any], names: Sequence[str]) 
 
 def _render(run: Run, reports_folder: Path) -> Path:
     page = reports.render(run, reports_folder)
-    reports.render_index(run.path.parent, reports_folder)
+    overview.render_index(run.path.parent, reports_folder)
     return page
 
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from kdlib import reports, runs
+from kdlib import overview, reports, runs
 from kdlib.errors import RunError
 from kdlib.plots import with_interval
 from kdlib.runs import Run, read_json
@@ -137,7 +137,7 @@ class Pool:
             message = f"stopped; the same command goes on where it stopped{f'; {message}' if message else ''}"
         self.sweep.folder.set_status("failed" if message else "done", message)
         made = page.render(self.sweep, self.crew.reports)
-        reports.render_index(self.sweep.path.parent, self.crew.reports)
+        overview.render_index(self.sweep.path.parent, self.crew.reports)
         print(f"report: {os.path.relpath(made)}    index: {os.path.relpath(self.crew.reports / 'index.html')}", flush=True)
         if message:
             raise RunError(f"sweep {self.sweep.name}: {message}")
