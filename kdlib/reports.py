@@ -23,6 +23,7 @@ from kdlib.benchmarks import reading
 from kdlib.benchmarks.targets import target_table, verdict
 from kdlib.diagnostics.scorecard import Line, scorecard, scorecard_table
 from kdlib.errors import RunError
+from kdlib.metrics import eval_table, training_table
 from kdlib.runs import Run, all_runs, read_json, write_error, write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -39,7 +40,7 @@ def render(run: Run, reports: Path) -> Path:
     results = read_json(run.path / "comparison_results.json")
     benchmark = reading.results_of(run)
     figures = benchmark_figures.run_figures(benchmark) if benchmark else plots.run_figures(run, results)
-    tables = {"metrics": plots.training_table(run), "evaluation": plots.eval_table(run)}
+    tables = {"metrics": training_table(run), "evaluation": eval_table(run)}
     if benchmark:
         tables = {"targets": target_table(benchmark), **reading.run_tables(benchmark)}
     if results:

@@ -7,12 +7,10 @@
 import datetime
 import errno
 import json
-import math
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,47 +195,6 @@ def all_runs(root: Path) -> list[Run]:
     """Every run below this folder, newest first."""
     found = [Run(path.parent) for path in root.glob("*/config.yaml")]
     return sorted(found, key=lambda run: (run.manifest.get("created", ""), run.name), reverse=True)
-
-
-def read_metrics(folder: StudentFolder, *, up_to_step: int | None = None) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line torn by a kill is left out.
-
-    Each is {"train/step": …, "time": …} with `train/…` or `eval/…` figures.
-    """
-    if not folder.metrics.exists():
-        return []
-    text = folder.metrics.read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-    return [line for line in lines if up_to_step is None or line["train/step"] <= up_to_step]
-
-
-def cut_metrics(folder: StudentFolder, step: int) -> None:
-    """Drop what was logged after this step: training goes on from there and will log it again."""
-    if folder.metrics.exists():
-        lines = read_metrics(folder, up_to_step=step)
-        write_text(folder.metrics, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def append_metrics(folder: StudentFolder, line: Mapping[str, Any]) -> None:
-    """Add one line at once, so that a kill loses nothing already logged."""
-    try:
-        with folder.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-    except OSError as error:
-        raise write_error(folder.metrics, error) from error
-
-
-def history(folder: StudentFolder) -> list[dict[str, float]]:
-    """One line per epoch begun: the mean of its training figures and its last evaluation."""
-    epochs: dict[int, dict[str, list[float]]] = {}
-    for line in read_metrics(folder):
-        figures = epochs.setdefault(math.ceil(line["train/epoch"]), {})
-        for name, value in line.items():
-            if isinstance(value, (int, float)):
-                figures.setdefault(name, []).append(value)
-    last = ("train/step", "train/epoch")
-    return [{name: sum(v) / len(v) if name.startswith("train/") and name not in last else v[-1] for name, v in figures.items()}
-            for figures in epochs.values()]
 
 
 def read_json(path: Path, default: Any = None) -> Any:

@@ -10,12 +10,13 @@ FLOORS = [
     {"config"},
     {"losses.divergences"},
     {"diagnostics.token_view", "losses.subset", "losses.features", "losses.workspace", "diagnostics.ledger", "runs", "dialects"},
-    {"losses.linear", "captures", "embedded", "migration", "diagnostics.allocations"},
-    {"data", "models", "objective"},
+    {"losses.linear", "captures", "embedded", "migration", "diagnostics.allocations", "metrics", "canvas"},
+    {"data", "models", "objective", "progress"},
     {"teachers", "callbacks", "checkpoints", "diagnostics.culprits", "diagnostics.gradients"},
     {"diagnostics.nan_guard", "diagnostics.nan_report"},
     {"guarded_trainer"},
-    {"trainer", "compare"},
+    {"trainer", "compare", "scene"},
+    {"panels"},
     {"training", "plots", "benchmarks.settings", "benchmarks.machine", "benchmarks.heads"},
     {"benchmarks.peers", "benchmarks.reading", "diagnostics.scorecard", "diagnostics.parity", "diagnostics.rehearsal"},
     {"benchmarks.rounds", "benchmarks.steps", "benchmarks.targets", "benchmarks.figures", "diagnostics.charges", "diagnostics.probe"},
@@ -25,14 +26,14 @@ FLOORS = [
      "diagnostics.model_checks"},
     {"diagnostics.batch_checks"},
     {"diagnostics.doctor"},
-    {"reports", "workbench", "benchmarks.study"},
+    {"reports", "workbench", "benchmarks.study", "dashboard"},
     {"runner"},
     {"cli"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 READERS = {  # importable without torch
     "errors", "schedulers", "arguments", "curriculum", "fields", "overrides", "loss_config", "config", "runs", "dialects", "migration",
-    "plots", "diagnostics.scorecard", "reports", "runner",
+    "metrics", "canvas", "progress", "scene", "panels", "plots", "dashboard", "diagnostics.scorecard", "reports", "runner",
     "benchmarks.settings", "benchmarks.reading", "benchmarks.targets", "benchmarks.figures",
     "diagnostics.findings", "diagnostics.fixes",
 }

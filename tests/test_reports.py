@@ -1,11 +1,10 @@
-import json
 import re
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from kdlib import plots, reports, runs
+from kdlib import metrics, plots, reports, runs
 from kdlib.config import parse
 from kdlib.runs import Run
 
@@ -35,8 +34,8 @@ def run(raw_config, tmp_path) -> Run:
             at = {"train/step": step, "train/epoch": step / 10}
             terms = {"train/kd_loss": 4 / step, "train/kd_weight": 0.7, "train/ce_loss": 2.0, "train/ce_weight": 0.3}
             rest = {"train/temperature": 2.0, "train/learning_rate": 1e-4 * step, "train/grad_norm": 1.0}
-            runs.append_metrics(folder, {**at, "train/loss": 0.7 * 4 / step + 0.6, **terms, **rest})
-            runs.append_metrics(folder, {**at, "eval/loss": 2.0, "eval/kl_to_teacher": 3 / step})
+            metrics.append_metrics(folder, {**at, "train/loss": 0.7 * 4 / step + 0.6, **terms, **rest})
+            metrics.append_metrics(folder, {**at, "eval/loss": 2.0, "eval/kl_to_teacher": 3 / step})
     runs.write_json(run.path / "comparison_results.json", results())
     run.add_to_manifest(formula="loss = 0.7·T²·KL + 0.3·CE", seed=0, versions={"torch": "2.13.0"}, command="kd run x.yaml")
     run.set_status("done")
@@ -52,8 +51,7 @@ def test_a_report_is_one_file_that_asks_for_nothing_outside(run, tmp_path):
         assert expected in page
     folder = tmp_path / "reports" / "first"
     assert {p.name for p in (folder / "figures").iterdir()} == {
-        "component_values.png", "component_shares.png", "schedules.png", "train_against_eval.png", "closeness.png",
-        "teacher_student_comparison.png"}
+        "dashboard.png", "closeness.png", "teacher_student_comparison.png"}
     assert {p.stem for p in (folder / "tables").iterdir()} == {
         "metrics", "evaluation", "quality", "cost", "differences", "scorecard"}
 
@@ -90,12 +88,6 @@ def test_the_index_lists_every_run_with_its_state(run, raw_config, tmp_path):
     assert page.count('class="state done"') == 1
 
 
-def test_titles_say_what_the_figures_hold(run):
-    table = plots.training_table(run)
-    assert "kd loss fell from 2.00 to 0.67 nats per token in 6 steps" in plots.component_values(table).axes[0].get_title(loc="left")
-    assert "peaks at 6.0e-04" in plots.schedules(table).axes[0].get_title(loc="left")
-
-
 def test_the_message_says_better_worse_or_no_clear_difference():
     assert "shows: better KL to the teacher (-0.500 [-0.600, -0.400])" in plots.comparison_message(results(distilled_kl=1.0))
     assert "worse KL to the teacher" in plots.comparison_message(results(distilled_kl=2.0))
@@ -105,9 +97,3 @@ def test_the_message_says_better_worse_or_no_clear_difference():
 def test_figures_have_three_digits_and_their_interval():
     assert plots.with_interval({"value": 0.42, "low": 0.3961, "high": 0.441}) == "0.420 [0.396, 0.441]"
     assert plots.with_interval({"value": -1234.5, "low": -2000.0, "high": 534.2}, "+") == "-1,234 [-2,000, +534]"
-
-
-def test_shares_are_stacked_to_the_loss(run):
-    axes = plots.component_shares(plots.training_table(run)).axes[0]
-    top = axes.collections[-1].get_paths()[0].vertices[:, 1].max()
-    assert top == pytest.approx(json.loads(run.metrics.read_text().splitlines()[0])["train/loss"])
