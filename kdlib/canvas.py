@@ -108,12 +108,13 @@ class Panel:
         if not self.is_placed or low < bottom or high > top or not fills:
             self.axes.set_ylim(*_roomy(low, high, self.is_log))
             self.is_placed = True
+            count = max(2, round(self.axes.get_position().height * self.axes.figure.get_figheight() / 0.28))
+            wide = self.is_log and high > 5 * low
+            self.axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=count) if wide else MaxNLocator(min(count, 5)))
 
     def _scale(self, log: bool) -> None:
         self.is_log, self.is_placed = log, False
         self.axes.set_yscale("log" if log else "linear")
-        count = max(2, round(self.axes.get_position().height * self.axes.figure.get_figheight() / 0.28))
-        self.axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=count) if log else MaxNLocator(min(count, 5)))
         self.axes.yaxis.set_minor_locator(NullLocator())
         self.axes.yaxis.set_major_formatter(lambda value, _: "0" if value == 0 else self.form(value))
 

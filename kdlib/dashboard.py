@@ -9,6 +9,7 @@ import contextvars
 import os
 import threading
 import time
+from dataclasses import replace
 from functools import cached_property
 
 import ipywidgets
@@ -51,6 +52,7 @@ class Picture:
         self.run, self.view = run, view
         self.rivals = tuple(name for name in self.candidates if name == "baseline")
         self.tails: dict[str, Tail] = {}
+        self.has_ended = False  # what trained in this kernel
         self.sheet: Sheet | None = None
         self.read()
 
@@ -70,6 +72,8 @@ class Picture:
         before = getattr(self, "words", None)
         is_new = [self._tail("", self.run).read(), *(self._tail(name, folder).read() for name, (_, folder) in self._chosen().items())]
         self.course = progress(self.run, tail=self.tails[""])
+        if self.has_ended and self.course.state in ("running", "quiet"):
+            self.course = replace(self.course, state="stopped")
         self.words = (headline(self.course), where_line(self.course), self.course.message)
         return any(is_new) or self.words != before
 
@@ -107,6 +111,7 @@ class Dashboard:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.picture.has_ended = True
         self.close()
 
     def _ipython_display_(self) -> None:
@@ -148,13 +153,13 @@ class Dashboard:
         pause = least = HEADLESS_PAUSE_S if self.controls is None else PAUSE_S
         news = time.monotonic()
         while not self.ended.wait(pause):
-            began = time.monotonic()
+            began, spent = time.monotonic(), time.thread_time()
             if self.refresh():
                 news = began
             is_over = self.picture.run.status["state"] in FINAL and not self.picture.is_training
             if is_over or began - news > PATIENCE_S:
                 return
-            pause = max(least, (time.monotonic() - began) / SHARE)
+            pause = max(least, (time.thread_time() - spent) / SHARE)
 
     def _put(self, png: bytes) -> None:
         if self.controls is None:
@@ -172,12 +177,12 @@ class Controls:
     def __init__(self, board: Dashboard) -> None:
         self.board, self.picture = board, board.picture
         view, terms = self.picture.view, list(board.run.config.loss.schedules)
-        self.image = ipywidgets.Image(format="png", layout={"flex": "1 1 560px", "max_width": "800px", "object_fit": "contain",
-                                                            "align_self": "flex-start"})
+        self.image = ipywidgets.Image(format="png", layout={"flex": "1 1 560px", "min_width": "0", "max_width": "800px",
+                                                            "object_fit": "contain", "align_self": "flex-start"})
         self.card = ipywidgets.HTML(layout={"flex": "0 1 290px", "margin": "0 0 0 12px"})
         self.terms = [ipywidgets.ToggleButton(value=view.terms is None or term in view.terms, description=term,
                                               tooltip=f"show {term}", layout={"width": "auto"}) for term in terms]
-        self.log = ipywidgets.ToggleButton(value=view.log, description="log", tooltip="raw values and gradient norms on a log scale",
+        self.log = ipywidgets.ToggleButton(value=view.log, description="log scale", tooltip="raw values and gradient norms on a log scale",
                                            layout={"width": "auto"})
         self.smoothing = ipywidgets.FloatSlider(value=view.smoothing, min=0, max=0.3, step=0.01, description="smoothing",
                                                 readout_format=".0%", continuous_update=False)

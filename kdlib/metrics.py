@@ -177,11 +177,13 @@ def thinned(curves: np.ndarray, *, points: int = POINTS) -> np.ndarray:
     width = math.ceil(length / buckets)
     starts = np.arange(0, length, width)
     kept = [np.array([0, length - 1])]
-    for sign in (1, -1):
-        padded = np.full((count, len(starts) * width), np.inf)
-        padded[:, :length] = np.where(np.isfinite(curves), sign * curves, np.inf)
-        found = starts + padded.reshape(count, len(starts), width).argmin(axis=2)
-        kept.append(found.ravel())
-    gaps = np.flatnonzero(np.diff(np.isfinite(curves)).any(axis=0)) + 1
+    is_finite, filled = np.isfinite(curves), np.pad(curves, ((0, 0), (0, len(starts) * width - length)), mode="edge")
+    for extreme, worst in ((np.argmin, np.inf), (np.argmax, -np.inf)):
+        if not is_finite.all():
+            filled[:, :length][~is_finite] = worst
+            filled[:, length:] = worst
+        found = starts + extreme(filled.reshape(count, len(starts), width), axis=2)
+        kept.append(np.minimum(found, length - 1).ravel())
+    gaps = np.flatnonzero(np.diff(is_finite).any(axis=0)) + 1
     kept.append(gaps if len(gaps) <= points else gaps[:0])
     return np.unique(np.concatenate(kept))

@@ -16,7 +16,7 @@ QUIET_S = 60.0  # without a line, after which a training that nobody keeps a sta
 RECENT = 50  # lines that a forecast goes by
 PAUSE = 10.0  # times the usual time between two lines: the training stood still
 FINAL = ("done", "failed", "died")
-MEASURES = {"kl_to_teacher": "KL to teacher", "perplexity": "perplexity", "agreement": "agreement", "accuracy": "accuracy"}
+MEASURES = {"kl_to_teacher": "KL to teacher", "perplexity": "perplexity", "agreement": "agreement"}
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Progress:
         if self.state not in ("running", "quiet") or len(self.tail.train) < 2 or "time" not in self.tail.train:
             return None
         recent = self.tail.train[["step", "time"]].iloc[-RECENT:]
-        seconds = pd.to_datetime(recent["time"], utc=True).diff().dt.total_seconds().iloc[1:]
-        seconds = seconds.clip(upper=PAUSE * seconds.median() + 1)
+        seconds = np.diff([datetime.fromisoformat(moment).timestamp() for moment in recent["time"]])
+        seconds = seconds.clip(max=PAUSE * np.median(seconds) + 1)
         return float(seconds.sum() / (recent["step"].iloc[-1] - recent["step"].iloc[0]) * (self.steps - self.step))
 
     def measured(self, measure: str) -> tuple[float, int, float] | None:

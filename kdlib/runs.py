@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ class Run(StudentFolder):
     @property
     def config(self) -> Config:
         """The resolved config."""
-        return parse(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")), name=str(self.path / "config.yaml"))
+        path = self.path / "config.yaml"
+        return _resolved(path, path.stat().st_mtime_ns)
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -234,6 +236,11 @@ def write_error(path: Path, error: Exception) -> RunError:
 
 def now() -> str:
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+@lru_cache(maxsize=64)
+def _resolved(path: Path, changed: int) -> Config:
+    return parse(yaml.safe_load(path.read_text(encoding="utf-8")), name=str(path))
 
 
 def _commit() -> str | None:

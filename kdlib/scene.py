@@ -66,9 +66,9 @@ class Scene:
         shares = {term: (self.train[f"{term}_weight"] * self.train[f"{term}_loss"]).fillna(0.0) for term in self.terms
                   if f"{term}_loss" in self.train}
         sums = {term: share[np.isfinite(share)].sum() for term, share in shares.items()}
-        curves = [self._seen(self._smoothed(values)) for values in (*shares.values(), self.train["loss"])]
+        curves = [self._seen(self.train["step"], self._smoothed(values)) for values in (*shares.values(), self.train["loss"])]
         at, floor = thinned(np.stack(curves)), 0.0
-        steps = self._seen(self.train["step"])[at]
+        steps = self._seen(self.train["step"], self.train["step"])[at]
         for term, curve in zip(shares, curves, strict=False):
             lower, floor = floor + 0 * curve[at], floor + curve[at]
             panel.area(term, steps, lower, floor, color=self.colours[term], alpha=0.75)
@@ -157,19 +157,21 @@ class Scene:
             panel.reach(self.course.plan[name][self.course.plan["step"].between(*self.span)].to_numpy())
 
     def _curve(self, panel: Panel, key: str, steps: pd.Series, values: pd.Series, **style) -> None:
-        is_seen = steps.between(*self.span).to_numpy()
-        x, y = steps.to_numpy()[is_seen], values.to_numpy()[is_seen]
+        x, y = self._seen(steps, steps), self._seen(steps, values)
         at = thinned(y)
         panel.line(key, x[at], y[at], **style)
 
     def _crosses(self, panel: Panel, name: str, *, evaluation: bool = False) -> None:
         broken = self.course.tail.broken
+        if not len(broken):
+            return
         steps = broken["step"][(broken["name"] == name) & (broken["evaluation"] == evaluation)]
         steps = steps[steps.between(*self.span)].to_numpy()
         panel.marks(f"{name} {evaluation}", steps[thinned(steps)])
 
-    def _seen(self, values: pd.Series) -> np.ndarray:
-        return values.to_numpy()[self.train["step"].between(*self.span).to_numpy()]
+    def _seen(self, steps: pd.Series, values: pd.Series) -> np.ndarray:
+        first, last = self.span
+        return values.to_numpy()[np.searchsorted(steps, first, "left") : np.searchsorted(steps, last, "right")]
 
     def _width(self, values: pd.Series) -> float:
         return self.view.smoothing * len(values)
@@ -178,11 +180,20 @@ class Scene:
         """The running mean of the finite values, with the gaps where nothing was logged."""
         if self._width(values) < 2:
             return values
-        return values.where(np.isfinite(values)).ewm(span=self._width(values), ignore_na=True).mean().where(values.notna())
+        is_finite = np.isfinite(values)
+        if is_finite.all():
+            return values.ewm(span=self._width(values)).mean()
+        return values.where(is_finite).ewm(span=self._width(values), ignore_na=True).mean().where(values.notna())
 
 
 def _horizon(course: Progress) -> float:
-    """The right end of the x axis: of the whole training, or of half, a quarter … of it while it has not come further."""
+    """The right end of the x axis: of the whole training, or of half, a quarter … of it while it has not come further.
+
+    So it seldom moves; where the whole is not planned, it is the next round number.
+    """
+    if not len(course.plan):
+        unit = 10 ** max(math.floor(math.log10(max(course.step, 1))) - 1, 0)
+        return math.ceil(max(course.step, 1) / unit) * unit
     return course.steps / 2 ** max(math.floor(math.log2(course.steps / max(course.step, 1))), 0)
 
 

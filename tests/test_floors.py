@@ -19,14 +19,15 @@ FLOORS = [
     {"panels"},
     {"training", "plots", "benchmarks.settings", "benchmarks.machine", "benchmarks.heads"},
     {"benchmarks.peers", "benchmarks.reading", "diagnostics.scorecard", "diagnostics.parity", "diagnostics.rehearsal"},
-    {"benchmarks.rounds", "benchmarks.steps", "benchmarks.targets", "benchmarks.figures", "diagnostics.charges", "diagnostics.probe"},
-    {"diagnostics.forecast", "diagnostics.measurement"},
+    {"benchmarks.rounds", "benchmarks.steps", "benchmarks.targets", "benchmarks.figures", "diagnostics.charges", "diagnostics.probe",
+     "dashboard"},
+    {"diagnostics.forecast", "diagnostics.measurement", "benchmarks.drawing"},
     {"diagnostics.remedies", "diagnostics.subject"},
     {"diagnostics.outlook", "diagnostics.config_checks", "diagnostics.schedule_checks", "diagnostics.data_checks",
      "diagnostics.model_checks"},
     {"diagnostics.batch_checks"},
     {"diagnostics.doctor"},
-    {"reports", "workbench", "benchmarks.study", "dashboard"},
+    {"reports", "workbench", "benchmarks.study"},
     {"runner"},
     {"cli"},
 ]
@@ -34,7 +35,7 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 READERS = {  # importable without torch
     "errors", "schedulers", "arguments", "curriculum", "fields", "overrides", "loss_config", "config", "runs", "dialects", "migration",
     "metrics", "canvas", "progress", "scene", "panels", "plots", "dashboard", "diagnostics.scorecard", "reports", "runner",
-    "benchmarks.settings", "benchmarks.reading", "benchmarks.targets", "benchmarks.figures",
+    "benchmarks.settings", "benchmarks.reading", "benchmarks.drawing", "benchmarks.targets", "benchmarks.figures",
     "diagnostics.findings", "diagnostics.fixes",
 }
 
