@@ -10,8 +10,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
+from kdlib.metrics import append_metrics
 from kdlib.objective import Objective
-from kdlib.runs import StudentFolder, append_metrics, now, write_json
+from kdlib.runs import StudentFolder, now, write_json
 
 PLANNED = 400  # moments at which a plan is written down, at most twice as many
 

@@ -10,8 +10,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kdlib.canvas import TERM_COLOURS
 from kdlib.config import Config
-from kdlib.plots import TERM_COLOURS
 from kdlib.schedulers import Spec, from_spec, moments
 
 LEARNING_RATE = 5e-5  # TrainingArguments' own, where a config is silent
@@ -55,7 +55,7 @@ def warm_up_of(config: Config, steps: int | None) -> float | None:
 
 
 def curves(config: Config, steps: int | None = None, plan: pd.DataFrame | None = None) -> pd.DataFrame:
-    """Learning rate, weights and temperatures over training: columns as of `plots.plan_table`, `fraction` in place of step.
+    """Learning rate, weights and temperatures over training: columns as of `metrics.plan_table`, `fraction` in place of step.
 
     Args:
         plan: of a run, whose learning rate stands in where the config's course has no words in kdlib.schedulers.

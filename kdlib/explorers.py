@@ -12,7 +12,7 @@ from ipywidgets import Widget
 from markupsafe import escape
 from matplotlib.figure import Figure
 
-from kdlib import plots
+from kdlib import metrics, plots
 from kdlib.config import Config
 from kdlib.errors import RunError
 from kdlib.explorer_widgets import HeatMapExplorer, ScheduleDesigner, TemperatureExplorer, course_picture, png, yaml_html
@@ -77,7 +77,7 @@ def _heat_map_page(facts: Mapping[str, Any]) -> str:
 
 def _course_page(run: Run) -> str:
     """A run's own course: its curves, and the lines of its config that make it."""
-    own, plans = run.config.as_dict(), [plots.plan_table(folder) for folder in (run, StudentFolder(run.path / "dry_run"))]
+    own, plans = run.config.as_dict(), [metrics.plan_table(folder) for folder in (run, StudentFolder(run.path / "dry_run"))]
     settings = {section: {name: own[section][name] for name in names if name in own[section]} for section, names in SETTINGS.items()}
     figure = course_picture(run.config, steps_of(run), next((plan for plan in plans if len(plan)), None))
     return _picture(figure, "Learning rate, weights and temperature over the training") + yaml_html(as_yaml(**settings))

@@ -56,7 +56,8 @@ def picture(figure: Figure, name: str = "") -> Picture:
     """A figure as SVG and PNG; `name` stands in where it has no title."""
     take_literally(figure)
     titles = [figure.get_suptitle(), *(axes.get_title(loc=place) for axes in figure.axes for place in TITLES)]
-    alt = ". ".join(" ".join(title.split()).rstrip(".") for title in titles if title)
+    words = [" ".join(title.split()).rstrip(".") for title in (*titles, *map(Text.get_text, figure.texts))]
+    alt = ". ".join(dict.fromkeys(filter(None, words)))
     return Picture(svg=_saved(figure, "svg"), png=_saved(figure, "png"), alt=alt or name.replace("_", " "))
 
 

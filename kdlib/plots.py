@@ -1,74 +1,35 @@
 """Figures from a run's files: one message each, stated in the title from the figures themselves.
 
-Figures are made from `training_table`, `eval_table` and comparison_results.json; nothing here imports torch.
+Figures are made from metrics.jsonl, plan.json and comparison_results.json; nothing here imports torch.
 Teacher hatched grey, distilled student blue, baseline thin orange, untrained student light grey; safe for colour-blind eyes.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kdlib.runs import Run, StudentFolder, read_json, read_metrics
+from kdlib.canvas import colours_of
+from kdlib.errors import ConfigError
+from kdlib.metrics import eval_table, terms_in, training_table
+from kdlib.panels import dashboard
+from kdlib.progress import progress
+from kdlib.runs import Run
 
 COLOURS = {"teacher": "#6e6e6e", "untrained": "#bdbdbd", "baseline": "#e69f00", "distilled": "#0072b2"}
 LABELS = {"teacher": "teacher", "untrained": "untrained student", "baseline": "CE-only baseline", "distilled": "distilled student"}
-TERM_COLOURS = {"kd": "#0072b2", "ce": "#e69f00", "hidden": "#009e73", "attention": "#cc79a7"}
 METRIC_LABELS = {
     "kl_to_teacher": "KL to teacher\nnats per token, T = 1", "agreement": "top-1 agreement\nwith the teacher",
     "perplexity": "perplexity\nper token", "bits_per_byte": "bits per byte",
 }
 
 
-def training_table(folder: StudentFolder) -> pd.DataFrame:
-    """The training lines of metrics.jsonl, one row per log, without the train/ prefix."""
-    return _lines(folder, "train/loss", "train/")
-
-
-def eval_table(folder: StudentFolder) -> pd.DataFrame:
-    """The evaluation lines of metrics.jsonl, with step and epoch, without the eval/ prefix."""
-    return _lines(folder, "eval/loss", "eval/")
-
-
-def plan_table(folder: StudentFolder) -> pd.DataFrame:
-    """Learning rate, weights and temperatures over the whole training as plan.json has them: columns as of `training_table`."""
-    return pd.DataFrame(read_json(folder.plan, []))
-
-
-def terms_in(table: pd.DataFrame) -> list[str]:
-    """The loss terms that a training or evaluation table has."""
-    return [name.removesuffix("_weight") for name in table.columns if name.endswith("_weight")]
-
-
-def component_values(table: pd.DataFrame) -> Figure:
-    """Each term's unweighted value against the optimizer step, on a log scale."""
-    figure, axes = _figure()
-    for term in terms_in(table):
-        axes.plot(table["step"], table[f"{term}_loss"], color=_colour(term), label=term)
-    if (table[[f"{t}_loss" for t in terms_in(table)]] > 0).all(axis=None):
-        axes.set_yscale("log")
-    lead = "kd" if "kd" in terms_in(table) else terms_in(table)[0]
-    axes.set_title(_course(f"{lead} loss", table[f"{lead}_loss"], table["step"]), loc="left")
-    return _labelled(figure, axes, "raw value, nats per token")
-
-
-def component_shares(table: pd.DataFrame) -> Figure:
-    """What the optimizer sees: weight x value of each term, stacked to the loss."""
-    figure, axes = _figure()
-    terms = terms_in(table)
-    shares = {term: table[f"{term}_weight"] * table[f"{term}_loss"] for term in terms}
-    axes.stackplot(table["step"], *shares.values(), labels=terms, colors=[_colour(t) for t in terms], alpha=0.7)
-    axes.plot(table["step"], table["loss"], color="black", linewidth=1, label="loss, as back-propagated")
-    part = {term: share.mean() / table["loss"].mean() for term, share in shares.items()}
-    lead = max(part, key=part.get)
-    axes.set_title(f"{lead} makes up {part[lead]:.0%} of what the optimizer sees", loc="left")
-    return _labelled(figure, axes, "weight × value, nats per token")
-
-
 def schedules(table: pd.DataFrame) -> Figure:
-    """Learning rate, weights and temperature against the optimizer step."""
+    """Learning rate, weights and temperature against the optimizer step: the plan of a training."""
+    colours = colours_of(terms_in(table))
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     upper.plot(table["step"], table["learning_rate"], color="black")
@@ -79,20 +40,10 @@ def schedules(table: pd.DataFrame) -> Figure:
         f"The learning rate peaks at {table['learning_rate'][peak]:.1e} and ends at {table['learning_rate'].iloc[-1]:.1e}", loc="left"
     )
     for term in terms_in(table):
-        lower.plot(table["step"], table[f"{term}_weight"], color=_colour(term), label=f"weight of {term}")
+        lower.plot(table["step"], table[f"{term}_weight"], color=colours[term], label=f"weight of {term}")
     lower.plot(table["step"], table["temperature"], color="#cc79a7", linestyle=":", label="temperature")
     lower.set_ylim(bottom=0)
     return _labelled(figure, lower, "weight, temperature")
-
-
-def train_against_eval(train: pd.DataFrame, evaluation: pd.DataFrame) -> Figure:
-    """The same objective, same weights, on training and held-out text."""
-    figure, axes = _figure()
-    axes.plot(train["step"], train["loss"], color=COLOURS["distilled"], alpha=0.6, label="training batches")
-    axes.plot(evaluation["step"], evaluation["loss"], color="black", marker="o", label="held-out text")
-    near = train.loc[train["step"] >= evaluation["step"].iloc[-1] - 0.2 * train["step"].iloc[-1], "loss"].mean()
-    axes.set_title(f"At the end the held-out loss is {evaluation['loss'].iloc[-1] / near:.2f} × the training loss", loc="left")
-    return _labelled(figure, axes, "loss, nats per token")
 
 
 def closeness(tables: Mapping[str, pd.DataFrame]) -> Figure:
@@ -186,21 +137,15 @@ def with_interval(figures: Mapping[str, float], sign: str = "") -> str:
 
 def run_figures(run: Run, results: Mapping[str, Any] | None) -> dict[str, Figure]:
     """Every figure that the files of a run allow, by name: for notebook and report alike."""
-    train, evaluation, baseline = training_table(run), eval_table(run), eval_table(run.baseline)
+    evaluation, baseline = eval_table(run), eval_table(run.baseline)
     figures = {"teacher_student_comparison": comparison_bars(results)} if results else {}
-    if len(train):
-        figures |= {"component_values": component_values(train), "component_shares": component_shares(train), "schedules": schedules(train)}
-    if len(train) and len(evaluation):
-        figures["train_against_eval"] = train_against_eval(train, evaluation)
+    if len(training_table(run)):
+        with suppress(ConfigError):  # of another version: its report says so
+            others = [progress(run, run.baseline)] if len(training_table(run.baseline)) else []
+            figures["dashboard"] = dashboard(progress(run), others=others)
     if len(evaluation) and "kl_to_teacher" in evaluation:
         figures["closeness"] = closeness({"distilled": evaluation} | ({"baseline": baseline} if len(baseline) else {}))
     return figures
-
-
-def _lines(folder: StudentFolder, mark: str, prefix: str) -> pd.DataFrame:
-    lines = [line for line in read_metrics(folder) if mark in line]
-    table = pd.DataFrame(lines)
-    return table.rename(columns=lambda name: name.removeprefix(prefix).removeprefix("train/"))
 
 
 def _figure() -> tuple[Figure, Axes]:
@@ -219,13 +164,3 @@ def _labelled(figure: Figure, axes: Axes, ylabel: str) -> Figure:
 
 def _plain_spines(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _course(what: str, values: pd.Series, steps: pd.Series) -> str:
-    first, last = values.iloc[0], values.iloc[-1]
-    verb = "fell" if last < first else "rose" if last > first else "stayed"
-    return f"The {what} {verb} from {first:.2f} to {last:.2f} nats per token in {steps.iloc[-1]} steps"
-
-
-def _colour(term: str) -> str:
-    return TERM_COLOURS.get(term, "#56b4e9")

@@ -16,6 +16,7 @@ from kdlib.diagnostics.scorecard import Line, scorecard_table
 from kdlib.errors import RunError
 from kdlib.executed import notebook_html
 from kdlib.explorers import static_html
+from kdlib.metrics import eval_table, training_table
 from kdlib.pages import Picture
 from kdlib.runs import Run, now, read_json, write_error, write_text
 from kdlib.summaries import KEYS, card, costs, flat, number, summary
@@ -54,7 +55,7 @@ def render(run: Run, reports: Path) -> Path:
 def _tables(run: Run, results: Mapping | None, benchmark: Mapping | None, cards: Mapping[str, list[Line]]) -> dict[str, pd.DataFrame]:
     if benchmark:
         return {"targets": target_table(benchmark), **reading.run_tables(benchmark)}
-    tables = {"metrics": plots.training_table(run), "evaluation": plots.eval_table(run)}
+    tables = {"metrics": training_table(run), "evaluation": eval_table(run)}
     if results:
         tables |= {"quality": plots.quality_table(results), "cost": plots.cost_table(results),
                    "differences": plots.difference_table(results)}

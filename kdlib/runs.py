@@ -7,13 +7,12 @@
 import datetime
 import errno
 import json
-import math
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,8 @@ class Run(StudentFolder):
     @property
     def config(self) -> Config:
         """The resolved config."""
-        return parse(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")), name=str(self.path / "config.yaml"))
+        path = self.path / "config.yaml"
+        return _resolved(path, path.stat().st_mtime_ns)
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -199,47 +199,6 @@ def all_runs(root: Path) -> list[Run]:
     return sorted(found, key=lambda run: (run.manifest.get("created", ""), run.name), reverse=True)
 
 
-def read_metrics(folder: StudentFolder, *, up_to_step: int | None = None) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line torn by a kill is left out.
-
-    Each is {"train/step": …, "time": …} with `train/…` or `eval/…` figures.
-    """
-    if not folder.metrics.exists():
-        return []
-    text = folder.metrics.read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-    return [line for line in lines if up_to_step is None or line["train/step"] <= up_to_step]
-
-
-def cut_metrics(folder: StudentFolder, step: int) -> None:
-    """Drop what was logged after this step: training goes on from there and will log it again."""
-    if folder.metrics.exists():
-        lines = read_metrics(folder, up_to_step=step)
-        write_text(folder.metrics, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def append_metrics(folder: StudentFolder, line: Mapping[str, Any]) -> None:
-    """Add one line at once, so that a kill loses nothing already logged."""
-    try:
-        with folder.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-    except OSError as error:
-        raise write_error(folder.metrics, error) from error
-
-
-def history(folder: StudentFolder) -> list[dict[str, float]]:
-    """One line per epoch begun: the mean of its training figures and its last evaluation."""
-    epochs: dict[int, dict[str, list[float]]] = {}
-    for line in read_metrics(folder):
-        figures = epochs.setdefault(math.ceil(line["train/epoch"]), {})
-        for name, value in line.items():
-            if isinstance(value, (int, float)):
-                figures.setdefault(name, []).append(value)
-    last = ("train/step", "train/epoch")
-    return [{name: sum(v) / len(v) if name.startswith("train/") and name not in last else v[-1] for name, v in figures.items()}
-            for figures in epochs.values()]
-
-
 def read_json(path: Path, default: Any = None) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
 
@@ -277,6 +236,11 @@ def write_error(path: Path, error: Exception) -> RunError:
 
 def now() -> str:
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+@lru_cache(maxsize=64)
+def _resolved(path: Path, changed: int) -> Config:
+    return parse(yaml.safe_load(path.read_text(encoding="utf-8")), name=str(path))
 
 
 def _commit() -> str | None:

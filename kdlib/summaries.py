@@ -1,6 +1,7 @@
 """A run in brief, from its files: how far it came, its key figures, its settings, its cost.  Imports no torch."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +11,10 @@ from urllib.parse import quote
 import pandas as pd
 import yaml
 
-from kdlib import plots
+from kdlib import metrics, plots
 from kdlib.benchmarks import reading
 from kdlib.diagnostics.scorecard import Line, scorecard
-from kdlib.errors import ConfigError
+from kdlib.errors import ConfigError, KdlibError
 from kdlib.runs import Run, StudentFolder, read_json
 
 KEYS = {"kl_to_teacher": "KL to the teacher", "agreement": "agreement", "perplexity": "perplexity"}
@@ -63,8 +64,8 @@ def summary(run: Run) -> Summary:
     """What the run's files say; where they are torn or of another shape, a summary whose state and message say so."""
     try:
         return _read(run)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
-        return Summary(run.name, "unreadable", f"{type(error).__name__}: {error}")
+    except (KdlibError, OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+        return Summary(run.name, "unreadable", f"{type(error).__name__}: {error}".replace(f"{run.path}{os.sep}", ""))
 
 
 def number(value: float) -> str:
@@ -88,7 +89,7 @@ def report_link(name: str, reports: Path) -> str | None:
 
 def planned_steps(run: Run) -> int | None:
     """How many optimizer steps the training has, as soon as it has begun or was tried."""
-    plan = plots.plan_table(run)
+    plan = metrics.plan_table(run)
     return int(plan["step"].max()) if len(plan) else run.manifest.get("optimizer_steps")
 
 
@@ -119,7 +120,7 @@ def card(run: Run, student: StudentFolder | None = None) -> list[Line]:
 def _read(run: Run) -> Summary:
     results, manifest, status = read_json(run.path / "comparison_results.json"), run.manifest, run.status
     settings = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8")) or {}
-    train, evaluation = plots.training_table(run), plots.eval_table(run)
+    train, evaluation = metrics.training_table(run), metrics.eval_table(run)
     steps = [int(table["step"].iloc[-1]) for table in (train, evaluation) if len(table)]
     against = plots.difference(results, "distilled", "baseline", "kl_to_teacher") if results and "baseline" in results["models"] else None
     return Summary(
@@ -127,7 +128,7 @@ def _read(run: Run) -> Summary:
         config=Path(manifest.get("config_file") or "").stem, sweep=str(manifest.get("sweep") or ""),
         is_benchmark=reading.results_of(run) is not None or "task" not in settings,
         step=max(steps, default=None), steps=planned_steps(run), stage=_stage(run, results, steps),
-        keys=_keys(results, evaluation), against=against, train=train, evaluation=evaluation, baseline=plots.eval_table(run.baseline),
+        keys=_keys(results, evaluation), against=against, train=train, evaluation=evaluation, baseline=metrics.eval_table(run.baseline),
         costs=costs(results, train), settings={name: _as_text(value) for name, value in flat(settings)}, card=tuple(card(run)),
     )
 

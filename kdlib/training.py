@@ -21,9 +21,10 @@ from kdlib.diagnostics import nan_report
 from kdlib.errors import ConfigError, KdlibError, RunError
 from kdlib.losses.features import LayerPairs, layer_pairs, projections
 from kdlib.losses.workspace import Workspace
+from kdlib.metrics import cut_metrics, history
 from kdlib.models import device_of, parameters, precision_of
 from kdlib.objective import Objective, feature_terms
-from kdlib.runs import StudentFolder, cut_metrics, history, is_refusal, read_json, write_error, write_json
+from kdlib.runs import StudentFolder, is_refusal, read_json, write_error, write_json
 from kdlib.schedulers import SHAPES, from_spec
 from kdlib.teachers import PROJECTIONS, LiveTeacher
 from kdlib.trainer import DistillationTrainer

@@ -22,6 +22,7 @@ from kdlib.diagnostics import doctor, findings, outlook, parity
 from kdlib.diagnostics.token_view import TokenView, token_view
 from kdlib.errors import RunError, nearest
 from kdlib.losses.workspace import device_memory
+from kdlib.metrics import plan_table, terms_in, training_table
 from kdlib.objective import Moment
 from kdlib.runs import Run, StudentFolder
 from kdlib.signals import kept
@@ -185,7 +186,7 @@ class Workbench:
             optimizer_steps=trial.state.max_steps, warmup_steps=trial.args.get_warmup_steps(trial.state.max_steps),
             seconds_per_step=round(seconds, 3),
         )
-        args, table = training.training_arguments(self.config, folder.checkpoints), plots.training_table(folder)
+        args, table = training.training_arguments(self.config, folder.checkpoints), training_table(folder)
         evaluations = training.extent(args, len(self.blocks.train)).evaluations
         print(f"held-out: loss {metrics['eval_loss']:.3f}, evaluated in {metrics['eval_runtime']:.0f} s")
         minutes = (trial.state.max_steps * seconds + evaluations * metrics["eval_runtime"]) / 60
@@ -199,7 +200,7 @@ class Workbench:
 
     def plan(self) -> pd.DataFrame:
         """Learning rate, weights and temperature at every tenth of the training that the dry run began."""
-        table = plots.plan_table(self.trial)
+        table = plan_table(self.trial)
         shown = table.iloc[[round(i * (len(table) - 1) / 10) for i in range(11)]].drop_duplicates().set_index("step")
         return shown.assign(learning_rate=shown["learning_rate"].map("{:.1e}".format)) if "learning_rate" in shown else shown
 
@@ -258,7 +259,7 @@ def _facts(facts: Mapping[str, Any]) -> pd.DataFrame:
 
 def _step_table(table: pd.DataFrame) -> pd.DataFrame:
     shown = {"step": table["step"]}
-    for term in plots.terms_in(table):
+    for term in terms_in(table):
         shown |= {f"{term}, nats": table[f"{term}_loss"].map("{:.4f}".format), f"{term} weight": table[f"{term}_weight"]}
     shown |= {"loss": table["loss"].map("{:.4f}".format), "T": table["temperature"], "T²": table["temperature"] ** 2,
               "learning rate": table["learning_rate"].map("{:.1e}".format), "grad norm": table["grad_norm"].map("{:.2f}".format)}

@@ -1,17 +1,33 @@
-"""Debian's Chromium, for tests that look at a page as a person does."""
+"""JupyterLab as a person sees it, driven by Debian's Chromium; the fixtures are in conftest.py."""
 
 import shutil
+import socket
 
 import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUIET = ["--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
+MARKS = [pytest.mark.browser, pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")]
 
 
-@pytest.fixture
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api").sync_playwright().start()
-    browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-    yield browser
-    browser.close()
-    playwright.stop()
+def answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def open_notebook(page, lab: str, name: str) -> None:
+    """Show a notebook of the project, with a kernel that is ready."""
+    page.goto(f"{lab}/lab/tree/notebooks/{name}.ipynb?token=t&reset")
+    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+    page.wait_for_timeout(4000)  # the kernel
+
+
+def choose(page, menu: str, entry: str) -> None:
+    """Click an entry of one of the menus at the top."""
+    page.get_by_role("menuitem", name=menu, exact=True).click()
+    page.get_by_text(entry, exact=True).first.click()
+
+
+def no_cell_runs(page) -> None:
+    busy = "[...document.querySelectorAll('.jp-InputPrompt')].some(prompt => prompt.innerText.includes('*'))"
+    page.wait_for_function(f"!{busy}", timeout=180_000)

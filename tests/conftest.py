@@ -7,17 +7,22 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from threads, and lose much where others compute beside them
 
 import random
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from browser import CHROMIUM, QUIET, answers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kdlib.runs import project_root
+from kdlib.runs import PARENT, project_root
 
 WORDS = ["the", "a", "student", "teacher", "learns", "says", "what", "it", "sees", "when", "words", "come", "back", "again"]
 
@@ -100,3 +105,55 @@ def config_file(raw_config, tmp_path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(raw_config))
     return path
+
+
+@pytest.fixture
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api").sync_playwright().start()
+    browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+    yield browser
+    browser.close()
+    playwright.stop()
+
+
+@pytest.fixture
+def project(raw_config, tmp_path) -> Path:
+    """A project folder of one's own: our notebooks, a tiny config by the name that they start with."""
+    folder = tmp_path / "project"
+    shutil.copytree(project_root() / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    (folder / "configs").mkdir()
+    (folder / "configs" / "quickstart.yaml").write_text(yaml.safe_dump(raw_config))
+    return folder
+
+
+@pytest.fixture
+def theme() -> str:
+    """JupyterLab's; a test may parametrize it."""
+    return "JupyterLab Light"
+
+
+@pytest.fixture
+def lab(project, theme, tmp_path):
+    """JupyterLab on that project; gives its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = tmp_path / "settings" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True)
+    (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    (settings / "themes.jupyterlab-settings").write_text(f'{{"theme": "{theme}"}}')
+    environment = {name: value for name, value in os.environ.items() if name != PARENT}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
+         "--IdentityProvider.token=t", f"--ServerApp.root_dir={project}"],
+        env={**environment, "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings")}, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not answers(port):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.2)
+    yield f"http://127.0.0.1:{port}"
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait(timeout=30)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdlib import runs
+from kdlib import metrics, runs
 from kdlib.config import parse
 from kdlib.runs import Run
 
@@ -47,8 +47,8 @@ def made_run(
             at = {"train/step": step, "train/epoch": step / 10, "time": f"2026-01-31T10:{step:02d}:00+00:00"}
             terms = {"train/kd_loss": 4 / step, "train/kd_weight": 0.7, "train/ce_loss": 2.0, "train/ce_weight": 0.3}
             rest = {"train/temperature": 2.0, "train/learning_rate": 1e-4 * step, "train/grad_norm": 1.0, "train/tokens_per_s": 100.0}
-            runs.append_metrics(folder, {**at, "train/loss": 0.7 * 4 / step + 0.6, **terms, **rest})
-            runs.append_metrics(folder, {**at, "eval/loss": 2.0, "eval/kl_to_teacher": 3 / step})
+            metrics.append_metrics(folder, {**at, "train/loss": 0.7 * 4 / step + 0.6, **terms, **rest})
+            metrics.append_metrics(folder, {**at, "eval/loss": 2.0, "eval/kl_to_teacher": 3 / step})
     if kl is not None:
         runs.write_json(run.path / "comparison_results.json", results(kl))
     run.set_status(state, message)

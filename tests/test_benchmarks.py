@@ -36,6 +36,8 @@ def results():
             "tokens": 512, "skipped": {}, "flops": {"teacher": 3e9, "student": 5e9}, "flops_per_s": 1e10,
             "rounds": lines(teacher=[1.0, 1.0], trainer_sft=[3.0, 3.0], ours_kd=[3.6, 3.8], trl_gkd=[5.4, 7.6]),
         }},
+        "dashboard": {"steps": 1000, "rounds": [{"round": number, "first_s": first, "update_s": update} for number, (first, update)
+                                                in enumerate([(1.0, 0.1), (1.5, 0.3), (3.0, 0.4)])]},
         "machine": {"processor": "one"},
     }
 
@@ -147,6 +149,8 @@ def test_targets_say_what_was_measured_and_whether_it_is_met():
     later = results()
     later["steps"]["float32"]["rounds"] = [line | {"ledger_s": line["wall_s"] / 200} for line in later["steps"]["float32"]["rounds"]]
     assert targets.target_table(later).set_index("target").loc[books, ["measured", "met"]].tolist() == [pytest.approx(0.005), "yes"]
+    assert table.loc["dashboard of 1,000 steps: first drawing, s", ["measured", "met"]].tolist() == [1.5, "yes"]
+    assert table.loc["dashboard of 1,000 steps: an update by one line, s", ["measured", "met"]].tolist() == [0.3, "no"]
     assert "targets that were measured are met (float32: 40 tokens" in targets.verdict(results())
 
 
@@ -185,7 +189,7 @@ def test_the_benchmark_notebook_runs_through_and_leaves_a_report(teacher_folder,
     run = runs.Run(tmp_path / "runs" / "tiny")
     assert run.status["state"] == "done"
     found = json.loads((run.path / "benchmark_results.json").read_text())
-    assert set(found) == {"machine", "heads", "steps"}
+    assert set(found) == {"machine", "heads", "steps", "dashboard"}
     assert (run.path / "figures" / "time_float32.png").exists()
     assert yaml.safe_load((run.path / "config.yaml").read_text())["heads"]["vocabulary"] == 500
     assert (tmp_path / "reports" / "tiny" / "report.html").exists()

@@ -2,16 +2,14 @@
 
 import nbformat
 import pytest
+from browser import MARKS
 from nbformat.v4 import new_code_cell, new_notebook
-from test_browser import CHROMIUM, browser, lab, project  # noqa: F401
 from test_explorers import EVIL, evil_facts
 
 from kdlib import runs
 from kdlib.config import parse
 
-pytestmark = [
-    pytest.mark.browser, pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
-]
+pytestmark = MARKS
 CELLS = (
     'from kdlib import explorers, workbench\n\nbench = workbench.open_run("configs/quickstart.yaml", "one")\n'
     'sight = bench.explore("untrained")',
@@ -25,7 +23,7 @@ CELLS = (
 
 
 @pytest.fixture
-def notebook(project, raw_config):  # noqa: F811
+def notebook(project, raw_config):
     """A notebook with every explorer on a tiny teacher, and one on a text that nobody should trust."""
     config = parse(raw_config)
     runs.create(project / "runs", "one", config).add_to_manifest(student_layers=[0, 3])
@@ -35,7 +33,7 @@ def notebook(project, raw_config):  # noqa: F811
     return "notebooks/look.ipynb"
 
 
-def test_sliders_move_pictures_and_tokens_show_their_candidates(lab, notebook, browser, tmp_path):  # noqa: F811
+def test_sliders_move_pictures_and_tokens_show_their_candidates(lab, notebook, browser, tmp_path):
     page = browser.new_page(viewport={"width": 1400, "height": 4500})
     page.goto(f"{lab}/lab/tree/{notebook}?token=t&reset")
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)

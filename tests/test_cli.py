@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from kdlib import cli, runner, runs, workbench
 from kdlib.config import parse
 from kdlib.errors import RunError
-from kdlib.runs import Run, project_root, read_metrics
+from kdlib.metrics import read_metrics
+from kdlib.runs import Run, project_root
 
 
 @pytest.fixture

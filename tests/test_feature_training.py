@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from kdlib import captures
 from kdlib.config import parse
-from kdlib.runs import StudentFolder, read_metrics
+from kdlib.metrics import read_metrics
+from kdlib.runs import StudentFolder
 from kdlib.training import objective_of, train
 
 SGD = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 4,

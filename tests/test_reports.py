@@ -1,4 +1,3 @@
-import json
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -44,8 +43,7 @@ def test_a_report_is_one_file_that_asks_for_nothing_outside(folder, page):
     for expected in ("loss = 0.7·T²·KL + 0.3·CE", "max_length: 16", "2.13.0", "kd run x.yaml", "distilled student", "state done"):
         assert expected in page
     assert {p.name for p in (folder / "figures").iterdir()} == {
-        "component_values.png", "component_shares.png", "schedules.png", "train_against_eval.png", "closeness.png",
-        "teacher_student_comparison.png"}
+        "dashboard.png", "closeness.png", "teacher_student_comparison.png"}
     assert {p.stem for p in (folder / "tables").iterdir()} == {
         "metrics", "evaluation", "quality", "cost", "differences", "scorecard"}
 
@@ -72,8 +70,8 @@ def test_what_comes_first_stands_first(page):
 
 def test_every_picture_says_in_words_what_it_shows(page):
     alts = re.findall(r'<img alt="([^"]*)" src="data:image/svg', page)
-    assert len(alts) == 6
-    assert "The kd loss fell from 2.00 to 0.67 nats per token in 6 steps" in alts
+    assert len(alts) == 3
+    assert any("The kd loss fell from 2.00 to 0.67 nats per token in 6 steps" in alt for alt in alts)
     assert any(alt.startswith("Against the CE-only baseline, the distilled student shows") for alt in alts)
 
 
@@ -155,12 +153,6 @@ def test_a_drawing_with_many_lines_is_embedded_as_a_picture():
     assert pages.picture(figure, "many").source.startswith("data:image/png")
 
 
-def test_titles_say_what_the_figures_hold(run):
-    table = plots.training_table(run)
-    assert "kd loss fell from 2.00 to 0.67 nats per token in 6 steps" in plots.component_values(table).axes[0].get_title(loc="left")
-    assert "peaks at 6.0e-04" in plots.schedules(table).axes[0].get_title(loc="left")
-
-
 def test_the_message_says_better_worse_or_no_clear_difference():
     assert "shows: better KL to the teacher (-0.500 [-0.600, -0.400])" in plots.comparison_message(results(distilled_kl=1.0))
     assert "worse KL to the teacher" in plots.comparison_message(results(distilled_kl=2.0))
@@ -170,9 +162,3 @@ def test_the_message_says_better_worse_or_no_clear_difference():
 def test_figures_have_three_digits_and_their_interval():
     assert plots.with_interval({"value": 0.42, "low": 0.3961, "high": 0.441}) == "0.420 [0.396, 0.441]"
     assert plots.with_interval({"value": -1234.5, "low": -2000.0, "high": 534.2}, "+") == "-1,234 [-2,000, +534]"
-
-
-def test_shares_are_stacked_to_the_loss(run):
-    axes = plots.component_shares(plots.training_table(run)).axes[0]
-    top = axes.collections[-1].get_paths()[0].vertices[:, 1].max()
-    assert top == pytest.approx(json.loads(run.metrics.read_text().splitlines()[0])["train/loss"])

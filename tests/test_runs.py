@@ -6,7 +6,7 @@ import time
 import psutil
 import pytest
 
-from kdlib import runs
+from kdlib import metrics, runs
 from kdlib.config import parse
 from kdlib.errors import RunError
 from kdlib.runs import Run, StudentFolder
@@ -65,21 +65,21 @@ def test_a_killed_process_that_nobody_has_buried_is_gone_too(run):
 
 def test_metrics_survive_a_torn_line_and_are_cut_to_a_step(tmp_path):
     folder = StudentFolder(tmp_path)
-    assert runs.read_metrics(folder) == []
+    assert metrics.read_metrics(folder) == []
     for step in (1, 2, 3):
-        runs.append_metrics(folder, {"train/step": step, "train/loss": 0.5})
+        metrics.append_metrics(folder, {"train/step": step, "train/loss": 0.5})
     with folder.metrics.open("a") as file:
         file.write('{"train/step": 4, "tra')  # a kill in the middle of a write
-    assert [line["train/step"] for line in runs.read_metrics(folder)] == [1, 2, 3]
-    runs.cut_metrics(folder, 2)
-    runs.append_metrics(folder, {"train/step": 3})
-    assert [line["train/step"] for line in runs.read_metrics(folder)] == [1, 2, 3]
+    assert [line["train/step"] for line in metrics.read_metrics(folder)] == [1, 2, 3]
+    metrics.cut_metrics(folder, 2)
+    metrics.append_metrics(folder, {"train/step": 3})
+    assert [line["train/step"] for line in metrics.read_metrics(folder)] == [1, 2, 3]
 
 
 def test_a_disk_that_is_full_says_so(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(RunError, match="No space left on device; free some space, then go on with --resume"):
-        runs.append_metrics(StudentFolder(tmp_path), {"train/step": 1})
+        metrics.append_metrics(StudentFolder(tmp_path), {"train/step": 1})
 
 
 def test_a_status_that_cannot_be_written_says_so(run):

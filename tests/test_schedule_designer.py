@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_training import pieces
 from transformers.optimization import get_scheduler
 
-from kdlib import plots, training
+from kdlib import metrics, training
 from kdlib.config import parse
 from kdlib.courses import course_figure, curves, rate_course
 from kdlib.explorer_widgets import ScheduleDesigner
@@ -97,7 +97,7 @@ def test_a_training_plans_the_course_that_was_designed(raw_config, tmp_path):
     config = pasted(parse(raw_config), as_yaml(design.loss(), design.training()))
     folder = StudentFolder(tmp_path / "dry_run")
     training.train(config, folder, label="tiny", stop_after=1, **pieces(config))
-    plan = plots.plan_table(folder)
+    plan = metrics.plan_table(folder)
     assert len(plan) == 12
     for step, line in zip(plan["step"], plan.to_dict("records"), strict=True):
         done = (step - 1) / 12

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from kdlib import runs
+from kdlib import metrics, runs
 from kdlib.config import parse
 from kdlib.diagnostics.scorecard import scorecard, scorecard_table
 
@@ -19,12 +19,12 @@ def folder(raw_config, tmp_path):
             terms = {f"train/{name}_loss": value(step) for name, value in values.items()}
             weights = {f"train/{name}_weight": 0.5 for name in values}
             rest = {"train/learning_rate": (used or rate)(step), "train/memory_gib": memory, "train/loss": sum(terms.values()) / 2}
-            runs.append_metrics(run, {"train/step": step, "train/epoch": 0.1, **terms, **weights, **rest})
+            metrics.append_metrics(run, {"train/step": step, "train/epoch": 0.1, **terms, **weights, **rest})
             if step in (10, 20):
                 terms = {f"eval/{name}_loss": held_out * value(step) for name, value in values.items()}
                 weights = {f"eval/{name}_weight": 0.5 for name in values}
                 perplexity = 100.0 if still else 100.0 / step
-                runs.append_metrics(run, {"train/step": step, "eval/loss": 1.0, "eval/perplexity": perplexity, **terms, **weights})
+                metrics.append_metrics(run, {"train/step": step, "eval/loss": 1.0, "eval/perplexity": perplexity, **terms, **weights})
         return run
     return write
 

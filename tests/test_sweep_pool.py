@@ -20,7 +20,8 @@ from conftest import kd_process
 from kdlib import cli, runner, runs
 from kdlib import config as configs
 from kdlib.errors import ConfigError, RunError
-from kdlib.runs import Run, read_metrics
+from kdlib.metrics import read_metrics
+from kdlib.runs import Run
 from kdlib.sweeps import conduct, cost, crew, pool, reading
 from kdlib.sweeps.clock import Clock, Cost
 from kdlib.sweeps.reading import Sweep

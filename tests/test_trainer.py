@@ -26,7 +26,8 @@ from kdlib.data import collate
 from kdlib.errors import NonFiniteLoss, RunError
 from kdlib.losses.linear import Weighted
 from kdlib.losses.workspace import Workspace
-from kdlib.runs import StudentFolder, read_metrics
+from kdlib.metrics import read_metrics
+from kdlib.runs import StudentFolder
 from kdlib.signals import kept
 from kdlib.trainer import DistillationTrainer
 from kdlib.training import extent, objective_of, train, training_arguments

@@ -1,7 +1,7 @@
 """A benchmark's results as tables: medians and spreads, ratios formed within a round, targets.  Imports no torch.
 
 benchmark_results.json:  machine,  heads.<dtype>.{tokens, vocabulary, rounds, agreement, memory, skipped},
-steps.<precision>.{tokens, rounds, flops, flops_per_s, skipped}
+steps.<precision>.{tokens, rounds, flops, flops_per_s, skipped},  dashboard.{steps, rounds}
 """
 
 import statistics
@@ -113,6 +113,14 @@ def floor_s(part: Mapping[str, Any], name: str = "ours_kd") -> float:
     return sum(flops for what, flops in part["flops"].items() if what.startswith(models)) / part["flops_per_s"]
 
 
+def dashboard_table(results: Mapping[str, Any]) -> pd.DataFrame:
+    """Seconds from a metrics file to the picture of it, and from one more line to the next picture."""
+    lines = results["dashboard"]["rounds"]
+    rows = {name: _flat({"wall s": spread([line[key] for line in lines])})
+            for key, name in (("first_s", "first drawing"), ("update_s", "update by one line"))}
+    return pd.DataFrame(rows).T
+
+
 def flops_table(results: Mapping[str, Any], precision: str) -> pd.DataFrame:
     """What a KD step's matrix products consist of, and what each part takes at the measured speed."""
     part = results["steps"][precision]
@@ -140,7 +148,7 @@ def run_tables(results: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
               for key, (name, make) in makers.items() if part.get(key)}
     for precision in results["steps"]:
         tables |= {f"steps_{precision}": step_table(results, precision), f"flops_{precision}": flops_table(results, precision)}
-    return tables
+    return tables | ({"dashboard": dashboard_table(results)} if results.get("dashboard") else {})
 
 
 def _names(lines: Lines) -> list[str]:

@@ -95,6 +95,13 @@ class StepsConfig(Section):
     contenders: Contenders = "all"
 
 
+class DashboardConfig(Section):
+    """The picture of a training: its first drawing, and an update by one more line."""
+
+    steps: Positive = 100_000
+    rounds: Positive = 3
+
+
 class BenchmarkConfig(Section):
     """One complete benchmark."""
 
@@ -102,8 +109,10 @@ class BenchmarkConfig(Section):
         "heads": {"hidden": 32, "vocabulary": 500, "chunk": 16, "top_k": 8, "memory": ["naive", "ours"],
                   "float32": {"tokens": 40, "rounds": 2}, "bfloat16": {"tokens": 40, "rounds": 2}},
         "steps": {"batch": 2, "length": 16, "precision": ["float32"], "rounds": 1, "warmup": 1, "steps": 1},
+        "dashboard": {"steps": 1000, "rounds": 1},
     }
     seed: Annotated[Count, Field(ge=0, lt=2**32)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     heads: HeadsConfig | None = None
     steps: StepsConfig | None = None
+    dashboard: DashboardConfig | None = None

@@ -10,7 +10,7 @@ import yaml
 
 from kdlib import config as configs
 from kdlib import models, runs
-from kdlib.benchmarks import figures, machine, reading, rounds, steps
+from kdlib.benchmarks import drawing, figures, machine, reading, rounds, steps
 from kdlib.benchmarks.heads import Setting, problem
 from kdlib.benchmarks.settings import BenchmarkConfig
 from kdlib.benchmarks.targets import target_table
@@ -118,6 +118,14 @@ class Study:
                 "steps", precision, tokens=made.settings.batch * made.settings.length, rounds=lines, skipped=skipped,
                 flops=steps.flops(made), flops_per_s=machine.matmul_speed(made.teacher.dtype, self.device),
             )
+
+    def time_dashboard(self) -> None:
+        """The picture of a long training, from its metrics file."""
+        if self.config.dashboard:
+            steps, rounds = self.config.dashboard.steps, self.config.dashboard.rounds
+            lines = _followed(drawing.rounds(steps, rounds), f"dashboard of {steps:,} steps", rounds)
+            self.results["dashboard"] = {"steps": steps, "rounds": lines}
+            self._save()
 
     def finish(self) -> None:
         """Write every figure with its table beside it, and mark a study made by hand as done."""

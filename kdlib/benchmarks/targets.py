@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from kdlib.benchmarks.reading import above_gradients, clock_of, ratio, share
+from kdlib.benchmarks.reading import above_gradients, clock_of, ratio, share, spread
 from kdlib.benchmarks.settings import CASES
 
 OTHERS = [name for name in CASES if name.startswith("ours_") and name not in ("ours_eager", "ours_top_k", "ours_half_masked")]
@@ -34,7 +34,7 @@ class Target:
 
 def target_table(results: Mapping[str, Any]) -> pd.DataFrame:
     """Target, measured, met: a row each, for whatever was measured."""
-    rows = [target.row for target in (*_heads(results), *_steps(results))]
+    rows = [target.row for target in (*_heads(results), *_steps(results), *_dashboard(results))]
     return pd.DataFrame(rows, columns=["target", "needed", "measured", "measured, low", "measured, high", "met"])
 
 
@@ -69,6 +69,12 @@ def _steps(results: Mapping[str, Any]) -> Iterator[Target]:
         yield Target(f"KD step, {precision}: tokens per s ÷ TRL's GKDTrainer", 1.5, faster, at_least=True)
         books = share(lines, "ours_kd", "ledger_s")
         yield Target(f"KD step, {precision}: ledger and guard, share of the step, a log every 10 steps", 0.01, books)
+
+
+def _dashboard(results: Mapping[str, Any]) -> Iterator[Target]:
+    if part := results.get("dashboard"):
+        for key, what, limit in (("first_s", "first drawing", 2.0), ("update_s", "an update by one line", 0.2)):
+            yield Target(f"dashboard of {part['steps']:,} steps: {what}, s", limit, spread([line[key] for line in part["rounds"]]))
 
 
 def _time(part: Mapping[str, Any], name: str, to: str) -> dict[str, float] | None:

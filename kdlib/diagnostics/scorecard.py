@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from kdlib.arguments import HIGHER_IS_BETTER
-from kdlib.plots import eval_table, plan_table, terms_in, training_table
-from kdlib.runs import Run, StudentFolder, read_metrics
+from kdlib.metrics import Tail, plan_table, terms_in
+from kdlib.runs import Run, StudentFolder
 
 GAP = 2.0  # held-out loss over training loss, and the other way round
 BALANCE = 100.0  # the largest weighted share over the smallest
@@ -35,10 +35,15 @@ class Line:
         return {True: "pass", False: "fail", None: "not measured"}[self.passed]
 
 
-def scorecard(run: Run, folder: StudentFolder | None = None) -> list[Line]:
-    """The distilled student's scorecard, or that of another folder of the run: the baseline's.  [] before anything is logged."""
+def scorecard(run: Run, folder: StudentFolder | None = None, tail: Tail | None = None) -> list[Line]:
+    """The distilled student's scorecard, or that of another folder of the run: the baseline's.  [] before anything is logged.
+
+    Args:
+        tail: the folder's, where it is at hand and need not be read again.
+    """
     folder = folder or run
-    train, evaluation, plan = training_table(folder), eval_table(folder), plan_table(folder)
+    tail, plan = tail or Tail(folder), plan_table(folder)
+    train, evaluation = tail.train, tail.evaluation
     if not len(train):
         return []
     training = run.config.training
@@ -47,7 +52,7 @@ def scorecard(run: Run, folder: StudentFolder | None = None) -> list[Line]:
         _evaluation(evaluation, training["metric_for_best_model"].removeprefix("eval_")),
         _gap(train, evaluation),
         _learning_rate(train, plan, training.get("learning_rate", 5e-5)),
-        _finite(folder),
+        _finite(folder, tail),
         _balance(train),
         _memory(train, run.manifest.get("machine", {}).get("memory_gib")),
     ]
@@ -118,11 +123,10 @@ def _learning_rate(train: pd.DataFrame, plan: pd.DataFrame, configured: float) -
     return Line(check, found, needed, bool(peak >= PEAK * configured and off <= OFF_PLAN))
 
 
-def _finite(folder: StudentFolder) -> Line:
-    figures = [value for line in read_metrics(folder) for value in line.values() if isinstance(value, float)]
-    broken = sum(not math.isfinite(value) for value in figures)
+def _finite(folder: StudentFolder, tail: Tail) -> Line:
+    broken = len(tail.broken)
     report = (folder.path / "nan_report").exists()
-    found = f"{broken} of {len(figures)} logged figures are not; {'see nan_report/' if report else 'no step was stopped for one'}"
+    found = f"{broken} of {tail.figures} logged figures are not; {'see nan_report/' if report else 'no step was stopped for one'}"
     return Line("every figure is finite", found, "0", broken == 0 and not report)
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import pandas as pd
 
 from kdlib.errors import RunError
-from kdlib.plots import training_table, with_interval
+from kdlib.metrics import training_table
+from kdlib.plots import with_interval
 from kdlib.runs import Run, read_json
 from kdlib.sweeps.settings import METRICS
 from kdlib.sweeps.trials import described, plain
