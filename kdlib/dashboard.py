@@ -28,21 +28,22 @@ from kdlib.scene import View
 SHARE = 0.05  # of the time, at most, that goes into watching
 PAUSE_S, HEADLESS_PAUSE_S = 1.0, 20.0  # between two looks, at least
 PATIENCE_S = 3600.0  # without news, after which nobody is waited for any more
-MARKS = {"pass": ("✓", "#1a7f37"), "fail": ("✗", "#cf222e"), "not measured": ("–", "#8a8a8a")}
+MARKS = {"pass": ("✓", "#2da44e"), "fail": ("✗", "#e5534b"), "not measured": ("–", "#8a8a8a")}
 
 
 def watch(run: Run | str, view: View | None = None) -> "Dashboard":
     """A run's dashboard: used by `with`, around what trains, or as the last line of a cell.
 
     Args:
-        run: a run, its name, or its folder.
+        run: a run, its name, or its folder as seen from the project's.
         view: what to show at first.
 
     Raises:
         RunError: there is no such run.
     """
-    opened = run if isinstance(run, Run) else runs.open_run(*runs.locate(run))
-    return Dashboard(opened, view or View())
+    if not isinstance(run, Run):
+        run = runs.open_run(*runs.locate(str(runs.project_root() / run) if os.sep in run else run))
+    return Dashboard(run, view or View())
 
 
 class Picture:

@@ -78,7 +78,7 @@ def test_the_dashboard_moves_obeys_and_stops_while_the_training_cell_runs(lab, t
     page.locator(".widget-readout", has_text="3%").wait_for(timeout=20_000)
     becomes_another(page, third)
     assert is_running(page)  # all of that happened beside the cell
-    page.get_by_role("button", name="Stop", exact=True).click()
+    page.locator("button.mod-danger").click()
     page.locator(".jp-OutputArea-output", has_text="with a checkpoint; go on with --resume").first.wait_for(timeout=60_000)
     page.locator(".widget-html", has_text="--resume tiny").first.wait_for(timeout=20_000)
     page.wait_for_timeout(1500)
@@ -89,8 +89,7 @@ def test_the_dashboard_moves_obeys_and_stops_while_the_training_cell_runs(lab, t
 
 def test_a_run_in_another_process_is_watched_and_stopped(lab, project, run, page, tmp_path):
     write_notebook(project, "watch", "from kdlib import dashboard", "dashboard.watch('runs/tiny')")
-    process = kd_process("train", run.path, env={**os.environ})
-    try:
+    with kd_process("train", run.path, env={**os.environ}) as process:
         open_notebook(page, lab, "watch")
         choose(page, "Run", "Run All Cells")
         page.wait_for_selector(IMAGE, timeout=120_000)
@@ -98,10 +97,8 @@ def test_a_run_in_another_process_is_watched_and_stopped(lab, project, run, page
         first = becomes_another(page, picture(page), timeout=90_000)
         becomes_another(page, first)
         page.screenshot(path=str(tmp_path / "watched.png"))
-        page.get_by_role("button", name="Stop", exact=True).click()
+        page.locator("button.mod-danger").click()
         _, said = process.communicate(timeout=90)
-    finally:
-        process.kill()
     assert process.returncode == 1
     assert "with a checkpoint" in said
 
