@@ -86,7 +86,7 @@ def _ranking_title(settings: pd.DataFrame, names: Sequence[str], metric: str) ->
 
 def course(settings: pd.DataFrame, name: str, metric: str) -> Figure:
     """The metric over the one parameter that differs."""
-    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
     axes, values = figure.subplots(), levels(list(settings[name]))
     numbers = all(map(is_number, values))
     ordered = settings.set_index(settings[name].map(plain)).loc[[plain(value) for value in values]]
@@ -105,7 +105,7 @@ def course(settings: pd.DataFrame, name: str, metric: str) -> Figure:
 
 def price(settings: pd.DataFrame, costs: Sequence[str], metric: str) -> Figure:
     """The metric against each cost; the line joins what nothing else beats in both."""
-    figure = Figure(figsize=(max(3.6 * len(costs), 6.5), 3.6), layout="constrained")
+    figure = Figure(figsize=(max(3.6 * len(costs), 8), 3.6), layout="constrained")
     for axes, cost in zip(np.atleast_1d(figure.subplots(1, len(costs), sharey=True)), costs, strict=True):
         front = pareto(settings, cost, higher_is_better=METRICS[metric])
         gaps = [np.maximum(settings["value"] - settings["low"], 0), np.maximum(settings["high"] - settings["value"], 0)]

@@ -27,7 +27,7 @@ def heat_map(trials: pd.DataFrame, across: str, along: str, metric: str) -> Figu
     columns, rows = levels(list(trials[across])), levels(list(trials[along]))
     grid, counts = cells(trials, across, along)
     widest = max(len(plain(value)) for value in columns)
-    figure = Figure(figsize=(2.6 + max(max(1.0, 0.08 * widest) * len(columns), 3.2), 1.6 + 0.62 * max(len(rows), 2)), layout="constrained")
+    figure = Figure(figsize=(2.6 + max(max(1.0, 0.08 * widest) * len(columns), 5.4), 1.6 + 0.62 * max(len(rows), 2)), layout="constrained")
     axes, colours = figure.subplots(), _darker_is_better(metric)
     norm = _norm(grid)
     mesh = axes.pcolormesh(np.ma.masked_invalid(grid), cmap=colours, norm=norm, edgecolors="white", linewidth=2)
@@ -65,7 +65,7 @@ def cells(trials: pd.DataFrame, across: str, along: str) -> tuple[np.ndarray, np
 
 def scatter(trials: pd.DataFrame, across: str, along: str, metric: str) -> Figure:
     """The metric over two parameters of which no value comes twice: a point a run, crosses where there is no result."""
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    figure = Figure(figsize=(8, 4.4), layout="constrained")
     axes, done = figure.subplots(), trials[trials["value"].notna()]
     without = trials[trials["value"].isna()]
     places = {name: Places(axes, side, name, trials) for name, side in ((across, "x"), (along, "y"))}
@@ -84,7 +84,7 @@ def scatter(trials: pd.DataFrame, across: str, along: str, metric: str) -> Figur
 def parallel(trials: pd.DataFrame, names: Sequence[str], metric: str) -> Figure:
     """A line a finished run through its values of all parameters, to its metric: the darker the better, the best in front."""
     done = trials[trials["value"].notna()].sort_values("value", ascending=METRICS[metric])
-    figure = Figure(figsize=(max(1.9 * (len(names) + 1), 6.5), 4), layout="constrained")
+    figure = Figure(figsize=(max(1.9 * (len(names) + 1), 8), 4), layout="constrained")
     axes, colours, norm = figure.subplots(), _darker_is_better(metric), _norm(done["value"])
     columns = np.array([heights(done[name], done[name]) for name in names] + [heights(done["value"], done["value"])])  # [axes, runs]
     curves = np.linspace(0, len(names), 60 * len(names) + 1)
