@@ -16,6 +16,7 @@ from bleach.html5lib_shim import Filter
 from bleach.sanitizer import Cleaner
 from markupsafe import Markup
 from nbconvert import HTMLExporter
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from nbformat import NotebookNode
 from nbformat.v4 import new_output
 
@@ -59,6 +60,7 @@ def _exporter() -> HTMLExporter:
         template_name="notebook", extra_template_basedirs=[str(TEMPLATES)], exclude_anchor_links=True, sanitize_html=True
     )
     exporter.register_filter("clean_html", harmless)
+    exporter.register_preprocessor(CoalesceStreamsPreprocessor(), enabled=True)  # lines printed one after another are one text
     return exporter
 
 

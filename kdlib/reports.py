@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from markupsafe import Markup
 from nbconvert.filters import strip_ansi
 
 from kdlib import pages, plots
@@ -21,7 +20,7 @@ from kdlib.pages import Picture
 from kdlib.runs import Run, now, read_json, write_error, write_text
 from kdlib.summaries import KEYS, card, costs, flat, number, summary
 
-SECTIONS = {"summary": "Summary", "scorecard": "Scorecard", "training": "Training", "measurements": "Measurements",
+SECTIONS = {"summary": "Summary", "scorecard": "Scorecard", "training": "Training", "figures": "Figures", "measurements": "Measurements",
             "comparison": "Comparison", "samples": "Continuations", "explorers": "Explorers", "config": "Config", "formula": "Formula",
             "environment": "Environment and data", "reproduce": "How to reproduce", "notebooks": "Notebooks as they ran"}
 DASHBOARD, COMPARISON = "dashboard", "teacher_student_comparison"  # figures with a place of their own
@@ -69,23 +68,25 @@ def _content(
     tables: Mapping[str, pd.DataFrame], cards: Mapping[str, list[Line]],
 ) -> dict[str, Any]:
     manifest, status = run.manifest, run.status
+    facts = {k: v for k, v in manifest.items() if k not in ("formula", "command", "stages")} | (benchmark or {}).get("machine", {})
+    others = [image for name, image in pictures.items() if name not in (DASHBOARD, COMPARISON)]
     content = {
-        "cards": cards, "samples": _samples(results), "formula": manifest.get("formula"), "comparison": results,
-        "explorers": {title: Markup(html) for title, html in static_html(run).items()},
-        "training": [name for name in pictures if name != COMPARISON],
+        "cards": cards, "dashboard": pictures.get(DASHBOARD), "pictures": others, "comparison": pictures.get(COMPARISON),
         "measured": {name: pages.table(reading.shown(table)) for name, table in tables.items()} if benchmark else {},
+        "samples": _samples(results), "explorers": {title: Markup(html) for title, html in static_html(run).items()},
         "notebooks": {path.stem: notebook_html(path) for path in sorted(run.notebooks.glob("*.ipynb"))},
     }
-    needs = {"scorecard": "cards", "measurements": "measured"} | {name: name for name in content}
-    facts = {k: v for k, v in manifest.items() if k not in ("formula", "command", "stages")} | (benchmark or {}).get("machine", {})
+    present = {
+        "scorecard": cards, "training": not benchmark and (content["dashboard"] or others), "figures": benchmark and others,
+        "measurements": benchmark, "comparison": results, "samples": content["samples"], "explorers": content["explorers"],
+        "formula": manifest.get("formula"), "notebooks": content["notebooks"],
+    }
     return content | {
         "run": run, "manifest": manifest, "labels": plots.LABELS,
-        "status": {**status, "message": strip_ansi(status.get("message", ""))}, "partial": _partial(run, status["state"]),
-        "sections": {id: name for id, name in SECTIONS.items() if id not in needs or content[needs[id]]},
+        "status": {**status, "message": strip_ansi(status.get("message", ""))}, "partial": _partial(status["state"]),
+        "sections": {id: name for id, name in SECTIONS.items() if present.get(id, True)},
         "message": plots.comparison_message(results) if results else verdict(benchmark) if benchmark else "",
         "strip": [] if benchmark else _strip(run, results, cards),
-        "dashboard": pictures.get(DASHBOARD), "comparison": pictures.get(COMPARISON),
-        "pictures": [image for name, image in pictures.items() if name not in (DASHBOARD, COMPARISON)],
         **{name: pages.table(tables[name]) for name in ("quality", "cost", "differences") if name in tables},
         "config": (run.path / "config.yaml").read_text(encoding="utf-8"),
         "facts": [(name.replace("_", " "), value) for name, value in flat(facts, " · ")],
@@ -93,7 +94,7 @@ def _content(
     }
 
 
-def _partial(run: Run, state: str) -> str:
+def _partial(state: str) -> str:
     """What is to be known of a page about a run that is not at its end."""
     if state == "done":
         return ""

@@ -106,3 +106,8 @@ def test_a_long_text_is_cut_in_the_middle_and_says_so(tmp_path):
     assert "begin" in html
     assert "end" in html
     assert "… 30,008 characters left out …" in html
+
+
+def test_lines_printed_one_after_another_are_one_text(tmp_path):
+    html = shown(tmp_path, *(new_output("stream", name="stdout", text=f"step {i}\n") for i in range(3)))
+    assert "step 0\nstep 1\nstep 2" in html

@@ -23,7 +23,7 @@ def index_of(root, tmp_path) -> str:
 
 
 def test_the_index_lists_every_run_with_its_state_and_links_to_what_has_a_report(root, tmp_path):
-    done = made_run(root, "first")
+    done = made_run(root, "first", steps=0, kl=None)
     made_run(root, "second", state="failed", message="02_train: OutOfMemoryError", steps=4, kl=None)
     reports.render(done, tmp_path / "reports")
     page = index_of(root, tmp_path)
@@ -45,7 +45,7 @@ def test_a_run_on_its_way_shows_how_far_it_is_and_its_figures_so_far(root):
 
 
 def test_a_run_whose_process_is_gone_is_shown_as_died(root, tmp_path):
-    run = made_run(root, "gone", state="running", steps=4, kl=None)
+    run = made_run(root, "gone", state="running", steps=0, kl=None)
     runs.write_json(run.path / "status.json", {**json.loads((run.path / "status.json").read_text()), "pid_started": 0.0})
     assert 'class="state died"' in index_of(root, tmp_path)
     assert "the run died" in reports.render(run, tmp_path / "reports").read_text()

@@ -1,0 +1,154 @@
+"""As a person: a run's report, the index and runs side by side in Chromium; texts that would like to act, and cannot."""
+
+import re
+
+import nbformat
+import pytest
+from browser import CHROMIUM, browser  # noqa: F401
+from made_runs import EVIL, RAW, made_run, results
+from matplotlib.figure import Figure
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from kdlib import overview, plots, reports, runs
+
+pytestmark = [
+    pytest.mark.browser, pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
+]
+
+
+def opened(browser, path, **options):  # noqa: F811
+    """The page, with what it asked for and what it complained of."""
+    page = browser.new_page(**options)
+    page.asked, page.said = [], []
+    page.on("request", lambda request: page.asked.append(request.url))
+    page.on("console", lambda message: page.said.append(message.text))
+    page.goto(path.as_uri())
+    return page
+
+
+def asks_for_nothing(page) -> bool:
+    page.wait_for_timeout(500)
+    assert page.evaluate("window.hit") is None
+    assert [url for url in page.asked if not url.startswith(("file:", "data:"))] == []
+    assert len([url for url in page.asked if url.startswith("file:")]) == 1
+    assert page.said == []  # nothing even tried what the policy forbids
+    assert page.locator("a[href^='javascript'], iframe, object, embed, script, svg svg, base, [onload], [onerror]").count() == 0
+    return True
+
+
+def evil_notebook(path) -> None:
+    outputs = [
+        new_output("stream", name="stdout", text=f"printed {EVIL}"),
+        new_output("error", ename="E", evalue=EVIL, traceback=[f"raised {EVIL}"]),
+        *(new_output("display_data", data={kind: content, "text/plain": "in words"}) for kind, content in {
+            "text/html": f"{EVIL}<p>html</p></div></details></body>", "text/markdown": f"# md\n\n{EVIL}", "text/latex": EVIL,
+            "application/javascript": "window.hit = 6", "image/svg+xml": "<svg xmlns='http://www.w3.org/2000/svg'><script>hit=7</script></svg>",
+        }.items()),
+    ]
+    nbformat.write(new_notebook(cells=[new_markdown_cell(EVIL), new_code_cell(f"print({EVIL!r})", outputs=outputs)]), path)
+
+
+def test_nothing_in_a_run_acts_or_fetches_and_all_of_it_is_seen_as_text(browser, tmp_path, monkeypatch):  # noqa: F811
+    raw = {**RAW, "data": {**RAW["data"], "text": EVIL}}
+    run = made_run(tmp_path / "runs", "evil", raw, state="failed", message=f"said {EVIL}", steps=0, kl=None, formula=f"formula {EVIL}",
+                   config_file=f"configs/{EVIL}", sweep=f"sweep {EVIL}", note=f"note {EVIL}")
+    made_run(tmp_path / "runs", "other", steps=4, kl=None)
+    runs.write_json(run.path / "comparison_results.json", results(text=f"sample {EVIL}"))
+    evil_notebook(run.notebooks / "00_setup.ipynb")
+
+    def figures(run, results):
+        figure = Figure()
+        axes = figure.subplots()
+        axes.set(title=f"title {EVIL}", xlabel=EVIL, ylabel=EVIL)
+        axes.set_xticks([0, 1], [EVIL, "$"])
+        axes.plot([0, 1], label=EVIL)
+        axes.legend()
+        return {"dashboard": figure}
+
+    monkeypatch.setattr(plots, "run_figures", figures)
+    page = opened(browser, reports.render(run, tmp_path / "reports"))
+    assert asks_for_nothing(page)
+    page.eval_on_selector_all("details", "all => all.forEach(each => each.open = true)")
+    text = " ".join(page.inner_text("body").split())
+    for where in ("said", "formula", "note", "sweep", "sample", "printed", "raised"):
+        assert f"{where} {EVIL}" in text, where
+    assert page.locator("figure img").first.get_attribute("alt") == f"title {EVIL}"
+    assert page.locator("figure img").first.evaluate("image => image.naturalWidth") > 300
+    assert page.locator("main > section#notebooks").count() == 1  # no output has closed what it is in
+
+    index = overview.render_index(tmp_path / "runs", tmp_path / "reports")
+    for path in (index, index.with_name("side_by_side.html")):
+        page = opened(browser, path)
+        assert asks_for_nothing(page)
+        assert EVIL in " ".join(page.inner_text("body").split())
+
+
+@pytest.fixture
+def index(tmp_path):
+    for name, kl, temperature in (("a", 2.0, 1.0), ("b", 1.0, 2.0), ("c", 3.0, 1.0)):
+        raw = {**RAW, "loss": {**RAW["loss"], "temperature": temperature}}
+        made_run(tmp_path / "runs", name, raw, kl=kl, config_file=f"configs/{'x' if name == 'a' else 'y'}.yaml")
+    made_run(tmp_path / "runs", "d", state="died", steps=0, kl=None, config_file="configs/x.yaml")
+    return overview.render_index(tmp_path / "runs", tmp_path / "reports")
+
+
+def names(page) -> list[str]:
+    """The runs as they are seen, from top to bottom."""
+    rows = page.locator(".runs tbody tr").all()
+    seen = [(row.bounding_box()["y"], row.locator(".name").inner_text()) for row in rows if row.is_visible()]
+    return [name for _, name in sorted(seen)]
+
+
+def test_the_index_sorts_and_filters_without_scripts(browser, index):  # noqa: F811
+    page = opened(browser, index, viewport={"width": 1500, "height": 900})
+    assert sorted(names(page)) == ["a", "b", "c", "d"]
+    page.get_by_label("sort by KL to the teacher, rising").check(force=True)
+    assert names(page) == ["b", "a", "c", "d"]
+    page.get_by_label("sort by KL to the teacher, falling").check(force=True)
+    assert names(page) == ["c", "a", "b", "d"]
+    page.get_by_label("x", exact=True).check()
+    assert names(page) == ["a", "d"]
+    page.get_by_label("died", exact=True).check()
+    assert names(page) == ["d"]
+    page.get_by_role("button", name="show all").click()
+    assert len(names(page)) == 4
+    assert asks_for_nothing(page)
+
+
+def test_ticked_runs_stand_side_by_side_and_what_differs_between_them_is_marked(browser, index):  # noqa: F811
+    page = opened(browser, index.with_name("side_by_side.html"), viewport={"width": 1500, "height": 900})
+    box = {name: page.get_by_role("checkbox", name=re.compile(rf"^\w+ {name}\b")) for name in "abcd"}
+
+    def show(ticked: str) -> tuple[list[str], bool]:
+        for name, each in box.items():
+            each.set_checked(name in ticked)
+        shown = [each.inner_text().strip() for each in page.locator(".beside thead th").all()[1:] if each.is_visible()]
+        return sorted(shown), page.locator(".setting", has_text="loss.temperature").is_visible()
+
+    assert show("ab") == (["a", "b"], True)
+    assert show("ac") == (["a", "c"], False)
+    assert show("abc") == (["a", "b", "c"], True)
+    lines = page.locator("[id^='kl']:not([id*='-'])")
+    assert sum(each.is_visible() for each in lines.all()) == 3
+    assert show("c") == (["c"], False)
+    assert sum(each.is_visible() for each in lines.all()) == 1
+    assert show("") == ([], False)
+    assert page.get_by_text("No run is ticked.").is_visible()
+    assert asks_for_nothing(page)
+
+
+def test_a_report_suits_dark_screens_and_paper(browser, tmp_path):  # noqa: F811
+    path = reports.render(made_run(tmp_path / "runs", "a", steps=4, kl=None), tmp_path / "reports")
+    page = opened(browser, path, viewport={"width": 1300, "height": 900}, color_scheme="dark")
+    paper = "getComputedStyle(document.body).backgroundColor"
+    assert page.evaluate(paper) == "rgb(15, 20, 26)"
+    nav = page.locator("nav")
+    page.mouse.wheel(0, 3000)
+    page.wait_for_timeout(300)
+    assert 0 <= nav.bounding_box()["y"] < 100  # stays in view
+    page.emulate_media(media="print")
+    assert page.evaluate(paper) == "rgb(255, 255, 255)"
+    assert not nav.is_visible()
+    page.emulate_media(media="screen", color_scheme="light")
+    page.set_viewport_size({"width": 500, "height": 900})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 500
