@@ -1,7 +1,7 @@
 import torch
 from tiny_training import pieces
 
-from kdlib import plots, training
+from kdlib import metrics, training
 from kdlib.callbacks import PlanFile
 from kdlib.config import parse
 from kdlib.runs import StudentFolder
@@ -13,7 +13,7 @@ def test_a_training_follows_its_plan_step_by_step(raw_config, tmp_path):
                "training.save_strategy": "no"}
     config, folder = parse(raw_config, changes), StudentFolder(tmp_path / "planned")
     training.train(config, folder, **pieces(config))
-    plan, logged = plots.plan_table(folder).set_index("step"), plots.training_table(folder).set_index("step")
+    plan, logged = metrics.plan_table(folder).set_index("step"), metrics.training_table(folder).set_index("step")
     assert list(plan.index) == list(logged.index) == list(range(1, 13))
     for column in plan:
         assert torch.allclose(torch.tensor(plan[column].to_numpy()), torch.tensor(logged[column].to_numpy()), rtol=1e-6), column

@@ -6,7 +6,7 @@ import torch
 from conftest import tiny_model
 from tiny_training import pieces
 
-from kdlib import plots
+from kdlib import metrics
 from kdlib.config import parse
 from kdlib.diagnostics.gradients import gradient_figures, term_gradients
 from kdlib.models import head_form
@@ -73,13 +73,13 @@ def test_measuring_leaves_no_trace_in_the_training(raw_config, tmp_path, accumul
     measured, _ = trained(raw_config, tmp_path / "measured", 2, gradient_accumulation_steps=accumulation)
     for one, other in zip(plain.model.parameters(), measured.model.parameters(), strict=True):
         assert torch.equal(one, other)
-    table = plots.training_table(StudentFolder(tmp_path / "measured"))
+    table = metrics.training_table(StudentFolder(tmp_path / "measured"))
     assert table["kd_grad_norm"].notna().tolist() == [False, True, False, True]
     assert table["kd_ce_grad_cosine"].abs().max() <= 1
-    assert plots.terms_in(table) == ["kd", "ce"]
+    assert metrics.terms_in(table) == ["kd", "ce"]
     clock = ["tokens_per_s", "memory_gib", "time"]
     same = table.drop(columns=[*clock, "kd_grad_norm", "ce_grad_norm", "kd_ce_grad_cosine"])
-    assert same.equals(plots.training_table(StudentFolder(tmp_path / "plain")).drop(columns=clock))
+    assert same.equals(metrics.training_table(StudentFolder(tmp_path / "plain")).drop(columns=clock))
 
 
 def test_the_terms_gradients_add_up_to_the_steps(raw_config, tmp_path):
