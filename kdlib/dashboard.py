@@ -19,6 +19,7 @@ from markupsafe import Markup, escape
 
 from kdlib import runs
 from kdlib.diagnostics.scorecard import Line, scorecard
+from kdlib.errors import KdlibError
 from kdlib.metrics import Tail
 from kdlib.panels import Sheet
 from kdlib.progress import FINAL, headline, progress, where_line
@@ -128,12 +129,23 @@ class Dashboard:
         self.refresh(always=True)
 
     def refresh(self, *, always: bool = False) -> bool:
-        """Read on and draw what is new; True where anything was."""
+        """Read on and draw what is new; True where anything was.  A fault in a file is said; the next look may find it mended."""
         with self.drawing:
-            is_new = self.picture.read()
-            if is_new or always:
-                self._put(self.picture.png())
+            try:
+                is_new = self.picture.read()
+                if is_new or always:
+                    self._put(self.picture.png())
+            except KdlibError as error:
+                self.say(str(error))
+                return False
             return is_new
+
+    def say(self, text: str) -> None:
+        """A line above the picture, or where there are no widgets, below it."""
+        if self.controls is None:
+            print(text, flush=True)
+        else:
+            self.controls.said.value = str(escape(text))
 
     def _show(self) -> None:
         self.ended.clear()
@@ -219,15 +231,12 @@ class Controls:
     def _stop(self, button: object) -> None:
         """A click may come late, after the cell that it was meant to stop: then it must not stop the next."""
         if self.board.ended.is_set() or not self.picture.is_training:
-            self._say("No training goes on here that could be stopped.")
+            self.board.say("No training goes on here that could be stopped.")
             return
         (self.board.run.path / "STOP").touch()
         folder = os.path.relpath(self.board.run.path, runs.project_root())
-        self._say(f"It stops after this step, with a checkpoint. To go on, run the training cell again, or in a terminal: "
-                  f"kd run {folder}/config.yaml --resume {self.board.run.name}")
-
-    def _say(self, text: str) -> None:
-        self.said.value = str(escape(text))
+        self.board.say(f"It stops after this step, with a checkpoint. To go on, run the training cell again, or in a terminal: "
+                       f"kd run {folder}/config.yaml --resume {self.board.run.name}")
 
 
 def card_html(lines: list[Line]) -> str:

@@ -143,7 +143,7 @@ def test_the_picture_says_what_it_shows(run):
     course = progress(run)
     assert headline(course) == "first  ·  training"
     assert where_line(course) == "step 10 of 20  ·  20 s left"
-    assert held_out_line(course) == "held-out: KL to teacher 0.3 (best 0.3 at step 10)  ·  perplexity 40  ·  agreement 0.4"
+    assert held_out_line(course) == "held-out: perplexity 40 (best 40 at step 10)  ·  KL to teacher 0.3  ·  agreement 0.4"
 
 
 def test_shares_are_stacked_to_the_loss(run):
@@ -296,6 +296,16 @@ def test_stop_leaves_a_file_while_a_training_goes_on_and_nothing_after_it(board,
     board.controls.stop.click()
     assert not (run.path / "STOP").exists()
     assert board.controls.said.value.startswith("No training")
+
+
+def test_a_file_that_cannot_be_read_is_said_to_be_and_watching_goes_on(board, run):
+    text = run.metrics.read_text()
+    run.metrics.write_text(text + "{<oops>}\n")
+    assert not board.refresh()
+    assert "a line that is no JSON" in board.controls.said.value
+    run.metrics.write_text(text + json.dumps(logged(11)) + "\n")
+    assert board.refresh()
+    assert board.picture.course.step == 11
 
 
 def test_the_scorecard_is_escaped():
