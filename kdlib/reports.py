@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from markupsafe import Markup
 from nbconvert.filters import strip_ansi
 
 from kdlib import pages, plots
