@@ -44,7 +44,6 @@ def nothing_written(tmp_path: Path) -> bool:
         ("loss.temprature=3", "did you mean 'temperature'?"),
         ("training.max_steps=many", "training.max_steps: found 'many', needs int"),
         ("training.eval_strategy=sometimes", "transformers refuses these arguments"),
-        ("training.report_to=wandb", "pip install wandb"),
         ("loss.weights={kd: 0, ce: 0}", "all weights are 0"),
         ("loss.weights={kd: -1, ce: 1}", "weights are 0 or more"),
         ("data.source=missing.jsonl", "missing.jsonl: no such file"),
@@ -61,6 +60,13 @@ def test_a_bad_setting_is_refused_with_a_reason_and_nothing_is_written(kd, confi
     assert expected in said
     assert "Traceback" not in said
     assert nothing_written(tmp_path)
+
+
+def test_a_tracker_that_is_not_installed_is_refused_and_nothing_is_written(kd, config_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("kdlib.trackers.find_spec", lambda name: None)
+    status, said = kd("run", config_file, "-o", "training.report_to=[tensorboard, wandb]")
+    assert (status, nothing_written(tmp_path)) == (1, True)
+    assert "training.report_to: tensorboard is not installed; run: pip install tensorboard" in said
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ FLOORS = [
     {"losses.linear", "captures", "embedded", "migration", "diagnostics.allocations"},
     {"data", "models", "objective"},
     {"teachers", "callbacks", "checkpoints", "diagnostics.culprits", "diagnostics.gradients"},
-    {"diagnostics.nan_guard", "diagnostics.nan_report"},
+    {"diagnostics.nan_guard", "diagnostics.nan_report", "trackers"},
     {"guarded_trainer"},
     {"trainer", "compare"},
     {"training", "plots", "benchmarks.settings", "benchmarks.machine", "benchmarks.heads"},
