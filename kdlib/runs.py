@@ -103,7 +103,7 @@ class Run(StudentFolder):
 
     @property
     def status(self) -> dict[str, Any]:
-        """{"state": "created" | "running" | "done" | "failed" | "died", "since": …, "message": …}
+        """{"state": "created" | "running" | "done" | "stopped" | "failed" | "died", "since": …, "message": …}
 
         A run that says "running" while the process that ran it is gone has died.
         """

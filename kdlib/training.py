@@ -18,7 +18,7 @@ from kdlib.checkpoints import check_disk, disk_is_full, last_checkpoint, step_of
 from kdlib.config import Config
 from kdlib.data import TokenBlocks, collate
 from kdlib.diagnostics import nan_report
-from kdlib.errors import ConfigError, KdlibError, RunError
+from kdlib.errors import ConfigError, KdlibError, Stopped
 from kdlib.losses.features import LayerPairs, layer_pairs, projections
 from kdlib.losses.workspace import Workspace
 from kdlib.models import device_of, parameters, precision_of
@@ -152,7 +152,8 @@ def train(
 
     Raises:
         ConfigError: a tracker cannot be told.
-        RunError: stopped by an interrupt or a STOP file (a checkpoint is there), or the disk is full.
+        Stopped: by an interrupt or a STOP file; a checkpoint is there.
+        RunError: the disk is full.
         NonFiniteLoss: a value became nan or infinite; nan_report/ says which.
     """
     resume = last_checkpoint(folder)
@@ -191,7 +192,7 @@ def train(
         if stop_after:
             return trainer
         if stop.requested and trainer.state.global_step < trainer.state.max_steps:
-            raise RunError(f"stopped at step {trainer.state.global_step} with a checkpoint; go on with --resume, or run this cell again")
+            raise Stopped(f"stopped at step {trainer.state.global_step} with a checkpoint; go on with --resume, or run this cell again")
         _finish(trainer, folder)
     except Exception as error:  # a full disk: torch, safetensors and tokenizers (a bare Exception) each have errors of their own
         if not isinstance(error, KdlibError) and (is_refusal(error) or disk_is_full(folder)):
