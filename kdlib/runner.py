@@ -14,6 +14,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from kdlib import reports
 from kdlib.errors import RunError, Stopped, nearest
+from kdlib.keys import refuse_keys
 from kdlib.runs import PARENT, Run, project_root, write_error
 
 NOTEBOOKS = ("00_setup", "01_dry_run", "02_train", "03_compare")
@@ -27,11 +28,13 @@ def run_notebooks(run: Run, parameters: Mapping[str, Any], *, reports_folder: Pa
     if only a partial one, is written.
 
     Raises:
+        ConfigError: a parameter holds a key.
         Stopped: by Ctrl-C or a STOP file.
         RunError: a notebook failed, or its kernel died; or one does not declare a parameter it is given.
     """
     if run.status["state"] == "running":
         raise RunError(f"run {run.name} is running already, in process {run.status['pid']}; wait for it, or stop it first")
+    refuse_keys(str(parameters))  # they stand in the executed notebooks
     run.set_status("running")
     try:
         with _stop_file(run):
@@ -79,11 +82,14 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> None
         RunError: it does not declare one of the parameters; or a cell failed or the kernel died: the executed copy is kept.
     """
     check_parameters(notebook, parameters)
+    root = project_root()
+    paths = [os.path.relpath(path, root) for path in (notebook, output)]  # they stand in the executed copy
     try:
-        papermill.execute_notebook(
-            str(notebook), str(output), parameters=dict(parameters), cwd=str(project_root()), progress_bar=False,
-            log_output=False, stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=["--log-level=ERROR"],
-        )
+        with contextlib.chdir(root):
+            papermill.execute_notebook(
+                *paths, parameters=dict(parameters), progress_bar=False, log_output=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
+                extra_arguments=["--log-level=ERROR"],
+            )
     except PapermillExecutionError as error:
         if error.ename == Stopped.__name__:
             raise Stopped(f"{notebook.stem}: {error.evalue}") from error

@@ -5,7 +5,7 @@ from pathlib import Path
 KDLIB = Path(__file__).parent.parent / "kdlib"
 FLOORS = [
     {"errors", "schedulers", "signals", "diagnostics.findings"},
-    {"arguments", "curriculum", "fields", "overrides", "diagnostics.fixes"},
+    {"arguments", "curriculum", "fields", "keys", "overrides", "diagnostics.fixes"},
     {"loss_config"},
     {"config"},
     {"losses.divergences"},
@@ -31,8 +31,8 @@ FLOORS = [
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 READERS = {  # importable without torch
-    "errors", "schedulers", "arguments", "curriculum", "fields", "overrides", "loss_config", "config", "runs", "dialects", "migration",
-    "plots", "diagnostics.scorecard", "reports", "runner",
+    "errors", "schedulers", "arguments", "curriculum", "fields", "keys", "overrides", "loss_config", "config", "runs", "dialects",
+    "migration", "plots", "diagnostics.scorecard", "reports", "runner",
     "benchmarks.settings", "benchmarks.reading", "benchmarks.targets", "benchmarks.figures",
     "diagnostics.findings", "diagnostics.fixes",
 }
