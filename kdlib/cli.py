@@ -141,6 +141,16 @@ def report(
 
 
 @app.command()
+def clean(run: Annotated[str, typer.Argument(help="A run's name, or its folder.")], runs_folder: RunsFolder = None) -> None:
+    """Delete the checkpoints of RUN, which is done: models, figures and reports stay."""
+    from kdlib import checkpoints
+
+    root, _ = _folders(runs_folder, None)
+    freed = checkpoints.clean(runs.open_run(*runs.locate(run, root)))
+    print(f"{run}: {freed / 2**30:.2f} GiB freed")
+
+
+@app.command()
 def selftest(
     config: ConfigFile,
     smoke: Smoke = False,

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from kdlib import runs
+from kdlib import checkpoints, runs
 from kdlib.config import parse
 from kdlib.errors import RunError
 from kdlib.runs import Run, StudentFolder
@@ -46,6 +46,20 @@ def test_a_running_run_whose_process_is_gone_has_died(run):
     assert run.status["state"] == "died"
     run.set_status("running")
     assert run.status["state"] == "running"  # this process lives
+
+
+def test_only_a_run_that_is_done_loses_its_checkpoints(run):
+    for folder in (run, run.baseline):
+        (folder.checkpoints / "checkpoint-4").mkdir(parents=True)
+        (folder.checkpoints / "checkpoint-4" / "weights").write_bytes(bytes(1000))
+    run.set_status("stopped", "stopped at step 4")
+    with pytest.raises(RunError, match="is stopped, not done: it may go on from its checkpoints with --resume"):
+        checkpoints.clean(run)
+    run.set_status("done")
+    assert checkpoints.clean(run) >= 2000
+    assert not run.checkpoints.exists()
+    assert not run.baseline.checkpoints.exists()
+    assert checkpoints.clean(run) == 0
 
 
 def test_metrics_survive_a_torn_line_and_are_cut_to_a_step(tmp_path):
