@@ -24,6 +24,7 @@ RESERVED = {
     "fp16": "write `precision: float16` at the top level",
     "logging_nan_inf_filter": "it hides what should stop a run, and is always off here",
     "label_smoothing_factor": "the objective is kdlib's own; no term smooths labels",
+    "hub_token": "a config is kept and shown; log in with `hf auth login`, or set HF_TOKEN in the environment",
     "label_names": "labels are kdlib's own",
     "remove_unused_columns": "columns are kdlib's own",
     "prediction_loss_only": "evaluation is kdlib's own",

@@ -3,11 +3,12 @@
 import signal
 import threading
 import time
+from collections.abc import Mapping
 
 import psutil
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from transformers.integrations.integration_utils import rewrite_logs
 
 from kdlib.metrics import append_metrics
@@ -17,16 +18,22 @@ from kdlib.runs import StudentFolder, now, write_json
 PLANNED = 400  # moments at which a plan is written down, at most twice as many
 
 
+def figures_of(logs: Mapping[str, float], state: TrainerState) -> dict[str, float]:
+    """A log under the names that files and trackers get, train/… and eval/…; nothing where it is no log of losses."""
+    if "loss" not in logs and "eval_loss" not in logs:
+        return {}
+    return {"train/step": state.global_step, "train/epoch": logs["epoch"], **rewrite_logs({k: v for k, v in logs.items() if k != "epoch"})}
+
+
 class MetricsFile(TrainerCallback):
-    """Appends every log to metrics.jsonl, under the names that the trackers get: train/…, eval/…"""
+    """Appends every log to metrics.jsonl."""
 
     def __init__(self, folder: StudentFolder) -> None:
         self.folder = folder
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and ("loss" in logs or "eval_loss" in logs):
-            figures = {name: value for name, value in rewrite_logs(logs).items() if name != "train/epoch"}
-            append_metrics(self.folder, {"train/step": state.global_step, "train/epoch": logs["epoch"], **figures, "time": now()})
+        if state.is_world_process_zero and (figures := figures_of(logs, state)):
+            append_metrics(self.folder, {**figures, "time": now()})
 
 
 class PlanFile(TrainerCallback):

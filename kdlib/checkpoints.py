@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from kdlib.errors import RunError
-from kdlib.runs import StudentFolder, read_json
+from kdlib.runs import Run, StudentFolder, read_json
 
 FULL = 64 * 2**20  # bytes
 
@@ -49,3 +49,18 @@ def check_disk(folder: StudentFolder, *, weights: int, args: TrainingArguments) 
             f"{folder.path}: {free / 2**30:.1f} GiB free, but models and checkpoints of this run need {needed / 2**30:.1f} GiB; "
             "free some space, lower training.save_total_limit, or choose another folder with --runs"
         )
+
+
+def clean(run: Run) -> int:
+    """Delete the checkpoints of a run that is done, which only serve to go on, and return how many bytes that frees.
+
+    Raises:
+        RunError: the run is not done.
+    """
+    if (state := run.status["state"]) != "done":
+        raise RunError(f"run {run.name} is {state}, not done: it may go on from its checkpoints with --resume; or delete them by hand")
+    folders = [student.checkpoints for student in (run, run.baseline)]
+    freed = sum(file.stat().st_size for folder in folders for file in folder.rglob("*"))
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    return freed

@@ -164,6 +164,16 @@ def report(
     print(f"report: {os.path.relpath(page)}")
 
 
+@app.command()
+def clean(run: Annotated[str, typer.Argument(help="A run's name, or its folder.")], runs_folder: RunsFolder = None) -> None:
+    """Delete the checkpoints of RUN, which is done: models, figures and reports stay."""
+    from kdlib import checkpoints
+
+    root, _ = folders(runs_folder, None)
+    freed = checkpoints.clean(runs.open_run(*runs.locate(run, root)))
+    print(f"{run}: {freed / 2**30:.2f} GiB freed")
+
+
 def main() -> None:
     """Entry point: what a user can act on is printed bare, with exit status 1."""
     try:

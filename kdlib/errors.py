@@ -17,6 +17,10 @@ class RunError(KdlibError):
     """A run's folder that cannot be made, opened or written."""
 
 
+class Stopped(RunError):
+    """A run that was asked to stop, and can go on."""
+
+
 class DataError(KdlibError):
     """Text that cannot be read or trained on."""
 

@@ -15,7 +15,7 @@ from kdlib.runs import Run, StudentFolder
 QUIET_S = 60.0  # without a line, after which a training that nobody keeps a status of may have stopped
 RECENT = 50  # lines that a forecast goes by
 PAUSE = 10.0  # times the usual time between two lines: the training stood still
-FINAL = ("done", "failed", "died")
+FINAL = ("done", "stopped", "failed", "died")
 MEASURES = {"kl_to_teacher": "KL to teacher", "perplexity": "perplexity", "agreement": "agreement"}
 
 
@@ -25,12 +25,12 @@ class Progress:
 
     Attributes:
         name: of the run, and of the student where it is not the distilled one.
-        state: created, running, quiet (no news for a while), trained, done, failed or died.
+        state: created, running, quiet (no news for a while), trained, done, stopped, failed or died.
         tail: its metrics.jsonl.
         plan: learning rate, weights and temperatures as planned; empty where there is no plan.json.
         phases: of the curriculum: (fraction of training at its end, the weights that it names, in words).
         best_by: the measure that chooses the best model.
-        message: why it failed.
+        message: why it stopped or failed.
         quiet_s: seconds since the last line.
     """
 
@@ -92,7 +92,7 @@ def progress(run: Run, folder: StudentFolder | None = None, tail: Tail | None = 
     return Progress(
         name=run.name if own else f"{run.name}, {folder.path.name}", state=state, tail=tail, plan=plan, phases=tuple(phases),
         best_by=config.training["metric_for_best_model"].removeprefix("eval_"),
-        message=run.status.get("message", "") if state in ("failed", "died") else "", quiet_s=quiet_s,
+        message=run.status.get("message", "") if state in ("stopped", "failed", "died") else "", quiet_s=quiet_s,
     )
 
 

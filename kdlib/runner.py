@@ -13,7 +13,8 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from kdlib import overview, reports
-from kdlib.errors import RunError, nearest
+from kdlib.errors import RunError, Stopped, nearest
+from kdlib.keys import refuse_keys
 from kdlib.runs import PARENT, Run, project_root, write_error
 
 NOTEBOOKS = ("00_setup", "01_dry_run", "02_train", "03_compare")
@@ -40,22 +41,30 @@ def run_notebooks(run: Run, parameters: Mapping[str, Any], *, reports_folder: Pa
     if only a partial one, is written.
 
     Raises:
+        ConfigError: a parameter holds a key.
+        Stopped: by Ctrl-C or a STOP file.
         RunError: a notebook failed, or its kernel died; or one does not declare a parameter it is given.
     """
     if run.status["state"] == "running":
         raise RunError(f"run {run.name} is running already, in process {run.status['pid']}; wait for it, or stop it first")
+    refuse_keys(str(parameters))  # they stand in the executed notebooks
     run.set_status("running")
     try:
         with _stop_file(run):
             _run_in_turn(run, parameters, names)
     except BaseException as error:
-        died = isinstance(error.__cause__, DeadKernelError)
         with contextlib.suppress(RunError):  # a full disk must not hide what went wrong
-            run.set_status("died" if died else "failed", str(error) or type(error).__name__)
+            run.set_status(_state_after(error), str(error) or type(error).__name__)
             _render(run, reports_folder)
         raise
     run.set_status("done")
     return _render(run, reports_folder)
+
+
+def _state_after(error: BaseException) -> str:
+    if isinstance(error, (Stopped, KeyboardInterrupt)):
+        return "stopped"
+    return "died" if isinstance(error.__cause__, DeadKernelError) else "failed"
 
 
 def _run_in_turn(run: Run, parameters: Mapping[str, Any], names: Sequence[str]) -> None:
@@ -64,6 +73,8 @@ def _run_in_turn(run: Run, parameters: Mapping[str, Any], names: Sequence[str]) 
         if name in done:
             print(f"— {name}: done before", flush=True)
             continue
+        if _stop(run).exists():  # asked for while no training was there to hear it
+            raise Stopped(f"stopped before {name}; go on with --resume {run.name}")
         print(f"— {name}", flush=True)
         execute(project_root() / "notebooks" / f"{name}.ipynb", run.notebooks / f"{name}.ipynb", parameters)
         done = [*done, name]
@@ -80,15 +91,21 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> None
     """Execute one notebook in a kernel of its own; what its cells print appears here as it comes.
 
     Raises:
+        Stopped: its training was asked to.
         RunError: it does not declare one of the parameters; or a cell failed or the kernel died: the executed copy is kept.
     """
     check_parameters(notebook, parameters)
+    root = project_root()
+    paths = [os.path.relpath(path, root) for path in (notebook, output)]  # they stand in the executed copy
     try:
-        papermill.execute_notebook(
-            str(notebook), str(output), parameters=dict(parameters), cwd=str(project_root()), progress_bar=False,
-            log_output=False, stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=["--log-level=ERROR"],
-        )
+        with contextlib.chdir(root):
+            papermill.execute_notebook(
+                *paths, parameters=dict(parameters), progress_bar=False, log_output=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
+                extra_arguments=["--log-level=ERROR"],
+            )
     except PapermillExecutionError as error:
+        if error.ename == Stopped.__name__:
+            raise Stopped(f"{notebook.stem}: {error.evalue}") from error
         raise RunError(f"{notebook.stem}: {error.ename}: {error.evalue}") from error
     except OSError as error:
         raise write_error(output, error) from error
@@ -108,17 +125,26 @@ def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
             raise RunError(f"{notebook.name} declares no parameter {name!r}{nearest(name, declared)}; it has {', '.join(declared)}")
 
 
+def _stop(run: Run) -> Path:
+    return run.path / "STOP"
+
+
 @contextlib.contextmanager
 def _stop_file(run: Run):
     """Ctrl-C asks the training kernel for a checkpoint by a file named STOP; a second Ctrl-C ends everything."""
-    previous_parent, stop = os.environ.get(PARENT), run.path / "STOP"
+    previous_parent, stop = os.environ.get(PARENT), _stop(run)
     os.environ[PARENT] = "kd"
+    stop.unlink(missing_ok=True)
+    asked = False
 
     def ask(number, frame):
-        if stop.exists():
-            raise KeyboardInterrupt
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt("interrupted; go on from the last checkpoint with --resume")
+        asked = True
         stop.touch()
-        print("a training stops after this step, with a checkpoint; Ctrl-C again to stop at once", flush=True)
+        print("a training stops after this step, with a checkpoint; anything else, when its notebook ends; Ctrl-C again to stop at once",
+              flush=True)
 
     previous = signal.signal(signal.SIGINT, ask)
     try:

@@ -21,6 +21,7 @@ import yaml
 
 from kdlib.config import Config, differences, parse
 from kdlib.errors import RunError, nearest
+from kdlib.keys import refuse_keys
 
 PARENT = "KDLIB_RUN_BY"  # set by the command that runs the notebooks: it keeps status.json, and nobody watches the cells
 
@@ -103,7 +104,7 @@ class Run(StudentFolder):
 
     @property
     def status(self) -> dict[str, Any]:
-        """{"state": "created" | "running" | "done" | "failed" | "died", "since": …, "message": …}
+        """{"state": "created" | "running" | "done" | "stopped" | "failed" | "died", "since": …, "message": …}
 
         A run that says "running" while the process that ran it is gone has died.
         """
@@ -137,9 +138,11 @@ def create(root: Path, name: str, config: Config, **origin: Any) -> Run:
     """Make a new run's folder with its resolved config; `origin` goes into its manifest.
 
     Raises:
+        ConfigError: the config or its origin holds a key.
         RunError: the name is taken or unfit for a folder, or the disk refuses.
     """
     check_new(root, name)
+    refuse_keys(f"{config.as_yaml()} {origin}")
     run = Run(root / name)
     try:
         run.notebooks.mkdir(parents=True)

@@ -5,20 +5,20 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
+from kdlib import trackers
 from kdlib.arguments import HIGHER_IS_BETTER
 from kdlib.callbacks import PlanFile, StopAfter, StopRequest
 from kdlib.checkpoints import check_disk, disk_is_full, last_checkpoint, step_of
 from kdlib.config import Config
 from kdlib.data import TokenBlocks, collate
 from kdlib.diagnostics import nan_report
-from kdlib.errors import ConfigError, KdlibError, RunError
+from kdlib.errors import ConfigError, KdlibError, Stopped
 from kdlib.losses.features import LayerPairs, layer_pairs, projections
 from kdlib.losses.workspace import Workspace
 from kdlib.metrics import cut_metrics, history
@@ -30,7 +30,6 @@ from kdlib.teachers import PROJECTIONS, LiveTeacher
 from kdlib.trainer import DistillationTrainer
 
 DRY_RUN = {"save_strategy": "no", "logging_steps": 1, "eval_on_start": False, "report_to": "none"}
-TRACKERS = {"wandb", "tensorboard", "trackio"}
 WORTH_COMPILING = 4e9  # logits of a training; below it the compiler takes longer than it spares
 
 
@@ -91,9 +90,7 @@ def training_arguments(config: Config, output: Path, **changes: Any) -> Training
         args = TrainingArguments(**{**config.training, **fixed, **changes})
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"training: transformers refuses these arguments: {error}") from error
-    for tracker in TRACKERS.intersection(args.report_to):
-        if find_spec(tracker) is None:
-            raise ConfigError(f"training.report_to: {tracker} is not installed; run: pip install {tracker}")
+    trackers.check_installed(args.report_to)
     return args
 
 
@@ -155,12 +152,17 @@ def train(
         callbacks: told of the training beside its own.
 
     Raises:
-        RunError: stopped by an interrupt or a STOP file (a checkpoint is there), or the disk is full.
+        ConfigError: a tracker cannot be told.
+        Stopped: by an interrupt or a STOP file; a checkpoint is there.
+        RunError: the disk is full.
         NonFiniteLoss: a value became nan or infinite; nan_report/ says which.
     """
     resume = last_checkpoint(folder)
     changes = DRY_RUN if stop_after else {"eval_on_start": False} if resume else {}  # that evaluation is in metrics.jsonl already
     args = training_arguments(config, folder.checkpoints, **changes)
+    told = [name for name in args.report_to if name in trackers.TRACKERS]
+    args.report_to = [name for name in args.report_to if name not in told]  # transformers' own callbacks serve the others
+    trackers.check_key(told)
     if not stop_after:
         check_disk(folder, weights=4 * parameters(student), args=args)
     try:
@@ -184,18 +186,26 @@ def train(
         trainer.add_callback(PlanFile(folder, objective))
         stop = StopRequest(folder)
         trainer.add_callback(StopAfter(stop_after) if stop_after else stop)
-        with nullcontext() if stop_after else stop:
+        tracking = trackers.Tracking(told, trackers.Subject(folder, label, _facts(config, objective)))
+        trainer.add_callback(tracking)
+        with nullcontext() if stop_after else stop, tracking:
             _run(trainer, resume)
         if stop_after:
             return trainer
         if stop.requested and trainer.state.global_step < trainer.state.max_steps:
-            raise RunError(f"stopped at step {trainer.state.global_step} with a checkpoint; go on with --resume, or run this cell again")
+            raise Stopped(f"stopped at step {trainer.state.global_step} with a checkpoint; go on with --resume, or run this cell again")
         _finish(trainer, folder)
     except Exception as error:  # a full disk: torch, safetensors and tokenizers (a bare Exception) each have errors of their own
         if not isinstance(error, KdlibError) and (is_refusal(error) or disk_is_full(folder)):
             raise write_error(folder.path, error) from error
         raise
     return trainer
+
+
+def _facts(config: Config, objective: Objective) -> dict[str, Any]:
+    """What a tracker shows beside the figures."""
+    formulas = dict.fromkeys(objective.at(fraction).formula for fraction in (0.0, 1.0))
+    return {"formula": "  …  ".join(formulas), **config.as_dict()}
 
 
 def _finish(trainer: DistillationTrainer, folder: StudentFolder) -> None:

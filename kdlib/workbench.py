@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 import transformers
 
-from kdlib import compare, data, models, plots, runs, sights, training
+from kdlib import compare, data, models, plots, runs, sights, trackers, training
 from kdlib import config as configs
 from kdlib.config import Config
 from kdlib.diagnostics import doctor, findings, outlook, parity
@@ -65,7 +65,7 @@ def open_run(
 
 def preflight(config: Config) -> None:
     """Everything that can be refused before a run's folder is made: arguments, tokenizers, data."""
-    training.training_arguments(config, Path("unused"))
+    trackers.check_key(training.training_arguments(config, Path("unused")).report_to)
     tokenizer = models.load_tokenizer(config.teacher.model)
     models.check_pair(config, tokenizer)
     data.prepare(config.data, tokenizer, seed=config.seed)

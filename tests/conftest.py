@@ -83,8 +83,12 @@ def narrow(teacher_folder, tmp_path) -> str:
 
 @pytest.fixture
 def raw_config(teacher_folder, tmp_path) -> dict:
-    """A complete tiny experiment as plain data: 12 steps, seconds on a CPU."""
-    text = tmp_path / "text.jsonl"
+    return tiny_experiment(teacher_folder, tmp_path)
+
+
+def tiny_experiment(teacher_folder: Path, folder: Path) -> dict:
+    """A complete tiny experiment as plain data, its text in the folder: 12 steps, seconds on a CPU."""
+    text = folder / "text.jsonl"
     text.write_text("".join(f'{{"text": "{line}"}}\n' for line in sentences(120, seed=1)))
     return {
         "teacher": {"model": str(teacher_folder)},

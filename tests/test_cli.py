@@ -45,7 +45,6 @@ def nothing_written(tmp_path: Path) -> bool:
         ("loss.temprature=3", "did you mean 'temperature'?"),
         ("training.max_steps=many", "training.max_steps: found 'many', needs int"),
         ("training.eval_strategy=sometimes", "transformers refuses these arguments"),
-        ("training.report_to=wandb", "pip install wandb"),
         ("loss.weights={kd: 0, ce: 0}", "all weights are 0"),
         ("loss.weights={kd: -1, ce: 1}", "weights are 0 or more"),
         ("data.source=missing.jsonl", "missing.jsonl: no such file"),
@@ -62,6 +61,13 @@ def test_a_bad_setting_is_refused_with_a_reason_and_nothing_is_written(kd, confi
     assert expected in said
     assert "Traceback" not in said
     assert nothing_written(tmp_path)
+
+
+def test_a_tracker_that_is_not_installed_is_refused_and_nothing_is_written(kd, config_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("kdlib.trackers.find_spec", lambda name: None)
+    status, said = kd("run", config_file, "-o", "training.report_to=[tensorboard, wandb]")
+    assert (status, nothing_written(tmp_path)) == (1, True)
+    assert "training.report_to: tensorboard is not installed; run: pip install tensorboard" in said
 
 
 @pytest.mark.parametrize(
@@ -155,25 +161,42 @@ def test_a_notebook_finds_the_newest_run_of_its_config(config_file, tmp_path, mo
         workbench.open_run("tiny.yaml", run=made.run.name, overrides=["loss.temperature=4"])
 
 
+def trained_to(step: int, run: Run, process) -> None:
+    """Waits until the run's training has logged this step."""
+    deadline = time.monotonic() + 240
+    while not any(line["train/step"] >= step for line in read_metrics(run)):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
 @pytest.mark.slow
-def test_a_killed_kernel_shows_as_died_and_the_run_resumes_to_its_end(config_file, raw_config, tmp_path):
+def test_a_killed_kernel_shows_as_died_and_an_interrupt_as_stopped_and_the_run_resumes_to_its_end(config_file, raw_config, tmp_path):
     raw_config["training"] |= {"max_steps": 300, "save_steps": 10, "eval_steps": 100, "logging_steps": 5}
     config_file.write_text(yaml.safe_dump(raw_config))
     folders = ("--runs", tmp_path / "runs", "--reports", tmp_path / "reports")
     process, run = kd_process("run", config_file, "--name", "tiny", *folders), Run(tmp_path / "runs" / "tiny")
-    deadline = time.monotonic() + 240
-    while not any(line["train/step"] >= 30 for line in read_metrics(run)):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+    trained_to(30, run, process)
     (kernel,) = [child for child in psutil.Process(process.pid).children(recursive=True) if "ipykernel" in " ".join(child.cmdline())]
     kernel.send_signal(signal.SIGKILL)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "02_train: its kernel died" in said
     assert run.status["state"] == "died"
-    assert "died" in (tmp_path / "reports" / "index.html").read_text()
-    assert "its kernel died" in (tmp_path / "reports" / "tiny" / "report.html").read_text()
+    index, report = tmp_path / "reports" / "index.html", tmp_path / "reports" / "tiny" / "report.html"
+    assert '<span class="state died">died</span>' in index.read_text()
+    assert '<span class="state died">died</span>' in report.read_text()
+    assert "its kernel died" in report.read_text()
+
+    process = kd_process("run", config_file, "--resume", "tiny", *folders)
+    trained_to(60, run, process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1
+    stopped = re.search(r"kd: 02_train: stopped at step (\d+) with a checkpoint; go on with --resume", said)
+    assert run.status["state"] == "stopped"
+    assert '<span class="state stopped">stopped</span>' in index.read_text()
+    assert "stopped at step" in report.read_text()
 
     process = kd_process("run", config_file, "--resume", "tiny", *folders)
     out, said = process.communicate(timeout=300)
@@ -181,10 +204,10 @@ def test_a_killed_kernel_shows_as_died_and_the_run_resumes_to_its_end(config_fil
     assert "01_dry_run: done before" in out
     assert run.status["state"] == "done"
     steps = [line["train/step"] for line in read_metrics(run) if "train/loss" in line]
-    assert steps == list(range(5, 301, 5))
+    assert steps == sorted({*range(5, 301, 5), int(stopped[1])})
     for name in ("teacher_student_comparison.png", "comparison_results.json", "history.json", "baseline/final_model/model.safetensors"):
         assert (run.path / name).exists()
-    page = (tmp_path / "reports" / "tiny" / "report.html").read_text()
+    page = report.read_text()
     assert "state done" in page
     assert str(tmp_path) not in re.sub(r"<pre>.*?</pre>|<td>.*?</td>|<details class=\"notebook\".*", "", page, flags=re.DOTALL)
     assert AutoModelForCausalLM.from_pretrained(run.best_model).config.num_hidden_layers == 2

@@ -5,7 +5,7 @@ from pathlib import Path
 KDLIB = Path(__file__).parent.parent / "kdlib"
 FLOORS = [
     {"errors", "schedulers", "signals", "tokens", "diagnostics.findings"},
-    {"arguments", "curriculum", "fields", "overrides", "diagnostics.fixes"},
+    {"arguments", "curriculum", "fields", "keys", "overrides", "diagnostics.fixes"},
     {"loss_config"},
     {"config"},
     {"losses.divergences"},
@@ -13,7 +13,7 @@ FLOORS = [
     {"losses.linear", "captures", "embedded", "migration", "diagnostics.allocations", "metrics", "canvas"},
     {"data", "models", "objective", "progress"},
     {"teachers", "callbacks", "checkpoints", "diagnostics.culprits", "diagnostics.gradients"},
-    {"diagnostics.nan_guard", "diagnostics.nan_report"},
+    {"diagnostics.nan_guard", "diagnostics.nan_report", "trackers"},
     {"guarded_trainer"},
     {"trainer", "compare", "scene"},
     {"panels"},
@@ -41,9 +41,9 @@ FLOORS = [
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 READERS = {  # importable without torch
-    "errors", "schedulers", "arguments", "curriculum", "fields", "overrides", "loss_config", "config", "runs", "dialects", "migration",
-    "metrics", "canvas", "progress", "scene", "panels", "plots", "dashboard", "diagnostics.scorecard", "pages", "executed", "curves",
-    "summaries", "side_by_side", "overview", "reports", "runner", "tokens",
+    "errors", "schedulers", "arguments", "curriculum", "fields", "keys", "overrides", "loss_config", "config", "runs", "dialects",
+    "migration", "metrics", "canvas", "progress", "scene", "panels", "plots", "dashboard", "diagnostics.scorecard", "pages", "executed",
+    "curves", "summaries", "side_by_side", "overview", "reports", "runner", "tokens",
     "temperatures", "courses", "heat_map", "candidates", "schedule_designer", "explorer_widgets", "explorers",
     "benchmarks.settings", "benchmarks.reading", "benchmarks.drawing", "benchmarks.targets", "benchmarks.figures",
     "diagnostics.findings", "diagnostics.fixes",

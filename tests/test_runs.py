@@ -6,7 +6,7 @@ import time
 import psutil
 import pytest
 
-from kdlib import metrics, runs
+from kdlib import checkpoints, metrics, runs
 from kdlib.config import parse
 from kdlib.errors import RunError
 from kdlib.runs import Run, StudentFolder
@@ -61,6 +61,20 @@ def test_a_killed_process_that_nobody_has_buried_is_gone_too(run):
         assert time.monotonic() < until
     assert run.status["state"] == "died"
     process.wait()
+
+
+def test_only_a_run_that_is_done_loses_its_checkpoints(run):
+    for folder in (run, run.baseline):
+        (folder.checkpoints / "checkpoint-4").mkdir(parents=True)
+        (folder.checkpoints / "checkpoint-4" / "weights").write_bytes(bytes(1000))
+    run.set_status("stopped", "stopped at step 4")
+    with pytest.raises(RunError, match="is stopped, not done: it may go on from its checkpoints with --resume"):
+        checkpoints.clean(run)
+    run.set_status("done")
+    assert checkpoints.clean(run) >= 2000
+    assert not run.checkpoints.exists()
+    assert not run.baseline.checkpoints.exists()
+    assert checkpoints.clean(run) == 0
 
 
 def test_metrics_survive_a_torn_line_and_are_cut_to_a_step(tmp_path):

@@ -1,0 +1,115 @@
+"""The notebooks as `kd run` runs them, in a project of their own: nothing of the machine and no key in what they leave, and no stall.
+
+SOAK=10 (make soak) runs each notebook so many times in a row; CI does it twice.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from conftest import tiny_experiment
+
+from kdlib import reports
+from kdlib.runner import NOTEBOOKS
+from kdlib.runs import PARENT, Run, project_root
+from kdlib.trackers import TRACKERS
+
+TIMES = int(os.environ.get("SOAK", "2"))
+LONGEST = 240  # seconds; a notebook takes 10 to 20 where nothing else computes
+KEYS = {name: f"planted-{name.lower()}-0123456789" for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "WANDB_API_KEY", "HF_TOKEN")}
+INTERNAL = ("checkpoints", "wandb")  # the Trainer and wandb note where they run; nothing is shown of these files
+EXECUTE = """
+import sys
+from pathlib import Path
+from kdlib import runner
+notebook = sys.argv[1]
+run = Path("runs", "again")
+parameters = {"config": "configs/tiny.yaml", "run": "./runs/again"}
+runner.execute(Path("notebooks", f"{notebook}.ipynb"), run / "notebooks" / f"{notebook}.ipynb", parameters)
+"""
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(LONGEST * (TIMES + len(NOTEBOOKS)))]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, teacher_folder) -> Path:
+    """A project's folder with everything in it: notebooks, text, teacher, and a tiny config that tells every tracker there is."""
+    folder = tmp_path_factory.mktemp("home") / "project"
+    shutil.copytree(project_root() / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copytree(teacher_folder, folder / "teacher")
+    (folder / "configs").mkdir()
+    raw = tiny_experiment(teacher_folder, folder)
+    raw |= {"teacher": {"model": "./teacher"}, "data": {**raw["data"], "source": "./text.jsonl"}}
+    raw["training"] |= {"report_to": [name for name in TRACKERS if find_spec(name)]}
+    (folder / "configs" / "tiny.yaml").write_text(yaml.safe_dump(raw))
+    return folder
+
+
+def started(project: Path, *words: str, **options) -> subprocess.CompletedProcess:
+    """Python with these words in the project's folder, with keys in its environment; fails after LONGEST seconds per notebook."""
+    ours = {"HOME": str(project.parent), "WANDB_MODE": "offline", "TRACKIO_DIR": str(project / "runs" / "trackio")}
+    return subprocess.run([sys.executable, *words], cwd=project, env={**os.environ, **KEYS, **ours, **options}, text=True,
+                          capture_output=True, timeout=LONGEST * (len(NOTEBOOKS) if "run" in words else 1))
+
+
+@pytest.fixture(scope="module")
+def run(project) -> Run:
+    """All four notebooks through `kd run`."""
+    done = started(project, "-m", "kdlib.cli", "run", "configs/tiny.yaml", "--name", "whole")
+    assert done.returncode == 0, done.stderr
+    return Run(project / "runs" / "whole")
+
+
+def holding(words: list[str], files: list[Path]) -> list[str]:
+    """`file: word` for each of these words that a file holds."""
+    return [f"{file}: {word}" for file in files for word in words if word.encode() in file.read_bytes()]
+
+
+def files_of(project: Path) -> list[Path]:
+    return [file for name in ("runs", "reports") for file in (project / name).rglob("*") if file.is_file()]
+
+
+def test_no_key_of_the_environment_is_in_any_file_of_a_run(run, project):
+    assert {"wandb", "tensorboard", "checkpoints"} <= {path.name for path in run.path.iterdir()}  # which are looked into too
+    assert holding(list(KEYS.values()), files_of(project)) == []
+    assert holding(["max_steps"], [run.path / "config.yaml"])  # it would be found
+
+
+def test_no_path_of_the_machine_is_in_what_a_run_shows(run, project):
+    shown = [file for file in files_of(project) if not {*INTERNAL, "trackio"}.intersection(file.relative_to(project).parts)]
+    assert {"report.html", "index.html", "manifest.json", "metrics.jsonl", "02_train.ipynb"} <= {file.name for file in shown}
+    machine = [project.parent, project_root(), sys.prefix, Path.home(), Path("/tmp/ipykernel")]
+    assert holding([str(path) for path in machine], shown) == []
+
+
+def test_the_executed_notebooks_have_no_error_and_no_widget_that_a_page_would_miss(run, project):
+    for name in NOTEBOOKS:
+        path = run.notebooks / f"{name}.ipynb"
+        outputs = [output for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", [])]
+        assert outputs, name
+        assert "error" not in {output.output_type for output in outputs}
+        kinds = {kind for output in outputs for kind in output.get("data", {})}
+        assert not [kind for kind in kinds if "widget" in kind], f"{name}: a page without scripts shows no widget: {kinds}"
+        page = reports.notebook_html(path)
+        for fault in ("Loading widget", "Error displaying widget", "Traceback (most recent call last)"):
+            assert fault not in page, name
+    page = (project / "reports" / "whole" / "report.html").read_text()
+    assert "Loading widget" not in page
+    assert all(name in page for name in NOTEBOOKS)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_runs_again_and_again_without_a_stall(run, project, name):
+    kept = None if name == NOTEBOOKS[-1] else ("config.yaml", "manifest.json")  # the last compares trained students, the others begin
+    for _ in range(TIMES - 1):  # once it has been run already
+        again = run.path.with_name("again")
+        shutil.rmtree(again, ignore_errors=True)
+        shutil.copytree(run.path, again, ignore=lambda folder, names: set(names).difference(kept or names))
+        (again / "notebooks").mkdir(exist_ok=True)
+        done = started(project, "-c", EXECUTE, name, **{PARENT: "kd"})
+        assert done.returncode == 0, done.stderr
