@@ -11,7 +11,7 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from kdlib import reports, runs
+from kdlib import overview, reports, runs
 from kdlib.config import parse
 from kdlib.runs import Run
 
@@ -63,7 +63,7 @@ def gone(processes: list[psutil.Process]) -> bool:
 
 def shown(run: Run, folder: Path) -> tuple[str, str]:
     """The run's report and the index, freshly rendered."""
-    return reports.render(run, folder).read_text(), reports.render_index(run.path.parent, folder).read_text()
+    return reports.render(run, folder).read_text(), overview.render_index(run.path.parent, folder).read_text()
 
 
 def test_a_run_whose_command_is_killed_has_died_wherever_one_looks_and_leaves_no_kernel(waiting, tmp_path):
@@ -93,7 +93,7 @@ def test_an_interrupted_run_stops_before_its_next_notebook_and_says_how_to_go_on
     assert run.manifest["stages"] == ["first"]
     assert not (run.path / "STOP").exists()
     assert '<span class="state stopped">stopped</span>' in (tmp_path / "reports" / "index.html").read_text()
-    assert "the run stopped" in (tmp_path / "reports" / "waiting" / "report.html").read_text()
+    assert "the run was stopped" in (tmp_path / "reports" / "waiting" / "report.html").read_text()
 
 
 def test_a_second_interrupt_stops_at_once_and_leaves_no_kernel(waiting):

@@ -17,7 +17,8 @@ from transformers import TrainerCallback
 from kdlib import runs, trackers, training
 from kdlib.config import parse
 from kdlib.errors import ConfigError
-from kdlib.runs import Run, StudentFolder, read_metrics
+from kdlib.metrics import read_metrics
+from kdlib.runs import Run, StudentFolder
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 SCRIPT = Path(__file__).parent / "tiny_training.py"
