@@ -11,6 +11,7 @@ from matplotlib.font_manager import findfont
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from kdlib.canvas import INK, SHADE, SOFT, Panel, colours_of
@@ -71,7 +72,11 @@ class Sheet:
         self.figure.set_dpi(DPI)
         frame = (self.shown, getattr(self, "epochs_per_step", None), *(panel.frame for panel in self.panels.values()))
         if self.background is None or self.background[0] != frame:
+            for word in self.words:
+                word.set_visible(False)
             self.canvas.draw()
+            for word in self.words:
+                word.set_visible(True)
             self.background = (frame, self.canvas.copy_from_bbox(self.figure.bbox))
         self.canvas.restore_region(self.background[1])
         for panel in self.panels.values():
@@ -87,8 +92,7 @@ class Sheet:
 
     def _word(self, at: float, size: float, weight: str = "normal") -> Text:
         """A line of words whose foot is so many inches below the upper edge."""
-        self.words.append(self.figure.text(LEFT / WIDTH, 1 - at / self.height, "", fontsize=size, fontweight=weight, color=INK,
-                                           animated=True))
+        self.words.append(self.figure.text(LEFT / WIDTH, 1 - at / self.height, "", fontsize=size, fontweight=weight, color=INK))
         return self.words[-1]
 
     def _panels(self, heights: dict[str, float]) -> dict[str, Panel]:
@@ -104,6 +108,7 @@ class Sheet:
     def _axes_of_steps(self) -> None:
         """Steps below the last panel, epochs above the first."""
         self.first, *_, last = self.panels.values()
+        self.first.axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
         self.first.axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
         last.axes.set_xlabel("optimizer step", fontsize=9, color=INK)
         last.axes.tick_params(labelbottom=True)

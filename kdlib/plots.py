@@ -9,6 +9,8 @@ from contextlib import suppress
 from typing import Any
 
 import pandas as pd
+from IPython import get_ipython
+from IPython.core.pylabtools import select_figure_formats
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -25,6 +27,9 @@ METRIC_LABELS = {
     "kl_to_teacher": "KL to teacher\nnats per token, T = 1", "agreement": "top-1 agreement\nwith the teacher",
     "perplexity": "perplexity\nper token", "bits_per_byte": "bits per byte",
 }
+
+if (shell := get_ipython()) is not None:  # IPython knows what a Figure is only where pyplot is imported, which nothing here does
+    select_figure_formats(shell, {"png"})
 
 
 def schedules(table: pd.DataFrame) -> Figure:

@@ -124,13 +124,13 @@ class Scene:
             self._curve(panel, term, logged["step"], self._smoothed(logged[f"{term}_grad_norm"]), color=self.colours[term], linewidth=1.2)
         norm, title = self.train["grad_norm"].where(np.isfinite(self.train["grad_norm"])), "The gradient norm was never finite"
         if norm.notna().any():
-            title = (f"The gradient norm is {norm.median():.2g} in the middle and {norm.max():.3g} at most (step "
+            title = (f"The gradient norm has a median of {norm.median():.2g} and is {norm.max():.3g} at most (step "
                      f"{self.train['step'][norm.idxmax()]:,}){'; coloured: of each term' if by_term else ''}")
         panel.end(title, log=self.view.log)
 
     def tokens_per_s(self, panel: Panel) -> None:
         self._figure(panel, "tokens_per_s", INK, is_noisy=True)
-        panel.end(f"{self.train['tokens_per_s'].median():,.0f} tokens per second in the middle", floor=0.0)
+        panel.end(f"{self.train['tokens_per_s'].median():,.0f} tokens per second (median)", floor=0.0)
 
     def memory_gib(self, panel: Panel) -> None:
         self._figure(panel, "memory_gib", INK)

@@ -138,7 +138,7 @@ def test_the_picture_says_what_it_shows(run):
     assert said["values"] == "The kd loss fell from 4.00 to 0.40 nats per token in 10 steps"
     assert said["shares"].startswith("kd makes up 58% of what the optimizer sees")
     assert said["total"] == "At step 10 the held-out loss is 2.19 × the training loss before it"
-    assert said["grad_norm"] == "The gradient norm is 6.5 in the middle and 11 at most (step 10)"
+    assert said["grad_norm"] == "The gradient norm has a median of 6.5 and is 11 at most (step 10)"
     assert list(said) == ["values", "shares", "total", "weights", "temperature", "learning_rate", "grad_norm", "tokens_per_s", "memory_gib"]
     course = progress(run)
     assert headline(course) == "first  ·  training"
@@ -215,6 +215,17 @@ def test_a_second_drawing_shows_what_a_new_sheet_would(run):
     different = np.asarray(Image.open(io.BytesIO(again))).astype(int) - np.asarray(Image.open(io.BytesIO(fresh.png())))
     assert again != first
     assert (different != 0).mean() < 0.01  # limits may still have room
+
+
+def test_a_saved_figure_has_the_words_and_lines_of_the_picture_on_the_screen(run):
+    sheet, buffer = panels.Sheet(course := progress(run)), io.BytesIO()
+    sheet.draw(course, View()).savefig(buffer, format="png", dpi=panels.DPI)
+    saved, shown = (np.asarray(Image.open(io.BytesIO(png)).convert("L")) < 128 for png in (buffer.getvalue(), sheet.png()))
+    assert saved.shape == shown.shape
+    for kind, panel in sheet.panels.items():
+        foot = round((1 - panel.title.get_position()[1]) * saved.shape[0])
+        assert saved[foot - 12 : foot].sum() > 0.6 * shown[foot - 12 : foot].sum() > 100, kind
+    assert saved.sum() == pytest.approx(shown.sum(), rel=0.1)
 
 
 def test_before_anything_is_logged_the_picture_says_so(raw_config, tmp_path):
@@ -330,7 +341,8 @@ def test_the_benchmark_draws_and_updates():
 def test_a_headless_notebook_is_left_with_a_static_picture(run, tmp_path, monkeypatch):
     monkeypatch.setitem(os.environ, PARENT, "kd")
     cells = ["folder = None", "from kdlib import dashboard", "with dashboard.watch(folder):\n    print('trains')",
-             "dashboard.watch(folder)"]
+             "dashboard.watch(folder)",
+             "from kdlib import plots, runs\nplots.run_figures(runs.open_run(*runs.locate(folder)), None)['dashboard']"]
     notebook = new_notebook(cells=[new_code_cell(source) for source in cells])
     notebook.cells[0].metadata["tags"] = ["parameters"]
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -338,7 +350,7 @@ def test_a_headless_notebook_is_left_with_a_static_picture(run, tmp_path, monkey
     execute(tmp_path / "watch.ipynb", tmp_path / "done.ipynb", {"folder": str(run.path)})
     text = (tmp_path / "done.ipynb").read_text()
     assert "widget-view" not in text
-    for cell in nbformat.read(tmp_path / "done.ipynb", as_version=4).cells[-2:]:
+    for cell in nbformat.read(tmp_path / "done.ipynb", as_version=4).cells[-3:]:
         pictures = [output["data"]["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
         assert len(pictures) == 1
         assert Image.open(io.BytesIO(base64.b64decode(pictures[0]))).size[1] > 1000
