@@ -5,6 +5,7 @@ A page is one file.  Text is escaped, and a content-security policy (templates/p
 
 import base64
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FixedFormatter, FuncFormatter
 from pygments.formatters import HtmlFormatter
+
+from kdlib.runs import write_error, write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 DPI = 130
@@ -50,6 +53,27 @@ def page(template: str, **content: Any) -> str:
 def table(frame: pd.DataFrame) -> Markup:
     """A table that scrolls by itself where it is too wide; its text is escaped."""
     return Markup('<div class="wide">{}</div>').format(Markup(frame.rename_axis(None).to_html(border=0, escape=True, justify="left")))
+
+
+def write(
+    folder: Path, text: str, pictures: Mapping[str, Picture], tables: Mapping[str, pd.DataFrame], *, index: bool = True
+) -> Path:
+    """Write report.html with its pictures and tables as files beside it, and return its path; `index` keeps the tables' row names.
+
+    Raises:
+        RunError: the disk refuses.
+    """
+    try:
+        for name in ("figures", "tables"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        for name, image in pictures.items():
+            (folder / "figures" / f"{name}.png").write_bytes(image.png)
+        for name, frame in tables.items():
+            frame.to_csv(folder / "tables" / f"{name}.csv", index=index)
+        write_text(folder / "report.html", text)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    return folder / "report.html"
 
 
 def picture(figure: Figure, name: str = "") -> Picture:

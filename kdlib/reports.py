@@ -18,7 +18,7 @@ from kdlib.executed import notebook_html
 from kdlib.explorers import static_html
 from kdlib.metrics import eval_table, training_table
 from kdlib.pages import Picture
-from kdlib.runs import Run, now, read_json, write_error, write_text
+from kdlib.runs import Run, now, read_json
 from kdlib.summaries import KEYS, card, costs, flat, number, summary
 
 SECTIONS = {"summary": "Summary", "scorecard": "Scorecard", "training": "Training", "figures": "Figures", "measurements": "Measurements",
@@ -38,18 +38,7 @@ def render(run: Run, reports: Path) -> Path:
     cards = {name: lines for name, student in students.items() if (lines := card(run, student))}
     tables = _tables(run, results, benchmark, cards)
     page = pages.page("report.html.j2", **_content(run, results, benchmark, pictures, tables, cards))
-    folder = reports / run.name
-    try:
-        for name in ("figures", "tables"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        for name, image in pictures.items():
-            (folder / "figures" / f"{name}.png").write_bytes(image.png)
-        for name, table in tables.items():
-            table.to_csv(folder / "tables" / f"{name}.csv")
-        write_text(folder / "report.html", page)
-    except OSError as error:
-        raise write_error(folder, error) from error
-    return folder / "report.html"
+    return pages.write(reports / run.name, page, pictures, tables)
 
 
 def _tables(run: Run, results: Mapping | None, benchmark: Mapping | None, cards: Mapping[str, list[Line]]) -> dict[str, pd.DataFrame]:

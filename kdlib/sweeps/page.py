@@ -11,7 +11,6 @@ import yaml
 from kdlib import pages
 from kdlib.pages import Picture
 from kdlib.plots import with_interval
-from kdlib.runs import write_error, write_text
 from kdlib.sweeps.figures import run_figures
 from kdlib.sweeps.reading import COSTS, UNITS, WORDS, Sweep, pareto, setting_table, shown_trials, trial_table, varied, verdict
 from kdlib.sweeps.settings import METRICS
@@ -24,19 +23,7 @@ def render(sweep: Sweep, reports: Path) -> Path:
     settings = setting_table(sweep, trials)
     pictures = {name: pages.picture(figure, name) for name, figure in run_figures(sweep, trials, settings).items()}
     tables = {"trials": trials, "settings": settings, **_fronts(sweep, settings)}
-    folder = reports / sweep.name
-    page = _page(sweep, trials, settings, pictures, reports)
-    try:
-        for name in ("figures", "tables"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        for name, picture in pictures.items():
-            (folder / "figures" / f"{name}.png").write_bytes(picture.png)
-        for name, table in tables.items():
-            table.to_csv(folder / "tables" / f"{name}.csv", index=False)
-        write_text(folder / "report.html", page)
-    except OSError as error:
-        raise write_error(folder, error) from error
-    return folder / "report.html"
+    return pages.write(reports / sweep.name, _page(sweep, trials, settings, pictures, reports), pictures, tables, index=False)
 
 
 def _fronts(sweep: Sweep, settings: pd.DataFrame) -> dict[str, pd.DataFrame]:
