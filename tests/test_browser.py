@@ -31,6 +31,7 @@ def test_the_notebooks_run_by_hand_and_leave_a_run(lab, project, browser, tmp_pa
     page.goto(path.as_uri())
     page.screenshot(path=str(tmp_path / "report.png"), full_page=True)
     assert page.locator("h1").inner_text().startswith("quickstart_")
-    assert page.locator("figure img").count() == 3
-    assert all(page.locator("figure img").nth(i).evaluate("image => image.naturalWidth") > 500 for i in range(3))
+    pictures = page.locator("section > figure img, section .pictures img")
+    assert pictures.count() == 5  # the training, KL to the teacher, the comparison, temperature and top k, the course
+    assert all(pictures.nth(i).evaluate("image => image.naturalWidth") > 500 for i in range(5))
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
