@@ -4,19 +4,17 @@ import re
 
 import nbformat
 import pytest
-from browser import CHROMIUM, browser  # noqa: F401
+from browser import MARKS
 from made_runs import EVIL, RAW, made_run, results
 from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from kdlib import overview, plots, reports, runs
 
-pytestmark = [
-    pytest.mark.browser, pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
-]
+pytestmark = MARKS
 
 
-def opened(browser, path, **options):  # noqa: F811
+def opened(browser, path, **options):
     """The page, with what it asked for and what it complained of."""
     page = browser.new_page(**options)
     page.asked, page.said = [], []
@@ -48,7 +46,7 @@ def evil_notebook(path) -> None:
     nbformat.write(new_notebook(cells=[new_markdown_cell(EVIL), new_code_cell(f"print({EVIL!r})", outputs=outputs)]), path)
 
 
-def test_nothing_in_a_run_acts_or_fetches_and_all_of_it_is_seen_as_text(browser, tmp_path, monkeypatch):  # noqa: F811
+def test_nothing_in_a_run_acts_or_fetches_and_all_of_it_is_seen_as_text(browser, tmp_path, monkeypatch):
     raw = {**RAW, "data": {**RAW["data"], "text": EVIL}}
     run = made_run(tmp_path / "runs", "evil", raw, state="failed", message=f"said {EVIL}", steps=0, kl=None, formula=f"formula {EVIL}",
                    config_file=f"configs/{EVIL}", sweep=f"sweep {EVIL}", note=f"note {EVIL}")
@@ -99,7 +97,7 @@ def names(page) -> list[str]:
     return [name for _, name in sorted(seen)]
 
 
-def test_the_index_sorts_and_filters_without_scripts(browser, index):  # noqa: F811
+def test_the_index_sorts_and_filters_without_scripts(browser, index):
     page = opened(browser, index, viewport={"width": 1500, "height": 900})
     assert sorted(names(page)) == ["a", "b", "c", "d"]
     page.get_by_label("sort by KL to the teacher, rising").check(force=True)
@@ -115,7 +113,7 @@ def test_the_index_sorts_and_filters_without_scripts(browser, index):  # noqa: F
     assert asks_for_nothing(page)
 
 
-def test_ticked_runs_stand_side_by_side_and_what_differs_between_them_is_marked(browser, index):  # noqa: F811
+def test_ticked_runs_stand_side_by_side_and_what_differs_between_them_is_marked(browser, index):
     page = opened(browser, index.with_name("side_by_side.html"), viewport={"width": 1500, "height": 900})
     box = {name: page.get_by_role("checkbox", name=re.compile(rf"^\w+ {name}\b")) for name in "abcd"}
 
@@ -137,7 +135,7 @@ def test_ticked_runs_stand_side_by_side_and_what_differs_between_them_is_marked(
     assert asks_for_nothing(page)
 
 
-def test_a_report_suits_dark_screens_and_paper(browser, tmp_path):  # noqa: F811
+def test_a_report_suits_dark_screens_and_paper(browser, tmp_path):
     path = reports.render(made_run(tmp_path / "runs", "a", steps=4, kl=None), tmp_path / "reports")
     page = opened(browser, path, viewport={"width": 1300, "height": 900}, color_scheme="dark")
     paper = "getComputedStyle(document.body).backgroundColor"

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kdlib import cli
+from kdlib import cli_checks
 from kdlib.config import load
 from kdlib.dialects import OURS, read_settings
 from kdlib.errors import ConfigError
@@ -207,14 +207,14 @@ def test_any_file_gives_a_config_that_loads_or_an_error_that_names_it(tmp_path, 
 
 def test_kd_import_writes_a_new_file_and_lists_what_was_left_out(tmp_path, capsys):
     theirs, ours = file(tmp_path, STUDENT_AWARE), tmp_path / "ours.yaml"
-    cli.migrate(str(theirs), output=ours, data="text.jsonl")
+    cli_checks.migrate(str(theirs), output=ours, data="text.jsonl")
     said = capsys.readouterr()
     assert "ours.yaml" in said.out
     assert "left out: early_stopping_patience = 10: " in said.err
     assert load(ours).loss.weights["kd"] == 0.7
     with pytest.raises(ConfigError, match="is there already"):
-        cli.migrate(str(theirs), output=ours)
-    cli.migrate(str(theirs))
+        cli_checks.migrate(str(theirs), output=ours)
+    cli_checks.migrate(str(theirs))
     said = capsys.readouterr()
     assert yaml.safe_load(said.out)["data"]["source"] == TO_FILL_IN
     assert "to be filled in: data.source" in said.err

@@ -13,7 +13,7 @@ import torch
 import typer
 from tiny_training import pieces
 
-from kdlib import cli
+from kdlib import cli_checks
 from kdlib.config import parse
 from kdlib.data import collate
 from kdlib.diagnostics import parity
@@ -225,13 +225,13 @@ def test_everything_is_left_as_it_was(raw_config, narrow, tmp_path, monkeypatch)
 
 
 def test_kd_selftest_prints_the_table_and_ends_with_1_where_a_check_fails(config_file, monkeypatch, tmp_path, capsys):
-    cli.selftest(str(config_file))
+    cli_checks.selftest(str(config_file))
     assert "training = evaluation" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
     micro_batch_count(monkeypatch)
     with pytest.raises(typer.Exit) as caught:
-        cli.selftest(str(config_file), override=["loss.temperature=3"])
+        cli_checks.selftest(str(config_file), override=["loss.temperature=3"])
     assert caught.value.exit_code == 1
     assert "fail" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="did you mean 'temperature'"):
-        cli.selftest(str(config_file), override=["loss.temprature=3"])
+        cli_checks.selftest(str(config_file), override=["loss.temprature=3"])
