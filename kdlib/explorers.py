@@ -40,7 +40,7 @@ def token_heat_map(run: Run) -> Widget | HTML:
     facts = read_json(run.path / "explorers.json")
     if facts is None:
         raise RunError(f"run {run.name} has no explorers.json yet; call `bench.explore(\"distilled\")` first")
-    return HTML(_heat_map_page(facts)) if headless() else HeatMapExplorer(facts)
+    return HTML(_heat_map_of(facts, _most_trained(facts)[0])) if headless() else HeatMapExplorer(facts)
 
 
 def schedule_designer(run: Run) -> Widget | HTML:
@@ -70,9 +70,17 @@ def _temperature_page(facts: Mapping[str, Any]) -> str:
 
 def _heat_map_page(facts: Mapping[str, Any]) -> str:
     """The map of the student that learned most, and the others' folded away."""
-    first, *others = sorted(facts["students"], key=list(plots.LABELS).index, reverse=True)
+    first, *others = _most_trained(facts)
     folded = "".join(f"<details><summary>{escape(plots.LABELS[name])}</summary>{heat_map(facts, name)}</details>" for name in others)
-    return f"<p>{escape(plots.LABELS[first])}</p>{heat_map(facts, first)}{folded}"
+    return _heat_map_of(facts, first) + folded
+
+
+def _heat_map_of(facts: Mapping[str, Any], student: str) -> str:
+    return f"<p>{escape(plots.LABELS[student])}</p>{heat_map(facts, student)}"
+
+
+def _most_trained(facts: Mapping[str, Any]) -> list[str]:
+    return sorted(facts["students"], key=list(plots.LABELS).index, reverse=True)
 
 
 def _course_page(run: Run) -> str:
