@@ -48,17 +48,21 @@ def run(
         opened = runs.open_run(root, resume, resolved)
     else:
         name = _free_name(root, name, config, smoke=smoke)
-    from kdlib import runner, workbench  # after the checks that need no torch
+    from kdlib import runner
+    from kdlib.kernels import Kernels
 
     notebooks = runner.without(without or [])
     given = _entered(config, override, smoke=smoke) | extra
     for notebook in notebooks:
         runner.check_parameters(Path("notebooks", f"{notebook}.ipynb"), {"run": "", **given})
-    if not resume:
-        print(f"checking {config}, its models and data …", flush=True)
-        workbench.preflight(resolved)
-        opened = _created(root, name, resolved, given)
-    _through(notebooks, opened, given, reports)
+    with Kernels(runs.project_root()) as kernels:  # the first gets ready meanwhile
+        from kdlib import workbench  # after the checks that need no torch
+
+        if not resume:
+            print(f"checking {config}, its models and data …", flush=True)
+            workbench.preflight(resolved)
+            opened = _created(root, name, resolved, given)
+        _through(notebooks, opened, given, reports, kernels)
 
 
 @app.command()
@@ -78,10 +82,12 @@ def bench(
     name = _free_name(root, name, config, smoke=smoke)
     from kdlib import runner
     from kdlib.benchmarks import study
+    from kdlib.kernels import Kernels
 
     given = _entered(config, override, smoke=smoke)
     study.preflight(resolved)
-    _through(runner.BENCHMARK, _created(root, name, resolved, given), given, reports)
+    with Kernels(runs.project_root()) as kernels:
+        _through(runner.BENCHMARK, _created(root, name, resolved, given), given, reports, kernels)
 
 
 @app.command("dry-run")
@@ -202,12 +208,12 @@ def _created(root: Path, name: str, config: Any, given: Mapping[str, Any]) -> ru
     return runs.create(root, name, config, config_file=given["config"], smoke=given["smoke"], command=command)
 
 
-def _through(notebooks: Sequence[str], run: runs.Run, given: Mapping[str, Any], reports: Path) -> None:
+def _through(notebooks: Sequence[str], run: runs.Run, given: Mapping[str, Any], reports: Path, kernels: "Kernels") -> None:
     """The notebooks through papermill, and the report."""
     from kdlib import runner
 
     folder = os.path.join(".", os.path.relpath(run.path))  # with a separator: a folder, not a name
-    page = runner.run_notebooks(run, {**given, "run": folder}, reports_folder=reports, names=notebooks)
+    page = runner.run_notebooks(run, {**given, "run": folder}, reports_folder=reports, kernels=kernels, names=notebooks)
     print(f"report: {os.path.relpath(page)}    index: {os.path.relpath(reports / 'index.html')}")
 
 

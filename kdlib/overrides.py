@@ -13,7 +13,7 @@ SMOKE = {
     "data": {"max_length": 32, "max_train_rows": 64, "max_eval_rows": 4},
     "compare": {"resamples": 200, "continuations": 1, "prompt_tokens": 8, "new_tokens": 4},
 }
-"""What `smoke` changes, so that the same config runs through in two to three minutes: few steps, short rows."""
+"""What `smoke` changes, so that the same config runs through in under two minutes: few steps, short rows."""
 
 
 def smoke_for(raw: Mapping) -> Mapping:

@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import papermill
+from jupyter_client.manager import KernelManager
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from kdlib import overview, reports
 from kdlib.errors import RunError, Stopped, nearest
+from kdlib.kernels import Kernels
 from kdlib.keys import refuse_keys
 from kdlib.runs import PARENT, Run, project_root, write_error
 
 NOTEBOOKS = ("00_setup", "01_dry_run", "02_train", "03_compare")
 BENCHMARK = ("90_benchmark",)
+START_TIMEOUT = 600  # seconds; on a busy machine a kernel needs a minute to import torch
 
 
 def without(names: Sequence[str]) -> tuple[str, ...]:
@@ -34,7 +37,9 @@ def without(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in NOTEBOOKS if name not in names)
 
 
-def run_notebooks(run: Run, parameters: Mapping[str, Any], *, reports_folder: Path, names: Sequence[str] = NOTEBOOKS) -> Path:
+def run_notebooks(
+    run: Run, parameters: Mapping[str, Any], *, reports_folder: Path, kernels: Kernels, names: Sequence[str] = NOTEBOOKS
+) -> Path:
     """Execute the numbered notebooks for a run, then render its report and the index; returns the report's path.
 
     Finished notebooks of an earlier try are not repeated.  Whatever happens, status.json says how it ended and a report,
@@ -51,7 +56,7 @@ def run_notebooks(run: Run, parameters: Mapping[str, Any], *, reports_folder: Pa
     run.set_status("running")
     try:
         with _stop_file(run):
-            _run_in_turn(run, parameters, names)
+            _run_in_turn(run, parameters, names, kernels)
     except BaseException as error:
         with contextlib.suppress(RunError):  # a full disk must not hide what went wrong
             run.set_status(_state_after(error), str(error) or type(error).__name__)
@@ -67,7 +72,7 @@ def _state_after(error: BaseException) -> str:
     return "died" if isinstance(error.__cause__, DeadKernelError) else "failed"
 
 
-def _run_in_turn(run: Run, parameters: Mapping[str, Any], names: Sequence[str]) -> None:
+def _run_in_turn(run: Run, parameters: Mapping[str, Any], names: Sequence[str], kernels: Kernels) -> None:
     done = run.manifest.get("stages", [])
     for name in names:
         if name in done:
@@ -76,7 +81,8 @@ def _run_in_turn(run: Run, parameters: Mapping[str, Any], names: Sequence[str]) 
         if _stop(run).exists():  # asked for while no training was there to hear it
             raise Stopped(f"stopped before {name}; go on with --resume {run.name}")
         print(f"— {name}", flush=True)
-        execute(project_root() / "notebooks" / f"{name}.ipynb", run.notebooks / f"{name}.ipynb", parameters)
+        with kernels.taken(another=name != names[-1]) as kernel:
+            execute(project_root() / "notebooks" / f"{name}.ipynb", run.notebooks / f"{name}.ipynb", parameters, kernel)
         done = [*done, name]
         run.add_to_manifest(stages=done)
 
@@ -87,8 +93,11 @@ def _render(run: Run, reports_folder: Path) -> Path:
     return page
 
 
-def execute(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> None:
+def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], kernel: KernelManager | None = None) -> None:
     """Execute one notebook in a kernel of its own; what its cells print appears here as it comes.
+
+    Args:
+        kernel: one that is running, and that nothing ran in; a new one where None.
 
     Raises:
         Stopped: its training was asked to.
@@ -101,7 +110,7 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> None
         with contextlib.chdir(root):
             papermill.execute_notebook(
                 *paths, parameters=dict(parameters), progress_bar=False, log_output=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
-                extra_arguments=["--log-level=ERROR"],
+                extra_arguments=["--log-level=ERROR"], km=kernel, start_timeout=START_TIMEOUT,
             )
     except PapermillExecutionError as error:
         if error.ename == Stopped.__name__:

@@ -34,6 +34,7 @@ FLOORS = [
     {"diagnostics.batch_checks", "sweeps.page", "sweeps.cost"},
     {"diagnostics.doctor"},
     {"reports", "overview", "workbench", "benchmarks.study"},
+    {"kernels"},
     {"runner", "sweeps.pool"},
     {"sweeps.conduct", "cli_options"},
     {"cli_checks"},
@@ -43,7 +44,7 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 READERS = {  # importable without torch
     "errors", "schedulers", "arguments", "curriculum", "fields", "keys", "overrides", "loss_config", "config", "runs", "dialects",
     "migration", "metrics", "canvas", "progress", "scene", "panels", "plots", "dashboard", "diagnostics.scorecard", "pages", "executed",
-    "curves", "summaries", "side_by_side", "overview", "reports", "runner", "tokens",
+    "curves", "summaries", "side_by_side", "overview", "reports", "runner", "kernels", "tokens",
     "temperatures", "courses", "heat_map", "candidates", "schedule_designer", "explorer_widgets", "explorers",
     "benchmarks.settings", "benchmarks.reading", "benchmarks.drawing", "benchmarks.targets", "benchmarks.figures",
     "diagnostics.findings", "diagnostics.fixes",

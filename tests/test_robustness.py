@@ -19,8 +19,10 @@ RUN = """
 import sys
 from pathlib import Path
 from kdlib import runner
+from kdlib.kernels import Kernels
 from kdlib.runs import Run
-runner.run_notebooks(Run(Path(sys.argv[1])), {}, reports_folder=Path("reports"), names=("first", "second"))
+with Kernels(Path.cwd()) as kernels:
+    runner.run_notebooks(Run(Path(sys.argv[1])), {}, reports_folder=Path("reports"), kernels=kernels, names=("first", "second"))
 """
 
 
@@ -69,7 +71,7 @@ def shown(run: Run, folder: Path) -> tuple[str, str]:
 def test_a_run_whose_command_is_killed_has_died_wherever_one_looks_and_leaves_no_kernel(waiting, tmp_path):
     process, run = waiting
     left = kernels(process)
-    assert len(left) == 1
+    assert len(left) == 2  # at work, and getting ready
     process.send_signal(signal.SIGKILL)
     assert process.wait(20) == -signal.SIGKILL
     assert run.status["state"] == "died"
