@@ -208,8 +208,8 @@ def _created(root: Path, name: str, config: Any, given: Mapping[str, Any]) -> ru
     return runs.create(root, name, config, config_file=given["config"], smoke=given["smoke"], command=command)
 
 
-def _through(notebooks: Sequence[str], run: runs.Run, given: Mapping[str, Any], reports: Path, kernels: "Kernels") -> None:
-    """The notebooks through papermill, and the report."""
+def _through(notebooks: Sequence[str], run: runs.Run, given: Mapping[str, Any], reports: Path, kernels: Any) -> None:
+    """The notebooks through papermill, in fresh kernels, and the report."""
     from kdlib import runner
 
     folder = os.path.join(".", os.path.relpath(run.path))  # with a separator: a folder, not a name
