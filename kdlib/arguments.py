@@ -2,7 +2,7 @@
 
 import ast
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,8 @@ from kdlib.schedulers import normal, sampled
 
 # Where kdlib's default is not transformers' own.
 TRAINING_DEFAULTS = {
-    "report_to": "none", "save_total_limit": 3, "logging_steps": 10, "metric_for_best_model": "eval_perplexity",
+    "report_to": "none", "save_total_limit": 3, "logging_steps": 10,
 }
-HIGHER_IS_BETTER = {"perplexity": False, "kl_to_teacher": False, "agreement": True, "accuracy": True}
-"""The metrics that may choose the best model: none depends on the loss's weights, which a curriculum moves."""
 RESERVED = {
     "output_dir": "it is the run's folder",
     "seed": "write `seed:` at the top level",
@@ -61,8 +59,8 @@ def _body(file: str, name: str) -> list[ast.stmt]:
                 if isinstance(node, ast.ClassDef) and node.name == name)
 
 
-def problem_with(name: str, value: Any) -> str | None:
-    """What is wrong with this name or value, in one line, or None."""
+def problem_with(name: str, value: Any, metrics: Sequence[str]) -> str | None:
+    """What is wrong with this name or value, in one line, or None; `metrics` may choose the best model."""
     if name in RESERVED:
         return f"{name}: not set here: {RESERVED[name]}"
     if name not in training_fields():
@@ -73,8 +71,8 @@ def problem_with(name: str, value: Any) -> str | None:
         value = typed(name, value)
     except (OverflowError, TypeError, ValueError):
         return f"{name}: found {value!r}, needs {training_fields()[name]}"
-    if name == "metric_for_best_model" and str(value).removeprefix("eval_") not in HIGHER_IS_BETTER:
-        return f"{name}: found {value!r}{nearest(str(value), HIGHER_IS_BETTER)}; it is one of {', '.join(HIGHER_IS_BETTER)}"
+    if name == "metric_for_best_model" and str(value).removeprefix("eval_") not in metrics:
+        return f"{name}: found {value!r}{nearest(str(value), metrics)}; it is one of {', '.join(metrics)}"
     if name == "save_total_limit" and value == 1:
         return f"{name}: found 1, needs 2 or more: with 1 the Trainer deletes the newest checkpoint when an older one is better"
     if name == "save_strategy" and value == "best":

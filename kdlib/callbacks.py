@@ -15,6 +15,9 @@ from kdlib.metrics import append_metrics
 from kdlib.objective import Objective
 from kdlib.runs import StudentFolder, now, write_json
 
+HELD_OUT = {"eval_loss": ("loss", ".3f"), "eval_perplexity": ("perplexity", ".1f"), "eval_log_loss": ("log-loss", ".3f"),
+            "eval_accuracy": ("accuracy", ".3f"), "eval_choice_accuracy": ("right choices", ".3f"),
+            "eval_kl_to_teacher": ("KL to teacher", ".3f")}  # of an evaluation, as they are printed
 PLANNED = 400  # moments at which a plan is written down, at most twice as many
 
 
@@ -79,9 +82,8 @@ class PrintedLines(TrainerCallback):
             print(f"{at}  loss {logs['loss']:.3f} = {terms}  "
                   f"lr {logs['learning_rate']:.1e}  {logs['tokens_per_s']:.0f} tokens/s  {self._left(state)}", flush=True)
         elif "eval_loss" in logs:
-            kl = f"  KL to teacher {logs['eval_kl_to_teacher']:.3f}" if "eval_kl_to_teacher" in logs else ""
-            print(f"{at}  held-out: loss {logs['eval_loss']:.3f}  "
-                  f"perplexity {logs['eval_perplexity']:.1f}{kl}", flush=True)
+            figures = [f"{words} {logs[name]:{form}}" for name, (words, form) in HELD_OUT.items() if name in logs]
+            print(f"{at}  held-out: {'  '.join(figures)}", flush=True)
 
     def _left(self, state) -> str:
         seconds, steps = time.perf_counter() - self.started[0], state.global_step - self.started[1]

@@ -14,8 +14,9 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdlib.data import TokenBlocks, collate
-from kdlib.models import device_of, load_model, load_student, parameters, precision_of
+from kdlib import tasks
+from kdlib.batches import Prepared
+from kdlib.models import device_of, parameters, precision_of
 from kdlib.objective import MEASURES, row_sums
 from kdlib.runs import Run, write_json
 from kdlib.signals import Signal, kept
@@ -32,18 +33,18 @@ class Comparison:
     """
 
     def __init__(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, device: torch.device | str = "cpu", resamples: int = 2000,
+        self, prepared: Prepared, tokenizer: PreTrainedTokenizerBase, *, device: torch.device | str = "cpu", resamples: int = 2000,
         seed: int = 0,
     ) -> None:
         """
         Args:
-            rows: validation rows of {"input_ids": …}.
+            prepared: its validation rows are what the models are measured on.
             device: where the models are measured.
             resamples: of the bootstrap; each draws rows with replacement, the same for every model.
         """
         self.tokenizer, self.device = tokenizer, torch.device(device)
-        every = list(rows)
-        self.batches = [collate(every[i : i + BATCH], pad_id=tokenizer.pad_token_id) for i in range(0, len(every), BATCH)]
+        self.prepared, every = prepared, list(prepared.validation)
+        self.batches = [prepared.collate(every[i : i + BATCH]) for i in range(0, len(every), BATCH)]
         texts = tokenizer.batch_decode([row["input_ids"][1:] for row in every], skip_special_tokens=True)
         self.row_bytes = np.array([len(text.encode()) for text in texts], dtype=float)
         uniform = np.full(len(every), 1 / len(every))
@@ -59,7 +60,7 @@ class Comparison:
         """Load one model and measure it: quality on all rows, speed, memory, size, greedy continuations of the prompts."""
         with peak_memory(self.device) as peak:
             model = load().to(self.device)
-            voice = LiveTeacher(model, vocabulary=len(self.tokenizer))
+            voice = tasks.voice_of(model, self.prepared)
             self.sums[name] = np.concatenate([self._measure(number, voice) for number in range(len(self.batches))])
             speed = forward_tokens_per_s(model, self.batches[0]["input_ids"])
         size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -109,7 +110,7 @@ class Comparison:
         return {"perplexity": perplexity, "bits_per_byte": bits_per_byte, **mean}
 
 
-def compare_run(run: Run, tokenizer: PreTrainedTokenizerBase, blocks: TokenBlocks) -> dict[str, Any]:
+def compare_run(run: Run, tokenizer: PreTrainedTokenizerBase, prepared: Prepared) -> dict[str, Any]:
     """Compare the models of a finished run and write its comparison_results.json.
 
     The students are the final ones, after equally many steps, and not those chosen on these very rows (best_model/).
@@ -117,20 +118,20 @@ def compare_run(run: Run, tokenizer: PreTrainedTokenizerBase, blocks: TokenBlock
     config = run.config
     dtype, _ = precision_of(config)
     comparison = Comparison(
-        blocks.validation, tokenizer, device=device_of(config), resamples=config.compare.resamples, seed=config.seed
+        prepared, tokenizer, device=device_of(config), resamples=config.compare.resamples, seed=config.seed
     )
-    prompts = prompts_from(blocks.validation, count=config.compare.continuations, length=config.compare.prompt_tokens)
+    prompts = prompts_from(prepared.validation, count=config.compare.continuations, length=config.compare.prompt_tokens)
 
     def measure(name: str, load: Callable[[], PreTrainedModel]) -> None:
         print(f"measuring the {name} model …", flush=True)
         comparison.add(name, load, prompts=prompts, new_tokens=config.compare.new_tokens)
 
-    measure("teacher", lambda: load_model(config.teacher.model, dtype))
-    untrained = load_student(config, run.manifest["student_layers"]).to(dtype)
+    measure("teacher", lambda: tasks.load(config.teacher.model, prepared, dtype))
+    untrained = tasks.untrained_student(config, prepared, run.manifest["student_layers"]).to(dtype)
     measure("untrained", lambda: deepcopy(untrained))  # so that its memory is its own, not the teacher's that it is cut from
     if config.baseline:
-        measure("baseline", lambda: load_model(str(run.baseline.final_model), dtype))
-    measure("distilled", lambda: load_model(str(run.final_model), dtype))
+        measure("baseline", lambda: tasks.load(str(run.baseline.final_model), prepared, dtype))
+    measure("distilled", lambda: tasks.load(str(run.final_model), prepared, dtype))
     results = {**comparison.results(), "prompts": tokenizer.batch_decode(prompts), "precision": str(dtype).removeprefix("torch.")}
     write_json(run.path / "comparison_results.json", results)
     return results

@@ -8,19 +8,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo, model_validator
 
 from kdlib.arguments import TRAINING_DEFAULTS, clashes, problem_with, typed
 from kdlib.errors import ConfigError, nearest, printable
-from kdlib.fields import Count, Number, Section, refuse
+from kdlib.fields import Count, Number, Section, fraction, refuse
 from kdlib.loss_config import BaselineConfig, LossConfig
 from kdlib.overrides import merged, overridden, read_yaml, smoke_for
+from kdlib.task_rules import METRICS, TASKS, misfits
 
 
 def _layers_kept(value: Any) -> Any:
     if value in ("influence", "even", "first") or (isinstance(value, list) and all(type(item) is int for item in value)):
         return value
     raise ValueError(f"found {value!r}; it is influence, even, first, or a list of layer numbers")
+
+
+def _share_or_split(value: Any) -> float | str:
+    """A share of the rows, or the name of one of the source's own splits."""
+    if isinstance(value, str) and fraction(value) is None:
+        return value
+    share = fraction(value)
+    if share is None or not 0 < share < 1:
+        raise ValueError(f"found {value!r}; it is a share of the rows between 0 and 1, or the name of a split that the source has")
+    return share
 
 
 class TeacherConfig(Section):
@@ -52,12 +63,28 @@ class DataConfig(Section):
 
     source: str
     subset: str | None = None
-    text: str = "text"
-    validation: Annotated[Number, Field(gt=0, lt=1)] = 0.1
+    text: str | list[str] = "text"  # of a classification, several columns make one text, a line each
+    label: str = "label"
+    labels: list[str] | None = None  # the classes' names, where the source gives numbers alone
+    question: str = "question"
+    choices: str = "choices"
+    answer: str = "answer"
+    validation: Annotated[Any, AfterValidator(_share_or_split)] = 0.1
+    test: Annotated[Any, AfterValidator(_share_or_split)] | None = None
+    split_seed: Annotated[Count, Field(ge=0, lt=2**32)] | None = None
     packing: bool = True
     max_length: Annotated[Count, Field(ge=2)] = 1024
     max_train_rows: Annotated[Count, Field(ge=1)] | None = None
     max_eval_rows: Annotated[Count, Field(ge=1)] | None = None
+
+
+def _training(training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    """TrainingArguments by their own names, with kdlib's defaults; a stage of the teacher's is of a classification."""
+    metrics = METRICS[info.data.get("task", "sequence-classification")]
+    problems = {name: problem for name, value in training.items() if (problem := problem_with(name, value, metrics))}
+    sound = {name: typed(name, value) for name, value in training.items() if name not in problems}
+    refuse([*problems.values(), *clashes({**sound, "lr_scheduler_type": training.get("lr_scheduler_type")})])
+    return {**TRAINING_DEFAULTS, "metric_for_best_model": f"eval_{metrics[0]}", **sound}
 
 
 class CompareConfig(Section):
@@ -69,6 +96,21 @@ class CompareConfig(Section):
     new_tokens: Annotated[Count, Field(ge=1)] = 32
 
 
+class EarlyStopping(Section):
+    """Training ends when `metric_for_best_model` has not improved for so many evaluations."""
+
+    patience: Annotated[Count, Field(ge=1)]
+    min_delta: Annotated[Number, Field(ge=0)] = 0.0  # what counts as an improvement
+
+
+class TeacherStage(Section):
+    """The teacher learns the task first, with ce alone; its run folder is used again while nothing of this changes."""
+
+    seed: Annotated[Count, Field(ge=0, lt=2**32)] = 0
+    training: Annotated[dict[str, Any], AfterValidator(_training)]
+    early_stopping: EarlyStopping | None = None
+
+
 class DiagnosticsConfig(Section):
     """What is measured beside the losses while a student trains."""
 
@@ -78,25 +120,25 @@ class DiagnosticsConfig(Section):
 class Config(Section):
     """One complete run."""
 
-    task: Literal["causal-lm"] = "causal-lm"
+    task: Literal[TASKS] = "causal-lm"
     seed: Annotated[Count, Field(ge=0, lt=2**32)] = 0
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     teacher: TeacherConfig
     student: StudentConfig
     data: DataConfig
     loss: LossConfig
     baseline: BaselineConfig | None = None
-    training: dict[str, Any]
+    training: Annotated[dict[str, Any], AfterValidator(_training)]
+    teacher_stage: TeacherStage | None = None
+    early_stopping: EarlyStopping | None = None
     compare: CompareConfig = CompareConfig()
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
 
-    @field_validator("training")
-    @classmethod
-    def _training_arguments(cls, training):
-        problems = {name: problem for name, value in training.items() if (problem := problem_with(name, value))}
-        sound = {name: typed(name, value) for name, value in training.items() if name not in problems}
-        refuse([*problems.values(), *clashes({**sound, "lr_scheduler_type": training.get("lr_scheduler_type")})])
-        return {**TRAINING_DEFAULTS, **sound}
+    @model_validator(mode="after")
+    def _fits_the_task(self):
+        refuse(misfits(self))
+        return self
 
     @classmethod
     def smoke_changes(cls, raw: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -180,7 +222,8 @@ def _describe(fault: Mapping, kind: type[Section]) -> list[str]:
     if fault["type"] == "missing":
         return [f"{where}: missing; it must be given"]
     if fault["type"] == "value_error":
-        return [f"{where}{'.' if where == 'training' else ': '}{line}" for line in str(fault["ctx"]["error"]).splitlines()]
+        before = "" if not path else f"{where}." if path[-1] == "training" else f"{where}: "
+        return [f"{before}{line}" for line in str(fault["ctx"]["error"]).splitlines()]
     return [f"{where}: found {found!r} ({type(found).__name__}); {fault['msg'][0].lower()}{fault['msg'][1:]}"]
 
 

@@ -26,10 +26,19 @@ from kdlib.errors import ModelError, nearest
 from kdlib.signals import Form
 
 
+def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
+    """The one by which rows are made and with which the student is saved: the teacher's, whose vocabulary both share.
+
+    Where rows are classified the student has its own; the teacher may read otherwise (kdlib.classes).
+    """
+    is_own = config.task == "sequence-classification" and config.student.source != "teacher"
+    return load_tokenizer(config.student.source if is_own else config.teacher.model)
+
+
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model named as in `load_model`; a missing pad token becomes EOS, as padding is masked anyway."""
-    with _explained(model, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(_folder(model))
+    with explained(model, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder_of(model))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -41,14 +50,14 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     Raises:
         ModelError: there is no such model, or it cannot be loaded so.
     """
-    with _explained(model, "model"):
-        return AutoModelForCausalLM.from_pretrained(_folder(model), dtype=dtype, use_safetensors=True).eval()
+    with explained(model, "model"):
+        return AutoModelForCausalLM.from_pretrained(folder_of(model), dtype=dtype, use_safetensors=True).eval()
 
 
 def load_config(model: str):
     """A model's configuration alone, without its weights."""
-    with _explained(model, "model"):
-        return AutoConfig.from_pretrained(_folder(model))
+    with explained(model, "model"):
+        return AutoConfig.from_pretrained(folder_of(model))
 
 
 def check_pair(config: Config, teacher: PreTrainedTokenizerBase) -> None:
@@ -65,6 +74,8 @@ def check_pair(config: Config, teacher: PreTrainedTokenizerBase) -> None:
     if config.student.source == "teacher":
         check_layers(config, configs[config.teacher.model].num_hidden_layers)
         return
+    if config.task == "sequence-classification":  # each reads the rows in its own way; what they share is the classes
+        return
     student, ours = load_tokenizer(config.student.source).get_vocab(), teacher.get_vocab()
     if student != ours:
         differing = [token for token in {**student, **ours} if student.get(token) != ours.get(token)]
@@ -74,16 +85,6 @@ def check_pair(config: Config, teacher: PreTrainedTokenizerBase) -> None:
             f"different vocabularies: {len(differing)} tokens differ, e.g. {shown} (student / teacher id). The kd term compares "
             "token by token and needs one vocabulary: use a student of the teacher's family, or `student: {from: teacher}`"
         )
-
-
-def load_student(config: Config, keep: Sequence[int] | None) -> PreTrainedModel:
-    """The untrained student: the teacher's layers `keep`, or a model of its own.
-
-    In float32 from float32, whatever the teacher's precision in training: these are the weights that will be trained.
-    """
-    if config.student.source == "teacher":
-        return shallower(load_model(config.teacher.model), keep)
-    return load_model(config.student.source)
 
 
 def chosen_layers(config: Config, teacher: PreTrainedModel, calibration: Tensor) -> list[int] | None:
@@ -165,7 +166,8 @@ def shallower(teacher: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
         else:
             state[name] = value
     student.load_state_dict(state)
-    student.generation_config = GenerationConfig.from_model_config(config)  # without the teacher's sampling habits
+    if student.can_generate():
+        student.generation_config = GenerationConfig.from_model_config(config)  # without the teacher's sampling habits
     return student.float().eval()
 
 
@@ -185,7 +187,7 @@ def blank_model(name: str, config: PreTrainedConfig, dtype: torch.dtype = torch.
     Raises:
         ModelError: the config is of no such model.
     """
-    with _explained(name, "causal language model"):
+    with explained(name, "causal language model"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
@@ -216,10 +218,17 @@ def stated_form(model: PreTrainedModel) -> Form | None:
 
 
 def device_of(config: Config) -> torch.device:
-    """Where the run computes: CUDA, else Apple's MPS, else the CPU; `training.use_cpu` has its way."""
-    if config.training.get("use_cpu") or not torch.accelerator.is_available():
+    """Where the run computes: CUDA, else Apple's MPS, else the CPU; `device:` and `training.use_cpu` have their way.
+
+    Raises:
+        ModelError: the device that is asked for is not there.
+    """
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    if config.training.get("use_cpu") or config.device == "cpu":
         return torch.device("cpu")
-    return torch.accelerator.current_accelerator()
+    if config.device not in ("auto", found.type):
+        raise ModelError(f"device: found {config.device}, but this machine has {found.type}; write {found.type}, or auto")
+    return found
 
 
 def precision_of(config: Config) -> tuple[torch.dtype, str]:
@@ -252,8 +261,8 @@ def _cpu_has_bf16() -> bool:
     return bool(bf16_instructions())
 
 
-def _folder(model: str) -> str:
-    """What `from_pretrained` takes; a GGUF file is unpacked once into the cache."""
+def folder_of(model: str) -> str:
+    """What `from_pretrained` takes for a model named as in `load_model`; a GGUF file is unpacked once into the cache."""
     if model in BUILT_IN:
         return str(unpacked(built_in_file(model)))
     if model.endswith(".gguf"):
@@ -266,7 +275,8 @@ def _folder(model: str) -> str:
 
 
 @contextmanager
-def _explained(model: str, what: str) -> Iterator[None]:
+def explained(model: str, what: str) -> Iterator[None]:
+    """transformers' own errors as ModelErrors that say what may be given; `what` was looked for under this name."""
     try:
         yield
     except (OSError, ValueError) as error:

@@ -8,9 +8,9 @@ from datetime import datetime
 import numpy as np
 import pandas as pd
 
-from kdlib.arguments import HIGHER_IS_BETTER
 from kdlib.metrics import Tail, plan_table, terms_in
 from kdlib.runs import Run, StudentFolder
+from kdlib.task_rules import HIGHER_IS_BETTER
 
 QUIET_S = 60.0  # without a line, after which a training that nobody keeps a status of may have stopped
 RECENT = 50  # lines that a forecast goes by

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from kdlib.batches import collate
 from kdlib.config import Config
-from kdlib.data import collate
 from kdlib.objective import SoftTargets, agreement, cross_entropy
 from kdlib.runs import Run, read_json, write_json
 from kdlib.signals import kept

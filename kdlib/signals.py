@@ -1,7 +1,7 @@
 """What a model said about a batch, and which of its tokens count.
 
 Axes: B batch, T position, N kept tokens, V vocabulary, H hidden.  The causal shift and the mask happen once, in `kept`;
-below it no loss sees a label, a mask or a batch shape.
+below it no loss sees a label, a mask or a batch shape.  Where rows are classified, N are the rows and V the classes.
 """
 
 from collections.abc import Sequence
@@ -18,21 +18,26 @@ IGNORED = -100  # the label of a token that is not trained on; transformers' own
 class Kept:
     """The N kept tokens of a batch: where they are predicted from, what they are, and which row they came from."""
 
-    positions: Tensor  # [N] index into the flattened [B * T]; the position whose output predicts the token
-    targets: Tensor  # [N] token ids
+    positions: Tensor  # [N] index into the flattened [B * T]; the position whose output predicts the token.  Of rows, into [B]
+    targets: Tensor  # [N] token ids, or classes
     rows: Tensor  # [N] 0 .. B-1
 
-    def select(self, per_position: Tensor) -> Tensor:
-        """[B, T, X] to [N, X]: the outputs from which the kept tokens are predicted."""
-        return per_position.flatten(0, 1).index_select(0, self.positions)
+    def select(self, outputs: Tensor) -> Tensor:
+        """[B, T, X], or [B, X] where rows are classified, to [N, X]: the outputs from which the kept are predicted."""
+        per_position = outputs if outputs.ndim == 2 else outputs.flatten(0, 1)
+        return per_position.index_select(0, self.positions)
 
 
 def kept(labels: Tensor) -> Kept:
-    """The causal shift and the mask, once for every term: output t predicts token t + 1.
+    """The causal shift and the mask, once for every term: output t predicts token t + 1; or the rows that have a class.
 
     Args:
         labels: [B, T] token ids, `IGNORED` where a token is not trained on.  The first of a row is never predicted.
+            [B] classes where rows are classified, `IGNORED` likewise; nothing is shifted then.
     """
+    if labels.ndim == 1:
+        (rows,) = (labels != IGNORED).nonzero(as_tuple=True)
+        return Kept(positions=rows, targets=labels[rows], rows=rows)
     length = labels.shape[1]
     rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
     return Kept(positions=rows * length + columns, targets=labels[rows, columns + 1], rows=rows)

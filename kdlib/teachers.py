@@ -37,19 +37,20 @@ def insides(moment: Moment, pairs: LayerPairs, student: PreTrainedModel) -> tupl
 
 def signal_of(
     model, batch: Mapping[str, Tensor], kept: Kept, *, vocabulary: int, form: Form | None, unwrapped: PreTrainedModel | None = None,
-    inside: Inside | None = None,
+    inside: Inside | None = None, reads: str = "",
 ) -> Signal:
     """What a model says about the kept tokens of a batch.
 
     Args:
         model: called once with input_ids and attention_mask; may be a wrapper (DDP) of `unwrapped`.
-        vocabulary: the tokenizer's size; rows that pad the head beyond it are left out.
+        vocabulary: the tokenizer's size, or the number of classes; rows that pad the head beyond it are left out.
         form: `head_form` of the model gives a LinearSignal (the head is applied later, chunk by chunk), None a DenseSignal.
         inside: what the features are made of, where a term needs them.
+        reads: "teacher_" for a model that reads those of the batch's inputs.
     """
     unwrapped, inside = unwrapped or model, inside or Inside()
     attend_eagerly(unwrapped, inside.attention)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    inputs = {name: batch[reads + name] for name in ("input_ids", "attention_mask")}
     inputs |= {"use_cache": False} | ({} if form is None else {"logits_to_keep": 1})
     with (
         captured_hidden(unwrapped) as last,
@@ -75,6 +76,7 @@ class LiveTeacher:
 
     model: PreTrainedModel
     vocabulary: int
+    reads: str = ""  # see signal_of
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
@@ -83,7 +85,7 @@ class LiveTeacher:
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor], kept: Kept, inside: Inside | None = None) -> Signal:
         """The teacher's signal for the kept tokens; without gradient."""
-        return signal_of(self.model, batch, kept, vocabulary=self.vocabulary, form=self.form, inside=inside)
+        return signal_of(self.model, batch, kept, vocabulary=self.vocabulary, form=self.form, inside=inside, reads=self.reads)
 
 
 def _features(captured, kept: Kept, inside: Inside) -> Features:

@@ -186,7 +186,8 @@ class DistillationTrainer(GuardedTrainer):
         figures |= {f"{name}_loss": means[name] for name in moment.weights}
         figures |= {f"{name}_weight": weight for name, weight in moment.weights.items()}
         figures |= {name: means[name] for name in measures if name != "ce"}
-        figures["perplexity"] = math.exp(min(means["ce"], 700.0))
+        of_tokens = batch["labels"].ndim == 2
+        figures |= {"perplexity": math.exp(min(means["ce"], 700.0))} if of_tokens else {"log_loss": means["ce"]}
         past = [line["eval_loss"] for line in self.state.log_history if "eval_loss" in line]
         figures["min_loss"] = min([*past, figures["loss"]])
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}

@@ -4,19 +4,17 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from kdlib import trackers
-from kdlib.arguments import HIGHER_IS_BETTER
+from kdlib.batches import Prepared
 from kdlib.callbacks import PlanFile, StopAfter, StopRequest
 from kdlib.checkpoints import check_disk, disk_is_full, last_checkpoint, step_of
 from kdlib.config import Config
-from kdlib.data import TokenBlocks, collate
 from kdlib.diagnostics import nan_report
 from kdlib.errors import ConfigError, KdlibError, Stopped
 from kdlib.losses.features import LayerPairs, layer_pairs, projections
@@ -26,6 +24,7 @@ from kdlib.models import device_of, parameters, precision_of
 from kdlib.objective import Objective, feature_terms
 from kdlib.runs import StudentFolder, is_refusal, read_json, write_error, write_json
 from kdlib.schedulers import SHAPES, from_spec
+from kdlib.task_rules import HIGHER_IS_BETTER
 from kdlib.teachers import PROJECTIONS, LiveTeacher
 from kdlib.trainer import DistillationTrainer
 
@@ -139,13 +138,14 @@ def listen(config: Config, student: PreTrainedModel, teacher: PreTrainedModel, o
 
 
 def train(
-    config: Config, folder: StudentFolder, *, student: PreTrainedModel, teacher: LiveTeacher, tokenizer: PreTrainedTokenizerBase,
-    blocks: TokenBlocks, weights: Mapping[str, Any] | None = None, label: str = "", stop_after: int | None = None,
+    config: Config, folder: StudentFolder, *, student: PreTrainedModel, teacher: LiveTeacher | None, tokenizer: PreTrainedTokenizerBase,
+    prepared: Prepared, weights: Mapping[str, Any] | None = None, label: str = "", stop_after: int | None = None,
     dense: bool = False, callbacks: Sequence[TrainerCallback] = (),
 ) -> DistillationTrainer:
     """Train one student into its folder, from its last checkpoint where there is one.
 
     Args:
+        teacher: None where no term needs one: a teacher's own stage.
         weights: in place of the config's: the baseline's.
         stop_after: a dry run of so many steps: no checkpoints, no models.
         dense: compute all logits at once: the slow reference.
@@ -171,18 +171,20 @@ def train(
             cut_metrics(folder, step_of(resume))
             nan_report.put_aside(folder)
         objective = objective_of(config, weights)
-        pairs = listen(config, student, teacher.model, objective)
+        pairs = listen(config, student, teacher.model, objective) if teacher else ()
         if hasattr(student, PROJECTIONS) and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # DDP sees only its forward, and would take the projections for unused
         course = config.training.get("lr_scheduler_type")
         trainer = DistillationTrainer(
-            model=student, args=args, train_dataset=blocks.train, eval_dataset=blocks.validation, processing_class=tokenizer,
-            data_collator=partial(collate, pad_id=tokenizer.pad_token_id), objective=objective, teacher=teacher,
-            vocabulary=len(tokenizer), workspace=workspace_of(config, args, len(blocks.train), len(tokenizer)), layer_pairs=pairs,
+            model=student, args=args, train_dataset=prepared.train, eval_dataset=prepared.validation, processing_class=tokenizer,
+            data_collator=prepared.collate, objective=objective, teacher=teacher, vocabulary=prepared.vocabulary, layer_pairs=pairs,
+            workspace=workspace_of(config, args, len(prepared.train), prepared.vocabulary),
             learning_rate_schedule=from_spec(course) if isinstance(course, Mapping) else None,
             folder=folder, label=label, last_step=stop_after, grad_norms_every=config.diagnostics.grad_norms_every, dense=dense,
             callbacks=[*callbacks],
         )
+        if (stops := config.early_stopping) and not stop_after:
+            trainer.add_callback(EarlyStoppingCallback(stops.patience, stops.min_delta))
         trainer.add_callback(PlanFile(folder, objective))
         stop = StopRequest(folder)
         trainer.add_callback(StopAfter(stop_after) if stop_after else stop)

@@ -15,8 +15,9 @@ import pandas as pd
 import torch
 import transformers
 
-from kdlib import compare, data, models, plots, runs, sights, trackers, training
+from kdlib import compare, models, plots, runs, sights, tasks, trackers, training
 from kdlib import config as configs
+from kdlib.batches import Prepared
 from kdlib.config import Config
 from kdlib.diagnostics import doctor, findings, outlook, parity
 from kdlib.diagnostics.token_view import TokenView, token_view
@@ -66,9 +67,9 @@ def open_run(
 def preflight(config: Config) -> None:
     """Everything that can be refused before a run's folder is made: arguments, tokenizers, data."""
     trackers.check_key(training.training_arguments(config, Path("unused")).report_to)
-    tokenizer = models.load_tokenizer(config.teacher.model)
+    tokenizer = models.tokenizer_of(config)
     models.check_pair(config, tokenizer)
-    data.prepare(config.data, tokenizer, seed=config.seed)
+    tasks.prepare(config, tokenizer)
 
 
 class Workbench:
@@ -83,25 +84,23 @@ class Workbench:
 
     @cached_property
     def tokenizer(self):
-        return models.load_tokenizer(self.config.teacher.model)
+        return models.tokenizer_of(self.config)
 
     @cached_property
-    def blocks(self) -> data.TokenBlocks:
-        return data.prepare(self.config.data, self.tokenizer, seed=self.config.seed)
+    def prepared(self) -> Prepared:
+        return tasks.prepare(self.config, self.tokenizer)
 
     @cached_property
     def teacher(self) -> LiveTeacher:
-        dtype, _ = models.precision_of(self.config)
         models.check_pair(self.config, self.tokenizer)
         print(f"loading the teacher, {self.config.teacher.model} …", flush=True)
-        return LiveTeacher(models.load_model(self.config.teacher.model, dtype), vocabulary=len(self.tokenizer))
+        return tasks.load_teacher(self.config, self.prepared)
 
     def student(self):
         """A fresh copy of the untrained student."""
         if "student_layers" not in self.run.manifest:
             raise RunError(f"run {self.run.name} is not set up yet; run 00_setup first")
-        torch.manual_seed(self.config.seed)
-        return models.load_student(self.config, self.run.manifest["student_layers"])
+        return tasks.untrained_student(self.config, self.prepared, self.run.manifest["student_layers"])
 
     def moment(self, weights: Mapping[str, Any] | None = None, fraction: float = 0.0) -> Moment:
         return training.objective_of(self.config, weights).at(fraction)
@@ -109,10 +108,10 @@ class Workbench:
     def setup(self) -> pd.DataFrame:
         """Load everything once, choose the student's layers, write the manifest; returns what was found, for reading."""
         dtype, reason = models.precision_of(self.config)
-        layers = models.chosen_layers(self.config, self.teacher.model, data.calibration_rows(self.blocks.train))
+        layers = tasks.layers_for_student(self.config, self.teacher.model, self.prepared)
         self.run.add_to_manifest(
             student_layers=layers, formula=self.formula(), seed=self.config.seed, precision=f"{dtype} ({reason})".replace("torch.", ""),
-            data=self.blocks.notes, versions={name: version(name) for name in PACKAGES},
+            data=self.prepared.notes, versions={name: version(name) for name in PACKAGES},
             machine={"python": platform.python_version(), "system": platform.system(), "processor": platform.machine(),
                      "threads": torch.get_num_threads(), "memory_gib": round(device_memory(models.device_of(self.config))[0] / 2**30, 1),
                      "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
@@ -124,10 +123,10 @@ class Workbench:
             "student": f"{models.parameters(student) / 1e6:.1f} M parameters, {student.config.num_hidden_layers} layers"
                        + (f": the teacher's {layers}" if layers else ""),
             "vocabulary": f"{len(self.tokenizer):,} tokens, the same for both",
-            "training text": "{train_documents} documents, {train_rows} rows, {train_tokens:,} tokens".format(**self.blocks.notes),
+            "training text": "{train_documents} documents, {train_rows} rows, {train_tokens:,} tokens".format(**self.prepared.notes),
             "held-out text": "{validation_documents} documents, {validation_rows} rows, {validation_tokens:,} tokens".format(
-                **self.blocks.notes),
-            "fingerprint": self.blocks.notes["fingerprint"],
+                **self.prepared.notes),
+            "fingerprint": self.prepared.notes["fingerprint"],
             "precision": self.run.manifest["precision"],
             "objective": self.formula(),
             "baseline": self.moment(self.config.baseline.weights).formula if self.config.baseline else "none",
@@ -143,7 +142,7 @@ class Workbench:
         batch = self._two_rows()
         tokens = kept(batch["labels"])
         columns = {}
-        for name, model in (("teacher", self.teacher), ("student", LiveTeacher(self.student(), len(self.tokenizer)))):
+        for name, model in (("teacher", self.teacher), ("student", tasks.voice_of(self.student(), self.prepared))):
             signal = model(batch, tokens)
             columns[name] = {
                 "input_ids [B, T]": list(batch["input_ids"].shape), "kept tokens N": len(tokens.targets),
@@ -158,8 +157,8 @@ class Workbench:
         return token_view(self._two_rows(), 0, self.tokenizer)
 
     def _two_rows(self) -> dict[str, torch.Tensor]:
-        rows = [self.blocks.train[i] for i in range(min(2, len(self.blocks.train)))]
-        return data.collate(rows, pad_id=self.tokenizer.pad_token_id)
+        rows = [self.prepared.train[i] for i in range(min(2, len(self.prepared.train)))]
+        return self.prepared.collate(rows)
 
     @property
     def trial(self) -> StudentFolder:
@@ -168,12 +167,12 @@ class Workbench:
 
     def doctor(self) -> None:
         """Say what is wrong with this config, data and models before they train; `kd doctor --fix` mends what is unambiguous."""
-        made = {"tokenizer": self.tokenizer, "blocks": self.blocks, "teacher": self.teacher, "student": self.student()}
+        made = {"tokenizer": self.tokenizer, "prepared": self.prepared, "teacher": self.teacher, "student": self.student()}
         print(f"the doctor: {findings.text(doctor.diagnose(self.config, made=made))}")
 
     def selftest(self) -> pd.DataFrame:
         """What must be equal on this config, these models and this text, compared: a line each, pass or fail."""
-        return parity.parity(self.config, student=self.student(), teacher=self.teacher, tokenizer=self.tokenizer, blocks=self.blocks)
+        return parity.parity(self.config, student=self.student(), teacher=self.teacher, tokenizer=self.tokenizer, prepared=self.prepared)
 
     def dry_run(self) -> pd.DataFrame:
         """Five optimizer steps of the real schedule and one evaluation; returns the component table, step by step."""
@@ -187,7 +186,7 @@ class Workbench:
             seconds_per_step=round(seconds, 3),
         )
         args, table = training.training_arguments(self.config, folder.checkpoints), training_table(folder)
-        evaluations = training.extent(args, len(self.blocks.train)).evaluations
+        evaluations = training.extent(args, len(self.prepared.train)).evaluations
         print(f"held-out: loss {metrics['eval_loss']:.3f}, evaluated in {metrics['eval_runtime']:.0f} s")
         minutes = (trial.state.max_steps * seconds + evaluations * metrics["eval_runtime"]) / 60
         print(f"forecast for the distilled student, from these steps: {trial.state.max_steps} steps of {seconds:.1f} s and {evaluations} "
@@ -196,7 +195,7 @@ class Workbench:
 
     def forecast(self) -> None:
         """Say what the whole run will hold in memory, moment by moment; its time is what the dry run's steps foretell."""
-        print(outlook.described(outlook.outlook(self.config, rows=len(self.blocks.train), timed=False)))
+        print(outlook.described(outlook.outlook(self.config, rows=len(self.prepared.train), timed=False)))
 
     def plan(self) -> pd.DataFrame:
         """Learning rate, weights and temperature at every tenth of the training that the dry run began."""
@@ -215,7 +214,7 @@ class Workbench:
 
     def compare(self) -> dict[str, Any]:
         """All models on the held-out rows; writes comparison_results.json and teacher_student_comparison.png."""
-        results = compare.compare_run(self.run, self.tokenizer, self.blocks)
+        results = compare.compare_run(self.run, self.tokenizer, self.prepared)
         plots.comparison_bars(results).savefig(self.run.path / "teacher_student_comparison.png", dpi=130)
         return results
 
@@ -234,11 +233,11 @@ class Workbench:
             print(f"asking the {name} model …", flush=True)
             if name == "teacher":
                 return self.teacher
-            student = models.load_model(str(folders[name].final_model), dtype) if name in folders else self.student().to(dtype)
-            return LiveTeacher(student, vocabulary=len(self.tokenizer))
+            final = name in folders and str(folders[name].final_model)
+            return tasks.voice_of(tasks.load(final, self.prepared, dtype) if final else self.student().to(dtype), self.prepared)
 
         names = ["teacher", *(name for name in students if name != "baseline" or self.config.baseline)]
-        sight = sights.look({name: partial(voice, name) for name in names}, self.blocks.validation, self.tokenizer)
+        sight = sights.look({name: partial(voice, name) for name in names}, self.prepared.validation, self.tokenizer)
         sights.write(self.run, sight)
         return sight
 
@@ -248,7 +247,7 @@ class Workbench:
             return None
         print(f"{label}: {self.moment(weights).formula}")
         return training.train(
-            self.config, folder, student=self.student(), teacher=self.teacher, tokenizer=self.tokenizer, blocks=self.blocks,
+            self.config, folder, student=self.student(), teacher=self.teacher, tokenizer=self.tokenizer, prepared=self.prepared,
             weights=weights, label=label, stop_after=stop_after,
         )
 

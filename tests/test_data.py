@@ -5,8 +5,9 @@ from conftest import sentences, tiny_tokenizer
 from datasets import Dataset, DatasetDict
 from tokenizers.processors import TemplateProcessing
 
+from kdlib.batches import collate
 from kdlib.config import DataConfig
-from kdlib.data import collate, packed, prepare, read_documents, split_documents
+from kdlib.data import packed, prepare, read_documents, split_documents
 from kdlib.errors import DataError
 from kdlib.signals import IGNORED
 
@@ -59,8 +60,8 @@ def test_no_document_is_on_both_sides(tmp_path):
 
 
 def test_blocks_are_the_documents_end_to_end():
-    blocks = packed(Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5]]}), 3, separator=0)
-    assert blocks["input_ids"][:] == [[1, 2, 3], [0, 4, 5]]  # the last 0 does not fill a block
+    prepared = packed(Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5]]}), 3, separator=0)
+    assert prepared["input_ids"][:] == [[1, 2, 3], [0, 4, 5]]  # the last 0 does not fill a block
 
 
 def test_what_is_left_out_is_noted(tmp_path, tokenizer):
@@ -87,9 +88,9 @@ def test_limits_take_a_sample_over_all_rows(tmp_path, tokenizer):
 
 
 def test_unpacked_rows_are_one_document_each_cut_to_length(tmp_path, tokenizer):
-    blocks = prepare(config(write(tmp_path, "jsonl"), packing=False), tokenizer, seed=0)
-    assert len(blocks.train) == 45
-    assert max(map(len, blocks.train["input_ids"])) == 16
+    prepared = prepare(config(write(tmp_path, "jsonl"), packing=False), tokenizer, seed=0)
+    assert len(prepared.train) == 45
+    assert max(map(len, prepared.train["input_ids"])) == 16
 
 
 def test_the_collator_masks_padding_and_the_first_token():
@@ -152,9 +153,9 @@ def test_a_document_begins_with_bos_where_the_tokenizers_own_call_does(tmp_path,
     llama = tiny_tokenizer(sentences(200))
     llama.add_special_tokens({"bos_token": "<bos>"})
     llama._tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", llama.bos_token_id)])
-    blocks = prepare(config(path, packing=False), llama, seed=0)
-    assert blocks.notes["each_document_begins_with"] == "<bos>"
-    assert all(row[0] == llama.bos_token_id != row[1] for row in blocks.train["input_ids"])
+    prepared = prepare(config(path, packing=False), llama, seed=0)
+    assert prepared.notes["each_document_begins_with"] == "<bos>"
+    assert all(row[0] == llama.bos_token_id != row[1] for row in prepared.train["input_ids"])
 
 
 @pytest.mark.parametrize(("source", "expected"), [("pyton-docs", "did you mean 'python-docs'?"), ("./nowhere", "no such file or folder")])

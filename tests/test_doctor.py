@@ -14,8 +14,8 @@ from tiny_training import pieces
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from kdlib import cli
+from kdlib.batches import collate
 from kdlib.config import load, parse
-from kdlib.data import collate
 from kdlib.diagnostics import config_checks, doctor, model_checks
 from kdlib.diagnostics.findings import Finding
 from kdlib.diagnostics.forecast import forecast
@@ -83,7 +83,7 @@ def well(patients) -> dict:
 def made(well) -> dict:
     """What does not depend on training and loss, made once for all tests."""
     subject = Subject(parse(well))
-    return {name: getattr(subject, name) for name in ("tokenizer", "configs", "split", "blocks", "teacher", "student")}
+    return {name: getattr(subject, name) for name in ("tokenizer", "configs", "split", "prepared", "teacher", "student")}
 
 
 @pytest.fixture(scope="session")
@@ -187,7 +187,7 @@ TRAINING = {  # what is changed in training → the findings; 476 rows of 32 tok
 def test_a_training_that_cannot_go_well_is_named(name, well, made):
     changes, expected = TRAINING[name]
     if changes.get("max_steps") == "batches":
-        changes = {**changes, "max_steps": -(-len(made["blocks"].train) // 8)}
+        changes = {**changes, "max_steps": -(-len(made["prepared"].train) // 8)}
     config = parse({**well, "training": {**well["training"], **changes}})
     expected = {f"training.{key}".rstrip("."): severity for key, severity in expected.items()}
     assert named(doctor.diagnose(config, quick=True, made=made)) == expected
@@ -226,7 +226,7 @@ def test_what_is_measured_is_what_a_training_begins_with(well, made, tmp_path):
     config = parse({**well, "loss": {**well["loss"], "weights": {"kd": 0.7, "ce": 0.3, "hidden": 0.5}}})
     subject = Subject(config, made)
     moment = subject.objective.at(0.0)
-    batch = collate([made["blocks"].train[i] for i in range(8)], pad_id=0)
+    batch = collate([made["prepared"].train[i] for i in range(8)], pad_id=0)
     tokens = kept(batch["labels"])
     inside = {"hidden": True, "attention": False}
     with torch.no_grad():
@@ -334,14 +334,14 @@ def test_a_student_of_its_own_is_held_against_the_teacher(well, made, tmp_path, 
     for part in (LlamaForCausalLM(small), tokenizer):
         part.save_pretrained(tmp_path / "student")
     raw = {**well, "student": {"from": str(tmp_path / "student")}, "loss": {**well["loss"], "weights": {"kd": 0.7, "hidden": 0.5}}}
-    findings = doctor.diagnose(parse(raw), made={name: made[name] for name in ("tokenizer", "split", "blocks", "teacher")})
+    findings = doctor.diagnose(parse(raw), made={name: made[name] for name in ("tokenizer", "split", "prepared", "teacher")})
     said = {(each.severity, each.where, word) for each in findings for word in ("eos_token", "chat_template", "304 rows", "projection")
             if word in each.what + each.why}
     assert said == {("warning", "student.from", "eos_token"), ("note", "student.from", "chat_template"),
                     ("note", "student.from", "304 rows"), ("note", "loss.weights.hidden", "projection")}
 
     tiny_tokenizer(sentences(50, seed=9), size=290).save_pretrained(tmp_path / "student")
-    findings = doctor.diagnose(parse(raw), made={name: made[name] for name in ("tokenizer", "split", "blocks", "teacher")})
+    findings = doctor.diagnose(parse(raw), made={name: made[name] for name in ("tokenizer", "split", "prepared", "teacher")})
     assert ("student", "critical") in named(findings).items()
     assert "different vocabularies" in next(each.what for each in findings if each.where == "student")
     assert any("was not measured" in each.what for each in findings)

@@ -4,16 +4,17 @@ from pathlib import Path
 
 KDLIB = Path(__file__).parent.parent / "kdlib"
 FLOORS = [
-    {"errors", "schedulers", "signals", "tokens", "diagnostics.findings"},
+    {"errors", "schedulers", "signals", "task_rules", "tokens", "diagnostics.findings"},
     {"arguments", "curriculum", "fields", "keys", "overrides", "diagnostics.fixes"},
     {"loss_config"},
     {"config"},
     {"losses.divergences"},
     {"diagnostics.token_view", "losses.subset", "losses.features", "losses.workspace", "diagnostics.ledger", "runs", "dialects"},
     {"losses.linear", "captures", "embedded", "migration", "diagnostics.allocations", "metrics", "canvas"},
-    {"data", "models", "objective", "progress"},
-    {"teachers", "callbacks", "checkpoints", "diagnostics.culprits", "diagnostics.gradients"},
-    {"diagnostics.nan_guard", "diagnostics.nan_report", "trackers"},
+    {"batches", "sources"},
+    {"data", "classes", "questions", "models", "objective", "progress"},
+    {"classifiers", "teachers", "callbacks", "checkpoints", "diagnostics.culprits", "diagnostics.gradients"},
+    {"diagnostics.nan_guard", "diagnostics.nan_report", "trackers", "tasks"},
     {"guarded_trainer"},
     {"trainer", "compare", "scene"},
     {"panels"},
@@ -42,7 +43,8 @@ FLOORS = [
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 READERS = {  # importable without torch
-    "errors", "schedulers", "arguments", "curriculum", "fields", "keys", "overrides", "loss_config", "config", "runs", "dialects",
+    "errors", "schedulers", "arguments", "curriculum", "fields", "keys", "overrides", "task_rules", "loss_config", "config", "runs",
+    "dialects",
     "migration", "metrics", "canvas", "progress", "scene", "panels", "plots", "dashboard", "diagnostics.scorecard", "pages", "executed",
     "curves", "summaries", "side_by_side", "overview", "reports", "runner", "kernels", "tokens",
     "temperatures", "courses", "heat_map", "candidates", "schedule_designer", "explorer_widgets", "explorers",

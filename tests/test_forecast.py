@@ -18,7 +18,7 @@ from kdlib.diagnostics.measurement import measured
 from kdlib.diagnostics.rehearsal import PHASES, Rehearsal, at_layers, outline
 from kdlib.errors import ModelError
 from kdlib.losses.workspace import Workspace
-from kdlib.models import load_model, load_student, parameters
+from kdlib.models import load_model, parameters, shallower
 from kdlib.runs import project_root
 from kdlib.training import training_arguments
 
@@ -61,7 +61,7 @@ def test_the_peak_is_the_sum_of_its_parts_at_the_highest_moment(plain):
 
 
 def test_parameters_gradients_and_optimizer_are_those_of_the_real_models(raw, plain, teacher_folder):
-    found, student, teacher = plain, load_student(parsed(raw), [0, 3]), load_model(str(teacher_folder))
+    found, student, teacher = plain, shallower(load_model(str(teacher_folder)), [0, 3]), load_model(str(teacher_folder))
     count = sum(p.numel() for p in student.parameters())  # tied: the head is the embedding
     assert found.parameters == {"student": count, "teacher": sum(p.numel() for p in teacher.parameters())}
     step = found.moments["optimizer step"]
@@ -87,7 +87,7 @@ def test_an_optimizer_that_is_not_known_is_assumed_and_said(raw):
 def test_activations_without_data_are_the_tensors_that_the_real_model_saves(raw, plain):
     """By two independent ways: storages seen in the rehearsal, and autograd's own list of what it saved."""
     config = parsed(raw)
-    student, batch = load_student(config, [0, 3]).train(), {"input_ids": torch.ones(4, 16, dtype=torch.long)}
+    student, batch = shallower(load_model(config.teacher.model), [0, 3]).train(), {"input_ids": torch.ones(4, 16, dtype=torch.long)}
     own, saved = {p.untyped_storage()._cdata for p in student.parameters()}, {}
     own |= {b.untyped_storage()._cdata for b in student.buffers()}
 
@@ -199,8 +199,7 @@ def test_experts_and_untied_heads_are_counted(raw, tmp_path):
     model.save_pretrained(tmp_path / "moe")
     found = forecast(parsed({**raw, "teacher": {"model": str(tmp_path / "moe")}}))
     assert found.parameters["teacher"] == sum(p.numel() for p in model.parameters())
-    assert found.parameters["student"] == sum(p.numel() for p in load_student(
-        parsed({**raw, "teacher": {"model": str(tmp_path / "moe")}}), [0, 3]).parameters())
+    assert found.parameters["student"] == sum(p.numel() for p in shallower(model, [0, 3]).parameters())
 
 
 def test_remedies_lower_the_peak_and_keep_the_effective_batch(raw):

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from kdlib import models, objective
+from kdlib.batches import collate
 from kdlib.config import parse
-from kdlib.data import collate
 from kdlib.diagnostics.culprits import Broken, Culprit
 from kdlib.diagnostics.nan_report import Standing, put_aside, report_of
 from kdlib.errors import NonFiniteLoss, RunError
@@ -67,7 +67,7 @@ def tiny(raw_config, rows, tmp_path):
 
     def make(*, collator=collate, tied=True, **training) -> DistillationTrainer:
         config = parse({**raw_config, "training": {**raw_config["training"], **TRAINING, **training}})
-        tokenizer, student = models.load_tokenizer(config.teacher.model), models.load_student(config, [0, 3])
+        tokenizer, student = models.load_tokenizer(config.teacher.model), models.shallower(models.load_model(config.teacher.model), [0, 3])
         if not tied:
             student.lm_head.weight = torch.nn.Parameter(student.lm_head.weight.detach().clone())
             student.config.tie_word_embeddings = False

@@ -5,6 +5,7 @@ import random
 import re
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ import typer
 from tiny_training import pieces
 
 from kdlib import cli_checks
+from kdlib.batches import collate
 from kdlib.config import parse
-from kdlib.data import collate
 from kdlib.diagnostics import parity
 from kdlib.errors import ConfigError
 from kdlib.losses import features
@@ -97,12 +98,19 @@ def lost_row(monkeypatch):
     monkeypatch.setattr(Workspace, "rows", rows)
 
 
+def collate_by(wrong, monkeypatch):
+    def trainer(**options):
+        return DistillationTrainer(**{**options, "data_collator": partial(wrong, pad_id=options["processing_class"].pad_token_id)})
+
+    monkeypatch.setattr(parity, "DistillationTrainer", trainer)
+
+
 def trained_padding(monkeypatch):
     def wrong(rows, *, pad_id):
         batch = collate(rows, pad_id=pad_id)
         return {**batch, "labels": batch["labels"].where(batch["attention_mask"] == 1, batch["input_ids"])}
 
-    monkeypatch.setattr(parity, "collate", wrong)
+    collate_by(wrong, monkeypatch)
 
 
 def padding_attended_to(monkeypatch):
@@ -113,7 +121,7 @@ def padding_attended_to(monkeypatch):
         labels = [[IGNORED] * (m + 1) + row["input_ids"][1:] for m, row in zip(missing, rows, strict=True)]
         return {"input_ids": torch.tensor(ids), "attention_mask": torch.ones(len(rows), longest, dtype=int), "labels": torch.tensor(labels)}
 
-    monkeypatch.setattr(parity, "collate", wrong)
+    collate_by(wrong, monkeypatch)
 
 
 def other_weights_in_evaluation(monkeypatch):

@@ -1,6 +1,6 @@
 from conftest import sentences, tiny_tokenizer
 
-from kdlib.data import collate
+from kdlib.batches import collate
 from kdlib.diagnostics.token_view import token_view
 from kdlib.tokens import visible
 

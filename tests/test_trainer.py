@@ -20,9 +20,9 @@ from tiny_training import pieces
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from kdlib import objective
+from kdlib.batches import collate
 from kdlib.checkpoints import last_checkpoint
 from kdlib.config import parse
-from kdlib.data import collate
 from kdlib.errors import NonFiniteLoss, RunError
 from kdlib.losses.linear import Weighted
 from kdlib.losses.workspace import Workspace
@@ -193,11 +193,11 @@ def test_evaluation_measures_what_training_minimises(raw_config, tmp_path):
     """On the same rows at the same moment the training loss and the evaluation loss are one number."""
     config = parse({**raw_config, "training": {**raw_config["training"], **SGD, "max_steps": 1, "per_device_train_batch_size": 64}})
     parts = pieces(config)
-    parts["blocks"] = type(parts["blocks"])(parts["blocks"].validation, parts["blocks"].validation, {})
+    parts["prepared"] = type(parts["prepared"])(parts["prepared"].validation, parts["prepared"].validation, {})
     parts["student"].eval()
     run = train(config, StudentFolder(tmp_path / "a"), **parts, stop_after=1)
     again = pieces(config)
-    again["blocks"] = parts["blocks"]
+    again["prepared"] = parts["prepared"]
     unmoved = parse({**raw_config, "training": {**raw_config["training"], **SGD, "max_steps": 1, "learning_rate": 0.0}})
     fresh = train(unmoved, StudentFolder(tmp_path / "b"), **again, stop_after=1)
     assert fresh.evaluate()["eval_loss"] == pytest.approx(run.state.log_history[0]["loss"], rel=1e-6)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from kdlib import config, data, models, training
+from kdlib import config, models, tasks, training
 from kdlib.runs import StudentFolder
 from kdlib.teachers import LiveTeacher
 
@@ -17,9 +17,9 @@ def pieces(settings, *, dtype=torch.float32, layers=(0, 3)):
     """Everything that `train` needs, freshly made and the same each time."""
     tokenizer = models.load_tokenizer(settings.teacher.model)
     teacher = models.load_model(settings.teacher.model)
-    student = models.load_student(settings, layers).to(dtype)
-    blocks = data.prepare(settings.data, tokenizer, seed=settings.seed)
-    return {"student": student, "teacher": LiveTeacher(teacher.to(dtype), len(tokenizer)), "tokenizer": tokenizer, "blocks": blocks}
+    prepared = tasks.prepare(settings, tokenizer)
+    student = tasks.untrained_student(settings, prepared, layers).to(dtype)
+    return {"student": student, "teacher": LiveTeacher(teacher.to(dtype), len(tokenizer)), "tokenizer": tokenizer, "prepared": prepared}
 
 
 if __name__ == "__main__":

@@ -22,11 +22,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from kdlib import models
+from kdlib.batches import collate
 from kdlib.benchmarks import machine
 from kdlib.benchmarks.heads import CE, KD
 from kdlib.benchmarks.peers import module
 from kdlib.benchmarks.settings import StepsConfig
-from kdlib.data import collate
 from kdlib.losses.workspace import Workspace
 from kdlib.objective import Objective
 from kdlib.runs import StudentFolder

@@ -38,7 +38,7 @@ def documents_have_something_to_predict(subject: Subject) -> Iterator[Finding]:
 
 def documents_are_not_cut(subject: Subject) -> Iterator[Finding]:
     """Without packing, what is longer than a row is lost."""
-    notes = subject.blocks.notes
+    notes = subject.prepared.notes
     for name in ("train", "validation"):
         documents = notes[f"{name}_documents"] - notes[f"{name}_documents_shorter_than_two_tokens"]
         shortened, lost = notes.get(f"{name}_documents_cut", 0) / max(documents, 1), notes.get(f"{name}_share_of_tokens_cut_off", 0.0)
@@ -53,7 +53,7 @@ def documents_are_not_cut(subject: Subject) -> Iterator[Finding]:
 
 def held_out_text_is_new(subject: Subject) -> Iterator[Finding]:
     """No held-out document is trained on; where kdlib splits, it sees to that."""
-    column, split, notes = subject.config.data.text, subject.split, subject.blocks.notes
+    column, split, notes = subject.config.data.text, subject.split, subject.prepared.notes
     trained = set(split["train"][column])
     repeated = sum(text in trained for text in split["validation"][column])
     if repeated > REPEATED * len(split["validation"]):
@@ -71,7 +71,7 @@ def held_out_text_is_new(subject: Subject) -> Iterator[Finding]:
 
 def enough_is_held_out(subject: Subject) -> Iterator[Finding]:
     """A comparison on a handful of rows tells nothing."""
-    notes = subject.blocks.notes
+    notes = subject.prepared.notes
     rows, tokens = notes["validation_rows"], notes["validation_tokens"]
     if rows < FEW_ROWS or tokens < FEW_TOKENS:
         limit = subject.config.data.max_eval_rows

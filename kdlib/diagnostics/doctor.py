@@ -54,7 +54,7 @@ def diagnose(config: Config, *, quick: bool = False, made: Mapping[str, Any] | N
 
     Args:
         quick: leave out what needs the models' weights.
-        made: what is loaded already, by the names of kdlib.diagnostics.subject.Subject: tokenizer, blocks, teacher, student.
+        made: what is loaded already, by the names of kdlib.diagnostics.subject.Subject: tokenizer, prepared, teacher, student.
     """
     return examine(Subject(config, made), quick=quick)
 

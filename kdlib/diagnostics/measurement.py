@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import torch
 from datasets import Dataset
 
 from kdlib import config as configs
-from kdlib import models, training
+from kdlib import models, tasks, training
+from kdlib.batches import Prepared, collate
 from kdlib.benchmarks import machine
 from kdlib.benchmarks.steps import StepClock
 from kdlib.config import Config
-from kdlib.data import TokenBlocks
 from kdlib.diagnostics.rehearsal import kept_layers
 from kdlib.runs import StudentFolder
 from kdlib.teachers import LiveTeacher
@@ -48,13 +49,14 @@ def measured_here(config: Config, *, steps: int, dense: bool) -> dict[str, Any]:
     tokenizer = models.load_tokenizer(config.teacher.model)
     rows = config.training.get("per_device_train_batch_size", 8) * config.training.get("gradient_accumulation_steps", 1) * steps
     tokens = torch.randint(len(tokenizer), (rows, config.data.max_length)).tolist()
-    blocks = TokenBlocks(*[Dataset.from_dict({"input_ids": tokens})] * 2, notes={})
+    drawn = Dataset.from_dict({"input_ids": tokens})
+    prepared = Prepared(drawn, drawn, {}, partial(collate, pad_id=tokenizer.pad_token_id), len(tokenizer))
     dtype, _ = models.precision_of(config)
     clock = StepClock()
     with tempfile.TemporaryDirectory() as folder, machine.peak_memory(models.device_of(config)) as peak:
         teacher = LiveTeacher(models.load_model(config.teacher.model, dtype), len(tokenizer))
-        student = models.load_student(config, kept_layers(config, teacher.model.config.num_hidden_layers))
-        training.train(config, StudentFolder(Path(folder)), student=student, teacher=teacher, tokenizer=tokenizer, blocks=blocks,
+        student = tasks.untrained_student(config, prepared, kept_layers(config, teacher.model.config.num_hidden_layers))
+        training.train(config, StudentFolder(Path(folder)), student=student, teacher=teacher, tokenizer=tokenizer, prepared=prepared,
                        stop_after=steps, dense=dense, callbacks=[clock])
     return {"peak_bytes": peak["bytes"], **clock.figures(1)}
 

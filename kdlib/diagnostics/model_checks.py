@@ -78,7 +78,7 @@ def terms_have_a_source(subject: Subject) -> Iterator[Finding]:
 
 def memory_suffices(subject: Subject) -> Iterator[Finding]:
     """The forecast of the training's peak lies within what the device has; by how much, `kd forecast` says part by part."""
-    config, rows = subject.config, len(subject.blocks.train)
+    config, rows = subject.config, len(subject.prepared.train)
     found = forecast(config, rows=rows)
     judged = verdict(found.peak, found.total)
     if judged == "fits":

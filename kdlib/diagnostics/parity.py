@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +19,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdlib import models, training
+from kdlib import models, tasks, training
+from kdlib.batches import Prepared
 from kdlib.captures import attend_eagerly
 from kdlib.config import Config
-from kdlib.data import TokenBlocks, calibration_rows, collate, prepare
 from kdlib.diagnostics.ledger import LedgerWindow
 from kdlib.losses.workspace import Workspace
 from kdlib.runs import StudentFolder
@@ -57,19 +56,16 @@ class Check:
 def selftest(config: Config) -> pd.DataFrame:
     """`parity` from a config alone: loads what it names and makes the student as a run would, without a run's folder."""
     training.training_arguments(config, Path("unused"))  # a fault shows before anything is loaded
-    tokenizer = models.load_tokenizer(config.teacher.model)
+    tokenizer = models.tokenizer_of(config)
     models.check_pair(config, tokenizer)
-    blocks = prepare(config.data, tokenizer, seed=config.seed)
-    teacher = models.load_model(config.teacher.model, models.precision_of(config)[0])
-    layers = models.chosen_layers(config, teacher, calibration_rows(blocks.train))
-    return parity(
-        config, student=models.load_student(config, layers), teacher=LiveTeacher(teacher, len(tokenizer)), tokenizer=tokenizer,
-        blocks=blocks,
-    )
+    prepared = tasks.prepare(config, tokenizer)
+    teacher = tasks.load_teacher(config, prepared)
+    student = tasks.untrained_student(config, prepared, tasks.layers_for_student(config, teacher.model, prepared))
+    return parity(config, student=student, teacher=teacher, tokenizer=tokenizer, prepared=prepared)
 
 
 def parity(
-    config: Config, *, student: PreTrainedModel, teacher: LiveTeacher, tokenizer: PreTrainedTokenizerBase, blocks: TokenBlocks
+    config: Config, *, student: PreTrainedModel, teacher: LiveTeacher, tokenizer: PreTrainedTokenizerBase, prepared: Prepared
 ) -> pd.DataFrame:
     """The self-test's table, a line per comparison: compared, difference, tolerance, result (pass or fail).
 
@@ -78,9 +74,9 @@ def parity(
     (but for the student's gradients, which are cleared); nothing is written outside a temporary folder.
     """
     terms, gradient = TOLERANCES[models.precision_of(config)[0]]
-    rows = shortened(blocks.train)
+    rows = shortened(prepared.train)
     with _as_before(student, teacher.model), tempfile.TemporaryDirectory() as folder, without_dropout(student):
-        trainer = _trainer(config, student, teacher, tokenizer, blocks, rows, Path(folder))
+        trainer = _trainer(config, student, teacher, tokenizer, prepared, rows, Path(folder))
         checks = []
         for fraction in (fractions := tested_fractions(config)):
             trainer.state.global_step, trainer.state.max_steps = fraction, 1  # the objective reads their quotient alone
@@ -121,17 +117,17 @@ def without_dropout(model: PreTrainedModel) -> Iterator[None]:
             setattr(part, name, value)
 
 
-def _trainer(config, student, teacher, tokenizer, blocks, rows, folder: Path) -> DistillationTrainer:
+def _trainer(config, student, teacher, tokenizer, prepared, rows, folder: Path) -> DistillationTrainer:
     """The trainer of the run, its logits in chunks so small that several are needed for these few rows."""
     args = training.training_arguments(config, folder, **training.DRY_RUN)
     objective = training.objective_of(config)
     pairs = training.listen(config, student, teacher.model, objective)
     tokens = sum(len(row["input_ids"]) - 1 for row in rows)
-    usual = training.workspace_of(config, args, len(blocks.train), len(tokenizer))
+    usual = training.workspace_of(config, args, len(prepared.train), prepared.vocabulary)
     chunk = min(usual.chunk or tokens, tokens // 3 + 1)
     trainer = DistillationTrainer(
-        model=student, args=args, train_dataset=blocks.train, eval_dataset=blocks.validation, processing_class=tokenizer,
-        data_collator=partial(collate, pad_id=tokenizer.pad_token_id), vocabulary=len(tokenizer), layer_pairs=pairs,
+        model=student, args=args, train_dataset=prepared.train, eval_dataset=prepared.validation, processing_class=tokenizer,
+        data_collator=prepared.collate, vocabulary=prepared.vocabulary, layer_pairs=pairs,
         objective=replace(objective, samples=None), teacher=teacher,
         workspace=Workspace(chunk, compiled=usual.compiled), folder=StudentFolder(folder),
     )

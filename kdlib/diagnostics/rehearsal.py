@@ -15,8 +15,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
+from kdlib.batches import collate
 from kdlib.config import Config
-from kdlib.data import collate
 from kdlib.errors import ModelError
 from kdlib.losses.features import LayerPairs
 from kdlib.losses.workspace import Workspace

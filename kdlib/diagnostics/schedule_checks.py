@@ -150,9 +150,9 @@ def intervals_fit(subject: Subject) -> Iterator[Finding]:
 
 def batch_is_sensible(subject: Subject) -> Iterator[Finding]:
     """An optimizer step sees enough tokens for its gradient to mean something, and not the whole text."""
-    args, extent, blocks = subject.args, subject.extent, subject.blocks
+    args, extent, prepared = subject.args, subject.extent, subject.prepared
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    tokens = rows * blocks.notes["train_tokens"] / max(blocks.notes["train_rows"], 1)
+    tokens = rows * prepared.notes["train_tokens"] / max(prepared.notes["train_rows"], 1)
     where, seen = "training.gradient_accumulation_steps", f"{rows} rows, {tokens:,.0f} tokens, make an optimizer step"
     if rows > extent.rows:
         yield Finding("warning", where, f"{seen}; the training text has {extent.rows} rows",

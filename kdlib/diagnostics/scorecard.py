@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from kdlib.arguments import HIGHER_IS_BETTER
 from kdlib.metrics import Tail, plan_table, terms_in
 from kdlib.runs import Run, StudentFolder
+from kdlib.task_rules import HIGHER_IS_BETTER
 
 GAP = 2.0  # held-out loss over training loss, and the other way round
 BALANCE = 100.0  # the largest weighted share over the smallest

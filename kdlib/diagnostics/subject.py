@@ -13,9 +13,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.optimization import get_scheduler
 
-from kdlib import data, models
+from kdlib import data, models, tasks
+from kdlib.batches import Prepared
 from kdlib.config import Config
-from kdlib.data import TokenBlocks
 from kdlib.diagnostics.rehearsal import outline
 from kdlib.errors import ConfigError, KdlibError
 from kdlib.losses.features import LayerPairs
@@ -86,7 +86,7 @@ class Subject:
     """A config and what it names.  A part that cannot be had raises `Unavailable` to each check that asks for it."""
 
     needs = {  # the sections on which a part depends, so that a mended config need not load it again
-        "tokenizer": ("teacher",), "split": ("data", "seed"), "blocks": ("data", "seed", "teacher"), "teacher": ("teacher",),
+        "tokenizer": ("teacher",), "split": ("data", "seed"), "prepared": ("data", "seed", "teacher"), "teacher": ("teacher",),
         "student": ("teacher", "student", "data", "seed"), "configs": ("teacher", "student"), "student_tokenizer": ("student",),
         "size": ("teacher", "student"),
     }
@@ -114,7 +114,7 @@ class Subject:
 
     @part("teacher.model")
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return models.load_tokenizer(self.config.teacher.model)
+        return models.tokenizer_of(self.config)
 
     @part("student.from")
     def student_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -145,22 +145,24 @@ class Subject:
         return data.split_documents(data.read_documents(self.config.data), self.config.data, seed=self.config.seed)
 
     @part("data.source")
-    def blocks(self) -> TokenBlocks:
-        return data.prepare(self.config.data, self.tokenizer, seed=self.config.seed)
+    def prepared(self) -> Prepared:
+        return tasks.prepare(self.config, self.tokenizer)
 
     @part("teacher.model")
     def teacher(self) -> LiveTeacher:
         """In a dtype that the machine is good at, and that has float32's range: what float16 has no number for is seen."""
         dtype, _ = models.precision_of(self.config.model_copy(update={"precision": "auto"}))
-        model = models.load_model(self.config.teacher.model, dtype).to(models.device_of(self.config))
-        return LiveTeacher(model, vocabulary=len(self.tokenizer))
+        model = tasks.load(self.config.teacher.model, self.prepared, dtype).to(models.device_of(self.config))
+        return tasks.teacher_of(model, self.prepared)
 
     @part("student.from")
     def student(self) -> PreTrainedModel:
         """Untrained, as a run would start with it."""
-        layers = models.chosen_layers(self.config, self.teacher.model, data.calibration_rows(self.blocks.train))
-        torch.manual_seed(self.config.seed)
-        made = models.load_student(self.config, layers) if layers is None else models.shallower(self.teacher.model, layers)
+        layers = tasks.layers_for_student(self.config, self.teacher.model, self.prepared)
+        if layers is None:
+            made = tasks.untrained_student(self.config, self.prepared, layers)
+        else:
+            made = models.shallower(self.teacher.model, layers)
         return made.to(self.teacher.model.device)
 
     @property
@@ -182,7 +184,7 @@ class Subject:
 
     @part("training")
     def extent(self) -> Extent:
-        found = extent(self.args, len(self.blocks.train))
+        found = extent(self.args, len(self.prepared.train))
         if found.batches == 0:
             raise ConfigError(f"{found.rows} rows make no whole batch, and dataloader_drop_last leaves the others out; set it to false")
         return found
@@ -213,15 +215,15 @@ class Subject:
     def batch(self) -> FirstBatch:
         """The first rows, no more than `TOKENS` tokens, through both models."""
         rows, total = [], 0
-        for row in self.blocks.train.select(range(min(self.args.train_batch_size, len(self.blocks.train)))):
+        for row in self.prepared.train.select(range(min(self.args.train_batch_size, len(self.prepared.train)))):
             if rows and total + len(row["input_ids"]) > TOKENS:
                 break
             rows, total = [*rows, row], total + len(row["input_ids"])
         batch = {name: values.to(self.teacher.model.device)
-                 for name, values in data.collate(rows, pad_id=self.tokenizer.pad_token_id).items()}
+                 for name, values in self.prepared.collate(rows).items()}
         tokens, every = kept(batch["labels"]), Moment(dict.fromkeys(self.active, 1.0), {})
         ours, theirs = insides(every, self.pairs, self.student)
         with torch.no_grad():
             form = models.head_form(self.student)
-            student = signal_of(self.student, batch, tokens, vocabulary=len(self.tokenizer), form=form, inside=ours)
+            student = signal_of(self.student, batch, tokens, vocabulary=self.prepared.vocabulary, form=form, inside=ours)
         return FirstBatch(tokens, student, self.teacher(batch, tokens, theirs), len(rows))

@@ -16,10 +16,10 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from kdlib.arguments import HIGHER_IS_BETTER
 from kdlib.errors import nearest, printable
 from kdlib.fields import Count, Number, Section, number, refuse
 from kdlib.loss_config import TERM_NAMES
+from kdlib.task_rules import HIGHER_IS_BETTER
 
 METRICS = {**HIGHER_IS_BETTER, "bits_per_byte": False}
 """What a sweep may be judged by: the figures of comparison_results.json, and whether more is better."""

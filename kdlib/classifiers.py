@@ -1,0 +1,84 @@
+"""Models that classify rows: loaded with their outputs in the order of the data's classes, which are matched by name."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+
+from kdlib.errors import ModelError
+from kdlib.models import explained, folder_of, load_config, load_tokenizer
+
+
+def load_classifier(
+    model: str, labels: Sequence[str], dtype: torch.dtype = torch.float32, *, untrained: bool = False
+) -> PreTrainedModel:
+    """A classifier of rows whose outputs stand in the order of `labels`, whatever the model's own order; named as in `load_model`.
+
+    Args:
+        untrained: a head without training will do: it is made anew, from torch's random numbers, where the model has none
+            for these classes.
+
+    Raises:
+        ModelError: there is no such model, or it has no trained head for these classes.
+    """
+    stated = load_config(model)
+    order = class_order(model, stated, labels)
+    options = {} if order else {"num_labels": len(labels), "ignore_mismatched_sizes": True}
+    with explained(model, "model"):
+        made, info = AutoModelForSequenceClassification.from_pretrained(
+            folder_of(model), dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+    fresh = bool(info["missing_keys"] or info["mismatched_keys"])
+    if fresh and not untrained:
+        raise ModelError(
+            f"{model} has no trained head for the {len(labels)} classes ({', '.join(labels[:3])}, …), so it has nothing to teach; "
+            "name one that was trained on them, or let `teacher_stage:` train it first"
+        )
+    if order and not fresh and order != list(range(len(labels))):
+        _reorder_head(model, made, order)
+    made.config.id2label, made.config.label2id = dict(enumerate(labels)), {label: number for number, label in enumerate(labels)}
+    made.config.problem_type = "single_label_classification"
+    if made.config.get_text_config().pad_token_id is None:  # a decoder's head reads the last token that is no padding
+        made.config.get_text_config().pad_token_id = load_tokenizer(model).pad_token_id
+    return made.eval()
+
+
+def class_order(name: str, config: PreTrainedConfig, labels: Sequence[str]) -> list[int] | None:
+    """Which output of a model stands for each of these classes, by name; None where the model has no such head.
+
+    Heads whose classes have no names (LABEL_0, …) are taken as they stand, where there are as many.
+
+    Raises:
+        ModelError: it has as many classes, by other names.
+    """
+    if config.num_labels != len(labels):
+        return None
+    theirs = [str(config.id2label[number]) for number in range(len(labels))]
+    if all(label == f"LABEL_{number}" for number, label in enumerate(theirs)):
+        return list(range(len(labels)))
+    place = {label.casefold(): number for number, label in enumerate(theirs)}
+    if missing := [label for label in labels if label.casefold() not in place]:
+        raise ModelError(
+            f"{name}: its classes are {', '.join(theirs)}; the data's {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
+            "not among them. Classes are matched by name: rename those of the data (data.labels), or take a model trained on them"
+        )
+    return [place[label.casefold()] for label in labels]
+
+
+@torch.no_grad()
+def _reorder_head(name: str, model: PreTrainedModel, order: Sequence[int]) -> None:
+    """Puts a classifier's outputs into this order; seen on four tokens, not guessed from the module's name.
+
+    Raises:
+        ModelError: no single matrix makes its outputs.
+    """
+    ids = torch.arange(1, 5, device=model.device)[None]
+    before = model(input_ids=ids).logits[:, list(order)]
+    heads = [part for part in model.modules() if isinstance(part, nn.Linear) and part.out_features == len(order)]
+    if heads:
+        for parameter in heads[-1].parameters():
+            parameter.copy_(parameter[list(order)].clone())
+    if not heads or not torch.allclose(model(input_ids=ids).logits, before, rtol=1e-3, atol=1e-3):
+        raise ModelError(f"{name}: its classes stand in another order than the data's, and its head is no single matrix that could be "
+                         "sorted; give data.labels in the model's order")

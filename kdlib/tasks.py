@@ -1,0 +1,71 @@
+"""What a config's task makes of its data and models; everything above asks here and need not know which task it is."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kdlib import classes, data, questions
+from kdlib.batches import Prepared, calibration_rows
+from kdlib.classifiers import load_classifier
+from kdlib.config import Config
+from kdlib.models import chosen_layers, load_model, load_tokenizer, precision_of, shallower
+from kdlib.teachers import LiveTeacher
+
+
+def prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """The rows of a config; `tokenizer` as `kdlib.models.tokenizer_of` gives it.
+
+    Raises:
+        DataError: nothing to read, not the named columns, or rows that the task can do nothing with, named one by one.
+    """
+    if config.task == "sequence-classification":
+        return classes.prepare(config.data, tokenizer, teacher=_teachers_own(config, tokenizer), seed=config.seed)
+    prepare_rows = questions.prepare if config.task == "question-answering" else data.prepare
+    return prepare_rows(config.data, tokenizer, seed=config.seed)
+
+
+def load(source: str, prepared: Prepared, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A trained model for the task: the teacher, or a student from its folder."""
+    return load_classifier(source, prepared.labels, dtype) if prepared.labels else load_model(source, dtype)
+
+
+def load_teacher(config: Config, prepared: Prepared, dtype: torch.dtype | None = None) -> LiveTeacher:
+    """The teacher, in the precision of the run unless told otherwise."""
+    model = load(config.teacher.model, prepared, dtype or precision_of(config)[0])
+    return teacher_of(model, prepared)
+
+
+def teacher_of(model: PreTrainedModel, prepared: Prepared) -> LiveTeacher:
+    """A loaded model as the teacher of these rows."""
+    reads = "teacher_" if "teacher_input_ids" in prepared.train.column_names else ""
+    return LiveTeacher(model, prepared.vocabulary, reads)
+
+
+def voice_of(model: PreTrainedModel, prepared: Prepared) -> LiveTeacher:
+    """A loaded student, asked as a teacher is."""
+    return LiveTeacher(model, prepared.vocabulary)
+
+
+def untrained_student(config: Config, prepared: Prepared, keep: Sequence[int] | None) -> PreTrainedModel:
+    """The student as its training starts with it, the same each time: the teacher's layers `keep`, or a model of its own.
+
+    In float32 from float32, whatever the teacher's precision in training: these are the weights that will be trained.
+    """
+    torch.manual_seed(config.seed)  # for a head that is made anew
+    if config.student.source == "teacher":
+        return shallower(load(config.teacher.model, prepared), keep)
+    return load_classifier(config.student.source, prepared.labels, untrained=True) if prepared.labels else load_model(config.student.source)
+
+
+def layers_for_student(config: Config, teacher: PreTrainedModel, prepared: Prepared) -> list[int] | None:
+    """Which of the teacher's layers the student keeps; None where it is not made from the teacher."""
+    return chosen_layers(config, teacher, calibration_rows(prepared.train))
+
+
+def _teachers_own(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:
+    """The teacher's tokenizer, where it reads otherwise than the student's."""
+    other = load_tokenizer(config.teacher.model)
+    sample = "Déjà vu:  two\nlines."
+    alike = other.get_vocab() == tokenizer.get_vocab() and other(sample)["input_ids"] == tokenizer(sample)["input_ids"]
+    return None if alike else other
