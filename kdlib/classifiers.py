@@ -39,8 +39,8 @@ def load_classifier(
         _reorder_head(model, made, order)
     made.config.id2label, made.config.label2id = dict(enumerate(labels)), {label: number for number, label in enumerate(labels)}
     made.config.problem_type = "single_label_classification"
-    if made.config.get_text_config().pad_token_id is None:  # a decoder's head reads the last token that is no padding
-        made.config.get_text_config().pad_token_id = load_tokenizer(model).pad_token_id
+    if (padding := load_tokenizer(model).pad_token_id) is not None:  # a decoder's head reads the last token that is no padding
+        made.config.get_text_config().pad_token_id = padding  # of what rows are padded with, whatever the model's file says
     return made.eval()
 
 
