@@ -44,6 +44,16 @@ def load_classifier(
     return made.eval()
 
 
+def blank_classifier(name: str, config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A classifier of this config, with as many classes as it says and random weights; `name` is for the message of an error.
+
+    Raises:
+        ModelError: the config is of no such model.
+    """
+    with explained(name, "classifier"):
+        return AutoModelForSequenceClassification.from_config(config, dtype=dtype).eval()
+
+
 def class_order(name: str, config: PreTrainedConfig, labels: Sequence[str]) -> list[int] | None:
     """Which output of a model stands for each of these classes, by name; None where the model has no such head.
 

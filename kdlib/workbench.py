@@ -199,7 +199,8 @@ class Workbench:
 
     def forecast(self) -> None:
         """Say what the whole run will hold in memory, moment by moment; its time is what the dry run's steps foretell."""
-        print(outlook.described(outlook.outlook(self.config, rows=len(self.prepared.train), timed=False)))
+        print(outlook.described(outlook.outlook(
+            self.config, rows=len(self.prepared.train), classes=len(self.prepared.labels) or None, timed=False)))
 
     def plan(self) -> pd.DataFrame:
         """Learning rate, weights and temperature at every tenth of the training that the dry run began."""

@@ -79,11 +79,12 @@ def terms_have_a_source(subject: Subject) -> Iterator[Finding]:
 def memory_suffices(subject: Subject) -> Iterator[Finding]:
     """The forecast of the training's peak lies within what the device has; by how much, `kd forecast` says part by part."""
     config, rows = subject.config, len(subject.prepared.train)
-    found = forecast(config, rows=rows)
+    here = partial(forecast, rows=rows, classes=len(subject.prepared.labels) or None)
+    found = here(config)
     judged = verdict(found.peak, found.total)
     if judged == "fits":
         return
-    changes = [each for each in remedies(config, found, found.total, partial(forecast, rows=rows)) if each.peak <= found.total]
+    changes = [each for each in remedies(config, found, found.total, here) if each.peak <= found.total]
     yield Finding(
         "critical" if judged == "does not fit" else "warning", "training.per_device_train_batch_size",
         f"the training is forecast to take {found.peak / GIB:.1f} GiB, {found.moment}, and the device has {found.total / GIB:.1f}",

@@ -137,7 +137,7 @@ class Subject:
         """The student's parameters, counted on a model without weights."""
         _ = self.configs  # a model that cannot be had is named there
         with torch.device("meta"):
-            return models.parameters(models.blank_model(self.config.student.source, outline(self.config).student))
+            return models.parameters(outline(self.config).blank_student())
 
     @part("data.source")
     def split(self) -> DatasetDict:
