@@ -17,7 +17,7 @@ from kdlib.diagnostics.rehearsal import Rehearsal, outline
 from kdlib.errors import ModelError
 from kdlib.losses.workspace import Workspace
 from kdlib.models import parameters
-from kdlib.training import workspace_of, training_arguments
+from kdlib.training import training_arguments, workspace_of
 
 
 @pytest.fixture(scope="module")

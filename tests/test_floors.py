@@ -32,7 +32,7 @@ FLOORS = [
     {"diagnostics.forecast", "diagnostics.measurement", "sweeps.axes", "side_by_side", "benchmarks.drawing"},
     {"diagnostics.remedies", "diagnostics.subject", "sweeps.maps"},
     {"diagnostics.outlook", "diagnostics.config_checks", "diagnostics.schedule_checks", "diagnostics.data_checks",
-     "diagnostics.model_checks", "sweeps.figures"},
+     "diagnostics.model_checks", "diagnostics.class_checks", "sweeps.figures"},
     {"diagnostics.batch_checks", "sweeps.page", "sweeps.cost"},
     {"diagnostics.doctor"},
     {"teacher_stage"},

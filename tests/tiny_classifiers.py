@@ -1,5 +1,6 @@
 """Tiny classifiers with tokenizers of their own, as local folders of the form that a hub gives, and rows of three classes."""
 
+import json
 import random
 from collections.abc import Sequence
 from functools import partial
@@ -78,6 +79,28 @@ def permuted(source: str, folder: Path, order: Sequence[int]) -> str:
     model.save_pretrained(folder)
     models.load_tokenizer(source).save_pretrained(folder)
     return str(folder)
+
+
+def source(folder: Path, count: int = 240, seed: int = 3) -> str:
+    """Texts with their classes by name, as JSON lines."""
+    file = folder / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text, "label": LABELS[label]}) + "\n" for text, label in texts(count, seed)))
+    return str(file)
+
+
+def taught(folder: Path, kind: str = "bert", *, steps: int = 60, **options) -> str:
+    """A classifier that has learned these texts."""
+    place = classifier(folder, kind, **options)
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(place), models.load_tokenizer(place)
+    rows = [{"input_ids": tokenizer(text)["input_ids"], "label": model.config.label2id[LABELS[label]]} for text, label in texts(320, 4)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(steps):
+        batch = collate_classes([rows[(32 * step + i) % len(rows)] for i in range(32)], pad_id=0, teacher_pad_id=0)
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(place)
+    return place
 
 
 def prepared_rows(student: str, teacher: str | None = None, *, count: int = 48, held_out: int = 24) -> Prepared:
