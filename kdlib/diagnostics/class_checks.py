@@ -68,7 +68,7 @@ def enough_rows_are_held_out(subject: Subject) -> Iterator[Finding]:
         limit = subject.config.data.max_eval_rows
         where = "data.validation" if limit is None or rows < limit else "data.max_eval_rows"
         yield Finding("warning", where, f"{rows} rows are held out",
-                      f"the accuracy of so few has a 95 % interval of up to ± {98 / math.sqrt(rows):.0f} points", "hold out more, or give more")
+                      f"the accuracy of so few has a 95 % interval of up to ± {98 / math.sqrt(rows):.0f} points", "hold out more")
     if conflicting > CONFLICTING * (notes["train_documents"] + notes["validation_documents"]):
         yield Finding("warning", "data.label", f"{conflicting} texts stand there with two classes, and were left out",
                       "what is labelled by chance cannot be learned", f"look at the column {subject.config.data.label!r}")

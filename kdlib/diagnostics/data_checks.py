@@ -42,7 +42,8 @@ def documents_are_not_cut(subject: Subject) -> Iterator[Finding]:
     """Without packing, what is longer than a row is lost."""
     notes, is_packable = subject.prepared.notes, subject.config.task == "causal-lm"
     for name in ("train", "validation"):
-        documents = notes[f"{name}_documents" if is_packable else f"{name}_rows"] - notes.get(f"{name}_documents_shorter_than_two_tokens", 0)
+        documents = notes[f"{name}_documents"] if is_packable else notes[f"{name}_rows"]  # of which some are not taken
+        documents -= notes.get(f"{name}_documents_shorter_than_two_tokens", 0)
         shortened, lost = notes.get(f"{name}_documents_cut", 0) / max(documents, 1), notes.get(f"{name}_share_of_tokens_cut_off", 0.0)
         if shortened > CUT_DOCUMENTS or lost > CUT_TOKENS:
             yield Finding(
