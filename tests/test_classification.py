@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from datasets import Dataset
-from tiny_classifiers import LABELS, classification, classifier, permuted, prepared_rows
+from made_classifiers import LABELS, classification, classifier, permuted, prepared_rows
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification

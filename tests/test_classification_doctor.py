@@ -1,7 +1,7 @@
 """The doctor on classifications: one that is well is left alone; a teacher that knows nothing, too few rows, too few tokens are named."""
 
 import pytest
-from tiny_classifiers import LABELS, classification, classifier, source, taught
+from made_classifiers import LABELS, classification, classifier, source, taught
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kdlib.config import parse

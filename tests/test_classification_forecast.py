@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from made_classifiers import LABELS, classification, classifier
 from test_forecast import parsed
-from tiny_classifiers import LABELS, classification, classifier
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPConfig
 

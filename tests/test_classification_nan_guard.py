@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 import torch
 from datasets import Dataset
+from made_classifiers import LABELS, classification, classifier, prepared_rows
 from safetensors.torch import load_file
 from test_nan_guard import At, spoil
-from tiny_classifiers import LABELS, classification, classifier, prepared_rows
 
 from kdlib import models, tasks
 from kdlib.batches import Prepared, collate_classes

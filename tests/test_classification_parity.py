@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_classifiers import classification, classifier, prepared_rows
+from made_classifiers import classification, classifier, prepared_rows
 
 from kdlib import models, tasks
 from kdlib.batches import Prepared, collate_classes

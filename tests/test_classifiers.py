@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_classifiers import KINDS, LABELS, classifier, permuted
+from made_classifiers import KINDS, LABELS, classifier, permuted
 from transformers import BertModel, LlamaForCausalLM, LlamaForSequenceClassification
 
 from kdlib.classifiers import load_classifier
