@@ -4,7 +4,7 @@ from pathlib import Path
 
 KDLIB = Path(__file__).parent.parent / "kdlib"
 FLOORS = [
-    {"errors", "schedulers", "signals", "strata", "task_rules", "tokens", "diagnostics.findings"},
+    {"diagnostics.row_view", "errors", "schedulers", "signals", "strata", "task_rules", "tokens", "diagnostics.findings"},
     {"arguments", "curriculum", "fields", "keys", "overrides", "diagnostics.fixes"},
     {"loss_config"},
     {"config"},
@@ -51,7 +51,7 @@ READERS = {  # importable without torch
     "curves", "summaries", "side_by_side", "overview", "reports", "runner", "kernels", "tokens",
     "temperatures", "courses", "heat_map", "candidates", "schedule_designer", "explorer_widgets", "explorers",
     "benchmarks.settings", "benchmarks.reading", "benchmarks.drawing", "benchmarks.targets", "benchmarks.figures",
-    "diagnostics.findings", "diagnostics.fixes",
+    "diagnostics.findings", "diagnostics.fixes", "diagnostics.row_view",
     "sweeps.settings", "sweeps.trials", "sweeps.reading", "sweeps.axes", "sweeps.maps", "sweeps.figures", "sweeps.page", "sweeps.clock",
     "sweeps.crew", "sweeps.search", "sweeps.pool", "cli_options", "cli_checks", "cli",
 }
