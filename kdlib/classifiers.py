@@ -24,7 +24,8 @@ def load_classifier(
     """
     stated = load_config(model)
     order = class_order(model, stated, labels)
-    options = {} if order else {"num_labels": len(labels), "ignore_mismatched_sizes": True}
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: number for number, label in enumerate(labels)}}
+    options = {} if order else {**names, "ignore_mismatched_sizes": True}
     with explained(model, "model"):
         made, info = AutoModelForSequenceClassification.from_pretrained(
             folder_of(model), dtype=dtype, use_safetensors=True, output_loading_info=True, **options
@@ -37,7 +38,7 @@ def load_classifier(
         )
     if order and not fresh and order != list(range(len(labels))):
         _reorder_head(model, made, order)
-    made.config.id2label, made.config.label2id = dict(enumerate(labels)), {label: number for number, label in enumerate(labels)}
+    made.config.id2label, made.config.label2id = names["id2label"], names["label2id"]
     made.config.problem_type = "single_label_classification"
     if (padding := load_tokenizer(model).pad_token_id) is not None:  # a decoder's head reads the last token that is no padding
         made.config.get_text_config().pad_token_id = padding  # of what rows are padded with, whatever the model's file says

@@ -125,7 +125,8 @@ def state_words(course: Progress) -> str:
 
 def held_out_line(course: Progress) -> str:
     """The last figure of each measure on held-out text, and the best of the one that chooses the model."""
-    measures = dict.fromkeys([course.best_by, *MEASURES])
+    usual = ("accuracy", "log_loss", "kl_to_teacher") if course.of == "row" else MEASURES
+    measures = dict.fromkeys([course.best_by, *usual])
     found = {MEASURES.get(measure, measure): figures for measure in measures if (figures := course.measured(measure))}
     parts = [f"{name} {last:.3g}" + (f" (best {best:.3g} at step {step:,})" if i == 0 else "")
              for i, (name, (best, step, last)) in enumerate(found.items())]

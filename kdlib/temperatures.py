@@ -104,9 +104,14 @@ def softening_of(sight: Sight, config: Config) -> dict[str, Any]:
 
 
 def message(table: Mapping[str, Any], temperature: float, top_k: int | None = None) -> str:
-    """`At T = 2 the top 256 hold 97 % of the teacher's mass`, at the median token; without a top k, the fewest that hold enough."""
+    """`At T = 2 the top 256 hold 97 % of the teacher's mass`, at the median token; without a top k, the fewest that hold enough.
+
+    Of classes, which are few, the likeliest.
+    """
     medians = _row(table, temperature)["outside"][1]
     held = {k: 1 - outside for k, outside in zip(table["sizes"], medians, strict=True)}
+    if table.get("of") == "rows" and not top_k:
+        return f"At T = {temperature:g} the likeliest class holds {_percent(held[1])} of the teacher's mass, at the median row"
     k = min(top_k or next(k for k, mass in held.items() if mass >= ENOUGH), table["sizes"][-1])
     one, _ = words(table)
     return f"At T = {temperature:g} the top {k:,} hold {_percent(held[k])} of the teacher's mass, at the median {one}"
@@ -170,7 +175,7 @@ def _masses(axes: Axes, table: Mapping[str, Any], temperature: float, top_k: int
     axes.set_yscale("log")
     axes.minorticks_off()
     axes.set(xlabel=f"k, likeliest {many}", ylim=(FLOOR, 1), xlim=(1, top[-1]))
-    marks = [4**i for i in range(16) if 4**i <= top[-1]]
+    marks = [4**i for i in range(16) if 4**i <= top[-1]] if top[-1] > 32 else top
     axes.set_xticks(marks, [f"{k:,}" for k in marks])
     shares = [10.0**-i for i in range(5)]
     axes.set_yticks(shares, [f"{100 * share:g} %" for share in shares])
