@@ -35,6 +35,7 @@ FLOORS = [
      "diagnostics.model_checks", "sweeps.figures"},
     {"diagnostics.batch_checks", "sweeps.page", "sweeps.cost"},
     {"diagnostics.doctor"},
+    {"teacher_stage"},
     {"reports", "overview", "workbench", "benchmarks.study"},
     {"kernels"},
     {"runner", "sweeps.pool"},
