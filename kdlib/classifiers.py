@@ -65,8 +65,8 @@ def class_order(name: str, config: PreTrainedConfig, labels: Sequence[str]) -> l
     """
     if config.num_labels != len(labels):
         return None
-    theirs = [str(config.id2label[number]) for number in range(len(labels))]
-    if all(label == f"LABEL_{number}" for number, label in enumerate(theirs)):
+    theirs = named_classes(config)
+    if theirs is None:
         return list(range(len(labels)))
     place = {label.casefold(): number for number, label in enumerate(theirs)}
     if missing := [label for label in labels if label.casefold() not in place]:
@@ -75,6 +75,12 @@ def class_order(name: str, config: PreTrainedConfig, labels: Sequence[str]) -> l
             "not among them. Classes are matched by name: rename those of the data (data.labels), or take a model trained on them"
         )
     return [place[label.casefold()] for label in labels]
+
+
+def named_classes(config: PreTrainedConfig) -> list[str] | None:
+    """A model's classes in the order of its outputs; None where they have no names (LABEL_0, …)."""
+    names = [str(config.id2label[number]) for number in range(config.num_labels)]
+    return None if all(name == f"LABEL_{number}" for number, name in enumerate(names)) else names
 
 
 @torch.no_grad()

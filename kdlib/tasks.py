@@ -7,9 +7,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdlib import classes, data, questions
 from kdlib.batches import Prepared, calibration_rows
-from kdlib.classifiers import load_classifier
+from kdlib.classifiers import load_classifier, named_classes
 from kdlib.config import Config
-from kdlib.models import chosen_layers, load_model, load_tokenizer, precision_of, shallower
+from kdlib.models import chosen_layers, load_config, load_model, load_tokenizer, precision_of, shallower
 from kdlib.teachers import LiveTeacher
 
 
@@ -20,7 +20,8 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         DataError: nothing to read, not the named columns, or rows that the task can do nothing with, named one by one.
     """
     if config.task == "sequence-classification":
-        return classes.prepare(config.data, tokenizer, teacher=_teachers_own(config, tokenizer), seed=config.seed)
+        known = None if config.teacher_stage else named_classes(load_config(config.teacher.model))
+        return classes.prepare(config.data, tokenizer, teacher=_teachers_own(config, tokenizer), seed=config.seed, known=known)
     prepare_rows = questions.prepare if config.task == "question-answering" else data.prepare
     return prepare_rows(config.data, tokenizer, seed=config.seed)
 

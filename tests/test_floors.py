@@ -10,7 +10,7 @@ FLOORS = [
     {"config"},
     {"losses.divergences"},
     {"diagnostics.token_view", "losses.subset", "losses.features", "losses.workspace", "diagnostics.ledger", "runs", "dialects"},
-    {"losses.linear", "captures", "embedded", "migration", "diagnostics.allocations", "metrics", "canvas"},
+    {"losses.linear", "captures", "embedded", "migration", "diagnostics.allocations", "metrics", "canvas", "sections"},
     {"batches", "sources"},
     {"data", "labelled", "questions", "models", "objective", "progress"},
     {"classes"},
