@@ -72,11 +72,14 @@ def test_with_a_stage_the_teacher_is_not_measured_before_it_is_trained(well, pla
     assert any("trained first (teacher_stage)" in each.what for each in said)
 
 
-def test_a_teacher_with_other_classes_is_named(well, place):
-    other = classifier(place / "other", labels=["tools", "plants", "weather"])
-    severity, what = found({**well, "teacher": {"model": other}})["teacher.model"]
+@pytest.mark.parametrize(("labels", "where", "words"), [
+    (["tools", "plants", "weather"], "data.source", "label 'animals', which the teacher does not know"),
+    (["red", "green", "blue"], "teacher.model", "its classes are red, green, blue"),
+])
+def test_a_teacher_with_other_classes_is_named(well, place, labels, where, words):
+    severity, what = found({**well, "teacher": {"model": classifier(place / labels[0], labels=labels)}})[where]
     assert severity == "critical"
-    assert "the data's animals is not among them" in what
+    assert words in what
 
 
 def test_few_held_out_rows_and_small_steps_are_named(well):
