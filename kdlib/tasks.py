@@ -33,10 +33,13 @@ def load(source: str, prepared: Prepared, dtype: torch.dtype = torch.float32) ->
 
 def load_teacher(config: Config, prepared: Prepared, dtype: torch.dtype | None = None) -> LiveTeacher:
     """The teacher, in the precision of the run unless told otherwise."""
-    made = dtype or precision_of(config)[0]
-    if config.teacher_stage:  # not gone through yet: its head says nothing so far
-        return teacher_of(load_classifier(config.teacher.model, prepared.labels, made, untrained=True), prepared)
-    return teacher_of(load(config.teacher.model, prepared, made), prepared)
+    return teacher_of(_teacher_model(config, prepared, dtype or precision_of(config)[0]), prepared)
+
+
+def _teacher_model(config: Config, prepared: Prepared, dtype: torch.dtype) -> PreTrainedModel:
+    if config.teacher_stage:  # not gone through yet: its head says nothing so far, and may be missing
+        return load_classifier(config.teacher.model, prepared.labels, dtype, untrained=True)
+    return load(config.teacher.model, prepared, dtype)
 
 
 def teacher_of(model: PreTrainedModel, prepared: Prepared) -> LiveTeacher:
@@ -57,7 +60,7 @@ def untrained_student(config: Config, prepared: Prepared, keep: Sequence[int] | 
     """
     torch.manual_seed(config.seed)  # for a head that is made anew
     if config.student.source == "teacher":
-        return shallower(load(config.teacher.model, prepared), keep)
+        return shallower(_teacher_model(config, prepared, torch.float32), keep)
     return load_classifier(config.student.source, prepared.labels, untrained=True) if prepared.labels else load_model(config.student.source)
 
 

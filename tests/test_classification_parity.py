@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from made_classifiers import classification, classifier, prepared_rows
+from made_classifiers import classification, classifier, prepared_rows, source
 
 from kdlib import models, tasks
 from kdlib.batches import Prepared, collate_classes
@@ -92,3 +92,10 @@ def test_padding_that_is_read_fails_the_line_on_padding(pair, whose):
         return {**batch, f"{whose}attention_mask": torch.ones_like(mask), f"{whose}input_ids": filled}
 
     assert failed(table(classification(*pair), collate=wrong)) == [PADDING]
+
+
+def test_a_teacher_that_is_still_to_be_trained_does_for_the_self_test_of_a_config(tmp_path):
+    body = classifier(tmp_path / "body", "bert", labels=["one", "two"])
+    raw = {**classification(body, "teacher"), "student": {"from": "teacher", "layers": 1}, "teacher_stage": {"training": {"max_steps": 5}}}
+    found = parity.selftest(parse({**raw, "data": {"source": source(tmp_path, 60), "max_length": 32}}))
+    assert list(found["result"]) == ["left out", "pass", "pass", "pass", "pass"], found.to_string()

@@ -46,10 +46,12 @@ def documents_are_not_cut(subject: Subject) -> Iterator[Finding]:
         documents -= notes.get(f"{name}_documents_shorter_than_two_tokens", 0)
         shortened, lost = notes.get(f"{name}_documents_cut", 0) / max(documents, 1), notes.get(f"{name}_share_of_tokens_cut_off", 0.0)
         if shortened > CUT_DOCUMENTS or lost > CUT_TOKENS:
+            of_rows = subject.config.task == "sequence-classification"
             yield Finding(
-                "warning", "data.max_length",
+                "note" if of_rows else "warning", "data.max_length",
                 f"{shortened:.0%} of the {name} documents are longer than {subject.config.data.max_length} tokens and cut, which loses "
                 f"{lost:.0%} of all tokens; the longest has {notes[f'{name}_longest_document']}",
+                "what is cut off is not read: see whether the beginning of a text tells its class" if of_rows else
                 "what is cut off is never trained on: the ends of long texts, or whole answers",
                 f"raise max_length{', or set packing: true' * is_packable}",
             )
