@@ -200,3 +200,13 @@ def test_rows_without_a_class_are_left_out_of_every_figure(pair, tmp_path):
     one, other = ([line for line in run.state.log_history if "eval_loss" in line][0] for run in found)
     assert one["eval_loss"] == pytest.approx(other["eval_loss"])
     assert one["eval_accuracy"] == pytest.approx(other["eval_accuracy"])
+
+
+def test_each_terms_gradient_norm_is_logged(pair, tmp_path):
+    raw = {**classification(*pair, max_steps=2), "diagnostics": {"grad_norms_every": 1}}
+    config, prepared = parse(raw), prepared_rows(*reversed(pair))
+    train(config, StudentFolder(tmp_path), student=without_dropout(pair), teacher=tasks.load_teacher(config, prepared), prepared=prepared,
+          tokenizer=models.load_tokenizer(pair[1]))
+    first = read_metrics(StudentFolder(tmp_path))[0]
+    assert first["train/kd_grad_norm"] > 0
+    assert first["train/ce_grad_norm"] > 0

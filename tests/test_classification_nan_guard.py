@@ -92,3 +92,17 @@ def test_a_report_of_padded_micro_batches_keeps_every_row():
     assert torch.equal(found["input_ids"], torch.tensor([[1, 2], [4, 0]]))
     assert torch.equal(found["teacher_attention_mask"], torch.tensor([[1, 0, 0], [1, 1, 1]]))
     assert torch.equal(found["labels"], torch.tensor([0, 2]))
+
+
+def test_a_held_out_row_that_the_teacher_cannot_read_is_named(tmp_path):
+    teacher = classifier(tmp_path / "teacher")
+    made = prepared_rows(teacher)
+    rows = made.validation.to_list()
+    rows[ROW]["input_ids"][1] = RARE
+    prepared = Prepared(made.train, Dataset.from_list(rows), {}, made.collate, 3, LABELS)
+    config = parse(classification(teacher, teacher, **{**SLOW, "eval_strategy": "steps", "eval_steps": 1}))
+    voice = tasks.load_teacher(config, prepared)
+    spoil(voice.model.model.embed_tokens.weight, RARE)
+    with pytest.raises(NonFiniteLoss, match=f"on held-out text .*row {ROW} of the data"):
+        train(config, StudentFolder(tmp_path / "run"), student=tasks.untrained_student(config, prepared, None), teacher=voice,
+              prepared=prepared, tokenizer=models.load_tokenizer(teacher))
