@@ -4,9 +4,9 @@ from pathlib import Path
 
 KDLIB = Path(__file__).parent.parent / "kdlib"
 FLOORS = [
-    {"errors", "schedulers", "signals", "task_rules", "tokens", "diagnostics.findings"},
-    {"arguments", "curriculum", "fields", "keys", "overrides", "diagnostics.fixes"},
-    {"loss_config"},
+    {"errors", "schedulers", "signals", "task_rules", "tokens", "calibration", "resampling", "diagnostics.findings"},
+    {"answers", "arguments", "curriculum", "fields", "keys", "overrides", "diagnostics.fixes"},
+    {"answer_results", "loss_config"},
     {"config"},
     {"losses.divergences"},
     {"diagnostics.token_view", "losses.subset", "losses.features", "losses.workspace", "diagnostics.ledger", "runs", "dialects"},
@@ -43,6 +43,7 @@ FLOORS = [
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 READERS = {  # importable without torch
+    "answers", "answer_results", "calibration", "resampling",
     "errors", "schedulers", "arguments", "curriculum", "fields", "keys", "overrides", "task_rules", "loss_config", "config", "runs",
     "dialects",
     "migration", "metrics", "canvas", "progress", "scene", "panels", "plots", "dashboard", "diagnostics.scorecard", "pages", "executed",
