@@ -1,21 +1,19 @@
 """Teacher, untrained student, baseline and distilled student on the same held-out tokens, with intervals."""
 
 import math
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from copy import deepcopy
-from time import perf_counter
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdlib import tasks
+from kdlib import compare_classes, tasks
 from kdlib.batches import Prepared
+from kdlib.config import Config
+from kdlib.footprint import peak_memory, seconds_of
 from kdlib.models import device_of, parameters, precision_of
 from kdlib.objective import MEASURES, row_sums
 from kdlib.runs import Run, write_json
@@ -110,12 +108,24 @@ class Comparison:
         return {"perplexity": perplexity, "bits_per_byte": bits_per_byte, **mean}
 
 
-def compare_run(run: Run, tokenizer: PreTrainedTokenizerBase, prepared: Prepared) -> dict[str, Any]:
+def compare_run(run: Run, config: Config, tokenizer: PreTrainedTokenizerBase, prepared: Prepared) -> dict[str, Any]:
     """Compare the models of a finished run and write its comparison_results.json.
 
-    The students are the final ones, after equally many steps, and not those chosen on these very rows (best_model/).
+    Where tokens are predicted, the students are the final ones, after equally many steps, and not those chosen on these very rows
+    (best_model/); where rows are classified, `compare_classes.measured_on` says which.
+
+    Args:
+        config: the run's, with the teacher that taught in it.
     """
-    config = run.config
+    if config.task == "sequence-classification":
+        results = compare_classes.compare(run, config, tokenizer, prepared)
+    else:
+        results = _compare_tokens(run, config, tokenizer, prepared)
+    write_json(run.path / "comparison_results.json", results)
+    return results
+
+
+def _compare_tokens(run: Run, config: Config, tokenizer: PreTrainedTokenizerBase, prepared: Prepared) -> dict[str, Any]:
     dtype, _ = precision_of(config)
     comparison = Comparison(
         prepared, tokenizer, device=device_of(config), resamples=config.compare.resamples, seed=config.seed
@@ -132,9 +142,8 @@ def compare_run(run: Run, tokenizer: PreTrainedTokenizerBase, prepared: Prepared
     if config.baseline:
         measure("baseline", lambda: tasks.load(str(run.baseline.final_model), prepared, dtype))
     measure("distilled", lambda: tasks.load(str(run.final_model), prepared, dtype))
-    results = {**comparison.results(), "prompts": tokenizer.batch_decode(prompts), "precision": str(dtype).removeprefix("torch.")}
-    write_json(run.path / "comparison_results.json", results)
-    return results
+    return {"task": config.task, **comparison.results(), "prompts": tokenizer.batch_decode(prompts),
+            "precision": str(dtype).removeprefix("torch.")}
 
 
 @torch.no_grad()
@@ -142,11 +151,7 @@ def forward_tokens_per_s(model: PreTrainedModel, input_ids: torch.Tensor, repeat
     """Tokens per second of a plain forward pass with logits, the best of a few."""
     ids, seconds = input_ids.to(model.device), math.inf
     for _ in range(repeats):
-        _wait_for(ids.device)
-        started = perf_counter()
-        model(input_ids=ids, use_cache=False)
-        _wait_for(ids.device)
-        seconds = min(seconds, perf_counter() - started)
+        seconds = min(seconds, seconds_of(lambda: model(input_ids=ids, use_cache=False), ids.device))
     return ids.numel() / seconds
 
 
@@ -167,40 +172,6 @@ def prompts_from(rows: Dataset, *, count: int, length: int) -> list[list[int]]:
     """The beginnings of `count` rows spread over the validation text, all of one length."""
     fit = [row["input_ids"] for row in rows if len(row["input_ids"]) >= length]
     return [list(fit[i * len(fit) // count][:length]) for i in range(min(count, len(fit)))]
-
-
-@contextmanager
-def peak_memory(device: torch.device, interval: float = 0.01) -> Iterator[list[float]]:
-    """Bytes above what was held at the start, at the highest point: [peak], filled at the end.
-
-    On CUDA the allocator's own peak; on the CPU the process's resident memory, sampled every `interval` seconds.
-    """
-    peak = [0.0]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        start = torch.cuda.memory_allocated()
-        yield peak
-        peak[0] = torch.cuda.max_memory_allocated() - start
-        return
-    process, done = psutil.Process(), threading.Event()
-    start = process.memory_info().rss
-
-    def watch() -> None:
-        while not done.wait(interval):
-            peak[0] = max(peak[0], process.memory_info().rss - start)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        thread.join()
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
 
 
 def _with_interval(value: float, resampled: np.ndarray) -> dict[str, float]:

@@ -235,7 +235,7 @@ class Workbench:
 
     def compare(self) -> dict[str, Any]:
         """All models on the held-out rows; writes comparison_results.json and teacher_student_comparison.png."""
-        results = compare.compare_run(self.run, self.tokenizer, self.prepared)
+        results = compare.compare_run(self.run, self.config, self.tokenizer, self.prepared)
         plots.comparison_bars(results).savefig(self.run.path / "teacher_student_comparison.png", dpi=130)
         return results
 

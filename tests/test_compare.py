@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -6,7 +7,9 @@ import torch
 from conftest import sentences, tiny_model, tiny_tokenizer
 from datasets import Dataset
 
-from kdlib.compare import Comparison, continuations, peak_memory, prompts_from
+from kdlib.batches import Prepared, collate
+from kdlib.compare import Comparison, continuations, prompts_from
+from kdlib.footprint import peak_memory
 from kdlib.models import shallower
 
 
@@ -20,10 +23,14 @@ def rows(tokenizer):
     return Dataset.from_dict({"input_ids": tokenizer(sentences(30, seed=3))["input_ids"]})
 
 
+def prepared(rows, tokenizer) -> Prepared:
+    return Prepared(rows, rows, {}, partial(collate, pad_id=tokenizer.pad_token_id), len(tokenizer))
+
+
 @pytest.fixture(scope="module")
 def results(rows, tokenizer):
     teacher = tiny_model().eval()
-    comparison = Comparison(rows, tokenizer, resamples=400)
+    comparison = Comparison(prepared(rows, tokenizer), tokenizer, resamples=400)
     comparison.add("teacher", lambda: teacher)
     comparison.add("twin", lambda: tiny_model().eval())
     comparison.add("distilled", lambda: shallower(teacher, [0, 3]))
@@ -68,7 +75,7 @@ def test_a_paired_interval_holds_its_value_and_is_narrower_than_the_unpaired(res
 def test_the_interval_covers_as_it_says(tokenizer):
     """Rows drawn again and again from one population: the 95 % interval holds the population's mean about that often."""
     generator, covered = np.random.default_rng(0), 0
-    comparison = Comparison(Dataset.from_dict({"input_ids": [[1, 2, 3]] * 60}), tokenizer, resamples=300)
+    comparison = Comparison(prepared(Dataset.from_dict({"input_ids": [[1, 2, 3]] * 60}), tokenizer), tokenizer, resamples=300)
     for _ in range(200):
         sums = np.stack([generator.normal(2.0, 1.0, 60)] * 4 + [np.ones(60)], axis=1)
         low, high = np.percentile(comparison._figures(sums, comparison.draws)["agreement"], [2.5, 97.5])

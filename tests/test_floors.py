@@ -4,9 +4,10 @@ from pathlib import Path
 
 KDLIB = Path(__file__).parent.parent / "kdlib"
 FLOORS = [
-    {"diagnostics.row_view", "errors", "schedulers", "signals", "strata", "task_rules", "tokens", "diagnostics.findings"},
-    {"arguments", "curriculum", "fields", "keys", "overrides", "diagnostics.fixes"},
-    {"loss_config"},
+    {"diagnostics.row_view", "errors", "schedulers", "signals", "strata", "task_rules", "tokens", "calibration", "resampling",
+     "diagnostics.findings"},
+    {"answers", "arguments", "curriculum", "fields", "keys", "overrides", "diagnostics.fixes"},
+    {"answer_results", "loss_config"},
     {"config"},
     {"losses.divergences"},
     {"diagnostics.token_view", "losses.subset", "losses.features", "losses.workspace", "diagnostics.ledger", "runs", "dialects"},
@@ -15,9 +16,10 @@ FLOORS = [
     {"data", "labelled", "questions", "models", "objective", "progress"},
     {"classes"},
     {"classifiers", "teachers", "callbacks", "checkpoints", "diagnostics.culprits", "diagnostics.gradients"},
-    {"diagnostics.nan_guard", "diagnostics.nan_report", "trackers", "tasks"},
+    {"diagnostics.nan_guard", "diagnostics.nan_report", "trackers", "tasks", "footprint"},
     {"guarded_trainer"},
-    {"trainer", "compare", "scene"},
+    {"trainer", "compare_classes", "scene"},
+    {"compare"},
     {"panels"},
     {"training", "plots", "pages", "benchmarks.settings", "benchmarks.machine", "benchmarks.heads", "sweeps.settings", "sweeps.clock",
      "sweeps.crew"},
@@ -45,6 +47,7 @@ FLOORS = [
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 READERS = {  # importable without torch
+    "answers", "answer_results", "calibration", "resampling",
     "errors", "schedulers", "arguments", "curriculum", "fields", "keys", "overrides", "task_rules", "loss_config", "config", "runs",
     "dialects", "strata",
     "migration", "metrics", "canvas", "progress", "scene", "panels", "plots", "dashboard", "diagnostics.scorecard", "pages", "executed",
