@@ -17,11 +17,15 @@ SMOKE = {
 
 
 def smoke_for(raw: Mapping) -> Mapping:
-    """SMOKE for this config: less the warm-up steps where the learning rate is a schedule, which has its own."""
-    training = raw.get("training")
+    """SMOKE for this config: less the warm-up steps where the learning rate is a schedule, which has its own; less the length
+    where a row has an answer at its end, which is not to be cut.
+    """
+    training, data = raw.get("training"), SMOKE["data"]
+    if raw.get("task") == "question-answering":
+        data = {name: value for name, value in data.items() if name != "max_length"}
     if not isinstance(training, Mapping) or not isinstance(training.get("lr_scheduler_type"), Mapping):
-        return SMOKE
-    return {**SMOKE, "training": {name: value for name, value in SMOKE["training"].items() if name != "warmup_steps"}}
+        return {**SMOKE, "data": data}
+    return {**SMOKE, "data": data, "training": {name: value for name, value in SMOKE["training"].items() if name != "warmup_steps"}}
 
 
 def overridden(raw: dict, overrides: Sequence[str] | Mapping[str, Any], name: str) -> dict:

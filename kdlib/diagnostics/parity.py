@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -87,10 +88,22 @@ def parity(
 
 
 def shortened(rows: Sequence[Mapping[str, Sequence[int]]]) -> list[dict[str, list[int]]]:
-    """The first rows, each cut to another length: packed rows are all alike, and a mean of means would not show."""
+    """The first rows, each cut to another length: packed rows are all alike, and a mean of means would not show.
+
+    Where a row's beginning is given, it is cut there, and some of it is learned, more in each row: answers may all be of one token.
+    """
+    if rows and "prompt_tokens" in rows[0]:
+        return [_with_little_prompt(rows[i], learned=i + 1) for i in range(min(ROWS, len(rows)))]
     taken = [rows[i]["input_ids"][:LONGEST] for i in range(min(ROWS, len(rows)))]
     longest = max(map(len, taken))
     return [{"input_ids": list(ids[: max(longest * (number + 1) // len(taken), 2)])} for number, ids in enumerate(taken)]
+
+
+def _with_little_prompt(row: Mapping[str, Any], *, learned: int) -> dict[str, Any]:
+    """The row's last tokens; what is learned of them begins `learned` tokens before its answer, where there are so many."""
+    ids = list(row["input_ids"][: row["prompt_tokens"] + LONGEST // 2])
+    start = max(len(ids) - LONGEST * learned // ROWS, 0)
+    return {"input_ids": ids[start:], "prompt_tokens": max(row["prompt_tokens"] - start - learned, 1)}
 
 
 def tested_fractions(config: Config) -> list[float]:
@@ -122,7 +135,7 @@ def _trainer(config, student, teacher, tokenizer, prepared, rows, folder: Path) 
     args = training.training_arguments(config, folder, **training.DRY_RUN)
     objective = training.objective_of(config)
     pairs = training.listen(config, student, teacher.model, objective)
-    tokens = sum(len(row["input_ids"]) - 1 for row in rows)
+    tokens = len(kept(prepared.collate(rows)["labels"]).targets)
     usual = training.workspace_of(config, args, len(prepared.train), prepared.vocabulary)
     chunk = min(usual.chunk or tokens, tokens // 3 + 1)
     trainer = DistillationTrainer(
