@@ -29,7 +29,7 @@ class Item:
     question: str  # what is asked; of messages, all that comes before the first answer
     answers: tuple[str, ...]  # the choices, or the one response
     right: int = 0
-    messages: tuple[Mapping[str, str], ...] = ()
+    messages: tuple[tuple[str, str], ...] = ()  # (role, content)
 
 
 class Fault(Exception):
@@ -153,8 +153,8 @@ def _conversation(config: DataConfig, where: str, row: Mapping[str, Any]) -> Ite
     if roles[-1] != "assistant" or roles[0] == "assistant":
         raise Fault(f"the roles are {', '.join(roles)}; needed is a beginning by someone else, and the assistant at the end")
     asked = "\n".join(message["content"] for message in messages[: roles.index("assistant")])
-    spoken = tuple({"role": message["role"], "content": message["content"]} for message in messages)
-    return Item(where, asked, (spoken[-1]["content"],), messages=spoken)
+    spoken = tuple((message["role"], message["content"]) for message in messages)
+    return Item(where, asked, (spoken[-1][1],), messages=spoken)
 
 
 def _text(value: Any, what: str) -> str:

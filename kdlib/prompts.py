@@ -56,8 +56,7 @@ def encoded_response(item: Item, tokenizer: PreTrainedTokenizerBase, first: Sequ
         Fault: the chat template refuses the messages, or there is none.
     """
     if tokenizer.chat_template:
-        pair = ({"role": "user", "content": item.question}, {"role": "assistant", "content": item.answers[0]})
-        return _conversation(item.messages or pair, tokenizer)
+        return _conversation(item.messages or (("user", item.question), ("assistant", item.answers[0])), tokenizer)
     if item.messages:
         raise Fault("messages need a chat template, and the tokenizer has none; write them as prompt and response")
     prompt, response = item.question, item.answers[0]
@@ -77,21 +76,21 @@ def continued(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase, firs
     return Encoded([*first, *alone, *whole[len(alone) :]], len(first) + len(alone))
 
 
-def _conversation(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Encoded:
+def _conversation(messages: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """All of a conversation, of which each answer of the assistant's is learned, with the end of its turn.
 
     An answer is learned where the whole conversation shows it as it stood when it was given: templates that strip an earlier
-    turn (of its reasoning, say) leave no such place, and the turn is read only.
+    turn (of its reasoning, say) leave no such place, and the turn is read only.  What a template puts before an answer is given.
     """
-    messages = list(messages)
     whole = _shown(messages, tokenizer)
     spans, lost = [], 0
-    for number, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = commonprefix([_shown(messages[:number], tokenizer, add_generation_prompt=True), whole])
-            after = _shown(messages[: number + 1], tokenizer).rstrip()
-            is_there = whole.startswith(after) and message["content"].strip() in whole[len(before) : len(after)]
-            spans, lost = [*spans, (len(before), len(after))] if is_there else spans, lost + (not is_there)
+    for number, (role, content) in enumerate(messages):
+        if role == "assistant":
+            before, after = (_shown(messages[:end], tokenizer).rstrip() for end in (number, number + 1))
+            opened = commonprefix([_shown(messages[:number], tokenizer, add_generation_prompt=True), whole])
+            place = whole.find(content.strip(), max(len(opened), len(before)), len(after))
+            is_there = whole.startswith(before) and whole.startswith(after) and place >= 0
+            spans, lost = [*spans, (place, len(after))] if is_there else spans, lost + (not is_there)
     tokens = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     learned = [any(start <= place < end for start, end in spans) for place, _ in tokens["offset_mapping"]]
     if not any(learned):
@@ -105,8 +104,9 @@ def _conversation(messages: Sequence[dict[str, str]], tokenizer: PreTrainedToken
     return Encoded(ids, prompt, tuple(read_only), lost)
 
 
-def _shown(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
+def _shown(messages: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
+    spoken = [{"role": role, "content": content} for role, content in messages]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return tokenizer.apply_chat_template(spoken, tokenize=False, **options)
     except TemplateError as error:
         raise Fault(f"the chat template refuses these messages: {error}") from error

@@ -6,6 +6,7 @@ choice is learned, and every choice of every held-out question stands in `Prepar
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -75,7 +76,10 @@ def _splits(config: DataConfig, found: DatasetDict, form: str, *, seed: int, not
     splits |= {what: read_items(config, found[split], split, form) for what, split in own.items()}
     shares = {"validation": config.validation} if "validation" not in own else {}
     shares |= {"test": config.test} if isinstance(config.test, float) else {}
-    unique = list({(item.question, item.answers, item.messages): item for item in reversed(splits["train"])}.values())[::-1]
+    first = {}
+    for item in splits["train"]:
+        first.setdefault(replace(item, where=""), item)
+    unique = list(first.values())
     notes["split"] = "by question" if shares else "the source's own"
     notes["duplicate_documents_left_out"] = len(splits["train"]) - len(unique) if shares else 0
     if shares:

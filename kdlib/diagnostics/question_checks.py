@@ -31,8 +31,9 @@ def enough_questions_are_held_out(subject: Subject) -> Iterator[Finding]:
     if count < FEW_QUESTIONS:
         where = "data.max_eval_rows" if subject.config.data.max_eval_rows == count else "data.validation"
         half = 1.96 * math.sqrt(0.25 / count)
-        yield Finding("warning", where, f"{count} questions are held out", f"an accuracy near one half is then known within ±{half:.0%} only, "
-                      "which tells few students apart", "hold out more, or give more questions")
+        yield Finding("warning", where, f"{count} questions are held out",
+                      f"an accuracy near one half is then known within ±{half:.0%} only, which tells few students apart",
+                      "hold out more, or give more questions")
 
 
 QUESTION_CHECKS = (held_out_questions_are_new, enough_questions_are_held_out)
