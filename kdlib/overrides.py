@@ -17,15 +17,20 @@ SMOKE = {
 
 
 def smoke_for(raw: Mapping) -> Mapping:
-    """SMOKE for this config: less the warm-up steps where the learning rate is a schedule, which has its own; less the length
-    where a row has an answer at its end, which is not to be cut.
-    """
-    training, data = raw.get("training"), SMOKE["data"]
-    if raw.get("task") == "question-answering":
-        data = {name: value for name, value in data.items() if name != "max_length"}
-    if not isinstance(training, Mapping) or not isinstance(training.get("lr_scheduler_type"), Mapping):
-        return {**SMOKE, "data": data}
-    return {**SMOKE, "data": data, "training": {name: value for name, value in SMOKE["training"].items() if name != "warmup_steps"}}
+    """SMOKE for this config: less the warm-up steps where the learning rate is a schedule, which has its own; for its task."""
+    changes = {**SMOKE, "training": _steps(raw.get("training"))}
+    if raw.get("task") == "sequence-classification":  # some rows of each class
+        changes["data"] = {**SMOKE["data"], "max_train_rows": 256, "max_eval_rows": 64}
+    if raw.get("task") == "question-answering":  # a shorter row would lose its answer
+        changes["data"] = {name: value for name, value in SMOKE["data"].items() if name != "max_length"}
+    if isinstance(stage := raw.get("teacher_stage"), Mapping):
+        changes["teacher_stage"] = {"training": _steps(stage.get("training"))}
+    return changes
+
+
+def _steps(training: Any) -> Mapping[str, Any]:
+    is_course = isinstance(training, Mapping) and isinstance(training.get("lr_scheduler_type"), Mapping)
+    return {name: value for name, value in SMOKE["training"].items() if not (is_course and name == "warmup_steps")}
 
 
 def overridden(raw: dict, overrides: Sequence[str] | Mapping[str, Any], name: str) -> dict:

@@ -38,8 +38,10 @@ def load(source: str, prepared: Prepared, dtype: torch.dtype = torch.float32) ->
 
 def load_teacher(config: Config, prepared: Prepared, dtype: torch.dtype | None = None) -> LiveTeacher:
     """The teacher, in the precision of the run unless told otherwise."""
-    model = load(config.teacher.model, prepared, dtype or precision_of(config)[0])
-    return teacher_of(model, prepared)
+    made = dtype or precision_of(config)[0]
+    if config.teacher_stage:  # not gone through yet: its head says nothing so far
+        return teacher_of(load_classifier(config.teacher.model, prepared.labels, made, untrained=True), prepared)
+    return teacher_of(load(config.teacher.model, prepared, made), prepared)
 
 
 def teacher_of(model: PreTrainedModel, prepared: Prepared) -> LiveTeacher:

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 import transformers
 
-from kdlib import compare, models, plots, runs, sights, tasks, trackers, training
+from kdlib import compare, models, plots, runs, sights, tasks, teacher_stage, trackers, training
 from kdlib import config as configs
 from kdlib.batches import Prepared
 from kdlib.config import Config
@@ -76,7 +76,7 @@ class Workbench:
     """One run with its models and data, loaded when first asked for."""
 
     def __init__(self, run: Run) -> None:
-        self.run, self.config = run, run.config
+        self.run, self.config = run, teacher_stage.resolved(run.config, run.path.parent)
         pd.options.display.max_colwidth = None  # a formula is read whole
         transformers.utils.logging.disable_progress_bar()  # a bar for each checkpoint is noise; training prints its own lines
         if runs.headless():  # and a frozen bar is noise in a log
@@ -106,7 +106,11 @@ class Workbench:
         return training.objective_of(self.config, weights).at(fraction)
 
     def setup(self) -> pd.DataFrame:
-        """Load everything once, choose the student's layers, write the manifest; returns what was found, for reading."""
+        """Load everything once, choose the student's layers, write the manifest; returns what was found, for reading.
+
+        A teacher that has a stage of its own to go through does so first.
+        """
+        self.config = teacher_stage.taught(self.config, self.run.path.parent)
         dtype, reason = models.precision_of(self.config)
         layers = tasks.layers_for_student(self.config, self.teacher.model, self.prepared)
         self.run.add_to_manifest(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 KDLIB = Path(__file__).parent.parent / "kdlib"
 FLOORS = [
-    {"errors", "schedulers", "signals", "task_rules", "tokens", "diagnostics.findings"},
+    {"errors", "schedulers", "signals", "strata", "task_rules", "tokens", "diagnostics.findings"},
     {"arguments", "curriculum", "fields", "keys", "overrides", "diagnostics.fixes"},
     {"loss_config"},
     {"config"},
@@ -12,8 +12,9 @@ FLOORS = [
     {"diagnostics.token_view", "losses.subset", "losses.features", "losses.workspace", "diagnostics.ledger", "runs", "dialects"},
     {"losses.linear", "captures", "embedded", "migration", "diagnostics.allocations", "metrics", "canvas"},
     {"batches", "sources", "items"},
-    {"data", "classes", "prompts", "models", "objective", "progress"},
-    {"classifiers", "questions", "teachers", "callbacks", "checkpoints", "diagnostics.culprits", "diagnostics.gradients"},
+    {"data", "labelled", "prompts", "models", "objective", "progress"},
+    {"classes", "questions"},
+    {"classifiers", "teachers", "callbacks", "checkpoints", "diagnostics.culprits", "diagnostics.gradients"},
     {"diagnostics.nan_guard", "diagnostics.nan_report", "trackers", "tasks", "choices"},
     {"guarded_trainer"},
     {"trainer", "compare", "scene"},
@@ -35,6 +36,7 @@ FLOORS = [
      "diagnostics.model_checks", "sweeps.figures"},
     {"diagnostics.batch_checks", "sweeps.page", "sweeps.cost"},
     {"diagnostics.doctor"},
+    {"teacher_stage"},
     {"reports", "overview", "workbench", "benchmarks.study"},
     {"kernels"},
     {"runner", "sweeps.pool"},
@@ -45,7 +47,7 @@ FLOORS = [
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 READERS = {  # importable without torch
     "errors", "schedulers", "arguments", "curriculum", "fields", "keys", "overrides", "task_rules", "loss_config", "config", "runs",
-    "dialects",
+    "dialects", "strata",
     "migration", "metrics", "canvas", "progress", "scene", "panels", "plots", "dashboard", "diagnostics.scorecard", "pages", "executed",
     "curves", "summaries", "side_by_side", "overview", "reports", "runner", "kernels", "tokens",
     "temperatures", "courses", "heat_map", "candidates", "schedule_designer", "explorer_widgets", "explorers",

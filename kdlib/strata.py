@@ -1,0 +1,81 @@
+"""Which rows to hold out or to sample so that every class keeps its share; of numbers alone.  Imports no torch."""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+
+Classes = Sequence[int]  # of each row
+
+
+def apportioned(sizes: Sequence[int], total: int, *, spare: int = 0) -> list[int]:
+    """`total` divided among classes in proportion to their sizes, by largest remainder.
+
+    Args:
+        spare: so many of each class are not to be given away.
+
+    Returns:
+        For each class a count: one or more where `total` is enough for all of them, `size - spare` at most.
+    """
+    most = [max(size - spare, 0) for size in sizes]
+    least = [min(limit, 1) for limit in most]
+    if sum(least) > total:
+        least = [0] * len(sizes)
+    ideal = [total * size / max(sum(sizes), 1) for size in sizes]
+    counts = [min(max(int(share), low), high) for share, low, high in zip(ideal, least, most, strict=True)]
+    for _ in range(min(total, sum(most)) - sum(counts)):
+        counts[max((i for i in range(len(sizes)) if counts[i] < most[i]), key=lambda i: ideal[i] - counts[i])] += 1
+    for _ in range(sum(counts) - total):
+        counts[max((i for i in range(len(sizes)) if counts[i] > least[i]), key=lambda i: counts[i] - ideal[i])] -= 1
+    return counts
+
+
+def sample(classes: Classes, total: int, *, seed: int) -> list[int]:
+    """The numbers of `total` rows, rising, that keep the classes' proportions; all where there are no more."""
+    rows = _by_class(classes)
+    counts = apportioned([len(each) for each in rows], min(total, len(classes)))
+    return sorted(row for number, each in enumerate(rows) for row in _drawn(each, counts[number], seed, number))
+
+
+def held_out(classes: Classes, total: int, *, seed: int, spare: int, groups: Sequence[str] | None = None) -> list[int]:
+    """The numbers of some `total` rows to be held out, rising, that keep the classes' proportions.
+
+    Args:
+        total: raised to one of each class.
+        spare: so many rows (or groups) of each class stay, for training and for what is held out later.
+        groups: of each row; then whole groups are held out, whose rows come nearest to each class's count.
+    """
+    rows = _by_class(classes)
+    total = max(total, sum(len(each) > spare for each in rows))
+    counts = apportioned([len(each) for each in rows], total, spare=0 if groups else spare)
+    if groups is None:
+        return sorted(row for number, each in enumerate(rows) for row in _drawn(each, counts[number], seed, number))
+    out = {group for number, each in enumerate(rows)
+           for group in _groups_nearest([groups[row] for row in each], counts[number], seed, number, spare)}
+    return [row for row, group in enumerate(groups) if group in out]
+
+
+def _by_class(classes: Classes) -> list[list[int]]:
+    """The numbers of each class's rows."""
+    rows: list[list[int]] = [[] for _ in range(max(classes, default=-1) + 1)]
+    for row, number in enumerate(classes):
+        rows[number].append(row)
+    return rows
+
+
+def _drawn(rows: Sequence[int], count: int, seed: int, number: int) -> list[int]:
+    """A generator for each class: what is drawn of one does not depend on how many rows another has."""
+    return random.Random(f"{seed} {number}").sample(rows, count)
+
+
+def _groups_nearest(groups: Sequence[str], count: int, seed: int, number: int, spare: int) -> tuple[str, ...]:
+    """The groups, one or more, whose sizes sum nearest to `count`, with `spare` of them left; none where there are too few."""
+    sizes = Counter(groups)
+    names = sorted(sizes)
+    random.Random(f"{seed} {number}").shuffle(names)
+    reached: dict[int, tuple[str, ...]] = {0: ()}  # sum of sizes -> the first groups found that have it
+    for name in names:
+        for total, chosen in list(reached.items()):
+            if len(chosen) < len(names) - spare and total < count:
+                reached.setdefault(total + sizes[name], (*chosen, name))
+    del reached[0]
+    return reached[min(reached, key=lambda total: (abs(total - count), total))] if reached else ()

@@ -1,0 +1,80 @@
+"""The teacher's own training, before it teaches: for a model that has no head yet for the classes of the task.
+
+It is a run like others, in runs/teacher_<model>_<8 hex digits>/, of which the digits change with whatever its weights depend on.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from filelock import FileLock
+
+from kdlib import checkpoints, models, runs, tasks, training
+from kdlib.config import Config, parse
+from kdlib.errors import Stopped
+from kdlib.runs import Run
+
+
+def own_config(config: Config) -> Config:
+    """The stage as a run of its own: the teacher is the student, there is no teacher, and ce is all there is to learn from."""
+    stage, data = config.teacher_stage, config.data
+    seed = config.seed if data.split_seed is None else data.split_seed  # the same rows are held out from the teacher and its students
+    return parse({
+        "task": config.task, "seed": stage.seed, "device": config.device, "precision": config.precision,
+        "teacher": config.teacher.as_dict(), "student": {"from": config.teacher.model}, "data": {**data.as_dict(), "split_seed": seed},
+        "loss": {"weights": {"ce": 1.0}}, "training": stage.training,
+        "early_stopping": stage.early_stopping and stage.early_stopping.as_dict(),
+    }, name="teacher_stage")
+
+
+def run_of(config: Config, root: Path) -> Run:
+    """Where the stage of this config is, or will be."""
+    text = json.dumps(own_config(config).as_dict(), sort_keys=True)
+    name = Path(config.teacher.model).name.removesuffix(".gguf")
+    return Run(root / f"teacher_{name}_{hashlib.sha256(text.encode()).hexdigest()[:8]}")
+
+
+def resolved(config: Config, root: Path) -> Config:
+    """The config with the trained teacher in place of its stage; as it is where there is none, or it is not trained yet."""
+    if config.teacher_stage is None or not (run := run_of(config, root)).is_trained:
+        return config
+    trained = config.teacher.model_copy(update={"model": os.path.relpath(run.best_model)})
+    return config.model_copy(update={"teacher": trained, "teacher_stage": None})
+
+
+def taught(config: Config, root: Path) -> Config:
+    """`resolved`, after the teacher is trained where that is still to do; from its last checkpoint where there is one.
+
+    The best teacher by `metric_for_best_model` on the validation rows is taken.  Of several runs that need the same teacher at the
+    same time, one trains it and the others wait.
+    """
+    if config.teacher_stage is None:
+        return config
+    run = run_of(config, root)
+    run.path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(run.path.with_name(f".{run.name}.lock")):
+        if run.is_trained:
+            print(f"the teacher was trained before, in {run.name}", flush=True)
+        else:
+            print(f"{config.teacher.model} is trained for the task first, in {run.name}", flush=True)
+            _train(own_config(config), run)
+    return resolved(config, root)
+
+
+def _train(config: Config, run: Run) -> None:
+    if not run.path.exists():
+        runs.create(run.path.parent, run.name, config, teacher_stage=True)
+    run.set_status("running")
+    try:
+        tokenizer = models.tokenizer_of(config)
+        prepared = tasks.prepare(config, tokenizer)
+        student = tasks.untrained_student(config, prepared, None)
+        run.add_to_manifest(data=prepared.notes, formula=training.objective_of(config).at(0.0).formula)
+        training.train(config, run, student=student, teacher=None, tokenizer=tokenizer, prepared=prepared, label="teacher")
+    except BaseException as error:
+        stopped = isinstance(error, (Stopped, KeyboardInterrupt))
+        run.set_status("stopped" if stopped else "failed", str(error) or type(error).__name__)
+        raise
+    run.set_status("done")
+    checkpoints.clean(run)
