@@ -19,7 +19,7 @@ from kdlib.batches import Prepared
 from kdlib.choices import ChoiceTally
 from kdlib.models import device_of, parameters, precision_of
 from kdlib.objective import MEASURES, row_sums
-from kdlib.runs import Run, write_json
+from kdlib.runs import Run, StudentFolder, write_json
 from kdlib.signals import IGNORED, Signal, kept
 from kdlib.teachers import LiveTeacher
 
@@ -39,19 +39,20 @@ class Comparison:
     ) -> None:
         """
         Args:
-            prepared: its validation rows, and the choices of its questions, are what the models are measured on.
+            prepared: its test rows, else its validation rows, and the choices of its questions are what the models are measured on.
             device: where the models are measured.
             resamples: of the bootstrap; each draws rows with replacement, the same for every model.
         """
         self.tokenizer, self.device = tokenizer, torch.device(device)
-        self.prepared, every = prepared, list(prepared.validation)
+        self.prepared, self.rows = prepared, getattr(prepared, measured_on(prepared))
+        every = list(self.rows)
         self.batches = [prepared.collate(every[i : i + BATCH]) for i in range(0, len(every), BATCH)]
         labels = [row for batch in self.batches for row in batch["labels"]]
         texts = tokenizer.batch_decode([row[row != IGNORED] for row in labels], skip_special_tokens=True)
         self.row_bytes = np.array([len(text.encode()) for text in texts], dtype=float)  # of what is predicted
         uniform = np.full(len(every), 1 / len(every))
         self.draws = np.random.default_rng(seed).multinomial(len(every), uniform, size=resamples)  # [resamples, rows] times drawn
-        self.tally = ChoiceTally(prepared, "validation", resamples=resamples, seed=seed) if prepared.choices else None
+        self.tally = ChoiceTally(prepared, measured_on(prepared), resamples=resamples, seed=seed) if prepared.choices else None
         self.said: list[Signal] = []  # by the teacher, batch by batch
         self.sums: dict[str, np.ndarray] = {}  # model -> [rows, measures + 1]
         self.facts: dict[str, dict[str, Any]] = {}
@@ -102,7 +103,7 @@ class Comparison:
             for a, b in pairs for m in figures[a]
         ]
         return {
-            "models": models, "differences": differences, "rows": len(self.row_bytes),
+            "models": models, "differences": differences, "rows": len(self.row_bytes), "split": measured_on(self.prepared),
             **({"questions": len(self.tally.draws[0])} if self.tally else {}),
             "tokens": int(next(iter(self.sums.values()))[:, -1].sum()), "resamples": len(self.draws),
             "interval": "95 %, paired bootstrap over rows", "samples": self.samples,
@@ -117,19 +118,30 @@ class Comparison:
         return {"perplexity": perplexity, "bits_per_byte": bits_per_byte, **mean}
 
 
+def measured_on(prepared: Prepared) -> str:
+    """The split on which models are compared: test where there is one."""
+    return "test" if prepared.test is not None and len(prepared.test) else "validation"
+
+
+def student_in(folder: StudentFolder, prepared: Prepared) -> str:
+    """The student that is compared: one chosen on other rows than those it is measured on, else the last."""
+    return str(folder.best_model if measured_on(prepared) == "test" else folder.final_model)
+
+
 def compare_run(run: Run, tokenizer: PreTrainedTokenizerBase, prepared: Prepared) -> dict[str, Any]:
     """Compare the models of a finished run and write its comparison_results.json.
 
-    The students are the final ones, after equally many steps, and not those chosen on these very rows (best_model/).
+    The students are the final ones, after equally many steps, and not those chosen on these very rows (best_model/); where the
+    data have test rows, on which nothing was chosen, they are the best.
     """
     config = run.config
     dtype, _ = precision_of(config)
     comparison = Comparison(
         prepared, tokenizer, device=device_of(config), resamples=config.compare.resamples, seed=config.seed
     )
-    prompts = prompts_from(prepared.validation, count=config.compare.continuations, length=config.compare.prompt_tokens)
+    prompts = prompts_from(comparison.rows, count=config.compare.continuations, length=config.compare.prompt_tokens)
     if config.task == "question-answering":  # whole questions, that the models answer
-        prompts = given_prompts(prepared.validation, count=config.compare.continuations)
+        prompts = given_prompts(comparison.rows, count=config.compare.continuations)
 
     def measure(name: str, load: Callable[[], PreTrainedModel]) -> None:
         print(f"measuring the {name} model …", flush=True)
@@ -139,8 +151,8 @@ def compare_run(run: Run, tokenizer: PreTrainedTokenizerBase, prepared: Prepared
     untrained = tasks.untrained_student(config, prepared, run.manifest["student_layers"]).to(dtype)
     measure("untrained", lambda: deepcopy(untrained))  # so that its memory is its own, not the teacher's that it is cut from
     if config.baseline:
-        measure("baseline", lambda: tasks.load(str(run.baseline.final_model), prepared, dtype))
-    measure("distilled", lambda: tasks.load(str(run.final_model), prepared, dtype))
+        measure("baseline", lambda: tasks.load(student_in(run.baseline, prepared), prepared, dtype))
+    measure("distilled", lambda: tasks.load(student_in(run, prepared), prepared, dtype))
     results = {**comparison.results(), "prompts": tokenizer.batch_decode(prompts), "precision": str(dtype).removeprefix("torch.")}
     write_json(run.path / "comparison_results.json", results)
     return results

@@ -11,7 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 THINGS = ["an electron", "a photon", "a proton", "a qubit", "a gate", "a field", "a wave", "a mirror", "a crystal", "a mode"]
 QUALITIES = ["charge", "spin", "mass", "phase", "energy", "parity"]
 CHOICES = ["zero", "one half", "one", "it depends on the frame", "minus one"]
-CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+CHATML = ("{% for message in messages %}"
+          "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 

@@ -1,31 +1,30 @@
-import importlib.util
 import json
 import math
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from made_questions import multiple_choice, question_tokenizer, tiny_gpt2, written
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdlib import choices, tasks, training
 from kdlib.compare import Comparison
 from kdlib.config import DataConfig, parse
 from kdlib.diagnostics.doctor import diagnose
 from kdlib.diagnostics.parity import parity
+from kdlib.embedded import BUILT_IN
 from kdlib.metrics import read_metrics
 from kdlib.models import load_model, load_tokenizer
-from kdlib.prompts import asked
 from kdlib.questions import prepare
 from kdlib.runs import StudentFolder
-
-LM_EVAL = importlib.util.find_spec("lm_eval") is not None
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     place = tmp_path_factory.mktemp("models")
-    return {"teacher": tiny_gpt2(place / "teacher", layers=2, width=32, seed=1), "student": tiny_gpt2(place / "student", layers=1, width=24, seed=2)}
+    return {"teacher": tiny_gpt2(place / "teacher", layers=2, width=32, seed=1),
+            "student": tiny_gpt2(place / "student", layers=1, width=24, seed=2)}
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +105,6 @@ def test_padding_and_order_change_no_score(voice, prepared, monkeypatch):
 
 
 def table(texts, answers):
-    from datasets import Dataset
-
     return Dataset.from_list([
         {"item": item, "choice": number, "is_answer": number == answers[item], "characters": len(text)}
         for item, each in enumerate(texts) for number, text in enumerate(each)
@@ -170,7 +167,8 @@ def test_a_comparison_has_the_choices_with_paired_intervals(folders, prepared):
     teacher, twin, student = (results["models"][name] for name in ("teacher", "twin", "distilled"))
     assert twin["choice_agreement"]["value"] == 1
     assert twin["choice_retention"] == pytest.approx({"value": 100, "low": 100, "high": 100})
-    assert student["choice_retention"]["value"] == pytest.approx(100 * student["choice_accuracy"]["value"] / teacher["choice_accuracy"]["value"])
+    assert student["choice_retention"]["value"] == pytest.approx(
+        100 * student["choice_accuracy"]["value"] / teacher["choice_accuracy"]["value"])
     rows = choices.choice_rows(prepared)
     scores = choices.scores_of(tasks.voice_of(load_model(str(folders["student"])), prepared), prepared, rows)
     assert student["choice_accuracy"]["value"] == pytest.approx(choices.accuracy(rows, scores))
@@ -205,14 +203,41 @@ def test_the_doctor_speaks_of_questions(config):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not LM_EVAL, reason="needs lm-eval, which the test extra brings (README, Tests)")
-@pytest.mark.parametrize("model", ["tiny", "smollm2-135m-instruct"])
-def test_scores_are_those_of_lm_eval(model, folders, source, tmp_path):
-    """Its own HFLM.loglikelihood and its own process_results, on the same items and the same model."""
-    lm_eval_scores, accuracies = scored_by_lm_eval(model, folders, source, tmp_path)
-    loaded, tokenizer, prepared = asked_pieces(model, folders, source)
+@pytest.mark.filterwarnings("ignore")  # another package's
+@pytest.mark.skipif(not find_spec("lm_eval"), reason="lm-eval is not installed; the test extra brings it")
+@pytest.mark.parametrize("name", ["tiny", "smollm2-135m-instruct"])
+def test_scores_and_accuracies_are_those_of_lm_eval(name, folders, tmp_path):
+    """Its own model, task and evaluation, from the same file of questions: every score, acc and acc_norm."""
+    tokenizer, model = (load(name if name in BUILT_IN else str(folders["teacher"])) for load in (load_tokenizer, load_model))
+    count = 8 if name in BUILT_IN else 60
+    prepared = prepare(DataConfig(source=str(written(multiple_choice(2 * count), tmp_path / "q.jsonl")), max_length=128, validation=0.5),
+                       tokenizer, seed=0)
     rows = choices.choice_rows(prepared)
-    scores = choices.scores_of(tasks.voice_of(loaded, prepared), prepared, rows)
-    assert scores == pytest.approx(np.array(lm_eval_scores), abs=1e-4)
-    assert choices.accuracy(rows, scores, normalised=False) == accuracies["acc"]
-    assert choices.accuracy(rows, scores) == accuracies["acc_norm"]
+    scores = choices.scores_of(tasks.voice_of(model, prepared), prepared, rows)
+    theirs, figures = scored_by_lm_eval(model, tokenizer, rows, tmp_path)
+    assert len(theirs) == len(scores)
+    assert scores == pytest.approx(np.array(theirs), abs=1e-4)
+    assert choices.accuracy(rows, scores, normalised=False) == figures["acc,none"]
+    assert choices.accuracy(rows, scores) == figures["acc_norm,none"]
+
+
+def scored_by_lm_eval(model, tokenizer, rows, folder):
+    """([rows] log-likelihoods, the task's results) of these questions."""
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    found = {}
+    for row in rows:
+        item = found.setdefault(row["item"], {"question": row["question"], "choices": []})
+        item["choices"].append(row["text"])
+        item |= {"answer": row["choice"]} if row["is_answer"] else {}
+    file = str(written(found.values(), folder / "held_out.jsonl"))
+    task = ConfigurableTask(config={
+        "task": "ours", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": file}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_choice": "choices", "doc_to_target": "answer", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    })
+    results = evaluate(HFLM(pretrained=model, tokenizer=tokenizer, device="cpu", batch_size=4), {"ours": task}, bootstrap_iters=0)
+    samples = sorted(results["samples"]["ours"], key=lambda sample: sample["doc_id"])
+    return [score for sample in samples for score, _ in sample["filtered_resps"]], results["results"]["ours"]
