@@ -17,7 +17,7 @@ from kdlib.diagnostics.scorecard import Line, scorecard
 from kdlib.errors import ConfigError, KdlibError
 from kdlib.runs import Run, StudentFolder, read_json
 
-KEYS = {"kl_to_teacher": "KL to the teacher", "agreement": "agreement", "perplexity": "perplexity"}
+KEYS = {"choice_accuracy": "right choices", "kl_to_teacher": "KL to the teacher", "agreement": "agreement", "perplexity": "perplexity"}
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ import torch
 from datasets import Dataset
 from made_questions import multiple_choice, question_tokenizer, tiny_gpt2, written
 
-from kdlib import choices, tasks, training
+from kdlib import choices, plots, tasks, training
 from kdlib.compare import Comparison
 from kdlib.config import DataConfig, parse
 from kdlib.diagnostics.doctor import diagnose
-from kdlib.diagnostics.parity import parity
+from kdlib.diagnostics.parity import parity, shortened
 from kdlib.embedded import BUILT_IN
 from kdlib.metrics import read_metrics
 from kdlib.models import load_model, load_tokenizer
@@ -181,6 +181,17 @@ def test_a_comparison_has_the_choices_with_paired_intervals(folders, prepared):
     json.dumps(results, allow_nan=False)
 
 
+def test_the_picture_and_the_tables_of_a_comparison_begin_with_the_choices(folders, prepared):
+    comparison = Comparison(prepared, question_tokenizer(), resamples=100)
+    for name in ("teacher", "untrained", "distilled"):
+        comparison.add(name, lambda name=name: load_model(str(folders["teacher" if name == "teacher" else "student"])))
+    results = comparison.results()
+    assert list(plots.quality_table(results).columns)[:2] == ["right choices", "right choices, raw"]
+    assert "the distilled student shows: no clear difference in accuracy of choices" in plots.comparison_message(results)
+    titles = [axes.get_title(loc="left").split("\n")[0] for axes in plots.comparison_bars(results).axes]
+    assert titles == ["right choices", "retention, %", "the teacher's choices", "KL to teacher"]
+
+
 def test_bits_per_byte_counts_the_answers_alone(folders, prepared):
     comparison = Comparison(prepared, question_tokenizer(), resamples=100)
     rights = choices.choice_rows(prepared).filter(lambda row: row["is_answer"])
@@ -193,6 +204,14 @@ def test_the_self_test_passes_on_questions(config):
     found = parity(config, student=tasks.untrained_student(config, prepared, None), teacher=tasks.load_teacher(config, prepared),
                    tokenizer=tokenizer, prepared=prepared)
     assert set(found["result"]) == {"pass"}, found.to_string()
+
+
+def test_the_rows_of_the_self_test_keep_a_prompt_and_differ_in_what_is_learned(prepared):
+    rows = shortened(prepared.train)
+    learned = [len(row["input_ids"]) - row["prompt_tokens"] for row in rows]
+    answers = [len(row["input_ids"]) - row["prompt_tokens"] for row in prepared.train.select(range(3))]
+    assert [many - few for many, few in zip(learned, answers, strict=True)] == [1, 2, 3]
+    assert all(row["prompt_tokens"] >= 1 for row in rows)
 
 
 def test_the_doctor_speaks_of_questions(config):
