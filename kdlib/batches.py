@@ -1,12 +1,13 @@
 """Prepared rows, and how they become batches: the one thing that all tasks hand to a training.
 
-A row is {"input_ids": […]}, with "prompt_tokens" where its beginning is given and not learned; of a classification it is
-{"input_ids": […], "label": n}, with "teacher_input_ids" where the teacher has a tokenizer of its own.
+A row is {"input_ids": […]}, with "prompt_tokens" where its beginning is given and not learned, and "read_only": [start, end, …]
+where later parts are given too; of a classification it is {"input_ids": […], "label": n}, with "teacher_input_ids" where the
+teacher has a tokenizer of its own.
 """
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ class Prepared:
     vocabulary: int  # what a model chooses among: the tokenizer's tokens, or the classes
     labels: tuple[str, ...] = ()  # the classes by name; none where tokens are predicted
     test: Dataset | None = None  # held out from every choice, where there are such rows
+    choices: Mapping[str, Dataset] = field(default_factory=dict)  # split → every choice of every question (kdlib.choices)
 
 
 def collate(rows: Sequence[Mapping[str, Any]], *, pad_id: int) -> dict[str, Tensor]:
@@ -43,6 +45,8 @@ def collate(rows: Sequence[Mapping[str, Any]], *, pad_id: int) -> dict[str, Tens
     labels = ids.masked_fill(mask == 0, IGNORED)
     for number, row in enumerate(rows):
         labels[number, : max(row.get("prompt_tokens", 1), 1)] = IGNORED
+        for start, end in pairwise(row.get("read_only") or ()):
+            labels[number, start:end] = IGNORED
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
@@ -54,6 +58,11 @@ def collate_classes(rows: Sequence[Mapping[str, Any]], *, pad_id: int, teacher_p
         ids, mask = padded([row["teacher_input_ids"] for row in rows], teacher_pad_id)
         batch |= {"teacher_input_ids": ids, "teacher_attention_mask": mask}
     return batch
+
+
+def pairwise(spans: Sequence[int]) -> list[tuple[int, int]]:
+    """[start, end, start, end, …] as [(start, end), …]."""
+    return list(zip(spans[::2], spans[1::2], strict=True))
 
 
 def padded(lists: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -75,15 +84,15 @@ def fingerprint(*parts: Dataset) -> str:
     """16 hex digits that change when any token, prompt or label of any row does."""
     digest = hashlib.sha256()
     for part in parts:
-        lists = token_lists(part)
-        others = [part.with_format("numpy")[:][name] for name in ("prompt_tokens", "label") if name in part.column_names]
-        for numbers in (lists.value_lengths(), lists.flatten(), *map(pa.array, others)):
+        lists = [token_lists(part, name) for name in ("input_ids", "read_only") if name in part.column_names]
+        others = [part.with_format("numpy")[:][name] for name in ("prompt_tokens", "label", "is_answer") if name in part.column_names]
+        for numbers in (*(array for each in lists for array in (each.value_lengths(), each.flatten())), *map(pa.array, others)):
             digest.update(len(numbers).to_bytes(8))
             digest.update(np.ascontiguousarray(numbers.to_numpy(zero_copy_only=False), dtype="<i8"))
     return digest.hexdigest()[:16]
 
 
-def token_lists(rows: Dataset) -> pa.ListArray:
+def token_lists(rows: Dataset, column: str = "input_ids") -> pa.ListArray:
     """All rows' ids as one Arrow array: a million rows in a second, without a Python list each."""
-    ids = rows.with_format("arrow")[:]["input_ids"]
+    ids = rows.with_format("arrow")[:][column]
     return ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids

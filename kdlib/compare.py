@@ -12,12 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdlib import compare_classes, tasks
 from kdlib.batches import Prepared
+from kdlib.choices import ChoiceTally
+from kdlib.compare_classes import measured_on, student_in
 from kdlib.config import Config
 from kdlib.footprint import peak_memory, seconds_of
 from kdlib.models import device_of, parameters, precision_of
 from kdlib.objective import MEASURES, row_sums
 from kdlib.runs import Run, write_json
-from kdlib.signals import Signal, kept
+from kdlib.signals import IGNORED, Signal, kept
 from kdlib.teachers import LiveTeacher
 
 BATCH = 8  # rows per forward pass
@@ -36,17 +38,20 @@ class Comparison:
     ) -> None:
         """
         Args:
-            prepared: its validation rows are what the models are measured on.
+            prepared: its test rows, else its validation rows, and the choices of its questions are what the models are measured on.
             device: where the models are measured.
             resamples: of the bootstrap; each draws rows with replacement, the same for every model.
         """
         self.tokenizer, self.device = tokenizer, torch.device(device)
-        self.prepared, every = prepared, list(prepared.validation)
+        self.prepared, self.rows = prepared, getattr(prepared, measured_on(prepared))
+        every = list(self.rows)
         self.batches = [prepared.collate(every[i : i + BATCH]) for i in range(0, len(every), BATCH)]
-        texts = tokenizer.batch_decode([row["input_ids"][1:] for row in every], skip_special_tokens=True)
-        self.row_bytes = np.array([len(text.encode()) for text in texts], dtype=float)
+        labels = [row for batch in self.batches for row in batch["labels"]]
+        texts = tokenizer.batch_decode([row[row != IGNORED] for row in labels], skip_special_tokens=True)
+        self.row_bytes = np.array([len(text.encode()) for text in texts], dtype=float)  # of what is predicted
         uniform = np.full(len(every), 1 / len(every))
         self.draws = np.random.default_rng(seed).multinomial(len(every), uniform, size=resamples)  # [resamples, rows] times drawn
+        self.tally = ChoiceTally(prepared, measured_on(prepared), resamples=resamples, seed=seed) if prepared.choices else None
         self.said: list[Signal] = []  # by the teacher, batch by batch
         self.sums: dict[str, np.ndarray] = {}  # model -> [rows, measures + 1]
         self.facts: dict[str, dict[str, Any]] = {}
@@ -61,6 +66,8 @@ class Comparison:
             voice = tasks.voice_of(model, self.prepared)
             self.sums[name] = np.concatenate([self._measure(number, voice) for number in range(len(self.batches))])
             speed = forward_tokens_per_s(model, self.batches[0]["input_ids"])
+            if self.tally:
+                self.tally.add(name, voice)
         size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         self.facts[name] = {
             "parameters": parameters(model), "size_on_disk_gib": size / 2**30, "forward_tokens_per_s": speed,
@@ -80,21 +87,23 @@ class Comparison:
 
     def results(self) -> dict[str, Any]:
         """Everything as plain data: per model its figures with 95 % intervals, and every paired difference."""
-        resampled = {name: self._figures(sums, self.draws) for name, sums in self.sums.items()}
         everything = np.ones((1, len(self.row_bytes)))
-        models = {}
-        for name, sums in self.sums.items():
-            figures = self._figures(sums, everything)
-            models[name] = {**{m: _with_interval(figures[m][0], resampled[name][m]) for m in METRICS}, **self.facts[name]}
+        found = {name: self._figures(sums, everything) for name, sums in self.sums.items()}
+        resampled = {name: self._figures(sums, self.draws) for name, sums in self.sums.items()}
+        figures = {name: {m: (found[name][m][0], resampled[name][m]) for m in METRICS} for name in found}
+        if self.tally:
+            figures = {name: metrics | self.tally.figures()[name] for name, metrics in figures.items()}
+        models = {name: {**{m: _with_interval(*pair) for m, pair in metrics.items()}, **self.facts[name]}
+                  for name, metrics in figures.items()}
         names = list(self.sums)
         pairs = [(a, b) for i, b in enumerate(names) for a in names[i + 1 :]]
         differences = [
-            {"model": a, "against": b, "metric": m,
-             **_with_interval(models[a][m]["value"] - models[b][m]["value"], resampled[a][m] - resampled[b][m])}
-            for a, b in pairs for m in METRICS
+            {"model": a, "against": b, "metric": m, **_with_interval(*(x - y for x, y in zip(figures[a][m], figures[b][m], strict=True)))}
+            for a, b in pairs for m in figures[a]
         ]
         return {
-            "models": models, "differences": differences, "rows": len(self.row_bytes),
+            "models": models, "differences": differences, "rows": len(self.row_bytes), "split": measured_on(self.prepared),
+            **({"questions": len(self.tally.draws[0])} if self.tally else {}),
             "tokens": int(next(iter(self.sums.values()))[:, -1].sum()), "resamples": len(self.draws),
             "interval": "95 %, paired bootstrap over rows", "samples": self.samples,
         }
@@ -111,8 +120,8 @@ class Comparison:
 def compare_run(run: Run, config: Config, tokenizer: PreTrainedTokenizerBase, prepared: Prepared) -> dict[str, Any]:
     """Compare the models of a finished run and write its comparison_results.json.
 
-    Where tokens are predicted, the students are the final ones, after equally many steps, and not those chosen on these very rows
-    (best_model/); where rows are classified, `compare_classes.measured_on` says which.
+    The students are the final ones, after equally many steps, and not those chosen on these very rows (best_model/); where there are
+    test rows, on which nothing was chosen, they are the best.
 
     Args:
         config: the run's, with the teacher that taught in it.
@@ -130,7 +139,9 @@ def _compare_tokens(run: Run, config: Config, tokenizer: PreTrainedTokenizerBase
     comparison = Comparison(
         prepared, tokenizer, device=device_of(config), resamples=config.compare.resamples, seed=config.seed
     )
-    prompts = prompts_from(prepared.validation, count=config.compare.continuations, length=config.compare.prompt_tokens)
+    prompts = prompts_from(comparison.rows, count=config.compare.continuations, length=config.compare.prompt_tokens)
+    if config.task == "question-answering":  # whole questions, that the models answer
+        prompts = given_prompts(comparison.rows, count=config.compare.continuations)
 
     def measure(name: str, load: Callable[[], PreTrainedModel]) -> None:
         print(f"measuring the {name} model …", flush=True)
@@ -140,8 +151,8 @@ def _compare_tokens(run: Run, config: Config, tokenizer: PreTrainedTokenizerBase
     untrained = tasks.untrained_student(config, prepared, run.manifest["student_layers"]).to(dtype)
     measure("untrained", lambda: deepcopy(untrained))  # so that its memory is its own, not the teacher's that it is cut from
     if config.baseline:
-        measure("baseline", lambda: tasks.load(str(run.baseline.final_model), prepared, dtype))
-    measure("distilled", lambda: tasks.load(str(run.final_model), prepared, dtype))
+        measure("baseline", lambda: tasks.load(student_in(run.baseline, prepared), prepared, dtype))
+    measure("distilled", lambda: tasks.load(student_in(run, prepared), prepared, dtype))
     return {"task": config.task, **comparison.results(), "prompts": tokenizer.batch_decode(prompts),
             "precision": str(dtype).removeprefix("torch.")}
 
@@ -159,7 +170,9 @@ def forward_tokens_per_s(model: PreTrainedModel, input_ids: torch.Tensor, repeat
 def continuations(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> list[str]:
-    """Greedy continuations of prompts of one length (so that nothing is padded)."""
+    """Greedy continuations of prompts, each by itself unless all are of one length (so that nothing is padded)."""
+    if len(set(map(len, prompts))) > 1:
+        return [text for prompt in prompts for text in continuations(model, tokenizer, [prompt], new_tokens)]
     ids = torch.tensor([list(prompt) for prompt in prompts], device=model.device)
     output = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
@@ -172,6 +185,12 @@ def prompts_from(rows: Dataset, *, count: int, length: int) -> list[list[int]]:
     """The beginnings of `count` rows spread over the validation text, all of one length."""
     fit = [row["input_ids"] for row in rows if len(row["input_ids"]) >= length]
     return [list(fit[i * len(fit) // count][:length]) for i in range(min(count, len(fit)))]
+
+
+def given_prompts(rows: Dataset, *, count: int) -> list[list[int]]:
+    """What is given of `count` rows spread over the validation rows: their questions."""
+    taken = [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
+    return [list(row["input_ids"][: row["prompt_tokens"]]) for row in taken]
 
 
 def _with_interval(value: float, resampled: np.ndarray) -> dict[str, float]:

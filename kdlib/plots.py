@@ -27,6 +27,12 @@ METRIC_LABELS = {
     "kl_to_teacher": "KL to teacher\nnats per token, T = 1", "agreement": "top-1 agreement\nwith the teacher",
     "perplexity": "perplexity\nper token", "bits_per_byte": "bits per byte",
 }
+CHOICE_LABELS = {
+    "choice_accuracy": "right choices\nlikeliest per character", "choice_accuracy_raw": "right choices, raw\nlikeliest as a whole",
+    "choice_agreement": "the teacher's choices\nright or wrong", "choice_retention": "retention, %\nof the teacher's right choices",
+}
+"""Of questions with choices; a comparison without them is drawn from METRIC_LABELS alone."""
+DRAWN = ("choice_accuracy", "choice_retention", "choice_agreement", "kl_to_teacher")  # of a comparison of choices, as bars
 
 if (shell := get_ipython()) is not None:  # IPython knows what a Figure is only where pyplot is imported, which nothing here does
     select_figure_formats(shell, {"png"})
@@ -64,9 +70,10 @@ def closeness(tables: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def comparison_bars(results: Mapping[str, Any]) -> Figure:
-    """All models on the same tokens, with 95 % intervals."""
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
-    for axes, (metric, label) in zip(figure.subplots(1, len(METRIC_LABELS)), METRIC_LABELS.items(), strict=True):
+    """All models on the same tokens, or the same questions, with 95 % intervals."""
+    figure, labels = Figure(figsize=(10, 4.4), layout="constrained"), labels_of(results)
+    drawn = {m: labels[m] for m in DRAWN if m in labels} if "questions" in results else labels
+    for axes, (metric, label) in zip(figure.subplots(1, len(drawn)), drawn.items(), strict=True):
         models = list(results["models"])
         for position, name in enumerate(models):
             figures = results["models"][name][metric]
@@ -81,7 +88,8 @@ def comparison_bars(results: Mapping[str, Any]) -> Figure:
         axes.margins(y=0.15)
         _plain_spines(axes)
     message = comparison_message(results).replace(": ", ":\n", 1).replace("; ", ",\n")
-    sample = f"n = {results['rows']} blocks, {results['tokens']:,} tokens; {results['interval']}"
+    of = f"{results['questions']} questions" if "questions" in results else f"{results['rows']} blocks, {results['tokens']:,} tokens"
+    sample = f"n = {of}; {results['interval']}"
     figure.suptitle(f"{message}\n{sample}", fontsize=10, x=0.01, ha="left")
     return figure
 
@@ -90,8 +98,9 @@ def comparison_message(results: Mapping[str, Any]) -> str:
     """What the comparison found, in a sentence; says so where an interval overlaps zero."""
     rival = "baseline" if "baseline" in results["models"] else "untrained"
     parts = []
-    for metric, words, good in (("kl_to_teacher", "KL to the teacher", -1), ("agreement", "agreement", 1),
-                                ("perplexity", "perplexity", -1)):
+    of_tokens = (("kl_to_teacher", "KL to the teacher", -1), ("agreement", "agreement", 1), ("perplexity", "perplexity", -1))
+    of_choices = (("choice_accuracy", "accuracy of choices", 1), ("choice_agreement", "agreement on choices", 1), of_tokens[0])
+    for metric, words, good in of_choices if "questions" in results else of_tokens:
         d = difference(results, "distilled", rival, metric)
         verdict = "no clear difference in" if d["low"] <= 0 <= d["high"] else "better" if d["value"] * good > 0 else "worse"
         parts.append(f"{verdict} {words} ({with_interval(d, '+')})")
@@ -103,9 +112,15 @@ def difference(results: Mapping[str, Any], model: str, against: str, metric: str
     return next(d for d in results["differences"] if (d["model"], d["against"], d["metric"]) == (model, against, metric))
 
 
+def labels_of(results: Mapping[str, Any]) -> dict[str, str]:
+    """The metrics that all models of a comparison have, with their labels; those of choices first."""
+    return {metric: label for metric, label in {**CHOICE_LABELS, **METRIC_LABELS}.items()
+            if all(metric in facts for facts in results["models"].values())}
+
+
 def quality_table(results: Mapping[str, Any]) -> pd.DataFrame:
     """One row per model: each metric with its 95 % interval."""
-    rows = {LABELS[name]: {METRIC_LABELS[m].split("\n")[0]: with_interval(facts[m]) for m in METRIC_LABELS}
+    rows = {LABELS[name]: {label.split("\n")[0]: with_interval(facts[m]) for m, label in labels_of(results).items()}
             for name, facts in results["models"].items()}
     return pd.DataFrame(rows).T
 
@@ -125,7 +140,7 @@ def difference_table(results: Mapping[str, Any]) -> pd.DataFrame:
     rivals = [name for name in ("baseline", "untrained", "teacher") if name in results["models"]]
     rows = []
     for rival in rivals:
-        for metric, label in METRIC_LABELS.items():
+        for metric, label in labels_of(results).items():
             d = difference(results, "distilled", rival, metric)
             rows.append({
                 "distilled student against": LABELS[rival], "metric": label.split("\n")[0],

@@ -17,6 +17,7 @@ from kdlib.teachers import LiveTeacher
 from kdlib.temperatures import Sight, softening_of
 
 TOKENS = 128  # of the held-out text: as many as one reads
+ROWS = 12  # where most of a row is given and little of it predicted
 FEW = 8  # not worth a row of their own
 CLASSIFIED = 32  # rows, spread over the held-out ones
 BEGINNING = 72  # letters of a row's text
@@ -31,7 +32,7 @@ def look(
 
     Args:
         voices: name → what loads the model; the teacher first.
-        rows: of {"input_ids": …}.
+        rows: of {"input_ids": …}, with "prompt_tokens" where a beginning is given.
         tokens: how many are predicted, at most; each row costs one more, its first.
     """
     batch = collate(beginnings(rows, tokens), pad_id=tokenizer.pad_token_id)
@@ -78,11 +79,12 @@ def beginnings(rows: Sequence[Mapping[str, Sequence[int]]], tokens: int) -> list
     """The first rows, the last one cut, that together have some so many tokens to predict, or all where they have fewer."""
     taken = []
     for row in rows:
-        if tokens < (FEW if taken else 1):
+        if tokens < (FEW if taken else 1) or len(taken) == (ROWS if "prompt_tokens" in row else len(rows)):
             break
-        ids = list(row["input_ids"][: tokens + 1])
-        taken.append({"input_ids": ids})
-        tokens -= len(ids) - 1
+        given = max(row.get("prompt_tokens", 1), 1)
+        ids = list(row["input_ids"][: tokens + given])
+        taken.append({**row, "input_ids": ids})
+        tokens -= len(ids) - given
     return taken
 
 

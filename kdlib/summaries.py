@@ -17,7 +17,8 @@ from kdlib.diagnostics.scorecard import Line, scorecard
 from kdlib.errors import ConfigError, KdlibError
 from kdlib.runs import Run, StudentFolder, read_json
 
-KEYS = {"kl_to_teacher": "KL to the teacher", "agreement": "agreement", "accuracy": "accuracy", "perplexity": "perplexity"}
+KEYS = {"choice_accuracy": "right choices", "kl_to_teacher": "KL to the teacher", "agreement": "agreement", "accuracy": "accuracy",
+        "perplexity": "perplexity"}
 
 
 @dataclass(frozen=True)

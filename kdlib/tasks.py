@@ -9,6 +9,7 @@ from kdlib import classes, data, questions
 from kdlib.batches import Prepared, calibration_rows
 from kdlib.classifiers import load_classifier, named_classes
 from kdlib.config import Config
+from kdlib.errors import ConfigError
 from kdlib.models import chosen_layers, load_config, load_model, load_tokenizer, precision_of, shallower
 from kdlib.teachers import LiveTeacher
 
@@ -18,12 +19,17 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prepared:
 
     Raises:
         DataError: nothing to read, not the named columns, or rows that the task can do nothing with, named one by one.
+        ConfigError: the best model is to be chosen by a metric that these rows have not.
     """
     if config.task == "sequence-classification":
         known = None if config.teacher_stage else named_classes(load_config(config.teacher.model))
         return classes.prepare(config.data, tokenizer, teacher=_teachers_own(config, tokenizer), seed=config.seed, known=known)
     prepare_rows = questions.prepare if config.task == "question-answering" else data.prepare
-    return prepare_rows(config.data, tokenizer, seed=config.seed)
+    prepared = prepare_rows(config.data, tokenizer, seed=config.seed)
+    if config.training["metric_for_best_model"].removeprefix("eval_") == "choice_accuracy" and not prepared.choices:
+        raise ConfigError(f"training.metric_for_best_model: found eval_choice_accuracy, but {config.data.source} has no choices "
+                          f"({prepared.notes['form']}); write eval_perplexity or eval_kl_to_teacher")
+    return prepared
 
 
 def load(source: str, prepared: Prepared, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from kdlib import choices as scoring
 from kdlib.callbacks import LogBeforeSave, MetricsFile, PrintedLines, Throughput, is_better, memory_gib
 from kdlib.diagnostics.gradients import gradient_figures, term_gradients
 from kdlib.diagnostics.ledger import LedgerWindow, breach
@@ -42,7 +44,8 @@ class DistillationTrainer(GuardedTrainer):
     def __init__(
         self, *, objective: Objective, teacher: LiveTeacher | None, vocabulary: int, folder: StudentFolder,
         workspace: Workspace | None = None, layer_pairs: LayerPairs = (), learning_rate_schedule: Schedule | None = None,
-        label: str = "", dense: bool = False, last_step: int | None = None, grad_norms_every: int | None = None, **options: Any,
+        label: str = "", dense: bool = False, last_step: int | None = None, grad_norms_every: int | None = None,
+        choices: Dataset | None = None, **options: Any,
     ) -> None:
         """
         Args:
@@ -54,6 +57,7 @@ class DistillationTrainer(GuardedTrainer):
             last_step: shown as the end where training will be stopped before the schedule's.
             grad_norms_every: so many optimizer steps apart, measure each term's gradient on its own, on the first micro-batch
                 (of the first rank): one more forward pass, a backward pass per term, and memory for terms x parameters.
+            choices: of the held-out questions, scored at every evaluation (kdlib.choices.choice_rows).
         """
         super().__init__(folder=folder, **options)
         if self.args.n_gpu > 1:
@@ -72,7 +76,7 @@ class DistillationTrainer(GuardedTrainer):
         flattened = self.is_fsdp_enabled and not self.accelerator.is_fsdp2  # FSDP1: no weight of its own shape is left
         self.form = None if dense or flattened else head_form(self.model)
         self.window, self.throughput, self.tokens, self.counted = LedgerWindow(), Throughput(), 0, "tokens"
-        self.grad_norms_every, self.gradients = grad_norms_every, {}
+        self.grad_norms_every, self.gradients, self.choices = grad_norms_every, {}, choices
         how = "all at once (no plain head)" if self.form is None else str(self.workspace)
         lines = PrintedLines(label, f"the student's logits {how}", last_step=last_step)
         for callback in (MetricsFile(folder), lines, LogBeforeSave(), self.throughput):
@@ -189,10 +193,26 @@ class DistillationTrainer(GuardedTrainer):
         figures |= {name: means[name] for name in measures if name != "ce"}
         of_tokens = batch["labels"].ndim == 2
         figures |= {"perplexity": math.exp(min(means["ce"], 700.0))} if of_tokens else {"log_loss": means["ce"]}
+        figures |= {} if self.choices is None else {"choice_accuracy": self._choice_accuracy(model, self.choices)}
         past = [line["eval_loss"] for line in self.state.log_history if "eval_loss" in line]
         figures["min_loss"] = min([*past, figures["loss"]])
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(rows))
+
+    def _choice_accuracy(self, model, rows: Dataset) -> float:
+        """The share of questions whose right choice scores highest by the length-normalised likelihood."""
+        parts, plain = [], Moment({}, {})
+        for batch in self.get_test_dataloader(rows):  # in the order of the rows; repeated ones are dropped
+            with torch.no_grad(), self.accelerator.autocast():
+                tokens, student, _ = self.signals(model, self._prepare_inputs(batch), plain, with_teacher=False)
+                sums = row_sums(student, None, tokens.targets, tokens.rows, row_count=len(batch["labels"]), measures=scoring.SCORE,
+                                chunk=self.workspace.chunk_for(student))
+            parts.append(self.accelerator.gather_for_metrics(-sums["ce"]))
+        scores = torch.cat(parts).double().cpu()
+        if not scores.isfinite().all():
+            row = rows[int((~scores.isfinite()).nonzero()[0, 0])]
+            self.stop(self.scene(plain, scoring.SCORE), [self.asked(row)], step=self.state.global_step, stage="evaluation", rows=rows)
+        return scoring.accuracy(rows, scores.numpy())
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Evaluates, and keeps the student in best_model/ when its metric beats all earlier ones of this training."""

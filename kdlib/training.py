@@ -182,7 +182,7 @@ def train(
             workspace=workspace_of(config, args, len(prepared.train), prepared.vocabulary),
             learning_rate_schedule=from_spec(course) if isinstance(course, Mapping) else None,
             folder=folder, label=label, last_step=stop_after, grad_norms_every=config.diagnostics.grad_norms_every, dense=dense,
-            callbacks=[*callbacks],
+            choices=prepared.choices.get("validation"), callbacks=[*callbacks],
         )
         if (stops := config.early_stopping) and not stop_after:
             trainer.add_callback(EarlyStoppingCallback(stops.patience, stops.min_delta))

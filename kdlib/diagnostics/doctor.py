@@ -19,12 +19,13 @@ from kdlib.diagnostics.data_checks import DATA_CHECKS
 from kdlib.diagnostics.findings import Finding, as_data, exit_status, ordered, text
 from kdlib.diagnostics.fixes import rewritten
 from kdlib.diagnostics.model_checks import MODEL_CHECKS, memory_suffices
+from kdlib.diagnostics.question_checks import QUESTION_CHECKS
 from kdlib.diagnostics.schedule_checks import SCHEDULE_CHECKS
 from kdlib.diagnostics.subject import Subject, Unavailable
 from kdlib.errors import ConfigError
 from kdlib.overrides import pairs
 
-CHECKS = (*CONFIG_CHECKS, *SCHEDULE_CHECKS, *DATA_CHECKS, *MODEL_CHECKS, *CLASS_CHECKS)
+CHECKS = (*CONFIG_CHECKS, *SCHEDULE_CHECKS, *DATA_CHECKS, *QUESTION_CHECKS, *MODEL_CHECKS, *CLASS_CHECKS)
 """In the order in which they are made; `memory_suffices` follows, and `ON_BATCHES`, which load the models."""
 ON_BATCHES = (*BATCH_CHECKS, *CLASS_BATCH_CHECKS)
 ROUNDS = 5  # of changes: one may bring another to light

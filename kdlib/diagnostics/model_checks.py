@@ -59,7 +59,8 @@ def tokenizers_agree(subject: Subject) -> Iterator[Finding]:
         if getattr(ours, name) != getattr(theirs, name):
             shown = "" if name == "chat_template" else f": {getattr(ours, name)!r}, the teacher's {getattr(theirs, name)!r}"
             yield Finding("note", "student.from", f"its {name} differs from the teacher's{shown}",
-                          "the trained student is saved with the teacher's tokenizer; training uses no template, and padding is masked",
+                          "the trained student is saved with the teacher's tokenizer, whose template is the one that is used; padding "
+                          "is masked",
                           "use the saved tokenizer with the trained student")
 
 

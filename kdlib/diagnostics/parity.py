@@ -98,8 +98,11 @@ def parity(
 def shortened(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The first rows, each cut to another length: packed rows are all alike, and a mean of means would not show.
 
-    Of a classification with their classes, and as the teacher reads them too.  A prompt is learned like the rest.
+    Of a classification with their classes, and as the teacher reads them too.  Where a row's beginning is given, it is cut there,
+    and some of it is learned, more in each row: answers may all be of one token.
     """
+    if rows and "prompt_tokens" in rows[0]:
+        return [_with_little_prompt(rows[i], learned=i + 1) for i in range(min(ROWS, len(rows)))]
     found = [{"label": rows[i]["label"]} if "label" in rows[i] else {} for i in range(min(ROWS, len(rows)))]
     for name in ("input_ids", "teacher_input_ids"):
         if name in rows[0]:
@@ -108,6 +111,13 @@ def shortened(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             for number, ids in enumerate(taken):
                 found[number][name] = list(ids[: max(longest * (number + 1) // len(taken), 2)])
     return found
+
+
+def _with_little_prompt(row: Mapping[str, Any], *, learned: int) -> dict[str, Any]:
+    """The row's last tokens; what is learned of them begins `learned` tokens before its answer, where there are so many."""
+    ids = list(row["input_ids"][: row["prompt_tokens"] + LONGEST // 2])
+    start = max(len(ids) - LONGEST * learned // ROWS, 0)
+    return {"input_ids": ids[start:], "prompt_tokens": max(row["prompt_tokens"] - start - learned, 1)}
 
 
 def tested_fractions(config: Config) -> list[float]:
@@ -139,7 +149,7 @@ def _trainer(config, student, teacher, tokenizer, prepared, rows, folder: Path) 
     args = training.training_arguments(config, folder, **training.DRY_RUN)
     objective = training.objective_of(config)
     pairs = training.listen(config, student, teacher.model, objective)
-    tokens = sum(len(row["input_ids"]) - 1 for row in rows)
+    tokens = len(kept(prepared.collate(rows)["labels"]).targets)
     usual = training.workspace_of(config, args, len(prepared.train), prepared.vocabulary)
     chunk = min(usual.chunk or tokens, tokens // 3 + 1)
     trainer = DistillationTrainer(

@@ -153,9 +153,11 @@ def batch_is_sensible(subject: Subject) -> Iterator[Finding]:
     """An optimizer step sees enough tokens for its gradient to mean something, and not the whole text."""
     args, extent, prepared = subject.args, subject.extent, subject.prepared
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    tokens = rows * prepared.notes["train_tokens"] / max(prepared.notes["train_rows"], 1)
-    where, seen = "training.gradient_accumulation_steps", f"{rows} rows, {tokens:,.0f} tokens, make an optimizer step"
+    learned = prepared.notes.get("train_learned_tokens", prepared.notes["train_tokens"])
+    tokens = rows * learned / max(prepared.notes["train_rows"], 1)
     is_of_rows = subject.config.task == "sequence-classification"
+    what = "tokens" if is_of_rows else "learned tokens"
+    where, seen = "training.gradient_accumulation_steps", f"{rows} rows, {tokens:,.0f} {what}, make an optimizer step"
     if rows > extent.rows:
         yield Finding("warning", where, f"{seen}; the training text has {extent.rows} rows",
                       "every step then sees the same text, and fewer rows than was meant", "lower batch size or accumulation")

@@ -25,9 +25,9 @@ from kdlib.sweeps.trials import described, plain
 FILE = "sweep.json"
 SEED = "seed"
 WORDS = {"kl_to_teacher": "KL to the teacher", "agreement": "top-1 agreement with the teacher", "perplexity": "perplexity",
-         "bits_per_byte": "bits per byte", "accuracy": "accuracy"}
+         "bits_per_byte": "bits per byte", "accuracy": "accuracy", "choice_accuracy": "accuracy of choices"}
 UNITS = {"kl_to_teacher": "nats per token, T = 1", "agreement": "share of tokens", "perplexity": "per token",
-         "bits_per_byte": "held-out text", "accuracy": "share of tokens"}
+         "bits_per_byte": "held-out text", "accuracy": "share of tokens", "choice_accuracy": "share of questions"}
 COSTS = {"parameters": ("student's parameters, millions", False), "tokens_per_s": ("forward pass, tokens/s", True),
          "training_s": ("training, s", False)}
 """Column -> (how figures call it, whether more is better)."""
