@@ -17,6 +17,21 @@ TERM_COLOURS = {"kd": "#0072b2", "ce": "#e69f00", "hidden": "#009e73", "attentio
 SPARE = ("#332288", "#117733", "#882255", "#999933", "#aa4499", "#d55e00", "#56b4e9", "#cc79a7")  # Tol's, and theirs
 INK, SOFT, SHADE, BROKEN = "#1f2328", "#6e6e6e", "#f1f1ee", "#cc0000"
 
+COLOURS = {"teacher": "#6e6e6e", "untrained": "#bdbdbd", "baseline": "#e69f00", "distilled": "#0072b2"}
+LABELS = {"teacher": "teacher", "untrained": "untrained student", "baseline": "CE-only baseline", "distilled": "distilled student"}
+OTHERS = ("#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#882255", "#999933")  # of models with names of their own
+
+
+def colours_of_models(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each model, the same in every figure for the usual ones."""
+    others = [name for name in names if name not in COLOURS]
+    return COLOURS | {name: OTHERS[number % len(OTHERS)] for number, name in enumerate(others)}
+
+
+def label_of(model: str) -> str:
+    """What a model is called; one with a name of its own by that."""
+    return LABELS.get(model, model)
+
 
 def colours_of(terms: Iterable[str]) -> dict[str, str]:
     """A colour for each term, the same in every figure for the usual ones."""

@@ -14,25 +14,24 @@ from IPython.core.pylabtools import select_figure_formats
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kdlib.canvas import colours_of
+from kdlib.answer_figures import answer_figures
+from kdlib.canvas import COLOURS, LABELS, colours_of, colours_of_models, label_of
 from kdlib.errors import ConfigError
+from kdlib.measures import DRAWN, KEYS, MEASURES, difference, rivals_of, shown_in, student_of, task_of, with_interval
 from kdlib.metrics import eval_table, terms_in, training_table
 from kdlib.panels import dashboard
 from kdlib.progress import progress
 from kdlib.runs import Run
 
-COLOURS = {"teacher": "#6e6e6e", "untrained": "#bdbdbd", "baseline": "#e69f00", "distilled": "#0072b2"}
-LABELS = {"teacher": "teacher", "untrained": "untrained student", "baseline": "CE-only baseline", "distilled": "distilled student"}
-METRIC_LABELS = {
-    "kl_to_teacher": "KL to teacher\nnats per token, T = 1", "agreement": "top-1 agreement\nwith the teacher",
-    "perplexity": "perplexity\nper token", "bits_per_byte": "bits per byte",
+COSTS = {  # what a comparison measures of it: how a column is headed, and its figures written
+    "parameters": ("parameters", lambda count: f"{count / 1e6:.1f} M"),
+    "size_on_disk_gib": ("as safetensors, GiB", lambda size: f"{size:.2f}" if size >= 0.1 else f"{size:.2g}"),
+    "forward_tokens_per_s": ("forward, tokens/s", "{:.0f}".format),
+    "latency_ms": ("one row, ms (median, middle half)", with_interval),
+    "throughput_rows_per_s": ("rows/s, in batches", "{:,.0f}".format),
+    "load_seconds": ("to load, s", "{:.1f}".format),
+    "peak_memory_gib": ("peak memory, GiB", "{:.2f}".format),
 }
-CHOICE_LABELS = {
-    "choice_accuracy": "right choices\nlikeliest per character", "choice_accuracy_raw": "right choices, raw\nlikeliest as a whole",
-    "choice_agreement": "the teacher's choices\nright or wrong", "choice_retention": "retention, %\nof the teacher's right choices",
-}
-"""Of questions with choices; a comparison without them is drawn from METRIC_LABELS alone."""
-DRAWN = ("choice_accuracy", "choice_retention", "choice_agreement", "kl_to_teacher")  # of a comparison of choices, as bars
 
 if (shell := get_ipython()) is not None:  # IPython knows what a Figure is only where pyplot is imported, which nothing here does
     select_figure_formats(shell, {"png"})
@@ -70,95 +69,83 @@ def closeness(tables: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def comparison_bars(results: Mapping[str, Any]) -> Figure:
-    """All models on the same tokens, or the same questions, with 95 % intervals."""
-    figure, labels = Figure(figsize=(10, 4.4), layout="constrained"), labels_of(results)
-    drawn = {m: labels[m] for m in DRAWN if m in labels} if "questions" in results else labels
-    for axes, (metric, label) in zip(figure.subplots(1, len(drawn)), drawn.items(), strict=True):
-        models = list(results["models"])
+    """All models on the same held-out rows, with 95 % intervals."""
+    figure, drawn = Figure(figsize=(10, 4.4), layout="constrained"), shown_in(results)[:DRAWN]
+    models = list(results["models"])
+    colours = colours_of_models(models)
+    for axes, metric in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
         for position, name in enumerate(models):
             figures = results["models"][name][metric]
             low, high = figures["value"] - figures["low"], figures["high"] - figures["value"]
-            axes.bar(position, figures["value"], color=COLOURS[name], hatch="//" if name == "teacher" else None,
+            axes.bar(position, figures["value"], color=colours[name], hatch="//" if name == "teacher" else None,
                      edgecolor="white", yerr=[[max(low, 0)], [max(high, 0)]], capsize=3)
             axes.text(position, figures["high"], f" {figures['value']:.3g}", ha="center", va="bottom", fontsize=8)
         if metric == "perplexity":
             axes.set_yscale("log")
-        axes.set_xticks(range(len(models)), [LABELS[m].replace(" ", "\n") for m in models], fontsize=8)
-        axes.set_title(label, fontsize=9, loc="left")
+        axes.set_xticks(range(len(models)), [label_of(m).replace(" ", "\n") for m in models], fontsize=8, parse_math=False)
+        axes.set_title(MEASURES[metric].label(task_of(results)).strip(), fontsize=9, loc="left")
         axes.margins(y=0.15)
         _plain_spines(axes)
     message = comparison_message(results).replace(": ", ":\n", 1).replace("; ", ",\n")
-    of = f"{results['questions']} questions" if "questions" in results else f"{results['rows']} blocks, {results['tokens']:,} tokens"
-    sample = f"n = {of}; {results['interval']}"
-    figure.suptitle(f"{message}\n{sample}", fontsize=10, x=0.01, ha="left")
+    figure.suptitle(f"{message}\n{sample_of(results)}", fontsize=10, x=0.01, ha="left", parse_math=False)
     return figure
+
+
+def sample_of(results: Mapping[str, Any]) -> str:
+    """What was measured on, in words."""
+    if "questions" in results:
+        return f"n = {results['questions']:,} questions; {results['interval']}"
+    if "tokens" in results:
+        return f"n = {results['rows']} blocks, {results['tokens']:,} tokens; {results['interval']}"
+    return f"n = {results['rows']:,} {results['split']} rows; {results['interval']}"
 
 
 def comparison_message(results: Mapping[str, Any]) -> str:
     """What the comparison found, in a sentence; says so where an interval overlaps zero."""
-    rival = "baseline" if "baseline" in results["models"] else "untrained"
+    student, rival = student_of(results), rivals_of(results)[0]
     parts = []
-    of_tokens = (("kl_to_teacher", "KL to the teacher", -1), ("agreement", "agreement", 1), ("perplexity", "perplexity", -1))
-    of_choices = (("choice_accuracy", "accuracy of choices", 1), ("choice_agreement", "agreement on choices", 1), of_tokens[0])
-    for metric, words, good in of_choices if "questions" in results else of_tokens:
-        d = difference(results, "distilled", rival, metric)
-        verdict = "no clear difference in" if d["low"] <= 0 <= d["high"] else "better" if d["value"] * good > 0 else "worse"
-        parts.append(f"{verdict} {words} ({with_interval(d, '+')})")
-    return f"Against the {LABELS[rival]}, the distilled student shows: {'; '.join(parts)}"
-
-
-def difference(results: Mapping[str, Any], model: str, against: str, metric: str) -> dict[str, Any]:
-    """The paired difference of two models in one metric, with its interval."""
-    return next(d for d in results["differences"] if (d["model"], d["against"], d["metric"]) == (model, against, metric))
-
-
-def labels_of(results: Mapping[str, Any]) -> dict[str, str]:
-    """The metrics that all models of a comparison have, with their labels; those of choices first."""
-    return {metric: label for metric, label in {**CHOICE_LABELS, **METRIC_LABELS}.items()
-            if all(metric in facts for facts in results["models"].values())}
+    for metric in shown_in(results, KEYS):
+        d, measure = difference(results, student, rival, metric), MEASURES[metric]
+        better = d["value"] > 0 if measure.higher_is_better else d["value"] < 0
+        verdict = "no clear difference in" if d["low"] <= 0 <= d["high"] else "better" if better else "worse"
+        parts.append(f"{verdict} {measure.words.removesuffix(' with the teacher').removeprefix('top-1 ')} ({with_interval(d, '+')})")
+    if "retention" in shown_in(results):
+        parts.append(f"{with_interval(results['models'][student]['retention'])} % of the teacher's accuracy")
+    return f"Against the {label_of(rival)}, the {label_of(student)} shows: {'; '.join(parts)}"
 
 
 def quality_table(results: Mapping[str, Any]) -> pd.DataFrame:
     """One row per model: each metric with its 95 % interval."""
-    rows = {LABELS[name]: {label.split("\n")[0]: with_interval(facts[m]) for m, label in labels_of(results).items()}
+    rows = {label_of(name): {MEASURES[m].name: with_interval(facts[m]) for m in shown_in(results)}
             for name, facts in results["models"].items()}
     return pd.DataFrame(rows).T
 
 
 def cost_table(results: Mapping[str, Any]) -> pd.DataFrame:
     """One row per model: size, speed and memory, as measured in this comparison."""
-    rows = {
-        LABELS[name]: {"parameters": f"{facts['parameters'] / 1e6:.1f} M", "as safetensors, GiB": f"{facts['size_on_disk_gib']:.2f}",
-                       "forward, tokens/s": f"{facts['forward_tokens_per_s']:.0f}", "peak memory, GiB": f"{facts['peak_memory_gib']:.2f}"}
-        for name, facts in results["models"].items()
-    }
-    return pd.DataFrame(rows).T
+    rows = {label_of(name): {label: form(facts[cost]) for cost, (label, form) in COSTS.items() if cost in facts}
+            for name, facts in results["models"].items()}
+    return pd.DataFrame(rows).T.fillna("")
 
 
 def difference_table(results: Mapping[str, Any]) -> pd.DataFrame:
-    """The distilled student's paired differences, the hardest rival first, and whether the interval excludes zero."""
-    rivals = [name for name in ("baseline", "untrained", "teacher") if name in results["models"]]
-    rows = []
-    for rival in rivals:
-        for metric, label in labels_of(results).items():
-            d = difference(results, "distilled", rival, metric)
+    """The student's paired differences, the hardest rival first, and whether the interval excludes zero."""
+    student, rows = student_of(results), []
+    heading = f"{label_of(student)} against"
+    for rival in rivals_of(results):
+        for metric in shown_in(results):
+            d = difference(results, student, rival, metric)
             rows.append({
-                "distilled student against": LABELS[rival], "metric": label.split("\n")[0],
+                heading: label_of(rival), "metric": MEASURES[metric].name,
                 "difference and 95 % interval": with_interval(d, "+"), "excludes zero": "yes" if d["low"] > 0 or d["high"] < 0 else "no",
             })
-    return pd.DataFrame(rows).set_index("distilled student against")
-
-
-def with_interval(figures: Mapping[str, float], sign: str = "") -> str:
-    """`1.22 [1.13, 1.33]`: three digits each, whole numbers from 1,000 on; `sign` is + for differences."""
-    three = [f"{x:{sign},.0f}" if abs(x) >= 1000 else f"{x:{sign}#.3g}".rstrip(".") for x in map(figures.get, ("value", "low", "high"))]
-    return "{} [{}, {}]".format(*three)
+    return pd.DataFrame(rows).set_index(heading)
 
 
 def run_figures(run: Run, results: Mapping[str, Any] | None) -> dict[str, Figure]:
     """Every figure that the files of a run allow, by name: for notebook and report alike."""
     evaluation, baseline = eval_table(run), eval_table(run.baseline)
-    figures = {"teacher_student_comparison": comparison_bars(results)} if results else {}
+    figures = {"teacher_student_comparison": comparison_bars(results), **answer_figures(results)} if results else {}
     if len(training_table(run)):
         with suppress(ConfigError):  # of another version: its report says so
             others = [progress(run, run.baseline)] if len(training_table(run.baseline)) else []

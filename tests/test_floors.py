@@ -4,7 +4,7 @@ from pathlib import Path
 
 KDLIB = Path(__file__).parent.parent / "kdlib"
 FLOORS = [
-    {"diagnostics.row_view", "errors", "schedulers", "signals", "strata", "task_rules", "tokens", "calibration", "resampling",
+    {"diagnostics.row_view", "errors", "schedulers", "signals", "strata", "task_rules", "tokens", "calibration", "measures", "resampling",
      "diagnostics.findings"},
     {"answers", "arguments", "curriculum", "fields", "keys", "overrides", "diagnostics.fixes"},
     {"answer_results", "loss_config"},
@@ -18,7 +18,7 @@ FLOORS = [
     {"classifiers", "teachers", "callbacks", "checkpoints", "diagnostics.culprits", "diagnostics.gradients"},
     {"diagnostics.nan_guard", "diagnostics.nan_report", "trackers", "tasks", "footprint", "choices"},
     {"guarded_trainer"},
-    {"trainer", "compare_classes", "scene"},
+    {"trainer", "compare_classes", "scene", "answer_figures"},
     {"compare"},
     {"panels"},
     {"training", "plots", "pages", "benchmarks.settings", "benchmarks.machine", "benchmarks.heads", "sweeps.settings", "sweeps.clock",
@@ -47,7 +47,7 @@ FLOORS = [
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 READERS = {  # importable without torch
-    "answers", "answer_results", "calibration", "resampling",
+    "answers", "answer_figures", "answer_results", "calibration", "measures", "resampling",
     "errors", "schedulers", "arguments", "curriculum", "fields", "keys", "overrides", "task_rules", "loss_config", "config", "runs",
     "dialects", "strata",
     "migration", "metrics", "canvas", "progress", "scene", "panels", "plots", "dashboard", "diagnostics.scorecard", "pages", "executed",

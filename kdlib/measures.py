@@ -1,0 +1,81 @@
+"""What a comparison measures: how each measure is called, its unit, whether more is better, and which a task shows.  Imports no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One figure of a comparison; `{item}` in its unit is what the task predicts: a token, a row."""
+
+    name: str  # at the head of a column
+    unit: str
+    words: str  # within a sentence
+    higher_is_better: bool
+
+    def label(self, task: str) -> str:
+        """Name and unit, a line each."""
+        return f"{self.name}\n{self.unit.format(item=ITEMS.get(task, task))}"
+
+
+MEASURES = {
+    "kl_to_teacher": Measure("KL to teacher", "nats per {item}, T = 1", "KL to the teacher", False),
+    "agreement": Measure("top-1 agreement", "with the teacher", "top-1 agreement with the teacher", True),
+    "perplexity": Measure("perplexity", "per token", "perplexity", False),
+    "bits_per_byte": Measure("bits per byte", "", "bits per byte", False),
+    "accuracy": Measure("accuracy", "share of {item}s", "accuracy", True),
+    "macro_f1": Measure("macro-F1", "mean over the classes", "macro-F1", True),
+    "log_loss": Measure("log-loss", "nats per {item}", "log-loss", False),
+    "ece": Measure("calibration error", "expected; 15 bins", "calibration error", False),
+    "retention": Measure("retention, %", "of the teacher's accuracy", "retention of the teacher's accuracy", True),
+    "choice_accuracy": Measure("right choices", "likeliest per character", "right choices", True),
+    "choice_accuracy_raw": Measure("right choices, raw", "likeliest as a whole", "right choices by raw likelihood", True),
+    "choice_agreement": Measure("the teacher's choices", "right or wrong", "agreement on choices", True),
+    "choice_retention": Measure("retention, %", "of the teacher's right choices", "retention of the teacher's right choices", True),
+}
+ITEMS = {"causal-lm": "token", "sequence-classification": "row", "question-answering": "token"}
+TABLE = {  # in the order of tables; the first four are drawn
+    "causal-lm": ("kl_to_teacher", "agreement", "perplexity", "bits_per_byte"),
+    "sequence-classification": ("accuracy", "macro_f1", "log_loss", "ece", "kl_to_teacher", "agreement", "retention"),
+    "question-answering": ("choice_accuracy", "choice_retention", "choice_agreement", "kl_to_teacher", "choice_accuracy_raw", "agreement",
+                           "perplexity", "bits_per_byte"),
+}
+KEYS = {  # told first: in the sentence that opens a report, in the table over all runs
+    "causal-lm": ("kl_to_teacher", "agreement", "perplexity"),
+    "sequence-classification": ("accuracy", "macro_f1", "log_loss", "ece"),
+    "question-answering": ("choice_accuracy", "choice_agreement", "kl_to_teacher", "perplexity"),
+}
+DRAWN = 4
+
+
+def task_of(results: Mapping[str, Any]) -> str:
+    """The task that was compared; what is older than tasks is of language models."""
+    return results.get("task", "causal-lm")
+
+
+def shown_in(results: Mapping[str, Any], choice: Mapping[str, tuple[str, ...]] = TABLE) -> list[str]:
+    """The measures of a comparison, in the order of its task, as far as all its models have them."""
+    return [name for name in choice[task_of(results)] if all(name in facts for facts in results["models"].values())]
+
+
+def student_of(results: Mapping[str, Any]) -> str:
+    """Whom the comparison is about."""
+    return results.get("student", "distilled")
+
+
+def rivals_of(results: Mapping[str, Any]) -> list[str]:
+    """Whom that student is held against, the hardest first: other students, the untrained one, the teacher."""
+    order = {"untrained": 1, "teacher": 2}
+    return sorted((name for name in results["models"] if name != student_of(results)), key=lambda name: order.get(name, 0))
+
+
+def difference(results: Mapping[str, Any], model: str, against: str, metric: str) -> dict[str, Any]:
+    """The paired difference of two models in one metric, with its interval."""
+    return next(d for d in results["differences"] if (d["model"], d["against"], d["metric"]) == (model, against, metric))
+
+
+def with_interval(figures: Mapping[str, float], sign: str = "") -> str:
+    """`1.22 [1.13, 1.33]`: three digits each, whole numbers from 1,000 on; `sign` is + for differences."""
+    three = [f"{x:{sign},.0f}" if abs(x) >= 1000 else f"{x:{sign}#.3g}".rstrip(".") for x in map(figures.get, ("value", "low", "high"))]
+    return "{} [{}, {}]".format(*three)
