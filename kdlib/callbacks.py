@@ -80,7 +80,7 @@ class PrintedLines(TrainerCallback):
         if "loss" in logs:
             terms = "  ".join(f"{n.removesuffix('_loss')} {v:.3f}" for n, v in logs.items() if n.endswith("_loss"))
             print(f"{at}  loss {logs['loss']:.3f} = {terms}  "
-                  f"lr {logs['learning_rate']:.1e}  {logs['tokens_per_s']:.0f} tokens/s  {self._left(state)}", flush=True)
+                  f"lr {logs['learning_rate']:.1e}  {_pace(logs)}{self._left(state)}", flush=True)
         elif "eval_loss" in logs:
             figures = [f"{words} {logs[name]:{form}}" for name, (words, form) in HELD_OUT.items() if name in logs]
             print(f"{at}  held-out: {'  '.join(figures)}", flush=True)
@@ -88,6 +88,10 @@ class PrintedLines(TrainerCallback):
     def _left(self, state) -> str:
         seconds, steps = time.perf_counter() - self.started[0], state.global_step - self.started[1]
         return f"{seconds / steps * ((self.last_step or state.max_steps) - state.global_step):.0f} s left" if steps else ""
+
+
+def _pace(logs: Mapping[str, float]) -> str:
+    return "".join(f"{logs[f'{what}_per_s']:.0f} {what}/s  " for what in ("tokens", "rows") if f"{what}_per_s" in logs)
 
 
 class Throughput(TrainerCallback):

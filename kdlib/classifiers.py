@@ -24,7 +24,8 @@ def load_classifier(
     """
     stated = load_config(model)
     order = class_order(model, stated, labels)
-    options = {} if order else {"num_labels": len(labels), "ignore_mismatched_sizes": True}
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: number for number, label in enumerate(labels)}}
+    options = {} if order else {**names, "ignore_mismatched_sizes": True}
     with explained(model, "model"):
         made, info = AutoModelForSequenceClassification.from_pretrained(
             folder_of(model), dtype=dtype, use_safetensors=True, output_loading_info=True, **options
@@ -37,11 +38,21 @@ def load_classifier(
         )
     if order and not fresh and order != list(range(len(labels))):
         _reorder_head(model, made, order)
-    made.config.id2label, made.config.label2id = dict(enumerate(labels)), {label: number for number, label in enumerate(labels)}
+    made.config.id2label, made.config.label2id = names["id2label"], names["label2id"]
     made.config.problem_type = "single_label_classification"
-    if made.config.get_text_config().pad_token_id is None:  # a decoder's head reads the last token that is no padding
-        made.config.get_text_config().pad_token_id = load_tokenizer(model).pad_token_id
+    if (padding := load_tokenizer(model).pad_token_id) is not None:  # a decoder's head reads the last token that is no padding
+        made.config.get_text_config().pad_token_id = padding  # of what rows are padded with, whatever the model's file says
     return made.eval()
+
+
+def blank_classifier(name: str, config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A classifier of this config, with as many classes as it says and random weights; `name` is for the message of an error.
+
+    Raises:
+        ModelError: the config is of no such model.
+    """
+    with explained(name, "classifier"):
+        return AutoModelForSequenceClassification.from_config(config, dtype=dtype).eval()
 
 
 def class_order(name: str, config: PreTrainedConfig, labels: Sequence[str]) -> list[int] | None:
@@ -54,8 +65,8 @@ def class_order(name: str, config: PreTrainedConfig, labels: Sequence[str]) -> l
     """
     if config.num_labels != len(labels):
         return None
-    theirs = [str(config.id2label[number]) for number in range(len(labels))]
-    if all(label == f"LABEL_{number}" for number, label in enumerate(theirs)):
+    theirs = named_classes(config)
+    if theirs is None:
         return list(range(len(labels)))
     place = {label.casefold(): number for number, label in enumerate(theirs)}
     if missing := [label for label in labels if label.casefold() not in place]:
@@ -64,6 +75,12 @@ def class_order(name: str, config: PreTrainedConfig, labels: Sequence[str]) -> l
             "not among them. Classes are matched by name: rename those of the data (data.labels), or take a model trained on them"
         )
     return [place[label.casefold()] for label in labels]
+
+
+def named_classes(config: PreTrainedConfig) -> list[str] | None:
+    """A model's classes in the order of its outputs; None where they have no names (LABEL_0, …)."""
+    names = [str(config.id2label[number]) for number in range(config.num_labels)]
+    return None if all(name == f"LABEL_{number}" for number, name in enumerate(names)) else names
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ class TemperatureExplorer(widgets.VBox):
         self.top = sizes(sight.ranked.shape[-1], *[top_k] if top_k else [])
         self.rows = {row["temperature"]: row for row in softening(sight.ranked, TEMPERATURES, self.top)["rows"]}
         first = max(k for k in self.top if k <= (top_k or USUAL_K))
-        self.token = _slider(widgets.IntSlider, "token", 1, min=1, max=len(sight.texts))
+        self.token = _slider(widgets.IntSlider, sight.of.removesuffix("s"), 1, min=1, max=len(sight.texts))
         self.temperature = _slider(widgets.FloatSlider, "temperature T", min(max(temperature, 0.5), 8.0), min=0.5, max=8.0, step=0.1)
         self.top_k = _slider(widgets.SelectionSlider, "top k", first, options=[(f"{k:,}", k) for k in self.top])
         self.bars, self.picture = widgets.HTML(), _picture()
@@ -61,7 +61,7 @@ class TemperatureExplorer(widgets.VBox):
         entropy, outside = softened(self.sight.ranked[[number]], temperature, self.top)
         if temperature not in self.rows:
             self.rows[temperature], = softening(self.sight.ranked, [temperature], self.top)["rows"]
-        table = {"sizes": self.top, "rows": [self.rows[each] for each in sorted(self.rows)]}
+        table = {"of": self.sight.of, "sizes": self.top, "rows": [self.rows[each] for each in sorted(self.rows)]}
         self.bars.value = candidate_bars(self.sight, number, temperature, k)
         self.picture.value = png(softening_figure(table, temperature, k, {"entropy": entropy[0], "outside": outside[0]}))
 
@@ -74,7 +74,7 @@ class HeatMapExplorer(widgets.VBox):
         students = [(LABELS.get(name, name), name) for name in facts["students"]]
         self.student = _slider(widgets.Dropdown, "student", students[0][1], options=students)
         self.measure = _slider(widgets.Dropdown, "coloured by", "kl", options=[(words, name) for name, words in MEASURES.items()])
-        self.rank = _slider(widgets.IntSlider, "hardest token", 1, min=1, max=len(facts["tokens"]))
+        self.rank = _slider(widgets.IntSlider, f"hardest {facts.get('of', 'tokens').removesuffix('s')}", 1, min=1, max=len(facts["tokens"]))
         self.map = widgets.HTML()
         controls = [self.student, self.measure, self.rank]
         _watch(controls, self._redraw)

@@ -17,6 +17,7 @@ from kdlib.config import Config
 from kdlib.errors import RunError
 from kdlib.explorer_widgets import HeatMapExplorer, ScheduleDesigner, TemperatureExplorer, course_picture, png, yaml_html
 from kdlib.heat_map import heat_map
+from kdlib.heat_map import of as heat_map_of
 from kdlib.runs import Run, StudentFolder, headless, read_json
 from kdlib.schedule_designer import as_yaml
 from kdlib.temperatures import Sight, message, softening_figure, softening_of
@@ -32,7 +33,7 @@ def temperature_and_top_k(sight: Sight, config: Config) -> Widget | HTML:
 
 
 def token_heat_map(run: Run) -> Widget | HTML:
-    """A held-out text token by token: where the students are far from the teacher, and what both would have said.
+    """A held-out text token by token, or texts row by row: where the students are far from the teacher, and what both say.
 
     Raises:
         RunError: the run has no explorers.json.
@@ -53,7 +54,8 @@ def static_html(run: Run) -> dict[str, str]:
     facts = read_json(run.path / "explorers.json")
     if facts is None:
         return {}
-    return {"Temperature and top k": _temperature_page(facts), "Token by token": _heat_map_page(facts),
+    return {"Temperature and top k": _temperature_page(facts),
+            "Row by row" if heat_map_of(facts) == "rows" else "Token by token": _heat_map_page(facts),
             "Course of the training": _course_page(run)}
 
 

@@ -1,7 +1,8 @@
 """A held-out text coloured by how hard each token is for a student: HTML that needs no script.  Imports no torch.
 
-Reads what `kdlib.sights.summary` keeps in explorers.json.  Ink and background are the page's own, and colours lie thinly over
-them, so that it reads in light and dark; text stands in `code`, where no notebook looks for formulas, and is escaped.
+Reads what `kdlib.sights.summary` keeps in explorers.json; where rows are classified, each is coloured as a whole.  Ink and
+background are the page's own, and colours lie thinly over them, so that it reads in light and dark; text stands in `code`, where
+no notebook looks for formulas, and is escaped.
 """
 
 from collections.abc import Mapping, Sequence
@@ -71,9 +72,14 @@ def message(facts: Mapping[str, Any], student: str, measure: str) -> str:
     """What the map shows, in a sentence: how much of it sits in how few tokens."""
     found, who = values(facts, student, measure), LABELS.get(student, student)
     if measure == "differs":
-        return f"Teacher and {who} have different first choices at {found.sum():.0f} of {len(found)} tokens"
+        return f"Teacher and {who} have different first choices at {found.sum():.0f} of {len(found)} {of(facts)}"
     half = int(np.searchsorted(np.cumsum(-np.sort(-found)), found.sum() / 2)) + 1
-    return f"Half of the {who}'s {MEASURES[measure]} sits in {half} of {len(found)} tokens; the mean is {found.mean():.2f} nats"
+    return f"Half of the {who}'s {MEASURES[measure]} sits in {half} of {len(found)} {of(facts)}; the mean is {found.mean():.2f} nats"
+
+
+def of(facts: Mapping[str, Any]) -> str:
+    """What is coloured: tokens, or rows."""
+    return facts.get("of", "tokens")
 
 
 def _strengths(facts: Mapping[str, Any], student: str, measure: str) -> np.ndarray:
@@ -83,18 +89,21 @@ def _strengths(facts: Mapping[str, Any], student: str, measure: str) -> np.ndarr
 def _token(facts: Mapping[str, Any], student: str, number: int, strengths: Mapping[str, np.ndarray], *, marked: bool) -> str:
     token = facts["tokens"][number]
     style = ";".join(f"--{name}:{strength[number]:.2f}" for name, strength in strengths.items())
-    row = f'{"<br>" * (number > 0)}<span class="before">{_seen(token["before"])}</span>' if token["before"] else ""
-    return (f'{row}<span class="t{" marked" * marked}" style="{style}">{_seen(token["text"])}{_card(facts, student, number)}</span>'
+    row = f'{"<br>" * (number > 0)}<span class="before">{_seen(facts, token["before"])}</span>' if token["before"] else ""
+    return (f'{row}<span class="t{" marked" * marked}" style="{style}">{_seen(facts, token["text"])}{_card(facts, student, number)}</span>'
             + "<br>" * token["text"].count("\n"))
 
 
 def _card(facts: Mapping[str, Any], student: str, number: int) -> str:
     """What came, what it cost, and what both models would have said."""
     teacher, said = facts["teacher"], facts["students"][student]
-    columns = [[f'<span><code>{_seen(text)}</code><span class="soft">{_share(p)}</span></span>' for text, p in top]
+    columns = [[f'<span><code>{_seen(facts, text)}</code><span class="soft">{_share(p)}</span></span>' for text, p in top]
                for top in (teacher["top"][number], said["top"][number])]
     pairs = "".join(a + b for a, b in zip(*columns, strict=True))
-    came = f'<b><code>{_seen(facts["tokens"][number]["text"])}</code></b> <span class="soft">came, token {number + 1}</span>'
+    token = facts["tokens"][number]
+    came = f'<b><code>{_seen(facts, token["text"])}</code></b> <span class="soft">came, token {number + 1}</span>'
+    if of(facts) == "rows":
+        came = f'<span class="soft">row {number + 1}, of the class</span> <b>{_seen(facts, _context(facts, number))}</b>'
     cost = f'KL {said["kl"][number]:.2f} · cross-entropy {said["ce"][number]:.2f}, the teacher\'s {teacher["ce"][number]:.2f} nats'
     return (f'<span class="card">{came}<br><span class="soft">{cost}</span><span class="pair"><b>teacher</b><b>'
             f"{escape(LABELS.get(student, student))}</b>{pairs}</span></span>")
@@ -102,17 +111,20 @@ def _card(facts: Mapping[str, Any], student: str, number: int) -> str:
 
 def _hardest_table(facts: Mapping[str, Any], student: str, measure: str) -> str:
     said, teacher = facts["students"][student], facts["teacher"]
-    names = ("hardest", "after", "KL", "cross-entropy", "teacher's choice", "student's choice")
+    names = ("hardest", "class" if of(facts) == "rows" else "after", "KL", "cross-entropy", "teacher's choice", "student's choice")
     rows = "".join(
-        f'<tr><td><b><code>{_seen(facts["tokens"][n]["text"])}</code></b></td><td class="soft"><code>{_seen(_context(facts, n))}</code>'
-        f'</td><td class="n">{said["kl"][n]:.2f}</td><td class="n">{said["ce"][n]:.2f}</td><td>{_first(teacher["top"][n])}</td>'
-        f'<td>{_first(said["top"][n])}</td></tr>' for n in hardest(facts, student, measure, HARDEST)
+        f'<tr><td><b><code>{_seen(facts, facts["tokens"][n]["text"])}</code></b></td>'
+        f'<td class="soft"><code>{_seen(facts, _context(facts, n))}</code></td>'
+        f'<td class="n">{said["kl"][n]:.2f}</td><td class="n">{said["ce"][n]:.2f}</td><td>{_first(facts, teacher["top"][n])}</td>'
+        f'<td>{_first(facts, said["top"][n])}</td></tr>' for n in hardest(facts, student, measure, HARDEST)
     )
     return f"<table><tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>{rows}</table>"
 
 
 def _context(facts: Mapping[str, Any], number: int, length: int = 24) -> str:
-    """The end of what was read before a token, within its row."""
+    """The end of what was read before a token, within its row; of a row, its class."""
+    if of(facts) == "rows":
+        return facts["tokens"][number]["before"].removesuffix(": ")
     text = ""
     for token in reversed(facts["tokens"][: number + 1]):
         text = (token["before"] if token is facts["tokens"][number] else token["before"] + token["text"]) + text
@@ -127,14 +139,15 @@ def _legend(facts: Mapping[str, Any], measure: str) -> str:
     return f'<span class="legend">0 <span class="scale"></span> {limit(facts, measure):g} nats and more</span>'
 
 
-def _first(top: Sequence[tuple[str, float]]) -> str:
+def _first(facts: Mapping[str, Any], top: Sequence[tuple[str, float]]) -> str:
     text, share = top[0]
-    return f'<code>{_seen(text)}</code> <span class="soft">{_share(share)}</span>'
+    return f'<code>{_seen(facts, text)}</code> <span class="soft">{_share(share)}</span>'
 
 
 def _share(probability: float) -> str:
     return f"{probability:.1%}".replace("%", " %") if probability >= 0.001 else "&lt; 0.1 %"
 
 
-def _seen(text: str) -> Markup:
-    return escape(visible(text))
+def _seen(facts: Mapping[str, Any], text: str) -> Markup:
+    """Of a token with its white space, which is part of it."""
+    return escape(text if of(facts) == "rows" else visible(text))

@@ -178,8 +178,9 @@ def _renamed(config: DataConfig, names: Sequence[str]) -> Sequence[str]:
         return given or names
     moved = [label for number, label in enumerate(given) if label in names and names.index(label) != number]
     if len(given) != len(names) or moved:
+        elsewhere = f"; {moved[0]!r} stands elsewhere there" if moved else ""
         raise DataError(f"{config.source}: data.labels: found {', '.join(given)}; the source has {', '.join(names)}. Write these in any "
-                        "order, or as many other names in this order" + f"; {moved[0]!r} stands elsewhere there" * bool(moved))
+                        f"order, or as many other names in this order{elsewhere}")
     return given
 
 
@@ -188,15 +189,23 @@ def _joined(rows: Dataset, columns: Sequence[str]) -> list[Any]:
     if len(columns) == 1:
         return rows[columns[0]][:]
     lists = [rows[column][:] for column in columns]
-    return [next((each for each in row if each is not None and not isinstance(each, str)), None)
-            or "\n".join(each for each in row if each and each.strip()) for row in zip(*lists, strict=True)]
+    return [_line_each(row) for row in zip(*lists, strict=True)]
+
+
+def _line_each(parts: Sequence[Any]) -> Any:
+    for part in parts:
+        if part is not None and not isinstance(part, str):
+            return part
+    return "\n".join(part for part in parts if part and part.strip())
 
 
 def _faults(
     texts: Mapping[str, list[Any]], values: Mapping[str, list[Any]], labels: Sequence[str],
     number_of: Callable[[Any], int | None], known: Sequence[str] | None,
 ) -> Iterator[str]:
-    taught = None if known is None else {label.casefold() for label in known}
+    taught = {label.casefold() for label in known or ()}
+    if not any(label.casefold() in taught for label in labels):  # names of something else: kdlib.classifiers says so
+        taught = {label.casefold() for label in labels}
     for name, each in texts.items():
         for row, (text, value) in enumerate(zip(each, values[name], strict=True)):
             if not isinstance(text, str) or not text.strip():
@@ -205,7 +214,7 @@ def _faults(
                 yield f"row {row} of {name}: no label; text {shown(text)}"
             elif (number := number_of(value)) is None:
                 yield f"row {row} of {name}: label {value!r}{nearest(str(value), labels)}; text {shown(text)}"
-            elif taught is not None and labels[number].casefold() not in taught:
+            elif labels[number].casefold() not in taught:
                 yield f"row {row} of {name}: label {labels[number]!r}, which the teacher does not know; text {shown(text)}"
 
 

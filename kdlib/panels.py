@@ -38,7 +38,7 @@ class Sheet:
         self.figure = Figure(figsize=(WIDTH, self.height), facecolor="white")
         self.canvas, self.words = FigureCanvasAgg(self.figure), []
         self.head = [self._word(at, size, weight) for at, size, weight in ((0.3, 12, "bold"), (0.55, 9.5, "normal"), (0.77, 9.5, "normal"))]
-        self.panels = self._panels(heights)
+        self.panels = self._panels(heights, course.of)
         if self.panels:
             self._axes_of_steps()
             self._backdrop(course)
@@ -95,14 +95,14 @@ class Sheet:
         self.words.append(self.figure.text(LEFT / WIDTH, 1 - at / self.height, "", fontsize=size, fontweight=weight, color=INK))
         return self.words[-1]
 
-    def _panels(self, heights: dict[str, float]) -> dict[str, Panel]:
+    def _panels(self, heights: dict[str, float], of: str) -> dict[str, Panel]:
         made, top, first = {}, HEAD, None
         for kind, tall in heights.items():
             box = (LEFT / WIDTH, 1 - (top + tall) / self.height, 1 - (LEFT + RIGHT) / WIDTH, tall / self.height)
             axes, title = self.figure.add_axes(box, sharex=first), self._word(top - (0.06 if first else EPOCHS), 9.5)
             first, top = first or axes, top + tall + GAP
             form = "{:.1e}".format if kind == "learning_rate" else "{:,.6g}".format
-            made[kind] = Panel(axes, title, UNITS[kind], form, label_at=-0.6 / (WIDTH - LEFT - RIGHT))
+            made[kind] = Panel(axes, title, UNITS[kind].replace("per token", f"per {of}"), form, label_at=-0.6 / (WIDTH - LEFT - RIGHT))
         return made
 
     def _axes_of_steps(self) -> None:

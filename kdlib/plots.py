@@ -66,7 +66,7 @@ def closeness(tables: Mapping[str, pd.DataFrame]) -> Figure:
     last = {name: table["kl_to_teacher"].iloc[-1] for name, table in tables.items()}
     axes.set_title("Held-out KL to the teacher: " + ", ".join(f"{LABELS[n]} {v:.2f}" for n, v in last.items()), loc="left")
     axes.set_ylim(bottom=0)
-    return _labelled(figure, axes, "KL(teacher ‖ student), nats per token")
+    return _labelled(figure, axes, "KL(teacher ‖ student), nats")
 
 
 def comparison_bars(results: Mapping[str, Any]) -> Figure:

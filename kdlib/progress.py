@@ -16,7 +16,8 @@ QUIET_S = 60.0  # without a line, after which a training that nobody keeps a sta
 RECENT = 50  # lines that a forecast goes by
 PAUSE = 10.0  # times the usual time between two lines: the training stood still
 FINAL = ("done", "stopped", "failed", "died")
-MEASURES = {"kl_to_teacher": "KL to teacher", "perplexity": "perplexity", "agreement": "agreement"}
+MEASURES = {"kl_to_teacher": "KL to teacher", "perplexity": "perplexity", "log_loss": "log-loss", "choice_accuracy": "right choices",
+            "agreement": "agreement"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Progress:
         best_by: the measure that chooses the best model.
         message: why it stopped or failed.
         quiet_s: seconds since the last line.
+        of: what is predicted, a token or a row.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Progress:
     best_by: str = "loss"
     message: str = ""
     quiet_s: float = 0.0
+    of: str = "token"
 
     @property
     def step(self) -> int:
@@ -93,6 +96,7 @@ def progress(run: Run, folder: StudentFolder | None = None, tail: Tail | None = 
         name=run.name if own else f"{run.name}, {folder.path.name}", state=state, tail=tail, plan=plan, phases=tuple(phases),
         best_by=config.training["metric_for_best_model"].removeprefix("eval_"),
         message=run.status.get("message", "") if state in ("stopped", "failed", "died") else "", quiet_s=quiet_s,
+        of="row" if config.task == "sequence-classification" else "token",
     )
 
 
@@ -121,7 +125,8 @@ def state_words(course: Progress) -> str:
 
 def held_out_line(course: Progress) -> str:
     """The last figure of each measure on held-out text, and the best of the one that chooses the model."""
-    measures = dict.fromkeys([course.best_by, *MEASURES])
+    usual = ("accuracy", "log_loss", "kl_to_teacher") if course.of == "row" else MEASURES
+    measures = dict.fromkeys([course.best_by, *usual])
     found = {MEASURES.get(measure, measure): figures for measure in measures if (figures := course.measured(measure))}
     parts = [f"{name} {last:.3g}" + (f" (best {best:.3g} at step {step:,})" if i == 0 else "")
              for i, (name, (best, step, last)) in enumerate(found.items())]

@@ -15,11 +15,12 @@ TRAIN, HELD_OUT = "#0072b2", "#1f2328"
 DASHES = ((0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (9, 3)))  # of other runs, in turn
 HEIGHTS = {  # inches, in their order
     "values": 1.7, "shares": 1.5, "total": 1.15, "weights": 0.8, "temperature": 0.5, "learning_rate": 0.65, "grad_norm": 0.95,
-    "tokens_per_s": 0.5, "memory_gib": 0.5,
+    "tokens_per_s": 0.5, "rows_per_s": 0.5, "memory_gib": 0.5,
 }
 UNITS = {
     "values": "nats per token", "shares": "weight × value,\nnats per token", "total": "nats per token", "weights": "weight",
-    "temperature": "T", "learning_rate": "learning\nrate", "grad_norm": "L2 norm", "tokens_per_s": "tokens/s", "memory_gib": "GiB",
+    "temperature": "T", "learning_rate": "learning\nrate", "grad_norm": "L2 norm", "tokens_per_s": "tokens/s", "rows_per_s": "rows/s",
+    "memory_gib": "GiB",
 }
 
 
@@ -60,7 +61,7 @@ class Scene:
         for term in self.terms:
             self._figure(panel, f"{term}_loss", self.colours[term], is_noisy=True)
         known = [term for term in ("kd", *self.terms) if term in self.terms and f"{term}_loss" in self.train]
-        panel.end(_fall(known[0], self.train) if known else "None of the terms shown is logged yet", log=self.view.log)
+        panel.end(_fall(known[0], self.train, self.course.of) if known else "None of the terms shown is logged yet", log=self.view.log)
 
     def shares(self, panel: Panel) -> None:
         shares = {term: (self.train[f"{term}_weight"] * self.train[f"{term}_loss"]).fillna(0.0) for term in self.terms
@@ -132,6 +133,10 @@ class Scene:
         self._figure(panel, "tokens_per_s", INK, is_noisy=True)
         panel.end(f"{self.train['tokens_per_s'].median():,.0f} tokens per second (median)", floor=0.0)
 
+    def rows_per_s(self, panel: Panel) -> None:
+        self._figure(panel, "rows_per_s", INK, is_noisy=True)
+        panel.end(f"{self.train['rows_per_s'].median():,.0f} rows per second (median)", floor=0.0)
+
     def memory_gib(self, panel: Panel) -> None:
         self._figure(panel, "memory_gib", INK)
         panel.end(f"Memory in use: {self.train['memory_gib'].max():.2f} GiB at most", floor=0.0)
@@ -197,11 +202,11 @@ def _horizon(course: Progress) -> float:
     return course.steps / 2 ** max(math.floor(math.log2(course.steps / max(course.step, 1))), 0)
 
 
-def _fall(term: str, table: pd.DataFrame) -> str:
+def _fall(term: str, table: pd.DataFrame, of: str) -> str:
     known = table[["step", f"{term}_loss"]].dropna()
     first, last = known[f"{term}_loss"].iloc[0], known[f"{term}_loss"].iloc[-1]
     verb = "fell" if last < first else "rose" if last > first else "went"
-    return f"The {term} loss {verb} from {first:.2f} to {last:.2f} nats per token in {known['step'].iloc[-1]:,} steps"
+    return f"The {term} loss {verb} from {first:.2f} to {last:.2f} nats per {of} in {known['step'].iloc[-1]:,} steps"
 
 
 def _gap(train: pd.DataFrame, evaluation: pd.DataFrame) -> str:

@@ -1,4 +1,4 @@
-"""What teacher and students say about a few held-out tokens: every logit for the explorers, and a summary for the run's files."""
+"""What teacher and students say about a few held-out tokens, or classified rows: logits for the explorers, a summary for the run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kdlib.batches import collate
+from kdlib.batches import Prepared, collate
 from kdlib.config import Config
 from kdlib.objective import SoftTargets, agreement, cross_entropy
 from kdlib.runs import Run, read_json, write_json
@@ -19,6 +19,8 @@ from kdlib.temperatures import Sight, softening_of
 TOKENS = 128  # of the held-out text: as many as one reads
 ROWS = 12  # where most of a row is given and little of it predicted
 FEW = 8  # not worth a row of their own
+CLASSIFIED = 32  # rows, spread over the held-out ones
+BEGINNING = 72  # letters of a row's text
 CANDIDATES = 5  # of each model, kept for each token
 
 
@@ -48,6 +50,31 @@ def look(
     return Sight(texts, before, predicted.targets.numpy(), logits, lambda token: tokenizer.decode([token]))
 
 
+def look_at_rows(voices: Mapping[str, Callable[[], LiveTeacher]], prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> Sight:
+    """Ask models, one after another, about some of the held-out rows of a classification, from the first to the last.
+
+    Args:
+        voices: name → what loads the model; the teacher first.
+    """
+    rows, count = prepared.validation, min(CLASSIFIED, len(prepared.validation))
+    some = [rows[i * len(rows) // count] for i in range(count)]
+    batch, logits = prepared.collate(some), {}
+    known = kept(batch["labels"])
+    for name, load in voices.items():
+        voice = load()
+        there = {key: value.to(voice.model.device) for key, value in batch.items()}
+        logits[name] = voice(there, kept(there["labels"])).logits().float().cpu().numpy()
+    shown = [text_of(some[row], tokenizer) for row in known.rows.tolist()]
+    texts = [text if len(text) <= BEGINNING else f"{text[:BEGINNING]}…" for text in (" ".join(text.split()) for text in shown)]
+    classes = [f"{prepared.labels[number]}: " for number in known.targets.tolist()]
+    return Sight(texts, classes, known.targets.numpy(), logits, prepared.labels.__getitem__, of="rows")
+
+
+def text_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a row that is classified; where it is not kept, as it can be read from the tokens."""
+    return row.get("text") or tokenizer.decode(row["input_ids"], skip_special_tokens=True)
+
+
 def beginnings(rows: Sequence[Mapping[str, Sequence[int]]], tokens: int) -> list[dict[str, list[int]]]:
     """The first rows, the last one cut, that together have some so many tokens to predict, or all where they have fewer."""
     taken = []
@@ -66,7 +93,7 @@ def summary(sight: Sight, config: Config) -> dict[str, Any]:
     logits = {name: torch.from_numpy(values) for name, values in sight.logits.items()}
     targets = torch.from_numpy(sight.targets)
     return {
-        **softening_of(sight, config),
+        **softening_of(sight, config), "of": sight.of,
         "tokens": [{"text": text, "before": before} for text, before in zip(sight.texts, sight.before, strict=True)],
         "teacher": _said(logits["teacher"], targets, sight.decode),
         "students": {name: _said(logits[name], targets, sight.decode) | _against(logits[name], logits["teacher"], targets)

@@ -11,6 +11,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from kdlib.config import DataConfig
 from kdlib.errors import DataError, nearest
+from kdlib.sections import stdlib_sections
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
@@ -56,7 +57,7 @@ def python_docs() -> Dataset:
     return Dataset.from_dict({"name": sorted(topics), "text": [topics[name] for name in sorted(topics)]})
 
 
-BUILT_IN = {"python-docs": python_docs}
+BUILT_IN = {"python-docs": python_docs, "stdlib-sections": stdlib_sections}
 
 
 def _read_file(path: Path) -> DatasetDict:

@@ -55,11 +55,11 @@ def held_out(classes: Classes, total: int, *, seed: int, spare: int, groups: Seq
 
 
 def _by_class(classes: Classes) -> list[list[int]]:
-    """The numbers of each class's rows."""
-    rows: list[list[int]] = [[] for _ in range(max(classes, default=-1) + 1)]
+    """The numbers of each class's rows; the classes as they come first, so that their names and order change no split."""
+    rows: dict[int, list[int]] = {}
     for row, number in enumerate(classes):
-        rows[number].append(row)
-    return rows
+        rows.setdefault(number, []).append(row)
+    return list(rows.values())
 
 
 def _drawn(rows: Sequence[int], count: int, seed: int, number: int) -> list[int]:

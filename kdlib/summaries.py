@@ -17,7 +17,8 @@ from kdlib.diagnostics.scorecard import Line, scorecard
 from kdlib.errors import ConfigError, KdlibError
 from kdlib.runs import Run, StudentFolder, read_json
 
-KEYS = {"choice_accuracy": "right choices", "kl_to_teacher": "KL to the teacher", "agreement": "agreement", "perplexity": "perplexity"}
+KEYS = {"choice_accuracy": "right choices", "kl_to_teacher": "KL to the teacher", "agreement": "agreement", "accuracy": "accuracy",
+        "perplexity": "perplexity"}
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,9 @@ def planned_steps(run: Run) -> int | None:
 def costs(results: Mapping[str, Any] | None, train: pd.DataFrame) -> dict[str, str]:
     """What the distilled student cost to train, and costs to keep and to run: name → figure with its unit."""
     found = {}
-    if "tokens_per_s" in train:
-        found["training, tokens/s"] = number(train["tokens_per_s"].median())
+    for what in ("tokens", "rows"):
+        if f"{what}_per_s" in train:
+            found[f"training, {what}/s"] = number(train[f"{what}_per_s"].median())
     if "memory_gib" in train:
         found["training, peak GiB"] = f"{train['memory_gib'].max():.2f}"
     if len(train) > 1 and "time" in train:

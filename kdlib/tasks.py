@@ -7,10 +7,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdlib import classes, data, questions
 from kdlib.batches import Prepared, calibration_rows
-from kdlib.classifiers import load_classifier
+from kdlib.classifiers import load_classifier, named_classes
 from kdlib.config import Config
 from kdlib.errors import ConfigError
-from kdlib.models import chosen_layers, load_model, load_tokenizer, precision_of, shallower
+from kdlib.models import chosen_layers, load_config, load_model, load_tokenizer, precision_of, shallower
 from kdlib.teachers import LiveTeacher
 
 
@@ -22,7 +22,8 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         ConfigError: the best model is to be chosen by a metric that these rows have not.
     """
     if config.task == "sequence-classification":
-        return classes.prepare(config.data, tokenizer, teacher=_teachers_own(config, tokenizer), seed=config.seed)
+        known = None if config.teacher_stage else named_classes(load_config(config.teacher.model))
+        return classes.prepare(config.data, tokenizer, teacher=_teachers_own(config, tokenizer), seed=config.seed, known=known)
     prepare_rows = questions.prepare if config.task == "question-answering" else data.prepare
     prepared = prepare_rows(config.data, tokenizer, seed=config.seed)
     if config.training["metric_for_best_model"].removeprefix("eval_") == "choice_accuracy" and not prepared.choices:
@@ -38,10 +39,13 @@ def load(source: str, prepared: Prepared, dtype: torch.dtype = torch.float32) ->
 
 def load_teacher(config: Config, prepared: Prepared, dtype: torch.dtype | None = None) -> LiveTeacher:
     """The teacher, in the precision of the run unless told otherwise."""
-    made = dtype or precision_of(config)[0]
-    if config.teacher_stage:  # not gone through yet: its head says nothing so far
-        return teacher_of(load_classifier(config.teacher.model, prepared.labels, made, untrained=True), prepared)
-    return teacher_of(load(config.teacher.model, prepared, made), prepared)
+    return teacher_of(_teacher_model(config, prepared, dtype or precision_of(config)[0]), prepared)
+
+
+def _teacher_model(config: Config, prepared: Prepared, dtype: torch.dtype) -> PreTrainedModel:
+    if config.teacher_stage:  # not gone through yet: its head says nothing so far, and may be missing
+        return load_classifier(config.teacher.model, prepared.labels, dtype, untrained=True)
+    return load(config.teacher.model, prepared, dtype)
 
 
 def teacher_of(model: PreTrainedModel, prepared: Prepared) -> LiveTeacher:
@@ -62,7 +66,7 @@ def untrained_student(config: Config, prepared: Prepared, keep: Sequence[int] | 
     """
     torch.manual_seed(config.seed)  # for a head that is made anew
     if config.student.source == "teacher":
-        return shallower(load(config.teacher.model, prepared), keep)
+        return shallower(_teacher_model(config, prepared, torch.float32), keep)
     return load_classifier(config.student.source, prepared.labels, untrained=True) if prepared.labels else load_model(config.student.source)
 
 

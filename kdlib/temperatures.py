@@ -2,9 +2,10 @@
 
 Axes: N tokens, V vocabulary, K numbers of top tokens.  A softening is plain data, as explorers.json keeps it:
 
-    {"sizes": [1, 2, 4, …, V], "rows": [{"temperature": 2.0, "entropy": [low, median, high], "outside": [three lists of K]}, …]}
+    {"of": "tokens", "sizes": [1, 2, 4, …, V],
+     "rows": [{"temperature": 2.0, "entropy": [low, median, high], "outside": [three lists of K]}, …]}
 
-where low, median and high are the quartiles over the tokens of a text.
+where low, median and high are the quartiles over the tokens of a text; of a classification ("of": "rows") over rows, V its classes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,13 +30,14 @@ FLOOR = 1e-4  # of the mass: where the axis ends
 
 @dataclass(frozen=True)
 class Sight:
-    """A held-out text, and what each model said about each of its tokens; in memory only."""
+    """A held-out text, and what each model said about each of its tokens, or about each of some rows; in memory only."""
 
     texts: Sequence[str]  # [N] the tokens that came
     before: Sequence[str]  # [N] what was read, and not predicted, since the token before: a row's first token, a prompt
     targets: np.ndarray  # [N] ids
     logits: Mapping[str, np.ndarray]  # model -> [N, V] float32; the teacher first, then students
-    decode: Callable[[int], str]  # an id's text
+    decode: Callable[[int], str]  # an id's text, or a class's name
+    of: str = "tokens"  # or rows, where they are classified: texts are their beginnings, `before` (`tools: `) and targets their classes
 
     @cached_property
     def ranked(self) -> np.ndarray:
@@ -98,15 +100,26 @@ def softening_of(sight: Sight, config: Config) -> dict[str, Any]:
     vocabulary = sight.ranked.shape[-1]
     top_k = top_k and min(top_k, vocabulary)
     table = softening(sight.ranked, [*TEMPERATURES, temperature], sizes(vocabulary, *[top_k] if top_k else []))
-    return {"temperature": temperature, "top_k": top_k, "softening": table}
+    return {"temperature": temperature, "top_k": top_k, "softening": {**table, "of": sight.of}}
 
 
 def message(table: Mapping[str, Any], temperature: float, top_k: int | None = None) -> str:
-    """`At T = 2 the top 256 hold 97 % of the teacher's mass`, at the median token; without a top k, the fewest that hold enough."""
+    """`At T = 2 the top 256 hold 97 % of the teacher's mass`, at the median token; without a top k, the fewest that hold enough.
+
+    Of classes, which are few, the likeliest.
+    """
     medians = _row(table, temperature)["outside"][1]
     held = {k: 1 - outside for k, outside in zip(table["sizes"], medians, strict=True)}
+    if table.get("of") == "rows" and not top_k:
+        return f"At T = {temperature:g} the likeliest class holds {_percent(held[1])} of the teacher's mass, at the median row"
     k = min(top_k or next(k for k, mass in held.items() if mass >= ENOUGH), table["sizes"][-1])
-    return f"At T = {temperature:g} the top {k:,} hold {_percent(held[k])} of the teacher's mass, at the median token"
+    one, _ = words(table)
+    return f"At T = {temperature:g} the top {k:,} hold {_percent(held[k])} of the teacher's mass, at the median {one}"
+
+
+def words(table: Mapping[str, Any]) -> tuple[str, str]:
+    """What the figures are of, and what is chosen among: a token and tokens, or a row and classes."""
+    return ("row", "classes") if table.get("of") == "rows" else ("token", "tokens")
 
 
 def softening_figure(
@@ -132,20 +145,20 @@ def softening_figure(
 
 
 def _entropies(axes: Axes, table: Mapping[str, Any], temperature: float, token: Mapping[str, Any] | None) -> None:
-    at = [row["temperature"] for row in table["rows"]]
+    at, (one, many) = [row["temperature"] for row in table["rows"]], words(table)
     low, median, high = zip(*(row["entropy"] for row in table["rows"]), strict=True)
-    axes.fill_between(at, low, high, color="#4292c6", alpha=0.2, linewidth=0, label="middle half of the tokens")
-    axes.plot(at, median, color="#2171b5", label="median token")
-    axes.axhline(np.log(table["sizes"][-1]), color="#6e6e6e", linestyle="--", linewidth=0.8, label="all tokens equally likely")
+    axes.fill_between(at, low, high, color="#4292c6", alpha=0.2, linewidth=0, label=f"middle half of the {one}s")
+    axes.plot(at, median, color="#2171b5", label=f"median {one}")
+    axes.axhline(np.log(table["sizes"][-1]), color="#6e6e6e", linestyle="--", linewidth=0.8, label=f"all {many} equally likely")
     now = _row(table, temperature)["entropy"][1]
     axes.plot([temperature], [now], "o", color=CHOSEN, label=f"T = {temperature:g}: {now:.2f} nats")
     if token:
-        axes.plot([temperature], [token["entropy"]], "D", color=TOKEN, label=f"this token: {token['entropy']:.2f} nats")
+        axes.plot([temperature], [token["entropy"]], "D", color=TOKEN, label=f"this {one}: {token['entropy']:.2f} nats")
     axes.set(xlabel="temperature T", ylabel="entropy, nats", ylim=(0, None))
 
 
 def _masses(axes: Axes, table: Mapping[str, Any], temperature: float, top_k: int | None, token: Mapping[str, Any] | None) -> None:
-    top = table["sizes"]
+    top, (one, many) = table["sizes"], words(table)
     below = top[:-1]  # outside the whole vocabulary lies nothing, which has no logarithm
     for other, colour in SHOWN.items():
         if other != temperature and (row := _row(table, other, needed=False)):
@@ -154,15 +167,15 @@ def _masses(axes: Axes, table: Mapping[str, Any], temperature: float, top_k: int
     axes.fill_between(below, low, high, color=CHOSEN, alpha=0.18, linewidth=0)
     axes.plot(below, median, color=CHOSEN, linewidth=2, label=f"T = {temperature:g}, and its middle half")
     if token:
-        axes.plot(below, np.maximum(token["outside"][:-1], FLOOR / 10), color=TOKEN, linewidth=1.5, label="this token")
+        axes.plot(below, np.maximum(token["outside"][:-1], FLOOR / 10), color=TOKEN, linewidth=1.5, label=f"this {one}")
     if top_k:
         axes.axvline(top_k, color="black", linestyle=":", linewidth=1)
         axes.text(top_k, 1.02, f"k = {top_k:,}", ha="center", va="bottom", fontsize=8, transform=axes.get_xaxis_transform())
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.minorticks_off()
-    axes.set(xlabel="k, likeliest tokens", ylim=(FLOOR, 1), xlim=(1, top[-1]))
-    marks = [4**i for i in range(16) if 4**i <= top[-1]]
+    axes.set(xlabel=f"k, likeliest {many}", ylim=(FLOOR, 1), xlim=(1, top[-1]))
+    marks = [4**i for i in range(16) if 4**i <= top[-1]] if top[-1] > 32 else top
     axes.set_xticks(marks, [f"{k:,}" for k in marks])
     shares = [10.0**-i for i in range(5)]
     axes.set_yticks(shares, [f"{100 * share:g} %" for share in shares])

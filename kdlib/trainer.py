@@ -75,7 +75,7 @@ class DistillationTrainer(GuardedTrainer):
         self.workspace, self.layer_pairs, self.learning_rate_schedule = workspace or Workspace(), layer_pairs, learning_rate_schedule
         flattened = self.is_fsdp_enabled and not self.accelerator.is_fsdp2  # FSDP1: no weight of its own shape is left
         self.form = None if dense or flattened else head_form(self.model)
-        self.window, self.throughput, self.tokens = LedgerWindow(), Throughput(), 0
+        self.window, self.throughput, self.tokens, self.counted = LedgerWindow(), Throughput(), 0, "tokens"
         self.grad_norms_every, self.gradients, self.choices = grad_norms_every, {}, choices
         how = "all at once (no plain head)" if self.form is None else str(self.workspace)
         lines = PrintedLines(label, f"the student's logits {how}", last_step=last_step)
@@ -122,6 +122,7 @@ class DistillationTrainer(GuardedTrainer):
         self.window.add(book, self.state.global_step)
         self.guard.end(total, num_items_in_batch)
         self.tokens += len(tokens.targets)
+        self.counted = "tokens" if inputs["labels"].ndim == 2 else "rows"
         idle = [] if moment.needs_projection else getattr(self.accelerator.unwrap_model(model), PROJECTIONS, [])
         unused = sum(0 * matrix.weight.sum() for matrix in idle)  # DDP waits for a gradient of every parameter
         return total * self.accelerator.num_processes + unused  # DDP averages the ranks' gradients; their sum is meant
@@ -161,7 +162,7 @@ class DistillationTrainer(GuardedTrainer):
             **{f"{name}_loss": value for name, (value, _) in figures.items()},
             **{f"{name}_weight": weight for name, (_, weight) in figures.items()},
             **{name: course(done) for name, course in self.objective.temperature_courses.items()},
-            "tokens_per_s": tokens / max(self.throughput.drain(), 1e-9),
+            f"{self.counted}_per_s": tokens / max(self.throughput.drain(), 1e-9),
             "memory_gib": memory_gib(self.args.device),
         }
 

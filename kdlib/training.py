@@ -109,7 +109,8 @@ def objective_of(config: Config, weights: Mapping[str, Any] | None = None) -> Ob
 
 def workspace_of(config: Config, args: TrainingArguments, rows: int, vocabulary: int) -> Workspace:
     """The losses' workspace; `compile: auto` compiles the row arithmetic where the training is long enough to repay it."""
-    tokens = args.per_device_train_batch_size * args.gradient_accumulation_steps * config.data.max_length
+    predicted = 1 if config.task == "sequence-classification" else config.data.max_length  # in a row
+    tokens = args.per_device_train_batch_size * args.gradient_accumulation_steps * predicted
     repays = extent(args, rows).steps * tokens * vocabulary > WORTH_COMPILING
     chunk, compiled = config.loss.chunk, config.loss.compile
     return Workspace(None if chunk == "auto" else chunk, compiled=repays if compiled == "auto" else compiled)

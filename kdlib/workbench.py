@@ -20,6 +20,7 @@ from kdlib import config as configs
 from kdlib.batches import Prepared
 from kdlib.config import Config
 from kdlib.diagnostics import doctor, findings, outlook, parity
+from kdlib.diagnostics.row_view import RowView
 from kdlib.diagnostics.token_view import TokenView, token_view
 from kdlib.errors import RunError, nearest
 from kdlib.losses.workspace import device_memory
@@ -126,7 +127,7 @@ class Workbench:
                        f"{self.teacher.model.config.num_hidden_layers} layers",
             "student": f"{models.parameters(student) / 1e6:.1f} M parameters, {student.config.num_hidden_layers} layers"
                        + (f": the teacher's {layers}" if layers else ""),
-            "vocabulary": f"{len(self.tokenizer):,} tokens, the same for both",
+            **self._choices(),
             "training text": "{train_documents} documents, {train_rows} rows, {train_tokens:,} tokens".format(**self.prepared.notes),
             "held-out text": "{validation_documents} documents, {validation_rows} rows, {validation_tokens:,} tokens".format(
                 **self.prepared.notes),
@@ -135,6 +136,15 @@ class Workbench:
             "objective": self.formula(),
             "baseline": self.moment(self.config.baseline.weights).formula if self.config.baseline else "none",
         })
+
+    def _choices(self) -> dict[str, str]:
+        """What both models choose among."""
+        if not self.prepared.labels:
+            return {"vocabulary": f"{len(self.tokenizer):,} tokens, the same for both"}
+        counts = self.prepared.notes["train_classes"]
+        own = "; the teacher reads with a tokenizer of its own" * bool(self.teacher.reads)
+        rows = ", ".join(f"{name} {count}" for name, count in counts.items())
+        return {"classes": f"{len(counts)}, with their training rows: {rows}{own}"}
 
     def formula(self) -> str:
         """The resolved objective at the start, and at the end where it moves."""
@@ -145,19 +155,25 @@ class Workbench:
         """One training batch, and what each model makes of it."""
         batch = self._two_rows()
         tokens = kept(batch["labels"])
-        columns = {}
+        columns, is_of_rows = {}, bool(self.prepared.labels)
         for name, model in (("teacher", self.teacher), ("student", tasks.voice_of(self.student(), self.prepared))):
             signal = model(batch, tokens)
             columns[name] = {
-                "input_ids [B, T]": list(batch["input_ids"].shape), "kept tokens N": len(tokens.targets),
+                "input_ids [B, T]": list(batch[f"{model.reads}input_ids"].shape),
+                "kept rows N" if is_of_rows else "kept tokens N": len(tokens.targets),
                 "layers, hidden size": f"{model.model.config.num_hidden_layers}, {model.model.config.hidden_size}",
                 "logits [N, V]": [len(signal), signal.logits(slice(0, 1)).shape[-1]],
-                "head": "applied in chunks" if model.form else "all logits at once: no plain head",
+                "head": "applied in chunks" if model.form else f"all logits at once: {'classes' if is_of_rows else 'no plain head'}",
             }
         return pd.DataFrame(columns)
 
-    def example(self) -> TokenView:
-        """The first training row, token by token, coloured by what is learned from it."""
+    def example(self) -> TokenView | RowView:
+        """The first training row, token by token, coloured by what is learned from it; or its class, and what the teacher says of it."""
+        if self.prepared.labels:
+            batch, row = self._two_rows(), self.prepared.train[0]
+            said = self.teacher(batch, kept(batch["labels"])).logits().float().softmax(-1)[0].tolist()
+            return RowView(sights.text_of(row, self.tokenizer), self.prepared.labels[row["label"]],
+                           list(zip(self.prepared.labels, said, strict=True)))
         return token_view(self._two_rows(), 0, self.tokenizer)
 
     def _two_rows(self) -> dict[str, torch.Tensor]:
@@ -199,7 +215,8 @@ class Workbench:
 
     def forecast(self) -> None:
         """Say what the whole run will hold in memory, moment by moment; its time is what the dry run's steps foretell."""
-        print(outlook.described(outlook.outlook(self.config, rows=len(self.prepared.train), timed=False)))
+        print(outlook.described(outlook.outlook(
+            self.config, rows=len(self.prepared.train), classes=len(self.prepared.labels) or None, timed=False)))
 
     def plan(self) -> pd.DataFrame:
         """Learning rate, weights and temperature at every tenth of the training that the dry run began."""
@@ -241,7 +258,9 @@ class Workbench:
             return tasks.voice_of(tasks.load(final, self.prepared, dtype) if final else self.student().to(dtype), self.prepared)
 
         names = ["teacher", *(name for name in students if name != "baseline" or self.config.baseline)]
-        sight = sights.look({name: partial(voice, name) for name in names}, self.prepared.validation, self.tokenizer)
+        voices = {name: partial(voice, name) for name in names}
+        sight = (sights.look_at_rows(voices, self.prepared, self.tokenizer) if self.prepared.labels
+                 else sights.look(voices, self.prepared.validation, self.tokenizer))
         sights.write(self.run, sight)
         return sight
 

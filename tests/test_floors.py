@@ -4,13 +4,13 @@ from pathlib import Path
 
 KDLIB = Path(__file__).parent.parent / "kdlib"
 FLOORS = [
-    {"errors", "schedulers", "signals", "strata", "task_rules", "tokens", "diagnostics.findings"},
+    {"diagnostics.row_view", "errors", "schedulers", "signals", "strata", "task_rules", "tokens", "diagnostics.findings"},
     {"arguments", "curriculum", "fields", "keys", "overrides", "diagnostics.fixes"},
     {"loss_config"},
     {"config"},
     {"losses.divergences"},
     {"diagnostics.token_view", "losses.subset", "losses.features", "losses.workspace", "diagnostics.ledger", "runs", "dialects"},
-    {"losses.linear", "captures", "embedded", "migration", "diagnostics.allocations", "metrics", "canvas"},
+    {"losses.linear", "captures", "embedded", "migration", "diagnostics.allocations", "metrics", "canvas", "sections"},
     {"batches", "sources", "items"},
     {"data", "labelled", "prompts", "models", "objective", "progress"},
     {"classes", "questions"},
@@ -32,8 +32,7 @@ FLOORS = [
     {"diagnostics.forecast", "diagnostics.measurement", "sweeps.axes", "side_by_side", "benchmarks.drawing"},
     {"diagnostics.remedies", "diagnostics.subject", "sweeps.maps"},
     {"diagnostics.outlook", "diagnostics.config_checks", "diagnostics.schedule_checks", "diagnostics.data_checks",
-     "diagnostics.question_checks",
-     "diagnostics.model_checks", "sweeps.figures"},
+     "diagnostics.question_checks", "diagnostics.model_checks", "diagnostics.class_checks", "sweeps.figures"},
     {"diagnostics.batch_checks", "sweeps.page", "sweeps.cost"},
     {"diagnostics.doctor"},
     {"teacher_stage"},
@@ -52,7 +51,7 @@ READERS = {  # importable without torch
     "curves", "summaries", "side_by_side", "overview", "reports", "runner", "kernels", "tokens",
     "temperatures", "courses", "heat_map", "candidates", "schedule_designer", "explorer_widgets", "explorers",
     "benchmarks.settings", "benchmarks.reading", "benchmarks.drawing", "benchmarks.targets", "benchmarks.figures",
-    "diagnostics.findings", "diagnostics.fixes",
+    "diagnostics.findings", "diagnostics.fixes", "diagnostics.row_view",
     "sweeps.settings", "sweeps.trials", "sweeps.reading", "sweeps.axes", "sweeps.maps", "sweeps.figures", "sweeps.page", "sweeps.clock",
     "sweeps.crew", "sweeps.search", "sweeps.pool", "cli_options", "cli_checks", "cli",
 }

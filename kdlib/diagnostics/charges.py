@@ -12,7 +12,7 @@ from kdlib.captures import layers_of
 from kdlib.diagnostics.allocations import Allocations, Block
 from kdlib.diagnostics.rehearsal import PHASES, Outline, Rehearsal, at_layers, bytes_of
 from kdlib.losses.workspace import Workspace
-from kdlib.models import blank_model, parameters
+from kdlib.models import parameters
 from kdlib.objective import Moment, feature_terms
 from kdlib.training import listen, objective_of
 
@@ -73,8 +73,7 @@ class Charges:
         """The two models in full, without memory: what is counted in them is exact."""
         config = self.plan.config
         with torch.device("meta"), torch.random.fork_rng(devices=[]):  # `listen` seeds it
-            self.student = blank_model(config.student.source, self.plan.student)
-            self.teacher = blank_model(config.teacher.model, self.plan.teacher, self.dtype)
+            self.student, self.teacher = self.plan.blank_student(), self.plan.blank_teacher(self.dtype)
             listen(config, self.student, self.teacher, objective_of(config))  # adds projections
 
     def moments(self) -> dict[str, dict[str, int]]:
@@ -182,7 +181,8 @@ class Charges:
 
     def part(self, block: Block, watch: Allocations) -> str:
         """What a block is, from its shape and from the phase in which it was made and whether it outlived it."""
-        rows = self.rehearsal.student.get_output_embeddings().weight.shape[0]
+        head = self.rehearsal.student.get_output_embeddings()  # None of a classifier
+        rows = 0 if head is None else head.weight.shape[0]
         lasting = block.phase in watch.spans and block.died > watch.spans[block.phase][1]
         if len(block.shape) > 1 and block.shape[-1] in (self.plan.vocabulary, rows):
             return "logits"

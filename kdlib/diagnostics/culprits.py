@@ -40,7 +40,8 @@ class Culprit:
     tensors: Mapping[str, "Broken"] = field(default_factory=dict)  # its weights (or the gradients) that are not finite
     micro_batch: int | None = None
     row: int | None = None  # in the micro-batch
-    position: int | None = None  # of the token read, where a module gave it; of the token predicted, where a head or a term did
+    position: int | None = None  # of the token read, where a module gave it; of the token predicted, where a head or a term did;
+    # None where rows are classified: they are learned as a whole, and the two models may read them in other tokens
 
 
 WHO = ("teacher", "student", "loss", "gradient", "nobody")  # nobody: asked once more, all is finite
@@ -56,9 +57,10 @@ def examined(
         models: teacher and student by these names, the teacher only where it is asked.
         measures: what is made of the logits beside the moment's terms: in evaluation.
     """
-    shape = batch["input_ids"].shape
+    shapes = {"student": batch["input_ids"].shape, "teacher": batch.get("teacher_input_ids", batch["input_ids"]).shape}
+    length = shapes["student"][1] if batch["labels"].ndim == 2 else None
     with ExitStack() as stack:
-        broken = {who: stack.enter_context(_first_broken(model, shape)) for who, model in models.items()}
+        broken = {who: stack.enter_context(_first_broken(model, shapes[who])) for who, model in models.items()}
         tokens, student, teacher = ask(batch)
     logit_terms = {**moment.logit_terms, **measures}
     values = dict(zip(logit_terms, token_values(student, teacher, tokens.targets, terms=list(logit_terms.values()), chunk=chunk),
@@ -72,11 +74,11 @@ def examined(
     for who, signal in (("teacher", teacher), ("student", student)):
         if signal is not None and (lost := _lost(signal, chunk)).any():
             module, row, position = broken[who][0] if broken[who] else (None, None, None)
-            row, position = (row, position) if position is not None else _predicted(tokens, lost, shape[1])
+            row, position = (row, position if length else None) if position is not None else _predicted(tokens, lost, length)
             tensors = dict(sorted(broken_weights(models[who]).items(), key=lambda item: not item[0].startswith(f"{module}.")))
             depth = [name for name, _ in models[who].named_modules()].index(module) if module else sys.maxsize
             return Culprit(who, module=module, depth=depth, tensors=tensors, row=row, position=position, **known)
-    row, position = _predicted(tokens, torch.stack(list(bad.values())).any(0), shape[1])
+    row, position = _predicted(tokens, torch.stack(list(bad.values())).any(0), length)
     return Culprit("loss", row=row, position=position, **known)
 
 
@@ -167,7 +169,7 @@ def _lost(signal: Signal, chunk: int) -> Tensor:
     return lost
 
 
-def _predicted(tokens: Kept, bad: Tensor, length: int) -> tuple[int, int]:
-    """Row and position of the first of these kept tokens, where it stands and not where it is predicted from."""
+def _predicted(tokens: Kept, bad: Tensor, length: int | None) -> tuple[int, int | None]:
+    """Row and position of the first of these kept tokens, where it stands and not where it is predicted from; None is a whole row."""
     first = bad.nonzero()[0, 0]
-    return int(tokens.rows[first]), int(tokens.positions[first]) % length + 1
+    return int(tokens.rows[first]), None if length is None else int(tokens.positions[first]) % length + 1

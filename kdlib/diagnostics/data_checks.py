@@ -18,7 +18,7 @@ SAMPLE = 200  # documents by which another column is judged
 
 def documents_have_something_to_predict(subject: Subject) -> Iterator[Finding]:
     """Documents of fewer than two tokens have no kept token, and are left out."""
-    if subject.config.task == "question-answering":  # see question_checks
+    if subject.config.task != "causal-lm":  # rows without a text, a class or an answer are refused when they are read
         return
     split = subject.split
     column = subject.config.data.text
@@ -40,16 +40,20 @@ def documents_have_something_to_predict(subject: Subject) -> Iterator[Finding]:
 
 def documents_are_not_cut(subject: Subject) -> Iterator[Finding]:
     """Without packing, what is longer than a row is lost."""
-    notes = subject.prepared.notes
+    notes, is_packable = subject.prepared.notes, subject.config.task == "causal-lm"
     for name in ("train", "validation"):
-        documents = notes[f"{name}_documents"] - notes[f"{name}_documents_shorter_than_two_tokens"]
+        documents = notes[f"{name}_documents"] if is_packable else notes[f"{name}_rows"]  # of which some are not taken
+        documents -= notes.get(f"{name}_documents_shorter_than_two_tokens", 0)
         shortened, lost = notes.get(f"{name}_documents_cut", 0) / max(documents, 1), notes.get(f"{name}_share_of_tokens_cut_off", 0.0)
         if shortened > CUT_DOCUMENTS or lost > CUT_TOKENS:
+            of_rows = subject.config.task == "sequence-classification"
             yield Finding(
-                "warning", "data.max_length",
+                "note" if of_rows else "warning", "data.max_length",
                 f"{shortened:.0%} of the {name} documents are longer than {subject.config.data.max_length} tokens and cut, which loses "
                 f"{lost:.0%} of all tokens; the longest has {notes[f'{name}_longest_document']}",
-                "what is cut off is never trained on: the ends of long texts, or whole answers", "raise max_length, or set packing: true",
+                "what is cut off is not read: see whether the beginning of a text tells its class" if of_rows else
+                "what is cut off is never trained on: the ends of long texts, or whole answers",
+                f"raise max_length{', or set packing: true' * is_packable}",
             )
 
 
@@ -57,15 +61,16 @@ def held_out_text_is_new(subject: Subject) -> Iterator[Finding]:
     """No held-out document is trained on; where kdlib splits, it sees to that."""
     if subject.config.task == "question-answering":  # see question_checks
         return
-    column, split, notes = subject.config.data.text, subject.split, subject.prepared.notes
-    trained = set(split["train"][column])
-    repeated = sum(text in trained for text in split["validation"][column])
-    if repeated > REPEATED * len(split["validation"]):
+    column, notes = subject.config.data.text, subject.prepared.notes
+    split = subject.split if subject.config.task == "causal-lm" else None  # in other tasks every text is on one side
+    trained = set(split["train"][column]) if split else set()
+    repeated = sum(text in trained for text in split["validation"][column]) if split else 0
+    if split and repeated > REPEATED * len(split["validation"]):
         yield Finding(
             "warning", "data.source", f"{repeated} of the {len(split['validation'])} validation documents are training documents too",
             "held-out figures then tell what was learned by heart", "leave them out of one side, or give the source without its own split",
         )
-    out = notes["duplicate_documents_left_out"]
+    out = notes.get("duplicate_documents_left_out", 0)
     total = notes["train_documents"] + notes["validation_documents"] + out
     if out > LEFT_OUT * total:
         yield Finding("warning" if out > MOSTLY * total else "note", "data.text",
@@ -75,7 +80,7 @@ def held_out_text_is_new(subject: Subject) -> Iterator[Finding]:
 
 def enough_is_held_out(subject: Subject) -> Iterator[Finding]:
     """A comparison on a handful of rows tells nothing."""
-    if subject.config.task == "question-answering":  # see question_checks
+    if subject.config.task != "causal-lm":  # rows are counted by class_checks, questions by question_checks
         return
     notes = subject.prepared.notes
     rows, tokens = notes["validation_rows"], notes["validation_tokens"]

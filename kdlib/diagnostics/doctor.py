@@ -13,6 +13,7 @@ import yaml
 from kdlib import config as configs
 from kdlib.config import Config
 from kdlib.diagnostics.batch_checks import BATCH_CHECKS
+from kdlib.diagnostics.class_checks import CLASS_BATCH_CHECKS, CLASS_CHECKS
 from kdlib.diagnostics.config_checks import CONFIG_CHECKS
 from kdlib.diagnostics.data_checks import DATA_CHECKS
 from kdlib.diagnostics.findings import Finding, as_data, exit_status, ordered, text
@@ -24,8 +25,9 @@ from kdlib.diagnostics.subject import Subject, Unavailable
 from kdlib.errors import ConfigError
 from kdlib.overrides import pairs
 
-CHECKS = (*CONFIG_CHECKS, *SCHEDULE_CHECKS, *DATA_CHECKS, *QUESTION_CHECKS, *MODEL_CHECKS)
-"""In the order in which they are made; `memory_suffices` follows, and `BATCH_CHECKS`, which load the models."""
+CHECKS = (*CONFIG_CHECKS, *SCHEDULE_CHECKS, *DATA_CHECKS, *QUESTION_CHECKS, *MODEL_CHECKS, *CLASS_CHECKS)
+"""In the order in which they are made; `memory_suffices` follows, and `ON_BATCHES`, which load the models."""
+ON_BATCHES = (*BATCH_CHECKS, *CLASS_BATCH_CHECKS)
 ROUNDS = 5  # of changes: one may bring another to light
 
 
@@ -96,8 +98,10 @@ def examine(subject: Subject, *, quick: bool = False) -> list[Finding]:
         found.append(_not_measured("asked to be quick"))
     elif stops := [each for each in found if each.severity == "critical" and each.where.split(".")[0] in ("teacher", "student", "data")]:
         found.append(_not_measured(f"{stops[0].where} comes first"))
+    elif subject.config.teacher_stage:
+        found.append(_not_measured("the teacher is trained first (teacher_stage)"))
     else:
-        found += [finding for check in BATCH_CHECKS for finding in _answers(check, subject)]
+        found += [finding for check in ON_BATCHES for finding in _answers(check, subject)]
     return ordered(found)
 
 
@@ -118,9 +122,9 @@ def _answers(check, subject: Subject) -> Iterator[Finding]:
 
 
 def _not_measured(why: str) -> Finding:
-    names = ", ".join(check.__name__.replace("_", " ") for check in BATCH_CHECKS)
-    return Finding("note", "loss", f"{why}: the first batch was not measured", f"so these are open: {names}", "ask again without --quick"
-                   if why.startswith("asked") else "mend that, and ask again")
+    names = ", ".join(check.__name__.replace("_", " ") for check in ON_BATCHES)
+    return Finding("note", "loss", f"{why}: the first batch was not measured", f"so these are open: {names}",
+                   "ask again without --quick" if why.startswith("asked") else "ask again when that is done")
 
 
 def _without_bars() -> None:

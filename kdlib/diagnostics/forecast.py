@@ -74,7 +74,7 @@ def verdict(peak: float, memory: float) -> str:
 
 def forecast(
     config: Config, *, memory: float | None = None, device: str | None = None, devices: int | None = None, rows: int | None = None,
-    timed: bool = False, dense: bool = False, every_layer: bool = False,
+    classes: int | None = None, timed: bool = False, dense: bool = False, every_layer: bool = False,
 ) -> Forecast:
     """What a config's training will hold in memory, per device, and how long it will take.
 
@@ -83,6 +83,7 @@ def forecast(
         device: cpu or cuda; where the config would run here, where None.  On another device `precision: auto` is bfloat16.
         devices: over which the training is spread; torchrun's WORLD_SIZE where None.
         rows: of the training data: the number of steps of so many epochs, and the choice of compiling, depend on it.
+        classes: of the data, where rows are classified; what the config or the teacher says of it where None.
         timed: time the pieces of a step here, some 20 s; not for another device.
         dense: all logits at once, whatever the models' heads.
         every_layer: rehearse all layers, where a few alike would tell: the slow reference.
@@ -95,7 +96,7 @@ def forecast(
     dtype = precision_of(config)[0] if kind == here or config.precision != "auto" else torch.bfloat16
     total, free = (round(memory * GIB),) * 2 if memory else device_memory(torch.device(kind))
     args = training_arguments(config, Path("unused"))
-    plan, devices = outline(config), devices or int(os.environ.get("WORLD_SIZE", 1))
+    plan, devices = outline(config, classes), devices or int(os.environ.get("WORLD_SIZE", 1))
     compiled = workspace_of(config, args, rows or 0, plan.vocabulary).compiled
     chunk = config.loss.chunk
     if chunk == "auto":

@@ -5,12 +5,14 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from kdlib import config as configs
 from kdlib import models, tasks, training
@@ -20,7 +22,6 @@ from kdlib.benchmarks.steps import StepClock
 from kdlib.config import Config
 from kdlib.diagnostics.rehearsal import kept_layers
 from kdlib.runs import StudentFolder
-from kdlib.teachers import LiveTeacher
 
 STEPS = {"memory": 2, "time": 5}  # of which the first is not timed
 
@@ -46,19 +47,37 @@ def measured(config: Config, *, dense: bool = False, what: Sequence[str] = ("mem
 
 def measured_here(config: Config, *, steps: int, dense: bool) -> dict[str, Any]:
     """What the fresh process does: teacher, student and trainer as in a run; random rows as long as the config allows."""
-    tokenizer = models.load_tokenizer(config.teacher.model)
+    tokenizer = models.tokenizer_of(config)
     rows = config.training.get("per_device_train_batch_size", 8) * config.training.get("gradient_accumulation_steps", 1) * steps
-    tokens = torch.randint(len(tokenizer), (rows, config.data.max_length)).tolist()
-    drawn = Dataset.from_dict({"input_ids": tokens})
-    prepared = Prepared(drawn, drawn, {}, partial(collate, pad_id=tokenizer.pad_token_id), len(tokenizer))
+    prepared = (_classified if config.task == "sequence-classification" else _drawn)(config, tokenizer, rows)
     dtype, _ = models.precision_of(config)
     clock = StepClock()
     with tempfile.TemporaryDirectory() as folder, machine.peak_memory(models.device_of(config)) as peak:
-        teacher = LiveTeacher(models.load_model(config.teacher.model, dtype), len(tokenizer))
+        teacher = tasks.load_teacher(config, prepared, dtype)
         student = tasks.untrained_student(config, prepared, kept_layers(config, teacher.model.config.num_hidden_layers))
         training.train(config, StudentFolder(Path(folder)), student=student, teacher=teacher, tokenizer=tokenizer, prepared=prepared,
                        stop_after=steps, dense=dense, callbacks=[clock])
     return {"peak_bytes": peak["bytes"], **clock.figures(1)}
+
+
+def _drawn(config: Config, tokenizer: PreTrainedTokenizerBase, count: int) -> Prepared:
+    """So many rows of random tokens."""
+    drawn = Dataset.from_dict({"input_ids": _ids(config, tokenizer, count)})
+    return Prepared(drawn, drawn, {}, partial(collate, pad_id=tokenizer.pad_token_id), len(tokenizer))
+
+
+def _classified(config: Config, tokenizer: PreTrainedTokenizerBase, count: int) -> Prepared:
+    """Likewise, with the data's classes: by these the models' heads are made."""
+    real = tasks.prepare(config, tokenizer)
+    drawn = {"input_ids": _ids(config, tokenizer, count), "label": torch.randint(len(real.labels), (count,)).tolist()}
+    if "teacher_input_ids" in real.train.column_names:
+        drawn["teacher_input_ids"] = _ids(config, models.load_tokenizer(config.teacher.model), count)
+    rows = Dataset.from_dict(drawn)
+    return replace(real, train=rows, validation=rows)
+
+
+def _ids(config: Config, tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[int]]:
+    return torch.randint(len(tokenizer), (count, config.data.max_length)).tolist()
 
 
 def main() -> None:

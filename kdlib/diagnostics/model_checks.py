@@ -31,6 +31,8 @@ def models_are_a_pair(subject: Subject) -> Iterator[Finding]:
         models.check_pair(config.model_copy(update={"data": config.data.model_copy(update=NO_LENGTH)}), subject.tokenizer)
     except ModelError as error:
         raise Unavailable("student", error) from error
+    if config.task == "sequence-classification":  # each reads in its own tokens; kdlib.diagnostics.class_checks
+        return
     for name, each in subject.configs.items():
         rows, tokens = each.get_text_config().vocab_size, len(subject.tokenizer)
         if rows < tokens:
@@ -45,7 +47,7 @@ def models_are_a_pair(subject: Subject) -> Iterator[Finding]:
 
 def tokenizers_agree(subject: Subject) -> Iterator[Finding]:
     """A student of its own is trained and saved with the teacher's tokenizer; what that changes for it is named."""
-    if subject.config.student.source == "teacher":
+    if subject.config.student.source == "teacher" or subject.config.task == "sequence-classification":
         return
     ours, theirs = subject.student_tokenizer, subject.tokenizer
     for name in ("bos_token", "eos_token"):
@@ -80,11 +82,12 @@ def terms_have_a_source(subject: Subject) -> Iterator[Finding]:
 def memory_suffices(subject: Subject) -> Iterator[Finding]:
     """The forecast of the training's peak lies within what the device has; by how much, `kd forecast` says part by part."""
     config, rows = subject.config, len(subject.prepared.train)
-    found = forecast(config, rows=rows)
+    here = partial(forecast, rows=rows, classes=len(subject.prepared.labels) or None)
+    found = here(config)
     judged = verdict(found.peak, found.total)
     if judged == "fits":
         return
-    changes = [each for each in remedies(config, found, found.total, partial(forecast, rows=rows)) if each.peak <= found.total]
+    changes = [each for each in remedies(config, found, found.total, here) if each.peak <= found.total]
     yield Finding(
         "critical" if judged == "does not fit" else "warning", "training.per_device_train_batch_size",
         f"the training is forecast to take {found.peak / GIB:.1f} GiB, {found.moment}, and the device has {found.total / GIB:.1f}",

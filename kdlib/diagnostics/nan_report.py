@@ -1,6 +1,8 @@
 """What is said and written of a value that is not finite: report.json, the batch, and what to do, from what was seen.
 
     runs/<run>/nan_report/  report.json   batch.safetensors: input_ids, attention_mask, labels [B, T] of the optimizer step
+
+Where rows are classified, labels are [B] and counts are of rows; what a teacher with another tokenizer reads is there too.
 """
 
 import math
@@ -20,8 +22,9 @@ from kdlib.runs import StudentFolder, write_json
 from kdlib.signals import IGNORED
 
 FOLDER = "nan_report"
-NAMES = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}  # with what pads them
+NAMES = {"input_ids": 0, "attention_mask": 0, "teacher_input_ids": 0, "teacher_attention_mask": 0, "labels": IGNORED}  # what pads them
 AROUND = 12  # tokens shown on either side
+BEGINNING = 40  # tokens shown of a row that is classified
 GREW = 5.0  # times the median of those before: a gradient norm that was running away
 SEARCHED = 200_000  # rows of the data set, at most, among which the culprit's is looked up
 
@@ -57,11 +60,12 @@ def report_of(
         "stage": standing.stage, "step": standing.step, "who": culprit.who,
         "term": next(iter(culprit.terms), None),
         "terms": {name: {"value": str(value), "tokens": count} for name, (value, count) in culprit.terms.items()},
-        "tokens": culprit.tokens, "module": culprit.module, "parameter": next(iter(culprit.tensors), None),
+        "tokens": culprit.tokens, "of": "tokens" if of_tokens(batch) else "rows",
+        "module": culprit.module, "parameter": next(iter(culprit.tensors), None),
         "tensors": {name: asdict(broken) for name, broken in culprit.tensors.items()},
         "micro_batch": culprit.micro_batch, "row_of_micro_batch": culprit.row, "row": row,
         "position": culprit.position, "row_of_data": None, "text": None,
-        "rows_without_kept_token": (batch["labels"][:, 1:] == IGNORED).all(-1).nonzero()[:, 0].tolist(),
+        "rows_without_kept_token": _silent_rows(batch["labels"]),
         "precision": dict(standing.precision), "loss": _written(standing.loss),
         "learning_rate": standing.learning_rate, "max_grad_norm": standing.max_grad_norm,
         "grad_norm_before": _written(standing.grad_norms[-1]) if standing.grad_norms else None,
@@ -92,17 +96,31 @@ def put_aside(folder: StudentFolder) -> None:
 
 def joined(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Micro-batches one below the other, padded on the right to one length; on the CPU."""
-    longest = max(batch["input_ids"].shape[1] for batch in batches)
-    return {
-        name: torch.cat([F.pad(batch[name].cpu(), (0, longest - batch[name].shape[1]), value=fill) for batch in batches])
-        for name, fill in NAMES.items()
-    }
+    found = {}
+    for name, fill in NAMES.items():
+        if parts := [batch[name].cpu() for batch in batches if name in batch]:
+            longest = max(part.shape[-1] for part in parts)
+            found[name] = torch.cat([F.pad(part, (0, longest - part.shape[-1]), value=fill) if part.ndim > 1 else part for part in parts])
+    return found
+
+
+def of_tokens(batch: Mapping[str, Tensor]) -> bool:
+    """Whether tokens are predicted, and not rows classified."""
+    return batch["labels"].ndim == 2
+
+
+def _silent_rows(labels: Tensor) -> list[int]:
+    """The rows that have no kept token, or no class."""
+    masked = (labels[:, 1:] == IGNORED).all(-1) if labels.ndim == 2 else labels == IGNORED
+    return masked.nonzero()[:, 0].tolist()
 
 
 def nothing_kept(step: int, micro_batches: Sequence[Mapping[str, Tensor]], rows: Sequence[Mapping[str, Any]] | None) -> str:
     """The words for an optimizer step from which nothing can be learned."""
     batch = joined(micro_batches)
     numbers = [row_of_data(_unpadded(batch, row), rows) for row in range(len(batch["labels"]))]
+    if not of_tokens(batch):
+        return f"step {step}: no row has a class ({IGNORED} stands for none), in rows {numbers} of the training data; leave such rows out"
     return (
         f"step {step}: no row has a token that counts: every label is masked ({IGNORED}), in rows {numbers} of the training data; leave "
         "such rows out, or lengthen data.max_length where it cuts off what is to be learned"
@@ -112,7 +130,7 @@ def nothing_kept(step: int, micro_batches: Sequence[Mapping[str, Tensor]], rows:
 def message(report: Mapping[str, Any], folder: StudentFolder) -> str:
     """The error's words: what was not finite, where, when; what to do."""
     where = "on held-out text " if report["stage"] == "evaluation" else ""
-    of = f"of {report['tokens']} tokens"
+    of = f"of {report['tokens']} {report['of']}"
     terms = ", ".join(f"{name} = {term['value']} at {term['tokens']} {of}" for name, term in report["terms"].items())
     norm = report["grad_norm_before"]
     known = "unknown" if norm is None else norm if isinstance(norm, str) else f"{norm:.3g}"
@@ -144,8 +162,8 @@ def suggestions(report: Mapping[str, Any]) -> Iterator[str]:
     elif who == "student":
         yield f"the student's weights are finite, but too large to compute with: lower {rate}, or warm up longer (training.warmup_steps)"
     if who == "loss":
-        yield (f"both models are finite at this token, so {report['term']} itself is not: look at its temperature and divergence, or "
-               f"leave it out to go on (loss.weights.{report['term']}: 0)")
+        yield (f"both models are finite at this {report['of'].removesuffix('s')}, so {report['term']} itself is not: look at its "
+               f"temperature and divergence, or leave it out to go on (loss.weights.{report['term']}: 0)")
     if who == "gradient":
         clipping = f"; clipping is off: set training.max_grad_norm to 1 (now {report['max_grad_norm']:g})" * (report["max_grad_norm"] <= 0)
         yield f"the loss is finite and the gradient of {first} is not: lower {rate}{clipping}"
@@ -157,13 +175,16 @@ def suggestions(report: Mapping[str, Any]) -> Iterator[str]:
         yield ("asked once more, the same batch is finite: try loss.compile: false; where it comes back at other steps, suspect the "
                "memory or the device")
     if masked := report["rows_without_kept_token"]:
-        yield f"in rows {masked} of the batch every label is masked, so nothing is learned from them: leave them out of the data"
+        why = "every label is masked" if report["of"] == "tokens" else "there is no class"
+        yield f"in rows {masked} of the batch {why}, so nothing is learned from them: leave them out of the data"
 
 
-def text_around(tokenizer: PreTrainedTokenizerBase | None, ids: Sequence[int], position: int, end: int) -> str | None:
-    """The tokens around a position decoded, the one at it between ⟦ ⟧; `end` is where padding begins."""
+def text_around(tokenizer: PreTrainedTokenizerBase | None, ids: Sequence[int], position: int | None, end: int) -> str | None:
+    """The tokens around a position decoded, the one at it between ⟦ ⟧; without one, the row's first.  `end` is where padding begins."""
     if tokenizer is None:
         return None
+    if position is None:
+        return tokenizer.decode(ids[: min(BEGINNING, end)]) + "…" * (end > BEGINNING)
     before, after = ids[max(position - AROUND, 0) : position], ids[position + 1 : min(position + 1 + AROUND, max(end, position + 1))]
     return f"{tokenizer.decode(before)}⟦{tokenizer.decode([ids[position]])}⟧{tokenizer.decode(after)}"
 
@@ -198,7 +219,8 @@ def _where(report: Mapping[str, Any]) -> str:
     if report["row"] is None:
         return ""
     data = "" if report["row_of_data"] is None else f" (row {report['row_of_data']} of the data)"
-    return f"; first at row {report['row']}{data}, position {report['position']}: {report['text']!r}"
+    position = "" if report["position"] is None else f", position {report['position']}"
+    return f"; first at row {report['row']}{data}{position}: {report['text']!r}"
 
 
 def _written(value: Any) -> Any:

@@ -20,13 +20,14 @@ BUSY = 0.2  # cores kept busy by others, above which the times of a probe are do
 
 
 def outlook(
-    config: Config, *, memory: float | None = None, devices: int | None = None, rows: int | None = None, timed: bool = True,
-    measure: bool = False, every_card: bool = False,
+    config: Config, *, memory: float | None = None, devices: int | None = None, rows: int | None = None, classes: int | None = None,
+    timed: bool = True, measure: bool = False, every_card: bool = False,
 ) -> dict[str, Any]:
     """Everything that `kd forecast` says, as plain data.
 
     Args:
         memory: GiB of the device, in place of what is here.
+        classes: of the data, where rows are classified.
         timed: time the pieces of a step here.
         measure: also train a few steps in processes of their own.
         every_card: also for each usual size of a card, whether the config fits or with which change.
@@ -34,11 +35,11 @@ def outlook(
     Returns:
         `Forecast.as_dict()` with "remedies" and, where asked for, "measured", "cards", "card_precision" and "card_peak".
     """
-    found = forecast(config, memory=memory, devices=devices, rows=rows, timed=timed)
-    again = partial(forecast, memory=memory, devices=devices, rows=rows)
+    found = forecast(config, memory=memory, devices=devices, rows=rows, classes=classes, timed=timed)
+    again = partial(forecast, memory=memory, devices=devices, rows=rows, classes=classes)
     data = found.as_dict() | {"remedies": [_plain(remedy) for remedy in remedies(config, found, found.free, again)]}
     if every_card:
-        on_cuda = partial(forecast, memory=SMALLEST, device="cuda", devices=devices, rows=rows)
+        on_cuda = partial(forecast, memory=SMALLEST, device="cuda", devices=devices, rows=rows, classes=classes)
         there = on_cuda(config)
         lines = [{**line, "remedy": _plain(line["remedy"])} for line in cards(config, there, on_cuda)]
         data |= {"cards": lines, "card_precision": there.precision, "card_peak": there.peak}

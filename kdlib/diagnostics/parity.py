@@ -3,6 +3,7 @@
 Five pairs that must agree whatever the config says: a step in micro-batches and in one batch, dense logits and logits by the
 chunk, rows padded together and rows alone, training and evaluation, and a teacher held against itself.  All of it goes
 through the trainer's own step, on a few rows cut to different lengths, so that a mean of means or a leak of padding shows.
+Where rows are classified there are no chunks: the line says so, and has not passed.
 """
 
 import math
@@ -43,15 +44,23 @@ CONTRASTIVE = {"ce", "contrastive"}  # not 0 where student and teacher agree
 
 @dataclass(frozen=True)
 class Check:
-    """Two figures that should be one: how far apart they are, and how far rounding may set them apart."""
+    """Two figures that should be one: how far apart they are, and how far rounding may set them apart; None where nothing is compared."""
 
     compared: str
-    difference: float
-    tolerance: float
+    difference: float | None = None
+    tolerance: float | None = None
 
     @property
-    def passed(self) -> bool:
-        return self.difference <= self.tolerance  # nan passes nothing
+    def result(self) -> str:
+        if self.difference is None:
+            return "left out"
+        return "pass" if self.difference <= self.tolerance else "fail"  # nan passes nothing
+
+    @property
+    def line(self) -> dict[str, str]:
+        figures = {name: "" if (value := getattr(self, name)) is None else f"{value:{form}}"
+                   for name, form in (("difference", ".1e"), ("tolerance", ".0e"))}
+        return {"compared": self.compared, **figures, "result": self.result}
 
 
 def selftest(config: Config) -> pd.DataFrame:
@@ -68,7 +77,7 @@ def selftest(config: Config) -> pd.DataFrame:
 def parity(
     config: Config, *, student: PreTrainedModel, teacher: LiveTeacher, tokenizer: PreTrainedTokenizerBase, prepared: Prepared
 ) -> pd.DataFrame:
-    """The self-test's table, a line per comparison: compared, difference, tolerance, result (pass or fail).
+    """The self-test's table, a line per comparison: compared, difference, tolerance, result (pass, fail, or left out).
 
     At the start of training, and for each term that is silent there, where its weight is greatest.  Dropout is off, and an
     estimate from samples is compared by its expectation.  Nothing is kept: models, their modes and random numbers are as before
@@ -83,20 +92,25 @@ def parity(
             trainer.state.global_step, trainer.state.max_steps = fraction, 1  # the objective reads their quotient alone
             at = f", at {100 * fraction:.3g} % of training" if len(fractions) > 1 else ""
             checks += [replace(check, compared=check.compared + at) for check in _checks(trainer, rows, terms, gradient)]
-    return pd.DataFrame({"compared": [c.compared for c in checks], "difference": [f"{c.difference:.1e}" for c in checks],
-                         "tolerance": [f"{c.tolerance:.0e}" for c in checks], "result": ["pass" if c.passed else "fail" for c in checks]})
+    return pd.DataFrame([check.line for check in checks])
 
 
-def shortened(rows: Sequence[Mapping[str, Sequence[int]]]) -> list[dict[str, list[int]]]:
+def shortened(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The first rows, each cut to another length: packed rows are all alike, and a mean of means would not show.
 
-    Where a row's beginning is given, it is cut there, and some of it is learned, more in each row: answers may all be of one token.
+    Of a classification with their classes, and as the teacher reads them too.  Where a row's beginning is given, it is cut there,
+    and some of it is learned, more in each row: answers may all be of one token.
     """
     if rows and "prompt_tokens" in rows[0]:
         return [_with_little_prompt(rows[i], learned=i + 1) for i in range(min(ROWS, len(rows)))]
-    taken = [rows[i]["input_ids"][:LONGEST] for i in range(min(ROWS, len(rows)))]
-    longest = max(map(len, taken))
-    return [{"input_ids": list(ids[: max(longest * (number + 1) // len(taken), 2)])} for number, ids in enumerate(taken)]
+    found = [{"label": rows[i]["label"]} if "label" in rows[i] else {} for i in range(min(ROWS, len(rows)))]
+    for name in ("input_ids", "teacher_input_ids"):
+        if name in rows[0]:
+            taken = [rows[i][name][:LONGEST] for i in range(len(found))]
+            longest = max(map(len, taken))
+            for number, ids in enumerate(taken):
+                found[number][name] = list(ids[: max(longest * (number + 1) // len(taken), 2)])
+    return found
 
 
 def _with_little_prompt(row: Mapping[str, Any], *, learned: int) -> dict[str, Any]:
@@ -157,10 +171,13 @@ def _checks(trainer: DistillationTrainer, rows: Sequence[Mapping], terms: float,
     whole = trainer.data_collator(rows)
     tokens, chunk = len(kept(whole["labels"]).targets), trainer.workspace.chunk
     sums, slopes = _step(trainer, [whole])
-    dense_sums, other = _with_dense_logits(trainer, whole)
-    how = f"{chunk} logits at a time = all at once" if trainer.form else "logits all at once, twice: this head is no plain matrix"
-    checks = [Check(f"{how}, terms", _furthest(sums, dense_sums, tokens), terms)]
-    checks.append(Check(f"{how}, gradient", _apart(slopes, other), gradient))
+    if whole["labels"].ndim == 1:
+        checks = [Check(f"logits by the chunk: a row has {trainer.vocabulary}, one for each class, made at once")]
+    else:
+        dense_sums, other = _with_dense_logits(trainer, whole)
+        how = f"{chunk} logits at a time = all at once" if trainer.form else "logits all at once, twice: this head is no plain matrix"
+        checks = [Check(f"{how}, terms", _furthest(sums, dense_sums, tokens), terms)]
+        checks.append(Check(f"{how}, gradient", _apart(slopes, other), gradient))
     _, other = _step(trainer, [{name: values[i : i + 1] for name, values in whole.items()} for i in range(len(rows))])
     checks.append(Check(f"1 batch of {len(rows)} rows = {len(rows)} of 1, accumulated, gradient", _apart(slopes, other), gradient))
     del slopes, other
@@ -205,7 +222,8 @@ def _evaluated(trainer: DistillationTrainer, batch: Mapping[str, Tensor]) -> dic
 
 
 def _against_itself(trainer: DistillationTrainer, batch: Mapping[str, Tensor]) -> float:
-    """The greatest term, of those whose least value is 0, with the teacher in the student's place."""
+    """The greatest term, of those whose least value is 0, with the teacher in the student's place, reading what the teacher is to read."""
+    batch = {**batch, **{name.removeprefix("teacher_"): values for name, values in batch.items() if name.startswith("teacher_")}}
     usual = trainer.model, trainer.form, trainer.layer_pairs
     trainer.model, trainer.form = trainer.teacher.model, trainer.teacher.form
     trainer.layer_pairs = [(theirs, theirs) for _, theirs in trainer.layer_pairs]

@@ -5,6 +5,7 @@ What runs is the training's own code, phase by phase: the student's forward pass
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,9 +14,15 @@ import torch
 from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
-from kdlib.batches import collate
+from kdlib.batches import collate, collate_classes
+from kdlib.classifiers import blank_classifier
 from kdlib.config import Config
 from kdlib.errors import ModelError
 from kdlib.losses.features import LayerPairs
@@ -34,7 +41,7 @@ Phase = Callable[[str], AbstractContextManager]
 
 @dataclass(frozen=True)
 class Outline:
-    """The two models of a config, known by their configs alone, and the size of the vocabulary that they share."""
+    """The two models of a config, known by their configs alone, and the size of the vocabulary, or number of classes, that they share."""
 
     config: Config
     student: PreTrainedConfig
@@ -47,6 +54,22 @@ class Outline:
         """The student's and the teacher's."""
         return self.student.num_hidden_layers, self.teacher.num_hidden_layers
 
+    @property
+    def is_of_rows(self) -> bool:
+        """Whether rows are classified."""
+        return self.config.task == "sequence-classification"
+
+    def blank_student(self) -> PreTrainedModel:
+        """With random weights."""
+        return self._blank(self.config.student.source, self.student, torch.float32)
+
+    def blank_teacher(self, dtype: torch.dtype) -> PreTrainedModel:
+        """Likewise."""
+        return self._blank(self.config.teacher.model, self.teacher, dtype)
+
+    def _blank(self, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+        return (blank_classifier if self.is_of_rows else blank_model)(name, config, dtype)
+
     def with_layers(self, student: int, teacher: int) -> "Outline":
         """The same with few layers of each model, evenly taken."""
         few = [with_layers(each, even_layers(count, each.num_hidden_layers))
@@ -54,30 +77,59 @@ class Outline:
         return replace(self, student=few[0], teacher=few[1])
 
 
-def outline(config: Config) -> Outline:
+def outline(config: Config, classes: int | None = None) -> Outline:
     """What is known of a config's models without their weights.
+
+    Args:
+        classes: how many the data has, where rows are classified; what the config or the teacher says of it where None.
 
     Raises:
         ModelError: there is no such model; or the teacher lacks the student's layers.
     """
+    is_of_rows = config.task == "sequence-classification"
+    known, kind = ((MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "classifier of texts") if is_of_rows
+                   else (MODEL_FOR_CAUSAL_LM_MAPPING, "causal language model"))
     teacher, notes = load_config(config.teacher.model), []
     student = load_config(config.student.source) if config.student.source != "teacher" else teacher
     for name, each in ((config.teacher.model, teacher), (config.student.source, student)):
-        if type(each) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise ModelError(f"{name}: its config is of a {each.model_type} model, which is no causal language model; choose one that is")
+        if type(each) not in known:
+            raise ModelError(f"{name}: its config is of a {each.model_type} model, which is no {kind}; choose one that is")
     if config.student.source == "teacher":
         check_layers(config, teacher.num_hidden_layers)
         student = with_layers(teacher, kept_layers(config, teacher.num_hidden_layers))
         if config.student.keep == "influence":
             notes.append("which layers the student keeps is seen on text; taken evenly here, which matters where layers differ in size")
+    if getattr(teacher, "quantization_config", None):
+        notes.append("the teacher's quantised weights are counted in the precision of the training")
+    if is_of_rows:
+        return _of_rows(config, student, teacher, notes, classes)
     try:
         vocabulary = len(load_tokenizer(config.teacher.model))
     except ModelError:
         vocabulary = teacher.get_text_config().vocab_size
         notes.append(f"no tokenizer is to be had for {config.teacher.model}: its head's {vocabulary:,} rows are taken for the vocabulary")
-    if getattr(teacher, "quantization_config", None):
-        notes.append("the teacher's quantised weights are counted in the precision of the training")
     return Outline(config, student, teacher, vocabulary, tuple(notes))
+
+
+def _of_rows(
+    config: Config, student: PreTrainedConfig, teacher: PreTrainedConfig, notes: list[str], classes: int | None
+) -> Outline:
+    """The outline of a classification: the two configs with as many classes as the data has."""
+    if classes is None and config.data.labels:
+        classes = len(config.data.labels)
+    if classes is None:
+        classes = teacher.num_labels
+        notes.append(f"the data was not read, so the teacher's {classes} classes are taken for the data's: they weigh little")
+    notes.append(f"each row is taken to have data.max_length ({config.data.max_length}) tokens; shorter texts take less")
+    if config.teacher_stage:
+        notes.append("this is the student's training; the teacher's own stage before it is not forecast: put it into a config of its own")
+    made = []
+    for each in (student, teacher):
+        made.append(changed := deepcopy(each))
+        changed.num_labels = classes
+        if changed.get_text_config().pad_token_id is None:
+            changed.get_text_config().pad_token_id = 0
+    return Outline(config, *made, classes, tuple(notes))
 
 
 def kept_layers(config: Config, total: int) -> list[int] | None:
@@ -101,8 +153,8 @@ class Rehearsal:
         self.plan, self.dtype, self.workspace, self.device = plan, dtype, workspace, torch.device(device)
         self.objective: Objective = objective_of(config)
         with self.device:
-            self.student = blank_model(config.student.source, plan.student)
-            self.teacher = blank_model(config.teacher.model, plan.teacher, dtype).requires_grad_(False)
+            self.student = plan.blank_student()
+            self.teacher = plan.blank_teacher(dtype).requires_grad_(False)
         with torch.random.fork_rng(devices=[]):  # `listen` seeds it
             self.pairs: LayerPairs = listen(config, self.student, self.teacher, self.objective)
         self.form: Form | None = None if dense else stated_form(self.student)
@@ -131,14 +183,29 @@ class Rehearsal:
 
     def batch(self, rows: int) -> dict[str, Tensor]:
         """Rows of random tokens as long as the config allows; unpacked, one is shorter, so that a mask is needed."""
-        data = self.plan.config.data
         with unset_fake_temporarily(), torch.device("cpu"):  # token ids keep their values in a rehearsal without data
             generator = torch.Generator().manual_seed(0)
-            ids = torch.randint(self.plan.vocabulary, (rows, data.max_length), generator=generator).tolist()
-            if not data.packing and rows > 1 and data.max_length > 2:
-                ids[-1].pop()
-            made = collate([{"input_ids": row} for row in ids], pad_id=0)
+            if self.plan.is_of_rows:
+                made = self._rows_with_classes(rows, generator)
+            else:
+                made = collate([{"input_ids": ids} for ids in self._ids(rows, self.plan.vocabulary, generator)], pad_id=0)
             return {name: tensor.to(self.device) for name, tensor in made.items()}
+
+    def _ids(self, rows: int, tokens: int, generator: torch.Generator) -> list[list[int]]:
+        data = self.plan.config.data
+        ids = torch.randint(tokens, (rows, data.max_length), generator=generator).tolist()
+        if (self.plan.is_of_rows or not data.packing) and rows > 1 and data.max_length > 2:
+            ids[-1].pop()
+        return ids
+
+    def _rows_with_classes(self, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """With tokens of the teacher's own, where the student does not come from it."""
+        ours, theirs = (self._ids(rows, each.get_text_config().vocab_size, generator) for each in (self.plan.student, self.plan.teacher))
+        labels = torch.randint(self.plan.vocabulary, (rows,), generator=generator).tolist()
+        made = [{"input_ids": ids, "label": label} for ids, label in zip(ours, labels, strict=True)]
+        if self.plan.config.student.source != "teacher":
+            made = [{**row, "teacher_input_ids": ids} for row, ids in zip(made, theirs, strict=True)]
+        return collate_classes(made, pad_id=0, teacher_pad_id=0)
 
     def train(self, batch: Mapping[str, Tensor], moment: Moment, *, count: int, phase: Phase = lambda name: nullcontext()) -> None:
         """One micro-batch, forward and backward; the gradients stay in the student.
@@ -171,15 +238,18 @@ class Rehearsal:
         self, batch: Mapping[str, Tensor], moment: Moment, with_teacher: bool, phase: Phase
     ) -> tuple[Kept, Signal, Signal | None]:
         tokens, (ours, theirs) = kept(batch["labels"]), insides(moment, self.pairs, self.student)
+        reads = "teacher_" if "teacher_input_ids" in batch else ""
         with phase("student's forward"):
             student = self._heard(self.student, batch, tokens, self.form, ours)
         if not with_teacher:
             return tokens, student, None
         with phase("teacher's forward"), torch.no_grad():
-            return tokens, student, self._heard(self.teacher, batch, tokens, self.teacher_form, theirs)
+            return tokens, student, self._heard(self.teacher, batch, tokens, self.teacher_form, theirs, reads)
 
-    def _heard(self, model: PreTrainedModel, batch: Mapping[str, Tensor], tokens: Kept, form: Form | None, inside: Inside) -> Signal:
-        return signal_of(model, batch, tokens, vocabulary=self.plan.vocabulary, form=form, inside=inside)
+    def _heard(
+        self, model: PreTrainedModel, batch: Mapping[str, Tensor], tokens: Kept, form: Form | None, inside: Inside, reads: str = ""
+    ) -> Signal:
+        return signal_of(model, batch, tokens, vocabulary=self.plan.vocabulary, form=form, inside=inside, reads=reads)
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ LION = 1 / 5  # of AdamW's
 FAR_OUT = 10.0  # times beyond a limit: no training survives it
 SGD_RANGE = (1e-4, 1.0)
 FEW_TOKENS, MANY_TOKENS = 256, 4e6  # of an optimizer step
+FEW_ROWS = 8  # of a classification, in an optimizer step
 
 
 def schedule_can_be_made(subject: Subject) -> Iterator[Finding]:
@@ -155,13 +156,17 @@ def batch_is_sensible(subject: Subject) -> Iterator[Finding]:
     learned = prepared.notes.get("train_learned_tokens", prepared.notes["train_tokens"])
     tokens = rows * learned / max(prepared.notes["train_rows"], 1)
     where, seen = "training.gradient_accumulation_steps", f"{rows} rows, {tokens:,.0f} learned tokens, make an optimizer step"
+    is_of_rows = subject.config.task == "sequence-classification"
     if rows > extent.rows:
         yield Finding("warning", where, f"{seen}; the training text has {extent.rows} rows",
                       "every step then sees the same text, and fewer rows than was meant", "lower batch size or accumulation")
+    elif is_of_rows and rows < FEW_ROWS:
+        yield Finding("warning", where, seen, f"below some {FEW_ROWS} rows, with a class each, the gradient is mostly chance",
+                      "raise batch size or accumulation")
     elif tokens > MANY_TOKENS:
         yield Finding("warning", where, seen, "so large a step learns little more than a smaller one would, and there are fewer",
                       "lower batch size or accumulation")
-    elif tokens < FEW_TOKENS:
+    elif tokens < FEW_TOKENS and not is_of_rows:
         yield Finding("warning", where, seen, f"below some {FEW_TOKENS} tokens the gradient is mostly chance",
                       f"raise batch size or accumulation by {-(-FEW_TOKENS // max(tokens, 1)):.0f} times")
 

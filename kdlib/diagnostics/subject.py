@@ -86,7 +86,8 @@ class Subject:
     """A config and what it names.  A part that cannot be had raises `Unavailable` to each check that asks for it."""
 
     needs = {  # the sections on which a part depends, so that a mended config need not load it again
-        "tokenizer": ("teacher",), "split": ("data", "seed"), "prepared": ("data", "seed", "teacher"), "teacher": ("teacher",),
+        "tokenizer": ("task", "teacher", "student"), "split": ("data", "seed"), "prepared": ("task", "data", "seed", "teacher", "student"),
+        "teacher": ("task", "teacher", "teacher_stage"),
         "student": ("teacher", "student", "data", "seed"), "configs": ("teacher", "student"), "student_tokenizer": ("student",),
         "size": ("teacher", "student"),
     }
@@ -137,7 +138,7 @@ class Subject:
         """The student's parameters, counted on a model without weights."""
         _ = self.configs  # a model that cannot be had is named there
         with torch.device("meta"):
-            return models.parameters(models.blank_model(self.config.student.source, outline(self.config).student))
+            return models.parameters(outline(self.config).blank_student())
 
     @part("data.source")
     def split(self) -> DatasetDict:
@@ -152,8 +153,9 @@ class Subject:
     def teacher(self) -> LiveTeacher:
         """In a dtype that the machine is good at, and that has float32's range: what float16 has no number for is seen."""
         dtype, _ = models.precision_of(self.config.model_copy(update={"precision": "auto"}))
-        model = tasks.load(self.config.teacher.model, self.prepared, dtype).to(models.device_of(self.config))
-        return tasks.teacher_of(model, self.prepared)
+        found = tasks.load_teacher(self.config, self.prepared, dtype)
+        found.model.to(models.device_of(self.config))
+        return found
 
     @part("student.from")
     def student(self) -> PreTrainedModel:
