@@ -15,6 +15,7 @@ from matplotlib.ticker import PercentFormatter
 from kdlib.canvas import INK, colours_of_models, label_of
 from kdlib.measures import student_of, with_interval
 
+ANSWER_FIGURES = ("confusion", "reliability", "f1_per_class")
 COUNTED = 30  # classes, above which a matrix has no counts, as they could not be read
 NAMED = 60  # classes, above which its axes have no names
 SHORT = 20  # characters of a class's name on an axis

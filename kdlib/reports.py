@@ -9,6 +9,8 @@ from markupsafe import Markup
 from nbconvert.filters import strip_ansi
 
 from kdlib import pages, plots
+from kdlib.answer_figures import ANSWER_FIGURES
+from kdlib.answer_tables import TITLES, answer_tables
 from kdlib.benchmarks import figures as benchmark_figures
 from kdlib.benchmarks import reading
 from kdlib.benchmarks.targets import target_table, verdict
@@ -47,7 +49,7 @@ def _tables(run: Run, results: Mapping | None, benchmark: Mapping | None, cards:
     tables = {"metrics": training_table(run), "evaluation": eval_table(run)}
     if results:
         tables |= {"quality": plots.quality_table(results), "cost": plots.cost_table(results),
-                   "differences": plots.difference_table(results)}
+                   "differences": plots.difference_table(results), **answer_tables(results)}
     if "distilled student" in cards:
         tables["scorecard"] = scorecard_table(cards["distilled student"])
     return tables
@@ -59,9 +61,10 @@ def _content(
 ) -> dict[str, Any]:
     manifest, status = run.manifest, run.status
     facts = {k: v for k, v in manifest.items() if k not in ("formula", "command", "stages")} | (benchmark or {}).get("machine", {})
-    others = [image for name, image in pictures.items() if name not in (DASHBOARD, COMPARISON)]
+    others = [image for name, image in pictures.items() if name not in (DASHBOARD, COMPARISON, *ANSWER_FIGURES)]
     content = {
         "cards": cards, "dashboard": pictures.get(DASHBOARD), "pictures": others, "comparison": pictures.get(COMPARISON),
+        "answer_pictures": [pictures[name] for name in ANSWER_FIGURES if name in pictures],
         "measured": {name: pages.table(reading.shown(table)) for name, table in tables.items()} if benchmark else {},
         "samples": _samples(results), "explorers": {title: Markup(html) for title, html in static_html(run).items()},
         "notebooks": {path.stem: notebook_html(path) for path in sorted(run.notebooks.glob("*.ipynb"))},
@@ -78,10 +81,22 @@ def _content(
         "message": plots.comparison_message(results) if results else verdict(benchmark) if benchmark else "",
         "strip": [] if benchmark else _strip(run, results, cards),
         **{name: pages.table(tables[name]) for name in ("quality", "cost", "differences") if name in tables},
+        "answers": {name: pages.table(tables[name]) for name in answer_tables(results or {"models": {}})},
+        "answer_titles": TITLES, "measured_on": _measured_on(results),
         "config": (run.path / "config.yaml").read_text(encoding="utf-8"),
         "facts": [(name.replace("_", " "), value) for name, value in flat(facts, " · ")],
         "reproduce": _reproduce(run, manifest, "bench" if benchmark else "run"),
     }
+
+
+def _measured_on(results: Mapping[str, Any] | None) -> str:
+    """Of what the intervals speak, and which students were measured."""
+    if not results:
+        return ""
+    if "rule" in results:
+        return f"Paired on the same {results['rows']:,} rows; the interval is a bootstrap's over rows. Measured: {results['rule']}."
+    return ("Paired on the same blocks; the interval is a bootstrap's over blocks. KL, perplexity and bits per byte: lower is better; agreement: "
+            "higher. Blocks of one document resemble each other.")
 
 
 def _partial(state: str) -> str:
@@ -94,7 +109,7 @@ def _partial(state: str) -> str:
 
 def _samples(results: Mapping[str, Any] | None) -> list[tuple[str, dict[str, str]]]:
     """Each prompt with what every model makes of it."""
-    prompts = results["prompts"] if results else []
+    prompts = results.get("prompts", []) if results else []
     return [(prompt, {model: texts[i] for model, texts in results["samples"].items()}) for i, prompt in enumerate(prompts)]
 
 

@@ -18,7 +18,7 @@ FLOORS = [
     {"classifiers", "teachers", "callbacks", "checkpoints", "diagnostics.culprits", "diagnostics.gradients"},
     {"diagnostics.nan_guard", "diagnostics.nan_report", "trackers", "tasks", "footprint", "choices"},
     {"guarded_trainer"},
-    {"trainer", "compare_classes", "scene", "answer_figures"},
+    {"trainer", "compare_classes", "scene", "answer_figures", "answer_tables"},
     {"compare"},
     {"panels"},
     {"training", "plots", "pages", "benchmarks.settings", "benchmarks.machine", "benchmarks.heads", "sweeps.settings", "sweeps.clock",
@@ -47,7 +47,7 @@ FLOORS = [
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 READERS = {  # importable without torch
-    "answers", "answer_figures", "answer_results", "calibration", "measures", "resampling",
+    "answers", "answer_figures", "answer_results", "answer_tables", "calibration", "measures", "resampling",
     "errors", "schedulers", "arguments", "curriculum", "fields", "keys", "overrides", "task_rules", "loss_config", "config", "runs",
     "dialects", "strata",
     "migration", "metrics", "canvas", "progress", "scene", "panels", "plots", "dashboard", "diagnostics.scorecard", "pages", "executed",
