@@ -56,7 +56,7 @@ def held_by(task: str) -> tuple[str, ...]:
 
 def task_of(results: Mapping[str, Any]) -> str:
     """The task that was compared; what is older than tasks is of language models."""
-    return results.get("task", "causal-lm")
+    return results.get("task") or ("question-answering" if "questions" in results else "causal-lm")
 
 
 def shown_in(results: Mapping[str, Any], choice: Mapping[str, tuple[str, ...]] = TABLE) -> list[str]:

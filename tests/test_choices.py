@@ -186,8 +186,8 @@ def test_the_picture_and_the_tables_of_a_comparison_begin_with_the_choices(folde
     for name in ("teacher", "untrained", "distilled"):
         comparison.add(name, lambda name=name: load_model(str(folders["teacher" if name == "teacher" else "student"])))
     results = comparison.results()
-    assert list(plots.quality_table(results).columns)[:2] == ["right choices", "right choices, raw"]
-    assert "the distilled student shows: no clear difference in accuracy of choices" in plots.comparison_message(results)
+    assert list(plots.quality_table(results).columns)[:2] == ["right choices", "retention, %"]
+    assert "the distilled student shows: no clear difference in right choices" in plots.comparison_message(results)
     titles = [axes.get_title(loc="left").split("\n")[0] for axes in plots.comparison_bars(results).axes]
     assert titles == ["right choices", "retention, %", "the teacher's choices", "KL to teacher"]
 
