@@ -8,7 +8,6 @@ import pandas as pd
 from kdlib.canvas import label_of
 from kdlib.measures import rivals_of, student_of, with_interval
 
-
 TITLES = {"mcnemar": "McNemar's test", "on_teachers_mistakes": "On the teacher's mistakes", "f1_per_class": "F1 by class",
           "worst": "Worst examples"}
 

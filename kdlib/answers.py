@@ -151,7 +151,8 @@ class ItemFigures:
                 found |= {"macro_f1": np.nanmean(f1, axis=1), "f1": f1}  # over the classes that occur, as scikit-learn's
             found |= {
                 "log_loss": one["nats"] / count, "ece": np.abs(drawn["gaps"]).sum(axis=1) / count, "kl_to_teacher": one["kl"] / count,
-                "agreement": one["agrees"] / count, "retention": 100 * one["right"] / one["teacher_right"],
+                "agreement": one["agrees"] / count,
+                "retention": 100 * one["right"] / np.where(one["teacher_right"], one["teacher_right"], np.nan),  # nan: no such draw
                 "repeated": one["repeated"] / one["missed"], "mended": one["mended"] / one["missed"],
             }
         return found

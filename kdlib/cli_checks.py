@@ -1,4 +1,4 @@
-"""The commands of `kd` that look at a config, or make one, and run nothing."""
+"""The commands of `kd` that look at a config, make one, or compare models, and train nothing."""
 
 import contextlib
 import json
@@ -101,3 +101,30 @@ def migrate(
         print(f"left out: {line}", file=sys.stderr)
     for path in made.missing:
         print(f"to be filled in: {path}", file=sys.stderr)
+
+
+@checks.command()
+def compare(
+    teacher: Annotated[str, typer.Option("--teacher", help="A hub id, a folder, a .gguf file or a built-in name.")],
+    student: Annotated[list[str], typer.Option("--student", help="Likewise, or name=MODEL; several: the comparison is about the first.")],
+    data: Annotated[str, typer.Option("--data", help="Rows: a file, a folder, a hub id or a built-in name.")],
+    task: Annotated[str, typer.Option("--task", help="sequence-classification or causal-lm.")] = "sequence-classification",
+    override: Annotated[list[str] | None, typer.Option("-o", "--override", help="key=value of a config, e.g. data.text=content.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="Folder; reports/compare_<student> in the project unless given.")] = None,
+) -> None:
+    """Compare models that were trained elsewhere, on the same rows: quality with intervals, cost, paired differences.
+
+    Measured are the rows of the source's own test split (classifiers), else of its validation split; data without them is split
+    as for a training, and a share measured: -o data.test=0.25 (classifiers), -o data.validation=0.25.  For a file that is meant
+    wholly for the comparison: -o data.test=0.99, or -o data.validation=0.99 with causal-lm; a few rows are kept back all the same.
+    Columns by other names: -o data.text=content -o data.label=topic.
+    """
+    from kdlib import elsewhere, plots
+
+    students = elsewhere.named_students(student)
+    folder = elsewhere.folder_for(output or runs.project_root() / "reports" / f"compare_{next(iter(students))}")
+    results = elsewhere.compare(teacher, students, data, task=task, overrides=override or [])
+    elsewhere.write(results, folder)
+    for table in (plots.quality_table(results), plots.cost_table(results), plots.difference_table(results)):
+        print(f"\n{table.to_string()}")
+    print(f"\nmeasured: {results['rule']}\nwritten: {os.path.relpath(folder)}")

@@ -49,6 +49,11 @@ KEYS = {  # told first: in the sentence that opens a report, in the table over a
 DRAWN = 4
 
 
+def held_by(task: str) -> tuple[str, ...]:
+    """The measures that a comparison of this task has, if also not all of them are shown."""
+    return tuple(dict.fromkeys([*TABLE[task], "accuracy"]))
+
+
 def task_of(results: Mapping[str, Any]) -> str:
     """The task that was compared; what is older than tasks is of language models."""
     return results.get("task", "causal-lm")

@@ -95,8 +95,8 @@ def _measured_on(results: Mapping[str, Any] | None) -> str:
         return ""
     if "rule" in results:
         return f"Paired on the same {results['rows']:,} rows; the interval is a bootstrap's over rows. Measured: {results['rule']}."
-    return ("Paired on the same blocks; the interval is a bootstrap's over blocks. KL, perplexity and bits per byte: lower is better; agreement: "
-            "higher. Blocks of one document resemble each other.")
+    return ("Paired on the same blocks; the interval is a bootstrap's over blocks. KL, perplexity and bits per byte: lower is better; "
+            "agreement: higher. Blocks of one document resemble each other.")
 
 
 def _partial(state: str) -> str:

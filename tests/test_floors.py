@@ -23,7 +23,7 @@ FLOORS = [
     {"panels"},
     {"training", "plots", "pages", "benchmarks.settings", "benchmarks.machine", "benchmarks.heads", "sweeps.settings", "sweeps.clock",
      "sweeps.crew"},
-    {"temperatures", "courses", "heat_map"},
+    {"temperatures", "courses", "heat_map", "elsewhere"},
     {"sights", "candidates", "schedule_designer"},
     {"explorer_widgets"},
     {"explorers"},

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import made_answers
 import matplotlib.figure
 import pandas as pd
 import pytest
@@ -15,8 +16,9 @@ from kdlib.runs import Run
 from kdlib.sweeps import conduct, figures, maps, page, reading
 from kdlib.sweeps.axes import heights
 from kdlib.sweeps.reading import Sweep
-from kdlib.sweeps.settings import SweepConfig
+from kdlib.sweeps.settings import METRICS, SweepConfig
 from kdlib.sweeps.trials import base_of, expanded
+from kdlib.task_rules import HIGHER_IS_BETTER
 
 GRID = {"loss.temperature": [1, 2], "loss.weights.kd:ce": [0.5, 0.9]}
 EVIL = '<script>alert(1)</script> $x_1$'
@@ -356,3 +358,30 @@ def test_text_that_looks_like_mathematics_is_no_mathematics_in_a_figure(swept, t
     sweep = swept([1.0, 2.0], list=[{"data.text": "$x$ and $\\bad{"}, {"data.text": EVIL}])
     page.render(sweep, tmp_path / "reports")
     assert (tmp_path / "reports" / "s" / "figures" / "course.png").exists()
+
+
+def test_a_sweep_of_classifiers_is_read_by_its_own_measures_and_speed(swept, tmp_path):
+    sweep = swept([1.0, 0.8], grid={"loss.temperature": [1, 2]}, metric="accuracy")
+    for number, trial in enumerate(sweep.facts["trials"]):
+        made = made_answers.results(count=100, classes=("a", "b", "c"))
+        accuracy = {"value": (0.7, 0.9)[number], "low": 0.6, "high": 0.95}
+        made["models"]["distilled"] |= {"parameters": (number + 1) * 10**6, "accuracy": accuracy}
+        runs.write_json(sweep.run(trial["run"]).path / "comparison_results.json", made)
+    trials, settings = tables(sweep)
+    assert trials["rows_per_s"].tolist() == [1234.0, 1234.0]
+    assert trials["tokens_per_s"].isna().all()
+    assert reading.compared_costs(trials) == ["parameters", "rows_per_s"]
+    assert settings["value"].tolist() == [0.9, 0.7]  # more is better
+    shown = page.render(sweep, tmp_path / "reports").read_text()
+    assert "Accuracy is highest with loss.temperature=2" in shown
+    assert not (tmp_path / "reports" / sweep.name / "tables" / "pareto_tokens_per_s.csv").exists()
+
+
+def test_a_metric_that_the_task_does_not_measure_is_refused_before_a_run(trials_of):
+    with pytest.raises(ConfigError, match=r"metric: found macro_f1, which a comparison of causal-lm has not; it is one of .*perplexity"):
+        trials_of(grid={"seed": [0]}, metric="macro_f1")
+
+
+def test_every_metric_of_a_sweep_has_words_and_a_unit():
+    assert reading.WORDS.keys() == reading.UNITS.keys() == METRICS.keys() >= set(HIGHER_IS_BETTER)
+    assert {name: METRICS[name] for name in HIGHER_IS_BETTER} == HIGHER_IS_BETTER

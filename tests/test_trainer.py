@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -193,7 +194,7 @@ def test_evaluation_measures_what_training_minimises(raw_config, tmp_path):
     """On the same rows at the same moment the training loss and the evaluation loss are one number."""
     config = parse({**raw_config, "training": {**raw_config["training"], **SGD, "max_steps": 1, "per_device_train_batch_size": 64}})
     parts = pieces(config)
-    parts["prepared"] = type(parts["prepared"])(parts["prepared"].validation, parts["prepared"].validation, {})
+    parts["prepared"] = replace(parts["prepared"], train=parts["prepared"].validation)
     parts["student"].eval()
     run = train(config, StudentFolder(tmp_path / "a"), **parts, stop_after=1)
     again = pieces(config)

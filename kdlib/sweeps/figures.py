@@ -70,7 +70,7 @@ def ranking(settings: pd.DataFrame, names: Sequence[str], metric: str) -> Figure
     axes.set_yticks(range(len(shown)), [label(row, names) for _, row in shown.iterrows()], fontsize=8, **LITERAL)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     most = f"the best {MOST} of {len(settings)}; " if len(settings) > MOST else ""
-    how = "mean of the seeds, 95 % over seeds" if settings["n"].max() > 1 else "95 % over blocks of text"
+    how = "mean of the seeds, 95 % over seeds" if settings["n"].max() > 1 else "95 % over held-out rows"
     axes.set_xlabel(f"{WORDS[metric]}, {UNITS[metric]} ({most}{how})", fontsize=9)
     return titled(figure, _ranking_title(settings, names, metric))
 

@@ -28,7 +28,7 @@ def render(sweep: Sweep, reports: Path) -> Path:
 
 def _fronts(sweep: Sweep, settings: pd.DataFrame) -> dict[str, pd.DataFrame]:
     highest = METRICS[sweep.facts["metric"]]
-    return {f"pareto_{cost}": pareto(settings, cost, higher_is_better=highest) for cost in COSTS if len(settings)}
+    return {f"pareto_{cost}": pareto(settings, cost, higher_is_better=highest) for cost in COSTS if settings[cost].notna().any()}
 
 
 def _page(sweep: Sweep, trials: pd.DataFrame, settings: pd.DataFrame, pictures: dict[str, Picture], reports: Path) -> str:

@@ -16,21 +16,20 @@ from typing import Any
 import pandas as pd
 
 from kdlib.errors import RunError
+from kdlib.measures import MEASURES, with_interval
 from kdlib.metrics import training_table
-from kdlib.plots import with_interval
 from kdlib.runs import Run, read_json
 from kdlib.sweeps.settings import METRICS
 from kdlib.sweeps.trials import described, plain
 
 FILE = "sweep.json"
 SEED = "seed"
-WORDS = {"kl_to_teacher": "KL to the teacher", "agreement": "top-1 agreement with the teacher", "perplexity": "perplexity",
-         "bits_per_byte": "bits per byte", "accuracy": "accuracy", "choice_accuracy": "accuracy of choices"}
-UNITS = {"kl_to_teacher": "nats per token, T = 1", "agreement": "share of tokens", "perplexity": "per token",
-         "bits_per_byte": "held-out text", "accuracy": "share of tokens", "choice_accuracy": "share of questions"}
+WORDS = {name: measure.words for name, measure in MEASURES.items()}
+UNITS = {name: measure.unit.format(item="token or row") for name, measure in MEASURES.items()}
 COSTS = {"parameters": ("student's parameters, millions", False), "tokens_per_s": ("forward pass, tokens/s", True),
-         "training_s": ("training, s", False)}
+         "rows_per_s": ("forward pass, rows/s", True), "training_s": ("training, s", False)}
 """Column -> (how figures call it, whether more is better)."""
+SPEEDS = {"tokens_per_s": "forward_tokens_per_s", "rows_per_s": "throughput_rows_per_s"}  # of tokens or of rows, as the task is
 MANY = 12  # values, above which a parameter is a range rather than a grid
 ALIKE = 0.1  # costs that differ by less than this share of the lowest are called alike
 CLEAR = 10  # s: logs have the time to the second, so shorter trainings are not told apart
@@ -89,8 +88,8 @@ def trial_table(sweep: Sweep) -> pd.DataFrame:
 def _row(run: Run, parameters: Mapping[str, Any], metric: str) -> dict[str, Any]:
     distilled = (read_json(run.path / "comparison_results.json") or {}).get("models", {}).get("distilled", {})
     status, done = run.status, distilled if run.status["state"] == "done" else {}
-    costs = {"parameters": done["parameters"] / 1e6, "tokens_per_s": done["forward_tokens_per_s"],
-             "training_s": training_seconds(run)} if done else {}
+    costs = {"parameters": done["parameters"] / 1e6, "training_s": training_seconds(run),
+             **{cost: done[fact] for cost, fact in SPEEDS.items() if fact in done}} if done else {}
     return {"run": run.name, **parameters, **done.get(metric, {}), **costs, "minutes": run.manifest.get("minutes"),
             "state": "waiting" if status["state"] == "created" else status["state"], "message": status.get("message", "")}
 
@@ -115,7 +114,7 @@ def varied(sweep: Sweep) -> list[str]:
 def setting_table(sweep: Sweep, trials: pd.DataFrame) -> pd.DataFrame:
     """One row per setting, the best first: the mean over its seeds' finished runs, with an interval, n, and the runs.
 
-    One run has the interval of its comparison, over blocks of text; several have Student's over the seeds.
+    One run has the interval of its comparison, over held-out rows; several have Student's over the seeds.
     """
     names, done = varied(sweep), trials[trials["value"].notna()]
     groups: dict[str, list[int]] = {}
@@ -187,7 +186,8 @@ def pareto(table: pd.DataFrame, cost: str, *, higher_is_better: bool) -> pd.Data
 def compared_costs(table: pd.DataFrame) -> list[str]:
     """The costs in which trials can differ: students of one size differ in time alone."""
     sizes = table["parameters"].dropna()
-    size = ["parameters", "tokens_per_s"] if len(sizes) and sizes.max() > sizes.min() else []
+    speeds = [speed for speed in SPEEDS if table[speed].notna().any()]
+    size = ["parameters", *speeds] if len(sizes) and sizes.max() > sizes.min() else []
     return [*size, "training_s"] if table["training_s"].min() >= CLEAR else size
 
 

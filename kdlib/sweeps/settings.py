@@ -19,9 +19,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from kdlib.errors import nearest, printable
 from kdlib.fields import Count, Number, Section, number, refuse
 from kdlib.loss_config import TERM_NAMES
-from kdlib.task_rules import HIGHER_IS_BETTER
+from kdlib.measures import MEASURES
 
-METRICS = {**HIGHER_IS_BETTER, "bits_per_byte": False}
+METRICS = {name: measure.higher_is_better for name, measure in MEASURES.items()}
 """What a sweep may be judged by: the figures of comparison_results.json, and whether more is better."""
 DRAWS = {"uniform": "[low, high]", "log_uniform": "[low, high], both above 0", "integer": "[low, high], whole numbers",
          "choice": "a list of values"}

@@ -14,6 +14,7 @@ from typing import Any
 from kdlib import config as configs
 from kdlib.config import Config
 from kdlib.errors import ConfigError
+from kdlib.measures import held_by
 from kdlib.overrides import read_yaml
 from kdlib.sweeps.settings import WEIGHTS, SweepConfig
 
@@ -140,6 +141,9 @@ def expanded(settings: SweepConfig, base: Base) -> tuple[list[Trial], list[str]]
         if trial.run in trials:
             repeated.append(f"{described(parameters)}: the same config as {described(trials[trial.run].parameters)}; run once")
         trials.setdefault(trial.run, trial)
+        if settings.metric not in held_by(trial.config.task):
+            faults.append(f"{described(parameters)}: metric: found {settings.metric}, which a comparison of {trial.config.task} has not; "
+                          f"it is one of {', '.join(held_by(trial.config.task))}")
     faults += [f"{described(corner)}: {error}" for corner, error in _unsound_corners(settings, base)]
     if faults:
         raise ConfigError(f"{len(faults)} of the trials cannot be run:\n" + "\n".join(faults))

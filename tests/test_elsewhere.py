@@ -1,0 +1,94 @@
+import json
+
+import pytest
+from conftest import sentences
+from tiny_classifiers import LABELS, bert, llama, rows
+from typer.testing import CliRunner
+
+from kdlib import elsewhere
+from kdlib.cli import app
+from kdlib.errors import ConfigError, DataError, ModelError, RunError
+
+COLUMNS = ["data.text=content", "data.label=topic"]
+FEW = ["compare.resamples=100", "device=cpu", "precision=float32"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A decoder that knows the classes in another order, two encoders with tokenizers of their own, rows with columns of other names."""
+    place = tmp_path_factory.mktemp("elsewhere")
+    llama(place / "teacher", labels=LABELS[::-1])
+    bert(place / "small")
+    bert(place / "other", seed=2, size=260)
+    lines = [json.dumps({"content": row["text"], "topic": row["label"]}) for row in rows()]
+    (place / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    return place
+
+
+def options(words):
+    return [word for text in words for word in ("-o", text)]
+
+
+def test_classifiers_are_compared_from_the_command_line_and_written(place, tmp_path):
+    words = ["compare", "--teacher", place / "teacher", "--student", place / "small", "--student", f"wide={place / 'other'}",
+             "--data", place / "rows.jsonl", *options([*COLUMNS, *FEW, "data.test=0.5"]), "--output", tmp_path / "out"]
+    done = CliRunner().invoke(app, list(map(str, words)), catch_exceptions=False)
+    assert done.exit_code == 0
+    found = json.loads((tmp_path / "out" / "comparison_results.json").read_text())
+    assert list(found["models"]) == ["teacher", "wide", "small"]
+    assert (found["student"], found["split"], found["rows"]) == ("small", "test", 80)
+    assert found["models"]["teacher"]["kl_to_teacher"]["value"] == pytest.approx(0, abs=1e-9)
+    assert found["models"]["small"]["kl_to_teacher"]["value"] > 0
+    assert "on 80 test rows of" in done.output
+    assert "small against" in done.output
+    assert (tmp_path / "out" / "teacher_student_comparison.png").stat().st_size > 0
+
+
+def test_the_teacher_as_its_own_student_differs_in_nothing(place):
+    found = elsewhere.compare(str(place / "teacher"), {"same": str(place / "teacher")}, str(place / "rows.jsonl"),
+                              overrides=[*COLUMNS, *FEW, "data.validation=0.25"])
+    assert found["split"] == "validation"
+    assert {d["value"] for d in found["differences"] if d["metric"] in ("accuracy", "agreement", "log_loss")} == {0.0}
+
+
+def test_nearly_a_whole_file_can_be_measured(place):
+    found = elsewhere.compare(str(place / "teacher"), {"small": str(place / "small")}, str(place / "rows.jsonl"),
+                              overrides=[*COLUMNS, *FEW, "data.test=0.99"])
+    assert found["rows"] == 160 - 2 * len(LABELS)
+
+
+def test_a_missing_column_is_named_with_its_setting(place):
+    with pytest.raises(DataError, match=r"no column 'body'.*it has content, topic: name the one with the text in data\.text"):
+        elsewhere.compare(str(place / "teacher"), {"small": str(place / "small")}, str(place / "rows.jsonl"), overrides=["data.text=body"])
+
+
+def test_language_models_are_compared_on_held_out_text(teacher_folder, narrow, place, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"content": line}) + "\n" for line in sentences(120, seed=1)))
+    settings = ["data.text=content", *FEW, "compare.prompt_tokens=6", "compare.new_tokens=4"]
+    found = elsewhere.compare(str(teacher_folder), {"narrow": narrow}, str(text), task="causal-lm", overrides=settings)
+    elsewhere.write(found, tmp_path)
+    assert list(found["models"]) == ["teacher", "narrow"]
+    assert found["models"]["teacher"]["kl_to_teacher"]["value"] == pytest.approx(0, abs=1e-6)
+    assert found["models"]["narrow"]["kl_to_teacher"]["value"] > 0
+    assert "validation: by document" in found["rule"]
+    with pytest.raises(ModelError, match="different vocabularies"):
+        elsewhere.compare(str(teacher_folder), {"other": str(place / "other")}, str(text), task="causal-lm", overrides=settings)
+
+
+def test_students_are_named_by_their_folders_or_as_given(tmp_path):
+    (tmp_path / "a=b").mkdir()
+    found = elsewhere.named_students(["org/small", "mine=org/other", str(tmp_path / "a=b")])
+    assert found == {"small": "org/small", "mine": "org/other", "a=b": str(tmp_path / "a=b")}
+    with pytest.raises(ConfigError, match="the name 'small' is taken; give it one of its own: --student NAME=them/small"):
+        elsewhere.named_students(["org/small", "them/small"])
+
+
+def test_what_does_not_fit_is_refused_before_a_model_is_loaded(tmp_path):
+    with pytest.raises(ConfigError, match="--task question-answering: compared are models for"):
+        elsewhere.compare("a", {"b": "b"}, "c", task="question-answering")
+    with pytest.raises(ConfigError, match=r"-o student\.from: this has an option of its own"):
+        elsewhere.compare("a", {"b": "b"}, "c", overrides=["student.from=d"])
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(RunError, match="is the folder of a run"):
+        elsewhere.folder_for(tmp_path)
