@@ -19,7 +19,8 @@ NAMES = {
     "student.from": "student student_model student_model_name student_name student_path student_model_path student_name_or_path "
                     "student_model_name_or_path",
     "data.source": "data dataset dataset_name train_data train_file train_path data_path data_file dataset_path",
-    "data.subset": "subset dataset_config dataset_config_name", "data.text": "text_column text_field",
+    "data.subset": "subset dataset_config dataset_config_name", "data.text": "text_column text_columns text_field",
+    "data.label": "label_column label_field", "data.labels": "label_names class_names",
     "data.max_length": "max_length max_seq_length max_seq_len seq_length block_size",
     "data.max_train_rows": "dataset_subset_size max_train_samples", "data.max_eval_rows": "max_eval_samples",
     "data.validation": "validation_split val_split", "seed": "seed random_seed",
@@ -36,14 +37,16 @@ NAMES = {
 OURS = {theirs: ours for ours, names in NAMES.items() for theirs in names.split()}
 HALVES = {"fp16": "float16", "float16": "float16", "half": "float16", "bf16": "bfloat16", "bfloat16": "bfloat16", "no": "float32",
           "fp32": "float32", "float32": "float32"}
+COUNTS = ("num_labels", "num_classes")  # of classes: where one stands, rows are classified
+STOPS = {"early_stopping_patience": "patience", "patience": "patience", "early_stopping_min_delta": "min_delta",
+         "early_stopping_threshold": "min_delta"}
+STOP_SWITCHES = ("early_stopping", "use_early_stopping")
 ROUTER = "of the student-aware router, which kdlib does not have"
 PLACES = "a run's folder is kdlib's own (runs/<run>/, reports/<run>/); downloads lie where HF_HOME says"
-STOPPING = "kdlib trains all its steps and keeps the best student of them in best_model/"
 REASONS = {
     **dict.fromkeys(("num_experts", "router_lr", "initial_top_k", "final_top_k", "load_balance_weight", "noise_std"), ROUTER),
     "top_k": "the router's, in the student-aware project; the teacher's likeliest tokens are loss.top_k here",
     **dict.fromkeys(("output_dir", "checkpoint_dir", "log_dir", "cache_dir", "save_dir"), PLACES),
-    **dict.fromkeys(("early_stopping", "use_early_stopping", "early_stopping_patience", "early_stopping_min_delta", "patience"), STOPPING),
     **dict.fromkeys(("use_ema", "ema_decay"), "kdlib keeps no average of the weights"),
     **dict.fromkeys(("eval_data", "val_data", "validation_file", "eval_file", "datasets"),
                     "data.source is one source; where it has no validation split, data.validation says how much is held out"),

@@ -14,18 +14,19 @@ import yaml
 
 from kdlib.arguments import RESERVED, problem_with, scheduler_names, training_fields
 from kdlib.config import parse
-from kdlib.dialects import HALVES, OURS, REASONS, read_settings
+from kdlib.dialects import COUNTS, HALVES, OURS, REASONS, STOP_SWITCHES, STOPS, read_settings
 from kdlib.errors import ConfigError, printable
 from kdlib.fields import number
 from kdlib.overrides import with_override
 
 TO_FILL_IN = "TO-BE-FILLED-IN"
-SECTIONS = ("task", "seed", "precision", "teacher", "student", "data", "loss", "training")
+SECTIONS = ("task", "seed", "precision", "teacher", "student", "data", "loss", "training", "early_stopping")
 INSIDE = {"alpha_feature": "hidden", "alpha_attention": "attention", "alpha_layerwise": "hidden", "alpha_contrastive": "contrastive"}
 """The terms on what goes on inside.  Both of the first and third compare hidden states, which is one term here: they are added."""
 EARLY = ("alpha_feature", "alpha_attention")  # come in with the second phase of their curriculum, the others with the third
-SPECIAL = {"alpha", "alpha_kd", *INSIDE, "use_curriculum", "attention_layers", "min_temperature", "use_temperature_curriculum",
-           "contrastive_temp", "fp16", "bf16", "precision", "mixed_precision", "dtype", "amp_dtype", "use_amp", "use_wandb"}
+SPECIAL = {"alpha", "alpha_kd", *INSIDE, "use_curriculum", "attention_layers", "min_temperature", "use_temperature_curriculum", *COUNTS,
+           *STOPS, *STOP_SWITCHES, "contrastive_temp", "fp16", "bf16", "precision", "mixed_precision", "dtype", "amp_dtype", "use_amp",
+           "use_wandb"}
 
 
 @dataclass
@@ -116,13 +117,16 @@ def migrated(
     for ours, option in options.items():
         made.put(ours, option or made.values.get(ours, TO_FILL_IN), "given to kd import" if option else "the name")
     special = {key: value for key, value in theirs.items() if key in SPECIAL}
+    _task(special, made)
     _weights(special, made, alpha_on)
     _inside(special, made)
     _temperature(special, made)
     _precision(special, made)
-    made.put("data.packing", False, "a row holds one text there")
+    if "task" not in made.values:
+        made.put("data.packing", False, "a row holds one text there")
     if "training.eval_steps" in made.values and "training.eval_strategy" not in made.values:
         made.put("training.eval_strategy", "steps", "eval_steps")
+    _stops(special, made)
     if "training.report_to" not in made.values:
         made.put("training.report_to", "none", "no tracker is named there")
     parse(made.nested(), name=made.name)
@@ -146,6 +150,19 @@ def _plain(key: str, value: Any, made: Migration, given: set[str]) -> None:
         made.leave_out(key, value, "a remark")
     else:
         made.leave_out(key, value, REASONS.get(key) or RESERVED.get(key) or "kdlib has no such setting")
+
+
+def _task(theirs: Mapping[str, Any], made: Migration) -> None:
+    """A classification, where classes are counted or named; how many there are, the data says."""
+    for key in (key for key in COUNTS if key in theirs):
+        if theirs[key] is None:
+            made.leave_out(key, None, "nothing is set")
+        elif (count := _number(theirs, key, made)) < 2 or count % 1:
+            raise made.fault(key, f"found {theirs[key]!r}, needs the number of classes, 2 or more")
+        else:
+            made.put("task", "sequence-classification", f"{key}: {count:g} classes, which the data names")
+    for path in sorted({"data.label", "data.labels"} & set(made.values)):
+        made.put("task", "sequence-classification", path)
 
 
 def _weights(theirs: Mapping[str, Any], made: Migration, alpha_on: str | None) -> None:
@@ -174,6 +191,8 @@ def _weights(theirs: Mapping[str, Any], made: Migration, alpha_on: str | None) -
 def _inside(theirs: Mapping[str, Any], made: Migration) -> None:
     """The terms on what goes on inside, their layers, and the student-aware project's three phases."""
     found = {key: _number(theirs, key, made) for key in INSIDE if key in theirs}
+    for key in [key for key in found if "task" in made.values]:
+        made.leave_out(key, found.pop(key), "it compares the models token by token, and here rows are classified")
     weights, early = {}, {}
     for key, weight in found.items():
         term = INSIDE[key]
@@ -234,6 +253,23 @@ def _precision(theirs: Mapping[str, Any], made: Migration) -> None:
             made.leave_out(key, theirs[key], "it is off")
     if "use_wandb" in theirs:
         made.put("training.report_to", "wandb" if _switch(theirs, "use_wandb", made) else "none", "use_wandb")
+
+
+def _stops(theirs: Mapping[str, Any], made: Migration) -> None:
+    """Early stopping, where a patience is given and nothing switches it off."""
+    switches = [_switch(theirs, key, made) for key in STOP_SWITCHES if theirs.get(key) is not None]
+    patient = any(theirs.get(key) is not None for key, ours in STOPS.items() if ours == "patience")
+    why = "" if patient and all(switches) else "it is off" if patient else "no patience is given"
+    if made.values.get("training.eval_strategy") in ("no", False):
+        why = "nothing is evaluated there"
+    for key in (key for key in (*STOPS, *STOP_SWITCHES) if key in theirs):
+        if why or theirs[key] is None:
+            made.leave_out(key, theirs[key], why or "nothing is set")
+        else:
+            ours = f"early_stopping.{STOPS.get(key, 'patience')}"
+            made.put(ours, theirs[key] if key in STOPS else made.values[ours], key)
+    if "early_stopping.patience" in made.values and "training.eval_strategy" not in made.values:
+        made.put("training.eval_strategy", "epoch", "early stopping needs evaluations")
 
 
 def _number(theirs: Mapping[str, Any], key: str, made: Migration, most: float = float("inf")) -> float:

@@ -18,6 +18,7 @@ import transformers
 from kdlib import compare, models, plots, runs, sights, tasks, teacher_stage, trackers, training
 from kdlib import config as configs
 from kdlib.batches import Prepared
+from kdlib.classes import class_table
 from kdlib.config import Config
 from kdlib.diagnostics import doctor, findings, outlook, parity
 from kdlib.diagnostics.row_view import RowView
@@ -128,9 +129,7 @@ class Workbench:
             "student": f"{models.parameters(student) / 1e6:.1f} M parameters, {student.config.num_hidden_layers} layers"
                        + (f": the teacher's {layers}" if layers else ""),
             **self._choices(),
-            "training text": "{train_documents} documents, {train_rows} rows, {train_tokens:,} tokens".format(**self.prepared.notes),
-            "held-out text": "{validation_documents} documents, {validation_rows} rows, {validation_tokens:,} tokens".format(
-                **self.prepared.notes),
+            **_texts(self.prepared.notes),
             "fingerprint": self.prepared.notes["fingerprint"],
             "precision": self.run.manifest["precision"],
             "objective": self.formula(),
@@ -141,10 +140,10 @@ class Workbench:
         """What both models choose among."""
         if not self.prepared.labels:
             return {"vocabulary": f"{len(self.tokenizer):,} tokens, the same for both"}
-        counts = self.prepared.notes["train_classes"]
+        table = class_table(self.prepared)
         own = "; the teacher reads with a tokenizer of its own" * bool(self.teacher.reads)
-        rows = ", ".join(f"{name} {count}" for name, count in counts.items())
-        return {"classes": f"{len(counts)}, with their training rows: {rows}{own}"}
+        rows = ", ".join(f"{label} {' / '.join(map(str, counts))}" for label, *counts in table.itertuples())
+        return {"classes": f"{len(table)}, with their rows ({' / '.join(table)}): {rows}{own}"}
 
     def formula(self) -> str:
         """The resolved objective at the start, and at the end where it moves."""
@@ -277,6 +276,13 @@ class Workbench:
 
 def _facts(facts: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame({"": [str(value) for value in facts.values()]}, index=list(facts))
+
+
+def _texts(notes: Mapping[str, Any]) -> dict[str, str]:
+    """How much text there is to train on, to choose by, and to be compared on."""
+    names = {"train": "training text", "validation": "held-out text", "test": "test text"}
+    return {what: f"{notes[f'{name}_documents']} documents, {notes[f'{name}_rows']} rows, {notes[f'{name}_tokens']:,} tokens"
+            for name, what in names.items() if f"{name}_rows" in notes}
 
 
 def _step_table(table: pd.DataFrame) -> pd.DataFrame:

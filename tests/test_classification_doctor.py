@@ -1,5 +1,8 @@
 """The doctor on classifications: one that is well is left alone; a teacher that knows nothing, too few rows, too few tokens are named."""
 
+import json
+from pathlib import Path
+
 import pytest
 from made_classifiers import LABELS, classification, classifier, source, taught
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -87,6 +90,18 @@ def test_few_held_out_rows_and_small_steps_are_named(well):
     said = found(raw)
     assert "30 rows are held out" in said["data.max_eval_rows"][1]
     assert "2 rows" in said["training.gradient_accumulation_steps"][1]
+
+
+def test_small_classes_are_named_with_their_rows(well, place):
+    with_one_more = place / "weather_is_rare.jsonl"
+    rows = [json.loads(line) for line in Path(source(place, 600)).read_text().splitlines()]
+    rare = [number for number, row in enumerate(rows) if row["label"] == "weather"][4:]
+    with_one_more.write_text("".join(json.dumps(row) + "\n" for number, row in enumerate(rows) if number not in set(rare)))
+    raw = {**well, "data": {**well["data"], "source": str(with_one_more)}}
+    said = found(raw)
+    assert "1 of 3 classes have fewer than 10 of the" in said["data.label"][1]
+    assert said["data.label"][1].endswith("weather 3")
+    assert said["data.validation"][1].endswith("validation rows: weather 1")
 
 
 def test_rows_longer_than_either_model_reads_are_named(well, place, knowing):

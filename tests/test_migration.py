@@ -62,7 +62,8 @@ def test_the_student_aware_projects_json_comes_along(tmp_path):
                 "lr_scheduler_type": "cosine", "activation_checkpointing": True, "dataloader_num_workers": 1, "weight_decay": 0.01}
     assert expected.items() <= config.training.items()
     left = {line.split(" = ")[0] for line in made.left_out}
-    assert left >= {"early_stopping_patience", "num_experts", "top_k", "label_smoothing", "ema_decay", "_comment_models", "checkpoint_dir"}
+    assert (config.early_stopping.patience, config.early_stopping.min_delta) == (10, 0)
+    assert left >= {"num_experts", "top_k", "label_smoothing", "ema_decay", "_comment_models", "checkpoint_dir"}
     assert made.missing == []
 
 
@@ -97,7 +98,28 @@ def test_flags_of_a_script_come_along_and_one_half_needs_no_telling(tmp_path):
     assert config.loss.weights == {"kd": 0.5, "ce": 0.5}
     assert (config.teacher.model, config.student.source, config.data.source) == ("gpt2-large", "gpt2", "quantum bench.jsonl")
     assert (config.training["warmup_steps"], config.training["num_train_epochs"], config.loss.temperature) == (0.1, 3, 3.0)
-    assert [line.split(" = ")[0] for line in made.left_out] == ["patience"]
+    assert (config.early_stopping.patience, config.training["eval_strategy"], made.left_out) == (2, "epoch", [])
+
+
+def test_a_classification_comes_along_with_its_limits_and_its_patience(tmp_path):
+    theirs = {**SOFT, "max_train_samples": 10000, "max_eval_samples": 2000, "validation_split": 0.1, "early_stopping_patience": 2,
+              "early_stopping_min_delta": 0.001, "label_column": "topic", "alpha_feature": 0.1}
+    made = migrated(file(tmp_path, theirs), alpha_on="kd", data="rows.parquet")
+    config = loaded(made, tmp_path)
+    assert (config.task, config.data.label, config.data.validation) == ("sequence-classification", "topic", 0.1)
+    assert (config.data.max_train_rows, config.data.max_eval_rows) == (10000, 2000)
+    assert (config.loss.weights, config.loss.temperature) == ({"kd": 0.7, "ce": 0.3}, 3)
+    assert (config.early_stopping.patience, config.early_stopping.min_delta) == (2, 0.001)
+    assert config.training["eval_strategy"] == "epoch"
+    assert "num_labels: 14 classes, which the data names" in made.as_yaml()
+    assert [line.split(":")[0] for line in made.left_out] == ["alpha_feature = 0.1", "fp16 = False"]
+
+
+@pytest.mark.parametrize("off", [{"use_early_stopping": False}, {"eval_strategy": "no"}, {"patience": None}])
+def test_early_stopping_that_is_off_there_is_off_here(tmp_path, off):
+    made = migrated(file(tmp_path, {"alpha": 0.5, "patience": 3, "early_stopping_min_delta": 0.1, **off}))
+    assert loaded(made, tmp_path).early_stopping is None
+    assert {"patience", "early_stopping_min_delta"} <= {line.split(" = ")[0] for line in made.left_out}
 
 
 def test_flags_of_an_fsdp_project_with_alpha_on_ce(tmp_path):
@@ -127,6 +149,8 @@ def test_the_yaml_says_where_each_value_came_from_and_what_is_missing(tmp_path):
         ({"alpha": 0.2, "alpha_kd": 0.5}, {"alpha_on": "kd"}, "loss.weights: found"),
         ({"alpha_feature": -1}, {}, "alpha_feature: found -1, needs a number of 0 or more"),
         ({"num_epochs": 3, "epochs": 5}, {}, "training.num_train_epochs: found 3 (num_epochs) and 5 (epochs); leave one out"),
+        ({"num_labels": 1}, {}, "num_labels: found 1, needs the number of classes, 2 or more"),
+        ({"patience": 2, "early_stopping_patience": 3}, {}, "early_stopping.patience: found 3 (early_stopping_patience) and 2"),
         ({"use_curriculum": "yes"}, {}, "use_curriculum: found 'yes', needs true or false"),
         ({"learning_rate": "fast"}, {}, "training.learning_rate: found 'fast', needs float"),
         ({"fp16": True, "bf16": True}, {}, "precision: found 'float16' (fp16) and 'bfloat16' (bf16)"),
@@ -157,7 +181,8 @@ def test_nested_settings_go_by_their_innermost_names_where_these_are_unlike(tmp_
 
 
 KEYS = {**STUDENT_AWARE, **SOFT, **dict.fromkeys(("kl_weight", "bf16", "eval_file", "tf32"), True), "alpha": 0.5, "amp_dtype": "bf16",
-        "warmup_ratio": 0.1, "mixed_precision": "bf16", "datasets": ["a", "b"], "scheduler": "sometimes", "max_train_samples": None}
+        "warmup_ratio": 0.1, "mixed_precision": "bf16", "datasets": ["a", "b"], "patience": 10, "early_stopping": True,
+        "label_names": ["a", "b"], "scheduler": "sometimes", "max_train_samples": None}
 
 
 def outcome(path):
@@ -210,7 +235,7 @@ def test_kd_import_writes_a_new_file_and_lists_what_was_left_out(tmp_path, capsy
     cli_checks.migrate(str(theirs), output=ours, data="text.jsonl")
     said = capsys.readouterr()
     assert "ours.yaml" in said.out
-    assert "left out: early_stopping_patience = 10: " in said.err
+    assert "left out: ema_decay = 0.9999: " in said.err
     assert load(ours).loss.weights["kd"] == 0.7
     with pytest.raises(ConfigError, match="is there already"):
         cli_checks.migrate(str(theirs), output=ours)

@@ -16,6 +16,9 @@ LOOKED_AT, AT_ONCE = 128, 16  # training rows that the teacher is asked about
 FEWEST = 8  # rows, below which an accuracy tells nothing
 FEW_HELD_OUT = 100  # rows
 CONFLICTING = 0.01  # of the texts
+RARE, FEW_TRAINED = 0.01, 10  # of a class: a share of the training rows, and rows
+FEW_OF_A_CLASS = 5  # held-out rows, below which its F1 moves by a tenth and more with each
+NAMED = 5  # classes
 
 
 def teacher_has_a_head(subject: Subject) -> Iterator[Finding]:
@@ -74,6 +77,29 @@ def enough_rows_are_held_out(subject: Subject) -> Iterator[Finding]:
                       "what is labelled by chance cannot be learned", f"look at the column {subject.config.data.label!r}")
 
 
+def classes_are_large_enough(subject: Subject) -> Iterator[Finding]:
+    """Each class has rows to learn it from, is no small minority, and has held-out rows enough for a figure of its own."""
+    if subject.config.task != "sequence-classification":
+        return
+    data, notes = subject.config.data, subject.prepared.notes
+    for name in ("train", "validation", "test"):
+        counts, rows = notes.get(f"{name}_classes", {}), notes.get(f"{name}_rows", 0)
+        least = max(FEW_TRAINED, RARE * rows) if name == "train" else FEW_OF_A_CLASS
+        if not (few := {label: count for label, count in counts.items() if count < least}):
+            continue
+        setting, limit = ("max_train_rows", data.max_train_rows) if name == "train" else ("max_eval_rows", data.max_eval_rows)
+        limited, smallest = limit is not None and rows < notes[f"{name}_documents"], sorted(few.items(), key=lambda item: item[1])
+        yield Finding(
+            "warning", f"data.{setting}" if limited else "data.label" if name == "train" else f"data.{name}",
+            f"{len(few)} of {len(counts)} classes have fewer than {least:.0f} of the {rows} {name} rows: "
+            + ", ".join(f"{label} {count}" for label, count in smallest[:NAMED]) + ", …" * (len(few) > NAMED),
+            "the student hardly sees them, and accuracy hardly counts them: read macro-F1" if name == "train" else
+            "one row then moves a class's F1 by a tenth or more, and macro-F1 with it",
+            "take more rows" if limited else "give more rows of them, join them with others, or leave them out" if name == "train" else
+            "hold out more, or give more rows of them",
+        )
+
+
 def teacher_knows_the_classes(subject: Subject) -> Iterator[Finding]:
     """Its accuracy on the first training rows is above that of always saying the commonest class."""
     if subject.config.task != "sequence-classification":
@@ -107,5 +133,5 @@ def _asked(subject: Subject) -> tuple[list[int], list[int]]:
     return said, came
 
 
-CLASS_CHECKS = (teacher_has_a_head, both_models_read_their_tokens, enough_rows_are_held_out)
+CLASS_CHECKS = (teacher_has_a_head, both_models_read_their_tokens, enough_rows_are_held_out, classes_are_large_enough)
 CLASS_BATCH_CHECKS = (teacher_knows_the_classes,)
