@@ -35,7 +35,7 @@ def bench(tmp_path_factory) -> workbench.Workbench:
 
 def test_the_setup_names_the_classes_with_their_rows(bench):
     said = bench.setup_table.loc["classes"].item()
-    assert said.startswith("3, with their training rows: animals ")
+    assert said.startswith("3, with their rows (train / validation): animals ")
     assert "a tokenizer of its own" in said
     assert bench.run.manifest["data"]["train_classes"].keys() == set(LABELS)
 
