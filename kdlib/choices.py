@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from kdlib.batches import Prepared
 from kdlib.objective import MEASURES, row_sums
+from kdlib.resampling import Bootstrap
 from kdlib.signals import kept
 from kdlib.teachers import LiveTeacher
 
@@ -93,8 +94,7 @@ class ChoiceTally:
             resamples: of the bootstrap; each draws questions with replacement, the same for every model.
         """
         self.prepared, self.rows, self.scores = prepared, prepared.choices[split], {}
-        count = len(right_choices(self.rows))
-        self.draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)  # [resamples, N]
+        self.draws = Bootstrap(len(right_choices(self.rows)), resamples, seed).times  # [resamples, N] times drawn
 
     def add(self, name: str, voice: LiveTeacher) -> None:
         """Score every choice by one model."""
@@ -109,7 +109,7 @@ class ChoiceTally:
         for name, metrics in found.items() if teacher.any() else ():
             right = per_item[name]["choice_accuracy"]
             drawn = self.draws @ teacher
-            resampled = 100 * (self.draws @ right)[drawn > 0] / drawn[drawn > 0]
+            resampled = 100 * (self.draws @ right) / np.where(drawn, drawn, np.nan)  # nan: no question that the teacher has right
             metrics["choice_retention"] = (float(100 * right.sum() / teacher.sum()), resampled)
         return found
 

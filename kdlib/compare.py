@@ -18,6 +18,7 @@ from kdlib.config import Config
 from kdlib.footprint import peak_memory, seconds_of
 from kdlib.models import device_of, parameters, precision_of
 from kdlib.objective import MEASURES, row_sums
+from kdlib.resampling import Bootstrap, interval
 from kdlib.runs import Run, write_json
 from kdlib.signals import IGNORED, Signal, kept
 from kdlib.teachers import LiveTeacher
@@ -49,8 +50,7 @@ class Comparison:
         labels = [row for batch in self.batches for row in batch["labels"]]
         texts = tokenizer.batch_decode([row[row != IGNORED] for row in labels], skip_special_tokens=True)
         self.row_bytes = np.array([len(text.encode()) for text in texts], dtype=float)  # of what is predicted
-        uniform = np.full(len(every), 1 / len(every))
-        self.draws = np.random.default_rng(seed).multinomial(len(every), uniform, size=resamples)  # [resamples, rows] times drawn
+        self.draws = Bootstrap(len(every), resamples, seed).times  # [resamples, rows] times drawn
         self.tally = ChoiceTally(prepared, measured_on(prepared), resamples=resamples, seed=seed) if prepared.choices else None
         self.said: list[Signal] = []  # by the teacher, batch by batch
         self.sums: dict[str, np.ndarray] = {}  # model -> [rows, measures + 1]
@@ -92,13 +92,14 @@ class Comparison:
         resampled = {name: self._figures(sums, self.draws) for name, sums in self.sums.items()}
         figures = {name: {m: (found[name][m][0], resampled[name][m]) for m in METRICS} for name in found}
         if self.tally:
-            figures = {name: metrics | self.tally.figures()[name] for name, metrics in figures.items()}
-        models = {name: {**{m: _with_interval(*pair) for m, pair in metrics.items()}, **self.facts[name]}
+            of_choices = self.tally.figures()
+            figures = {name: metrics | of_choices[name] for name, metrics in figures.items()}
+        models = {name: {**{m: interval(*pair) for m, pair in metrics.items()}, **self.facts[name]}
                   for name, metrics in figures.items()}
         names = list(self.sums)
         pairs = [(a, b) for i, b in enumerate(names) for a in names[i + 1 :]]
         differences = [
-            {"model": a, "against": b, "metric": m, **_with_interval(*(x - y for x, y in zip(figures[a][m], figures[b][m], strict=True)))}
+            {"model": a, "against": b, "metric": m, **interval(*(x - y for x, y in zip(figures[a][m], figures[b][m], strict=True)))}
             for a, b in pairs for m in figures[a]
         ]
         return {
@@ -191,8 +192,3 @@ def given_prompts(rows: Dataset, *, count: int) -> list[list[int]]:
     """What is given of `count` rows spread over the validation rows: their questions."""
     taken = [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
     return [list(row["input_ids"][: row["prompt_tokens"]]) for row in taken]
-
-
-def _with_interval(value: float, resampled: np.ndarray) -> dict[str, float]:
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return {"value": float(value), "low": float(low), "high": float(high)}

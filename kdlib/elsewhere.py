@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from kdlib import models, plots, tasks
 from kdlib.batches import Prepared
 from kdlib.compare import Comparison, prompts_from
-from kdlib.compare_classes import ClassComparison, measured_on
+from kdlib.compare_classes import ClassComparison
 from kdlib.config import Config, parse
 from kdlib.errors import ConfigError, RunError
 from kdlib.models import device_of, precision_of
@@ -128,7 +128,7 @@ def _compare_tokens(
     config = configs[student]
     (dtype, _), chosen = precision_of(config), config.compare
     comparison = Comparison(prepared, tokenizer, device=device_of(config), resamples=chosen.resamples, seed=config.seed)
-    prompts = prompts_from(getattr(prepared, measured_on(prepared)), count=chosen.continuations, length=chosen.prompt_tokens)
+    prompts = prompts_from(comparison.rows, count=chosen.continuations, length=chosen.prompt_tokens)
     for name, model in {"teacher": config.teacher.model, **{name: its.student.source for name, its in configs.items()}}.items():
         print(f"measuring {name} …", flush=True)
         comparison.add(name, lambda model=model: tasks.load(model, prepared, dtype), prompts=prompts, new_tokens=chosen.new_tokens)

@@ -22,6 +22,11 @@ class Bootstrap:
         """[N, K] figures of each item to [resamples, K] sums over the items of each draw."""
         return np.concatenate([times @ values for times in self._draws()])
 
+    @property
+    def times(self) -> np.ndarray:
+        """[resamples, N] how many times each item is drawn: the draws themselves, for figures that are no sums."""
+        return np.concatenate(list(self._draws()))
+
     def _draws(self) -> Iterator[np.ndarray]:
         """[some, N] how many times each item is drawn."""
         generator, uniform = np.random.default_rng(self.seed), np.full(self.items, 1 / self.items)
