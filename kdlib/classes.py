@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from kdlib.batches import Prepared, collate_classes, fingerprint
 from kdlib.config import DataConfig
 from kdlib.data import cut_off
-from kdlib.errors import DataError
-from kdlib.labelled import NAMED, Texts, read_texts, shown, unique
+from kdlib.errors import DataError, listed
+from kdlib.labelled import Texts, read_texts, shown, unique
 from kdlib.strata import held_out, sample
 
 IDS = datasets.List(datasets.Value("int32"))
@@ -103,8 +103,8 @@ def _cut_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: D
     ids = tokenizer(list(texts), verbose=False)["input_ids"]
     lengths = list(map(len, ids))
     if empty := [shown(text) for text, length in zip(texts, lengths, strict=True) if length == 0]:
-        raise DataError(f"{config.source}: {len(empty)} texts have no token; a class needs something to be read from: leave them out\n  "
-                        + "\n  ".join(empty[:NAMED]))
+        raise DataError(f"{config.source}: {len(empty)} texts have no token; a class needs something to be read from: leave them out"
+                        + listed(empty))
     long = [row for row, length in enumerate(lengths) if length > config.max_length]
     if long:  # by the tokenizer itself, which keeps the special token at the end
         short = tokenizer([texts[row] for row in long], truncation=True, max_length=config.max_length, verbose=False)["input_ids"]
@@ -118,9 +118,8 @@ def _check_classes(config: DataConfig, counts: Mapping[str, Mapping[str, int]], 
     faults = [f"{shown(label)}: {counts['train'][label]} to train on, {counts['validation'][label]} held out" for label in labels
               if not counts["train"][label] or not counts["validation"][label]]
     if faults:
-        more = f"\n  … and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
         raise DataError(
             f"{config.source}: {len(faults)} of the {len(labels)} classes are empty on one side after the split; each needs a row to train "
             "on and one in validation. Give more rows of them, leave them out, join them with others, or see whether data.label "
-            f"({config.label}) and data.labels name the classes\n  " + "\n  ".join(faults[:NAMED]) + more
+            f"({config.label}) and data.labels name the classes" + listed(faults)
         )

@@ -56,9 +56,9 @@ def run(
     for notebook in notebooks:
         runner.check_parameters(Path("notebooks", f"{notebook}.ipynb"), {"run": "", **given})
     with Kernels(runs.project_root()) as kernels:  # the first gets ready meanwhile
-        from kdlib import workbench  # after the checks that need no torch
-
         if not resume:
+            from kdlib import workbench  # after the checks that need no torch
+
             print(f"checking {config}, its models and data …", flush=True)
             workbench.preflight(resolved)
             opened = _created(root, name, resolved, given)
@@ -120,8 +120,9 @@ def train(run: Annotated[str, typer.Argument(help="A run's name, or its folder; 
     """Train the students of RUN without notebooks; under torchrun (-m kdlib.cli train RUN) on several GPUs."""
     from kdlib import workbench
 
-    bench = workbench.Workbench(runs.open_run(*runs.locate(run)))
-    os.chdir(runs.project_root())
+    opened = runs.open_run(*runs.locate(run))
+    os.chdir(runs.project_root())  # from which a trained teacher's folder is named
+    bench = workbench.Workbench(opened)
     bench.train()
     bench.train_baseline()
 

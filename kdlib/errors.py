@@ -1,8 +1,7 @@
 """Errors that a user can act on: what was found, what is needed, what to do.  The command line prints them bare."""
 
-
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class KdlibError(Exception):
@@ -31,6 +30,12 @@ class ModelError(KdlibError):
 
 class NonFiniteLoss(KdlibError):
     """A loss term that is nan or infinite."""
+
+
+def listed(faults: Sequence[str], shown: int = 10) -> str:
+    """The first faults, each on a line of its own, and how many more there are: for the end of a message."""
+    more = f"\n  … and {len(faults) - shown} more" if len(faults) > shown else ""
+    return "".join(f"\n  {fault}" for fault in faults[:shown]) + more
 
 
 def printable(text: str) -> str:

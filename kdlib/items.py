@@ -15,9 +15,8 @@ from typing import Any
 from datasets import Dataset
 
 from kdlib.config import DataConfig
-from kdlib.errors import DataError, nearest
+from kdlib.errors import DataError, listed, nearest
 
-NAMED = 10  # faults that a message names
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -88,9 +87,7 @@ def collected(make: Callable[[Any], Any], each: Sequence[Any], *, name: Callable
 
 def refusal(found: str, faults: Sequence[str]) -> str:
     """The message that names the first ten faults and counts them all; `found` holds {count}."""
-    more = f"\n  … and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
-    count = f"{len(faults)} row{'s' * (len(faults) != 1)}"
-    return found.replace("{count}", count) + "\n  " + "\n  ".join(faults[:NAMED]) + more
+    return found.replace("{count}", f"{len(faults)} row{'s' * (len(faults) != 1)}") + listed(faults)
 
 
 def _multiple_choice(config: DataConfig, where: str, row: Mapping[str, Any]) -> Item:

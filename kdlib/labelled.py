@@ -9,7 +9,7 @@ import datasets
 from datasets import Dataset, DatasetDict
 
 from kdlib.config import DataConfig
-from kdlib.errors import DataError, nearest
+from kdlib.errors import DataError, listed, nearest
 from kdlib.sources import BUILT_IN, check_column, read_splits
 
 NAMED = 10  # rows or classes in one message
@@ -220,11 +220,10 @@ def _faults(
 
 def _refuse(config: DataConfig, labels: Sequence[str], faults: Sequence[str]) -> None:
     if faults:
-        more = f"\n  … and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
         raise DataError(
             f"{config.source}: {len(faults)} row{'s' * (len(faults) > 1)} cannot be used; each needs a text, and a label that is one of "
-            f"{some(labels)}. Correct them or leave them out, or see whether data.text, data.label and data.labels are meant so\n  "
-            + "\n  ".join(faults[:NAMED]) + more
+            f"{some(labels)}. Correct them or leave them out, or see whether data.text, data.label and data.labels are meant so"
+            + listed(faults)
         )
 
 

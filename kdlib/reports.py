@@ -81,7 +81,7 @@ def _content(
         "message": plots.comparison_message(results) if results else verdict(benchmark) if benchmark else "",
         "strip": [] if benchmark else _strip(run, results, cards),
         **{name: pages.table(tables[name]) for name in ("quality", "cost", "differences") if name in tables},
-        "answers": {name: pages.table(tables[name]) for name in answer_tables(results or {"models": {}})},
+        "answers": {name: pages.table(tables[name]) for name in TITLES if name in tables},
         "answer_titles": TITLES, "measured_on": _measured_on(results),
         "config": (run.path / "config.yaml").read_text(encoding="utf-8"),
         "facts": [(name.replace("_", " "), value) for name, value in flat(facts, " · ")],

@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetGenerationError
 
 from kdlib.config import DataConfig
-from kdlib.errors import DataError, nearest
+from kdlib.errors import DataError, listed, nearest
 from kdlib.sections import stdlib_sections
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -96,8 +96,7 @@ def _check_lines(path: Path) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     if broken:
-        more = f"\n  … and {len(broken) - 5} more" if len(broken) > 5 else ""
-        raise DataError(f"{path}: {len(broken)} broken lines\n  " + "\n  ".join(broken[:5]) + more)
+        raise DataError(f"{path}: {len(broken)} broken lines{listed(broken, 5)}")
 
 
 def _from_hub(config: DataConfig) -> DatasetDict:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from kdlib.measures import MEASURES
+
 TASKS = ("causal-lm", "sequence-classification", "question-answering")
 METRICS = {
     "causal-lm": ("perplexity", "kl_to_teacher", "agreement", "accuracy"),
@@ -10,8 +12,7 @@ METRICS = {
     "question-answering": ("perplexity", "kl_to_teacher", "agreement", "accuracy", "choice_accuracy"),
 }
 """The metrics of an evaluation that may choose the best model, the usual one first: none depends on the loss's weights."""
-HIGHER_IS_BETTER = {"perplexity": False, "kl_to_teacher": False, "log_loss": False, "agreement": True, "accuracy": True,
-                    "choice_accuracy": True}
+HIGHER_IS_BETTER = {name: MEASURES[name].higher_is_better for metrics in METRICS.values() for name in metrics}
 READ_BY = {  # settings of `data:` that not every task reads
     "label": ("sequence-classification",), "labels": ("sequence-classification",),
     "question": ("question-answering",), "choices": ("question-answering",), "answer": ("question-answering",),

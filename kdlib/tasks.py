@@ -32,9 +32,9 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     return prepared
 
 
-def load(source: str, prepared: Prepared, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A trained model for the task: the teacher, or a student from its folder."""
-    return load_classifier(source, prepared.labels, dtype) if prepared.labels else load_model(source, dtype)
+def load(source: str, prepared: Prepared, dtype: torch.dtype = torch.float32, *, untrained: bool = False) -> PreTrainedModel:
+    """A model for the task; a classifier without a trained head is refused unless it may be `untrained`."""
+    return load_classifier(source, prepared.labels, dtype, untrained=untrained) if prepared.labels else load_model(source, dtype)
 
 
 def load_teacher(config: Config, prepared: Prepared, dtype: torch.dtype | None = None) -> LiveTeacher:
@@ -43,9 +43,8 @@ def load_teacher(config: Config, prepared: Prepared, dtype: torch.dtype | None =
 
 
 def _teacher_model(config: Config, prepared: Prepared, dtype: torch.dtype) -> PreTrainedModel:
-    if config.teacher_stage:  # not gone through yet: its head says nothing so far, and may be missing
-        return load_classifier(config.teacher.model, prepared.labels, dtype, untrained=True)
-    return load(config.teacher.model, prepared, dtype)
+    """Before its own stage its head says nothing so far, and may be missing."""
+    return load(config.teacher.model, prepared, dtype, untrained=config.teacher_stage is not None)
 
 
 def teacher_of(model: PreTrainedModel, prepared: Prepared) -> LiveTeacher:
@@ -67,7 +66,7 @@ def untrained_student(config: Config, prepared: Prepared, keep: Sequence[int] | 
     torch.manual_seed(config.seed)  # for a head that is made anew
     if config.student.source == "teacher":
         return shallower(_teacher_model(config, prepared, torch.float32), keep)
-    return load_classifier(config.student.source, prepared.labels, untrained=True) if prepared.labels else load_model(config.student.source)
+    return load(config.student.source, prepared, untrained=True)
 
 
 def layers_for_student(config: Config, teacher: PreTrainedModel, prepared: Prepared) -> list[int] | None:
@@ -77,6 +76,8 @@ def layers_for_student(config: Config, teacher: PreTrainedModel, prepared: Prepa
 
 def _teachers_own(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:
     """The teacher's tokenizer, where it reads otherwise than the student's."""
+    if config.student.source == "teacher":
+        return None
     other = load_tokenizer(config.teacher.model)
     sample = "Déjà vu:  two\nlines."
     alike = other.get_vocab() == tokenizer.get_vocab() and other(sample)["input_ids"] == tokenizer(sample)["input_ids"]

@@ -4,9 +4,9 @@ from pathlib import Path
 
 KDLIB = Path(__file__).parent.parent / "kdlib"
 FLOORS = [
-    {"diagnostics.row_view", "errors", "schedulers", "signals", "strata", "task_rules", "tokens", "calibration", "measures", "resampling",
+    {"diagnostics.row_view", "errors", "schedulers", "signals", "strata", "tokens", "calibration", "measures", "resampling",
      "diagnostics.findings"},
-    {"answers", "arguments", "curriculum", "fields", "keys", "overrides", "diagnostics.fixes"},
+    {"answers", "task_rules", "arguments", "curriculum", "fields", "keys", "overrides", "diagnostics.fixes"},
     {"answer_results", "loss_config"},
     {"config"},
     {"losses.divergences"},

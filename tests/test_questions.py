@@ -8,7 +8,6 @@ from tokenizers.processors import TemplateProcessing
 from kdlib import tasks
 from kdlib.config import DataConfig, parse
 from kdlib.errors import ConfigError, DataError
-from kdlib.items import NAMED
 from kdlib.prompts import continued
 from kdlib.questions import prepare
 from kdlib.signals import IGNORED
@@ -194,7 +193,7 @@ def test_the_first_ten_are_named_and_all_are_counted(tmp_path, tokenizer):
     with pytest.raises(DataError) as caught:
         prepared([{**row, "answer": "Z"} for row in multiple_choice(14)], tmp_path, tokenizer)
     assert "14 rows of train" in str(caught.value)
-    assert str(caught.value).count("the answer 'Z' is none of") == NAMED
+    assert str(caught.value).count("the answer 'Z' is none of") == 10
     assert "… and 4 more" in str(caught.value)
 
 

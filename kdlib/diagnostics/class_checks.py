@@ -24,7 +24,7 @@ NAMED = 5  # classes
 def teacher_has_a_head(subject: Subject) -> Iterator[Finding]:
     """The teacher was trained for as many classes as the data has, of the same names; or a stage of its own will train it."""
     config = subject.config
-    if config.task != "sequence-classification" or config.teacher_stage is not None:
+    if config.teacher_stage is not None:
         return
     stated, labels = subject.configs["teacher"], subject.prepared.labels
     try:
@@ -33,7 +33,7 @@ def teacher_has_a_head(subject: Subject) -> Iterator[Finding]:
         raise Unavailable("teacher.model", error) from error
     kinds = getattr(stated, "architectures", None) or []
     if order is not None and (not kinds or any("Classification" in kind for kind in kinds)):
-        if all(str(name).startswith("LABEL_") for name in stated.id2label.values()):
+        if classifiers.named_classes(stated) is None:
             yield Finding("note", "teacher.model", f"its {len(labels)} classes have no names (LABEL_0, …)",
                           f"they are taken in the order of the data's ({', '.join(labels[:3])}, …); in another it would teach nonsense",
                           "see that its accuracy is far above chance; or give data.labels in the teacher's order")
@@ -50,8 +50,6 @@ def teacher_has_a_head(subject: Subject) -> Iterator[Finding]:
 def both_models_read_their_tokens(subject: Subject) -> Iterator[Finding]:
     """Each model has a row for every token of its own tokenizer; what the two need not share is a vocabulary."""
     config = subject.config
-    if config.task != "sequence-classification":
-        return
     for name, stated in subject.configs.items():
         source = config.teacher.model if name == "teacher" else config.student.source
         rows, tokens = stated.get_text_config().vocab_size, len(models.load_tokenizer(source))
@@ -63,8 +61,6 @@ def both_models_read_their_tokens(subject: Subject) -> Iterator[Finding]:
 
 def enough_rows_are_held_out(subject: Subject) -> Iterator[Finding]:
     """An accuracy from few rows tells no models apart; texts with two classes teach none."""
-    if subject.config.task != "sequence-classification":
-        return
     notes = subject.prepared.notes
     rows, conflicting = notes["validation_rows"], notes.get("conflicting_documents_left_out", 0)
     if rows < FEW_HELD_OUT:
@@ -79,8 +75,6 @@ def enough_rows_are_held_out(subject: Subject) -> Iterator[Finding]:
 
 def classes_are_large_enough(subject: Subject) -> Iterator[Finding]:
     """Each class has rows to learn it from, is no small minority, and has held-out rows enough for a figure of its own."""
-    if subject.config.task != "sequence-classification":
-        return
     data, notes = subject.config.data, subject.prepared.notes
     for name in ("train", "validation", "test"):
         counts, rows = notes.get(f"{name}_classes", {}), notes.get(f"{name}_rows", 0)
@@ -102,8 +96,6 @@ def classes_are_large_enough(subject: Subject) -> Iterator[Finding]:
 
 def teacher_knows_the_classes(subject: Subject) -> Iterator[Finding]:
     """Its accuracy on the first training rows is above that of always saying the commonest class."""
-    if subject.config.task != "sequence-classification":
-        return
     said, came = _asked(subject)
     if len(came) < FEWEST:
         return

@@ -1,7 +1,7 @@
 """The doctor: what is wrong with a config, found before its training; each check is a small function that yields findings."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from kdlib.diagnostics.subject import Subject, Unavailable
 from kdlib.errors import ConfigError
 from kdlib.overrides import pairs
 
-CHECKS = (*CONFIG_CHECKS, *SCHEDULE_CHECKS, *DATA_CHECKS, *QUESTION_CHECKS, *MODEL_CHECKS, *CLASS_CHECKS)
-"""In the order in which they are made; `memory_suffices` follows, and `ON_BATCHES`, which load the models."""
-ON_BATCHES = (*BATCH_CHECKS, *CLASS_BATCH_CHECKS)
+CHECKS = (*CONFIG_CHECKS, *SCHEDULE_CHECKS, *DATA_CHECKS, *MODEL_CHECKS)
+"""In the order in which they are made; those of the task, `memory_suffices` and `BATCH_CHECKS`, which load the models, follow."""
+OF_TASK = {"sequence-classification": CLASS_CHECKS, "question-answering": QUESTION_CHECKS}
+ON_BATCHES_OF_TASK = {"sequence-classification": CLASS_BATCH_CHECKS}
 ROUNDS = 5  # of changes: one may bring another to light
 
 
@@ -91,17 +92,19 @@ def visit(path: str | Path, overrides: Sequence[str] = (), *, quick: bool = Fals
 def examine(subject: Subject, *, quick: bool = False) -> list[Finding]:
     """All checks in turn; what cannot be loaded is a finding, and the other checks go on."""
     _without_bars()
-    found = [finding for check in CHECKS for finding in _answers(check, subject)]
+    task = subject.config.task
+    found = [finding for check in (*CHECKS, *OF_TASK.get(task, ())) for finding in _answers(check, subject)]
+    on_batches = (*BATCH_CHECKS, *ON_BATCHES_OF_TASK.get(task, ()))
     if not any(each.severity == "critical" for each in found):  # what cannot train takes no memory
         found += _answers(memory_suffices, subject)
     if quick:
-        found.append(_not_measured("asked to be quick"))
+        found.append(_not_measured("asked to be quick", on_batches))
     elif stops := [each for each in found if each.severity == "critical" and each.where.split(".")[0] in ("teacher", "student", "data")]:
-        found.append(_not_measured(f"{stops[0].where} comes first"))
+        found.append(_not_measured(f"{stops[0].where} comes first", on_batches))
     elif subject.config.teacher_stage:
-        found.append(_not_measured("the teacher is trained first (teacher_stage)"))
+        found.append(_not_measured("the teacher is trained first (teacher_stage)", on_batches))
     else:
-        found += [finding for check in ON_BATCHES for finding in _answers(check, subject)]
+        found += [finding for check in on_batches for finding in _answers(check, subject)]
     return ordered(found)
 
 
@@ -121,8 +124,8 @@ def _answers(check, subject: Subject) -> Iterator[Finding]:
         yield Finding("critical", error.where, str(error), "what depends on it could not be checked", "mend this first")
 
 
-def _not_measured(why: str) -> Finding:
-    names = ", ".join(check.__name__.replace("_", " ") for check in ON_BATCHES)
+def _not_measured(why: str, checks: Sequence[Callable[[Subject], Iterator[Finding]]]) -> Finding:
+    names = ", ".join(check.__name__.replace("_", " ") for check in checks)
     return Finding("note", "loss", f"{why}: the first batch was not measured", f"so these are open: {names}",
                    "ask again without --quick" if why.startswith("asked") else "ask again when that is done")
 

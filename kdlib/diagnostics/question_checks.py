@@ -12,8 +12,6 @@ REPEATED = 0.01  # of the held-out questions
 
 def held_out_questions_are_new(subject: Subject) -> Iterator[Finding]:
     """No held-out question is trained on; where kdlib splits, it sees to that."""
-    if subject.config.task != "question-answering":
-        return
     trained = set(subject.prepared.train["text"])
     for split, rows in (("validation", subject.prepared.validation), ("test", subject.prepared.test)):
         repeated = sum(text in trained for text in rows["text"]) if rows is not None else 0
@@ -25,8 +23,6 @@ def held_out_questions_are_new(subject: Subject) -> Iterator[Finding]:
 
 def enough_questions_are_held_out(subject: Subject) -> Iterator[Finding]:
     """An accuracy over few questions tells nothing."""
-    if subject.config.task != "question-answering":
-        return
     count = len(subject.prepared.validation)
     if count < FEW_QUESTIONS:
         where = "data.max_eval_rows" if subject.config.data.max_eval_rows == count else "data.validation"
