@@ -108,7 +108,7 @@ def compare(
     teacher: Annotated[str, typer.Option("--teacher", help="A hub id, a folder, a .gguf file or a built-in name.")],
     student: Annotated[list[str], typer.Option("--student", help="Likewise, or name=MODEL; several: the comparison is about the first.")],
     data: Annotated[str, typer.Option("--data", help="Rows: a file, a folder, a hub id or a built-in name.")],
-    task: Annotated[str, typer.Option("--task", help="sequence-classification or causal-lm.")] = "sequence-classification",
+    task: Annotated[str, typer.Option("--task", help="Or causal-lm, question-answering.")] = "sequence-classification",
     override: Annotated[list[str] | None, typer.Option("-o", "--override", help="key=value of a config, e.g. data.text=content.")] = None,
     output: Annotated[Path | None, typer.Option("--output", help="Folder; reports/compare_<student> in the project unless given.")] = None,
 ) -> None:
@@ -116,8 +116,8 @@ def compare(
 
     Measured are the rows of the source's own test split (classifiers), else of its validation split; data without them is split
     as for a training, and a share measured: -o data.test=0.25 (classifiers), -o data.validation=0.25.  For a file that is meant
-    wholly for the comparison: -o data.test=0.99, or -o data.validation=0.99 with causal-lm; a few rows are kept back all the same.
-    Columns by other names: -o data.text=content -o data.label=topic.
+    wholly for the comparison: -o data.test=0.99, or -o data.validation=0.99 with the other tasks; a few rows are kept back all the same.
+    Columns by other names: -o data.text=content -o data.label=topic.  What is written: report.html with figures and tables.
     """
     from kdlib import elsewhere, plots
 

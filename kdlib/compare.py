@@ -140,9 +140,7 @@ def _compare_tokens(run: Run, config: Config, tokenizer: PreTrainedTokenizerBase
     comparison = Comparison(
         prepared, tokenizer, device=device_of(config), resamples=config.compare.resamples, seed=config.seed
     )
-    prompts = prompts_from(comparison.rows, count=config.compare.continuations, length=config.compare.prompt_tokens)
-    if config.task == "question-answering":  # whole questions, that the models answer
-        prompts = given_prompts(comparison.rows, count=config.compare.continuations)
+    prompts = prompts_of(config, comparison.rows)
 
     def measure(name: str, load: Callable[[], PreTrainedModel]) -> None:
         print(f"measuring the {name} model …", flush=True)
@@ -180,6 +178,13 @@ def continuations(
         repetition_penalty=1.0, pad_token_id=tokenizer.pad_token_id,
     )
     return tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+
+
+def prompts_of(config: Config, rows: Dataset) -> list[list[int]]:
+    """What the models are to continue: whole questions, or beginnings of text."""
+    if config.task == "question-answering":
+        return given_prompts(rows, count=config.compare.continuations)
+    return prompts_from(rows, count=config.compare.continuations, length=config.compare.prompt_tokens)
 
 
 def prompts_from(rows: Dataset, *, count: int, length: int) -> list[list[int]]:

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from kdlib import models, plots, tasks
+from kdlib import compared, models, tasks
 from kdlib.batches import Prepared
-from kdlib.compare import Comparison, prompts_from
+from kdlib.compare import Comparison, prompts_of
 from kdlib.compare_classes import ClassComparison
 from kdlib.config import Config, parse
 from kdlib.errors import ConfigError, RunError
@@ -17,7 +17,7 @@ from kdlib.models import device_of, precision_of
 from kdlib.overrides import pairs
 from kdlib.runs import write_json
 
-TASKS = ("sequence-classification", "causal-lm")
+TASKS = ("sequence-classification", "causal-lm", "question-answering")
 LONGEST = 1024  # tokens of a row, where the models can read so many
 
 
@@ -87,9 +87,9 @@ def folder_for(output: Path) -> Path:
 
 
 def write(results: Mapping[str, Any], folder: Path) -> None:
-    """comparison_results.json and teacher_student_comparison.png."""
+    """comparison_results.json, and report.html with its figures and tables."""
     write_json(folder / "comparison_results.json", results)
-    plots.comparison_bars(results).savefig(folder / "teacher_student_comparison.png", dpi=130)
+    compared.render(results, folder)
 
 
 def _config(teacher: str, student: str, data: str, task: str, overrides: Sequence[str], *, among: Sequence[str]) -> Config:
@@ -128,7 +128,7 @@ def _compare_tokens(
     config = configs[student]
     (dtype, _), chosen = precision_of(config), config.compare
     comparison = Comparison(prepared, tokenizer, device=device_of(config), resamples=chosen.resamples, seed=config.seed)
-    prompts = prompts_from(comparison.rows, count=chosen.continuations, length=chosen.prompt_tokens)
+    prompts = prompts_of(config, comparison.rows)
     for name, model in {"teacher": config.teacher.model, **{name: its.student.source for name, its in configs.items()}}.items():
         print(f"measuring {name} …", flush=True)
         comparison.add(name, lambda model=model: tasks.load(model, prepared, dtype), prompts=prompts, new_tokens=chosen.new_tokens)

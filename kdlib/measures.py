@@ -14,6 +14,11 @@ class Measure:
     words: str  # within a sentence
     higher_is_better: bool
 
+    @property
+    def brief(self) -> str:
+        """The words that tell it from the others: KL to the teacher, agreement."""
+        return self.words.removesuffix(" with the teacher").removeprefix("top-1 ")
+
     def label(self, task: str) -> str:
         """Name and unit, a line each."""
         return f"{self.name}\n{self.unit.format(item=ITEMS.get(task, task))}"

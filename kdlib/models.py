@@ -48,10 +48,16 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     """A causal language model by hub id, local folder, .gguf file or built-in name; safetensors only, no remote code.
 
     Raises:
-        ModelError: there is no such model, or it cannot be loaded so.
+        ModelError: there is no such model, it cannot be loaded so, or some of its weights are not in its files.
     """
     with explained(model, "model"):
-        return AutoModelForCausalLM.from_pretrained(folder_of(model), dtype=dtype, use_safetensors=True).eval()
+        made, info = AutoModelForCausalLM.from_pretrained(folder_of(model), dtype=dtype, use_safetensors=True, output_loading_info=True)
+    if absent := sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}):
+        raise ModelError(
+            f"{model}: {len(absent)} of its weights as a language model are not in its files and would be random ({', '.join(absent[:3])}"
+            f"{', …' * (len(absent) > 3)}); it was trained for something else (an encoder, a classifier?): name a causal language model"
+        )
+    return made.eval()
 
 
 def load_config(model: str):

@@ -11,14 +11,14 @@ from kdlib import plots, side_by_side
 from kdlib.curves import small_curve
 from kdlib.pages import page
 from kdlib.runs import write_error, write_text
-from kdlib.summaries import KEYS, Summary, number, report_link, summaries
+from kdlib.summaries import Summary, keys_of, number, report_link, summaries
 
 STATES = ("running", "created", "done", "stopped", "failed", "died", "unreadable")
 COLUMNS: dict[str, Callable[[Summary], Any]] = {
     "run": lambda s: s.name, "made": lambda s: s.created or None, "state": lambda s: STATES.index(s.state) if s.state in STATES else None,
-    "progress": lambda s: s.progress, **{label: lambda s, m=metric: s.keys.get(m, {}).get("value") for metric, label in KEYS.items()},
+    "progress": lambda s: s.progress,
 }
-"""Heading → what the rows are sorted by; None comes last, upwards and downwards."""
+"""Heading → what the rows are sorted by, the key figures of the runs besides; None comes last, upwards and downwards."""
 
 
 def render_index(runs: Path, reports: Path) -> Path:
@@ -36,15 +36,17 @@ def render_index(runs: Path, reports: Path) -> Path:
 def _content(found: Sequence[Summary], reports: Path) -> dict[str, Any]:
     states = sorted({each.state for each in found}, key=lambda state: (STATES.index(state) if state in STATES else len(STATES), state))
     configs, sweeps = (sorted({name for each in found if (name := of(each))}) for of in (_config, lambda each: each.sweep))
-    places = [_places([of(each) for each in found]) for of in COLUMNS.values()]
+    keys = keys_of(found)
+    columns = {**COLUMNS, **{heading: lambda s, m=metric: s.keys.get(m, {}).get("value") for metric, heading in keys.items()}}
+    places = [_places([of(each) for each in found]) for of in columns.values()]
     rows = [{
-        "run": each, "link": report_link(each.name, reports), "curve": _curve(each), "keys": [_parts(each.key(metric)) for metric in KEYS],
+        "run": each, "link": report_link(each.name, reports), "curve": _curve(each), "keys": [_parts(each.key(metric)) for metric in keys],
         "places": [place[i] for place in places], "reached": _reached(each),
         "groups": [f"state{states.index(each.state)}", *([f"config{configs.index(_config(each))}"] if _config(each) else []),
                    *([f"sweep{sweeps.index(each.sweep)}"] if each.sweep else [])],
     } for i, each in enumerate(found)]
     groups = {"state": states, "config": configs, "sweep": sweeps}
-    return {"rows": rows, "columns": list(COLUMNS), "groups": {kind: names for kind, names in groups.items() if names},
+    return {"rows": rows, "columns": list(columns), "groups": {kind: names for kind, names in groups.items() if names},
             "links": {name: report_link(name, reports) for name in sweeps}, "count": len([s for s in found if not s.is_benchmark])}
 
 

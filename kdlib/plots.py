@@ -33,6 +33,9 @@ COSTS = {  # what a comparison measures of it: how a column is headed, and its f
     "peak_memory_gib": ("peak memory, GiB", "{:.2f}".format),
 }
 
+BARS = "teacher_student_comparison"  # the figure over all models
+LEARNED = ("choice_accuracy", "accuracy", "log_loss", "kl_to_teacher", "perplexity")  # drawn over the steps, as far as the task has them
+
 if (shell := get_ipython()) is not None:  # IPython knows what a Figure is only where pyplot is imported, which nothing here does
     select_figure_formats(shell, {"png"})
 
@@ -56,16 +59,21 @@ def schedules(table: pd.DataFrame) -> Figure:
     return _labelled(figure, lower, "weight, temperature")
 
 
-def closeness(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """KL to the teacher on held-out text while training: independent of weights, so comparable between students."""
-    figure, axes = _figure()
-    for name, table in tables.items():
-        axes.plot(table["step"], table["kl_to_teacher"], color=COLOURS[name], marker="o", label=LABELS[name],
-                  linewidth=1 if name == "baseline" else 2)
-    last = {name: table["kl_to_teacher"].iloc[-1] for name, table in tables.items()}
-    axes.set_title("Held-out KL to the teacher: " + ", ".join(f"{LABELS[n]} {v:.2f}" for n, v in last.items()), loc="left")
-    axes.set_ylim(bottom=0)
-    return _labelled(figure, axes, "KL(teacher ‖ student), nats")
+def learning_curves(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """What was measured on held-out rows while training; none depends on the weights, so the students can be compared."""
+    shown = [name for name in LEARNED if all(name in table for table in tables.values())]
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        for name, table in tables.items():
+            axes.plot(table["step"], table[metric], color=COLOURS[name], marker="o", markersize=4, label=LABELS[name],
+                      linewidth=1 if name == "baseline" else 2)
+        last = [f"{table[metric].iloc[-1]:#.3g}".rstrip(".") for table in tables.values()]
+        axes.set_title(f"{MEASURES[metric].words}: {' / '.join(last)}", loc="left")
+        if not MEASURES[metric].higher_is_better:
+            axes.set_ylim(bottom=0)
+        _labelled(figure, axes, "")
+    figure.suptitle(f"On held-out rows, at the end: {' / '.join(LABELS[name] for name in tables)}", fontsize=10, x=0.01, ha="left")
+    return figure
 
 
 def comparison_bars(results: Mapping[str, Any]) -> Figure:
@@ -108,7 +116,7 @@ def comparison_message(results: Mapping[str, Any]) -> str:
         d, measure = difference(results, student, rival, metric), MEASURES[metric]
         better = d["value"] > 0 if measure.higher_is_better else d["value"] < 0
         verdict = "no clear difference in" if d["low"] <= 0 <= d["high"] else "better" if better else "worse"
-        parts.append(f"{verdict} {measure.words.removesuffix(' with the teacher').removeprefix('top-1 ')} ({with_interval(d, '+')})")
+        parts.append(f"{verdict} {measure.brief} ({with_interval(d, '+')})")
     if "retention" in shown_in(results):
         parts.append(f"{with_interval(results['models'][student]['retention'])} % of the teacher's accuracy")
     return f"Against the {label_of(rival)}, the {label_of(student)} shows: {'; '.join(parts)}"
@@ -142,22 +150,22 @@ def difference_table(results: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index(heading)
 
 
+def comparison_figures(results: Mapping[str, Any]) -> dict[str, Figure]:
+    """Every figure of a comparison, by name."""
+    return {BARS: comparison_bars(results), **answer_figures(results)}
+
+
 def run_figures(run: Run, results: Mapping[str, Any] | None) -> dict[str, Figure]:
     """Every figure that the files of a run allow, by name: for notebook and report alike."""
     evaluation, baseline = eval_table(run), eval_table(run.baseline)
-    figures = {"teacher_student_comparison": comparison_bars(results), **answer_figures(results)} if results else {}
+    figures = comparison_figures(results) if results else {}
     if len(training_table(run)):
         with suppress(ConfigError):  # of another version: its report says so
             others = [progress(run, run.baseline)] if len(training_table(run.baseline)) else []
             figures["dashboard"] = dashboard(progress(run), others=others)
     if len(evaluation) and "kl_to_teacher" in evaluation:
-        figures["closeness"] = closeness({"distilled": evaluation} | ({"baseline": baseline} if len(baseline) else {}))
+        figures["learning_curves"] = learning_curves({"distilled": evaluation} | ({"baseline": baseline} if len(baseline) else {}))
     return figures
-
-
-def _figure() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    return figure, figure.subplots()
 
 
 def _labelled(figure: Figure, axes: Axes, ylabel: str) -> Figure:

@@ -8,9 +8,8 @@ import pandas as pd
 from markupsafe import Markup
 from nbconvert.filters import strip_ansi
 
-from kdlib import pages, plots
+from kdlib import compared, pages, plots
 from kdlib.answer_figures import ANSWER_FIGURES
-from kdlib.answer_tables import TITLES, answer_tables
 from kdlib.benchmarks import figures as benchmark_figures
 from kdlib.benchmarks import reading
 from kdlib.benchmarks.targets import target_table, verdict
@@ -21,12 +20,12 @@ from kdlib.explorers import static_html
 from kdlib.metrics import eval_table, training_table
 from kdlib.pages import Picture
 from kdlib.runs import Run, now, read_json
-from kdlib.summaries import KEYS, card, costs, flat, number, summary
+from kdlib.summaries import card, costs, flat, keys_of, number, summary
 
 SECTIONS = {"summary": "Summary", "scorecard": "Scorecard", "training": "Training", "figures": "Figures", "measurements": "Measurements",
             "comparison": "Comparison", "samples": "Continuations", "explorers": "Explorers", "config": "Config", "formula": "Formula",
             "environment": "Environment and data", "reproduce": "How to reproduce", "notebooks": "Notebooks as they ran"}
-DASHBOARD, COMPARISON = "dashboard", "teacher_student_comparison"  # figures with a place of their own
+OWN_PLACE = ("dashboard", plots.BARS, *ANSWER_FIGURES)  # figures that stand by themselves
 
 
 def render(run: Run, reports: Path) -> Path:
@@ -48,8 +47,7 @@ def _tables(run: Run, results: Mapping | None, benchmark: Mapping | None, cards:
         return {"targets": target_table(benchmark), **reading.run_tables(benchmark)}
     tables = {"metrics": training_table(run), "evaluation": eval_table(run)}
     if results:
-        tables |= {"quality": plots.quality_table(results), "cost": plots.cost_table(results),
-                   "differences": plots.difference_table(results), **answer_tables(results)}
+        tables |= compared.tables_of(results)
     if "distilled student" in cards:
         tables["scorecard"] = scorecard_table(cards["distilled student"])
     return tables
@@ -61,12 +59,11 @@ def _content(
 ) -> dict[str, Any]:
     manifest, status = run.manifest, run.status
     facts = {k: v for k, v in manifest.items() if k not in ("formula", "command", "stages")} | (benchmark or {}).get("machine", {})
-    others = [image for name, image in pictures.items() if name not in (DASHBOARD, COMPARISON, *ANSWER_FIGURES)]
+    others = [image for name, image in pictures.items() if name not in OWN_PLACE]
     content = {
-        "cards": cards, "dashboard": pictures.get(DASHBOARD), "pictures": others, "comparison": pictures.get(COMPARISON),
-        "answer_pictures": [pictures[name] for name in ANSWER_FIGURES if name in pictures],
+        **compared.content_of(results, pictures, tables), "cards": cards, "dashboard": pictures.get("dashboard"), "pictures": others,
         "measured": {name: pages.table(reading.shown(table)) for name, table in tables.items()} if benchmark else {},
-        "samples": _samples(results), "explorers": {title: Markup(html) for title, html in static_html(run).items()},
+        "explorers": {title: Markup(html) for title, html in static_html(run).items()},
         "notebooks": {path.stem: notebook_html(path) for path in sorted(run.notebooks.glob("*.ipynb"))},
     }
     present = {
@@ -75,28 +72,15 @@ def _content(
         "formula": manifest.get("formula"), "notebooks": content["notebooks"],
     }
     return content | {
-        "run": run, "manifest": manifest, "labels": plots.LABELS,
+        "run": run, "manifest": manifest, "compared": bool(results),
         "status": {**status, "message": strip_ansi(status.get("message", ""))}, "partial": _partial(status["state"]),
         "sections": {id: name for id, name in SECTIONS.items() if present.get(id, True)},
         "message": plots.comparison_message(results) if results else verdict(benchmark) if benchmark else "",
         "strip": [] if benchmark else _strip(run, results, cards),
-        **{name: pages.table(tables[name]) for name in ("quality", "cost", "differences") if name in tables},
-        "answers": {name: pages.table(tables[name]) for name in TITLES if name in tables},
-        "answer_titles": TITLES, "measured_on": _measured_on(results),
         "config": (run.path / "config.yaml").read_text(encoding="utf-8"),
         "facts": [(name.replace("_", " "), value) for name, value in flat(facts, " · ")],
         "reproduce": _reproduce(run, manifest, "bench" if benchmark else "run"),
     }
-
-
-def _measured_on(results: Mapping[str, Any] | None) -> str:
-    """Of what the intervals speak, and which students were measured."""
-    if not results:
-        return ""
-    if "rule" in results:
-        return f"Paired on the same {results['rows']:,} rows; the interval is a bootstrap's over rows. Measured: {results['rule']}."
-    return ("Paired on the same blocks; the interval is a bootstrap's over blocks. KL, perplexity and bits per byte: lower is better; "
-            "agreement: higher. Blocks of one document resemble each other.")
 
 
 def _partial(state: str) -> str:
@@ -107,16 +91,10 @@ def _partial(state: str) -> str:
     return f"This report is partial: the run {doing}. It shows what there was on {now()[:16].replace('T', ' at ')}."
 
 
-def _samples(results: Mapping[str, Any] | None) -> list[tuple[str, dict[str, str]]]:
-    """Each prompt with what every model makes of it."""
-    prompts = results.get("prompts", []) if results else []
-    return [(prompt, {model: texts[i] for model, texts in results["samples"].items()}) for i, prompt in enumerate(prompts)]
-
-
 def _strip(run: Run, results: Mapping[str, Any] | None, cards: Mapping[str, list[Line]]) -> list[tuple[str, str, list[str]]]:
     """Key figures: what, how much, and what to hold it against."""
     brief, strip = summary(run), []
-    for metric, label in KEYS.items():
+    for metric, label in keys_of([brief]).items():
         value, _, interval = brief.key(metric).partition(" ")
         if value:
             where = f"held-out, at step {brief.evaluation['step'].iloc[-1]}" if not results else _rival(results, metric)

@@ -17,7 +17,7 @@ from kdlib import plots
 from kdlib.curves import look, overlay
 from kdlib.pages import page
 from kdlib.runs import write_text
-from kdlib.summaries import KEYS, Summary, report_link
+from kdlib.summaries import Summary, keys_of, report_link
 
 SHOWN = 3  # at first: the newest that are done
 CURVES = {"kl": ("held-out KL to the teacher", "evaluation", "kl_to_teacher", "KL(teacher ‖ student),\nnats per token"),
@@ -73,7 +73,7 @@ def _bits(values: Sequence[str]) -> list[list[int]]:
 def _keys(found: Sequence[Summary]) -> list[Row]:
     against = Row("KL, difference to the baseline", [plots.with_interval(each.against, "+") if each.against else "" for each in found])
     return [Row("state", [each.state for each in found], kind="state"),
-            *(Row(label, [each.key(metric) for each in found]) for metric, label in KEYS.items()), against]
+            *(Row(label, [each.key(metric) for each in found]) for metric, label in keys_of(found).items()), against]
 
 
 def _cards(found: Sequence[Summary]) -> list[Row]:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,8 @@ from kdlib import metrics, plots
 from kdlib.benchmarks import reading
 from kdlib.diagnostics.scorecard import Line, scorecard
 from kdlib.errors import ConfigError, KdlibError
+from kdlib.measures import KEYS, MEASURES
 from kdlib.runs import Run, StudentFolder, read_json
-
-KEYS = {"choice_accuracy": "right choices", "kl_to_teacher": "KL to the teacher", "agreement": "agreement", "accuracy": "accuracy",
-        "perplexity": "perplexity"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,11 @@ def summaries(root: Path) -> list[Summary]:
     """Every run below this folder, newest first."""
     found = [summary(Run(path.parent)) for path in root.glob("*/config.yaml")]
     return sorted(found, key=lambda each: (each.created, each.name), reverse=True)
+
+
+def keys_of(found: Sequence[Summary]) -> dict[str, str]:
+    """Metric → heading of every key figure that one of the runs has; a run has those of its task."""
+    return {metric: measure.brief for metric, measure in MEASURES.items() if any(metric in each.keys for each in found)}
 
 
 def summary(run: Run) -> Summary:
@@ -130,7 +133,8 @@ def _read(run: Run) -> Summary:
         config=Path(manifest.get("config_file") or "").stem, sweep=str(manifest.get("sweep") or ""),
         is_benchmark=reading.results_of(run) is not None or "task" not in settings,
         step=max(steps, default=None), steps=planned_steps(run), stage=_stage(run, results, steps),
-        keys=_keys(results, evaluation), against=against, train=train, evaluation=evaluation, baseline=metrics.eval_table(run.baseline),
+        keys=_keys(settings.get("task", "causal-lm"), results, evaluation), against=against,
+        train=train, evaluation=evaluation, baseline=metrics.eval_table(run.baseline),
         costs=costs(results, train), settings={name: _as_text(value) for name, value in flat(settings)}, card=tuple(card(run)),
     )
 
@@ -141,11 +145,12 @@ def _stage(run: Run, results: Mapping | None, steps: list[int]) -> str:
     return "trained" if run.is_trained else "training" if steps else "set up" if "formula" in run.manifest else ""
 
 
-def _keys(results: Mapping[str, Any] | None, evaluation: pd.DataFrame) -> dict[str, dict[str, float]]:
+def _keys(task: str, results: Mapping[str, Any] | None, evaluation: pd.DataFrame) -> dict[str, dict[str, float]]:
+    named = KEYS.get(task, ())
     if results:
         distilled = results["models"].get("distilled", {})
-        return {metric: distilled[metric] for metric in KEYS if metric in distilled}
-    return {metric: {"value": float(evaluation[metric].iloc[-1])} for metric in KEYS if metric in evaluation}
+        return {metric: distilled[metric] for metric in named if metric in distilled}
+    return {metric: {"value": float(evaluation[metric].iloc[-1])} for metric in named if metric in evaluation}
 
 
 def _as_text(value: Any) -> str:

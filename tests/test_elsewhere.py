@@ -2,6 +2,7 @@ import json
 
 import pytest
 from conftest import sentences
+from made_questions import multiple_choice, tiny_gpt2, written
 from tiny_classifiers import LABELS, bert, llama, rows
 from typer.testing import CliRunner
 
@@ -41,7 +42,13 @@ def test_classifiers_are_compared_from_the_command_line_and_written(place, tmp_p
     assert found["models"]["small"]["kl_to_teacher"]["value"] > 0
     assert "on 80 test rows of" in done.output
     assert "small against" in done.output
-    assert (tmp_path / "out" / "teacher_student_comparison.png").stat().st_size > 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "small compared" in page
+    assert "McNemar" in page
+    assert "on 80 test rows of" in page
+    assert str(place / "other") in page
+    assert {path.stem for path in (tmp_path / "out" / "figures").iterdir()} == {
+        "teacher_student_comparison", "confusion", "reliability", "f1_per_class"}
 
 
 def test_the_teacher_as_its_own_student_differs_in_nothing(place):
@@ -76,6 +83,19 @@ def test_language_models_are_compared_on_held_out_text(teacher_folder, narrow, p
         elsewhere.compare(str(teacher_folder), {"other": str(place / "other")}, str(text), task="causal-lm", overrides=settings)
 
 
+def test_models_are_asked_the_same_questions(tmp_path):
+    rows = written(multiple_choice(40), tmp_path / "asked.jsonl")
+    teacher, student = (tiny_gpt2(tmp_path / name, layers=2, width=16, seed=seed) for seed, name in enumerate(("teacher", "student")))
+    found = elsewhere.compare(str(teacher), {"student": str(student)}, str(rows), task="question-answering",
+                              overrides=[*FEW, "data.validation=0.5", "compare.new_tokens=4"])
+    elsewhere.write(found, elsewhere.folder_for(tmp_path / "out"))
+    assert found["questions"] == 20
+    assert found["models"]["teacher"]["choice_agreement"]["value"] == 1.0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "right choices" in page
+    assert found["prompts"][0].startswith("Question: What is the")
+
+
 def test_students_are_named_by_their_folders_or_as_given(tmp_path):
     (tmp_path / "a=b").mkdir()
     found = elsewhere.named_students(["org/small", "mine=org/other", str(tmp_path / "a=b")])
@@ -85,8 +105,8 @@ def test_students_are_named_by_their_folders_or_as_given(tmp_path):
 
 
 def test_what_does_not_fit_is_refused_before_a_model_is_loaded(tmp_path):
-    with pytest.raises(ConfigError, match="--task question-answering: compared are models for"):
-        elsewhere.compare("a", {"b": "b"}, "c", task="question-answering")
+    with pytest.raises(ConfigError, match="--task ranking: compared are models for"):
+        elsewhere.compare("a", {"b": "b"}, "c", task="ranking")
     with pytest.raises(ConfigError, match=r"-o student\.from: this has an option of its own"):
         elsewhere.compare("a", {"b": "b"}, "c", overrides=["student.from=d"])
     (tmp_path / "config.yaml").touch()

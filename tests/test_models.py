@@ -1,6 +1,7 @@
 import pytest
 import torch
 from conftest import sentences, tiny_model, tiny_tokenizer
+from tiny_classifiers import bert
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -154,6 +155,12 @@ def test_a_model_that_is_nothing_says_what_it_may_be(name):
     with pytest.raises(ModelError) as caught:
         models.load_model(name)
     assert name in str(caught.value)
+
+
+def test_an_encoder_is_no_language_model_with_a_random_head(tmp_path):
+    bert(tmp_path / "encoder")
+    with pytest.raises(ModelError, match=r"weights as a language model are not in its files and would be random \(cls.predictions"):
+        models.load_model(str(tmp_path / "encoder"))
 
 
 def test_a_wheel_that_is_not_installed_is_named_with_the_command(monkeypatch):

@@ -43,7 +43,7 @@ def test_a_report_is_one_file_that_asks_for_nothing_outside(folder, page):
     for expected in ("loss = 0.7·T²·KL + 0.3·CE", "max_length: 16", "2.13.0", "kd run x.yaml", "distilled student", "state done"):
         assert expected in page
     assert {p.name for p in (folder / "figures").iterdir()} == {
-        "dashboard.png", "closeness.png", "teacher_student_comparison.png"}
+        "dashboard.png", "learning_curves.png", "teacher_student_comparison.png"}
     assert {p.stem for p in (folder / "tables").iterdir()} == {
         "metrics", "evaluation", "quality", "cost", "differences", "scorecard"}
 

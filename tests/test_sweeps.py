@@ -13,7 +13,7 @@ from kdlib import cli, reports, runs
 from kdlib import config as configs
 from kdlib.errors import ConfigError
 from kdlib.runs import Run
-from kdlib.sweeps import conduct, figures, maps, page, reading
+from kdlib.sweeps import conduct, figures, gains, maps, page, reading
 from kdlib.sweeps.axes import heights
 from kdlib.sweeps.reading import Sweep
 from kdlib.sweeps.settings import METRICS, SweepConfig
@@ -231,7 +231,7 @@ def test_seeds_are_averaged_with_students_interval(swept):
     best = settings.iloc[0]
     assert (best["n"], best["value"]) == (3, pytest.approx(1.2))
     assert best["high"] - best["value"] == pytest.approx(4.3027 * 0.2 / 3**0.5)
-    assert settings.iloc[1][["low", "high"]].tolist() == [2.0, 2.0]
+    assert settings.iloc[1][["low", "high"]].tolist() == [1.95, 2.05]  # no two differ: the interval over held-out rows
 
 
 def test_students_t_is_that_of_the_tables():
@@ -274,7 +274,79 @@ def test_a_parameter_drawn_from_a_range_does_not_explain_everything_because_no_v
     assert shares["loss.temperature"] < 0.7
 
 
+# what the teacher adds
+
+def held_against_the_baseline(sweep: Sweep, differences, spread: float = 0.02) -> None:
+    """Give every trial a comparison of classifiers whose distilled student is so much better than its baseline."""
+    for number, (trial, difference) in enumerate(zip(sweep.facts["trials"], differences, strict=True)):
+        values = {"teacher": 0.8, "baseline": 0.5 + number / 100, "distilled": 0.5 + number / 100 + difference}
+        models = {name: {metric: {"value": value, "low": value - 0.1, "high": value + 0.1} for metric in ("accuracy", "kl_to_teacher")}
+                  for name, value in values.items()}
+        models["distilled"]["parameters"] = 10**6
+        pair = {"value": difference, "low": difference - spread, "high": difference + spread}
+        runs.write_json(sweep.run(trial["run"]).path / "comparison_results.json", {
+            "task": "sequence-classification", "models": models,
+            "differences": [{"model": "distilled", "against": "baseline", "metric": m, **pair} for m in ("accuracy", "kl_to_teacher")]})
+
+
+@pytest.mark.parametrize(
+    ("differences", "metric", "found"),
+    [
+        ([0.03, 0.04, 0.05], "accuracy", "3 seeds: accuracy +0.0400 [+0.0152, +0.0648], paired by seed: the teacher helps; 3 of the 3"),
+        ([0.03, 0.04, 0.05], "kl_to_teacher", "the teacher harms"),
+        ([-0.03, -0.04, -0.05], "kl_to_teacher", "the teacher helps"),
+        ([-0.01, 0.04, 0.05], "accuracy", "no difference beyond chance; 2 of the 3 by themselves"),
+    ],
+)
+def test_seeds_that_differ_in_nothing_else_are_one_setting_held_against_the_baseline(swept, tmp_path, differences, metric, found):
+    sweep = swept([1.0, 1.0, 1.0], grid={"seed": [0, 1, 2]}, metric=metric)
+    held_against_the_baseline(sweep, differences)
+    _, settings = tables(sweep)
+    gain = gains.gain_table(sweep, settings).iloc[0]
+    assert (len(settings), gain["n"], gain["values"]) == (1, 3, pytest.approx(differences))
+    spread = 4.3027 * pd.Series(differences).std() / 3**0.5
+    assert gain["high"] - gain["value"] == pytest.approx(spread, rel=1e-4)
+    text = page.render(sweep, tmp_path / "reports").read_text()
+    assert found in text
+    assert f"{reading.WORDS[metric][0].upper()}{reading.WORDS[metric][1:]} is " in text
+    assert "over 3 seeds." in text
+    assert (tmp_path / "reports" / "s" / "figures" / "gains.png").exists()
+
+
+def test_the_models_of_a_setting_are_averaged_and_a_teacher_shared_by_all_keeps_its_interval(swept):
+    sweep = swept([1.0, 1.0, 1.0], grid={"seed": [0, 1, 2]}, metric="accuracy")
+    held_against_the_baseline(sweep, [0.03, 0.04, 0.05])
+    table = gains.model_table(sweep, [trial["run"] for trial in sweep.facts["trials"]])
+    assert table.index.tolist() == ["teacher", "distilled student", "CE-only baseline", gains.DIFFERENCE]
+    assert table.loc["teacher", "accuracy"] == "0.800 [0.700, 0.900]"
+    assert table.loc["CE-only baseline", "accuracy"] == "0.510 [0.485, 0.535]"
+    assert table.loc[gains.DIFFERENCE, "KL to teacher"] == "+0.0400 [+0.0152, +0.0648]"
+
+
+def test_each_setting_has_a_gain_of_its_own_and_one_seed_keeps_its_own_interval(swept):
+    sweep = swept([1.0] * 4, grid=GRID, metric="accuracy")
+    held_against_the_baseline(sweep, [0.01, 0.03, 0.0, -0.05])
+    _, settings = tables(sweep)
+    found = gains.gain_table(sweep, settings)
+    assert found["runs"].tolist() == settings["runs"].tolist()
+    by_run = {row["runs"][0]: (row["value"], row["clear"]) for _, row in found.iterrows()}
+    assert [by_run[trial["run"]] for trial in sweep.facts["trials"]] == [(0.01, 0), (0.03, 1), (0.0, 0), (-0.05, 1)]
+    assert title(figures_of(sweep)["gains"]) == "The teacher helps in 2 of 4 settings, beyond the interval in 1"
+    assert "in one training: accuracy +0.0300 [+0.0100, +0.0500], over the same held-out rows: the teacher helps" in (
+        gains.gain_words(found[found["value"] == 0.03].iloc[0], "accuracy"))
+
+
+def test_without_baselines_there_is_no_gain_to_show(swept):
+    sweep = swept([1.0, 0.8], grid={"seed": [0, 1]})
+    assert len(gains.gain_table(sweep, tables(sweep)[1])) == 0
+
+
 # figures
+
+def figures_of(sweep: Sweep) -> dict[str, matplotlib.figure.Figure]:
+    trials, settings = tables(sweep)
+    return figures.run_figures(sweep, trials, settings, gains.gain_table(sweep, settings))
+
 
 def test_the_heat_map_has_the_means_and_leaves_failed_cells_out(swept):
     sweep = swept([1.0, 3.0, 2.0, 4.0, 5.0, 6.0, None, None], grid={**GRID, "seed": [0, 1]})
@@ -299,20 +371,20 @@ def test_figures_follow_from_what_differs(swept):
     def made(values, **sections):
         sweep = swept(values, name=f"s{len(list(swept_names))}", **sections)
         swept_names.append(sweep.name)
-        return set(figures.run_figures(sweep, *tables(sweep)))
+        return set(figures_of(sweep))
 
     swept_names: list[str] = []
     assert made([], grid=GRID) == set()
     assert made([1.0, 2.0], grid={"loss.temperature": [1, 4]}) == {"ranking", "course"}
     assert made([1.0, 0.8, 0.9, 0.7], grid=GRID) == {"ranking", "map", "parallel_coordinates"}
-    assert made([1.0, 2.0], grid={"seed": [1, 4]}) == {"ranking", "course"}
+    assert made([1.0, 2.0], grid={"seed": [1, 4]}) == {"ranking"}
     space = {"loss.temperature": {"uniform": [1, 6]}, "training.learning_rate": {"log_uniform": [1e-5, 1e-3]}}
     assert made([float(i) for i in range(14)], random={"trials": 14, "from": space}) == {"ranking", "map", "parallel_coordinates"}
 
 
 def test_the_titles_say_what_the_figures_hold(swept):
     sweep = swept([1.0, 0.8, 0.84, 0.97], grid=GRID)
-    made = figures.run_figures(sweep, *tables(sweep))
+    made = figures_of(sweep)
     assert title(made["ranking"]) == "KL to the teacher is lowest with temperature 1, kd:ce 0.9,\nwith 1 of 3 others within the intervals"
     assert "alone explains" in title(made["parallel_coordinates"])
 
@@ -351,7 +423,7 @@ def test_kd_report_renders_a_sweep_as_it_renders_a_run(swept, tmp_path, monkeypa
         cli.main()
     assert not caught.value.code
     assert capsys.readouterr().out.strip().endswith("s/report.html")
-    assert "KL to the teacher is lowest with seed=1" in (tmp_path / "reports" / "s" / "report.html").read_text()
+    assert "KL to the teacher is 0.900 [" in (tmp_path / "reports" / "s" / "report.html").read_text()
 
 
 def test_text_that_looks_like_mathematics_is_no_mathematics_in_a_figure(swept, tmp_path):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -36,12 +37,14 @@ BEST, OTHER = COLOURS["distilled"], "#8a939b"
 MOST = 30  # settings that a ranking shows
 
 
-def run_figures(sweep: Sweep, trials: pd.DataFrame, settings: pd.DataFrame) -> dict[str, Figure]:
+def run_figures(sweep: Sweep, trials: pd.DataFrame, settings: pd.DataFrame, gains: pd.DataFrame) -> dict[str, Figure]:
     """Every figure that the finished trials allow, by name."""
     if not len(settings):
         return {}
     names, metric = [name for name in varied(sweep) if len(levels(list(trials[name]))) > 1], sweep.facts["metric"]
     figures = {"ranking": ranking(settings, names, metric)}
+    if len(gains):
+        figures["gains"] = gain(gains, names, metric)
     if len(names) == 1:
         figures["course"] = course(settings, names[0], metric)
     if len(names) > 1:
@@ -61,11 +64,7 @@ def ranking(settings: pd.DataFrame, names: Sequence[str], metric: str) -> Figure
     axes = figure.subplots()
     for position, (_, row) in enumerate(shown.iterrows()):
         colour = OTHER if position else BEST
-        axes.errorbar(row["value"], position, xerr=[[max(row["value"] - row["low"], 0)], [max(row["high"] - row["value"], 0)]], fmt="o",
-                      color=colour, capsize=3, markersize=6)
-        if row["n"] > 1:
-            axes.plot(row["values"], [position] * row["n"], ".", color=colour, markersize=4, alpha=0.6)
-        axes.text(1.01, position, f"{row['value']:.4g}", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+        _point(axes, row, position, colour, "{:.4g}")
     axes.axvspan(shown.iloc[0]["low"], shown.iloc[0]["high"], color=BEST, alpha=0.1, linewidth=0)
     axes.set_yticks(range(len(shown)), [label(row, names) for _, row in shown.iterrows()], fontsize=8, **LITERAL)
     axes.set_ylim(len(shown) - 0.4, -0.6)
@@ -82,6 +81,35 @@ def _ranking_title(settings: pd.DataFrame, names: Sequence[str], metric: str) ->
     count = overlapping(settings)
     others = f"with {count} of {len(settings) - 1} others within the intervals" if count else "beyond the intervals of all others"
     return f"{best},\n{others}"
+
+
+def gain(gains: pd.DataFrame, names: Sequence[str], metric: str) -> Figure:
+    """What the teacher adds in each setting, with its interval, in the order of the ranking; small dots are single seeds."""
+    shown, better = gains.head(MOST), 1 if METRICS[metric] else -1
+    figure = Figure(figsize=(8, 1.5 + 0.28 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(0, color=COLOURS["baseline"], linewidth=1.5)
+    for position, (_, row) in enumerate(shown.iterrows()):
+        _point(axes, row, position, BEST if better * row["low"] > 0 < better * row["high"] else OTHER, "{:+.3g}")
+    axes.set_yticks(range(len(shown)), [label(row, names) for _, row in shown.iterrows()], fontsize=8, **LITERAL)
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.margins(x=0.15)
+    axes.set_xlabel(f"{WORDS[metric]}: distilled minus trained alone ({'more' if METRICS[metric] else 'less'} is better; "
+                    f"{'95 % over seeds' if gains['n'].max() > 1 else '95 % over held-out rows'})", fontsize=9)
+    helped = int((better * gains["value"] > 0).sum())
+    clear = int(((better * gains["low"] > 0) & (better * gains["high"] > 0)).sum())
+    if len(gains) > 1:
+        return titled(figure, f"The teacher helps in {helped} of {len(gains)} settings, beyond the interval in {clear}")
+    return titled(figure, "The teacher helps, beyond the interval" if clear else "No gain by the teacher beyond the interval")
+
+
+def _point(axes: Axes, row: pd.Series, position: int, colour: str, form: str) -> None:
+    """A setting's mean with its interval, its seeds, and the figure at the right."""
+    axes.errorbar(row["value"], position, xerr=[[max(row["value"] - row["low"], 0)], [max(row["high"] - row["value"], 0)]], fmt="o",
+                  color=colour, capsize=3, markersize=6)
+    if row["n"] > 1:
+        axes.plot(row["values"], [position] * row["n"], ".", color=colour, markersize=4, alpha=0.6)
+    axes.text(1.01, position, form.format(row["value"]), transform=axes.get_yaxis_transform(), va="center", fontsize=8)
 
 
 def course(settings: pd.DataFrame, name: str, metric: str) -> Figure:

@@ -12,6 +12,7 @@ from kdlib import pages
 from kdlib.pages import Picture
 from kdlib.plots import with_interval
 from kdlib.sweeps.figures import run_figures
+from kdlib.sweeps.gains import gain_table, gain_words, model_table
 from kdlib.sweeps.reading import COSTS, UNITS, WORDS, Sweep, pareto, setting_table, shown_trials, trial_table, varied, verdict
 from kdlib.sweeps.settings import METRICS
 from kdlib.sweeps.trials import described
@@ -21,9 +22,10 @@ def render(sweep: Sweep, reports: Path) -> Path:
     """Write reports/<sweep>/report.html, its figures and tables from whatever its runs have left, and return the page's path."""
     trials = trial_table(sweep)
     settings = setting_table(sweep, trials)
-    pictures = {name: pages.picture(figure, name) for name, figure in run_figures(sweep, trials, settings).items()}
-    tables = {"trials": trials, "settings": settings, **_fronts(sweep, settings)}
-    return pages.write(reports / sweep.name, _page(sweep, trials, settings, pictures, reports), pictures, tables, index=False)
+    gains = gain_table(sweep, settings)
+    pictures = {name: pages.picture(figure, name) for name, figure in run_figures(sweep, trials, settings, gains).items()}
+    tables = {"trials": trials, "settings": settings, **_fronts(sweep, settings), **({"gains": gains} if len(gains) else {})}
+    return pages.write(reports / sweep.name, _page(sweep, trials, settings, gains, pictures, reports), pictures, tables, index=False)
 
 
 def _fronts(sweep: Sweep, settings: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -31,12 +33,16 @@ def _fronts(sweep: Sweep, settings: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {f"pareto_{cost}": pareto(settings, cost, higher_is_better=highest) for cost in COSTS if settings[cost].notna().any()}
 
 
-def _page(sweep: Sweep, trials: pd.DataFrame, settings: pd.DataFrame, pictures: dict[str, Picture], reports: Path) -> str:
+def _page(
+    sweep: Sweep, trials: pd.DataFrame, settings: pd.DataFrame, gains: pd.DataFrame, pictures: dict[str, Picture], reports: Path
+) -> str:
     facts, status = sweep.facts, sweep.folder.status
     shown = shown_trials(sweep, trials)
     return pages.page(
         "sweep.html.j2", name=sweep.name, facts=facts, status=status, message=verdict(sweep, settings),
         counts=trials["state"].value_counts().to_dict(), best=_best(sweep, settings),
+        gain=gain_words(gains.iloc[0], facts["metric"]) if _of_the_best(gains, settings) else "",
+        models=pages.table(model_table(sweep, settings.iloc[0]["runs"])) if len(settings) else "",
         words=WORDS[facts["metric"]], unit=UNITS[facts["metric"]],
         columns=[name for name in shown if name not in ("run", "state", "message")],
         rows=[{**row, "link": _link(row["run"], reports)} for row in shown.to_dict("records")],
@@ -45,6 +51,10 @@ def _page(sweep: Sweep, trials: pd.DataFrame, settings: pd.DataFrame, pictures: 
         config=yaml.safe_dump({name: value for name, value in facts["settings"].items() if value is not None}, sort_keys=False,
                               allow_unicode=True, default_flow_style=None),
     )
+
+
+def _of_the_best(gains: pd.DataFrame, settings: pd.DataFrame) -> bool:
+    return bool(len(gains)) and gains.iloc[0]["runs"] == settings.iloc[0]["runs"]
 
 
 def _best(sweep: Sweep, settings: pd.DataFrame) -> dict[str, Any] | None:

@@ -106,9 +106,8 @@ def training_seconds(run: Run) -> float:
 
 
 def varied(sweep: Sweep) -> list[str]:
-    """The parameters that are compared: a seed that is repeated is averaged over, unless it is all there is."""
-    names = sweep.facts["parameters"]
-    return [name for name in names if name != SEED] or names
+    """The parameters that are compared: seeds are averaged over."""
+    return [name for name in sweep.facts["parameters"] if name != SEED]
 
 
 def setting_table(sweep: Sweep, trials: pd.DataFrame) -> pd.DataFrame:
@@ -120,18 +119,28 @@ def setting_table(sweep: Sweep, trials: pd.DataFrame) -> pd.DataFrame:
     groups: dict[str, list[int]] = {}
     for index, row in done.iterrows():
         groups.setdefault(json.dumps([row[name] for name in names], sort_keys=True, default=str), []).append(index)
-    rows = [{**done.loc[members[0], names], **_averaged(done.loc[members])} for members in groups.values()]
+    rows = [{**done.loc[members[0], names], **_of_seeds(done.loc[members])} for members in groups.values()]
     columns = [*names, "value", "low", "high", "n", "values", "runs", *COSTS]
     return pd.DataFrame(rows, columns=columns).sort_values("value", ascending=not METRICS[sweep.facts["metric"]], ignore_index=True)
 
 
-def _averaged(runs: pd.DataFrame) -> dict[str, Any]:
-    values = list(runs["value"])
+def _of_seeds(runs: pd.DataFrame) -> dict[str, Any]:
+    return {**averaged(runs.to_dict("records")), "runs": list(runs["run"]), **{cost: runs[cost].mean() for cost in COSTS}}
+
+
+def averaged(seeds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """value, low, high of several trainings as their mean with Student's 95 % interval, n and the values.
+
+    One training keeps its own interval; so does what is the same in all, as a teacher that was trained once.
+    """
+    values = [each["value"] for each in seeds]
     mean = statistics.fmean(values)
-    spread = student_t(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    low, high = (mean - spread, mean + spread) if len(values) > 1 else (runs["low"].iloc[0], runs["high"].iloc[0])
-    return {"value": mean, "low": low, "high": high, "n": len(values), "values": values, "runs": list(runs["run"]),
-            **{cost: runs[cost].mean() for cost in COSTS}}
+    if max(values) == min(values):
+        low, high = seeds[0]["low"], seeds[0]["high"]
+    else:
+        spread = student_t(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+        low, high = mean - spread, mean + spread
+    return {"value": mean, "low": low, "high": high, "n": len(values), "values": values}
 
 
 def student_t(freedom: int) -> float:
@@ -156,6 +165,8 @@ def verdict(sweep: Sweep, settings: pd.DataFrame) -> str:
     if not len(settings):
         return "No run is done yet"
     best, highest = settings.iloc[0], METRICS[sweep.facts["metric"]]
+    if not varied(sweep):
+        return f"{upper(words)} is {with_interval(best)}" + (f" over {best['n']} seeds" if best["n"] > 1 else ", of one seed so far")
     opening = f"{upper(words)} is {'highest' if highest else 'lowest'} with {described(best[varied(sweep)])}: {with_interval(best)}"
     if len(settings) == 1:
         return f"{opening}, the only setting that is done"

@@ -1,0 +1,58 @@
+"""A comparison for reading: its tables and figures, its part of a run's report, and the page of `kd compare`.  Imports no torch."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from kdlib import pages, plots
+from kdlib.answer_figures import ANSWER_FIGURES
+from kdlib.answer_tables import TITLES, answer_tables
+from kdlib.pages import Picture
+from kdlib.runs import now
+
+
+def tables_of(results: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
+    """Every table of a comparison, by name."""
+    return {"quality": plots.quality_table(results), "cost": plots.cost_table(results), "differences": plots.difference_table(results),
+            **answer_tables(results)}
+
+
+def content_of(
+    results: Mapping[str, Any] | None, pictures: Mapping[str, Picture], tables: Mapping[str, pd.DataFrame]
+) -> dict[str, Any]:
+    """What templates/comparison.html.j2 takes; next to nothing where nothing was compared."""
+    return {
+        "comparison": pictures.get(plots.BARS), "answer_pictures": [pictures[name] for name in ANSWER_FIGURES if name in pictures],
+        **{name: pages.table(tables[name]) for name in ("quality", "cost", "differences") if name in tables},
+        "answers": {title: pages.table(tables[name]) for name, title in TITLES.items() if name in tables},
+        "measured_on": _measured_on(results) if results else "", "samples": _samples(results) if results else [],
+    }
+
+
+def render(results: Mapping[str, Any], folder: Path) -> Path:
+    """Write report.html of a comparison by itself, its figures and tables into the folder, and return the page's path."""
+    pictures = {name: pages.picture(figure, name) for name, figure in plots.comparison_figures(results).items()}
+    tables = tables_of(results)
+    page = pages.page(
+        "compared.html.j2", student=results["student"], sources=results["sources"], rule=results["rule"],
+        precision=results["precision"], made=now()[:16].replace("T", " "), message=plots.comparison_message(results),
+        **content_of(results, pictures, tables),
+    )
+    return pages.write(folder, page, pictures, tables)
+
+
+def _measured_on(results: Mapping[str, Any]) -> str:
+    """Of what the intervals speak, and which students were measured."""
+    if "labels" in results:
+        return f"Paired on the same {results['rows']:,} rows; the interval is a bootstrap's over rows. Measured: {results['rule']}."
+    rule = f" Measured: {results['rule']}." if "rule" in results else ""
+    return ("Paired on the same blocks; the interval is a bootstrap's over blocks. KL, perplexity and bits per byte: lower is better; "
+            f"agreement: higher. Blocks of one document resemble each other.{rule}")
+
+
+def _samples(results: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
+    """Each prompt with what every model makes of it, by the model's name for reading."""
+    return [(prompt, {plots.label_of(model): texts[i] for model, texts in results["samples"].items()})
+            for i, prompt in enumerate(results.get("prompts", []))]
