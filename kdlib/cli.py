@@ -56,9 +56,9 @@ def run(
     for notebook in notebooks:
         runner.check_parameters(Path("notebooks", f"{notebook}.ipynb"), {"run": "", **given})
     with Kernels(runs.project_root()) as kernels:  # the first gets ready meanwhile
-        from kdlib import workbench  # after the checks that need no torch
-
         if not resume:
+            from kdlib import workbench  # after the checks that need no torch
+
             print(f"checking {config}, its models and data …", flush=True)
             workbench.preflight(resolved)
             opened = _created(root, name, resolved, given)
