@@ -58,6 +58,14 @@ def kd_process(*words: object, **options) -> subprocess.Popen:
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first, so that at the end no worker waits for one; before them those of one worker, as they share a run.
+
+    A worker that has nothing left takes tests from the end of another's.
+    """
+    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("together", "slow")])
+
+
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory) -> Path:
     """The tiny teacher: 4 layers, tied embeddings, a head padded from its tokenizer's 300 rows to 320."""
@@ -115,7 +123,7 @@ def config_file(raw_config, tmp_path) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api").sync_playwright().start()
     browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)

@@ -22,6 +22,7 @@ CASES = {  # what is changed in the tiny experiment; the last two have a student
     "projections": {"loss": {"weights": WEIGHTS, "curriculum": PHASES}, "training": {"max_steps": 4, "eval_strategy": "no"}},
     "untied": {"loss": {"weights": WEIGHTS}, "training": {"max_steps": 4, "eval_strategy": "no"}},
 }
+pytestmark = pytest.mark.together
 
 
 @pytest.fixture(scope="module")

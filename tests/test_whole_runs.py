@@ -33,7 +33,7 @@ run = Path("runs", "again")
 parameters = {"config": "configs/tiny.yaml", "run": "./runs/again"}
 runner.execute(Path("notebooks", f"{notebook}.ipynb"), run / "notebooks" / f"{notebook}.ipynb", parameters)
 """
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(LONGEST * (TIMES + len(NOTEBOOKS)))]
+pytestmark = [pytest.mark.slow, pytest.mark.together, pytest.mark.timeout(LONGEST * (TIMES + len(NOTEBOOKS)))]
 
 
 @pytest.fixture(scope="module")
