@@ -58,6 +58,14 @@ def kd_process(*words: object, **options) -> subprocess.Popen:
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first, so that at the end no worker waits for one; before them those of one worker, as they share a run.
+
+    A worker that has nothing left takes tests from the end of another's.
+    """
+    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("together", "slow")])
+
+
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory) -> Path:
     """The tiny teacher: 4 layers, tied embeddings, a head padded from its tokenizer's 300 rows to 320."""
@@ -68,17 +76,21 @@ def teacher_folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def narrow(teacher_folder, tmp_path) -> str:
-    """A student of its own: smaller hidden size, other head counts, an untied head."""
+def narrow_student(teacher_folder: Path, folder: Path) -> str:
+    """A student of its own, written to the folder: smaller hidden size, other head counts, an untied head."""
     torch.manual_seed(3)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=300, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
         max_position_embeddings=64, tie_word_embeddings=False, eos_token_id=0, bos_token_id=0, initializer_range=0.3,
     ))
-    model.save_pretrained(tmp_path / "narrow")
-    PreTrainedTokenizerFast.from_pretrained(teacher_folder).save_pretrained(tmp_path / "narrow")
-    return str(tmp_path / "narrow")
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast.from_pretrained(teacher_folder).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def narrow(teacher_folder, tmp_path) -> str:
+    return narrow_student(teacher_folder, tmp_path / "narrow")
 
 
 @pytest.fixture
@@ -111,7 +123,7 @@ def config_file(raw_config, tmp_path) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api").sync_playwright().start()
     browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)

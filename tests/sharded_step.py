@@ -1,11 +1,4 @@
-"""One step of a student sharded by FSDP2 over two processes (gloo), against the same step in one process.
-
-torchrun --nproc_per_node 2 sharded_step.py   prints the largest relative difference of any parameter's gradient
-"""
-
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"
+"""One step of a student sharded by FSDP2 over two processes, against the same step in one process; tests/ranks.py calls it."""
 
 import torch
 import torch.distributed as dist
@@ -38,8 +31,9 @@ def step(model, form, ids, count: int, scale: int) -> None:
     (ledger(ours, theirs, tokens.targets, moment=MOMENT, count=count, workspace=Workspace(5)).total * scale).backward()
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
+def differences() -> dict[str, float]:
+    """{which head: the largest relative difference of any parameter's gradient}."""
+    found = {}
     rank, world = dist.get_rank(), dist.get_world_size()
     ids = torch.randint(300, (4, 9), generator=torch.Generator().manual_seed(0))
     for tied in (True, False):
@@ -55,10 +49,5 @@ def main() -> None:
         for (name, one), other in zip(whole.named_parameters(), sharded.parameters(), strict=True):
             assert other.grad is not None, name
             worst = max(worst, float((other.grad.full_tensor() - one.grad).norm() / one.grad.norm()))
-        if rank == 0:
-            print(f"{'tied' if tied else 'untied'}: {worst:.1e}")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+        found["tied" if tied else "untied"] = worst
+    return found

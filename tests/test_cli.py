@@ -174,8 +174,8 @@ def trained_to(step: int, run: Run, process) -> None:
 def test_a_killed_kernel_shows_as_died_and_an_interrupt_as_stopped_and_the_run_resumes_to_its_end(config_file, raw_config, tmp_path):
     raw_config["training"] |= {"max_steps": 300, "save_steps": 10, "eval_steps": 100, "logging_steps": 5}
     config_file.write_text(yaml.safe_dump(raw_config))
-    folders = ("--runs", tmp_path / "runs", "--reports", tmp_path / "reports")
-    process, run = kd_process("run", config_file, "--name", "tiny", *folders), Run(tmp_path / "runs" / "tiny")
+    options = ("--runs", tmp_path / "runs", "--reports", tmp_path / "reports", "--without", "01_dry_run")
+    process, run = kd_process("run", config_file, "--name", "tiny", *options), Run(tmp_path / "runs" / "tiny")
     trained_to(30, run, process)
     kernels = [child for child in psutil.Process(process.pid).children(recursive=True) if "ipykernel" in " ".join(child.cmdline())]
     min(kernels, key=psutil.Process.create_time).send_signal(signal.SIGKILL)  # the other waits for its notebook
@@ -188,7 +188,7 @@ def test_a_killed_kernel_shows_as_died_and_an_interrupt_as_stopped_and_the_run_r
     assert '<span class="state died">died</span>' in report.read_text()
     assert "its kernel died" in report.read_text()
 
-    process = kd_process("run", config_file, "--resume", "tiny", *folders)
+    process = kd_process("run", config_file, "--resume", "tiny", *options)
     trained_to(60, run, process)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
@@ -198,10 +198,10 @@ def test_a_killed_kernel_shows_as_died_and_an_interrupt_as_stopped_and_the_run_r
     assert '<span class="state stopped">stopped</span>' in index.read_text()
     assert "stopped at step" in report.read_text()
 
-    process = kd_process("run", config_file, "--resume", "tiny", *folders)
+    process = kd_process("run", config_file, "--resume", "tiny", *options)
     out, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
-    assert "01_dry_run: done before" in out
+    assert "00_setup: done before" in out
     assert run.status["state"] == "done"
     steps = [line["train/step"] for line in read_metrics(run) if "train/loss" in line]
     assert steps == sorted({*range(5, 301, 5), int(stopped[1])})
@@ -217,8 +217,8 @@ def test_a_killed_kernel_shows_as_died_and_an_interrupt_as_stopped_and_the_run_r
 def test_a_run_that_fails_keeps_its_metrics_and_a_partial_report(config_file, tmp_path):
     settings = ("learning_rate=1e30", "max_grad_norm=0", "optim=sgd", "logging_steps=1")
     overrides = [word for setting in settings for word in ("-o", f"training.{setting}")]
-    folders = ("--runs", tmp_path / "runs", "--reports", tmp_path / "reports")
-    process = kd_process("run", config_file, "--name", "hot", *overrides, *folders)
+    options = ("--runs", tmp_path / "runs", "--reports", tmp_path / "reports", "--without", "01_dry_run")
+    process = kd_process("run", config_file, "--name", "hot", *overrides, *options)
     _, said = process.communicate(timeout=300)
     run = Run(tmp_path / "runs" / "hot")
     assert process.returncode == 1

@@ -2,11 +2,10 @@ import math
 from html.parser import HTMLParser
 
 import ipywidgets
-import nbformat
 import numpy as np
 import pytest
 import torch
-from conftest import kd_process, sentences, tiny_model, tiny_tokenizer
+from conftest import sentences, tiny_model, tiny_tokenizer
 from IPython.display import HTML
 
 from kdlib import explorers, runs, sights
@@ -331,20 +330,3 @@ def test_the_bench_asks_the_students_that_there_are(raw_config, tmp_path):
     assert len(runs.read_json(run.path / "explorers.json")["tokens"]) == len(sight.texts)
     with pytest.raises(RunError, match="no student 'destilled'; did you mean 'distilled'"):
         Workbench(run).explore("destilled")
-
-
-@pytest.mark.slow
-def test_the_notebooks_leave_still_explorers_when_nobody_sits_there(config_file, tmp_path):
-    process = kd_process("run", config_file, "--name", "tiny", "--runs", tmp_path / "runs", "--reports", tmp_path / "reports")
-    _, said = process.communicate(timeout=280)
-    assert process.returncode == 0, said
-    run = runs.open_run(tmp_path / "runs", "tiny")
-    for name, marks in {"01_dry_run": ["of the teacher&#39;s mass", "kd-yaml"], "03_compare": ["kd-heat"]}.items():
-        cells = nbformat.read(run.notebooks / f"{name}.ipynb", as_version=4).cells
-        outputs = [output for cell in cells for output in cell.get("outputs", [])]
-        assert not [output for output in outputs if output.output_type == "error"]
-        assert not [output for output in outputs if "application/vnd.jupyter.widget-view+json" in output.get("data", {})]
-        pages = [output.data["text/html"] for output in outputs if "text/html" in output.get("data", {})]
-        assert all(any(mark in page for page in pages) for mark in marks)
-    assert list(runs.read_json(run.path / "explorers.json")["students"]) == ["distilled", "baseline", "untrained"]
-    assert len(explorers.static_html(run)) == 3

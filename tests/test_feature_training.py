@@ -1,12 +1,9 @@
 """Training with feature terms, curricula, schedules and samples: the same invariants, and nothing asked for out of its phase."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from tiny_training import pieces
 from transformers import AutoModelForCausalLM
@@ -156,31 +153,3 @@ def test_layers_that_are_not_there_are_refused_before_training(raw_config, tmp_p
     with pytest.raises(Exception, match="the student has layers 0 to 1, the teacher 0 to 3"):
         trained(raw(raw_config, loss={"features": {"layers": [[0, 7]]}}), tmp_path / "a")
     assert not (tmp_path / "a" / "final_model").exists()
-
-
-PHASES = [{"until": 0.5, "weights": {"hidden": 0.3}}, {"until": 1.0, "weights": {"hidden": 0.0}}]
-
-
-@pytest.mark.parametrize("curriculum", [PHASES, None], ids=["projections", "none"])
-def test_two_ranks_equal_one_with_an_untied_head(raw_config, narrow, tmp_path, curriculum):
-    """The second phase has no term that is projected: DDP must not wait for the projections' gradients."""
-    for name, size in {"one": 8, "two": 4}.items():
-        loss = {"weights": {"kd": 0.5, "ce": 0.2, "relational": 0.1}, "curriculum": curriculum}
-        settings = raw(raw_config, narrow, loss=loss, per_device_train_batch_size=size)
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings))
-        ranks = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613"] if name == "two" else []
-        command = [sys.executable, *ranks, Path(__file__).parent / "tiny_training.py", tmp_path / name, tmp_path / f"{name}.yaml"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (load_file(tmp_path / name / "final_model" / "model.safetensors") for name in ("one", "two"))
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-6, atol=1e-6)
-
-
-def test_a_step_sharded_by_fsdp2_over_two_processes_is_the_whole_step():
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29615"]
-    done = subprocess.run([*torchrun, Path(__file__).parent / "sharded_step.py"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    differences = dict(line.split(": ") for line in done.stdout.splitlines() if line.startswith(("tied", "untied")))
-    assert set(differences) == {"tied", "untied"}
-    assert all(float(value) < 1e-5 for value in differences.values())

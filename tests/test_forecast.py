@@ -1,9 +1,10 @@
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import kd_process, tiny_model
+from conftest import tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM
 
@@ -252,10 +253,12 @@ def test_the_command_says_what_is_held_when_and_whether_it_fits(config_file, cap
     assert "time: not forecast" in said
 
 
-def test_a_model_that_is_not_there_is_named_without_a_traceback(config_file):
-    with kd_process("forecast", config_file, "-o", "teacher.model=./nowhere") as process:
-        _, said = process.communicate(timeout=120)
-    assert process.returncode == 1
+def test_a_model_that_is_not_there_is_named_without_a_traceback(config_file, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kd", "forecast", str(config_file), "-o", "teacher.model=./nowhere"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    said = capsys.readouterr().err
     assert "nowhere" in said
     assert "Traceback" not in said
 

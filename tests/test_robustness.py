@@ -18,9 +18,11 @@ from kdlib.runs import Run
 RUN = """
 import sys
 from pathlib import Path
+import kdlib.kernels
 from kdlib import runner
 from kdlib.kernels import Kernels
 from kdlib.runs import Run
+kdlib.kernels.WARM_UP = "pass"  # these notebooks import nothing
 with Kernels(Path.cwd()) as kernels:
     runner.run_notebooks(Run(Path(sys.argv[1])), {}, reports_folder=Path("reports"), kernels=kernels, names=("first", "second"))
 """

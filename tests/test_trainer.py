@@ -17,7 +17,7 @@ import yaml
 from conftest import tiny_model
 from datasets import Dataset
 from safetensors.torch import load_file
-from tiny_training import pieces
+from tiny_training import comparable, pieces, train_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from kdlib import objective
@@ -320,39 +320,22 @@ def test_a_disk_that_fills_up_in_the_middle_says_so_and_keeps_the_metrics(raw_co
         subprocess.run(["umount", str(small)], check=True)
 
 
-def start(folder: Path, config: Path, *launcher: str) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, *launcher, str(SCRIPT), str(folder), str(config)], env=environment,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def finished(process: subprocess.Popen) -> None:
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-
-
-def comparable(folder: Path) -> list[dict]:
-    """metrics.jsonl without what depends on the clock and the machine."""
-    clock = ("time", "tokens_per_s", "memory_gib", "runtime", "per_second")
-    return [{k: v for k, v in line.items() if not k.endswith(clock)} for line in read_metrics(StudentFolder(folder))]
-
-
 def test_kill_9_in_the_middle_then_resume_equals_an_unbroken_run(raw_config, tmp_path):
     config = tmp_path / "run.yaml"
     training = {"max_steps": 60, "logging_steps": 3, "save_steps": 7, "eval_steps": 10, "eval_on_start": True}
     config.write_text(yaml.safe_dump({**raw_config, "training": {**raw_config["training"], **training}}))
-    finished(start(tmp_path / "whole", config))
-    victim = start(tmp_path / "killed", config)
+    train_file(tmp_path / "whole", config)
+    victim = subprocess.Popen([sys.executable, str(SCRIPT), str(tmp_path / "killed"), str(config)], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not any(line["train/step"] >= 20 for line in read_metrics(StudentFolder(tmp_path / "killed"))):
         assert time.monotonic() < deadline
         assert victim.poll() is None
         time.sleep(0.005)
     victim.send_signal(signal.SIGKILL)
-    victim.communicate()
+    victim.wait()
     assert 14 <= int(last_checkpoint(StudentFolder(tmp_path / "killed")).rsplit("-", 1)[1]) < 60
     assert not (tmp_path / "killed" / "history.json").exists()
-    finished(start(tmp_path / "killed", config))
+    train_file(tmp_path / "killed", config)
     whole, resumed = (load_file(tmp_path / name / "final_model" / "model.safetensors") for name in ("whole", "killed"))
     for name, tensor in whole.items():
         torch.testing.assert_close(resumed[name], tensor, rtol=1e-6, atol=1e-7)
@@ -383,26 +366,6 @@ def test_a_run_killed_after_its_last_step_makes_no_step_more(raw_config, tmp_pat
     again = full_training(raw_config, tmp_path / "run")
     for one, other in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(one, other)
-
-
-def test_two_ranks_equal_one(raw_config, tmp_path):
-    """torchrun with gloo on the CPU: the same final weights, logged losses and evaluation as one process."""
-    sizes = {"one": {"per_device_train_batch_size": 8}, "two": {"per_device_train_batch_size": 4}}
-    changes = {**SGD, "max_steps": 6, "eval_strategy": "steps", "eval_steps": 3}
-    for name, size in sizes.items():
-        training = {**raw_config["training"], **changes, **size}
-        ragged = {**raw_config["data"], "packing": False, "max_length": 24}  # rows of many lengths
-        raw = {**raw_config, "data": ragged, "training": training}
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(raw))
-    finished(start(tmp_path / "one", tmp_path / "one.yaml"))
-    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611")
-    finished(start(tmp_path / "two", tmp_path / "two.yaml", *torchrun))
-    one, two = (load_file(tmp_path / name / "final_model" / "model.safetensors") for name in sizes)
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-6, atol=1e-6)
-    for line, other in zip(comparable(tmp_path / "one"), comparable(tmp_path / "two"), strict=True):
-        assert other == pytest.approx(line, rel=1e-5)
-
 
 
 @pytest.mark.parametrize(("changes", "rows", "expected"), [

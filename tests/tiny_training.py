@@ -1,6 +1,6 @@
-"""One tiny training in a process of its own: for tests that kill it, or run it on two ranks.
+"""One tiny training, here or in a process of its own: for tests that kill it, or run it on two ranks.
 
-python tiny_training.py FOLDER CONFIG   (CONFIG: a run's YAML; the untrained student is written to FOLDER/start)
+python tiny_training.py FOLDER CONFIG   (CONFIG: a run's YAML)
 """
 
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from kdlib import config, models, tasks, training
+from kdlib import config, metrics, models, tasks, training
 from kdlib.runs import StudentFolder
 from kdlib.teachers import LiveTeacher
 
@@ -22,6 +22,16 @@ def pieces(settings, *, dtype=torch.float32, layers=(0, 3)):
     return {"student": student, "teacher": LiveTeacher(teacher.to(dtype), len(tokenizer)), "tokenizer": tokenizer, "prepared": prepared}
 
 
+def train_file(folder: Path, file: Path) -> None:
+    settings = config.load(file)
+    training.train(settings, StudentFolder(folder), label="tiny", **pieces(settings))
+
+
+def comparable(folder: Path) -> list[dict]:
+    """metrics.jsonl without what depends on the clock and the machine."""
+    clock = ("time", "tokens_per_s", "memory_gib", "runtime", "per_second")
+    return [{k: v for k, v in line.items() if not k.endswith(clock)} for line in metrics.read_metrics(StudentFolder(folder))]
+
+
 if __name__ == "__main__":
-    folder, settings = StudentFolder(Path(sys.argv[1])), config.load(sys.argv[2])
-    training.train(settings, folder, label="tiny", **pieces(settings))
+    train_file(Path(sys.argv[1]), Path(sys.argv[2]))
