@@ -9,20 +9,20 @@ import numpy as np
 from kdlib.answers import Answers, ItemFigures, details, values
 from kdlib.resampling import Bootstrap, interval, mcnemar
 
-INTERVAL = "95 %, paired bootstrap over rows"
 CENTRED = ("ece",)  # chance parts accuracy from confidence in every bin, and resampling adds more of it
 LONGEST = 300  # characters of a text that is shown
 TOP = 3  # classes shown of a distribution
 
 
 def results_of(
-    models: Mapping[str, Answers], labels: Sequence[str] = (), *, resamples: int = 2000, seed: int = 0
+    models: Mapping[str, Answers], labels: Sequence[str] = (), *, groups: Sequence[str] | None = None, resamples: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
     """Models, the teacher first, with 95 % intervals; the paired differences of all of them; McNemar's test of each two.
 
     Args:
         labels: the classes' names; none where the choices of each item are its own, so that F1 means nothing.
-        resamples: of the bootstrap over items, the same for every model.
+        groups: what each item belongs to, where items that resemble each other come together; then these are resampled.
+        resamples: of the bootstrap, the same for every model.
 
     Returns:
         {"models": {name: {measure: {value, low, high}, …}}, "differences": […], "mcnemar": […], "labels", "rows", "resamples",
@@ -32,7 +32,7 @@ def results_of(
     for name, answers in models.items():
         if not np.array_equal(answers.labels, teacher.labels):
             raise ValueError(f"{name} was asked other questions than the teacher; needed the same items in the same order")
-    bootstrap = Bootstrap(len(teacher), resamples, seed)
+    bootstrap = Bootstrap(len(teacher), resamples, seed, groups)
     found = {name: values(answers, teacher, classes=bool(labels)) for name, answers in models.items()}
     drawn = _drawn(models, bootstrap, classes=bool(labels))
     entries = {}
@@ -48,7 +48,7 @@ def results_of(
     ]
     tests = [{"model": a, "against": b, **_discordant(models[a], models[b])} for a, b in pairs]
     return {"models": entries, "differences": differences, "mcnemar": tests, "labels": list(labels), "rows": len(teacher),
-            "resamples": resamples, "interval": INTERVAL}
+            "resamples": resamples, "interval": f"95 %, paired bootstrap over {f'{len(set(groups))} groups of rows' if groups else 'rows'}"}
 
 
 def worst_rows(

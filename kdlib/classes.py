@@ -63,7 +63,7 @@ def split_texts(
     splits, repeated = unique(source, labels)
     notes |= repeated
     whole, grouped = len(splits["train"]), splits["train"].groups is not None
-    how = "by class, and whole modules" if grouped else "by class"
+    how = f"by class, and whole {config.group or 'module'}s" if grouped else "by class"
     for name, share, spare in (("test", config.test, 2), ("validation", config.validation, 1)):
         if name not in splits and isinstance(share, float):
             train = splits["train"]
@@ -71,6 +71,9 @@ def split_texts(
             out = held_out(train.classes, round(share * whole), seed=seed, spare=spare, groups=train.groups)
             splits |= {"train": train.without(out), name: train.select(out)}
             notes["split" if name == "validation" else "test"] = f"{share:g} of the rows, {how}"
+    if grouped:
+        held = {group for name, rows in splits.items() if name != "train" for group in rows.groups or ()}
+        notes["groups_on_two_sides"] = len(held & set(splits["train"].groups or ()))
     _check_classes(config, {name: splits[name].counts(labels) for name in ("train", "validation")}, labels)
     return {name: splits[name] for name in ("train", "validation", "test") if name in splits}, labels, notes
 
@@ -78,10 +81,12 @@ def split_texts(
 def tokenized(
     texts: Texts, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None, config: DataConfig
 ) -> tuple[Dataset, dict[str, Any]]:
-    """{"input_ids", "label", "text"} of each text, and the teacher's ids; with special tokens, cut to `max_length`; notes on that."""
+    """{"input_ids", "label", "text"} of each text, its group, the teacher's ids; special tokens, cut to `max_length`; notes on that."""
     ids, lengths = _cut_ids(texts.texts, tokenizer, config)
     columns = {"input_ids": ids, "label": texts.classes, "text": texts.texts}
     features = {"input_ids": IDS, "label": datasets.Value("int64"), "text": datasets.Value("string")}
+    if texts.groups is not None:
+        columns["group"], features["group"] = texts.groups, datasets.Value("string")
     notes = {"tokens": sum(map(len, ids)), **cut_off(lengths, config.max_length)}
     if teacher is not None:
         columns["teacher_input_ids"], lengths = _cut_ids(texts.texts, teacher, config)

@@ -53,7 +53,7 @@ class ClassComparison:
             prepared: its test rows, or where there are none its validation rows, are what the models are measured on.
             tokenizer: by which rows are made readable that do not carry their text.
             device: where the models are measured.
-            resamples: of the bootstrap over rows, the same for every model.
+            resamples: of the bootstrap over rows, or over their groups, the same for every model.
         """
         self.prepared, self.device, self.resamples, self.seed = prepared, torch.device(device), resamples, seed
         rows = self._rows(prepared)
@@ -114,7 +114,9 @@ class ClassComparison:
 
     def results(self, student: str) -> dict[str, Any]:
         """Everything as plain data, as comparison_results.json has it; `student` is whom the comparison is about."""
-        found = results_of(self.answers, self.prepared.labels, resamples=self.resamples, seed=self.seed)
+        rows = self._rows(self.prepared)
+        groups = rows["group"][:] if "group" in rows.column_names else None
+        found = results_of(self.answers, self.prepared.labels, groups=groups, resamples=self.resamples, seed=self.seed)
         models = {name: {**measures, **self.facts[name]} for name, measures in found["models"].items()}
         shown = {name: answers for name, answers in self.answers.items() if name != "untrained"}
         return {**found, "task": "sequence-classification", "models": models, "student": student, "split": measured_on(self.prepared),

@@ -46,7 +46,8 @@ def render(results: Mapping[str, Any], folder: Path) -> Path:
 def _measured_on(results: Mapping[str, Any]) -> str:
     """Of what the intervals speak, and which students were measured."""
     if "labels" in results:
-        return f"Paired on the same {results['rows']:,} rows; the interval is a bootstrap's over rows. Measured: {results['rule']}."
+        groups = " (McNemar's test takes each row by itself)" if "groups" in results["interval"] else ""
+        return f"Paired on the same {results['rows']:,} rows; intervals: {results['interval']}{groups}. Measured: {results['rule']}."
     rule = f" Measured: {results['rule']}." if "rule" in results else ""
     return ("Paired on the same blocks; the interval is a bootstrap's over blocks. KL, perplexity and bits per byte: lower is better; "
             f"agreement: higher. Blocks of one document resemble each other.{rule}")

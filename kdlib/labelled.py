@@ -57,8 +57,10 @@ def read_texts(
     """
     splits, notes = _named_splits(config, read_splits(config))
     for rows in splits.values():
-        for column in [*_text_columns(config), config.label]:
-            check_column(config, rows, column, "data.label" if column == config.label else "data.text")
+        named = {**dict.fromkeys(_text_columns(config), "data.text"), config.label: "data.label",
+                 **({config.group: "data.group"} if config.group else {})}
+        for column, setting in named.items():
+            check_column(config, rows, column, setting)
     values = {name: _label_values(rows, config.label) for name, rows in splits.items()}
     if "test" in splits and set(values["test"]) == {None}:
         if config.test is not None:
@@ -69,8 +71,7 @@ def read_texts(
     labels, number_of = _numbering(config, splits["train"].features[config.label], values)
     texts = {name: _joined(rows, _text_columns(config)) for name, rows in splits.items()}
     _refuse(config, labels, list(_faults(texts, values, labels, number_of, known)))
-    grouped = config.source in BUILT_IN and "group" in splits["train"].column_names
-    found = {name: Texts(texts[name], [number_of(value) for value in values[name]], list(rows["group"]) if grouped else None)
+    found = {name: Texts(texts[name], [number_of(value) for value in values[name]], _groups(config, rows, name))
              for name, rows in splits.items()}
     return found, labels, notes
 
@@ -127,6 +128,18 @@ def _named_splits(config: DataConfig, source: DatasetDict) -> tuple[dict[str, Da
             splits[name] = source[wanted]
             notes["split" if name == "validation" else "test"] = "the source's own" if wanted == name else f"the source's {wanted}"
     return splits, notes
+
+
+def _groups(config: DataConfig, rows: Dataset, name: str) -> list[str] | None:
+    """What each row belongs to, where the config names such a column or the built-in source has one."""
+    column = config.group or ("group" if config.source in BUILT_IN and "group" in rows.column_names else None)
+    if column is None:
+        return None
+    values = rows[column][:]
+    if faults := [f"row {row} of {name}" for row, value in enumerate(values) if value in (None, "")]:
+        raise DataError(f"{config.source}: {len(faults)} rows have nothing in {column!r} (data.group), so they cannot be kept together "
+                        f"with their like; name what each belongs to{listed(faults)}")
+    return list(map(str, values))
 
 
 def _label_values(rows: Dataset, column: str) -> list[Any]:

@@ -1,6 +1,6 @@
 """How sure a figure is, from the items it was measured on: a paired bootstrap, and McNemar's test."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,11 +12,16 @@ FEW = 25  # rows on which only one of two is right: with fewer McNemar's test is
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Items drawn again with replacement, so many times; the same draws whenever it is asked, hence paired between models."""
+    """Items drawn again with replacement, so many times; the same draws whenever it is asked, hence paired between models.
+
+    Items that resemble each other, as the paragraphs of one page, tell less than as many that do not: with `groups`, what each
+    item belongs to, whole groups are drawn (the cluster bootstrap, Field and Welsh 2007, https://doi.org/10.1111/j.1467-9868.2007.00593.x).
+    """
 
     items: int
     resamples: int = 2000
     seed: int = 0
+    groups: Sequence[str] | None = None
 
     def sums(self, values: np.ndarray) -> np.ndarray:
         """[N, K] figures of each item to [resamples, K] sums over the items of each draw."""
@@ -29,10 +34,11 @@ class Bootstrap:
 
     def _draws(self) -> Iterator[np.ndarray]:
         """[some, N] how many times each item is drawn."""
-        generator, uniform = np.random.default_rng(self.seed), np.full(self.items, 1 / self.items)
+        names, belongs = np.unique(np.arange(self.items) if self.groups is None else self.groups, return_inverse=True)
+        generator, uniform = np.random.default_rng(self.seed), np.full(len(names), 1 / len(names))
         step = max(AT_ONCE // self.items, 1)
         for start in range(0, self.resamples, step):
-            yield generator.multinomial(self.items, uniform, size=min(step, self.resamples - start)).astype(float)
+            yield generator.multinomial(len(names), uniform, size=min(step, self.resamples - start)).astype(float)[:, belongs]
 
 
 def interval(value: float, resampled: np.ndarray, *, centred: bool = False) -> dict[str, float]:

@@ -14,7 +14,7 @@ METRICS = {
 """The metrics of an evaluation that may choose the best model, the usual one first: none depends on the loss's weights."""
 HIGHER_IS_BETTER = {name: MEASURES[name].higher_is_better for metrics in METRICS.values() for name in metrics}
 READ_BY = {  # settings of `data:` that not every task reads
-    "label": ("sequence-classification",), "labels": ("sequence-classification",),
+    "label": ("sequence-classification",), "labels": ("sequence-classification",), "group": ("sequence-classification",),
     "question": ("question-answering",), "choices": ("question-answering",), "answer": ("question-answering",),
     "test": ("sequence-classification", "question-answering"), "split_seed": ("sequence-classification", "question-answering"),
     "packing": ("causal-lm",), "text": ("causal-lm", "sequence-classification"),

@@ -143,6 +143,25 @@ def test_an_interval_holds_its_value(results):
         assert each["low"] - 1e-9 <= each["value"] <= each["high"] + 1e-9
 
 
+def test_groups_are_drawn_whole():
+    groups = ["a"] * 10 + ["b"] * 20 + ["c"] * 5
+    times = Bootstrap(35, 200, seed=3, groups=groups).times
+    assert times.shape == (200, 35)
+    assert all(len(set(draw[:10])) == len(set(draw[10:30])) == len(set(draw[30:])) == 1 for draw in times)
+    assert {draw[0] + draw[10] + draw[30] for draw in times} == {3.0}
+    assert np.array_equal(Bootstrap(5, 20, groups=list("edcba")).times[:, ::-1], Bootstrap(5, 20, groups=list("abcde")).times)
+
+
+def test_rows_that_say_the_same_make_an_interval_no_narrower():
+    """Ten rows of each of thirty pages, all right or all wrong: as sure as thirty rows are, not three hundred."""
+    right = np.repeat(np.random.default_rng(0).random(30) < 0.6, 10).astype(float)
+    pages = [f"page {number // 10}" for number in range(300)]
+    by_row, by_page = (Bootstrap(300, 2000, groups=groups).sums(right[:, None])[:, 0] / 300 for groups in (None, pages))
+    share = right.mean()
+    assert by_row.std() == pytest.approx((share * (1 - share) / 300) ** 0.5, rel=0.1)
+    assert by_page.std() == pytest.approx((share * (1 - share) / 30) ** 0.5, rel=0.1)
+
+
 def test_the_interval_covers_as_it_says():
     """Answers drawn again and again from one population: the 95 % interval of accuracy holds the population's about that often."""
     generator, covered = np.random.default_rng(0), 0

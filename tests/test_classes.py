@@ -249,3 +249,34 @@ def test_more_classes_than_rows_wanted_leaves_some_out_of_the_sample_only(tmp_pa
     made = prepared(jsonl(tmp_path, rows_of(80)), tokenizer, max_eval_rows=2)
     assert len(made.validation) == 2
     assert sorted(made.notes["validation_classes"].values()) == [0, 0, 1, 1]
+
+
+def grouped(count=200) -> list[dict]:
+    """Rows of forty authors, five each."""
+    return [{**row, "author": f"a{number // 5}"} for number, row in enumerate(rows_of(count))]
+
+
+def test_what_belongs_together_is_held_out_together(tmp_path, tokenizer):
+    rows = [{**row, "author": f"{row['label']} {number % 7}"} for number, row in enumerate(rows_of())]
+    made = prepared(jsonl(tmp_path, rows), tokenizer, group="author", validation=0.2, test=0.2)
+    sides = [set(getattr(made, name)["group"]) for name in ("train", "validation", "test")]
+    assert set.union(*sides) == {row["author"] for row in rows}
+    assert sum(map(len, sides)) == len(set.union(*sides))
+    assert made.notes["split"] == "0.2 of the rows, by class, and whole authors"
+    assert made.notes["groups_on_two_sides"] == 0
+
+
+def test_a_source_whose_own_splits_divide_what_belongs_together_is_counted(tmp_path, tokenizer):
+    rows = grouped()
+    saved = DatasetDict({"train": Dataset.from_list(rows[:152]), "validation": Dataset.from_list(rows[152:])})
+    saved.save_to_disk(str(tmp_path / "own"))
+    assert prepared(tmp_path / "own", tokenizer, group="author").notes["groups_on_two_sides"] == 1
+
+
+def test_rows_that_belong_to_nothing_are_named(tmp_path, tokenizer):
+    rows = grouped()
+    rows[3]["author"] = rows[7]["author"] = None
+    said = refusal(jsonl(tmp_path, rows), tokenizer, group="author")
+    assert "2 rows have nothing in 'author' (data.group)" in said
+    assert "row 3 of train" in said
+    assert "no column 'writer'" in refusal(jsonl(tmp_path, rows), tokenizer, group="writer")

@@ -73,6 +73,14 @@ def enough_rows_are_held_out(subject: Subject) -> Iterator[Finding]:
                       "what is labelled by chance cannot be learned", f"look at the column {subject.config.data.label!r}")
 
 
+def held_out_groups_are_new(subject: Subject) -> Iterator[Finding]:
+    """What belongs together is on one side; where kdlib splits, it sees to that."""
+    if count := subject.prepared.notes.get("groups_on_two_sides", 0):
+        yield Finding("warning", "data.group", f"{count} groups of held-out rows are trained on as well",
+                      "what is learned of a group is asked again, so the held-out figures read too high",
+                      "give shares, data.validation: 0.15, data.test: 0.2, or mend the source's splits")
+
+
 def classes_are_large_enough(subject: Subject) -> Iterator[Finding]:
     """Each class has rows to learn it from, is no small minority, and has held-out rows enough for a figure of its own."""
     data, notes = subject.config.data, subject.prepared.notes
@@ -125,5 +133,6 @@ def _asked(subject: Subject) -> tuple[list[int], list[int]]:
     return said, came
 
 
-CLASS_CHECKS = (teacher_has_a_head, both_models_read_their_tokens, enough_rows_are_held_out, classes_are_large_enough)
+CLASS_CHECKS = (teacher_has_a_head, both_models_read_their_tokens, enough_rows_are_held_out, held_out_groups_are_new,
+                classes_are_large_enough)
 CLASS_BATCH_CHECKS = (teacher_knows_the_classes,)
