@@ -4,6 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import psutil
 import torch
@@ -127,13 +128,13 @@ class LogBeforeSave(TrainerCallback):
 
 
 class StopRequest(TrainerCallback):
-    """Turns an interrupt, or a file named STOP in the run's folder, into: finish the step, save a checkpoint, stop.
+    """Turns an interrupt, or a file named STOP in one of the folders, into: finish the step, save a checkpoint, stop.
 
     A second interrupt stops at once.
     """
 
-    def __init__(self, folder: StudentFolder) -> None:
-        self.files = [folder.path / "STOP", folder.path.parent / "STOP"]
+    def __init__(self, *folders: Path) -> None:
+        self.files = [folder / "STOP" for folder in folders]
         self.requested = False
 
     def __enter__(self):

@@ -43,14 +43,15 @@ def resolved(config: Config, root: Path) -> Config:
     return config.model_copy(update={"teacher": trained, "teacher_stage": None})
 
 
-def taught(config: Config, root: Path) -> Config:
+def taught(config: Config, asked_by: Run) -> Config:
     """`resolved`, after the teacher is trained where that is still to do; from its last checkpoint where there is one.
 
-    The best teacher by `metric_for_best_model` on the validation rows is taken.  Of several runs that need the same teacher at the
-    same time, one trains it and the others wait.
+    Its run stands beside `asked_by`, and stops when that is asked to.  The best teacher by `metric_for_best_model` on the validation
+    rows is taken.  Of several runs that need the same teacher at the same time, one trains it and the others wait.
     """
     if config.teacher_stage is None:
         return config
+    root = asked_by.path.parent
     run = run_of(config, root)
     run.path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(run.path.with_name(f".{run.name}.lock")):
@@ -58,11 +59,11 @@ def taught(config: Config, root: Path) -> Config:
             print(f"the teacher was trained before, in {run.name}", flush=True)
         else:
             print(f"{config.teacher.model} is trained for the task first, in {run.name}", flush=True)
-            _train(own_config(config), run)
+            _train(own_config(config), run, asked_by)
     return resolved(config, root)
 
 
-def _train(config: Config, run: Run) -> None:
+def _train(config: Config, run: Run, asked_by: Run) -> None:
     if not run.path.exists():
         runs.create(run.path.parent, run.name, config, teacher_stage=True)
     run.set_status("running")
@@ -71,7 +72,8 @@ def _train(config: Config, run: Run) -> None:
         prepared = tasks.prepare(config, tokenizer)
         student = tasks.untrained_student(config, prepared, None)
         run.add_to_manifest(data=prepared.notes, formula=training.objective_of(config).at(0.0).formula)
-        training.train(config, run, student=student, teacher=None, tokenizer=tokenizer, prepared=prepared, label="teacher")
+        training.train(config, run, student=student, teacher=None, tokenizer=tokenizer, prepared=prepared, label="teacher",
+                       asked_by=asked_by)
     except BaseException as error:
         stopped = isinstance(error, (Stopped, KeyboardInterrupt))
         run.set_status("stopped" if stopped else "failed", str(error) or type(error).__name__)

@@ -141,7 +141,7 @@ def listen(config: Config, student: PreTrainedModel, teacher: PreTrainedModel, o
 def train(
     config: Config, folder: StudentFolder, *, student: PreTrainedModel, teacher: LiveTeacher | None, tokenizer: PreTrainedTokenizerBase,
     prepared: Prepared, weights: Mapping[str, Any] | None = None, label: str = "", stop_after: int | None = None,
-    dense: bool = False, callbacks: Sequence[TrainerCallback] = (),
+    dense: bool = False, callbacks: Sequence[TrainerCallback] = (), asked_by: StudentFolder | None = None,
 ) -> DistillationTrainer:
     """Train one student into its folder, from its last checkpoint where there is one.
 
@@ -151,6 +151,7 @@ def train(
         stop_after: a dry run of so many steps: no checkpoints, no models.
         dense: compute all logits at once: the slow reference.
         callbacks: told of the training beside its own.
+        asked_by: the run that needs this one first: a STOP file there counts as well.
 
     Raises:
         ConfigError: a tracker cannot be told.
@@ -187,7 +188,7 @@ def train(
         if (stops := config.early_stopping) and not stop_after:
             trainer.add_callback(EarlyStoppingCallback(stops.patience, stops.min_delta))
         trainer.add_callback(PlanFile(folder, objective))
-        stop = StopRequest(folder)
+        stop = StopRequest(folder.path, folder.path.parent, *([asked_by.path] if asked_by else []))
         trainer.add_callback(StopAfter(stop_after) if stop_after else stop)
         tracking = trackers.Tracking(told, trackers.Subject(folder, label, _facts(config, objective)))
         trainer.add_callback(tracking)

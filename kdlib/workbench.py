@@ -112,7 +112,7 @@ class Workbench:
 
         A teacher that has a stage of its own to go through does so first.
         """
-        self.config = teacher_stage.taught(self.config, self.run.path.parent)
+        self.config = teacher_stage.taught(self.config, self.run)
         dtype, reason = models.precision_of(self.config)
         layers = tasks.layers_for_student(self.config, self.teacher.model, self.prepared)
         self.run.add_to_manifest(
