@@ -1,10 +1,12 @@
 """Models that classify rows: loaded with their outputs in the order of the data's classes, which are matched by name."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from kdlib.errors import ModelError
 from kdlib.models import explained, folder_of, load_config, load_tokenizer
@@ -26,7 +28,7 @@ def load_classifier(
     order = class_order(model, stated, labels)
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: number for number, label in enumerate(labels)}}
     options = {} if order else {**names, "ignore_mismatched_sizes": True}
-    with explained(model, "model"):
+    with explained(model, "model"), _no_report() if untrained else nullcontext():
         made, info = AutoModelForSequenceClassification.from_pretrained(
             folder_of(model), dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
@@ -43,6 +45,17 @@ def load_classifier(
     if (padding := load_tokenizer(model).pad_token_id) is not None:  # a decoder's head reads the last token that is no padding
         made.config.get_text_config().pad_token_id = padding  # of what rows are padded with, whatever the model's file says
     return made.eval()
+
+
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """Without transformers' report of weights that are missing, which is no news of a head that is to be made."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def blank_classifier(name: str, config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from kdlib.batches import Prepared
 from kdlib.choices import ChoiceTally
 from kdlib.compare_classes import measured_on, student_in
 from kdlib.config import Config
-from kdlib.footprint import peak_memory, seconds_of
+from kdlib.footprint import Batch, peak_memory, seconds_of
 from kdlib.models import device_of, parameters, precision_of
 from kdlib.objective import MEASURES, row_sums
 from kdlib.resampling import Bootstrap, interval
@@ -65,7 +65,7 @@ class Comparison:
             model = load().to(self.device)
             voice = tasks.voice_of(model, self.prepared)
             self.sums[name] = np.concatenate([self._measure(number, voice) for number in range(len(self.batches))])
-            speed = forward_tokens_per_s(model, self.batches[0]["input_ids"])
+            speed = forward_tokens_per_s(model, self.batches[0])
             if self.tally:
                 self.tally.add(name, voice)
         size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -157,12 +157,12 @@ def _compare_tokens(run: Run, config: Config, tokenizer: PreTrainedTokenizerBase
 
 
 @torch.no_grad()
-def forward_tokens_per_s(model: PreTrainedModel, input_ids: torch.Tensor, repeats: int = 2) -> float:
-    """Tokens per second of a plain forward pass with logits, the best of a few."""
-    ids, seconds = input_ids.to(model.device), math.inf
+def forward_tokens_per_s(model: PreTrainedModel, batch: Batch, repeats: int = 2) -> float:
+    """Tokens per second of a plain forward pass with logits, the best of a few; padding is no token."""
+    inputs, seconds = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}, math.inf
     for _ in range(repeats):
-        seconds = min(seconds, seconds_of(lambda: model(input_ids=ids, use_cache=False), ids.device))
-    return ids.numel() / seconds
+        seconds = min(seconds, seconds_of(lambda: model(**inputs, use_cache=False), model.device))
+    return int(inputs["attention_mask"].sum()) / seconds
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     """
     with explained(model, "model"):
         made, info = AutoModelForCausalLM.from_pretrained(folder_of(model), dtype=dtype, use_safetensors=True, output_loading_info=True)
-    if absent := sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}):
+    if absent := sorted(info["missing_keys"]):
         raise ModelError(
             f"{model}: {len(absent)} of its weights as a language model are not in its files and would be random ({', '.join(absent[:3])}"
             f"{', …' * (len(absent) > 3)}); it was trained for something else (an encoder, a classifier?): name a causal language model"

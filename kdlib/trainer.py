@@ -77,7 +77,7 @@ class DistillationTrainer(GuardedTrainer):
         self.form = None if dense or flattened else head_form(self.model)
         self.window, self.throughput, self.tokens, self.counted = LedgerWindow(), Throughput(), 0, "tokens"
         self.grad_norms_every, self.gradients, self.choices = grad_norms_every, {}, choices
-        how = "all at once (no plain head)" if self.form is None else str(self.workspace)
+        how = "all at once" if self.form is None else str(self.workspace)
         lines = PrintedLines(label, f"the student's logits {how}", last_step=last_step)
         for callback in (MetricsFile(folder), lines, LogBeforeSave(), self.throughput):
             self.add_callback(callback)
