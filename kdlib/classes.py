@@ -70,7 +70,8 @@ def split_texts(
             spare = spare if "validation" not in splits else 1
             out = held_out(train.classes, round(share * whole), seed=seed, spare=spare, groups=train.groups)
             splits |= {"train": train.without(out), name: train.select(out)}
-            notes["split" if name == "validation" else "test"] = f"{share:g} of the rows, {how}"
+            reached = len(out) / whole if grouped else share
+            notes["split" if name == "validation" else "test"] = f"{reached:.3g} of the rows, {how}"
     if grouped:
         held = {group for name, rows in splits.items() if name != "train" for group in rows.groups or ()}
         notes["groups_on_two_sides"] = len(held & set(splits["train"].groups or ()))

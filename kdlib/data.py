@@ -24,11 +24,12 @@ ROWS = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
 def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Prepared:
     """Read, split by document, tokenize and cut the text of a config.
 
-    The split, the order and the fingerprint depend on the documents and the seed alone.
+    The split, the order and the fingerprint depend on the documents and `data.split_seed` (else the seed) alone.
 
     Raises:
         DataError: nothing to read, not the named column, or not enough tokens.
     """
+    seed = seed if config.split_seed is None else config.split_seed
     documents = read_documents(config)
     split = split_documents(documents, config, seed=seed)
     own = "validation" in documents

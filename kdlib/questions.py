@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import datasets
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from kdlib.batches import Prepared, collate, fingerprint
@@ -38,9 +38,12 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int
     Raises:
         DataError: nothing to read, not the named columns, or rows of which nothing can be asked, named one by one.
     """
-    found = read_splits(config)
+    seed = seed if config.split_seed is None else config.split_seed
+    found = {name: rows for name, rows in read_splits(config).items() if len(rows)}
+    if "train" not in found:
+        raise DataError(f"{config.source}: no row to train on; it needs questions with answers")
     form, notes = form_of(config, found["train"]), {"source": config.source}
-    splits = _splits(config, found, form, seed=seed if config.split_seed is None else config.split_seed, notes=notes)
+    splits = _splits(config, found, form, seed=seed, notes=notes)
     _check_one_answer(config, [item for items in splits.values() for item in items])
     rows, choices, first = {}, {}, beginning(tokenizer)
     for name, items in splits.items():
@@ -58,7 +61,7 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int
                     test=rows.get("test"), choices=choices)
 
 
-def _splits(config: DataConfig, found: DatasetDict, form: str, *, seed: int, notes: dict[str, Any]) -> dict[str, list[Item]]:
+def _splits(config: DataConfig, found: Mapping[str, Dataset], form: str, *, seed: int, notes: dict[str, Any]) -> dict[str, list[Item]]:
     """Train, validation, and test where there is one: the source's own as they stand, else taken from train by question."""
     named = {"validation": config.validation if isinstance(config.validation, str) else "validation",
              "test": config.test if isinstance(config.test, str) else "test"}
@@ -80,7 +83,11 @@ def _splits(config: DataConfig, found: DatasetDict, form: str, *, seed: int, not
     for item in splits["train"]:
         first.setdefault(replace(item, where=""), item)
     unique = list(first.values())
-    notes["split"] = "by question" if shares else "the source's own"
+    notes["split"] = "by question" if "validation" in shares else "the source's own"
+    if "test" in shares:
+        notes["test"] = f"{shares['test']:g} of the questions"
+    elif "test" in own:
+        notes["test"] = "the source's own"
     notes["duplicate_documents_left_out"] = len(splits["train"]) - len(unique) if shares else 0
     if shares:
         splits |= _taken(config, unique, shares, seed)

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 Classes = Sequence[int]  # of each row
+EXACT = 100  # groups of which every sum is looked at
 
 
 def apportioned(sizes: Sequence[int], total: int, *, spare: int = 0) -> list[int]:
@@ -49,8 +50,11 @@ def held_out(classes: Classes, total: int, *, seed: int, spare: int, groups: Seq
     counts = apportioned([len(each) for each in rows], total, spare=0 if groups else spare)
     if groups is None:
         return sorted(row for number, each in enumerate(rows) for row in _drawn(each, counts[number], seed, number))
-    out = {group for number, each in enumerate(rows)
-           for group in _groups_nearest([groups[row] for row in each], counts[number], seed, number, spare)}
+    out: set[str] = set()
+    for number, each in sorted(enumerate(rows), key=lambda pair: len(pair[1])):  # a group may hold rows of several classes
+        left = [groups[row] for row in each if groups[row] not in out]
+        wanted = counts[number] - (len(each) - len(left))
+        out |= _groups_nearest(left, wanted, seed, number, spare) if wanted > 0 else set()
     return [row for row, group in enumerate(groups) if group in out]
 
 
@@ -67,15 +71,24 @@ def _drawn(rows: Sequence[int], count: int, seed: int, number: int) -> list[int]
     return random.Random(f"{seed} {number}").sample(rows, count)
 
 
-def _groups_nearest(groups: Sequence[str], count: int, seed: int, number: int, spare: int) -> tuple[str, ...]:
-    """The groups, one or more, whose sizes sum nearest to `count`, with `spare` of them left; none where there are too few."""
-    sizes = Counter(groups)
+def _groups_nearest(groups: Sequence[str], count: int, seed: int, number: int, spare: int) -> set[str]:
+    """The groups, one or more, whose sizes sum nearest to `count`, with `spare` of them left; none where there are too few.
+
+    Of many groups most are taken as they come while they fit, and the rest is made up from the last hundred.
+    """
+    sizes, taken = Counter(groups), []
     names = sorted(sizes)
     random.Random(f"{seed} {number}").shuffle(names)
+    most = len(names) - spare
+    while len(names) > EXACT:
+        if sizes[names[-1]] < count and len(taken) < most - 1:
+            taken.append(names[-1])
+            count -= sizes[names[-1]]
+        names.pop()
     reached: dict[int, tuple[str, ...]] = {0: ()}  # sum of sizes -> the first groups found that have it
     for name in names:
         for total, chosen in list(reached.items()):
-            if len(chosen) < len(names) - spare and total < count:
-                reached.setdefault(total + sizes[name], (*chosen, name))
+            if len(taken) + len(chosen) < most and total < count and total + sizes[name] not in reached:
+                reached[total + sizes[name]] = (*chosen, name)
     del reached[0]
-    return reached[min(reached, key=lambda total: (abs(total - count), total))] if reached else ()
+    return {*taken, *(reached[min(reached, key=lambda total: (abs(total - count), total))] if reached else ())}

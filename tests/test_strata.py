@@ -1,5 +1,6 @@
 """Rows held out or sampled: proportions kept, nothing lost, the same for the same seed."""
 
+import random
 from collections import Counter
 
 from hypothesis import given, settings
@@ -65,3 +66,20 @@ def test_groups_are_held_out_whole_and_come_near_the_share():
 
 def test_a_class_in_one_group_alone_is_not_held_out():
     assert held_out([0, 0, 1, 1], 2, seed=0, spare=1, groups=["a", "a", "b", "c"]) in ([2], [3])
+
+
+def test_groups_with_rows_of_several_classes_are_no_more_than_the_share():
+    """Two hundred patients with visits of all ten kinds each: a fifth of the rows is about a fifth of the patients."""
+    classes = [number % 10 for number in range(2000)]
+    groups = [f"patient {number // 10}" for number in range(2000)]
+    out = held_out(classes, 400, seed=0, spare=1, groups=groups)
+    assert 380 <= len(out) <= 440
+    assert {groups[row] for row in out}.isdisjoint(groups[row] for row in set(range(2000)).difference(out))
+
+
+def test_many_groups_are_divided_in_a_moment_and_come_near_the_share():
+    generator = random.Random(0)
+    groups = [f"author {generator.randrange(20_000)}" for _ in range(100_000)]
+    classes = [int(group.split()[1]) % 3 for group in groups]
+    out = held_out(classes, 20_000, seed=1, spare=1, groups=groups)
+    assert abs(len(out) - 20_000) < 30

@@ -78,7 +78,7 @@ def held_out_groups_are_new(subject: Subject) -> Iterator[Finding]:
     if count := subject.prepared.notes.get("groups_on_two_sides", 0):
         yield Finding("warning", "data.group", f"{count} groups of held-out rows are trained on as well",
                       "what is learned of a group is asked again, so the held-out figures read too high",
-                      "give shares, data.validation: 0.15, data.test: 0.2, or mend the source's splits")
+                      "mend the source's splits, or leave them out of it: kdlib's own keep groups whole")
 
 
 def classes_are_large_enough(subject: Subject) -> Iterator[Finding]:
