@@ -24,20 +24,27 @@ def load_classifier(
     Raises:
         ModelError: there is no such model, or it has no trained head for these classes.
     """
-    stated = load_config(model)
-    order = class_order(model, stated, labels)
+    stated, other_classes = load_config(model), False
+    try:
+        order = class_order(model, stated, labels)
+    except ModelError:
+        if not untrained:
+            raise
+        order, other_classes = None, True  # as many, but not these
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: number for number, label in enumerate(labels)}}
     options = {} if order else {**names, "ignore_mismatched_sizes": True}
     with explained(model, "model"), _no_report() if untrained else nullcontext():
         made, info = AutoModelForSequenceClassification.from_pretrained(
             folder_of(model), dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
-    fresh = bool(info["missing_keys"] or info["mismatched_keys"])
+    fresh = bool(info["missing_keys"] or info["mismatched_keys"]) or other_classes
     if fresh and not untrained:
         raise ModelError(
             f"{model} has no trained head for the {len(labels)} classes ({', '.join(labels[:3])}, …), so it has nothing to teach; "
             "name one that was trained on them, or let `teacher_stage:` train it first"
         )
+    if other_classes:
+        _renew_head(model, made, len(labels))
     if order and not fresh and order != list(range(len(labels))):
         _reorder_head(model, made, order)
     made.config.id2label, made.config.label2id = names["id2label"], names["label2id"]
@@ -105,10 +112,30 @@ def _reorder_head(name: str, model: PreTrainedModel, order: Sequence[int]) -> No
     """
     ids = torch.arange(1, 5, device=model.device)[None]
     before = model(input_ids=ids).logits[:, list(order)]
-    heads = [part for part in model.modules() if isinstance(part, nn.Linear) and part.out_features == len(order)]
+    heads = _heads(model, len(order))
     if heads:
         for parameter in heads[-1].parameters():
             parameter.copy_(parameter[list(order)].clone())
     if not heads or not torch.allclose(model(input_ids=ids).logits, before, rtol=1e-3, atol=1e-3):
         raise ModelError(f"{name}: its classes stand in another order than the data's, and its head is no single matrix that could be "
                          "sorted; give data.labels in the model's order")
+
+
+@torch.no_grad()
+def _renew_head(name: str, model: PreTrainedModel, classes: int) -> None:
+    """Random weights for a head of as many classes by other names, as a head has that is made anew.
+
+    Raises:
+        ModelError: no single matrix makes its outputs.
+    """
+    if not (heads := _heads(model, classes)):
+        raise ModelError(f"{name}: it knows as many classes by other names, and its head is no single matrix that could be made anew; "
+                         "name the model it was trained from")
+    nn.init.normal_(heads[-1].weight, std=getattr(model.config.get_text_config(), "initializer_range", 0.02))
+    if heads[-1].bias is not None:
+        nn.init.zeros_(heads[-1].bias)
+
+
+def _heads(model: PreTrainedModel, classes: int) -> list[nn.Linear]:
+    """What may make a model's outputs, the likeliest last."""
+    return [part for part in model.modules() if isinstance(part, nn.Linear) and part.out_features == classes]

@@ -14,15 +14,18 @@ from kdlib.models import chosen_layers, load_config, load_model, load_tokenizer,
 from kdlib.teachers import LiveTeacher
 
 
-def prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+def prepare(config: Config, tokenizer: PreTrainedTokenizerBase, *, new_head: bool = False) -> Prepared:
     """The rows of a config; `tokenizer` as `kdlib.models.tokenizer_of` gives it.
+
+    Args:
+        new_head: whatever classes the teacher has are not asked for: it is to learn those of the data.
 
     Raises:
         DataError: nothing to read, not the named columns, or rows that the task can do nothing with, named one by one.
         ConfigError: the best model is to be chosen by a metric that these rows have not.
     """
     if config.task == "sequence-classification":
-        known = None if config.teacher_stage else named_classes(load_config(config.teacher.model))
+        known = None if new_head or config.teacher_stage else named_classes(load_config(config.teacher.model))
         return classes.prepare(config.data, tokenizer, teacher=_teachers_own(config, tokenizer), seed=config.seed, known=known)
     prepare_rows = questions.prepare if config.task == "question-answering" else data.prepare
     prepared = prepare_rows(config.data, tokenizer, seed=config.seed)

@@ -1,6 +1,7 @@
 """The teacher's own training, before it teaches: for a model that has no head yet for the classes of the task.
 
-It is a run like others, in runs/teacher_<model>_<8 hex digits>/, of which the digits change with whatever its weights depend on.
+It is a run like others, in runs/teacher_<model>_<8 hex digits>/, of which the digits change with every setting that its weights depend
+on; that its rows are still the same is checked.
 """
 
 import hashlib
@@ -9,10 +10,12 @@ import os
 from pathlib import Path
 
 from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
 
 from kdlib import checkpoints, models, runs, tasks, training
+from kdlib.batches import Prepared
 from kdlib.config import Config, parse
-from kdlib.errors import Stopped
+from kdlib.errors import RunError, Stopped
 from kdlib.runs import Run
 
 
@@ -55,21 +58,36 @@ def taught(config: Config, asked_by: Run) -> Config:
     run = run_of(config, root)
     run.path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(run.path.with_name(f".{run.name}.lock")):
+        own = own_config(config)
+        tokenizer = models.tokenizer_of(own)
+        prepared = tasks.prepare(own, tokenizer, new_head=True)
+        _check_rows(own, run, prepared)
         if run.is_trained:
             print(f"the teacher was trained before, in {run.name}", flush=True)
         else:
             print(f"{config.teacher.model} is trained for the task first, in {run.name}", flush=True)
-            _train(own_config(config), run, asked_by)
+            _train(own, run, tokenizer, prepared, asked_by)
     return resolved(config, root)
 
 
-def _train(config: Config, run: Run, asked_by: Run) -> None:
+def _check_rows(config: Config, run: Run, prepared: Prepared) -> None:
+    """Refuse a teacher that has learned from other rows than there are now: what is held out now may be among them.
+
+    Raises:
+        RunError: says what to do.
+    """
+    before = run.manifest.get("data", {}).get("fingerprint") if run.path.exists() else None
+    if before not in (None, prepared.notes["fingerprint"]):
+        raise RunError(f"{run.name} was trained on other rows than {config.data.source} has now, so rows that are held out now may be "
+                       f"among them; delete {os.path.relpath(run.path)}, and it is trained again (earlier runs of it can then not be "
+                       "compared anew), or give the new rows another name")
+
+
+def _train(config: Config, run: Run, tokenizer: PreTrainedTokenizerBase, prepared: Prepared, asked_by: Run) -> None:
     if not run.path.exists():
         runs.create(run.path.parent, run.name, config, teacher_stage=True)
     run.set_status("running")
     try:
-        tokenizer = models.tokenizer_of(config)
-        prepared = tasks.prepare(config, tokenizer)
         student = tasks.untrained_student(config, prepared, None)
         run.add_to_manifest(data=prepared.notes, formula=training.objective_of(config).at(0.0).formula)
         training.train(config, run, student=student, teacher=None, tokenizer=tokenizer, prepared=prepared, label="teacher",

@@ -19,6 +19,7 @@ from kdlib import compare, models, plots, runs, sights, tasks, teacher_stage, tr
 from kdlib import config as configs
 from kdlib.batches import Prepared
 from kdlib.classes import class_table
+from kdlib.compare_classes import student_in
 from kdlib.config import Config
 from kdlib.diagnostics import doctor, findings, outlook, parity
 from kdlib.diagnostics.row_view import RowView
@@ -112,7 +113,7 @@ class Workbench:
 
         A teacher that has a stage of its own to go through does so first.
         """
-        self.config = teacher_stage.taught(self.config, self.run)
+        self.config = teacher_stage.taught(self.run.config, self.run)
         dtype, reason = models.precision_of(self.config)
         layers = tasks.layers_for_student(self.config, self.teacher.model, self.prepared)
         self.run.add_to_manifest(
@@ -253,8 +254,8 @@ class Workbench:
             print(f"asking the {name} model …", flush=True)
             if name == "teacher":
                 return self.teacher
-            final = name in folders and str(folders[name].final_model)
-            return tasks.voice_of(tasks.load(final, self.prepared, dtype) if final else self.student().to(dtype), self.prepared)
+            compared = name in folders and student_in(folders[name], self.prepared)
+            return tasks.voice_of(tasks.load(compared, self.prepared, dtype) if compared else self.student().to(dtype), self.prepared)
 
         names = ["teacher", *(name for name in students if name != "baseline" or self.config.baseline)]
         voices = {name: partial(voice, name) for name in names}

@@ -46,6 +46,18 @@ def test_as_many_classes_of_other_names_are_refused(tmp_path):
         load_classifier(folder, LABELS)
 
 
+def test_as_many_classes_of_other_names_are_no_start_for_a_student_whose_head_is_made_anew(tmp_path):
+    folder = classifier(tmp_path / "model", labels=["good", "bad", "neither"])
+    heads = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        heads.append(load_classifier(folder, LABELS, untrained=True).score.weight)
+    stored = LlamaForSequenceClassification.from_pretrained(folder)
+    torch.testing.assert_close(heads[0], heads[1])
+    assert not torch.allclose(heads[0], heads[2])
+    assert not torch.allclose(heads[0], stored.score.weight)
+
+
 @pytest.mark.parametrize("labels", [["tools", "animals"], [*LABELS, "plants"]], ids=["fewer", "more"])
 def test_a_teacher_with_another_number_of_classes_has_nothing_to_teach_and_a_student_gets_a_new_head(tmp_path, labels):
     folder = classifier(tmp_path / "model", labels=labels)

@@ -1,12 +1,13 @@
 """A teacher without a head is trained first, in a run of its own: once, again where something of it changes, and it can be stopped."""
 
 import pytest
-from made_classifiers import classification, classifier, source
+from made_classifiers import LABELS, classification, classifier, source
 
 from kdlib import runs, teacher_stage
 from kdlib.config import Config, parse
-from kdlib.errors import Stopped
+from kdlib.errors import RunError, Stopped
 from kdlib.metrics import read_metrics
+from kdlib.models import load_config
 from kdlib.runs import Run
 
 LONG = {"max_steps": 4000, "eval_strategy": "no", "save_steps": 4000, "logging_steps": 1}
@@ -77,3 +78,22 @@ def test_a_stop_of_the_run_that_needs_it_keeps_a_checkpoint_from_which_it_goes_o
     with pytest.raises(Stopped, match="stopped at step 2 with"):
         teacher_stage.taught(settings, run)
     assert [line["train/step"] for line in read_metrics(own)] == [1, 2]
+
+
+def test_a_teacher_that_learned_from_other_rows_is_not_used(place, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    settings = parse({**config(place).as_dict(), "data": {**config(place).data.as_dict(), "source": source(folder, 160)}})
+    run = asking(settings, tmp_path)
+    teacher_stage.taught(settings, run)
+    source(folder, 200)  # more rows in the same file
+    with pytest.raises(RunError, match=r"was trained on other rows than .*texts.jsonl has now.*delete runs/teacher_body"):
+        teacher_stage.taught(settings, run)
+
+
+@pytest.mark.parametrize("labels", [["good", "bad", "tools"], ["good", "bad"]])
+def test_a_model_that_knows_other_classes_learns_those_of_the_data(place, tmp_path, labels):
+    other = classifier(tmp_path / "other", "bert", labels=labels, seed=4)
+    settings = parse({**config(place).as_dict(), "teacher": {"model": other}})
+    made = teacher_stage.taught(settings, asking(settings, tmp_path))
+    assert sorted(load_config(made.teacher.model).id2label.values()) == sorted(LABELS)
