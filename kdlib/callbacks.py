@@ -1,5 +1,6 @@
 """What happens around training steps: a line per log, a line per file, throughput, and a stop that loses nothing."""
 
+import math
 import signal
 import threading
 import time
@@ -17,7 +18,7 @@ from kdlib.objective import Objective
 from kdlib.runs import StudentFolder, now, write_json
 
 HELD_OUT = {"eval_loss": ("loss", ".3f"), "eval_perplexity": ("perplexity", ".1f"), "eval_log_loss": ("log-loss", ".3f"),
-            "eval_accuracy": ("accuracy", ".3f"), "eval_choice_accuracy": ("right choices", ".3f"),
+            "eval_accuracy": ("accuracy", ".3f"), "eval_macro_f1": ("macro-F1", ".3f"), "eval_choice_accuracy": ("right choices", ".3f"),
             "eval_kl_to_teacher": ("KL to teacher", ".3f")}  # of an evaluation, as they are printed
 PLANNED = 400  # moments at which a plan is written down, at most twice as many
 
@@ -164,6 +165,24 @@ class StopRequest(TrainerCallback):
             self.requested = bool(flag)
         if self.requested and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = control.should_log = True
+
+
+class EarlyStop(TrainerCallback):
+    """Stops when the metric that chooses best_model/ has not improved by more than `min_delta` in `patience` evaluations.
+
+    Counted in the logged evaluations: so a resumed training goes on counting, which transformers' own callback does not, and gains
+    that are small one by one add up.
+    """
+
+    def __init__(self, patience: int, min_delta: float) -> None:
+        self.patience, self.min_delta = patience, min_delta
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        key, sign = "eval_" + args.metric_for_best_model.removeprefix("eval_"), 1 if args.greater_is_better else -1
+        best, since = -math.inf, 0
+        for value in (sign * line[key] for line in state.log_history if key in line):
+            best, since = (value, 0) if value > best + self.min_delta else (best, since + 1)
+        control.should_training_stop |= since >= self.patience
 
 
 class StopAfter(TrainerCallback):

@@ -171,6 +171,7 @@ class DistillationTrainer(GuardedTrainer):
         model, rows = self.accelerator.unwrap_model(self.model), []
         moment = self.objective.at(self._done(self.state.global_step), sampled=False)
         measures = {name: f for name, f in MEASURES.items() if self.teacher is not None or name in ("ce", "accuracy")}
+        said = []  # of rows with a class: (answer, right answer)
         model.eval()
         for batch in dataloader:
             with torch.no_grad(), self.accelerator.autocast():
@@ -180,6 +181,8 @@ class DistillationTrainer(GuardedTrainer):
                 sums = row_sums(student, teacher, tokens.targets, tokens.rows, row_count=len(batch["labels"]), measures=measures,
                                 moment=moment, chunk=self.workspace.chunk_for(student))
             rows.append(self.accelerator.gather_for_metrics(torch.stack(list(sums.values()), dim=1)))  # drops repeated rows
+            if batch["labels"].ndim == 1:
+                said.append(self.accelerator.gather_for_metrics(torch.stack([student.logits().argmax(-1), tokens.targets], dim=1)))
         rows = torch.cat(rows).cpu()
         *totals, count = rows.double().sum(0).tolist()
         means = {name: total / max(count, 1) for name, total in zip(sums, totals, strict=False)}
@@ -191,8 +194,13 @@ class DistillationTrainer(GuardedTrainer):
         figures |= {f"{name}_loss": means[name] for name in moment.weights}
         figures |= {f"{name}_weight": weight for name, weight in moment.weights.items()}
         figures |= {name: means[name] for name in measures if name != "ce"}
-        of_tokens = batch["labels"].ndim == 2
-        figures |= {"perplexity": math.exp(min(means["ce"], 700.0))} if of_tokens else {"log_loss": means["ce"]}
+        if said:
+            from sklearn.metrics import f1_score  # takes a second, and rows with a class alone need it
+
+            answers, right = torch.cat(said).T.cpu().numpy()
+            figures |= {"log_loss": means["ce"], "macro_f1": float(f1_score(right, answers, average="macro", zero_division=0.0))}
+        else:
+            figures["perplexity"] = math.exp(min(means["ce"], 700.0))
         figures |= {} if self.choices is None else {"choice_accuracy": self._choice_accuracy(model, self.choices)}
         past = [line["eval_loss"] for line in self.state.log_history if "eval_loss" in line]
         figures["min_loss"] = min([*past, figures["loss"]])

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from kdlib import trackers
 from kdlib.batches import Prepared
-from kdlib.callbacks import PlanFile, StopAfter, StopRequest
+from kdlib.callbacks import EarlyStop, PlanFile, StopAfter, StopRequest
 from kdlib.checkpoints import check_disk, disk_is_full, last_checkpoint, step_of
 from kdlib.config import Config
 from kdlib.diagnostics import nan_report
@@ -186,7 +186,7 @@ def train(
             choices=prepared.choices.get("validation"), callbacks=[*callbacks],
         )
         if (stops := config.early_stopping) and not stop_after:
-            trainer.add_callback(EarlyStoppingCallback(stops.patience, stops.min_delta))
+            trainer.add_callback(EarlyStop(stops.patience, stops.min_delta))
         trainer.add_callback(PlanFile(folder, objective))
         stop = StopRequest(folder.path, folder.path.parent, *([asked_by.path] if asked_by else []))
         trainer.add_callback(StopAfter(stop_after) if stop_after else stop)

@@ -2,17 +2,20 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from made_classifiers import LABELS, classification, classifier, permuted, prepared_rows
+from sklearn.metrics import f1_score
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
-from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, TrainerControl, TrainerState
 
 from kdlib import models, tasks
 from kdlib.batches import Prepared, collate_classes
+from kdlib.callbacks import EarlyStop
 from kdlib.classifiers import load_classifier
 from kdlib.config import parse
 from kdlib.errors import RunError
@@ -138,6 +141,7 @@ def test_an_evaluation_has_the_measures_of_a_classification_as_by_hand(pair, tmp
         t = run.teacher(batch, tokens).logits().log_softmax(-1)
     assert history[-1]["eval_log_loss"] == pytest.approx(-s[range(24), batch["labels"]].mean().item(), rel=1e-5)
     assert history[-1]["eval_accuracy"] == pytest.approx((s.argmax(-1) == batch["labels"]).double().mean().item())
+    assert history[-1]["eval_macro_f1"] == pytest.approx(f1_score(batch["labels"], s.argmax(-1), average="macro", zero_division=0))
     assert history[-1]["eval_agreement"] == pytest.approx((s.argmax(-1) == t.argmax(-1)).double().mean().item())
     assert history[-1]["eval_kl_to_teacher"] == pytest.approx((t.exp() * (t - s)).sum(-1).mean().item(), rel=1e-4)
 
@@ -163,6 +167,28 @@ def test_early_stopping_stops_and_leaves_the_final_model_and_the_history(pair, t
     assert (tmp_path / "final_model" / "model.safetensors").exists()
     assert (tmp_path / "best_model" / "model.safetensors").exists()
     assert json.loads((tmp_path / "history.json").read_text())
+
+
+@pytest.mark.parametrize(("accuracies", "patience", "min_delta", "stops"), [
+    ([0.5, 0.6, 0.6, 0.6], 2, 0.0, True),
+    ([0.5, 0.6, 0.6, 0.61], 2, 0.0, False),
+    ([0.5, 0.52, 0.54, 0.56], 2, 0.03, False),  # small gains add up
+    ([0.5, 0.51, 0.52], 2, 0.03, True),
+    ([0.5, float("nan"), float("nan")], 2, 0.0, True),
+    ([0.5, 0.4], 2, 0.0, False),
+])
+def test_early_stopping_counts_in_the_logged_evaluations_so_that_a_resumed_training_counts_on(accuracies, patience, min_delta, stops):
+    state = TrainerState(log_history=[{"loss": 1.0}, *({"eval_accuracy": value, "step": n} for n, value in enumerate(accuracies))])
+    control = TrainerControl()
+    args = SimpleNamespace(metric_for_best_model="accuracy", greater_is_better=True)
+    EarlyStop(patience, min_delta).on_evaluate(args, state, control)
+    assert control.should_training_stop is stops
+
+
+def test_a_loss_is_better_where_it_is_lower():
+    state, control = TrainerState(log_history=[{"eval_log_loss": value} for value in (2.0, 1.5, 1.4)]), TrainerControl()
+    EarlyStop(1, 0.0).on_evaluate(SimpleNamespace(metric_for_best_model="eval_log_loss", greater_is_better=False), state, control)
+    assert control.should_training_stop is False
 
 
 class Narrow(BertForSequenceClassification):
