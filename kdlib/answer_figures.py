@@ -125,10 +125,12 @@ def _sureness(results: Mapping[str, Any]) -> str:
 
 
 def f1_per_class(results: Mapping[str, Any]) -> Figure:
-    """F1 of each class for the trained models, with intervals; the student's worst class at the top."""
+    """F1 of each class that has rows, for the trained models, with intervals; the student's worst class at the top."""
     models, student = _trained(results), student_of(results)
     colours = colours_of_models(results["models"])
-    order = sorted(range(len(results["labels"])), key=lambda number: results["models"][student]["per_class"][number]["f1"]["value"])
+    of_student = results["models"][student]["per_class"]
+    order = sorted((number for number, each in enumerate(of_student) if each["support"]),
+                   key=lambda number: of_student[number]["f1"]["value"])
     figure = Figure(figsize=(8, 1.5 + (0.12 + 0.13 * len(models)) * len(order)), layout="constrained")
     axes = figure.subplots()
     for place, name in enumerate(models):
@@ -137,7 +139,7 @@ def f1_per_class(results: Mapping[str, Any]) -> Figure:
         value, low, high = (np.array([each[key] for each in entries]) for key in ("value", "low", "high"))
         axes.errorbar(value, height, xerr=[np.maximum(value - low, 0), np.maximum(high - value, 0)], color=colours[name], capsize=2,
                       fmt="D" if name == "teacher" else "o", markersize=4, elinewidth=1, linestyle="none", label=label_of(name))
-    support = [results["models"][student]["per_class"][number]["support"] for number in order]
+    support = [of_student[number]["support"] for number in order]
     names = [f"{_short(results['labels'][number])} ({count:,})" for number, count in zip(order, support, strict=True)]
     axes.set_yticks(range(len(order)), names, fontsize=8, parse_math=False)
     axes.set(xlabel="F1 (in brackets: rows of the class)", ylim=(len(order) - 0.4, -0.6), xlim=(None, 1.02))

@@ -10,6 +10,7 @@ from kdlib.answers import Answers, ItemFigures, details, values
 from kdlib.resampling import Bootstrap, interval, mcnemar
 
 CENTRED = ("ece",)  # chance parts accuracy from confidence in every bin, and resampling adds more of it
+FEW_GROUPS = 10  # of which a bootstrap's intervals are far too narrow
 LONGEST = 300  # characters of a text that is shown
 TOP = 3  # classes shown of a distribution
 
@@ -35,9 +36,11 @@ def results_of(
     bootstrap = Bootstrap(len(teacher), resamples, seed, groups)
     found = {name: values(answers, teacher, classes=bool(labels)) for name, answers in models.items()}
     drawn = _drawn(models, bootstrap, classes=bool(labels))
+    over = "rows" if groups is None else f"{len(set(groups))} groups of rows" + ", too few to trust" * (len(set(groups)) < FEW_GROUPS)
     entries = {}
     for name, answers in models.items():
         measures = {m: interval(value, drawn[name][m], centred=m in CENTRED) for m, value in found[name].items()}
+        measures["ece"]["low"] = max(measures["ece"]["low"], 0.0)
         behind = _with_f1(details(answers, labels), drawn[name])
         entries[name] = {**measures, **_on_mistakes(answers, teacher, drawn[name]), **behind}
     pairs = [(a, b) for b, a in combinations(models, 2)]
@@ -48,11 +51,11 @@ def results_of(
     ]
     tests = [{"model": a, "against": b, **_discordant(models[a], models[b])} for a, b in pairs]
     return {"models": entries, "differences": differences, "mcnemar": tests, "labels": list(labels), "rows": len(teacher),
-            "resamples": resamples, "interval": f"95 %, paired bootstrap over {f'{len(set(groups))} groups of rows' if groups else 'rows'}"}
+            "resamples": resamples, "interval": f"95 %, paired bootstrap over {over}"}
 
 
 def worst_rows(
-    models: Mapping[str, Answers], student: str, texts: Sequence[str], labels: Sequence[str], *, wrong: int = 6, far: int = 4
+    models: Mapping[str, Answers], student: str, texts: Sequence[str], choices: Sequence[Sequence[str]], *, wrong: int = 6, far: int = 4
 ) -> list[dict[str, Any]]:
     """The rows on which the student is most wrong, and then those of the others on which it is furthest from the teacher.
 
@@ -60,6 +63,7 @@ def worst_rows(
         models: the teacher first.
         student: which of them is looked at.
         texts: [N], shown up to 300 characters.
+        choices: [N] what could be said of each: the classes, or the choices of a question.
 
     Returns:
         Each {"row", "why", "text", "label", "nats", "kl_to_teacher", "said": {model: [[class, probability], …]}}.
@@ -71,8 +75,8 @@ def worst_rows(
     for row in [row for row in np.argsort(-kl, kind="stable") if row not in chosen and kl[row] > 0][:far]:
         chosen[int(row)] = "furthest from the teacher"
     return [
-        {"row": row, "why": why, "text": _cut(texts[row]), "label": labels[answers.labels[row]], "nats": float(answers.nats[row]),
-         "kl_to_teacher": float(kl[row]), "said": {name: _top(each.probabilities[row], labels) for name, each in models.items()}}
+        {"row": row, "why": why, "text": _cut(texts[row]), "label": choices[row][answers.labels[row]], "nats": float(answers.nats[row]),
+         "kl_to_teacher": float(kl[row]), "said": {name: _top(each.probabilities[row], choices[row]) for name, each in models.items()}}
         for row, why in chosen.items()
     ]
 
@@ -109,8 +113,9 @@ def _discordant(one: Answers, other: Answers) -> dict[str, Any]:
     return {"only_model_right": only_one, "only_other_right": only_other, **mcnemar(only_one, only_other)}
 
 
-def _top(probabilities: np.ndarray, labels: Sequence[str]) -> list[list[Any]]:
-    return [[labels[number], float(probabilities[number])] for number in np.argsort(-probabilities, kind="stable")[:TOP]]
+def _top(probabilities: np.ndarray, choices: Sequence[str]) -> list[list[Any]]:
+    likeliest = np.argsort(-probabilities[:len(choices)], kind="stable")[:TOP]
+    return [[choices[number], float(probabilities[number])] for number in likeliest]
 
 
 def _cut(text: str) -> str:

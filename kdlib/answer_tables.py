@@ -1,4 +1,4 @@
-"""Tables of what classifiers answered, for notebook and report.  Imports no torch."""
+"""Tables of what was answered, by classifiers or of multiple choice, for notebook and report.  Imports no torch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -56,14 +56,14 @@ def class_table(results: Mapping[str, Any]) -> pd.DataFrame:
     for number, label in enumerate(results["labels"]):
         entries = {name: facts["per_class"][number] for name, facts in models.items()}
         rows[label] = {"rows": next(iter(entries.values()))["support"],
-                       **{label_of(name): with_interval(entry["f1"]) for name, entry in entries.items()}}
+                       **{label_of(name): with_interval(entry["f1"]) if entry["support"] else "—" for name, entry in entries.items()}}
     return _titled(rows, "F1 of the class")
 
 
 def worst_table(results: Mapping[str, Any]) -> pd.DataFrame:
     """The rows on which the student is most wrong or furthest from the teacher, with the likeliest classes of both."""
     shown = ("teacher", student_of(results))
-    lines = [{"text": row["text"], "class": row["label"], "why": row["why"],
+    lines = [{"text": row["text"], "right": row["label"], "why": row["why"],
               **{label_of(name): ", ".join(f"{label} {probability:.0%}" for label, probability in row["said"][name]) for name in shown}}
              for row in results["worst"]]
     return pd.DataFrame(lines).set_index("text")

@@ -5,9 +5,13 @@ the space before it) it is what lm-eval's `acc_norm` goes by (0.4.13, `Configura
 `acc`; of equals the first is chosen.  One difference: rows that pad a head beyond the tokenizer are left out here, and take part there.
 """
 
+from typing import Any
+
 import numpy as np
 from datasets import Dataset
 
+from kdlib.answer_results import results_of, worst_rows
+from kdlib.answers import Answers
 from kdlib.batches import Prepared
 from kdlib.objective import MEASURES, row_sums
 from kdlib.resampling import Bootstrap
@@ -29,18 +33,12 @@ def choice_rows(prepared: Prepared, split: str = "validation") -> Dataset | None
     return prepared.choices.get(split)
 
 
-def answers_of(voice: LiveTeacher, prepared: Prepared, split: str = "validation") -> tuple[np.ndarray, np.ndarray]:
-    """What a model makes of a split's questions: (probabilities [N, C], the right choices [N]); see `probabilities`.
+def scores_of(voice: LiveTeacher, prepared: Prepared, rows: Dataset) -> np.ndarray:
+    """[rows] nats, <= 0: the log-probability of each choice after its question.
 
     Args:
         voice: as `kdlib.tasks.voice_of` or `teacher_of` gives it.
     """
-    rows = prepared.choices[split]
-    return probabilities(rows, scores_of(voice, prepared, rows)), right_choices(rows)
-
-
-def scores_of(voice: LiveTeacher, prepared: Prepared, rows: Dataset) -> np.ndarray:
-    """[rows] nats, <= 0: the log-probability of each choice after its question."""
     order = np.argsort([-len(ids) for ids in rows["input_ids"]], kind="stable")  # rows of one length: little padding
     found = np.zeros(len(rows))
     for start in range(0, len(rows), BATCH):
@@ -93,7 +91,7 @@ class ChoiceTally:
         Args:
             resamples: of the bootstrap; each draws questions with replacement, the same for every model.
         """
-        self.prepared, self.rows, self.scores = prepared, prepared.choices[split], {}
+        self.prepared, self.rows, self.scores, self.resamples, self.seed = prepared, prepared.choices[split], {}, resamples, seed
         self.draws = Bootstrap(len(right_choices(self.rows)), resamples, seed).times  # [resamples, N] times drawn
 
     def add(self, name: str, voice: LiveTeacher) -> None:
@@ -112,6 +110,25 @@ class ChoiceTally:
             resampled = 100 * (self.draws @ right) / np.where(drawn, drawn, np.nan)  # nan: no question that the teacher has right
             metrics["choice_retention"] = (float(100 * right.sum() / teacher.sum()), resampled)
         return found
+
+    def answers(self) -> dict[str, Answers]:
+        """What each model chooses, by the normalised scores, with its probabilities."""
+        right = right_choices(self.rows)
+        return {name: Answers(probabilities(self.rows, scores), right) for name, scores in self.scores.items()}
+
+    def findings(self) -> dict[str, Any]:
+        """McNemar's tests, what becomes of the teacher's mistakes by model, and the questions on which the last model is worst."""
+        answers = self.answers()
+        found = results_of(answers, resamples=self.resamples, seed=self.seed)
+        table: dict[int, tuple[str, list[str]]] = {}
+        for item, question, choice in zip(self.rows["item"][:], self.rows["question"][:], self.rows["text"][:], strict=True):
+            table.setdefault(item, (question, []))[1].append(choice)
+        questions, choices = zip(*(table[item] for item in range(len(table))), strict=True)
+        student = list(answers)[-1]
+        shown = {name: each for name, each in answers.items() if name in ("teacher", student) or name != "untrained"}
+        return {"mcnemar": found["mcnemar"], "worst": worst_rows(shown, student, questions, choices),
+                "on_teachers_mistakes": {name: entry["on_teachers_mistakes"] for name, entry in found["models"].items()
+                                         if "on_teachers_mistakes" in entry}}
 
     def _per_item(self, scores: np.ndarray) -> dict[str, np.ndarray]:
         """{metric: [N] 0 or 1}."""

@@ -114,9 +114,9 @@ def compare(
 ) -> None:
     """Compare models that were trained elsewhere, on the same rows: quality with intervals, cost, paired differences.
 
-    Measured are the rows of the source's own test split (classifiers), else of its validation split; data without them is split
-    as for a training, and a share measured: -o data.test=0.25 (classifiers), -o data.validation=0.25.  For a file that is meant
-    wholly for the comparison: -o data.test=0.99, or -o data.validation=0.99 with the other tasks; a few rows are kept back all the same.
+    Measured are the rows of the source's own test split (of text: validation split), else of its validation split, else all its rows.
+    Students of a run on the run's own data: give its split, -o data.test=0.2 -o data.split_seed=0, so that what they were trained on
+    stays out; kd compare cannot know.
     Columns by other names: -o data.text=content -o data.label=topic.  What is written: report.html with figures and tables.
     """
     from kdlib import elsewhere, plots

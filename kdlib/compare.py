@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kdlib import compare_classes, tasks
 from kdlib.batches import Prepared
 from kdlib.choices import ChoiceTally
-from kdlib.compare_classes import measured_on, student_in
+from kdlib.compare_classes import measured_on, rule_of, student_in
 from kdlib.config import Config
 from kdlib.footprint import Batch, peak_memory, seconds_of
 from kdlib.models import device_of, parameters, precision_of
@@ -91,10 +91,13 @@ class Comparison:
         found = {name: self._figures(sums, everything) for name, sums in self.sums.items()}
         resampled = {name: self._figures(sums, self.draws) for name, sums in self.sums.items()}
         figures = {name: {m: (found[name][m][0], resampled[name][m]) for m in METRICS} for name in found}
+        findings: dict[str, Any] = {}
         if self.tally:
-            of_choices = self.tally.figures()
+            of_choices, findings = self.tally.figures(), self.tally.findings()
             figures = {name: metrics | of_choices[name] for name, metrics in figures.items()}
-        models = {name: {**{m: interval(*pair) for m, pair in metrics.items()}, **self.facts[name]}
+        of_mistakes = findings.pop("on_teachers_mistakes", {})
+        models = {name: {**{m: interval(*pair) for m, pair in metrics.items()}, **self.facts[name],
+                         **({"on_teachers_mistakes": of_mistakes[name]} if name in of_mistakes else {})}
                   for name, metrics in figures.items()}
         names = list(self.sums)
         pairs = [(a, b) for i, b in enumerate(names) for a in names[i + 1 :]]
@@ -104,7 +107,7 @@ class Comparison:
         ]
         return {
             "models": models, "differences": differences, "rows": len(self.row_bytes), "split": measured_on(self.prepared),
-            **({"questions": len(self.tally.draws[0])} if self.tally else {}),
+            **({"questions": len(self.tally.draws[0]), **findings} if self.tally else {}),
             "tokens": int(next(iter(self.sums.values()))[:, -1].sum()), "resamples": len(self.draws),
             "interval": "95 %, paired bootstrap over rows", "samples": self.samples,
         }
@@ -153,7 +156,7 @@ def _compare_tokens(run: Run, config: Config, tokenizer: PreTrainedTokenizerBase
         measure("baseline", lambda: tasks.load(student_in(run.baseline, prepared), prepared, dtype))
     measure("distilled", lambda: tasks.load(student_in(run, prepared), prepared, dtype))
     return {"task": config.task, **comparison.results(), "prompts": tokenizer.batch_decode(prompts),
-            "precision": str(dtype).removeprefix("torch.")}
+            "rule": rule_of(run.config, prepared), "precision": str(dtype).removeprefix("torch.")}
 
 
 @torch.no_grad()

@@ -24,16 +24,21 @@ from kdlib.teachers import LiveTeacher
 
 BATCH = 32  # rows per forward pass
 SINGLE = 30  # rows that are answered one by one, for the latency
-RULES = {
-    "test": "best_model/ of each student, chosen on the validation rows; measured on the test rows, on which nothing was chosen",
-    "validation": "final_model/ of each student, after equally many steps; measured on the validation rows, as there are no test rows: "
-                  "best_model/ was chosen on these very rows",
-}
 
 
 def measured_on(prepared: Prepared) -> str:
     """The split on which models are compared: test where there is one."""
     return "test" if prepared.test is not None and len(prepared.test) else "validation"
+
+
+def rule_of(config: Config, prepared: Prepared) -> str:
+    """Which students of a run are compared, on which rows, and who has an advantage there."""
+    if measured_on(prepared) == "test":
+        return "best_model/ of each student, chosen on the validation rows; measured on the test rows, on which nothing was chosen"
+    ended = "when early stopping by these very rows ended it" if config.early_stopping else "after equally many steps"
+    teacher = "; the teacher is the best by these rows, so its figures are rather too good" if config.teacher_stage else ""
+    return (f"final_model/ of each student, {ended}; measured on the validation rows, as there are no test rows: best_model/ was chosen on "
+            f"these very rows{teacher}")
 
 
 def student_in(folder: StudentFolder, prepared: Prepared) -> str:
@@ -120,7 +125,7 @@ class ClassComparison:
         models = {name: {**measures, **self.facts[name]} for name, measures in found["models"].items()}
         shown = {name: answers for name, answers in self.answers.items() if name != "untrained"}
         return {**found, "task": "sequence-classification", "models": models, "student": student, "split": measured_on(self.prepared),
-                "worst": worst_rows(shown, student, self.texts, self.prepared.labels), "batch_rows": BATCH}
+                "worst": worst_rows(shown, student, self.texts, [self.prepared.labels] * len(self.texts)), "batch_rows": BATCH}
 
 
 def compare(run: Run, config: Config, tokenizer: PreTrainedTokenizerBase, prepared: Prepared) -> dict[str, Any]:
@@ -144,7 +149,7 @@ def compare(run: Run, config: Config, tokenizer: PreTrainedTokenizerBase, prepar
     if config.baseline:
         measure("baseline", student_in(run.baseline, prepared))
     measure("distilled", student_in(run, prepared))
-    return {**comparison.results("distilled"), "rule": RULES[measured_on(prepared)], "precision": str(dtype).removeprefix("torch.")}
+    return {**comparison.results("distilled"), "rule": rule_of(run.config, prepared), "precision": str(dtype).removeprefix("torch.")}
 
 
 def _logits(voice: LiveTeacher, batch: Batch) -> torch.Tensor:

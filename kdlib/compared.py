@@ -9,6 +9,7 @@ import pandas as pd
 from kdlib import pages, plots
 from kdlib.answer_figures import ANSWER_FIGURES
 from kdlib.answer_tables import TITLES, answer_tables
+from kdlib.measures import MEASURES, shown_in, task_of
 from kdlib.pages import Picture
 from kdlib.runs import now
 
@@ -36,21 +37,23 @@ def render(results: Mapping[str, Any], folder: Path) -> Path:
     pictures = {name: pages.picture(figure, name) for name, figure in plots.comparison_figures(results).items()}
     tables = tables_of(results)
     page = pages.page(
-        "compared.html.j2", student=results["student"], sources=results["sources"], rule=results["rule"],
-        precision=results["precision"], made=now()[:16].replace("T", " "), message=plots.comparison_message(results),
+        "compared.html.j2", student=results["student"], sources=results["sources"], precision=results["precision"],
+        made=now()[:16].replace("T", " "), message=plots.comparison_message(results),
         **content_of(results, pictures, tables),
     )
     return pages.write(folder, page, pictures, tables)
 
 
 def _measured_on(results: Mapping[str, Any]) -> str:
-    """Of what the intervals speak, and which students were measured."""
-    if "labels" in results:
-        groups = " (McNemar's test takes each row by itself)" if "groups" in results["interval"] else ""
-        return f"Paired on the same {results['rows']:,} rows; intervals: {results['interval']}{groups}. Measured: {results['rule']}."
+    """Of what the intervals speak, which way is better, and which students were measured."""
+    task, rows = task_of(results), f"{results['rows']:,}"
+    what = {"causal-lm": f"{rows} blocks", "question-answering": f"{rows} questions"}.get(task, f"{rows} rows")
+    lower = [MEASURES[name].brief for name in shown_in(results) if not MEASURES[name].higher_is_better]
+    notes = {"causal-lm": " Blocks of one document resemble each other, so the intervals are rather too narrow."}.get(task, "")
+    if "groups" in results["interval"]:
+        notes = " McNemar's test takes each row by itself."
     rule = f" Measured: {results['rule']}." if "rule" in results else ""
-    return ("Paired on the same blocks; the interval is a bootstrap's over blocks. KL, perplexity and bits per byte: lower is better; "
-            f"agreement: higher. Blocks of one document resemble each other.{rule}")
+    return f"Paired on the same {what}; intervals: {results['interval']}. Lower is better: {', '.join(lower)}.{notes}{rule}"
 
 
 def _samples(results: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:

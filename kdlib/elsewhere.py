@@ -1,14 +1,17 @@
 """Models that were trained elsewhere, by this package or another, compared on the same rows: what `kd compare` does."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from datasets import concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from kdlib import compared, models, tasks
 from kdlib.batches import Prepared
+from kdlib.canvas import LABELS
 from kdlib.compare import Comparison, prompts_of
 from kdlib.compare_classes import ClassComparison
 from kdlib.config import Config, parse
@@ -31,7 +34,7 @@ def named_students(texts: Sequence[str]) -> dict[str, str]:
     for text in texts:
         given = None if Path(text).exists() else re.fullmatch(r"([\w.+-]+)=(.+)", text)
         name, model = given.groups() if given else (Path(text).expanduser().absolute().name, text)
-        if name in found or name in ("teacher", "untrained"):
+        if name in found or name in LABELS:
             raise ConfigError(f"--student {text}: the name {name!r} is taken; give it one of its own: --student NAME={model}")
         found[name] = str(Path(model).absolute()) if Path(model).is_dir() else model  # a folder may be called `teacher`
     return found
@@ -40,7 +43,7 @@ def named_students(texts: Sequence[str]) -> dict[str, str]:
 def compare(
     teacher: str, students: Mapping[str, str], data: str, *, task: str = TASKS[0], overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Measure the teacher and each student on the test rows of `data`, else on its validation rows.
+    """Measure the teacher and each student on the test rows of `data`, else on its validation rows, else on all it has.
 
     Args:
         students: name -> model; the comparison is about the first, which is measured last, against all others.
@@ -61,14 +64,30 @@ def compare(
         models.check_pair(config, models.tokenizer_of(config))
     config = configs[student]
     tokenizer = models.tokenizer_of(config)
-    prepared = tasks.prepare(config, tokenizer)
-    measure = _compare_classes if task == "sequence-classification" else _compare_tokens
-    results = measure(configs, student, tokenizer, prepared)
+    read = _rows if {key for key, _ in pairs(overrides)} & {"data.validation", "data.test"} else _all_rows
+    prepared = read(config)
+    results = (_compare_classes(configs, student, tokenizer, prepared, read) if task == "sequence-classification"
+               else _compare_tokens(configs, student, tokenizer, prepared))
     split = results["split"]
-    how = prepared.notes.get("test" if split == "test" else "split", "the source's own")
+    how = prepared.notes["test" if split == "test" else "split"]
     return {**results, "task": task, "student": student, "sources": {"teacher": teacher, **students},
             "rule": f"each model as given, on {results['rows']:,} {split} rows of {data} ({split}: {how})",
             "precision": str(precision_of(config)[0]).removeprefix("torch.")}
+
+
+def _rows(config: Config) -> Prepared:
+    return tasks.prepare(config, models.tokenizer_of(config))
+
+
+def _all_rows(config: Config) -> Prepared:
+    """The rows of the data; where nothing divides them all are for testing (of questions nearly all: those trained on have no choices)."""
+    prepared = _rows(config)
+    if prepared.test is not None or prepared.notes["split"] == "the source's own" or config.task == "question-answering":
+        return prepared
+    every, limit = concatenate_datasets([prepared.train, prepared.validation]), config.data.max_eval_rows
+    if limit is not None and limit < len(every):
+        every = every.shuffle(seed=config.seed).select(range(limit))
+    return replace(prepared, test=every, notes={**prepared.notes, "test": "all there are, each text once"})
 
 
 def folder_for(output: Path) -> Path:
@@ -101,13 +120,15 @@ def _config(teacher: str, student: str, data: str, task: str, overrides: Sequenc
             raise ConfigError(f"-o {key}: this has an option of its own: --task, --teacher, --student")
     positions = [getattr(models.load_config(model), "max_position_embeddings", None) or LONGEST for model in among]
     limits = [models.load_tokenizer(model).model_max_length for model in among]
+    read = {"source": data, "max_length": min(LONGEST, *positions, *limits), **({"validation": 0.99} if task == TASKS[2] else {})}
     raw = {"task": task, "teacher": {"model": teacher}, "student": {"from": student}, "loss": {"weights": {"ce": 1.0}}, "training": {},
-           "data": {"source": data, "max_length": min(LONGEST, *positions, *limits)}}
+           "data": read}
     return parse(raw, overrides, name="kd compare")
 
 
 def _compare_classes(
-    configs: Mapping[str, Config], student: str, tokenizer: PreTrainedTokenizerBase, prepared: Prepared
+    configs: Mapping[str, Config], student: str, tokenizer: PreTrainedTokenizerBase, prepared: Prepared,
+    read: Callable[[Config], Prepared],
 ) -> dict[str, Any]:
     """Each student reads the same rows by a tokenizer of its own; `tokenizer` and `prepared` are of the one it is about."""
     config = configs[student]
@@ -116,7 +137,7 @@ def _compare_classes(
     print("measuring teacher …", flush=True)
     comparison.add("teacher", lambda: tasks.load(config.teacher.model, prepared, dtype), source=config.teacher.model)
     for name, its in configs.items():
-        rows, model = prepared if name == student else tasks.prepare(its, models.tokenizer_of(its)), its.student.source
+        rows, model = prepared if name == student else read(its), its.student.source
         print(f"measuring {name} …", flush=True)
         comparison.add(name, lambda model=model, rows=rows: tasks.load(model, rows, dtype), source=model, prepared=rows)
     return comparison.results(student)

@@ -51,6 +51,7 @@ KEYS = {  # told first: in the sentence that opens a report, in the table over a
     "sequence-classification": ("accuracy", "macro_f1", "log_loss", "ece"),
     "question-answering": ("choice_accuracy", "choice_agreement", "kl_to_teacher", "perplexity"),
 }
+TO_TEACHER = ("kl_to_teacher", "agreement", "retention", "choice_agreement", "choice_retention")  # of no meaning for the teacher itself
 DRAWN = 4
 
 
@@ -72,6 +73,11 @@ def shown_in(results: Mapping[str, Any], choice: Mapping[str, tuple[str, ...]] =
 def student_of(results: Mapping[str, Any]) -> str:
     """Whom the comparison is about."""
     return results.get("student", "distilled")
+
+
+def differing(results: Mapping[str, Any], rival: str, choice: Mapping[str, tuple[str, ...]] = TABLE) -> list[str]:
+    """The measures in which the student is held against this rival: what only says how near it is to the teacher tells nothing of it."""
+    return [name for name in shown_in(results, choice) if rival != "teacher" or name not in TO_TEACHER]
 
 
 def rivals_of(results: Mapping[str, Any]) -> list[str]:

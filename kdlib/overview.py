@@ -65,7 +65,8 @@ def _reached(each: Summary) -> str:
     if each.step is None:
         return each.stage or ("benchmark" if each.is_benchmark else "")
     made = f"step {each.step:,}" + (f" of {each.steps:,}" if each.steps else "")
-    return f"{each.stage}, {made}" if each.stage == "training" else f"{each.stage} ({made})"
+    stage = f"teacher, {each.stage}" if each.is_teacher else each.stage
+    return f"{stage}, {made}" if each.stage == "training" else f"{stage} ({made})"
 
 
 def _parts(text: str) -> tuple[str, str]:

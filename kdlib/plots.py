@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from kdlib.answer_figures import answer_figures
 from kdlib.canvas import COLOURS, LABELS, colours_of, colours_of_models, label_of
 from kdlib.errors import ConfigError
-from kdlib.measures import DRAWN, KEYS, MEASURES, difference, rivals_of, shown_in, student_of, task_of, with_interval
+from kdlib.measures import DRAWN, KEYS, MEASURES, difference, differing, rivals_of, shown_in, student_of, task_of, with_interval
 from kdlib.metrics import eval_table, terms_in, training_table
 from kdlib.panels import dashboard
 from kdlib.progress import progress
@@ -34,7 +34,7 @@ COSTS = {  # what a comparison measures of it: how a column is headed, and its f
 }
 
 BARS = "teacher_student_comparison"  # the figure over all models
-LEARNED = ("choice_accuracy", "accuracy", "log_loss", "kl_to_teacher", "perplexity")  # drawn over the steps, as far as the task has them
+LEARNED = ("choice_accuracy", "accuracy", "macro_f1", "log_loss", "kl_to_teacher", "perplexity")  # over the steps, where measured
 
 if (shell := get_ipython()) is not None:  # IPython knows what a Figure is only where pyplot is imported, which nothing here does
     select_figure_formats(shell, {"png"})
@@ -104,7 +104,8 @@ def sample_of(results: Mapping[str, Any]) -> str:
     if "questions" in results:
         return f"n = {results['questions']:,} questions; {results['interval']}"
     if "tokens" in results:
-        return f"n = {results['rows']} blocks, {results['tokens']:,} tokens; {results['interval']}"
+        what = "answers" if task_of(results) == "question-answering" else "blocks"
+        return f"n = {results['rows']} {what}, {results['tokens']:,} tokens; {results['interval']}"
     return f"n = {results['rows']:,} {results['split']} rows; {results['interval']}"
 
 
@@ -112,7 +113,7 @@ def comparison_message(results: Mapping[str, Any]) -> str:
     """What the comparison found, in a sentence; says so where an interval overlaps zero."""
     student, rival = student_of(results), rivals_of(results)[0]
     parts = []
-    for metric in shown_in(results, KEYS):
+    for metric in differing(results, rival, KEYS):
         d, measure = difference(results, student, rival, metric), MEASURES[metric]
         better = d["value"] > 0 if measure.higher_is_better else d["value"] < 0
         verdict = "no clear difference in" if d["low"] <= 0 <= d["high"] else "better" if better else "worse"
@@ -141,7 +142,7 @@ def difference_table(results: Mapping[str, Any]) -> pd.DataFrame:
     student, rows = student_of(results), []
     heading = f"{label_of(student)} against"
     for rival in rivals_of(results):
-        for metric in shown_in(results):
+        for metric in differing(results, rival):
             d = difference(results, student, rival, metric)
             rows.append({
                 heading: label_of(rival), "metric": MEASURES[metric].name,
@@ -163,8 +164,9 @@ def run_figures(run: Run, results: Mapping[str, Any] | None) -> dict[str, Figure
         with suppress(ConfigError):  # of another version: its report says so
             others = [progress(run, run.baseline)] if len(training_table(run.baseline)) else []
             figures["dashboard"] = dashboard(progress(run), others=others)
-    if len(evaluation) and "kl_to_teacher" in evaluation:
-        figures["learning_curves"] = learning_curves({"distilled": evaluation} | ({"baseline": baseline} if len(baseline) else {}))
+    if any(name in evaluation for name in LEARNED):
+        who = "teacher" if run.manifest.get("teacher_stage") else "distilled"
+        figures["learning_curves"] = learning_curves({who: evaluation} | ({"baseline": baseline} if len(baseline) else {}))
     return figures
 
 

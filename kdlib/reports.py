@@ -35,7 +35,7 @@ def render(run: Run, reports: Path) -> Path:
     results, benchmark = read_json(run.path / "comparison_results.json"), reading.results_of(run)
     figures = benchmark_figures.run_figures(benchmark) if benchmark else plots.run_figures(run, results)
     pictures = {name: pages.picture(figure, name) for name, figure in figures.items()}
-    students = {"distilled student": run, "baseline": run.baseline}
+    students = {"teacher" if run.manifest.get("teacher_stage") else "distilled student": run, "baseline": run.baseline}
     cards = {name: lines for name, student in students.items() if (lines := card(run, student))}
     tables = _tables(run, results, benchmark, cards)
     page = pages.page("report.html.j2", **_content(run, results, benchmark, pictures, tables, cards))
@@ -48,8 +48,8 @@ def _tables(run: Run, results: Mapping | None, benchmark: Mapping | None, cards:
     tables = {"metrics": training_table(run), "evaluation": eval_table(run)}
     if results:
         tables |= compared.tables_of(results)
-    if "distilled student" in cards:
-        tables["scorecard"] = scorecard_table(cards["distilled student"])
+    if cards:
+        tables["scorecard"] = scorecard_table(next(iter(cards.values())))
     return tables
 
 
@@ -105,7 +105,7 @@ def _strip(run: Run, results: Mapping[str, Any] | None, cards: Mapping[str, list
     if brief.step is not None:
         strip.append(("steps", f"{brief.step:,}", [f"of {brief.steps:,}"] if brief.steps else []))
     strip += [(name, value, []) for name, value in costs(None, brief.train).items()]
-    if lines := cards.get("distilled student"):
+    if lines := next(iter(cards.values()), None):
         failed = [line.check for line in lines if line.passed is False]
         passed = f"{sum(line.passed is True for line in lines)} of {len(lines)} pass"
         strip.append(("scorecard", passed, [f"fails: {check}" for check in failed] or ["no check fails"]))

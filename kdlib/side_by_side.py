@@ -20,8 +20,8 @@ from kdlib.runs import write_text
 from kdlib.summaries import Summary, keys_of, report_link
 
 SHOWN = 3  # at first: the newest that are done
-CURVES = {"kl": ("held-out KL to the teacher", "evaluation", "kl_to_teacher", "KL(teacher ‖ student),\nnats per token"),
-          "loss": ("training loss (comparable where the weights are the same)", "train", "loss", "loss, nats per token")}
+CURVES = {"kl": ("held-out KL to the teacher", "evaluation", "kl_to_teacher", "KL(teacher ‖ student),\nnats per token or row"),
+          "loss": ("training loss (comparable where the weights are the same)", "train", "loss", "loss, nats per token or row")}
 
 
 @dataclass(frozen=True)

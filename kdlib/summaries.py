@@ -30,6 +30,7 @@ class Summary:
     config: str = ""  # the file's name without its ending
     sweep: str = ""
     is_benchmark: bool = False
+    is_teacher: bool = False  # its own training, before it teaches
     step: int | None = None
     steps: int | None = None  # planned
     stage: str = ""
@@ -132,6 +133,7 @@ def _read(run: Run) -> Summary:
         run.name, status["state"], status.get("message", ""), created=manifest.get("created", "")[:16].replace("T", " "),
         config=Path(manifest.get("config_file") or "").stem, sweep=str(manifest.get("sweep") or ""),
         is_benchmark=reading.results_of(run) is not None or "task" not in settings,
+        is_teacher=bool(manifest.get("teacher_stage")),
         step=max(steps, default=None), steps=planned_steps(run), stage=_stage(run, results, steps),
         keys=_keys(settings.get("task", "causal-lm"), results, evaluation), against=against,
         train=train, evaluation=evaluation, baseline=metrics.eval_table(run.baseline),

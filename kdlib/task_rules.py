@@ -8,7 +8,7 @@ from kdlib.measures import MEASURES
 TASKS = ("causal-lm", "sequence-classification", "question-answering")
 METRICS = {
     "causal-lm": ("perplexity", "kl_to_teacher", "agreement", "accuracy"),
-    "sequence-classification": ("accuracy", "log_loss", "kl_to_teacher", "agreement"),
+    "sequence-classification": ("accuracy", "macro_f1", "log_loss", "kl_to_teacher", "agreement"),
     "question-answering": ("perplexity", "kl_to_teacher", "agreement", "accuracy", "choice_accuracy"),
 }
 """The metrics of an evaluation that may choose the best model, the usual one first: none depends on the loss's weights."""
@@ -16,7 +16,7 @@ HIGHER_IS_BETTER = {name: MEASURES[name].higher_is_better for metrics in METRICS
 READ_BY = {  # settings of `data:` that not every task reads
     "label": ("sequence-classification",), "labels": ("sequence-classification",), "group": ("sequence-classification",),
     "question": ("question-answering",), "choices": ("question-answering",), "answer": ("question-answering",),
-    "test": ("sequence-classification", "question-answering"), "split_seed": ("sequence-classification", "question-answering"),
+    "test": ("sequence-classification", "question-answering"),
     "packing": ("causal-lm",), "text": ("causal-lm", "sequence-classification"),
 }
 OF_TOKENS = ("hidden", "attention", "relational", "contrastive")  # terms that compare the two models token by token

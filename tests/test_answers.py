@@ -212,9 +212,32 @@ def test_a_class_without_a_row_has_no_part_in_macro_f1():
 def test_the_worst_rows_are_those_most_wrong_and_then_those_furthest_from_the_teacher():
     teacher = Answers([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.5, 0.5]], [0, 0, 0, 1])
     student = Answers([[0.8, 0.2], [0.1, 0.9], [0.99, 0.01], [0.5, 0.5]], [0, 0, 0, 1])
-    found = worst_rows({"teacher": teacher, "distilled": student}, "distilled", ["x" * 400, "b", "c", "d"], ("yes", "no"), wrong=1, far=2)
+    models, texts = {"teacher": teacher, "distilled": student}, ["x" * 400, "b", "c", "d"]
+    found = worst_rows(models, "distilled", texts, [("yes", "no")] * 4, wrong=1, far=2)
     assert [(each["row"], each["why"]) for each in found] == [
         (1, "most wrong"), (2, "furthest from the teacher"), (0, "furthest from the teacher")]
     assert found[0]["said"] == {"teacher": [["yes", 0.9], ["no", 0.1]], "distilled": [["no", 0.9], ["yes", 0.1]]}
     assert found[0]["label"] == "yes"
     assert found[2]["text"] == "x" * 300 + " …"
+
+
+def test_choices_may_differ_from_row_to_row():
+    teacher = Answers([[0.9, 0.1, 0.0], [0.2, 0.2, 0.6]], [0, 2])
+    found = worst_rows({"teacher": teacher}, "teacher", ["a", "b"], [("yes", "no"), ("red", "green", "blue")], wrong=0, far=0)
+    assert found == []
+    wrong = Answers([[0.1, 0.9, 0.0], [0.2, 0.2, 0.6]], [0, 2])
+    found = worst_rows({"teacher": teacher, "distilled": wrong}, "distilled", ["a", "b"], [("yes", "no"), ("red", "green", "blue")])
+    assert found[0]["said"]["distilled"] == [["no", 0.9], ["yes", 0.1]]
+
+
+def test_few_groups_are_said_to_be_too_few(models):
+    groups = [f"page {number % 3}" for number in range(len(models["teacher"]))]
+    assert results_of(models, NAMES, groups=groups, resamples=50)["interval"].endswith("over 3 groups of rows, too few to trust")
+    groups = [f"page {number % 20}" for number in range(len(models["teacher"]))]
+    assert results_of(models, NAMES, groups=groups, resamples=50)["interval"].endswith("over 20 groups of rows")
+
+
+def test_calibration_error_is_never_below_0():
+    labels = np.arange(40) % 2
+    even = Answers(np.where(np.eye(2)[labels] > 0, 0.999, 0.001), labels)
+    assert results_of({"teacher": even}, ("a", "b"), resamples=200)["models"]["teacher"]["ece"]["low"] >= 0

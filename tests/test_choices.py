@@ -9,6 +9,7 @@ from datasets import Dataset
 from made_questions import multiple_choice, question_tokenizer, tiny_gpt2, written
 
 from kdlib import choices, plots, tasks, training
+from kdlib.answer_tables import answer_tables
 from kdlib.compare import Comparison
 from kdlib.config import DataConfig, parse
 from kdlib.diagnostics.doctor import diagnose
@@ -89,7 +90,10 @@ def test_of_equal_scores_the_first_choice_is_taken():
 
 
 def test_answers_are_arrays_for_whoever_measures_them(voice, prepared):
-    probabilities, labels = choices.answers_of(voice, prepared)
+    tally = choices.ChoiceTally(prepared, "validation", resamples=20, seed=0)
+    tally.add("teacher", voice)
+    answers = tally.answers()["teacher"]
+    probabilities, labels = answers.probabilities, answers.labels
     assert probabilities.shape == (len(prepared.validation), 4)
     assert probabilities.sum(1) == pytest.approx(np.ones(len(labels)))
     rows = choices.choice_rows(prepared)
@@ -179,6 +183,11 @@ def test_a_comparison_has_the_choices_with_paired_intervals(folders, prepared):
             assert entry["value"] == pytest.approx(0, abs=1e-5)
     assert {entry["metric"] for entry in results["differences"]} >= set(choices.METRICS)
     json.dumps(results, allow_nan=False)
+    assert {test["p_value"] for test in results["mcnemar"] if {test["model"], test["against"]} == {"teacher", "twin"}} == {1.0}
+    assert student["on_teachers_mistakes"]["rows"] == round((1 - teacher["choice_accuracy"]["value"]) * results["questions"])
+    for each in results["worst"]:
+        assert each["label"] in {row["text"] for row in rows if row["question"] == each["text"]}
+        assert sum(share for _, share in each["said"]["distilled"]) <= 1 + 1e-9
 
 
 def test_the_picture_and_the_tables_of_a_comparison_begin_with_the_choices(folders, prepared):
@@ -189,6 +198,7 @@ def test_the_picture_and_the_tables_of_a_comparison_begin_with_the_choices(folde
     assert list(plots.quality_table(results).columns)[:2] == ["right choices", "retention, %"]
     assert "the distilled student shows: no clear difference in right choices" in plots.comparison_message(results)
     titles = [axes.get_title(loc="left").split("\n")[0] for axes in plots.comparison_bars(results).axes]
+    assert list(answer_tables(results)) == ["mcnemar", "on_teachers_mistakes", "worst"]
     assert titles == ["right choices", "retention, %", "the teacher's choices", "KL to teacher"]
 
 

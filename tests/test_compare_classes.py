@@ -1,15 +1,17 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from sklearn import metrics
 from tiny_classifiers import LABELS, bert, llama, raw_config, rows_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from kdlib import compare, models, runs, tasks
-from kdlib.compare_classes import ClassComparison
-from kdlib.config import parse
+from kdlib.compare_classes import ClassComparison, rule_of
+from kdlib.config import EarlyStopping, parse
 from kdlib.errors import ModelError
 
 
@@ -35,6 +37,7 @@ def compared(place, config):
     prepared = tasks.prepare(config, tokenizer)
     run = runs.Run(place / "run")
     runs.write_json(run.path / "manifest.json", {"student_layers": None})
+    (run.path / "config.yaml").write_text(yaml.safe_dump(config.as_dict()))
     return compare.compare_run(run, config, tokenizer, prepared), prepared
 
 
@@ -92,6 +95,13 @@ def test_without_test_rows_the_final_students_are_compared_on_the_validation_row
     assert results["rule"].startswith("final_model/")
     assert results["models"]["distilled"]["accuracy"]["value"] == np.mean(said.argmax(1) == prepared.validation["label"])
     assert "baseline" not in results["models"]
+
+
+def test_who_has_an_advantage_on_the_validation_rows_is_said(found, config):
+    prepared = replace(found[1], test=None)
+    said = rule_of(config.model_copy(update={"early_stopping": EarlyStopping(patience=2)}), prepared)
+    assert "when early stopping by these very rows ended it" in said
+    assert "the teacher is the best by these rows" not in said
 
 
 def test_what_a_model_takes_is_measured(found, place):

@@ -6,7 +6,7 @@ from made_questions import multiple_choice, tiny_gpt2, written
 from tiny_classifiers import LABELS, bert, llama, rows
 from typer.testing import CliRunner
 
-from kdlib import elsewhere
+from kdlib import elsewhere, plots
 from kdlib.cli import app
 from kdlib.errors import ConfigError, DataError, ModelError, RunError
 
@@ -64,6 +64,23 @@ def test_nearly_a_whole_file_can_be_measured(place):
     assert found["rows"] == 160 - 2 * len(LABELS)
 
 
+def test_a_file_that_nothing_divides_is_measured_whole(place):
+    models = str(place / "teacher"), {"small": str(place / "small")}
+    found = elsewhere.compare(*models, str(place / "rows.jsonl"), overrides=[*COLUMNS, *FEW])
+    assert (found["rows"], found["split"]) == (160, "test")
+    assert "all there are, each text once" in found["rule"]
+    assert elsewhere.compare(*models, str(place / "rows.jsonl"), overrides=[*COLUMNS, *FEW, "data.max_eval_rows=40"])["rows"] == 40
+
+
+def test_against_the_teacher_nothing_is_said_of_how_near_it_is_to_itself(place):
+    models = str(place / "teacher"), {"small": str(place / "small")}
+    found = elsewhere.compare(*models, str(place / "rows.jsonl"), overrides=[*COLUMNS, *FEW])
+    said = plots.comparison_message(found)
+    assert "accuracy" in said
+    assert "KL to the teacher" not in said
+    assert "KL to teacher" not in plots.difference_table(found)["metric"].tolist()
+
+
 def test_a_missing_column_is_named_with_its_setting(place):
     with pytest.raises(DataError, match=r"no column 'body'.*it has content, topic: name the one with the text in data\.text"):
         elsewhere.compare(str(place / "teacher"), {"small": str(place / "small")}, str(place / "rows.jsonl"), overrides=["data.text=body"])
@@ -78,7 +95,7 @@ def test_language_models_are_compared_on_held_out_text(teacher_folder, narrow, p
     assert list(found["models"]) == ["teacher", "narrow"]
     assert found["models"]["teacher"]["kl_to_teacher"]["value"] == pytest.approx(0, abs=1e-6)
     assert found["models"]["narrow"]["kl_to_teacher"]["value"] > 0
-    assert "validation: by document" in found["rule"]
+    assert "(test: all there are" in found["rule"]
     with pytest.raises(ModelError, match="different vocabularies"):
         elsewhere.compare(str(teacher_folder), {"other": str(place / "other")}, str(text), task="causal-lm", overrides=settings)
 

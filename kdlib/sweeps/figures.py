@@ -3,7 +3,8 @@
 The best is blue, the others grey.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,9 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from kdlib.plots import COLOURS
+from kdlib.canvas import COLOURS, label_of
+from kdlib.measures import DRAWN, MEASURES, task_of
 from kdlib.sweeps import maps
 from kdlib.sweeps.axes import LITERAL, scaled, short, titled
+from kdlib.sweeps.gains import clear_words, common, results_of
 from kdlib.sweeps.reading import (
     ALIKE,
     COSTS,
@@ -21,6 +24,7 @@ from kdlib.sweeps.reading import (
     UNITS,
     WORDS,
     Sweep,
+    averaged,
     compared_costs,
     is_number,
     levels,
@@ -37,14 +41,18 @@ BEST, OTHER = COLOURS["distilled"], "#8a939b"
 MOST = 30  # settings that a ranking shows
 
 
-def run_figures(sweep: Sweep, trials: pd.DataFrame, settings: pd.DataFrame, gains: pd.DataFrame) -> dict[str, Figure]:
+def run_figures(
+    sweep: Sweep, trials: pd.DataFrame, settings: pd.DataFrame, gains: Mapping[str, pd.DataFrame]
+) -> dict[str, Figure]:
     """Every figure that the finished trials allow, by name."""
     if not len(settings):
         return {}
     names, metric = [name for name in varied(sweep) if len(levels(list(trials[name]))) > 1], sweep.facts["metric"]
-    figures = {"ranking": ranking(settings, names, metric)}
-    if len(gains):
-        figures["gains"] = gain(gains, names, metric)
+    figures = {"ranking": ranking(settings, names, metric)} if len(settings) > 1 else {}
+    if gains:
+        figures["gains"] = gains_by_setting(gains, names)
+    if (results := results_of(sweep, settings.iloc[0]["runs"])) and len(common(results)[0]) > 1:
+        figures["models"] = models(results, label(settings.iloc[0], names))
     if len(names) == 1:
         figures["course"] = course(settings, names[0], metric)
     if len(names) > 1:
@@ -64,7 +72,8 @@ def ranking(settings: pd.DataFrame, names: Sequence[str], metric: str) -> Figure
     axes = figure.subplots()
     for position, (_, row) in enumerate(shown.iterrows()):
         colour = OTHER if position else BEST
-        _point(axes, row, position, colour, "{:.4g}")
+        _point(axes, row, position, colour)
+        axes.text(1.01, position, f"{row['value']:.4g}", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
     axes.axvspan(shown.iloc[0]["low"], shown.iloc[0]["high"], color=BEST, alpha=0.1, linewidth=0)
     axes.set_yticks(range(len(shown)), [label(row, names) for _, row in shown.iterrows()], fontsize=8, **LITERAL)
     axes.set_ylim(len(shown) - 0.4, -0.6)
@@ -83,33 +92,60 @@ def _ranking_title(settings: pd.DataFrame, names: Sequence[str], metric: str) ->
     return f"{best},\n{others}"
 
 
-def gain(gains: pd.DataFrame, names: Sequence[str], metric: str) -> Figure:
-    """What the teacher adds in each setting, with its interval, in the order of the ranking; small dots are single seeds."""
-    shown, better = gains.head(MOST), 1 if METRICS[metric] else -1
-    figure = Figure(figsize=(8, 1.5 + 0.28 * len(shown)), layout="constrained")
-    axes = figure.subplots()
-    axes.axvline(0, color=COLOURS["baseline"], linewidth=1.5)
-    for position, (_, row) in enumerate(shown.iterrows()):
-        _point(axes, row, position, BEST if better * row["low"] > 0 < better * row["high"] else OTHER, "{:+.3g}")
-    axes.set_yticks(range(len(shown)), [label(row, names) for _, row in shown.iterrows()], fontsize=8, **LITERAL)
-    axes.set_ylim(len(shown) - 0.4, -0.6)
-    axes.margins(x=0.15)
-    axes.set_xlabel(f"{WORDS[metric]}: distilled minus trained alone ({'more' if METRICS[metric] else 'less'} is better; "
-                    f"{'95 % over seeds' if gains['n'].max() > 1 else '95 % over held-out rows'})", fontsize=9)
-    helped = int((better * gains["value"] > 0).sum())
-    clear = int(((better * gains["low"] > 0) & (better * gains["high"] > 0)).sum())
-    if len(gains) > 1:
-        return titled(figure, f"The teacher helps in {helped} of {len(gains)} settings, beyond the interval in {clear}")
-    return titled(figure, "The teacher helps, beyond the interval" if clear else "No gain by the teacher beyond the interval")
+def gains_by_setting(gains: Mapping[str, pd.DataFrame], names: Sequence[str]) -> Figure:
+    """What the teacher adds in each setting, metric by metric, with its interval; small dots are single seeds."""
+    metric, table = next(iter(gains.items()))
+    shown = {name: each.head(MOST) for name, each in gains.items()}
+    labels = [label(row, names) for _, row in shown[metric].iterrows()]
+    figure = Figure(figsize=(3 + 2.4 * len(gains), 1.6 + 0.3 * len(labels)), layout="constrained")
+    for axes, (name, each) in zip(figure.subplots(1, len(gains), sharey=True, squeeze=False)[0], shown.items(), strict=True):
+        better = 1 if METRICS[name] else -1
+        axes.axvline(0, color=COLOURS["baseline"], linewidth=1.5)
+        for position, (_, row) in enumerate(each.iterrows()):
+            _point(axes, row, position, BEST if better * row["low"] > 0 < better * row["high"] else OTHER)
+            axes.annotate(f"{row['value']:+.3g}", (row["value"], position), (0, 6), textcoords="offset points", ha="center", fontsize=7)
+        axes.set_title(f"{MEASURES[name].brief} ({'more' if METRICS[name] else 'less'} is better)", fontsize=9, loc="left")
+        axes.margins(x=0.15)
+        axes.tick_params(labelsize=8)
+    figure.axes[0].set_yticks(range(len(labels)), labels, fontsize=8, **LITERAL)
+    figure.axes[0].set_ylim(len(labels) - 0.4, -0.7)
+    over = "95 % over seeds" if table["n"].max() > 1 else "95 % over held-out rows"
+    figure.supxlabel(f"distilled minus trained alone; {over}; blue: better beyond the interval", fontsize=9)
+    better = 1 if METRICS[metric] else -1
+    helped = int((better * table["value"] > 0).sum())
+    clear = int(((better * table["low"] > 0) & (better * table["high"] > 0)).sum())
+    if len(table) > 1:
+        return titled(figure, f"In {WORDS[metric]} the teacher helps in {helped} of {len(table)} settings, beyond the interval in {clear}")
+    return titled(figure, f"{'A gain' if clear else 'No gain'} in {WORDS[metric]} by the teacher beyond the interval")
 
 
-def _point(axes: Axes, row: pd.Series, position: int, colour: str, form: str) -> None:
-    """A setting's mean with its interval, its seeds, and the figure at the right."""
+def _point(axes: Axes, row: pd.Series, position: int, colour: str) -> None:
+    """A setting's mean with its interval, and its seeds."""
     axes.errorbar(row["value"], position, xerr=[[max(row["value"] - row["low"], 0)], [max(row["high"] - row["value"], 0)]], fmt="o",
                   color=colour, capsize=3, markersize=6)
     if row["n"] > 1:
         axes.plot(row["values"], [position] * row["n"], ".", color=colour, markersize=4, alpha=0.6)
-    axes.text(1.01, position, form.format(row["value"]), transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+
+
+def models(results: Sequence[Mapping[str, Any]], setting: str) -> Figure:
+    """Every model of one setting: its mean over the seeds with the interval; what one seed gave is joined by a thin line."""
+    names, shown = common(results)
+    drawn = shown[:DRAWN]
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+        for each in results if len(results) > 1 else ():
+            axes.plot(range(len(names)), [each["models"][name][metric]["value"] for name in names], ".-", color=OTHER, linewidth=0.6,
+                      markersize=3)
+        for position, name in enumerate(names):
+            found = averaged([each["models"][name][metric] for each in results])
+            gaps = [[max(found["value"] - found["low"], 0)], [max(found["high"] - found["value"], 0)]]
+            axes.errorbar(position, found["value"], yerr=gaps, fmt="o", color=COLOURS[name], capsize=3, markersize=6)
+            axes.annotate(f"{found['value']:.3g}", (position, found["value"]), (5, 5), textcoords="offset points", fontsize=8)
+        axes.set_xticks(range(len(names)), [label_of(name).replace(" ", "\n") for name in names], fontsize=8)
+        axes.set_title(MEASURES[metric].label(task_of(results[0])).strip(), fontsize=9, loc="left")
+        axes.margins(x=0.15, y=0.1)
+    words = f": against the {label_of('baseline')}, {clear_words(results)}" if "baseline" in names else ""
+    return titled(figure, f"{upper(setting)}, {f'{len(results)} seeds' if len(results) > 1 else 'one training'}{words}")
 
 
 def course(settings: pd.DataFrame, name: str, metric: str) -> Figure:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from kdlib.canvas import LABELS, label_of
-from kdlib.measures import MEASURES, difference, shown_in, with_interval
+from kdlib.measures import KEYS, MEASURES, difference, shown_in, task_of, with_interval
 from kdlib.runs import read_json
 from kdlib.sweeps.reading import Sweep, averaged
 
@@ -18,35 +18,55 @@ MODELS = ("teacher", STUDENT, ALONE, "untrained")  # in the order of the table
 DIFFERENCE = f"{LABELS[STUDENT]} − {LABELS[ALONE]}"
 
 
-def gain_table(sweep: Sweep, settings: pd.DataFrame) -> pd.DataFrame:
-    """One row per setting, as `settings` has them: the distilled student's metric minus that of the student trained alone.
+def gain_tables(sweep: Sweep, settings: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Metric → a row per setting, as `settings` has them: the distilled student's metric minus that of the student trained alone.
 
-    Each seed's two students are a pair: the interval is Student's over the seeds' differences; of one seed, its comparison's own.
-    What has no baseline is left out.
+    The sweep's metric comes first, then the others that the task is told by.  Each seed's two students are a pair: the interval is
+    Student's over the seeds' differences; of one seed, its comparison's own.  What has no baseline is left out.
 
     Returns:
         The settings' own columns with value, low, high, n, values of the difference, and clear: how many seeds are beyond chance
-        by themselves, by the paired bootstrap over held-out rows.
+        by themselves, by the paired bootstrap over held-out rows.  {} without baselines.
     """
-    rows = []
-    for _, setting in settings.iterrows():
-        found = [difference(each, STUDENT, ALONE, sweep.facts["metric"]) for each in _results(sweep, setting["runs"])
-                 if ALONE in each["models"]]
-        if found:
-            clear = sum(each["low"] > 0 or each["high"] < 0 for each in found)
-            rows.append({**setting, **averaged(found), "clear": clear})
-    return pd.DataFrame(rows, columns=[*settings.columns, "clear"]).reset_index(drop=True)
+    found = [(setting, [each for each in results_of(sweep, setting["runs"]) if ALONE in each["models"]])
+             for _, setting in settings.iterrows()]
+    found = [(setting, results) for setting, results in found if results]
+    if not found:
+        return {}
+    shown = common([each for _, results in found for each in results])[1]
+    told = [name for name in KEYS[task_of(found[0][1][0])] if name in shown]
+    return {metric: pd.DataFrame([{**setting, **_gain(results, metric)} for setting, results in found])
+            for metric in dict.fromkeys([sweep.facts["metric"], *told])}
 
 
-def model_table(sweep: Sweep, runs: Sequence[str]) -> pd.DataFrame:
-    """For reading: a row per model and one of the difference, a column per measure; mean and interval over the runs."""
-    results = _results(sweep, runs)
-    shown = [name for name in shown_in(results[0]) if all(name in shown_in(each) for each in results)] if results else []
-    rows = {label_of(name): {m: with_interval(averaged([each["models"][name][m] for each in results])) for m in shown}
-            for name in MODELS if all(name in each["models"] for each in results)}
-    if LABELS[ALONE] in rows:
+def _gain(results: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
+    each = [difference(one, STUDENT, ALONE, metric) for one in results]
+    return {**averaged(each), "clear": sum(one["low"] > 0 or one["high"] < 0 for one in each)}
+
+
+def results_of(sweep: Sweep, runs: Sequence[str]) -> list[dict[str, Any]]:
+    """The comparisons of these runs, as far as they have come to one."""
+    return [found for name in runs if (found := read_json(sweep.run(name).path / "comparison_results.json"))]
+
+
+def common(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """The models and the measures that all these comparisons have, in the order of tables."""
+    models = [name for name in MODELS if all(name in each["models"] for each in results)]
+    return models, [name for name in shown_in(results[0]) if all(name in shown_in(each) for each in results)]
+
+
+def model_table(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """For reading: a row per model and one of the difference, a column per measure; mean and interval over the comparisons."""
+    models, shown = common(results)
+    rows = {label_of(name): {m: with_interval(averaged([each["models"][name][m] for each in results])) for m in shown} for name in models}
+    if ALONE in models:
         rows[DIFFERENCE] = {m: with_interval(averaged([difference(each, STUDENT, ALONE, m) for each in results]), "+") for m in shown}
     return pd.DataFrame.from_dict(rows, orient="index", columns=shown).rename(columns={name: MEASURES[name].name for name in shown})
+
+
+def same_rows(sweep: Sweep, runs: Sequence[str]) -> bool:
+    """Whether all these runs had the same data, split alike."""
+    return len({sweep.run(name).manifest.get("data", {}).get("fingerprint") for name in runs}) == 1
 
 
 def gain_words(gain: Mapping[str, Any], metric: str) -> str:
@@ -63,5 +83,12 @@ def gain_words(gain: Mapping[str, Any], metric: str) -> str:
             f"{found}{alone}")
 
 
-def _results(sweep: Sweep, runs: Sequence[str]) -> list[dict[str, Any]]:
-    return [found for name in runs if (found := read_json(sweep.run(name).path / "comparison_results.json"))]
+def clear_words(results: Sequence[Mapping[str, Any]]) -> str:
+    """In which measures the two students differ beyond the interval, and in which not."""
+    found: dict[str, list[str]] = {"better": [], "worse": [], "no clear difference in": []}
+    for name in common(results)[1]:
+        gain, measure = averaged([difference(each, STUDENT, ALONE, name) for each in results]), MEASURES[name]
+        chance = gain["low"] <= 0 <= gain["high"]
+        found["no clear difference in" if chance else "better" if (gain["value"] > 0) == measure.higher_is_better else "worse"].append(
+            measure.brief)
+    return "; ".join(f"{how} {', '.join(names)}" for how, names in found.items() if names)

@@ -1,6 +1,7 @@
 """The report of a sweep: one self-contained page over all its trials.  It reads files; nothing calls into it.  Imports no torch."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -12,7 +13,7 @@ from kdlib import pages
 from kdlib.pages import Picture
 from kdlib.plots import with_interval
 from kdlib.sweeps.figures import run_figures
-from kdlib.sweeps.gains import gain_table, gain_words, model_table
+from kdlib.sweeps.gains import gain_tables, gain_words, model_table, results_of, same_rows
 from kdlib.sweeps.reading import COSTS, UNITS, WORDS, Sweep, pareto, setting_table, shown_trials, trial_table, varied, verdict
 from kdlib.sweeps.settings import METRICS
 from kdlib.sweeps.trials import described
@@ -22,9 +23,11 @@ def render(sweep: Sweep, reports: Path) -> Path:
     """Write reports/<sweep>/report.html, its figures and tables from whatever its runs have left, and return the page's path."""
     trials = trial_table(sweep)
     settings = setting_table(sweep, trials)
-    gains = gain_table(sweep, settings)
+    gains = gain_tables(sweep, settings)
     pictures = {name: pages.picture(figure, name) for name, figure in run_figures(sweep, trials, settings, gains).items()}
-    tables = {"trials": trials, "settings": settings, **_fronts(sweep, settings), **({"gains": gains} if len(gains) else {})}
+    tables = {"trials": trials, "settings": settings, **_fronts(sweep, settings)}
+    if gains:
+        tables["gains"] = pd.concat(gains, names=["metric", None]).reset_index(0)
     return pages.write(reports / sweep.name, _page(sweep, trials, settings, gains, pictures, reports), pictures, tables, index=False)
 
 
@@ -34,15 +37,17 @@ def _fronts(sweep: Sweep, settings: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def _page(
-    sweep: Sweep, trials: pd.DataFrame, settings: pd.DataFrame, gains: pd.DataFrame, pictures: dict[str, Picture], reports: Path
+    sweep: Sweep, trials: pd.DataFrame, settings: pd.DataFrame, gains: Mapping[str, pd.DataFrame], pictures: dict[str, Picture],
+    reports: Path,
 ) -> str:
     facts, status = sweep.facts, sweep.folder.status
     shown = shown_trials(sweep, trials)
     return pages.page(
         "sweep.html.j2", name=sweep.name, facts=facts, status=status, message=verdict(sweep, settings),
         counts=trials["state"].value_counts().to_dict(), best=_best(sweep, settings),
-        gain=gain_words(gains.iloc[0], facts["metric"]) if _of_the_best(gains, settings) else "",
-        models=pages.table(model_table(sweep, settings.iloc[0]["runs"])) if len(settings) else "",
+        gain=_gain_of_the_best(sweep, settings, gains),
+        models=pages.table(model_table(results_of(sweep, settings.iloc[0]["runs"]))) if len(settings) else "",
+        same_rows=same_rows(sweep, trials.loc[trials["value"].notna(), "run"]),
         words=WORDS[facts["metric"]], unit=UNITS[facts["metric"]],
         columns=[name for name in shown if name not in ("run", "state", "message")],
         rows=[{**row, "link": _link(row["run"], reports)} for row in shown.to_dict("records")],
@@ -53,8 +58,12 @@ def _page(
     )
 
 
-def _of_the_best(gains: pd.DataFrame, settings: pd.DataFrame) -> bool:
-    return bool(len(gains)) and gains.iloc[0]["runs"] == settings.iloc[0]["runs"]
+def _gain_of_the_best(sweep: Sweep, settings: pd.DataFrame, gains: Mapping[str, pd.DataFrame]) -> str:
+    """What the teacher adds in the best setting; nothing where that has no baseline."""
+    metric = sweep.facts["metric"]
+    if not gains or gains[metric].iloc[0]["runs"] != settings.iloc[0]["runs"]:
+        return ""
+    return gain_words(gains[metric].iloc[0], metric)
 
 
 def _best(sweep: Sweep, settings: pd.DataFrame) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ from kdlib.sweeps.trials import described, plain
 FILE = "sweep.json"
 SEED = "seed"
 WORDS = {name: measure.words for name, measure in MEASURES.items()}
-UNITS = {name: measure.unit.format(item="token or row") for name, measure in MEASURES.items()}
+UNITS = {name: measure.unit.format(item="prediction") for name, measure in MEASURES.items()}
 COSTS = {"parameters": ("student's parameters, millions", False), "tokens_per_s": ("forward pass, tokens/s", True),
          "rows_per_s": ("forward pass, rows/s", True), "training_s": ("training, s", False)}
 """Column -> (how figures call it, whether more is better)."""
