@@ -68,8 +68,8 @@ def learning_curves(tables: Mapping[str, pd.DataFrame]) -> Figure:
             axes.plot(table["step"], table[metric], color=COLOURS[name], marker="o", markersize=4, label=LABELS[name],
                       linewidth=1 if name == "baseline" else 2)
         last = [f"{table[metric].iloc[-1]:#.3g}".rstrip(".") for table in tables.values()]
-        axes.set_title(f"{MEASURES[metric].words}: {' / '.join(last)}", loc="left")
-        if not MEASURES[metric].higher_is_better:
+        axes.set_title(f"{MEASURES[metric].brief}: {' / '.join(last)}", loc="left", fontsize=10)
+        if metric == "kl_to_teacher":
             axes.set_ylim(bottom=0)
         _labelled(figure, axes, "")
     figure.suptitle(f"On held-out rows, at the end: {' / '.join(LABELS[name] for name in tables)}", fontsize=10, x=0.01, ha="left")

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kdlib.signals import Form, Signal
 
-PIECE = 64  # rows worked on at a time on a CPU: with 50,000 columns they stay in its last cache; also what is compiled
+PIECE, LEAST = 64, 8  # rows worked on at a time on a CPU, at most and at least; what is compiled
+CACHED = 8 * 2**20  # bytes of both models' logits in a piece: its passes then find them in a core's own caches, not in memory
 CPU_BUDGET, BUDGET = 128 * 2**20, 2**30  # bytes of logits, student's and teacher's, at most
 log = logging.getLogger(__name__)
 
@@ -69,8 +70,11 @@ class Workspace:
         return (_compiled if self.compiled else _row_arithmetic)(tuple(functions), student, teacher)
 
     def piece(self, products: Tensor) -> int:
-        """Rows worked on at a time: as many as a CPU's last cache holds; elsewhere all."""
-        return PIECE if products.device.type == "cpu" else max(len(products), 1)
+        """Rows worked on at a time: a power of two, as many as a CPU's caches hold; elsewhere all."""
+        if products.device.type != "cpu":
+            return max(len(products), 1)
+        fit = CACHED // (2 * products.shape[1] * products.element_size())
+        return min(max(1 << max(fit.bit_length() - 1, 0), LEAST), PIECE)
 
     def _buffer(self, name: str, tokens: int, signal: Signal) -> Tensor:
         """[tokens, V] of the kept memory, which grows where it must."""
