@@ -90,5 +90,6 @@ def _groups_nearest(groups: Sequence[str], count: int, seed: int, number: int, s
         for total, chosen in list(reached.items()):
             if len(taken) + len(chosen) < most and total < count and total + sizes[name] not in reached:
                 reached[total + sizes[name]] = (*chosen, name)
-    del reached[0]
+    if not taken:
+        del reached[0]
     return {*taken, *(reached[min(reached, key=lambda total: (abs(total - count), total))] if reached else ())}

@@ -33,10 +33,11 @@ def gain_tables(sweep: Sweep, settings: pd.DataFrame) -> dict[str, pd.DataFrame]
     found = [(setting, results) for setting, results in found if results]
     if not found:
         return {}
-    shown = common([each for _, results in found for each in results])[1]
-    told = [name for name in KEYS[task_of(found[0][1][0])] if name in shown]
+    every = [each for _, results in found for each in results]
+    known = set.intersection(*({entry["metric"] for entry in each["differences"]} for each in every))
+    told = dict.fromkeys([sweep.facts["metric"], *KEYS[task_of(every[0])]])
     return {metric: pd.DataFrame([{**setting, **_gain(results, metric)} for setting, results in found])
-            for metric in dict.fromkeys([sweep.facts["metric"], *told])}
+            for metric in told if metric in known}
 
 
 def _gain(results: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:

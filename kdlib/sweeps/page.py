@@ -61,7 +61,7 @@ def _page(
 def _gain_of_the_best(sweep: Sweep, settings: pd.DataFrame, gains: Mapping[str, pd.DataFrame]) -> str:
     """What the teacher adds in the best setting; nothing where that has no baseline."""
     metric = sweep.facts["metric"]
-    if not gains or gains[metric].iloc[0]["runs"] != settings.iloc[0]["runs"]:
+    if metric not in gains or gains[metric].iloc[0]["runs"] != settings.iloc[0]["runs"]:
         return ""
     return gain_words(gains[metric].iloc[0], metric)
 
