@@ -44,7 +44,7 @@ def _page(
     shown = shown_trials(sweep, trials)
     return pages.page(
         "sweep.html.j2", name=sweep.name, facts=facts, status=status, message=verdict(sweep, settings),
-        counts=trials["state"].value_counts().to_dict(), best=_best(sweep, settings),
+        counts=trials["state"].value_counts().to_dict(), best=_best(sweep, settings, reports),
         gain=_gain_of_the_best(sweep, settings, gains),
         models=pages.table(model_table(results_of(sweep, settings.iloc[0]["runs"]))) if len(settings) else "",
         same_rows=same_rows(sweep, trials.loc[trials["value"].notna(), "run"]),
@@ -66,12 +66,12 @@ def _gain_of_the_best(sweep: Sweep, settings: pd.DataFrame, gains: Mapping[str, 
     return gain_words(gains[metric].iloc[0], metric)
 
 
-def _best(sweep: Sweep, settings: pd.DataFrame) -> dict[str, Any] | None:
+def _best(sweep: Sweep, settings: pd.DataFrame, reports: Path) -> dict[str, Any] | None:
     """The best setting, for reading."""
     if not len(settings):
         return None
     row = settings.iloc[0]
-    links = [(name, quote(f"../{name}/report.html")) for name in row["runs"]]
+    links = [(name, _link(name, reports)) for name in row["runs"]]
     return {"what": described(row[varied(sweep)]), "value": with_interval(row), "n": row["n"], "runs": links,
             "values": ", ".join(f"{value:.4g}" for value in row["values"])}
 
