@@ -97,14 +97,14 @@ def gains_by_setting(gains: Mapping[str, pd.DataFrame], names: Sequence[str]) ->
     metric, table = next(iter(gains.items()))
     shown = {name: each.head(MOST) for name, each in gains.items()}
     labels = [label(row, names) for _, row in shown[metric].iterrows()]
-    figure = Figure(figsize=(3 + 2.4 * len(gains), 1.6 + 0.3 * len(labels)), layout="constrained")
+    figure = Figure(figsize=(10, 1.7 + 0.32 * len(labels)), layout="constrained")
     for axes, (name, each) in zip(figure.subplots(1, len(gains), sharey=True, squeeze=False)[0], shown.items(), strict=True):
         better = 1 if METRICS[name] else -1
         axes.axvline(0, color=COLOURS["baseline"], linewidth=1.5)
         for position, (_, row) in enumerate(each.iterrows()):
             _point(axes, row, position, BEST if better * row["low"] > 0 < better * row["high"] else OTHER)
             axes.annotate(f"{row['value']:+.3g}", (row["value"], position), (0, 6), textcoords="offset points", ha="center", fontsize=7)
-        axes.set_title(f"{MEASURES[name].brief} ({'more' if METRICS[name] else 'less'} is better)", fontsize=9, loc="left")
+        axes.set_title(f"{MEASURES[name].brief}\n{'more' if METRICS[name] else 'less'} is better", fontsize=9, loc="left")
         axes.margins(x=0.15)
         axes.tick_params(labelsize=8)
     figure.axes[0].set_yticks(range(len(labels)), labels, fontsize=8, **LITERAL)
