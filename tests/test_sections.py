@@ -49,7 +49,8 @@ def test_no_module_is_on_two_sides_and_every_class_is_near_its_share(split):
     assert 0.1 <= len(splits["validation"]) / whole <= 0.2
     assert 0.15 <= len(splits["test"]) / whole <= 0.25
     assert all(min(texts.counts(labels).values()) >= 5 for texts in splits.values())
-    assert notes["split"] == "0.15 of the rows, by class, and whole modules"
+    reached = len(splits["validation"]) / whole  # whole modules: near the share asked for, and said as it is
+    assert notes["split"] == f"{reached:.3g} of the rows, by class, and whole modules"
 
 
 def test_words_alone_tell_a_section_far_above_chance_but_not_for_certain(split):
