@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss, precision_recall_fscore_support
 
 from kdlib.calibration import calibration_gaps, expected_calibration_error, reliability
 
@@ -80,6 +79,8 @@ def values(answers: Answers, teacher: Answers, *, classes: bool) -> dict[str, fl
     Args:
         classes: the choices mean the same for every item, so that F1 means something.
     """
+    from sklearn.metrics import accuracy_score, f1_score, log_loss  # takes two seconds, and not every process compares
+
     found = {"accuracy": accuracy_score(answers.labels, answers.said)}
     if classes:
         found["macro_f1"] = f1_score(answers.labels, answers.said, average="macro", zero_division=0.0)
@@ -100,6 +101,8 @@ def details(answers: Answers, labels: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = {"reliability": reliability(answers.confidence, answers.right),
                              "confidence": float(answers.confidence.mean())}
     if labels:
+        from sklearn.metrics import confusion_matrix, precision_recall_fscore_support  # as in `values`
+
         every = range(len(labels))
         columns = precision_recall_fscore_support(answers.labels, answers.said, labels=every, zero_division=0.0)
         names = ("precision", "recall", "f1", "support")

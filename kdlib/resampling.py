@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest, chi2
 
 AT_ONCE = 4_000_000  # numbers of draws held at a time
 FEW = 25  # rows on which only one of two is right: with fewer McNemar's test is made exactly
@@ -65,6 +64,8 @@ def mcnemar(only_one: int, only_other: int) -> dict[str, float | str]:
 
     Reference: McNemar 1947; for two classifiers Dietterich 1998, https://doi.org/10.1162/089976698300017197
     """
+    from scipy.stats import binomtest, chi2  # takes a second and a half, and not every process tests
+
     differing = only_one + only_other
     if differing < FEW:
         p_value = float(binomtest(only_one, differing).pvalue) if differing else 1.0
