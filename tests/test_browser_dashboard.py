@@ -63,8 +63,7 @@ def is_running(page) -> bool:
     return page.locator(".jp-InputPrompt", has_text="*").count() > 0
 
 
-@pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
-def test_the_dashboard_moves_obeys_and_stops_while_the_training_cell_runs(lab, theme, run, page, tmp_path):
+def test_the_dashboard_moves_obeys_and_stops_while_the_training_cell_runs(lab, run, page, tmp_path):
     open_notebook(page, lab, "02_train")
     choose(page, "Run", "Run All Cells")
     page.wait_for_selector(IMAGE, timeout=120_000)
@@ -87,7 +86,8 @@ def test_the_dashboard_moves_obeys_and_stops_while_the_training_cell_runs(lab, t
     assert list(run.checkpoints.iterdir())
 
 
-def test_a_run_in_another_process_is_watched_and_stopped(lab, project, run, page, tmp_path):
+@pytest.mark.parametrize("theme", ["JupyterLab Dark"])
+def test_a_run_in_another_process_is_watched_and_stopped(lab, theme, project, run, page, tmp_path):
     write_notebook(project, "watch", "from kdlib import dashboard", "dashboard.watch('runs/tiny')")
     with kd_process("train", run.path, env={**os.environ}) as process:
         open_notebook(page, lab, "watch")

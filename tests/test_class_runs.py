@@ -77,3 +77,5 @@ def test_a_folder_of_dbpedias_form_runs_the_preset_through_all_notebooks(tmp_pat
     assert any("eval/accuracy" in line for line in map(json.loads, run.metrics.read_text().splitlines()))
     page = (tmp_path / "reports" / "topics" / "report.html").read_text()
     assert "Mean of transportation" in page
+    assert "rows per second" in page
+    assert (run.path / "final_model" / "model.safetensors").exists()

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import yaml
-from conftest import kd_process
 from made_classifiers import LABELS, classification, classifier, source, taught
 
 from kdlib import explorers, metrics, plots, runs, workbench
@@ -115,20 +114,3 @@ def test_the_dashboard_is_in_nats_per_row(bench):
     assert not any("token" in label for label in labels)
     words = [text.get_text() for text in figure.texts]
     assert any("rows per second" in text for text in words)
-
-
-@pytest.mark.slow
-def test_the_notebooks_run_headless_as_they_stand(tmp_path):
-    """Setup with a teacher that is trained first, dry run, training."""
-    body = classifier(tmp_path / "body", "bert", labels=["one", "two"], seed=3)
-    stage = {"training": {"max_steps": 10, "learning_rate": 3e-3, "use_cpu": True}}
-    raw = {**classification(body, "teacher"), "student": {"from": "teacher", "layers": 1}, "teacher_stage": stage,
-           "data": {"source": source(tmp_path, 400), "validation": 0.2, "max_length": 32}, "baseline": {"weights": {"ce": 1.0}}}
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(raw))
-    process = kd_process("run", tmp_path / "tiny.yaml", "--smoke", "--without", "03_compare", "--name", "one", "--runs", tmp_path / "runs",
-                         "--reports", tmp_path / "reports")
-    out, error = process.communicate()
-    assert process.returncode == 0, out + error
-    report = (tmp_path / "reports" / "one" / "report.html").read_text()
-    assert "rows per second" in report
-    assert (tmp_path / "runs" / "one" / "final_model" / "model.safetensors").exists()

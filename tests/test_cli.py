@@ -15,6 +15,7 @@ from conftest import kd_process, sentences, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from kdlib import cli, runner, runs, workbench
+from kdlib import config as configs
 from kdlib.config import parse
 from kdlib.errors import RunError
 from kdlib.metrics import read_metrics
@@ -167,16 +168,30 @@ def trained_to(step: int, run: Run, process) -> None:
     while not any(line["train/step"] >= step for line in read_metrics(run)):
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def set_up(config_file, tmp_path):
+    """Makes the run of a config file and does its first notebook's work here; gives it with the words that go on with it."""
+
+    def make(name: str) -> tuple[Run, list[object]]:
+        run = runs.create(tmp_path / "runs", name, configs.load(config_file), config_file=str(config_file), smoke=False)
+        workbench.Workbench(run).setup()
+        run.add_to_manifest(stages=["00_setup"])
+        return run, ["run", config_file, "--resume", name, "--without", "01_dry_run", "--runs", tmp_path / "runs",
+                     "--reports", tmp_path / "reports"]
+
+    return make
 
 
 @pytest.mark.slow
-def test_a_killed_kernel_shows_as_died_and_an_interrupt_as_stopped_and_the_run_resumes_to_its_end(config_file, raw_config, tmp_path):
-    raw_config["training"] |= {"max_steps": 300, "save_steps": 10, "eval_steps": 100, "logging_steps": 5}
+def test_a_killed_kernel_shows_as_died_an_interrupt_as_stopped_and_the_run_resumes_to_its_end(config_file, raw_config, set_up, tmp_path):
+    raw_config["training"] |= {"max_steps": 200, "save_steps": 20, "eval_steps": 100, "logging_steps": 5}
     config_file.write_text(yaml.safe_dump(raw_config))
-    options = ("--runs", tmp_path / "runs", "--reports", tmp_path / "reports", "--without", "01_dry_run")
-    process, run = kd_process("run", config_file, "--name", "tiny", *options), Run(tmp_path / "runs" / "tiny")
-    trained_to(30, run, process)
+    run, go_on = set_up("tiny")
+    process = kd_process(*go_on)
+    trained_to(25, run, process)
     kernels = [child for child in psutil.Process(process.pid).children(recursive=True) if "ipykernel" in " ".join(child.cmdline())]
     min(kernels, key=psutil.Process.create_time).send_signal(signal.SIGKILL)  # the other waits for its notebook
     _, said = process.communicate(timeout=120)
@@ -188,7 +203,7 @@ def test_a_killed_kernel_shows_as_died_and_an_interrupt_as_stopped_and_the_run_r
     assert '<span class="state died">died</span>' in report.read_text()
     assert "its kernel died" in report.read_text()
 
-    process = kd_process("run", config_file, "--resume", "tiny", *options)
+    process = kd_process(*go_on)
     trained_to(60, run, process)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
@@ -198,13 +213,13 @@ def test_a_killed_kernel_shows_as_died_and_an_interrupt_as_stopped_and_the_run_r
     assert '<span class="state stopped">stopped</span>' in index.read_text()
     assert "stopped at step" in report.read_text()
 
-    process = kd_process("run", config_file, "--resume", "tiny", *options)
+    process = kd_process(*go_on)
     out, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert "00_setup: done before" in out
     assert run.status["state"] == "done"
     steps = [line["train/step"] for line in read_metrics(run) if "train/loss" in line]
-    assert steps == sorted({*range(5, 301, 5), int(stopped[1])})
+    assert steps == sorted({*range(5, 201, 5), int(stopped[1])})
     for name in ("teacher_student_comparison.png", "comparison_results.json", "history.json", "baseline/final_model/model.safetensors"):
         assert (run.path / name).exists()
     page = report.read_text()
@@ -214,15 +229,15 @@ def test_a_killed_kernel_shows_as_died_and_an_interrupt_as_stopped_and_the_run_r
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_keeps_its_metrics_and_a_partial_report(config_file, tmp_path):
-    settings = ("learning_rate=1e30", "max_grad_norm=0", "optim=sgd", "logging_steps=1")
-    overrides = [word for setting in settings for word in ("-o", f"training.{setting}")]
-    options = ("--runs", tmp_path / "runs", "--reports", tmp_path / "reports", "--without", "01_dry_run")
-    process = kd_process("run", config_file, "--name", "hot", *overrides, *options)
+def test_a_run_that_fails_keeps_its_metrics_and_a_partial_report(config_file, raw_config, set_up, tmp_path):
+    raw_config["training"] |= {"learning_rate": 1e30, "max_grad_norm": 0, "optim": "sgd", "logging_steps": 1}
+    config_file.write_text(yaml.safe_dump(raw_config))
+    run, go_on = set_up("hot")
+    process = kd_process(*go_on)
     _, said = process.communicate(timeout=300)
-    run = Run(tmp_path / "runs" / "hot")
     assert process.returncode == 1
     assert "NonFiniteLoss" in said
+    assert read_metrics(run)
     assert run.status["state"] == "failed"
     page = (tmp_path / "reports" / "hot" / "report.html").read_text()
     assert "This report is partial" in page

@@ -102,7 +102,7 @@ def outcome(function, *arguments, **options):
         return error
 
 
-@settings(NEVER, max_examples=2000)
+@settings(NEVER, max_examples=1000)
 @given(changes=CHANGES, smoke=st.booleans())
 def test_a_config_changed_at_random_is_a_config_or_a_message_with_a_path(changes, smoke):
     check(outcome(parse, changed(changes), smoke=smoke, name="fuzz.yaml"), "fuzz.yaml")
