@@ -9,6 +9,7 @@ import numpy as np
 from kdlib.answers import Answers, ItemFigures, details, values
 from kdlib.resampling import Bootstrap, interval, mcnemar
 
+SHARES = ("accuracy", "agreement")
 CENTRED = ("ece",)  # chance parts accuracy from confidence in every bin, and resampling adds more of it
 FEW_GROUPS = 10  # of which a bootstrap's intervals are far too narrow
 LONGEST = 300  # characters of a text that is shown
@@ -36,13 +37,15 @@ def results_of(
     bootstrap = Bootstrap(len(teacher), resamples, seed, groups)
     found = {name: values(answers, teacher, classes=bool(labels)) for name, answers in models.items()}
     drawn = _drawn(models, bootstrap, classes=bool(labels))
-    over = "rows" if groups is None else f"{len(set(groups))} groups of rows" + ", too few to trust" * (len(set(groups)) < FEW_GROUPS)
+    independent = len(teacher) if groups is None else len(set(groups))
+    over = "rows" if groups is None else f"{independent} groups of rows" + ", too few to trust" * (independent < FEW_GROUPS)
     entries = {}
     for name, answers in models.items():
-        measures = {m: interval(value, drawn[name][m], centred=m in CENTRED) for m, value in found[name].items()}
+        shares = dict.fromkeys(SHARES if answers is not teacher else SHARES[:1], independent)  # it agrees with itself for certain
+        measures = {m: interval(value, drawn[name][m], centred=m in CENTRED, share_of=shares.get(m)) for m, value in found[name].items()}
         measures["ece"]["low"] = max(measures["ece"]["low"], 0.0)
         behind = _with_f1(details(answers, labels), drawn[name])
-        entries[name] = {**measures, **_on_mistakes(answers, teacher, drawn[name]), **behind}
+        entries[name] = {**measures, **_on_mistakes(answers, teacher, drawn[name], independent), **behind}
     pairs = [(a, b) for b, a in combinations(models, 2)]
     differences = [
         {"model": a, "against": b, "metric": m,
@@ -90,13 +93,15 @@ def _drawn(models: Mapping[str, Answers], bootstrap: Bootstrap, *, classes: bool
     return {name: each.measures(part) for name, each, part in zip(models, figures, parts, strict=True)}
 
 
-def _on_mistakes(answers: Answers, teacher: Answers, drawn: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _on_mistakes(answers: Answers, teacher: Answers, drawn: Mapping[str, np.ndarray], independent: int) -> dict[str, Any]:
     """What becomes of the teacher's mistakes: shares that are repeated as they are, and that are answered rightly."""
     missed = ~teacher.right
     if not missed.any():
         return {}
     shares = {"repeated": (answers.said == teacher.said)[missed].mean(), "mended": answers.right[missed].mean()}
-    return {"on_teachers_mistakes": {"rows": int(missed.sum()), **{m: interval(value, drawn[m]) for m, value in shares.items()}}}
+    count = int(missed.sum())
+    share_of = min(count, independent) if answers is not teacher else None
+    return {"on_teachers_mistakes": {"rows": count, **{m: interval(value, drawn[m], share_of=share_of) for m, value in shares.items()}}}
 
 
 def _with_f1(found: dict[str, Any], drawn: Mapping[str, np.ndarray]) -> dict[str, Any]:

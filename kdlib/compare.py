@@ -96,7 +96,7 @@ class Comparison:
             of_choices, findings = self.tally.figures(), self.tally.findings()
             figures = {name: metrics | of_choices[name] for name, metrics in figures.items()}
         of_mistakes = findings.pop("on_teachers_mistakes", {})
-        models = {name: {**{m: interval(*pair) for m, pair in metrics.items()}, **self.facts[name],
+        models = {name: {**{m: interval(*pair, share_of=self._share_of(name, m)) for m, pair in metrics.items()}, **self.facts[name],
                          **({"on_teachers_mistakes": of_mistakes[name]} if name in of_mistakes else {})}
                   for name, metrics in figures.items()}
         names = list(self.sums)
@@ -111,6 +111,11 @@ class Comparison:
             "tokens": int(next(iter(self.sums.values()))[:, -1].sum()), "resamples": len(self.draws),
             "interval": "95 %, paired bootstrap over rows", "samples": self.samples,
         }
+
+    def _share_of(self, name: str, metric: str) -> int | None:
+        """Of how many questions a figure is the share; None where it is none, or certain as the teacher's agreement with itself."""
+        is_share = metric == "choice_accuracy" or (metric == "choice_agreement" and name != next(iter(self.sums)))
+        return len(self.tally.draws[0]) if self.tally and is_share else None
 
     def _figures(self, sums: np.ndarray, draws: np.ndarray) -> dict[str, np.ndarray]:
         """Each metric for each draw of rows, [draws, rows] times each row is drawn: [draws]."""

@@ -40,13 +40,20 @@ class Bootstrap:
             yield generator.multinomial(len(names), uniform, size=min(step, self.resamples - start)).astype(float)[:, belongs]
 
 
-def interval(value: float, resampled: np.ndarray, *, centred: bool = False) -> dict[str, float]:
+def interval(value: float, resampled: np.ndarray, *, centred: bool = False, share_of: int | None = None) -> dict[str, float]:
     """A figure with its 95 % interval: the percentiles of what it is on resampled items.
 
     Args:
         resampled: draws on which it is not defined are nan, and left out.
         centred: move the interval so that its draws have the figure as their mean; for figures that resampling by itself makes larger.
+        share_of: it is a share of so many items; where it is 0 or 1 all draws are so too, as if that were certain, and the interval
+            is Wilson's (1927): three of three right may be less than half in truth, [0.44, 1].
     """
+    if share_of and value in (0, 1):
+        from scipy.stats import binomtest  # as in `mcnemar`
+
+        bounds = binomtest(round(value * share_of), share_of).proportion_ci(method="wilson")
+        return {"value": float(value), "low": float(bounds.low), "high": float(bounds.high)}
     shift = value - np.nanmean(resampled) if centred else 0.0
     low, high = np.nanpercentile(resampled, [2.5, 97.5]) + shift
     return {"value": float(value), "low": float(low), "high": float(high)}

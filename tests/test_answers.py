@@ -172,6 +172,19 @@ def test_the_interval_covers_as_it_says():
     assert 0.88 <= covered / 200 <= 0.99
 
 
+def test_what_is_always_or_never_right_on_a_few_rows_is_not_taken_for_certain():
+    assert interval(1.0, np.ones(9), share_of=3) == {"value": 1, "low": pytest.approx(3 / (3 + 1.959964**2)), "high": 1}
+    assert interval(0.0, np.zeros(9), share_of=40) == {"value": 0, "low": 0, "high": pytest.approx(1.959964**2 / (40 + 1.959964**2))}
+    teacher, student = Answers([[0.9, 0.1], [0.2, 0.8]], [0, 0]), Answers([[0.8, 0.2], [0.7, 0.3]], [0, 0])
+    found = results_of({"teacher": teacher, "distilled": student}, ("a", "b"), resamples=100)["models"]
+    assert found["distilled"]["accuracy"]["low"] == pytest.approx(2 / (2 + 1.959964**2))
+    assert found["distilled"]["on_teachers_mistakes"]["mended"]["low"] < 0.3
+    for certain in (found["teacher"]["agreement"], found["teacher"]["on_teachers_mistakes"]["repeated"]):
+        assert certain["low"] == certain["high"] == 1
+    of_one_author = results_of({"teacher": student}, groups=["a", "a"], resamples=100)["models"]["teacher"]
+    assert of_one_author["accuracy"]["low"] == pytest.approx(1 / (1 + 1.959964**2))
+
+
 def test_retention_is_the_share_of_the_teachers_accuracy(models, results):
     found = results["models"]["distilled"]["retention"]
     assert found["value"] == pytest.approx(100 * models["distilled"].right.mean() / models["teacher"].right.mean())
