@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -59,11 +60,22 @@ def kd_process(*words: object, **options) -> subprocess.Popen:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long ones first, so that at the end no worker waits for one; before them those of one worker, as they share a run.
+    """Every worker begins with its part of the long ones, those that share what took long in one part: at the end no one waits.
 
-    A worker that has nothing left takes tests from the end of another's.
+    A worker gets a stretch of the list, and one that has nothing left takes tests from the end of another's.
     """
-    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("together", "slow")])
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    long: dict[object, list[pytest.Item]] = {}
+    short = []
+    for item in items:
+        if item.get_closest_marker("together"):
+            long.setdefault(item.path, []).append(item)
+        elif item.get_closest_marker("slow"):
+            long[item] = [item]
+        else:
+            short.append(item)
+    parts, ends = list(long.values()), [len(short) * worker // workers for worker in range(workers + 1)]
+    items[:] = [item for worker in range(workers) for item in [*chain(*parts[worker::workers]), *short[ends[worker] : ends[worker + 1]]]]
 
 
 @pytest.fixture(scope="session")

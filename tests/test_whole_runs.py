@@ -1,8 +1,10 @@
-"""The notebooks as `kd run` runs them, in a project of their own: nothing of the machine and no key in what they leave, and no stall.
+"""A preset as `kd run` runs it, in a project of its own: its paths put right, and nothing else.  It does what its project did, and
+nothing of the machine and no key is in what it leaves; nothing stalls.
 
 SOAK=10 (make soak) runs each notebook so many times in a row.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,13 +15,16 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from conftest import tiny_experiment
+from made_questions import multiple_choice, tiny_gpt2, written
 
 from kdlib import explorers, reports, runs
+from kdlib.choices import METRICS
+from kdlib.config import load
 from kdlib.runner import NOTEBOOKS
 from kdlib.runs import PARENT, Run, project_root
 from kdlib.trackers import TRACKERS
 
+CONFIG = "configs/quantumbench_qa.yaml"
 TIMES = int(os.environ.get("SOAK", "1"))
 LONGEST = 240  # seconds; a notebook takes 10 to 20 where nothing else computes
 KEYS = {name: f"planted-{name.lower()}-0123456789" for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "WANDB_API_KEY", "HF_TOKEN")}
@@ -30,23 +35,27 @@ from pathlib import Path
 from kdlib import runner
 notebook = sys.argv[1]
 run = Path("runs", "again")
-parameters = {"config": "configs/tiny.yaml", "run": "./runs/again"}
+parameters = {"config": "configs/quantumbench_qa.yaml", "run": "./runs/again"}
 runner.execute(Path("notebooks", f"{notebook}.ipynb"), run / "notebooks" / f"{notebook}.ipynb", parameters)
 """
 pytestmark = [pytest.mark.slow, pytest.mark.together, pytest.mark.timeout(LONGEST * (TIMES + len(NOTEBOOKS)))]
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory, teacher_folder) -> Path:
-    """A project's folder with everything in it: notebooks, text, teacher, and a tiny config that tells every tracker there is."""
+def project(tmp_path_factory) -> Path:
+    """A project's folder with everything in it: notebooks, questions, models, and the preset that names them; it tells every tracker."""
     folder = tmp_path_factory.mktemp("home") / "project"
     shutil.copytree(project_root() / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-    shutil.copytree(teacher_folder, folder / "teacher")
-    (folder / "configs").mkdir()
-    raw = tiny_experiment(teacher_folder, folder)
-    raw |= {"teacher": {"model": "./teacher"}, "data": {**raw["data"], "source": "./text.jsonl"}}
-    raw["training"] |= {"report_to": [name for name in TRACKERS if find_spec(name)]}
-    (folder / "configs" / "tiny.yaml").write_text(yaml.safe_dump(raw))
+    for name in ("configs", "data"):
+        (folder / name).mkdir()
+    written(multiple_choice(80), folder / "data" / "quantumbench.jsonl")
+    raw = yaml.safe_load((project_root() / CONFIG).read_text())
+    for layers, (name, key) in enumerate({"student": "from", "teacher": "model"}.items(), start=1):
+        tiny_gpt2(folder / name, layers=layers, width=32, seed=layers)
+        raw[name][key] = f"./{name}"
+    raw["data"]["max_length"] = 128  # as many positions as these models have
+    raw["training"]["report_to"] = [name for name in TRACKERS if find_spec(name)]
+    (folder / CONFIG).write_text(yaml.safe_dump(raw))
     return folder
 
 
@@ -60,7 +69,7 @@ def started(project: Path, *words: str, **options) -> subprocess.CompletedProces
 @pytest.fixture(scope="module")
 def run(project) -> Run:
     """All four notebooks through `kd run`."""
-    done = started(project, "-m", "kdlib.cli", "run", "configs/tiny.yaml", "--name", "whole")
+    done = started(project, "-m", "kdlib.cli", "run", CONFIG, "--name", "whole")
     assert done.returncode == 0, done.stderr
     return Run(project / "runs" / "whole")
 
@@ -74,10 +83,28 @@ def files_of(project: Path) -> list[Path]:
     return [file for name in ("runs", "reports") for file in (project / name).rglob("*") if file.is_file()]
 
 
+def test_the_preset_says_what_the_project_did():
+    config = load(project_root() / CONFIG)
+    assert (config.teacher.model, config.student.source) == ("gpt2-large", "gpt2")
+    assert (config.loss.weights, config.loss.temperature) == ({"kd": 0.5, "ce": 0.5}, 3.0)
+    assert (config.training["learning_rate"], config.training["warmup_steps"]) == (2e-5, 0.1)
+
+
+def test_a_file_of_questions_runs_through_all_notebooks(run, project):
+    results = json.loads((run.path / "comparison_results.json").read_text())
+    assert results["split"] == "test"
+    assert set(results["models"]) == {"teacher", "untrained", "baseline", "distilled"}
+    for model in results["models"].values():
+        assert set(METRICS) <= set(model)
+    assert all(prompt.startswith("Question: ") and prompt.endswith("\nAnswer:") for prompt in results["prompts"])
+    assert any("eval/choice_accuracy" in line for line in map(json.loads, run.metrics.read_text().splitlines()))
+    assert (project / "reports" / "whole" / "report.html").exists()
+
+
 def test_no_key_of_the_environment_is_in_any_file_of_a_run(run, project):
     assert {"wandb", "tensorboard", "checkpoints"} <= {path.name for path in run.path.iterdir()}  # which are looked into too
     assert holding(list(KEYS.values()), files_of(project)) == []
-    assert holding(["max_steps"], [run.path / "config.yaml"])  # it would be found
+    assert holding(["learning_rate"], [run.path / "config.yaml"])  # it would be found
 
 
 def test_no_path_of_the_machine_is_in_what_a_run_shows(run, project):
