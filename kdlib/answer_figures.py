@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from kdlib.canvas import INK, colours_of_models, label_of
+from kdlib.canvas import INK, called, colours_of_models, label_of
 from kdlib.measures import student_of, with_interval
 
 ANSWER_FIGURES = ("confusion", "reliability", "f1_per_class")
@@ -75,9 +75,9 @@ def _most_confused(results: Mapping[str, Any]) -> str:
     counts = np.array(results["models"][student]["confusion"])
     wrong = counts - np.diag(np.diag(counts))
     if not wrong.any():
-        return f"The {label_of(student)} takes no row for another class"
+        return f"{called(student, 'The')} takes no row for another class"
     true, said = np.unravel_index(wrong.argmax(), wrong.shape)
-    return (f"The {label_of(student)} most often takes {_short(labels[true], 40)} for {_short(labels[said], 40)}: "
+    return (f"{called(student, 'The')} most often takes {_short(labels[true], 40)} for {_short(labels[said], 40)}: "
             f"{wrong[true, said]:,} of {counts[true].sum():,} rows")
 
 
@@ -121,7 +121,7 @@ def _sureness(results: Mapping[str, Any]) -> str:
     sure, right = facts["confidence"], facts["accuracy"]["value"]
     side = "surer than it is right" if sure > right else "less sure than it is right"
     verdict = "about as sure as it is right" if abs(sure - right) < EVEN else side
-    return f"The {label_of(name)} is {verdict}: {sure:.1%} sure on average, {right:.1%} right"
+    return f"{called(name, 'The')} is {verdict}: {sure:.1%} sure on average, {right:.1%} right"
 
 
 def f1_per_class(results: Mapping[str, Any]) -> Figure:
@@ -154,7 +154,7 @@ def _hardest(results: Mapping[str, Any], order: Sequence[int]) -> str:
     student = student_of(results)
     ours, theirs = (results["models"][name]["per_class"] for name in (student, "teacher"))
     gap, furthest = max((theirs[number]["f1"]["value"] - ours[number]["f1"]["value"], -number) for number in order)
-    opening = f"{_short(results['labels'][order[0]], 40)} is the {label_of(student)}'s worst class: F1 {ours[order[0]]['f1']['value']:.2f}"
+    opening = f"{_short(results['labels'][order[0]], 40)} is {called(student)}'s worst class: F1 {ours[order[0]]['f1']['value']:.2f}"
     if gap <= 0:
         return f"{opening}; in none is it behind the teacher"
     return f"{opening};\nfurthest behind the teacher: {_short(results['labels'][-furthest], 40)}, by {gap:.2f}"

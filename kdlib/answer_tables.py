@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from kdlib.canvas import label_of
+from kdlib.canvas import called, label_of
 from kdlib.measures import rivals_of, student_of, with_interval
 
 TITLES = {"mcnemar": "McNemar's test", "on_teachers_mistakes": "On the teacher's mistakes", "f1_per_class": "F1 by class",
@@ -35,7 +35,7 @@ def mcnemar_table(results: Mapping[str, Any]) -> pd.DataFrame:
         ours, theirs = test["only_model_right"], test["only_other_right"]
         if test["model"] == rival:
             ours, theirs = theirs, ours
-        rows[label_of(rival)] = {f"only the {label_of(student)} is right": ours, "only the other is right": theirs,
+        rows[label_of(rival)] = {f"only {called(student)} is right": ours, "only the other is right": theirs,
                                  "p": f"{test['p_value']:.2g}", "test": test["test"]}
     return _titled(rows, "McNemar's test against")
 
@@ -63,10 +63,10 @@ def class_table(results: Mapping[str, Any]) -> pd.DataFrame:
 def worst_table(results: Mapping[str, Any]) -> pd.DataFrame:
     """The rows on which the student is most wrong or furthest from the teacher, with the likeliest classes of both."""
     shown = ("teacher", student_of(results))
-    lines = [{"text": row["text"], "right": row["label"], "why": row["why"],
+    lines = [{"why": row["why"], "text": " ".join(row["text"].split()), "right": row["label"],
               **{label_of(name): ", ".join(f"{label} {probability:.0%}" for label, probability in row["said"][name]) for name in shown}}
              for row in results["worst"]]
-    return pd.DataFrame(lines).set_index("text")
+    return pd.DataFrame(lines).set_index("why")
 
 
 def _titled(rows: Mapping[str, Mapping[str, Any]], title: str) -> pd.DataFrame:

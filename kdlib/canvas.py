@@ -5,6 +5,7 @@ Nine axes made anew for each picture, with all their words, take some ten times 
 
 import math
 from collections.abc import Callable, Iterable
+from textwrap import wrap
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -31,6 +32,16 @@ def colours_of_models(names: Iterable[str]) -> dict[str, str]:
 def label_of(model: str) -> str:
     """What a model is called; one with a name of its own by that."""
     return LABELS.get(model, model)
+
+
+def called(model: str, article: str = "the") -> str:
+    """The same within a sentence: the distilled student, but my-model."""
+    return f"{article} {LABELS[model]}" if model in LABELS else model
+
+
+def on_axis(model: str) -> str:
+    """The same in lines so short that several stand side by side."""
+    return "\n".join(wrap(label_of(model), 10))
 
 
 def colours_of(terms: Iterable[str]) -> dict[str, str]:

@@ -24,6 +24,7 @@ from kdlib.runs import write_error, write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 DPI = 130
+LONG = 60  # characters in a cell of a table, above which all its cells are broken into lines
 LARGEST_SVG = 200_000  # bytes; a picture with more lines than that is smaller as PNG
 TITLES = ("left", "center", "right")
 
@@ -51,8 +52,10 @@ def page(template: str, **content: Any) -> str:
 
 
 def table(frame: pd.DataFrame) -> Markup:
-    """A table that scrolls by itself where it is too wide; its text is escaped."""
-    return Markup('<div class="wide">{}</div>').format(Markup(frame.rename_axis(None).to_html(border=0, escape=True, justify="left")))
+    """A table that scrolls by itself where it is too wide; its text is escaped, and broken into lines where it is long."""
+    words = "words" if frame.astype(str).map(len).to_numpy().max(initial=0) > LONG else None
+    html = frame.rename_axis(None).to_html(border=0, escape=True, justify="left", classes=words)
+    return Markup('<div class="wide">{}</div>').format(Markup(html))
 
 
 def write(

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kdlib.answer_figures import answer_figures
-from kdlib.canvas import COLOURS, LABELS, colours_of, colours_of_models, label_of
+from kdlib.canvas import COLOURS, LABELS, called, colours_of, colours_of_models, label_of, on_axis
 from kdlib.errors import ConfigError
 from kdlib.measures import DRAWN, KEYS, MEASURES, difference, differing, rivals_of, shown_in, student_of, task_of, with_interval
 from kdlib.metrics import eval_table, terms_in, training_table
@@ -90,7 +90,7 @@ def comparison_bars(results: Mapping[str, Any]) -> Figure:
             axes.text(position, figures["high"], f" {figures['value']:.3g}", ha="center", va="bottom", fontsize=8)
         if metric == "perplexity":
             axes.set_yscale("log")
-        axes.set_xticks(range(len(models)), [label_of(m).replace(" ", "\n") for m in models], fontsize=8, parse_math=False)
+        axes.set_xticks(range(len(models)), [on_axis(m) for m in models], fontsize=8, parse_math=False)
         axes.set_title(MEASURES[metric].label(task_of(results)).strip(), fontsize=9, loc="left")
         axes.margins(y=0.15)
         _plain_spines(axes)
@@ -120,7 +120,7 @@ def comparison_message(results: Mapping[str, Any]) -> str:
         parts.append(f"{verdict} {measure.brief} ({with_interval(d, '+')})")
     if "retention" in shown_in(results):
         parts.append(f"{with_interval(results['models'][student]['retention'])} % of the teacher's accuracy")
-    return f"Against the {label_of(rival)}, the {label_of(student)} shows: {'; '.join(parts)}"
+    return f"Against {called(rival)}, {called(student)} shows: {'; '.join(parts)}"
 
 
 def quality_table(results: Mapping[str, Any]) -> pd.DataFrame:

@@ -2,9 +2,10 @@ import json
 
 import made_answers
 
-from kdlib import plots
+from kdlib import pages, plots
 from kdlib.answer_figures import answer_figures
 from kdlib.answer_tables import answer_tables
+from kdlib.canvas import called, on_axis
 
 
 def test_mcnemars_table_counts_from_the_students_side():
@@ -26,3 +27,16 @@ def test_tables_and_figures_are_made_from_what_stands_in_the_file():
     assert "<b>" not in tables["worst"].to_html()
     assert list(plots.quality_table(results).columns)[:2] == ["accuracy", "macro-F1"]
     assert plots.comparison_message(results).startswith("Against the CE-only baseline, the distilled student shows: ")
+
+
+def test_a_text_of_several_lines_is_one_that_the_page_breaks():
+    results = made_answers.results(count=200, text="def f():\n\n    " + "return 1; " * 20)
+    table = answer_tables(results)["worst"]
+    assert table["text"].iloc[0].startswith("def f(): return 1;")
+    assert 'class="dataframe words"' in pages.table(table)
+    assert "words" not in pages.table(answer_tables(results)["mcnemar"])
+
+
+def test_a_model_with_a_name_of_its_own_gets_no_article():
+    assert [called(name, "The") for name in ("baseline", "mine")] == ["The CE-only baseline", "mine"]
+    assert [on_axis(name) for name in ("baseline", "distilled_by_me")] == ["CE-only\nbaseline", "distilled_\nby_me"]

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from kdlib.canvas import COLOURS, label_of
+from kdlib.canvas import COLOURS, called, on_axis
 from kdlib.measures import DRAWN, MEASURES, task_of
 from kdlib.sweeps import maps
 from kdlib.sweeps.axes import LITERAL, scaled, short, titled
@@ -141,10 +141,10 @@ def models(results: Sequence[Mapping[str, Any]], setting: str) -> Figure:
             gaps = [[max(found["value"] - found["low"], 0)], [max(found["high"] - found["value"], 0)]]
             axes.errorbar(position, found["value"], yerr=gaps, fmt="o", color=COLOURS[name], capsize=3, markersize=6)
             axes.annotate(f"{found['value']:.3g}", (position, found["value"]), (5, 5), textcoords="offset points", fontsize=8)
-        axes.set_xticks(range(len(names)), [label_of(name).replace(" ", "\n") for name in names], fontsize=8)
+        axes.set_xticks(range(len(names)), [on_axis(name) for name in names], fontsize=8)
         axes.set_title(MEASURES[metric].label(task_of(results[0])).strip(), fontsize=9, loc="left")
         axes.margins(x=0.15, y=0.1)
-    words = f": against the {label_of('baseline')}, {clear_words(results)}" if "baseline" in names else ""
+    words = f": against {called('baseline')}, {clear_words(results)}" if "baseline" in names else ""
     return titled(figure, f"{upper(setting)}, {f'{len(results)} seeds' if len(results) > 1 else 'one training'}{words}")
 
 
