@@ -122,6 +122,20 @@ def test_a_sweep_goes_on_after_a_failure_and_repeats_only_what_failed(acted, tmp
     assert not list(folder.parent.glob("*/checkpoints"))
 
 
+def test_what_a_killed_start_left_undone_of_a_run_that_is_done_is_made_up_for(acted, tmp_path, monkeypatch):
+    names = [trial["run"] for trial in acted().facts["trials"]]
+    for name in names[1:]:
+        (tmp_path / "reports" / name).mkdir(parents=True)
+        (tmp_path / "reports" / name / "report.html").touch()
+    (tmp_path / "runs" / names[0] / "checkpoints").mkdir()
+    rendered = []
+    monkeypatch.setattr("kdlib.reports.render", lambda run, folder: rendered.append(run.name))
+    acted()
+    assert rendered == names[:1]
+    assert not (tmp_path / "runs" / names[0] / "checkpoints").exists()
+    assert starts(tmp_path / "runs" / "s") == [1, 1, 1]
+
+
 def test_a_process_that_ends_without_a_word_has_died_with_its_last_words(acted, tmp_path):
     with pytest.raises(RunError, match=r"its process ended with status -9: said by s_"):
         acted({0: "vanish"})
@@ -361,5 +375,6 @@ def test_a_sweep_killed_in_the_middle_ends_with_five_good_runs_and_the_planted_f
 
 
 def before(run: Run) -> dict[str, int]:
-    """When each file of a run was written."""
-    return {str(path): path.stat().st_mtime_ns for path in sorted(run.path.rglob("*")) if path.is_file()}
+    """When each file of a run was written that stays."""
+    files = [path for path in sorted(run.path.rglob("*")) if path.is_file() and "checkpoints" not in path.parts]
+    return {str(path): path.stat().st_mtime_ns for path in files}

@@ -110,9 +110,7 @@ class Pool:
             metric = self.sweep.facts["metric"]
             found = read_json(run.path / "comparison_results.json")["models"]["distilled"][metric]
             what, value = f"{WORDS[metric]} {with_interval(found)}", found["value"]
-            if not self.keep_checkpoints:
-                for student in (run, run.baseline):
-                    shutil.rmtree(student.checkpoints, ignore_errors=True)
+            self._tidy(run)
         else:
             what, more = outcome.message, f"\n         all it said: {os.path.relpath(run.path / 'log.txt')}"
         if outcome.whole:
@@ -122,6 +120,14 @@ class Pool:
             reports.render(run, self.crew.reports)
         page.render(self.sweep, self.crew.reports)
         return value
+
+    def _tidy(self, run: Run) -> None:
+        """What remains to do for a run that is done: also where an earlier start of the sweep was killed before it could."""
+        if not self.keep_checkpoints:
+            for student in (run, run.baseline):
+                shutil.rmtree(student.checkpoints, ignore_errors=True)
+        if not (self.crew.reports / run.name / "report.html").exists():
+            reports.render(run, self.crew.reports)
 
     def _left(self, outcome: Outcome, ahead: Sequence[str]) -> str:
         seconds = self.clock.left(ahead, self.crew.jobs)
@@ -136,6 +142,9 @@ class Pool:
         if self.crew.stopping.is_set() or any(outcome.state == "stopped" for outcome in self.outcomes):
             message = f"stopped; the same command goes on where it stopped{f'; {message}' if message else ''}"
         self.sweep.folder.set_status("failed" if message else "done", message)
+        for run in (Run(self.sweep.path.parent / trial["run"]) for trial in self.sweep.facts["trials"]):
+            if run.status["state"] == "done":
+                self._tidy(run)
         made = page.render(self.sweep, self.crew.reports)
         overview.render_index(self.sweep.path.parent, self.crew.reports)
         print(f"report: {os.path.relpath(made)}    index: {os.path.relpath(self.crew.reports / 'index.html')}", flush=True)
