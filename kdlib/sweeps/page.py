@@ -1,10 +1,8 @@
 """The report of a sweep: one self-contained page over all its trials.  It reads files; nothing calls into it.  Imports no torch."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pandas as pd
 import yaml
@@ -12,6 +10,7 @@ import yaml
 from kdlib import pages
 from kdlib.pages import Picture
 from kdlib.plots import with_interval
+from kdlib.summaries import report_link
 from kdlib.sweeps.figures import run_figures
 from kdlib.sweeps.gains import gain_tables, gain_words, model_table, results_of, same_rows
 from kdlib.sweeps.reading import COSTS, UNITS, WORDS, Sweep, pareto, setting_table, shown_trials, trial_table, varied, verdict
@@ -77,5 +76,6 @@ def _best(sweep: Sweep, settings: pd.DataFrame, reports: Path) -> dict[str, Any]
 
 
 def _link(run: str, reports: Path) -> str | None:
-    page = os.path.join(run, "report.html")
-    return quote(f"../{page}") if (reports / page).exists() else None
+    """The run's report as seen from the sweep's own; None where there is none."""
+    link = report_link(run, reports)
+    return link and f"../{link}"

@@ -17,6 +17,7 @@ from kdlib import overview, reports, runs
 from kdlib.errors import RunError
 from kdlib.plots import with_interval
 from kdlib.runs import Run, read_json
+from kdlib.summaries import report_link
 from kdlib.sweeps import page
 from kdlib.sweeps.clock import Clock, duration
 from kdlib.sweeps.crew import Crew, Outcome
@@ -126,7 +127,7 @@ class Pool:
         if not self.keep_checkpoints:
             for student in (run, run.baseline):
                 shutil.rmtree(student.checkpoints, ignore_errors=True)
-        if not (self.crew.reports / run.name / "report.html").exists():
+        if report_link(run.name, self.crew.reports) is None:
             reports.render(run, self.crew.reports)
 
     def _left(self, outcome: Outcome, ahead: Sequence[str]) -> str:
