@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import Trainer
 
+from kdlib import cpu
 from kdlib.checkpoints import last_checkpoint
 from kdlib.diagnostics import nan_report
 from kdlib.diagnostics.culprits import WHO, is_finite
@@ -35,6 +37,11 @@ class GuardedTrainer(Trainer):
     @abstractmethod
     def scene(self) -> Scene:
         """How a batch of this optimizer step is asked once more."""
+
+    def train(self, *arguments, **options):
+        """As the Trainer's; on a CPU a step finds the memory that the step before has freed."""
+        with cpu.memory_kept() if self.args.device.type == "cpu" else nullcontext():
+            return super().train(*arguments, **options)
 
     def _clip_grad_norm(self, model):
         """Looks before it clips: a norm that is nan would make every gradient nan, and hide whose was."""

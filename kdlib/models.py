@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from kdlib import cpu
 from kdlib.captures import captured_hidden, layers_name, layers_of
 from kdlib.config import Config
 from kdlib.embedded import BUILT_IN, built_in_folder, plain_config, unpacked
@@ -248,23 +249,13 @@ def precision_of(config: Config) -> tuple[torch.dtype, str]:
         major, minor = torch.cuda.get_device_capability()
         name = torch.cuda.get_device_name()
         return (torch.bfloat16 if major >= 8 else torch.float32), f"{name} has compute capability {major}.{minor}; bf16 gains from 8.0 on"
-    capable = _cpu_has_bf16()
+    capable = bool(cpu.bf16_instructions())
     return (torch.bfloat16 if capable else torch.float32), f"this CPU has {'' if capable else 'no '}avx512_bf16 or amx_bf16"
 
 
 def parameters(model: nn.Module) -> int:
     """Distinct parameters; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def bf16_instructions() -> list[str] | None:
-    """Those that this CPU has for bfloat16 products; None where the system does not say."""
-    flags = Path("/proc/cpuinfo")
-    return [name for name in ("avx512_bf16", "amx_bf16") if name in flags.read_text()] if flags.exists() else None
-
-
-def _cpu_has_bf16() -> bool:
-    return bool(bf16_instructions())
 
 
 def folder_of(model: str) -> str:

@@ -31,7 +31,11 @@ class SoftTargets:
 
 def cross_entropy(student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
     """-log p(the token that came), always at T = 1; [n] nats."""
-    return -log_probs(student_logits).gather(-1, targets[:, None])[:, 0]
+    logs = log_probs(student_logits)
+    if not torch.compiler.is_compiling():
+        return -logs.gather(-1, targets[:, None])[:, 0]
+    came = torch.arange(logs.shape[-1], device=logs.device) == targets[:, None]  # fuses; gather's gradient is an [n, V] of its own
+    return -logs.masked_fill(~came, 0.0).sum(-1)
 
 
 def accuracy(student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
@@ -46,11 +50,12 @@ def agreement(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, t
 
 def log_probs(logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
     """log softmax(logits / T), in float32 at least, whatever the model's dtype."""
-    scaled = logits.to(log_probs_dtype(logits)) * (1 / temperature)
+    logits = logits.to(log_probs_dtype(logits))
     if not torch.compiler.is_compiling():
-        return F.log_softmax(scaled, dim=-1)
-    top = scaled.detach().amax(-1, keepdim=True)  # written out it fuses with its surroundings: half the time of log_softmax
-    return scaled - top - (scaled - top).exp().sum(-1, keepdim=True).log()
+        return F.log_softmax(logits * (1 / temperature), dim=-1)
+    top = logits.detach().amax(-1, keepdim=True)  # written out it fuses with its surroundings, and terms share it whatever their T
+    scaled = (logits - top) * (1 / temperature)
+    return scaled - scaled.exp().sum(-1, keepdim=True).log()
 
 
 def log_probs_dtype(logits: Tensor) -> torch.dtype:

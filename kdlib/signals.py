@@ -5,11 +5,13 @@ below it no loss sees a label, a mask or a batch shape.  Where rows are classifi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kdlib.cpu import product_dtype
 
 IGNORED = -100  # the label of a token that is not trained on; transformers' own convention
 
@@ -120,22 +122,25 @@ class LinearSignal:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which the product with the head is made: autocast's where it is active, else the head's."""
-        device = self.hidden.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+        """The dtype in which the product with the head is made: autocast's where it is active, else the head's; none that is emulated."""
+        device = self.hidden.device
+        asked = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.weight.dtype
+        return product_dtype(asked, device)
 
     @property
     def device(self) -> torch.device:
         return self.hidden.device
 
     def logits(self, rows: slice = slice(None)) -> Tensor:
-        """[n, V] logits of these kept tokens, in the dtype of the product (autocast applies)."""
-        return self.form.logits(F.linear(self.hidden[rows].to(self.dtype), self.weight.to(self.dtype), self.bias))
+        """[n, V] logits of these kept tokens, in the dtype of the product."""
+        ready = self.cast()
+        with torch.autocast(self.device.type, enabled=False):
+            return self.form.logits(F.linear(ready.hidden[rows], ready.weight, ready.bias))
 
     def cast(self) -> "LinearSignal":
         """The same in the dtype of the products, so that the head is converted once and not for each chunk."""
         bias = None if self.bias is None else self.bias.to(self.dtype)
-        return LinearSignal(self.hidden.to(self.dtype), self.weight.to(self.dtype), bias, self.form)
+        return replace(self, hidden=self.hidden.to(self.dtype), weight=self.weight.to(self.dtype), bias=bias)
 
     @torch.no_grad()
     def write(self, out: Tensor, rows: slice) -> None:

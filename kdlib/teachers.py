@@ -51,7 +51,8 @@ def signal_of(
     unwrapped, inside = unwrapped or model, inside or Inside()
     attend_eagerly(unwrapped, inside.attention)
     inputs = {name: batch[reads + name] for name in ("input_ids", "attention_mask")}
-    inputs |= {"use_cache": False} | ({} if form is None else {"logits_to_keep": 1})
+    none = batch["input_ids"].new_empty(0)  # of the positions: the head is applied here, not there
+    inputs |= {"use_cache": False} | ({} if form is None else {"logits_to_keep": none})
     with (
         captured_hidden(unwrapped) as last,
         captured_layers(unwrapped, inside.layers, hidden=inside.hidden, attention=inside.attention) as captured,

@@ -246,15 +246,15 @@ def test_a_proposed_weight_makes_shares_equal(well, made):
 
 
 PRECISIONS = {
-    "float16 on a CPU": ("float16", "cpu", (0, 0), [], "critical"),
+    "float16 on a CPU": ("float16", "cpu", (0, 0), (), "critical"),
     "float16 where there is bfloat16": ("float16", "cuda", (8, 0), None, "warning"),
     "float16 on an old GPU": ("float16", "cuda", (7, 0), None, None),
     "bfloat16 on an old GPU": ("bfloat16", "cuda", (7, 5), None, "warning"),
     "bfloat16 on a new one": ("bfloat16", "cuda", (9, 0), None, None),
-    "bfloat16 on a CPU without it": ("bfloat16", "cpu", (0, 0), [], "warning"),
-    "bfloat16 on a CPU with it": ("bfloat16", "cpu", (0, 0), ["amx_bf16"], None),
+    "bfloat16 on a CPU without it": ("bfloat16", "cpu", (0, 0), (), "warning"),
+    "bfloat16 on a CPU with it": ("bfloat16", "cpu", (0, 0), ("amx_bf16",), None),
     "bfloat16 on a CPU that does not say": ("bfloat16", "cpu", (0, 0), None, None),
-    "float32": ("float32", "cpu", (0, 0), [], None),
+    "float32": ("float32", "cpu", (0, 0), (), None),
 }
 
 
@@ -262,7 +262,7 @@ PRECISIONS = {
 def test_a_dtype_that_the_machine_is_bad_at_is_named(name, well, monkeypatch):
     precision, device, capability, instructions, severity = PRECISIONS[name]
     monkeypatch.setattr(config_checks, "device_of", lambda config: torch.device(device))
-    monkeypatch.setattr(config_checks, "bf16_instructions", lambda: instructions)
+    monkeypatch.setattr(config_checks.cpu, "bf16_instructions", lambda: instructions)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     findings = list(config_checks.device_has_the_dtype(Subject(parse({**well, "precision": precision}))))

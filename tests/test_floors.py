@@ -4,6 +4,7 @@ from pathlib import Path
 
 KDLIB = Path(__file__).parent.parent / "kdlib"
 FLOORS = [
+    {"cpu"},
     {"diagnostics.row_view", "errors", "schedulers", "signals", "strata", "tokens", "calibration", "measures", "resampling",
      "diagnostics.findings"},
     {"answers", "task_rules", "arguments", "curriculum", "fields", "keys", "overrides", "diagnostics.fixes"},

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from kdlib import cpu
 from kdlib.losses.divergences import FORMULAS, adaptive_kl, chosen, forward_kl
 from kdlib.losses.linear import Weighted, term_sums, token_values
 from kdlib.losses.subset import OnSamples, OnTopK
-from kdlib.losses.workspace import PIECE, Workspace, chunk_tokens
+from kdlib.losses.workspace import CPU_BUDGET, LINE, PAGE, PIECE, Workspace, chunk_tokens, row_width
 from kdlib.objective import SoftTargets, agreement, cross_entropy
 from kdlib.signals import DenseSignal, Form, LinearSignal
 
@@ -265,7 +266,7 @@ def test_buffers_are_kept_between_steps_and_serve_batches_of_any_size():
 def test_the_chunk_is_whole_pieces_within_the_budget(vocabulary, itemsize):
     tokens = chunk_tokens(vocabulary, itemsize, torch.device("cpu"))
     assert tokens % PIECE == 0
-    assert tokens == PIECE or 2 * tokens * vocabulary * itemsize <= 128 * 2**20
+    assert tokens == PIECE or 2 * tokens * vocabulary * itemsize <= CPU_BUDGET
 
 
 def test_sums_combined_with_other_weights_are_refused_on_backward():
@@ -283,7 +284,40 @@ def test_a_second_derivative_is_refused():
         torch.autograd.grad(total, leaves[0], create_graph=True)
 
 
-def test_under_autocast_the_chunks_are_multiplied_in_bfloat16_and_summed_in_float32():
+def test_rows_that_fill_whole_pages_lie_a_cache_line_further_apart_and_all_is_as_before():
+    torch.manual_seed(0)
+    vocabulary = PAGE // 8
+    assert row_width(vocabulary, 8, torch.device("cpu")) == vocabulary + LINE // 8
+    assert row_width(vocabulary, 8, torch.device("cuda")) == row_width(vocabulary, 4, torch.device("cpu")) == vocabulary
+    student, teacher = (LinearSignal(*(torch.randn(n, 3, dtype=torch.float64).requires_grad_() for n in (9, vocabulary))) for _ in "st")
+    workspace, targets, found = Workspace(4), torch.arange(9), []
+    for way in (term_sums(student, teacher, targets, terms=ours("forward_kl", "whole"), workspace=workspace),
+                token_values(student, teacher, targets, terms=ours("forward_kl", "whole")).sum(-1)):
+        total = way @ torch.tensor(WEIGHTS, dtype=torch.float64)
+        found.append((total, *torch.autograd.grad(total, [student.hidden, student.weight])))
+    close(*found, rtol=1e-12)
+    assert [buffer.numel() for buffer in workspace._buffers.values()] == [4 * (vocabulary + LINE // 8)] * 2
+
+
+@pytest.mark.parametrize("head", [torch.float32, torch.bfloat16])
+def test_where_bfloat16_is_emulated_the_products_are_made_in_float32(head, monkeypatch):
+    monkeypatch.setattr(cpu, "bf16_instructions", lambda: ())
+    leaves, teacher, targets = case(40, dtype=head)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert LinearSignal(*leaves).logits().dtype is torch.float32
+        found = sums_and_gradients(leaves, teacher, targets, ours("forward_kl", "whole"), 8)
+        with cpu.as_asked():
+            assert LinearSignal(*leaves).logits().dtype is torch.bfloat16
+    wide, whole = [leaf.detach().float().requires_grad_() for leaf in leaves], LinearSignal(teacher.hidden.float(), teacher.weight.float())
+    exact = sums_and_gradients(wide, whole, targets, ours("forward_kl", "whole"), 8)
+    torch.testing.assert_close(found[0], exact[0], rtol=1e-5, atol=0)
+    for one, other in zip(found[1:], exact[1:], strict=True):
+        assert one.dtype is head
+        torch.testing.assert_close(one, other.to(head))  # rounded once, at the end
+
+
+def test_under_autocast_the_chunks_are_multiplied_in_bfloat16_and_summed_in_float32(monkeypatch):
+    monkeypatch.setattr(cpu, "bf16_instructions", lambda: ("avx512_bf16",))
     leaves, teacher, targets = case(40, dtype=torch.float32)
     exact = sums_and_gradients(leaves, teacher, targets, ours("forward_kl", "whole"), 8)
     with torch.autocast("cpu", torch.bfloat16):

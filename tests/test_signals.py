@@ -20,7 +20,8 @@ def test_a_linear_signal_makes_logits_for_the_rows_asked_for():
     torch.testing.assert_close(LinearSignal(hidden, weight, bias).logits(slice(1, 3)), hidden[1:3] @ weight.T + bias)
 
 
-def test_under_autocast_the_product_with_the_head_is_made_in_bfloat16():
+def test_under_autocast_the_product_with_the_head_is_made_in_bfloat16(monkeypatch):
+    monkeypatch.setattr("kdlib.cpu.bf16_instructions", lambda: ("avx512_bf16",))
     signal = LinearSignal(torch.randn(5, 3), torch.randn(7, 3))
     with torch.autocast("cpu", torch.bfloat16):
         assert signal.logits().dtype is torch.bfloat16

@@ -290,7 +290,7 @@ def test_the_best_model_is_the_best_by_its_metric(raw_config, tmp_path, metric, 
 
 def test_a_cpu_with_bfloat16_and_no_gpu_is_used_as_it_is(raw_config, tmp_path, monkeypatch):
     """TrainingArguments refuses bf16 on a CPU unless told to use it: the config need not say so."""
-    monkeypatch.setattr("kdlib.models._cpu_has_bf16", lambda: True)
+    monkeypatch.setattr("kdlib.cpu.bf16_instructions", lambda: ("avx512_bf16",))
     monkeypatch.setattr("torch.accelerator.is_available", lambda *args: False)
     training = {name: value for name, value in raw_config["training"].items() if name != "use_cpu"}
     args = training_arguments(parse({**raw_config, "precision": "auto", "training": training}), tmp_path)

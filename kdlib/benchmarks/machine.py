@@ -1,6 +1,5 @@
 """The machine that a benchmark runs on: what it is, how fast it multiplies, and how time and memory are read on it."""
 
-import ctypes
 import gc
 import json
 import os
@@ -18,8 +17,8 @@ from typing import Any
 import psutil
 import torch
 
+from kdlib import cpu
 from kdlib.errors import RunError
-from kdlib.models import bf16_instructions
 
 PACKAGES = ("kdlib", "torch", "transformers", "accelerate", "trl", "liger-kernel", "torchtune")
 PROCESS = Path("/proc/self")  # Linux only
@@ -85,7 +84,7 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
         torch.cuda.synchronize(device)
         measured["bytes"] = torch.cuda.max_memory_allocated(device) - before
     elif (PROCESS / "clear_refs").exists():
-        _return_free_memory()
+        cpu.give_memory_back()  # otherwise it would be used again unseen
         (PROCESS / "clear_refs").write_text("5")
         before = _high_water()
         yield measured
@@ -139,12 +138,6 @@ def _high_water() -> int:
     return int(line.split()[1]) * 1024
 
 
-def _return_free_memory() -> None:
-    """What glibc holds free goes back to the system; otherwise it would be used again unseen."""
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
 def _processor() -> str:
     """`AMD EPYC 7R13`, and where the maker gives family and model only, those."""
     facts: dict[str, str] = {}
@@ -157,7 +150,7 @@ def _processor() -> str:
 
 
 def _instructions() -> str:
-    found = bf16_instructions()
+    found = cpu.bf16_instructions()
     return "unknown" if found is None else ", ".join(found) or "none"
 
 

@@ -1,6 +1,7 @@
 """What a training of a config holds at each moment, part by part: the rehearsed step, and what stays between steps."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel, TrainingArguments
 
 from kdlib.captures import layers_of
+from kdlib.cpu import as_asked
 from kdlib.diagnostics.allocations import Allocations, Block
 from kdlib.diagnostics.rehearsal import PHASES, Outline, Rehearsal, at_layers, bytes_of
 from kdlib.losses.workspace import Workspace
@@ -80,7 +82,7 @@ class Charges:
         """{moment: {part: bytes}} for one device that holds everything."""
         full = self.plan.layers
         small, large = self.sizes()
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True), nullcontext() if self.kind == "cpu" else as_asked():
             low = self.rehearsed(self.plan.with_layers(*small))
             high = low if small == large else self.rehearsed(self.plan.with_layers(*large))
         found = {name: {part: round(at_layers(full, part, low[name].get(part, 0), size, small, large)) for part, size in parts.items()}

@@ -15,6 +15,7 @@ import torch
 from transformers import TrainingArguments
 
 from kdlib.config import Config
+from kdlib.cpu import product_dtype
 from kdlib.diagnostics.charges import GIB, Charges, RehearsedWorkspace, spread
 from kdlib.diagnostics.probe import Job, pace
 from kdlib.diagnostics.rehearsal import outline
@@ -100,7 +101,7 @@ def forecast(
     compiled = workspace_of(config, args, rows or 0, plan.vocabulary).compiled
     chunk = config.loss.chunk
     if chunk == "auto":
-        chunk = chunk_tokens(plan.vocabulary, dtype.itemsize, torch.device(kind), free=free)
+        chunk = chunk_tokens(plan.vocabulary, product_dtype(dtype, torch.device(kind)).itemsize, torch.device(kind), free=free)
     charges = Charges(plan, args, kind, dtype, RehearsedWorkspace(chunk, compiled=compiled, kind=kind), dense, every_layer)
     moments = charges.moments()
     found = Forecast(

@@ -42,6 +42,7 @@ def token_values(
     Returns:
         [terms, N] in float32, or float64 for float64 logits.
     """
+    student, teacher = (signal.cast() if isinstance(signal, LinearSignal) else signal for signal in (student, teacher))
     parts = []
     for rows in _chunks(len(student), chunk or len(student)):
         logits = None if teacher is None else _teacher_logits(teacher, rows)
@@ -91,7 +92,7 @@ class _ChunkedSums(torch.autograd.Function):
         weights = torch.tensor([term.weight for term in terms], **numbers)
         if student.dtype is not torch.float16:  # whose range a gradient per token would leave before the loss is scaled up
             weights = weights / torch.as_tensor(count, device=hidden.device).clamp(min=1)
-        gradients = _Gradients((hidden, weight, bias), needed=ctx.needs_input_grad[:3])
+        gradients = _Gradients((hidden, weight, bias), needed=ctx.needs_input_grad[:3], products=student.dtype)
         with torch.autocast(hidden.device.type, enabled=False):  # the dtype of the products is settled
             arithmetic = workspace.rows([term.function for term in terms], student.form, None if teacher is None else teacher.form)
             sums = weights.new_zeros(len(terms))
@@ -99,7 +100,7 @@ class _ChunkedSums(torch.autograd.Function):
                 products, others = workspace.products(student, teacher, rows)
                 sums += arithmetic(products, others, targets[rows], temperatures, weights)
                 gradients.add(rows, products[: rows.stop - rows.start], student)
-        ctx.save_for_backward(*gradients.tensors)
+        ctx.save_for_backward(*gradients.finished())
         ctx.weights = weights
         return sums
 
@@ -124,11 +125,17 @@ class _ChunkedSums(torch.autograd.Function):
 
 
 class _Gradients:
-    """The gradients of hidden states, head and bias, added up chunk by chunk."""
+    """The gradients of hidden states, head and bias, added up chunk by chunk, in the wider of an input's and the products' dtype."""
 
-    def __init__(self, inputs: Sequence[Tensor | None], *, needed: Sequence[bool]) -> None:
-        self.tensors = [torch.empty_like(x) if need else None for x, need in zip(inputs, needed, strict=True)]
+    def __init__(self, inputs: Sequence[Tensor | None], *, needed: Sequence[bool], products: torch.dtype) -> None:
+        self.dtypes = [x.dtype if need else None for x, need in zip(inputs, needed, strict=True)]
+        self.tensors = [torch.empty_like(x, dtype=torch.promote_types(x.dtype, products)) if need else None
+                        for x, need in zip(inputs, needed, strict=True)]
         self.begun = False  # the first chunk writes, the others add: no pass of zeros
+
+    def finished(self) -> list[Tensor | None]:
+        """Each in its input's dtype."""
+        return [None if x is None else x.to(dtype) for x, dtype in zip(self.tensors, self.dtypes, strict=True)]
 
     def add(self, rows: slice, logits: Tensor, student: LinearSignal) -> None:
         """Take in a chunk's gradient with respect to the products with the head: [n, V]."""

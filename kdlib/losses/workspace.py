@@ -13,7 +13,8 @@ from kdlib.signals import Form, Signal
 
 PIECE, LEAST = 64, 8  # rows worked on at a time on a CPU, at most and at least; what is compiled
 CACHED = 8 * 2**20  # bytes of both models' logits in a piece: its passes then find them in a core's own caches, not in memory
-CPU_BUDGET, BUDGET = 128 * 2**20, 2**30  # bytes of logits, student's and teacher's, at most
+LINE, PAGE = 64, 4096  # bytes of a CPU's cache line, and of a page of its memory
+CPU_BUDGET, BUDGET = 256 * 2**20, 2**30  # bytes of logits, student's and teacher's, at most
 log = logging.getLogger(__name__)
 
 
@@ -79,9 +80,18 @@ class Workspace:
     def _buffer(self, name: str, tokens: int, signal: Signal) -> Tensor:
         """[tokens, V] of the kept memory, which grows where it must."""
         kept, like = self._buffers.get(name), {"dtype": signal.dtype, "device": signal.device}
-        if kept is None or kept.numel() < tokens * signal.vocabulary or (kept.dtype, kept.device) != tuple(like.values()):
-            self._buffers[name] = kept = torch.zeros(tokens * signal.vocabulary, **like)  # zeros: padding must not be nan
-        return kept[: tokens * signal.vocabulary].view(tokens, signal.vocabulary)
+        width = row_width(signal.vocabulary, signal.dtype.itemsize, signal.device)
+        if kept is None or kept.numel() < tokens * width or (kept.dtype, kept.device) != tuple(like.values()):
+            self._buffers[name] = kept = torch.zeros(tokens * width, **like)  # zeros: padding must not be nan
+        return kept[: tokens * width].view(tokens, width)[:, : signal.vocabulary]
+
+
+def row_width(vocabulary: int, itemsize: int, device: torch.device) -> int:
+    """Elements from one row of logits to the next: V, and on a CPU a cache line more where V fills whole pages.
+
+    Rows whole pages apart begin in the same few sets of the caches, and a product that writes a tile of many rows evicts itself.
+    """
+    return vocabulary + (LINE // itemsize if device.type == "cpu" and vocabulary * itemsize % PAGE == 0 else 0)
 
 
 def chunk_tokens(vocabulary: int, itemsize: int, device: torch.device, *, free: int | None = None) -> int:

@@ -1,0 +1,82 @@
+"""What a CPU and its C library do unasked, and how they are asked otherwise: with memory that is freed, and with bfloat16."""
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
+
+import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+KEEP = 2**31 - 1  # bytes of a block, or of the heap's free end, from which on it is given back: the most that an int can say
+USUAL = {M_MMAP_THRESHOLD: 32 * 2**20, M_TRIM_THRESHOLD: 64 * 2**20}  # where glibc's own rule ends, after some large blocks
+
+_native: ContextVar[bool] = ContextVar("native", default=False)  # whether products are to be made in the dtype asked for, come what may
+
+
+@contextmanager
+def memory_kept() -> Iterator[bool]:
+    """Inside, memory that is freed stays with the process for whatever comes next; afterwards all that is free is given back.
+
+    Left alone, glibc gives each block of over 32 MiB back to the system when it is freed, and the free end of its heap with it.
+    The next step asks for them anew, and each of their pages is a page fault: on a virtual machine a fifth of the step and more.
+    The peak stays what it was, or nearly, as the free memory is used again.  Blocks of 2 GiB and more are given back as ever.
+
+    Yields:
+        Whether that is so: not with another C library, nor where the environment sets glibc's own switches (MALLOC_…).
+    """
+    glibc = None if any(name.startswith("MALLOC_") for name in os.environ) else _glibc()
+    if glibc is None:
+        yield False
+        return
+    for switch in USUAL:
+        glibc.mallopt(switch, KEEP)
+    try:
+        yield True
+    finally:
+        for switch, size in USUAL.items():
+            glibc.mallopt(switch, size)
+        glibc.malloc_trim(0)
+
+
+def give_memory_back() -> None:
+    """What is free goes back to the system now, where the C library can."""
+    if glibc := _glibc():
+        glibc.malloc_trim(0)
+
+
+@cache
+def bf16_instructions() -> tuple[str, ...] | None:
+    """Those that this CPU has for bfloat16 products; None where the system does not say."""
+    facts = Path("/proc/cpuinfo")
+    words = set(facts.read_text().split()) if facts.exists() else set()
+    return tuple(name for name in ("avx512_bf16", "amx_bf16") if name in words) if "flags" in words else None  # x86 alone has "flags"
+
+
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which to make a product for which this one was asked: float32 where a CPU only emulates bfloat16.
+
+    There a product in bfloat16 is 4 to 100 times slower than the same in float32, and less exact.
+    """
+    emulated = dtype is torch.bfloat16 and device.type == "cpu" and bf16_instructions() == () and not _native.get()
+    return torch.float32 if emulated else dtype
+
+
+@contextmanager
+def as_asked() -> Iterator[None]:
+    """Inside, `product_dtype` gives what it is given: for the rehearsal of another device."""
+    token = _native.set(True)
+    try:
+        yield
+    finally:
+        _native.reset(token)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL("libc.so.6")
+        return library if library.mallopt and library.malloc_trim else None
+    return None

@@ -1,0 +1,66 @@
+"""What a CPU and its C library are asked: to keep memory, and not to emulate bfloat16."""
+
+import resource
+
+import pytest
+import torch
+
+from kdlib import cpu
+
+PAGES = 64 * 2**20 // 4096  # of a tensor that glibc gives back as soon as it is freed
+
+
+def faults() -> int:
+    """Page faults of making and freeing a tensor of 64 MiB, after one was made and freed before."""
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(16 * 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.fixture
+def usual(monkeypatch):
+    """An environment that leaves glibc's switches alone."""
+    for name in ("MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.skipif(cpu._glibc() is None, reason="the C library is not glibc")
+def test_memory_that_is_freed_is_found_again_inside_and_given_back_after(usual):
+    assert faults() > 0.9 * PAGES
+    with cpu.memory_kept() as kept:
+        assert kept
+        assert faults() < 0.1 * PAGES
+    assert faults() > 0.9 * PAGES
+
+
+def test_who_sets_glibcs_own_switches_is_left_alone_as_are_other_libraries(usual, monkeypatch):
+    monkeypatch.setattr(cpu, "_glibc", lambda: None)
+    with cpu.memory_kept() as kept:
+        assert not kept
+    monkeypatch.undo()
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "100000")
+    with cpu.memory_kept() as kept:
+        assert not kept
+
+
+FACTS = {"with": ("flags : fpu avx512_bf16 amx_bf16", ("avx512_bf16", "amx_bf16")), "without": ("flags : fpu avx2", ()),
+         "not x86": ("Features : fp bf16", None)}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_the_processor_says_which_instructions_it_has(name, monkeypatch, tmp_path):
+    text, expected = FACTS[name]
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(cpu, "Path", lambda path: tmp_path / "cpuinfo")
+    assert cpu.bf16_instructions.__wrapped__() == expected
+
+
+@pytest.mark.parametrize(("instructions", "made"), [((), torch.float32), (("amx_bf16",), torch.bfloat16), (None, torch.bfloat16)])
+def test_only_bfloat16_that_is_emulated_is_avoided_and_only_on_a_cpu(instructions, made, monkeypatch):
+    monkeypatch.setattr(cpu, "bf16_instructions", lambda: instructions)
+    assert cpu.product_dtype(torch.bfloat16, torch.device("cpu")) is made
+    assert cpu.product_dtype(torch.float64, torch.device("cpu")) is torch.float64
+    assert cpu.product_dtype(torch.bfloat16, torch.device("cuda")) is torch.bfloat16
+    with cpu.as_asked():
+        assert cpu.product_dtype(torch.bfloat16, torch.device("cpu")) is torch.bfloat16
