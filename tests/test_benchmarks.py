@@ -1,5 +1,6 @@
 """The benchmark measures what it says: every case computes the same loss, rounds are paired, peaks are a case's own."""
 
+import importlib.util
 import json
 import sys
 
@@ -115,8 +116,12 @@ def test_a_process_that_fails_to_measure_says_why():
 def test_whole_steps_are_timed_in_every_trainer_that_is_there(teacher_folder):
     options = {"teacher": str(teacher_folder), "student_layers": 2, "batch": 2, "length": 12, "rounds": 1, "warmup": 1, "steps": 1}
     made = steps.pair(settings.StepsConfig(**options), precision="float32", device=CPU, seed=0)
-    weights, skipped = made.student.get_input_embeddings().weight.clone(), {}
-    measured = {line["name"]: line for line in steps.rounds(made, skipped)}
+    weights, measured, skipped = made.student.get_input_embeddings().weight.clone(), {}, {}
+    for name in settings.CONTENDERS:
+        try:
+            measured[name] = steps.measured(name, made)
+        except ImportError as error:
+            skipped[name] = str(error)
     timed = {name: line["wall_s"] for name, line in measured.items()}
     assert {name for name, line in measured.items() if "ledger_s" in line} == {"ours_kd", "ours_sft"}
     assert 0 < measured["ours_kd"]["ledger_s"] < timed["ours_kd"]
@@ -124,6 +129,17 @@ def test_whole_steps_are_timed_in_every_trainer_that_is_there(teacher_folder):
     assert {"ours_kd", "ours_sft", "teacher", "trainer_sft"} <= set(timed)
     assert min(timed.values()) > 0
     assert torch.equal(made.student.get_input_embeddings().weight, weights)  # each trained a copy
+
+
+def test_contenders_run_in_processes_of_their_own_and_those_that_are_not_there_are_told(teacher_folder):
+    names, missing = ["trl_gkd", "teacher"], importlib.util.find_spec("trl") is None
+    options = settings.StepsConfig(teacher=str(teacher_folder), student_layers=2, batch=1, length=4, rounds=1, warmup=1, steps=1,
+                                   contenders=names)
+    skipped = {}
+    lines = list(steps.rounds(options, skipped, precision="float32", seed=0, device="cpu"))
+    assert [line["name"] for line in lines] == names[missing:]
+    assert [(name, "kdlib[bench]" in why) for name, why in skipped.items()] == [("trl_gkd", True)] * missing
+    assert min(line["wall_s"] for line in lines) > 0
 
 
 def test_the_flops_of_a_step_are_those_counted_by_hand(teacher_folder):
@@ -182,6 +198,7 @@ def test_a_bad_benchmark_is_refused_with_all_faults(teacher_folder):
 def test_the_benchmark_notebook_runs_through_and_leaves_a_report(teacher_folder, tmp_path):
     folders = ("--runs", tmp_path / "runs", "--reports", tmp_path / "reports")
     settings = (f"steps.teacher={teacher_folder}", "steps.student_layers=2", "heads.bfloat16=null", "heads.memory=[ours]",
+                "steps.contenders=[ours_kd,teacher]",
                 "heads.float32.cases=[floor,naive,ours,ours_eager,ours_generalized_jsd]")  # each is compiled for seconds
     overrides = [word for setting in settings for word in ("-o", setting)]
     process = kd_process("bench", "--smoke", "--name", "tiny", *overrides, *folders)

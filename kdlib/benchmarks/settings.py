@@ -70,7 +70,7 @@ class HeadsConfig(Section):
 
     hidden: Positive = 576
     vocabulary: Annotated[Count, Field(ge=2)] = 49152
-    chunk: Positive = 256
+    chunk: Positive = 512
     top_k: Positive = 64
     masked: Annotated[Number, Field(gt=0, lt=1)] = 0.5
     memory: Cases = "all"
@@ -87,11 +87,11 @@ class StepsConfig(Section):
     batch: Positive = 4
     length: Annotated[Count, Field(ge=2)] = 128
     temperature: Annotated[Number, Field(gt=0)] = 2.0
-    chunk: Positive = 256
+    chunk: Positive = 512
     precision: list[Literal["float32", "bfloat16"]] = ["float32", "bfloat16"]
     rounds: Positive = 5
-    warmup: Positive = 2
-    steps: Positive = 3
+    warmup: Positive = 4
+    steps: Positive = 4
     contenders: Contenders = "all"
 
 
@@ -108,7 +108,8 @@ class BenchmarkConfig(Section):
     smoke: ClassVar = {
         "heads": {"hidden": 32, "vocabulary": 500, "chunk": 16, "top_k": 8, "memory": ["naive", "ours"],
                   "float32": {"tokens": 40, "rounds": 2}, "bfloat16": {"tokens": 40, "rounds": 2}},
-        "steps": {"batch": 2, "length": 16, "precision": ["float32"], "rounds": 1, "warmup": 1, "steps": 1},
+        "steps": {"batch": 2, "length": 16, "precision": ["float32"], "rounds": 1, "warmup": 1, "steps": 1,
+                  "contenders": ["ours_kd", "teacher", "trainer_sft", "trl_gkd"]},
         "dashboard": {"steps": 1000, "rounds": 1},
     }
     seed: Annotated[Count, Field(ge=0, lt=2**32)] = 0

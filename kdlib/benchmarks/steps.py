@@ -1,12 +1,15 @@
 """Whole training steps: the same student, teacher, tokens and optimizer, in our trainer and in others'.
 
-Each contender trains a fresh copy of the student for a few steps; what is timed is the time from the end of one optimizer
-step to the end of the next, after a warm-up: batch, forward passes, loss, backward pass, clipping, AdamW; no set-up, log or
-checkpoint.  TRL's GKDTrainer computes its loss at T = 1 and has no CE, which is less work than ours.
+Each contender trains the student for a few steps in a process of its own, as its users would: a heap that others have cut up
+is no part of it, nor is what our trainer asks of the C library a part of theirs.  What is timed is the time from the end of one
+optimizer step to the end of the next, after a warm-up: batch, forward passes, loss, backward pass, clipping, AdamW; no set-up,
+log or checkpoint.  TRL's GKDTrainer computes its loss at T = 1 and has no CE, which is less work than ours.
 """
 
 import copy
+import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -160,34 +163,38 @@ TRAINERS: dict[str, Callable[..., Trainer]] = {
 }
 
 
-def rounds(made: Pair, skipped: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """Every contender's median step in each round, the order rotated.
+def rounds(settings: StepsConfig, skipped: dict[str, str], **options: Any) -> Iterator[dict[str, Any]]:
+    """Every contender's median step in each round, the order rotated, each time in a fresh process.
 
     Args:
         skipped: takes the names of contenders whose package is not there, and why.
+        options: those of `pair`; the device by its name.
 
     Yields:
         {"round": …, "name": …, "wall_s": …, "cpu_s": …}; of ours also "ledger_s"; on CUDA "peak_bytes", of all that is allocated.
     """
-    names = list(made.settings.contenders)
-    for number in range(made.settings.rounds):
-        first = number * len(names) // made.settings.rounds
+    names = list(settings.contenders)
+    for number in range(settings.rounds):
+        first = number * len(names) // settings.rounds
         for name in names[first:] + names[:first]:
-            if name in skipped:
-                continue
-            try:
-                if made.device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                line = {"round": number, "name": name, **measured(name, made)}
-                yield line | ({"peak_bytes": torch.cuda.max_memory_allocated()} if made.device.type == "cuda" else {})
-            except ImportError as error:
-                skipped[name] = str(error)
+            if name not in skipped:
+                asked = {"name": name, "settings": settings.model_dump(), **options}
+                found = machine.in_fresh_process(__name__, asked, what=f"timing {name}", memory=False)
+                if "skipped" in found:
+                    skipped[name] = found["skipped"]
+                else:
+                    yield {"round": number, "name": name, **found}
 
 
 def measured(name: str, made: Pair) -> dict[str, float]:
-    """One contender's median step."""
-    if name == "teacher":
-        return _teacher_alone(made)
+    """One contender's median step; on CUDA also the peak of all that is allocated."""
+    if made.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    found = _teacher_alone(made) if name == "teacher" else _trained(name, made)
+    return found | ({"peak_bytes": torch.cuda.max_memory_allocated()} if made.device.type == "cuda" else {})
+
+
+def _trained(name: str, made: Pair) -> dict[str, float]:
     clocks = [StepClock()]
     with tempfile.TemporaryDirectory() as folder:
         trainer = TRAINERS[name](made, Path(folder))
@@ -236,3 +243,17 @@ def _body(model: PreTrainedModel) -> int:
 def _attention(config) -> int:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 4 * config.num_attention_heads * width * config.num_hidden_layers
+
+
+def main() -> None:
+    asked = json.loads(sys.argv[1])
+    name, settings, device = asked.pop("name"), StepsConfig(**asked.pop("settings")), torch.device(asked.pop("device"))
+    try:
+        found = measured(name, pair(settings, device=device, **asked))
+    except ImportError as error:
+        found = {"skipped": str(error)}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

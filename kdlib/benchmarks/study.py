@@ -109,9 +109,10 @@ class Study:
     def time_steps(self) -> None:
         """Whole training steps in interleaved rounds, and the physical floor under them."""
         for precision in self.config.steps.precision if self.config.steps else ():
-            made = steps.pair(self.config.steps, precision=precision, device=self.device, seed=self.config.seed)
-            skipped: dict[str, str] = {}
-            lines = _followed(steps.rounds(made, skipped), precision, made.settings.rounds)
+            options, skipped = {"precision": precision, "seed": self.config.seed}, {}
+            lines = steps.rounds(self.config.steps, skipped, device=str(self.device), **options)
+            lines = _followed(lines, precision, self.config.steps.rounds)
+            made = steps.pair(self.config.steps, device=self.device, **options)
             for name, why in skipped.items():
                 print(f"{precision}: {name} is skipped: {why}")
             self._add(
