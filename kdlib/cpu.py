@@ -13,6 +13,7 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 KEEP = 2**31 - 1  # bytes of a block, or of the heap's free end, from which on it is given back: the most that an int can say
 USUAL = {M_MMAP_THRESHOLD: 32 * 2**20, M_TRIM_THRESHOLD: 64 * 2**20}  # where glibc's own rule ends, after some large blocks
+SWITCHES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_")  # of glibc, in the environment
 
 _native: ContextVar[bool] = ContextVar("native", default=False)  # whether products are to be made in the dtype asked for, come what may
 
@@ -26,9 +27,10 @@ def memory_kept() -> Iterator[bool]:
     The peak stays what it was, or nearly, as the free memory is used again.  Blocks of 2 GiB and more are given back as ever.
 
     Yields:
-        Whether that is so: not with another C library, nor where the environment sets glibc's own switches (MALLOC_…).
+        Whether that is so: not with another C library, nor where the environment decides it by SWITCHES or GLIBC_TUNABLES.
     """
-    glibc = None if any(name.startswith("MALLOC_") for name in os.environ) else _glibc()
+    decided = any(name in os.environ for name in SWITCHES) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    glibc = None if decided else _glibc()
     if glibc is None:
         yield False
         return

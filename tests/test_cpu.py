@@ -21,7 +21,7 @@ def faults() -> int:
 @pytest.fixture
 def usual(monkeypatch):
     """An environment that leaves glibc's switches alone."""
-    for name in ("MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+    for name in (*cpu.SWITCHES, "GLIBC_TUNABLES"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -34,12 +34,16 @@ def test_memory_that_is_freed_is_found_again_inside_and_given_back_after(usual):
     assert faults() > 0.9 * PAGES
 
 
-def test_who_sets_glibcs_own_switches_is_left_alone_as_are_other_libraries(usual, monkeypatch):
-    monkeypatch.setattr(cpu, "_glibc", lambda: None)
+@pytest.mark.parametrize(("name", "value"), [("MALLOC_TRIM_THRESHOLD_", "100000"), ("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0")])
+def test_who_sets_glibcs_own_switches_is_left_alone(usual, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
     with cpu.memory_kept() as kept:
         assert not kept
-    monkeypatch.undo()
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "100000")
+
+
+def test_another_c_library_is_left_alone(usual, monkeypatch):
+    monkeypatch.setattr(cpu, "_glibc", lambda: None)
+    cpu.give_memory_back()
     with cpu.memory_kept() as kept:
         assert not kept
 
