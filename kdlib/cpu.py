@@ -8,10 +8,12 @@ from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 
+import psutil
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-KEEP = 2**31 - 1  # bytes of a block, or of the heap's free end, from which on it is given back: the most that an int can say
+MOST = 2**31 - 1  # bytes that an int can say
+SHARE = 64  # of the machine's memory, kept at most of one block
 USUAL = {M_MMAP_THRESHOLD: 32 * 2**20, M_TRIM_THRESHOLD: 64 * 2**20}  # where glibc's own rule ends, after some large blocks
 SWITCHES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_")  # of glibc, in the environment
 
@@ -24,7 +26,8 @@ def memory_kept() -> Iterator[bool]:
 
     Left alone, glibc gives each block of over 32 MiB back to the system when it is freed, and the free end of its heap with it.
     The next step asks for them anew, and each of their pages is a page fault: on a virtual machine a fifth of the step and more.
-    The peak stays what it was, or nearly, as the free memory is used again.  Blocks of 2 GiB and more are given back as ever.
+    The peak grows by a few such blocks: glibc before 2.38 does not always find a free one that would do, and takes another.  So
+    blocks of more than a 64th of the machine's memory are given back as ever.
 
     Yields:
         Whether that is so: not with another C library, nor where the environment decides it by SWITCHES or GLIBC_TUNABLES.
@@ -34,8 +37,8 @@ def memory_kept() -> Iterator[bool]:
     if glibc is None:
         yield False
         return
-    for switch in USUAL:
-        glibc.mallopt(switch, KEEP)
+    glibc.mallopt(M_MMAP_THRESHOLD, min(psutil.virtual_memory().total // SHARE, MOST))
+    glibc.mallopt(M_TRIM_THRESHOLD, MOST)
     try:
         yield True
     finally:

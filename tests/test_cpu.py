@@ -1,6 +1,7 @@
 """What a CPU and its C library are asked: to keep memory, and not to emulate bfloat16."""
 
 import resource
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ PAGES = 64 * 2**20 // 4096  # of a tensor that glibc gives back as soon as it is
 
 
 def faults() -> int:
-    """Page faults of making and freeing a tensor of 64 MiB, after one was made and freed before."""
-    for _ in range(2):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    """The fewest page faults of making and freeing a tensor of 64 MiB, of thirty times."""
+    counts = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt]
+    for _ in range(30):
         torch.ones(16 * 2**20)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    return min(after - before for before, after in pairwise(counts))
 
 
 @pytest.fixture
@@ -26,7 +28,8 @@ def usual(monkeypatch):
 
 
 @pytest.mark.skipif(cpu._glibc() is None, reason="the C library is not glibc")
-def test_memory_that_is_freed_is_found_again_inside_and_given_back_after(usual):
+def test_memory_that_is_freed_is_found_again_inside_and_given_back_after(usual, monkeypatch):
+    monkeypatch.setattr(cpu, "SHARE", 1)  # so that a small machine keeps a block of 64 MiB too
     assert faults() > 0.9 * PAGES
     with cpu.memory_kept() as kept:
         assert kept
