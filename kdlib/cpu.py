@@ -61,12 +61,14 @@ def bf16_instructions() -> tuple[str, ...] | None:
     return tuple(name for name in ("avx512_bf16", "amx_bf16") if name in words) if "flags" in words else None  # x86 alone has "flags"
 
 
-def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype in which to make a product for which this one was asked: float32 where a CPU only emulates bfloat16.
+def emulates_bf16() -> bool:
+    """Whether this CPU is known to have no instructions for bfloat16 products: in it one is 4 to 100 times slower than in float32."""
+    return bf16_instructions() == ()
 
-    There a product in bfloat16 is 4 to 100 times slower than the same in float32, and less exact.
-    """
-    emulated = dtype is torch.bfloat16 and device.type == "cpu" and bf16_instructions() == () and not _native.get()
+
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which to make a product for which this one was asked: float32, faster and more exact, where a CPU emulates bfloat16."""
+    emulated = dtype is torch.bfloat16 and device.type == "cpu" and emulates_bf16() and not _native.get()
     return torch.float32 if emulated else dtype
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -55,6 +55,14 @@ def seconds(work: Callable[[], object], device: torch.device) -> dict[str, float
     wall, cpu = time.perf_counter(), time.process_time()
     work()
     return {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+
+
+def rotated(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """(round, name): each name once a round, the order rotated, so that none always follows the same."""
+    for number in range(rounds):
+        first = number * len(names) // rounds
+        for name in (*names[first:], *names[:first]):
+            yield number, name
 
 
 def matmul_speed(dtype: torch.dtype, device: torch.device, *, tries: int = 5) -> float:

@@ -15,18 +15,15 @@ WARMUP_CHUNKS = 1  # tokens of the warm-up, in chunks: what is compiled is compi
 
 
 def interleaved(steps: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Each step once per round, after one that is not timed; the order is rotated, so that none always follows the same.
+    """Each step once per round, in rotated order, after one that is not timed.
 
     Yields:
         One line per step and round: {"round": …, "name": …, "wall_s": …, "cpu_s": …}.
     """
     for step in steps.values():
         step()
-    names = list(steps)
-    for number in range(rounds):
-        first = number * len(names) // rounds
-        for name in names[first:] + names[:first]:
-            yield {"round": number, "name": name, **machine.seconds(steps[name], device)}
+    for number, name in machine.rotated(list(steps), rounds):
+        yield {"round": number, "name": name, **machine.seconds(steps[name], device)}
 
 
 def prepared(names: Sequence[str], inputs: Problem, setting: Setting) -> tuple[dict[str, Callable], dict[str, str]]:

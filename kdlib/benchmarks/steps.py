@@ -173,17 +173,15 @@ def rounds(settings: StepsConfig, skipped: dict[str, str], **options: Any) -> It
     Yields:
         {"round": …, "name": …, "wall_s": …, "cpu_s": …}; of ours also "ledger_s"; on CUDA "peak_bytes", of all that is allocated.
     """
-    names = list(settings.contenders)
-    for number in range(settings.rounds):
-        first = number * len(names) // settings.rounds
-        for name in names[first:] + names[:first]:
-            if name not in skipped:
-                asked = {"name": name, "settings": settings.model_dump(), **options}
-                found = machine.in_fresh_process(__name__, asked, what=f"timing {name}", memory=False)
-                if "skipped" in found:
-                    skipped[name] = found["skipped"]
-                else:
-                    yield {"round": number, "name": name, **found}
+    for number, name in machine.rotated(settings.contenders, settings.rounds):
+        if name in skipped:
+            continue
+        asked = {"name": name, "settings": settings.model_dump(), **options}
+        found = machine.in_fresh_process(__name__, asked, what=f"timing {name}", memory=False)
+        if "skipped" in found:
+            skipped[name] = found["skipped"]
+        else:
+            yield {"round": number, "name": name, **found}
 
 
 def measured(name: str, made: Pair) -> dict[str, float]:

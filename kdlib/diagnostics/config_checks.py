@@ -25,7 +25,7 @@ def device_has_the_dtype(subject: Subject) -> Iterator[Finding]:
         yield Finding("warning", "precision", f"float16 on {torch.cuda.get_device_name()}, which has bfloat16",
                       "float16 ends at 65,504, which logits and gradients pass; bfloat16 has float32's range at the same speed",
                       "write auto", AUTO)
-    elif precision == "bfloat16" and device == "cpu" and cpu.bf16_instructions() == ():
+    elif precision == "bfloat16" and device == "cpu" and cpu.emulates_bf16():
         yield Finding("warning", "precision", "bfloat16 on a CPU without avx512_bf16 or amx_bf16",
                       "its products are then emulated, 4 to 100 times slower than float32's", "write auto", AUTO)
     elif precision == "bfloat16" and device == "cuda" and torch.cuda.get_device_capability()[0] < 8:
