@@ -23,7 +23,7 @@ from browser import CHROMIUM, QUIET, answers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kdlib.runs import PARENT, project_root
+from kdlib.runs.folder import PARENT, project_root
 
 WORDS = ["the", "a", "student", "teacher", "learns", "says", "what", "it", "sees", "when", "words", "come", "back", "again"]
 
@@ -55,7 +55,7 @@ def tiny_model(vocabulary: int = 300, layers: int = 4, seed: int = 0) -> LlamaFo
 
 
 def kd_process(*words: object, **options) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "kdlib.cli", *map(str, words)], text=True, cwd=project_root(),
+    return subprocess.Popen([sys.executable, "-m", "kdlib", *map(str, words)], text=True, cwd=project_root(),
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 

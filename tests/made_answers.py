@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from kdlib.answer_results import results_of, worst_rows
-from kdlib.answers import Answers
+from kdlib.metrics.classification import Answers
+from kdlib.metrics.paired import results_of, worst_rows
 
 CLASSES = ("Company", "Educational institution", "Artist", "Athlete", "Office holder", "Mean of transportation", "Building",
            "Natural place", "Village", "Animal", "Plant", "Album", "Film", "Written work")  # DBpedia's fourteen

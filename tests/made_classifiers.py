@@ -22,8 +22,8 @@ from transformers import (
     Qwen2ForSequenceClassification,
 )
 
-from kdlib import models
-from kdlib.batches import Prepared, collate_classes
+from kdlib.data.batches import Prepared, collate_classes
+from kdlib.models import loading as models
 
 LABELS = ("tools", "animals", "weather")
 WORDS = {"tools": ["hammer", "saw", "drill", "nail", "file"], "animals": ["dog", "cat", "cow", "fish", "owl"],

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdlib import metrics, runs
-from kdlib.config import parse
-from kdlib.runs import Run
+from kdlib.config.run import parse
+from kdlib.runs import folder as runs, log as metrics
+from kdlib.runs.folder import Run
 
 EVIL = (
     '<script>window.hit = 1</script><img src=x onerror="window.hit = 2">]]></style></title></textarea><svg onload="window.hit = 3">'

@@ -5,12 +5,12 @@ import torch.distributed as dist
 from conftest import tiny_model
 from torch.distributed.fsdp import fully_shard
 
-from kdlib.losses.workspace import Workspace
-from kdlib.models import head_form
-from kdlib.objective import Objective, ledger
+from kdlib.losses.buffers import Workspace
+from kdlib.losses.objective import Objective, ledger
+from kdlib.losses.signals import kept
+from kdlib.models.loading import head_form
+from kdlib.models.teacher import LiveTeacher, signal_of
 from kdlib.schedulers import constant
-from kdlib.signals import kept
-from kdlib.teachers import LiveTeacher, signal_of
 
 MOMENT = Objective({"kd": constant(0.7), "ce": constant(0.3)}).at(0)
 

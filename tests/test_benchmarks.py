@@ -9,10 +9,11 @@ import torch
 import yaml
 from conftest import kd_process
 
-from kdlib import reports, runs
 from kdlib.benchmarks import heads, machine, peers, reading, rounds, settings, steps, study, targets
-from kdlib.config import load
+from kdlib.config.run import load
 from kdlib.errors import ConfigError, RunError
+from kdlib.reports import run as reports
+from kdlib.runs import folder as runs
 
 CPU = torch.device("cpu")
 SETTING = heads.Setting(chunk=16, top_k=8)

@@ -2,9 +2,9 @@
 
 from browser import MARKS, choose, open_notebook
 
-from kdlib import reports
-from kdlib.runner import NOTEBOOKS
-from kdlib.runs import all_runs
+from kdlib.reports import run as reports
+from kdlib.runs.folder import all_runs
+from kdlib.workbench.runner import NOTEBOOKS
 
 pytestmark = MARKS
 

@@ -10,10 +10,10 @@ from browser import MARKS, choose, no_cell_runs, open_notebook
 from conftest import kd_process
 from nbformat.v4 import new_code_cell, new_notebook
 
-from kdlib import runs
-from kdlib.config import parse
-from kdlib.metrics import read_metrics
-from kdlib.workbench import Workbench
+from kdlib.config.run import parse
+from kdlib.runs import folder as runs
+from kdlib.runs.log import read_metrics
+from kdlib.workbench.session import Workbench
 
 pytestmark = MARKS
 IMAGE = "img.widget-image"
@@ -88,7 +88,7 @@ def test_the_dashboard_moves_obeys_and_stops_while_the_training_cell_runs(lab, r
 
 @pytest.mark.parametrize("theme", ["JupyterLab Dark"])
 def test_a_run_in_another_process_is_watched_and_stopped(lab, theme, project, run, page, tmp_path):
-    write_notebook(project, "watch", "from kdlib import dashboard", "dashboard.watch('runs/tiny')")
+    write_notebook(project, "watch", "from kdlib.workbench import dashboard", "dashboard.watch('runs/tiny')")
     with kd_process("train", run.path, env={**os.environ}) as process:
         open_notebook(page, lab, "watch")
         choose(page, "Run", "Run All Cells")
@@ -105,7 +105,7 @@ def test_a_run_in_another_process_is_watched_and_stopped(lab, theme, project, ru
 
 def test_after_a_restart_the_dashboard_shows_all_that_was_logged(lab, project, run, page, tmp_path):
     write_notebook(
-        project, "restart", "from kdlib import dashboard, runs, workbench\nrun = runs.open_run(runs.default_root(), 'tiny')",
+        project, "restart", "from kdlib.workbench import dashboard; from kdlib.runs import folder as runs; from kdlib.workbench import session as workbench\nrun = runs.open_run(runs.default_root(), 'tiny')",
         "with dashboard.watch(run):\n    workbench.Workbench(run).train()", "board = dashboard.watch('runs/tiny')\nboard",
         "print('steps', board.picture.course.step, 'of', len(run.metrics.read_text().splitlines()), 'lines')",
     )

@@ -4,14 +4,14 @@ import nbformat
 import pytest
 from browser import MARKS
 from nbformat.v4 import new_code_cell, new_notebook
-from test_explorers import EVIL, evil_facts
+from test_workbench_explorers import EVIL, evil_facts
 
-from kdlib import runs
-from kdlib.config import parse
+from kdlib.config.run import parse
+from kdlib.runs import folder as runs
 
 pytestmark = MARKS
 CELLS = (
-    'from kdlib import explorers, workbench\n\nbench = workbench.open_run("configs/quickstart.yaml", "one")\n'
+    'from kdlib.reports import explorers; from kdlib.workbench import session as workbench\n\nbench = workbench.open_run("configs/quickstart.yaml", "one")\n'
     'sight = bench.explore("untrained")',
     "explorers.temperature_and_top_k(sight, bench.config)",
     "explorers.token_heat_map(bench.run)",

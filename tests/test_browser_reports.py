@@ -9,7 +9,9 @@ from made_runs import EVIL, RAW, made_run, results
 from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from kdlib import overview, plots, reports, runs
+from kdlib.plots import comparison as plots
+from kdlib.reports import index as overview, run as reports
+from kdlib.runs import folder as runs
 
 pytestmark = MARKS
 

@@ -5,13 +5,12 @@ import re
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 
-from kdlib.arguments import training_fields
-from kdlib.config import Config, load, parse
+from kdlib.config.loss import TERM_NAMES
+from kdlib.config.run import Config, load, parse
+from kdlib.config.training_arguments import training_fields
 from kdlib.errors import ConfigError
-from kdlib.loss_config import TERM_NAMES
 from kdlib.schedulers import SHAPES
 
 SOUND = {

@@ -4,71 +4,71 @@ from pathlib import Path
 
 KDLIB = Path(__file__).parent.parent / "kdlib"
 FLOORS = [
-    {"cpu"},
-    {"diagnostics.row_view", "errors", "schedulers", "signals", "strata", "tokens", "calibration", "measures", "resampling",
+    {"hardware"},
+    {"plots.row_view", "errors", "schedulers", "losses.signals", "data.strata", "plots.visible", "metrics.calibration", "metrics.names", "metrics.bootstrap",
      "diagnostics.findings"},
-    {"answers", "task_rules", "arguments", "curriculum", "fields", "keys", "overrides", "diagnostics.fixes"},
-    {"answer_results", "loss_config"},
-    {"config"},
+    {"metrics.classification", "config.task_rules", "config.training_arguments", "curriculum", "config.base", "keys", "config.overrides", "diagnostics.fixes"},
+    {"metrics.paired", "config.loss"},
+    {"config.run"},
     {"losses.divergences"},
-    {"diagnostics.token_view", "losses.subset", "losses.features", "losses.workspace", "diagnostics.ledger", "runs", "dialects"},
-    {"losses.linear", "captures", "embedded", "migration", "diagnostics.allocations", "metrics", "canvas", "sections"},
-    {"batches", "sources", "items"},
-    {"data", "labelled", "prompts", "models", "objective", "progress"},
-    {"classes", "questions"},
-    {"classifiers", "teachers", "callbacks", "checkpoints", "diagnostics.culprits", "diagnostics.gradients"},
-    {"diagnostics.nan_guard", "diagnostics.nan_report", "trackers", "tasks", "footprint", "choices"},
-    {"guarded_trainer"},
-    {"trainer", "compare_classes", "scene", "answer_figures", "answer_tables"},
-    {"compare"},
-    {"panels"},
-    {"training", "plots", "pages", "benchmarks.settings", "benchmarks.machine", "benchmarks.heads", "sweeps.settings", "sweeps.clock",
-     "sweeps.crew"},
-    {"temperatures", "courses", "heat_map", "compared"},
-    {"sights", "candidates", "schedule_designer", "elsewhere"},
-    {"explorer_widgets"},
-    {"explorers"},
-    {"benchmarks.peers", "benchmarks.reading", "diagnostics.scorecard", "diagnostics.parity", "diagnostics.rehearsal", "sweeps.trials",
-     "executed", "curves"},
+    {"plots.token_view", "losses.subset", "losses.features", "losses.buffers", "losses.ledger", "runs.folder", "config.dialects"},
+    {"losses.chunked", "models.hooks", "models.embedded", "config.imports", "diagnostics.allocations", "runs.log", "plots.axes", "data.sections"},
+    {"data.batches", "data.sources", "data.qa_rows"},
+    {"data.text", "data.labelled_rows", "data.prompts", "models.loading", "losses.objective", "runs.progress"},
+    {"data.classification", "data.qa"},
+    {"models.classifier", "models.teacher", "training.callbacks", "training.checkpoints", "training.culprits", "training.gradients"},
+    {"training.nan_guard", "training.nan_report", "training.trackers", "tasks.base", "models.efficiency", "tasks.question_answering"},
+    {"training.guarded_trainer"},
+    {"training.trainer", "tasks.classification", "plots.training_panels", "plots.classification", "plots.answer_tables"},
+    {"evaluation.compare"},
+    {"plots.training"},
+    {"training.run", "plots.comparison", "reports.html", "benchmarks.settings", "benchmarks.machine", "benchmarks.heads", "sweeps.config", "sweeps.clock",
+     "sweeps.processes"},
+    {"plots.softening", "plots.schedules", "plots.tokens", "reports.compared"},
+    {"evaluation.predictions", "plots.candidates", "plots.schedule_designer", "evaluation.elsewhere"},
+    {"workbench.explorers"},
+    {"reports.explorers"},
+    {"benchmarks.peers", "benchmarks.reading", "reports.scorecard", "diagnostics.parity", "diagnostics.fake_step", "sweeps.trials",
+     "reports.notebook_html", "reports.curves"},
     {"benchmarks.rounds", "benchmarks.steps", "benchmarks.targets", "benchmarks.figures", "diagnostics.charges", "diagnostics.probe",
-     "sweeps.reading", "sweeps.search", "summaries", "dashboard"},
-    {"diagnostics.forecast", "diagnostics.measurement", "sweeps.axes", "sweeps.gains", "side_by_side", "benchmarks.drawing"},
-    {"diagnostics.remedies", "diagnostics.subject", "sweeps.maps"},
+     "sweeps.results", "sweeps.search", "reports.summary", "workbench.dashboard"},
+    {"diagnostics.memory", "diagnostics.measurement", "sweeps.axes", "sweeps.gains", "reports.side_by_side", "benchmarks.drawing"},
+    {"diagnostics.remedies", "diagnostics.context", "sweeps.maps"},
     {"diagnostics.outlook", "diagnostics.config_checks", "diagnostics.schedule_checks", "diagnostics.data_checks",
      "diagnostics.model_checks", "diagnostics.class_checks", "diagnostics.question_checks", "sweeps.figures"},
-    {"diagnostics.batch_checks", "sweeps.page", "sweeps.cost"},
+    {"diagnostics.batch_checks", "sweeps.report", "sweeps.cost"},
     {"diagnostics.doctor"},
-    {"teacher_stage"},
-    {"reports", "overview", "workbench", "benchmarks.study"},
-    {"kernels"},
-    {"runner", "sweeps.pool"},
-    {"sweeps.conduct", "cli_options"},
-    {"cli_checks"},
-    {"cli"},
+    {"workbench.teacher_stage"},
+    {"reports.run", "reports.index", "workbench.session", "benchmarks.study"},
+    {"workbench.kernels"},
+    {"workbench.runner", "sweeps.pool"},
+    {"sweeps.run", "workbench.cli_options"},
+    {"workbench.cli_checks"},
+    {"workbench.cli"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 READERS = {  # importable without torch
-    "answers", "answer_figures", "answer_results", "answer_tables", "calibration", "measures", "resampling",
-    "errors", "schedulers", "arguments", "curriculum", "fields", "keys", "overrides", "task_rules", "loss_config", "config", "runs",
-    "dialects", "strata",
-    "migration", "metrics", "canvas", "progress", "scene", "panels", "plots", "dashboard", "diagnostics.scorecard", "pages", "executed",
-    "curves", "sweeps.gains", "compared", "summaries", "side_by_side", "overview", "reports", "runner", "kernels", "tokens",
-    "temperatures", "courses", "heat_map", "candidates", "schedule_designer", "explorer_widgets", "explorers",
+    "metrics.classification", "plots.classification", "metrics.paired", "plots.answer_tables", "metrics.calibration", "metrics.names", "metrics.bootstrap",
+    "errors", "schedulers", "config.training_arguments", "curriculum", "config.base", "keys", "config.overrides", "config.task_rules", "config.loss", "config.run", "runs.folder",
+    "config.dialects", "data.strata",
+    "config.imports", "runs.log", "plots.axes", "runs.progress", "plots.training_panels", "plots.training", "plots.comparison", "workbench.dashboard", "reports.scorecard", "reports.html", "reports.notebook_html",
+    "reports.curves", "sweeps.gains", "reports.compared", "reports.summary", "reports.side_by_side", "reports.index", "reports.run", "workbench.runner", "workbench.kernels", "plots.visible",
+    "plots.softening", "plots.schedules", "plots.tokens", "plots.candidates", "plots.schedule_designer", "workbench.explorers", "reports.explorers",
     "benchmarks.settings", "benchmarks.reading", "benchmarks.drawing", "benchmarks.targets", "benchmarks.figures",
-    "diagnostics.findings", "diagnostics.fixes", "diagnostics.row_view",
-    "sweeps.settings", "sweeps.trials", "sweeps.reading", "sweeps.axes", "sweeps.maps", "sweeps.figures", "sweeps.page", "sweeps.clock",
-    "sweeps.crew", "sweeps.search", "sweeps.pool", "cli_options", "cli_checks", "cli",
+    "diagnostics.findings", "diagnostics.fixes", "plots.row_view",
+    "sweeps.config", "sweeps.trials", "sweeps.results", "sweeps.axes", "sweeps.maps", "sweeps.figures", "sweeps.report", "sweeps.clock",
+    "sweeps.processes", "sweeps.search", "sweeps.pool", "workbench.cli_options", "workbench.cli_checks", "workbench.cli",
 }
 
 
 def modules():
     for path in sorted(KDLIB.rglob("*.py")):
-        if path.name != "__init__.py":
+        if path.name not in ("__init__.py", "__main__.py"):
             yield ".".join(path.relative_to(KDLIB).with_suffix("").parts), path
 
 
 def imports(path: Path) -> set[str]:
-    """Absolute dotted names this file imports; `from kdlib import data` counts as kdlib.data."""
+    """Absolute dotted names this file imports; `from kdlib.data import text as data` counts as kdlib.data.text."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -7,8 +7,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from kdlib.embedded import BUILT_IN
-from kdlib.runs import project_root
+from kdlib.models.embedded import BUILT_IN
+from kdlib.runs.folder import project_root
 
 ROOT = project_root()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

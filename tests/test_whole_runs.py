@@ -17,12 +17,13 @@ import pytest
 import yaml
 from made_questions import multiple_choice, tiny_gpt2, written
 
-from kdlib import explorers, reports, runs
-from kdlib.choices import METRICS
-from kdlib.config import load
-from kdlib.runner import NOTEBOOKS
-from kdlib.runs import PARENT, Run, project_root
-from kdlib.trackers import TRACKERS
+from kdlib.config.run import load
+from kdlib.reports import explorers, run as reports
+from kdlib.runs import folder as runs
+from kdlib.runs.folder import PARENT, Run, project_root
+from kdlib.tasks.question_answering import METRICS
+from kdlib.training.trackers import TRACKERS
+from kdlib.workbench.runner import NOTEBOOKS
 
 CONFIG = "configs/quantumbench_qa.yaml"
 TIMES = int(os.environ.get("SOAK", "1"))
@@ -32,7 +33,7 @@ INTERNAL = ("checkpoints", "wandb")  # the Trainer and wandb note where they run
 EXECUTE = """
 import sys
 from pathlib import Path
-from kdlib import runner
+from kdlib.workbench import runner
 notebook = sys.argv[1]
 run = Path("runs", "again")
 parameters = {"config": "configs/quantumbench_qa.yaml", "run": "./runs/again"}
@@ -69,7 +70,7 @@ def started(project: Path, *words: str, **options) -> subprocess.CompletedProces
 @pytest.fixture(scope="module")
 def run(project) -> Run:
     """All four notebooks through `kd run`."""
-    done = started(project, "-m", "kdlib.cli", "run", CONFIG, "--name", "whole")
+    done = started(project, "-m", "kdlib", "run", CONFIG, "--name", "whole")
     assert done.returncode == 0, done.stderr
     return Run(project / "runs" / "whole")
 

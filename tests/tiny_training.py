@@ -8,9 +8,13 @@ from pathlib import Path
 
 import torch
 
-from kdlib import config, metrics, models, tasks, training
-from kdlib.runs import StudentFolder
-from kdlib.teachers import LiveTeacher
+from kdlib.config import run as config
+from kdlib.models import loading as models
+from kdlib.models.teacher import LiveTeacher
+from kdlib.runs import log as metrics
+from kdlib.runs.folder import StudentFolder
+from kdlib.tasks import base as tasks
+from kdlib.training import run as training
 
 
 def pieces(settings, *, dtype=torch.float32, layers=(0, 3)):

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kdlib import runs
-from kdlib.config import parse
-from kdlib.dashboard import Picture, card_html
-from kdlib.metrics import append_metrics
-from kdlib.runs import Run
-from kdlib.scene import View
+from kdlib.config.run import parse
+from kdlib.plots.training_panels import View
+from kdlib.runs import folder as runs
+from kdlib.runs.folder import Run
+from kdlib.runs.log import append_metrics
+from kdlib.workbench.dashboard import Picture, card_html
 
 UPDATES = 9  # of each round; their median counts
 CONFIG = {  # of a training that is never made

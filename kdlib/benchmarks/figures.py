@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from kdlib.benchmarks import reading
 from kdlib.benchmarks.settings import CASES, CONTENDERS
-from kdlib.plots import COLOURS
+from kdlib.plots.comparison import COLOURS
 
 PEER = COLOURS["baseline"]
 

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdlib.losses.workspace import Workspace
-from kdlib.objective import Moment, Objective, ledger, log_probs
+from kdlib.losses.buffers import Workspace
+from kdlib.losses.objective import Moment, Objective, ledger, log_probs
+from kdlib.losses.signals import IGNORED, DenseSignal, LinearSignal
 from kdlib.schedulers import constant
-from kdlib.signals import IGNORED, DenseSignal, LinearSignal
 
 KD, CE = 0.7, 0.3  # weights
 TEMPERATURE = 2.0

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import torch
 
-from kdlib import cpu
+from kdlib import hardware as cpu
 from kdlib.errors import RunError
 
 PACKAGES = ("kdlib", "torch", "transformers", "accelerate", "trl", "liger-kernel", "torchtune")

@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 
 from kdlib.benchmarks.settings import CASES, CONTENDERS
-from kdlib.plots import with_interval
-from kdlib.runs import Run, read_json
+from kdlib.plots.comparison import with_interval
+from kdlib.runs.folder import Run, read_json
 
 RESULTS = "benchmark_results.json"
 MB = 1e6

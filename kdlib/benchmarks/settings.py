@@ -4,8 +4,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
+from kdlib.config.base import Count, Number, Section
 from kdlib.errors import nearest
-from kdlib.fields import Count, Number, Section
 
 CASES = {
     "floor": "matrix products alone (the floor)",

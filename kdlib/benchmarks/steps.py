@@ -24,18 +24,18 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from kdlib import models
-from kdlib.batches import collate
 from kdlib.benchmarks import machine
 from kdlib.benchmarks.heads import CE, KD
 from kdlib.benchmarks.peers import module
 from kdlib.benchmarks.settings import StepsConfig
-from kdlib.losses.workspace import Workspace
-from kdlib.objective import Objective
-from kdlib.runs import StudentFolder
+from kdlib.data.batches import collate
+from kdlib.losses.buffers import Workspace
+from kdlib.losses.objective import Objective
+from kdlib.models import loading as models
+from kdlib.models.teacher import LiveTeacher
+from kdlib.runs.folder import StudentFolder
 from kdlib.schedulers import constant
-from kdlib.teachers import LiveTeacher
-from kdlib.trainer import DistillationTrainer
+from kdlib.training.trainer import DistillationTrainer
 
 LOGGING_STEPS = 10  # for which the ledger's share is told
 

@@ -8,14 +8,15 @@ import pandas as pd
 import transformers
 import yaml
 
-from kdlib import config as configs
-from kdlib import models, runs
 from kdlib.benchmarks import drawing, figures, machine, reading, rounds, steps
 from kdlib.benchmarks.heads import Setting, problem
 from kdlib.benchmarks.settings import BenchmarkConfig
 from kdlib.benchmarks.targets import target_table
+from kdlib.config import run as configs
 from kdlib.errors import ConfigError, RunError
-from kdlib.runs import Run
+from kdlib.models import loading as models
+from kdlib.runs import folder as runs
+from kdlib.runs.folder import Run
 
 DTYPES = ("float32", "bfloat16")
 

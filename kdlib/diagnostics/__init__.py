@@ -1,1 +1,1 @@
-"""What a step cost, and what went wrong with it."""
+"""Why a distillation goes wrong, and what it will cost: doctor, self-test, memory."""

@@ -7,9 +7,9 @@ from functools import cache
 import torch
 
 from kdlib.diagnostics.config_checks import AUTO
+from kdlib.diagnostics.context import Subject
 from kdlib.diagnostics.findings import Finding
-from kdlib.diagnostics.subject import Subject
-from kdlib.objective import FEATURE_TERMS, log_probs
+from kdlib.losses.objective import FEATURE_TERMS, log_probs
 from kdlib.schedulers import SHAPES, from_spec, moments
 
 UNIFORM = 0.9  # of log V: the entropy above which a teacher says next to nothing

@@ -9,14 +9,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel, TrainingArguments
 
-from kdlib.captures import layers_of
-from kdlib.cpu import as_asked
 from kdlib.diagnostics.allocations import Allocations, Block
-from kdlib.diagnostics.rehearsal import PHASES, Outline, Rehearsal, at_layers, bytes_of
-from kdlib.losses.workspace import Workspace
-from kdlib.models import parameters
-from kdlib.objective import Moment, feature_terms
-from kdlib.training import listen, objective_of
+from kdlib.diagnostics.fake_step import PHASES, Outline, Rehearsal, at_layers, bytes_of
+from kdlib.hardware import as_asked
+from kdlib.losses.buffers import Workspace
+from kdlib.losses.objective import Moment, feature_terms
+from kdlib.models.hooks import layers_of
+from kdlib.models.loading import parameters
+from kdlib.training.run import listen, objective_of
 
 GIB = 2**30
 FRAMEWORK = {"cpu": 0.7 * GIB, "cuda": 0.6 * GIB}

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import torch
 
-from kdlib import classifiers, models
+from kdlib.diagnostics.context import Subject, Unavailable
 from kdlib.diagnostics.findings import Finding
-from kdlib.diagnostics.subject import Subject, Unavailable
 from kdlib.errors import ModelError
-from kdlib.signals import kept
+from kdlib.losses.signals import kept
+from kdlib.models import classifier as classifiers, loading as models
 
 LOOKED_AT, AT_ONCE = 128, 16  # training rows that the teacher is asked about
 FEWEST = 8  # rows, below which an accuracy tells nothing

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 
 import torch
 
-from kdlib import cpu
+from kdlib import hardware as cpu
+from kdlib.config.loss import LossConfig
+from kdlib.diagnostics.context import Subject
 from kdlib.diagnostics.findings import Finding
-from kdlib.diagnostics.subject import Subject
-from kdlib.loss_config import LossConfig
-from kdlib.models import device_of
-from kdlib.objective import feature_terms
+from kdlib.losses.objective import feature_terms
+from kdlib.models.loading import device_of
 
 AUTO = {"precision": "auto"}
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from datasets import Dataset
 
-from kdlib.data import tokenized
+from kdlib.data.text import tokenized
+from kdlib.diagnostics.context import Subject
 from kdlib.diagnostics.findings import Finding
-from kdlib.diagnostics.subject import Subject
 
 LEFT_OUT = 0.05  # of the documents
 CUT_DOCUMENTS, CUT_TOKENS = 0.10, 0.05  # shares

@@ -10,20 +10,20 @@ import datasets
 import transformers
 import yaml
 
-from kdlib import config as configs
-from kdlib.config import Config
+from kdlib.config import run as configs
+from kdlib.config.overrides import pairs
+from kdlib.config.run import Config
 from kdlib.diagnostics.batch_checks import BATCH_CHECKS
 from kdlib.diagnostics.class_checks import CLASS_BATCH_CHECKS, CLASS_CHECKS
 from kdlib.diagnostics.config_checks import CONFIG_CHECKS
+from kdlib.diagnostics.context import Subject, Unavailable
 from kdlib.diagnostics.data_checks import DATA_CHECKS
 from kdlib.diagnostics.findings import Finding, as_data, exit_status, ordered, text
 from kdlib.diagnostics.fixes import rewritten
 from kdlib.diagnostics.model_checks import MODEL_CHECKS, memory_suffices
 from kdlib.diagnostics.question_checks import QUESTION_CHECKS
 from kdlib.diagnostics.schedule_checks import SCHEDULE_CHECKS
-from kdlib.diagnostics.subject import Subject, Unavailable
 from kdlib.errors import ConfigError
-from kdlib.overrides import pairs
 
 CHECKS = (*CONFIG_CHECKS, *SCHEDULE_CHECKS, *DATA_CHECKS, *MODEL_CHECKS)
 """In the order in which they are made; those of the task, `memory_suffices` and `BATCH_CHECKS`, which load the models, follow."""
@@ -58,7 +58,7 @@ def diagnose(config: Config, *, quick: bool = False, made: Mapping[str, Any] | N
 
     Args:
         quick: leave out what needs the models' weights.
-        made: what is loaded already, by the names of kdlib.diagnostics.subject.Subject: tokenizer, prepared, teacher, student.
+        made: what is loaded already, by the names of kdlib.diagnostics.context.Subject: tokenizer, prepared, teacher, student.
     """
     return examine(Subject(config, made), quick=quick)
 

@@ -14,14 +14,16 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from kdlib import config as configs
-from kdlib import models, tasks, training
-from kdlib.batches import Prepared, collate
 from kdlib.benchmarks import machine
 from kdlib.benchmarks.steps import StepClock
-from kdlib.config import Config
-from kdlib.diagnostics.rehearsal import kept_layers
-from kdlib.runs import StudentFolder
+from kdlib.config import run as configs
+from kdlib.config.run import Config
+from kdlib.data.batches import Prepared, collate
+from kdlib.diagnostics.fake_step import kept_layers
+from kdlib.models import loading as models
+from kdlib.runs.folder import StudentFolder
+from kdlib.tasks import base as tasks
+from kdlib.training import run as training
 
 STEPS = {"memory": 2, "time": 5}  # of which the first is not timed
 

@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 from functools import partial
 
-from kdlib import models
 from kdlib.diagnostics.charges import GIB
+from kdlib.diagnostics.context import Subject, Unavailable
 from kdlib.diagnostics.findings import Finding
-from kdlib.diagnostics.forecast import forecast, verdict
+from kdlib.diagnostics.memory import forecast, verdict
 from kdlib.diagnostics.remedies import remedies
-from kdlib.diagnostics.subject import Subject, Unavailable
 from kdlib.errors import ModelError
-from kdlib.objective import feature_terms
+from kdlib.losses.objective import feature_terms
+from kdlib.models import loading as models
 
 NO_LENGTH = {"max_length": 2}  # with it `check_pair` looks at everything but positions, which have a check of their own
 

@@ -6,10 +6,10 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from kdlib.config import Config
+from kdlib.config.run import Config
 from kdlib.diagnostics.charges import GIB
-from kdlib.diagnostics.forecast import forecast
 from kdlib.diagnostics.measurement import measured
+from kdlib.diagnostics.memory import forecast
 from kdlib.diagnostics.remedies import Remedy, cards, remedies
 
 ORDER = ("framework", "teacher's weights", "teacher's activations", "student's parameters", "cast weights", "gathered weights", "gradients",

@@ -21,17 +21,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdlib import models, tasks, training
-from kdlib.batches import Prepared
-from kdlib.captures import attend_eagerly
-from kdlib.config import Config
-from kdlib.diagnostics.ledger import LedgerWindow
-from kdlib.losses.workspace import Workspace
-from kdlib.runs import StudentFolder
+from kdlib.config.run import Config
+from kdlib.data.batches import Prepared
+from kdlib.losses.buffers import Workspace
+from kdlib.losses.ledger import LedgerWindow
+from kdlib.losses.signals import kept
+from kdlib.models import loading as models
+from kdlib.models.hooks import attend_eagerly
+from kdlib.models.teacher import PROJECTIONS, LiveTeacher
+from kdlib.runs.folder import StudentFolder
 from kdlib.schedulers import from_spec, moments
-from kdlib.signals import kept
-from kdlib.teachers import PROJECTIONS, LiveTeacher
-from kdlib.trainer import DistillationTrainer
+from kdlib.tasks import base as tasks
+from kdlib.training import run as training
+from kdlib.training.trainer import DistillationTrainer
 
 ROWS, LONGEST = 3, 64  # rows and tokens of the longest: enough for every kind of error, and quick
 TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 1e-1), torch.float16: (2.5e-3, 1.25e-2)}

@@ -15,9 +15,9 @@ import psutil
 import torch
 
 from kdlib.benchmarks import machine
-from kdlib.diagnostics.rehearsal import PHASES, Outline, Rehearsal, at_layers
-from kdlib.losses.workspace import Workspace
-from kdlib.objective import feature_terms
+from kdlib.diagnostics.fake_step import PHASES, Outline, Rehearsal, at_layers
+from kdlib.losses.buffers import Workspace
+from kdlib.losses.objective import feature_terms
 
 ROUNDS = 3  # timed, after one that is not
 LAYER_SECONDS = 2.0  # of work that the larger of the two models has more than the smaller: enough to stand out from the noise

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterator
 
+from kdlib.diagnostics.context import Subject
 from kdlib.diagnostics.findings import Finding
-from kdlib.diagnostics.subject import Subject
 
 FEW_QUESTIONS = 100  # held out
 REPEATED = 0.01  # of the held-out questions

@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdlib import config as configs
-from kdlib.config import Config
+from kdlib.config import run as configs
+from kdlib.config.run import Config
 from kdlib.diagnostics.charges import GIB
-from kdlib.diagnostics.forecast import Forecast, verdict
+from kdlib.diagnostics.memory import Forecast, verdict
 
 CARDS = (8, 12, 16, 24, 40, 48, 80, 141)  # GiB that cards are sold with
 SHORTEST = 64  # tokens of a row, below which nothing is proposed

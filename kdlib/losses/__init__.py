@@ -1,1 +1,1 @@
-"""Divergences between student and teacher, and how they are evaluated."""
+"""Signals, divergences, the objective and the ledger: from what two models say to what a step costs."""

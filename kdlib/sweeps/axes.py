@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kdlib.sweeps.reading import is_number, levels
+from kdlib.sweeps.results import is_number, levels
 from kdlib.sweeps.trials import plain
 
 CHARACTERS = 11  # of a title to the inch

@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from kdlib.config import Config
+from kdlib.config.run import Config
 from kdlib.diagnostics.charges import GIB
-from kdlib.diagnostics.forecast import Forecast, forecast, verdict
+from kdlib.diagnostics.memory import Forecast, forecast, verdict
 from kdlib.diagnostics.outlook import BUSY
 from kdlib.errors import KdlibError
 from kdlib.sweeps.clock import Clock, Cost, duration

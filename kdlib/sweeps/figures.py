@@ -12,12 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from kdlib.canvas import COLOURS, called, on_axis
-from kdlib.measures import DRAWN, MEASURES, task_of
+from kdlib.metrics.names import DRAWN, MEASURES, task_of
+from kdlib.plots.axes import COLOURS, called, on_axis
 from kdlib.sweeps import maps
 from kdlib.sweeps.axes import LITERAL, scaled, short, titled
+from kdlib.sweeps.config import METRICS
 from kdlib.sweeps.gains import clear_words, common, results_of
-from kdlib.sweeps.reading import (
+from kdlib.sweeps.results import (
     ALIKE,
     COSTS,
     MANY,
@@ -34,7 +35,6 @@ from kdlib.sweeps.reading import (
     varied,
     weights_of,
 )
-from kdlib.sweeps.settings import METRICS
 from kdlib.sweeps.trials import plain
 
 BEST, OTHER = COLOURS["distilled"], "#8a939b"

@@ -8,10 +8,10 @@ from typing import Any
 
 import pandas as pd
 
-from kdlib.canvas import LABELS, label_of
-from kdlib.measures import KEYS, MEASURES, difference, shown_in, task_of, with_interval
-from kdlib.runs import read_json
-from kdlib.sweeps.reading import Sweep, averaged
+from kdlib.metrics.names import KEYS, MEASURES, difference, shown_in, task_of, with_interval
+from kdlib.plots.axes import LABELS, label_of
+from kdlib.runs.folder import read_json
+from kdlib.sweeps.results import Sweep, averaged
 
 STUDENT, ALONE = "distilled", "baseline"
 MODELS = ("teacher", STUDENT, ALONE, "untrained")  # in the order of the table

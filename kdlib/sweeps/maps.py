@@ -13,10 +13,10 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
 
-from kdlib.plots import COLOURS
+from kdlib.plots.comparison import COLOURS
 from kdlib.sweeps.axes import LITERAL, Places, heights, short, titled, upright
-from kdlib.sweeps.reading import MANY, UNITS, WORDS, levels, upper, weights_of
-from kdlib.sweeps.settings import METRICS
+from kdlib.sweeps.config import METRICS
+from kdlib.sweeps.results import MANY, UNITS, WORDS, levels, upper, weights_of
 from kdlib.sweeps.trials import plain
 
 BEST = COLOURS["distilled"]

@@ -13,15 +13,16 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from kdlib import overview, reports, runs
 from kdlib.errors import RunError
-from kdlib.plots import with_interval
-from kdlib.runs import Run, read_json
-from kdlib.summaries import report_link
-from kdlib.sweeps import page
+from kdlib.plots.comparison import with_interval
+from kdlib.reports import index as overview, run as reports
+from kdlib.reports.summary import report_link
+from kdlib.runs import folder as runs
+from kdlib.runs.folder import Run, read_json
+from kdlib.sweeps import report as page
 from kdlib.sweeps.clock import Clock, duration
-from kdlib.sweeps.crew import Crew, Outcome
-from kdlib.sweeps.reading import FILE, WORDS, Sweep
+from kdlib.sweeps.processes import Crew, Outcome
+from kdlib.sweeps.results import FILE, WORDS, Sweep
 from kdlib.sweeps.trials import Base, Trial, described
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdlib.errors import ConfigError
-from kdlib.sweeps.settings import SweepConfig
+from kdlib.sweeps.config import SweepConfig
 from kdlib.sweeps.trials import Base, Trial, described, short
 
 

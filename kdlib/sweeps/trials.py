@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdlib import config as configs
-from kdlib.config import Config
+from kdlib.config import run as configs
+from kdlib.config.overrides import read_yaml
+from kdlib.config.run import Config
 from kdlib.errors import ConfigError
-from kdlib.measures import held_by
-from kdlib.overrides import read_yaml
-from kdlib.sweeps.settings import WEIGHTS, SweepConfig
+from kdlib.metrics.names import held_by
+from kdlib.sweeps.config import WEIGHTS, SweepConfig
 
 DIGITS = 4  # of a drawn number: what stands in tables is what was run
 

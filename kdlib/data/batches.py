@@ -1,0 +1,98 @@
+"""Prepared rows, and how they become batches: the one thing that all tasks hand to a training.
+
+A row is {"input_ids": […]}, with "prompt_tokens" where its beginning is given and not learned, and "read_only": [start, end, …]
+where later parts are given too; of a classification it is {"input_ids": […], "label": n}, with "teacher_input_ids" where the
+teacher has a tokenizer of its own.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from kdlib.losses.signals import IGNORED
+
+Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows to train and to evaluate on, how they become batches, and what a reader of the report wants to know about them."""
+
+    train: Dataset
+    validation: Dataset
+    notes: dict[str, Any]  # documents, tokens, dropped rows, fingerprint
+    collate: Collate
+    vocabulary: int  # what a model chooses among: the tokenizer's tokens, or the classes
+    labels: tuple[str, ...] = ()  # the classes by name; none where tokens are predicted
+    test: Dataset | None = None  # held out from every choice, where there are such rows
+    choices: Mapping[str, Dataset] = field(default_factory=dict)  # split → every choice of every question (kdlib.tasks.question_answering)
+
+
+def collate(rows: Sequence[Mapping[str, Any]], *, pad_id: int) -> dict[str, Tensor]:
+    """Rows to a batch, padded on the right: input_ids, attention_mask, labels, each [B, T].
+
+    Labels are `IGNORED` at padding, in prompts, and at each row's first token, which nothing predicts; so the Trainer's own
+    count of labels is the count of kept tokens, for every architecture.
+    """
+    ids, mask = padded([row["input_ids"] for row in rows], pad_id)
+    labels = ids.masked_fill(mask == 0, IGNORED)
+    for number, row in enumerate(rows):
+        labels[number, : max(row.get("prompt_tokens", 1), 1)] = IGNORED
+        for start, end in pairwise(row.get("read_only") or ()):
+            labels[number, start:end] = IGNORED
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def collate_classes(rows: Sequence[Mapping[str, Any]], *, pad_id: int, teacher_pad_id: int) -> dict[str, Tensor]:
+    """Rows to a batch, padded on the right: input_ids and attention_mask [B, T], labels [B]; the teacher's, where it reads otherwise."""
+    ids, mask = padded([row["input_ids"] for row in rows], pad_id)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([row["label"] for row in rows])}
+    if "teacher_input_ids" in rows[0]:
+        ids, mask = padded([row["teacher_input_ids"] for row in rows], teacher_pad_id)
+        batch |= {"teacher_input_ids": ids, "teacher_attention_mask": mask}
+    return batch
+
+
+def pairwise(spans: Sequence[int]) -> list[tuple[int, int]]:
+    """[start, end, start, end, …] as [(start, end), …]."""
+    return list(zip(spans[::2], spans[1::2], strict=True))
+
+
+def padded(lists: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """[B, T] token ids and the mask of those that are no padding."""
+    longest = max(map(len, lists))
+    ids = [[*each, *[pad_id] * (longest - len(each))] for each in lists]
+    mask = [[1] * len(each) + [0] * (longest - len(each)) for each in lists]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def calibration_rows(rows: Dataset, count: int = 8) -> Tensor:
+    """[count, T] text without padding, as the teacher reads it, on which layer influence is measured: the longest of the first."""
+    column = "teacher_input_ids" if "teacher_input_ids" in rows.column_names else "input_ids"
+    ids = sorted(rows.select(range(min(8 * count, len(rows))))[column], key=len, reverse=True)[:count]
+    return torch.tensor([row[: min(map(len, ids))] for row in ids])
+
+
+def fingerprint(*parts: Dataset) -> str:
+    """16 hex digits that change when any token, prompt or label of any row does."""
+    digest = hashlib.sha256()
+    for part in parts:
+        lists = [token_lists(part, name) for name in ("input_ids", "read_only") if name in part.column_names]
+        others = [part.with_format("numpy")[:][name] for name in ("prompt_tokens", "label", "is_answer") if name in part.column_names]
+        for numbers in (*(array for each in lists for array in (each.value_lengths(), each.flatten())), *map(pa.array, others)):
+            digest.update(len(numbers).to_bytes(8))
+            digest.update(np.ascontiguousarray(numbers.to_numpy(zero_copy_only=False), dtype="<i8"))
+    return digest.hexdigest()[:16]
+
+
+def token_lists(rows: Dataset, column: str = "input_ids") -> pa.ListArray:
+    """All rows' ids as one Arrow array: a million rows in a second, without a Python list each."""
+    ids = rows.with_format("arrow")[:][column]
+    return ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids

@@ -1,0 +1,233 @@
+"""What the doctor looks at: a config, with its data and models, each loaded once, when a check first asks for it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import DatasetDict
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.optimization import get_scheduler
+
+from kdlib.config.run import Config
+from kdlib.data import text as data
+from kdlib.data.batches import Prepared
+from kdlib.diagnostics.fake_step import outline
+from kdlib.errors import ConfigError, KdlibError
+from kdlib.losses.features import LayerPairs
+from kdlib.losses.objective import MEASURES, Moment, Objective, row_sums
+from kdlib.losses.signals import Kept, Signal, kept
+from kdlib.models import loading as models
+from kdlib.models.teacher import LiveTeacher, insides, signal_of
+from kdlib.schedulers import Schedule, Spec, from_spec, sampled
+from kdlib.tasks import base as tasks
+from kdlib.training.run import Extent, extent, listen, objective_of, training_arguments
+
+TOKENS = 2048  # of the first batch, at most
+CHUNK = 128  # tokens whose logits exist at a time
+
+
+class Unavailable(KdlibError):
+    """A part of what the config names cannot be had; `where` is the setting that names it."""
+
+    def __init__(self, where: str, error: Exception) -> None:
+        super().__init__(str(error))
+        self.where = where
+
+
+def part(where: str) -> Callable[[Callable[["Subject"], Any]], property]:
+    """A property that is made once; where that fails, the failure is kept too, and names this setting."""
+
+    def decorate(make):
+        @wraps(make)
+        def get(self):
+            if make.__name__ not in self.made:
+                try:
+                    self.made[make.__name__] = make(self)
+                except Unavailable as error:
+                    self.made[make.__name__] = error
+                except (KdlibError, torch.OutOfMemoryError) as error:
+                    self.made[make.__name__] = Unavailable(where, error)
+            if isinstance(found := self.made[make.__name__], Unavailable):
+                raise found
+            return found
+
+        return property(get)
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class FirstBatch:
+    """What both models say about the first rows of the training text."""
+
+    tokens: Kept
+    student: Signal
+    teacher: Signal
+    rows: int
+
+    def means(self, moment: Moment) -> dict[str, float]:
+        """{term of the moment: unweighted nats per token}."""
+        sums = row_sums(self.student, self.teacher, self.tokens.targets, self.tokens.rows, row_count=self.rows, moment=moment,
+                        measures={"ce": MEASURES["ce"]}, chunk=CHUNK)
+        count = max(len(self.tokens.targets), 1)
+        return {name: float(sums[name].sum()) / count for name in moment.weights}
+
+    def teacher_logits(self) -> Iterator[Tensor]:
+        """[n, V] of each chunk, in float32."""
+        for start in range(0, len(self.teacher), CHUNK):
+            with torch.no_grad():
+                yield self.teacher.logits(slice(start, start + CHUNK)).float()
+
+
+class Subject:
+    """A config and what it names.  A part that cannot be had raises `Unavailable` to each check that asks for it."""
+
+    needs = {  # the sections on which a part depends, so that a mended config need not load it again
+        "tokenizer": ("task", "teacher", "student"), "split": ("data", "seed"), "prepared": ("task", "data", "seed", "teacher", "student"),
+        "teacher": ("task", "teacher", "teacher_stage"),
+        "student": ("teacher", "student", "data", "seed"), "configs": ("teacher", "student"), "student_tokenizer": ("student",),
+        "size": ("teacher", "student"),
+    }
+
+    def __init__(self, config: Config, made: Mapping[str, Any] | None = None) -> None:
+        """
+        Args:
+            made: parts that are there already, by the names of the properties below.
+        """
+        self.config, self.made = config, dict(made or {})
+
+    def mended(self, config: Config) -> "Subject":
+        """Another config, with what is the same for both."""
+        same = {name for name, sections in self.needs.items() if all(getattr(config, s) == getattr(self.config, s) for s in sections)}
+        return Subject(config, {name: found for name, found in self.made.items() if name in same})
+
+    @part("training")
+    def args(self) -> TrainingArguments:
+        """In float32: whether the device has the config's dtype is a check of its own."""
+        args = training_arguments(self.config.model_copy(update={"precision": "float32"}), Path("unused"))
+        if min(args.train_batch_size, args.gradient_accumulation_steps) < 1:
+            raise ConfigError(f"found {args.train_batch_size} rows a batch and {args.gradient_accumulation_steps} batches a step; "
+                              "both must be 1 or more")
+        return args
+
+    @part("teacher.model")
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return models.tokenizer_of(self.config)
+
+    @part("student.from")
+    def student_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The one that a student of its own was trained with."""
+        return models.load_tokenizer(self.config.student.source)
+
+    @part("teacher.model")
+    def configs(self) -> dict[str, Any]:
+        """{"teacher": …, "student": …} the models' own; without a student where that is made from the teacher."""
+        found = {"teacher": models.load_config(self.config.teacher.model)}
+        if self.config.student.source != "teacher":
+            try:
+                found["student"] = models.load_config(self.config.student.source)
+            except KdlibError as error:
+                raise Unavailable("student.from", error) from error
+        return found
+
+    @part("student.from")
+    def size(self) -> int:
+        """The student's parameters, counted on a model without weights."""
+        _ = self.configs  # a model that cannot be had is named there
+        with torch.device("meta"):
+            return models.parameters(outline(self.config).blank_student())
+
+    @part("data.source")
+    def split(self) -> DatasetDict:
+        """The documents, before they are tokens."""
+        return data.split_documents(data.read_documents(self.config.data), self.config.data, seed=self.config.seed)
+
+    @part("data.source")
+    def prepared(self) -> Prepared:
+        return tasks.prepare(self.config, self.tokenizer)
+
+    @part("teacher.model")
+    def teacher(self) -> LiveTeacher:
+        """In a dtype that the machine is good at, and that has float32's range: what float16 has no number for is seen."""
+        dtype, _ = models.precision_of(self.config.model_copy(update={"precision": "auto"}))
+        found = tasks.load_teacher(self.config, self.prepared, dtype)
+        found.model.to(models.device_of(self.config))
+        return found
+
+    @part("student.from")
+    def student(self) -> PreTrainedModel:
+        """Untrained, as a run would start with it."""
+        layers = tasks.layers_for_student(self.config, self.teacher.model, self.prepared)
+        if layers is None:
+            made = tasks.untrained_student(self.config, self.prepared, layers)
+        else:
+            made = models.shallower(self.teacher.model, layers)
+        return made.to(self.teacher.model.device)
+
+    @property
+    def objective(self) -> Objective:
+        return objective_of(self.config)
+
+    @property
+    def active(self) -> dict[str, Spec]:
+        """The weights over training of the terms that have one at some moment."""
+        return {name: spec for name, spec in self.config.loss.schedules.items() if max(sampled(spec)) > 0}
+
+    @part("training")
+    def steps(self) -> int:
+        """Optimizer steps of the whole training; does not read the data where the config says `max_steps`."""
+        steps = self.args.max_steps if self.args.max_steps >= 0 else self.extent.steps
+        if steps < 1:
+            raise ConfigError("the training has no optimizer step; raise max_steps or num_train_epochs")
+        return steps
+
+    @part("training")
+    def extent(self) -> Extent:
+        found = extent(self.args, len(self.prepared.train))
+        if found.batches == 0:
+            raise ConfigError(f"{found.rows} rows make no whole batch, and dataloader_drop_last leaves the others out; set it to false")
+        return found
+
+    @part("training.lr_scheduler_kwargs")
+    def learning_rate(self) -> Schedule | None:
+        """Optimizer step, from 0 → multiple of `training.learning_rate`; None where it follows from how the training goes."""
+        course, args, steps = self.config.training.get("lr_scheduler_type"), self.args, self.steps
+        if isinstance(course, Mapping):
+            schedule = from_spec(course)
+            return lambda step: schedule(step / steps)
+        try:
+            optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+            scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs)
+            course = scheduler.lr_lambdas[0] if isinstance(scheduler, LambdaLR) else None
+            if course:
+                course(steps - 1)  # some arguments are first read after the warm-up
+        except (ArithmeticError, TypeError, ValueError) as error:
+            raise ConfigError(f"transformers cannot make the schedule {args.lr_scheduler_type.value} from these: {error}") from error
+        return course
+
+    @part("loss.features.layers")
+    def pairs(self) -> LayerPairs:
+        """The layers that feature terms compare; the student gets the projections that they need."""
+        return listen(self.config, self.student, self.teacher.model, self.objective)
+
+    @part("loss.weights")
+    def batch(self) -> FirstBatch:
+        """The first rows, no more than `TOKENS` tokens, through both models."""
+        rows, total = [], 0
+        for row in self.prepared.train.select(range(min(self.args.train_batch_size, len(self.prepared.train)))):
+            if rows and total + len(row["input_ids"]) > TOKENS:
+                break
+            rows, total = [*rows, row], total + len(row["input_ids"])
+        batch = {name: values.to(self.teacher.model.device)
+                 for name, values in self.prepared.collate(rows).items()}
+        tokens, every = kept(batch["labels"]), Moment(dict.fromkeys(self.active, 1.0), {})
+        ours, theirs = insides(every, self.pairs, self.student)
+        with torch.no_grad():
+            form = models.head_form(self.student)
+            student = signal_of(self.student, batch, tokens, vocabulary=self.prepared.vocabulary, form=form, inside=ours)
+        return FirstBatch(tokens, student, self.teacher(batch, tokens, theirs), len(rows))

@@ -1,0 +1,1 @@
+"""Teacher, student and baseline on the same rows."""

@@ -1,0 +1,154 @@
+"""What a model said about a batch, and which of its tokens count.
+
+Axes: B batch, T position, N kept tokens, V vocabulary, H hidden.  The causal shift and the mask happen once, in `kept`;
+below it no loss sees a label, a mask or a batch shape.  Where rows are classified, N are the rows and V the classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdlib.hardware import product_dtype
+
+IGNORED = -100  # the label of a token that is not trained on; transformers' own convention
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The N kept tokens of a batch: where they are predicted from, what they are, and which row they came from."""
+
+    positions: Tensor  # [N] index into the flattened [B * T]; the position whose output predicts the token.  Of rows, into [B]
+    targets: Tensor  # [N] token ids, or classes
+    rows: Tensor  # [N] 0 .. B-1
+
+    def select(self, outputs: Tensor) -> Tensor:
+        """[B, T, X], or [B, X] where rows are classified, to [N, X]: the outputs from which the kept are predicted."""
+        per_position = outputs if outputs.ndim == 2 else outputs.flatten(0, 1)
+        return per_position.index_select(0, self.positions)
+
+
+def kept(labels: Tensor) -> Kept:
+    """The causal shift and the mask, once for every term: output t predicts token t + 1; or the rows that have a class.
+
+    Args:
+        labels: [B, T] token ids, `IGNORED` where a token is not trained on.  The first of a row is never predicted.
+            [B] classes where rows are classified, `IGNORED` likewise; nothing is shifted then.
+    """
+    if labels.ndim == 1:
+        (rows,) = (labels != IGNORED).nonzero(as_tuple=True)
+        return Kept(positions=rows, targets=labels[rows], rows=rows)
+    length = labels.shape[1]
+    rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    return Kept(positions=rows * length + columns, targets=labels[rows, columns + 1], rows=rows)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a head's products become logits: scaled (Cohere, Granite) and soft-capped (Gemma), or as they are."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, products: Tensor) -> Tensor:
+        """softcap · tanh(scale · products / softcap), in float32 at least where there is anything to do."""
+        if self == Form():
+            return products
+        scaled = products.to(torch.promote_types(products.dtype, torch.float32)) * self.scale
+        return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a model had inside at the N kept tokens, for each pair of layers, and which row each token came from."""
+
+    rows: Tensor  # [N]
+    hidden: Sequence[Tensor] = ()  # [N, H] each: a layer's output
+    attention: Sequence[Tensor] = ()  # [N, A, T] each: how much the token looks at each position
+    projected: Sequence[Tensor] = ()  # [N, H of the teacher] each; the student's alone, where the sizes differ
+
+
+@dataclass(frozen=True)
+class DenseSignal:
+    """Logits as they are: the reference, and the way for models whose head is not a plain matrix."""
+
+    values: Tensor  # [N, V]
+    features: Features | None = None
+    form = Form()
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def vocabulary(self) -> int:
+        return self.values.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def logits(self, rows: slice = slice(None)) -> Tensor:
+        """[n, V] logits of these kept tokens."""
+        return self.values[rows]
+
+    @torch.no_grad()
+    def write(self, out: Tensor, rows: slice) -> None:
+        """Their logits into memory that is there: [n, V]."""
+        out.copy_(self.values[rows])
+
+
+@dataclass(frozen=True)
+class LinearSignal:
+    """Hidden states and the output head, so that logits are only ever made for the rows asked for."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None = None  # [V]
+    form: Form = Form()
+    features: Features | None = None
+
+    def __len__(self) -> int:
+        return self.hidden.shape[0]
+
+    @property
+    def vocabulary(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the product with the head is made: autocast's where it is active, else the head's; none that is emulated."""
+        device = self.hidden.device
+        asked = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.weight.dtype
+        return product_dtype(asked, device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    def logits(self, rows: slice = slice(None)) -> Tensor:
+        """[n, V] logits of these kept tokens, in the dtype of the product."""
+        ready = self.cast()
+        with torch.autocast(self.device.type, enabled=False):
+            return self.form.logits(F.linear(ready.hidden[rows], ready.weight, ready.bias))
+
+    def cast(self) -> "LinearSignal":
+        """The same in the dtype of the products, so that the head is converted once and not for each chunk."""
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        return replace(self, hidden=self.hidden.to(self.dtype), weight=self.weight.to(self.dtype), bias=bias)
+
+    @torch.no_grad()
+    def write(self, out: Tensor, rows: slice) -> None:
+        """Their products with the head, before `form`, into memory that is there: [n, V] of `dtype`."""
+        if self.bias is None:
+            torch.mm(self.hidden[rows], self.weight.T, out=out)
+        else:
+            torch.addmm(self.bias, self.hidden[rows], self.weight.T, out=out)
+
+
+Signal = DenseSignal | LinearSignal

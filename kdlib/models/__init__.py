@@ -1,0 +1,1 @@
+"""Teachers, students, and hooks into them."""

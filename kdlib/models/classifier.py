@@ -1,0 +1,141 @@
+"""Models that classify rows: loaded with their outputs in the order of the data's classes, which are matched by name."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from kdlib.errors import ModelError
+from kdlib.models.loading import explained, folder_of, load_config, load_tokenizer
+
+
+def load_classifier(
+    model: str, labels: Sequence[str], dtype: torch.dtype = torch.float32, *, untrained: bool = False
+) -> PreTrainedModel:
+    """A classifier of rows whose outputs stand in the order of `labels`, whatever the model's own order; named as in `load_model`.
+
+    Args:
+        untrained: a head without training will do: it is made anew, from torch's random numbers, where the model has none
+            for these classes.
+
+    Raises:
+        ModelError: there is no such model, or it has no trained head for these classes.
+    """
+    stated, other_classes = load_config(model), False
+    try:
+        order = class_order(model, stated, labels)
+    except ModelError:
+        if not untrained:
+            raise
+        order, other_classes = None, True  # as many, but not these
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: number for number, label in enumerate(labels)}}
+    options = {} if order else {**names, "ignore_mismatched_sizes": True}
+    with explained(model, "model"), _no_report() if untrained else nullcontext():
+        made, info = AutoModelForSequenceClassification.from_pretrained(
+            folder_of(model), dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+    fresh = bool(info["missing_keys"] or info["mismatched_keys"]) or other_classes
+    if fresh and not untrained:
+        raise ModelError(
+            f"{model} has no trained head for the {len(labels)} classes ({', '.join(labels[:3])}, …), so it has nothing to teach; "
+            "name one that was trained on them, or let `teacher_stage:` train it first"
+        )
+    if other_classes:
+        _renew_head(model, made, len(labels))
+    if order and not fresh and order != list(range(len(labels))):
+        _reorder_head(model, made, order)
+    made.config.id2label, made.config.label2id = names["id2label"], names["label2id"]
+    made.config.problem_type = "single_label_classification"
+    if (padding := load_tokenizer(model).pad_token_id) is not None:  # a decoder's head reads the last token that is no padding
+        made.config.get_text_config().pad_token_id = padding  # of what rows are padded with, whatever the model's file says
+    return made.eval()
+
+
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """Without transformers' report of weights that are missing, which is no news of a head that is to be made."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def blank_classifier(name: str, config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A classifier of this config, with as many classes as it says and random weights; `name` is for the message of an error.
+
+    Raises:
+        ModelError: the config is of no such model.
+    """
+    with explained(name, "classifier"):
+        return AutoModelForSequenceClassification.from_config(config, dtype=dtype).eval()
+
+
+def class_order(name: str, config: PreTrainedConfig, labels: Sequence[str]) -> list[int] | None:
+    """Which output of a model stands for each of these classes, by name; None where the model has no such head.
+
+    Heads whose classes have no names (LABEL_0, …) are taken as they stand, where there are as many.
+
+    Raises:
+        ModelError: it has as many classes, by other names.
+    """
+    if config.num_labels != len(labels):
+        return None
+    theirs = named_classes(config)
+    if theirs is None:
+        return list(range(len(labels)))
+    place = {label.casefold(): number for number, label in enumerate(theirs)}
+    if missing := [label for label in labels if label.casefold() not in place]:
+        raise ModelError(
+            f"{name}: its classes are {', '.join(theirs)}; the data's {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
+            "not among them. Classes are matched by name: rename those of the data (data.labels), or take a model trained on them"
+        )
+    return [place[label.casefold()] for label in labels]
+
+
+def named_classes(config: PreTrainedConfig) -> list[str] | None:
+    """A model's classes in the order of its outputs; None where they have no names (LABEL_0, …)."""
+    names = [str(config.id2label[number]) for number in range(config.num_labels)]
+    return None if all(name == f"LABEL_{number}" for number, name in enumerate(names)) else names
+
+
+@torch.no_grad()
+def _reorder_head(name: str, model: PreTrainedModel, order: Sequence[int]) -> None:
+    """Puts a classifier's outputs into this order; seen on four tokens, not guessed from the module's name.
+
+    Raises:
+        ModelError: no single matrix makes its outputs.
+    """
+    ids = torch.arange(1, 5, device=model.device)[None]
+    before = model(input_ids=ids).logits[:, list(order)]
+    heads = _heads(model, len(order))
+    if heads:
+        for parameter in heads[-1].parameters():
+            parameter.copy_(parameter[list(order)].clone())
+    if not heads or not torch.allclose(model(input_ids=ids).logits, before, rtol=1e-3, atol=1e-3):
+        raise ModelError(f"{name}: its classes stand in another order than the data's, and its head is no single matrix that could be "
+                         "sorted; give data.labels in the model's order")
+
+
+@torch.no_grad()
+def _renew_head(name: str, model: PreTrainedModel, classes: int) -> None:
+    """Random weights for a head of as many classes by other names, as a head has that is made anew.
+
+    Raises:
+        ModelError: no single matrix makes its outputs.
+    """
+    if not (heads := _heads(model, classes)):
+        raise ModelError(f"{name}: it knows as many classes by other names, and its head is no single matrix that could be made anew; "
+                         "name the model it was trained from")
+    nn.init.normal_(heads[-1].weight, std=getattr(model.config.get_text_config(), "initializer_range", 0.02))
+    if heads[-1].bias is not None:
+        nn.init.zeros_(heads[-1].bias)
+
+
+def _heads(model: PreTrainedModel, classes: int) -> list[nn.Linear]:
+    """What may make a model's outputs, the likeliest last."""
+    return [part for part in model.modules() if isinstance(part, nn.Linear) and part.out_features == classes]

@@ -1,0 +1,89 @@
+"""What a model takes to keep and to run, measured here: time to load, memory, bytes on disk, time for an answer."""
+
+import json
+import statistics
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+
+import psutil
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from torch import Tensor
+
+from kdlib.models.loading import folder_of
+
+Batch = Mapping[str, Tensor]
+WARM_UP = 3  # answers that are not timed
+
+
+@contextmanager
+def peak_memory(device: torch.device, interval: float = 0.01) -> Iterator[list[float]]:
+    """Bytes above what was held at the start, at the highest point: [peak], filled at the end.
+
+    On CUDA the allocator's own peak; on the CPU the process's resident memory, sampled every `interval` seconds.
+    """
+    peak = [0.0]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        yield peak
+        peak[0] = torch.cuda.max_memory_allocated() - start
+        return
+    process, done = psutil.Process(), threading.Event()
+    start = process.memory_info().rss
+
+    def watch() -> None:
+        while not done.wait(interval):
+            peak[0] = max(peak[0], process.memory_info().rss - start)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+
+
+def wait_for(device: torch.device) -> None:
+    """Until what was asked of an accelerator is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def seconds_of(action: Callable[[], object], device: torch.device) -> float:
+    """How long it takes, to its end."""
+    wait_for(device)
+    started = perf_counter()
+    action()
+    wait_for(device)
+    return perf_counter() - started
+
+
+def latency_ms(ask: Callable[[Batch], object], batches: Sequence[Batch], device: torch.device) -> dict[str, float]:
+    """Milliseconds for one row by itself, its inputs at hand on the device: the median over these rows, with the middle half of them."""
+    for batch in batches[:WARM_UP]:
+        ask(batch)
+    times = [1e3 * seconds_of(lambda batch=batch: ask(batch), device) for batch in batches]
+    low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    return {"value": median, "low": low, "high": high}
+
+
+def stored_bytes(source: str) -> int | None:
+    """Bytes of a model's weights as they are stored, in its folder or the hub's cache; None where they are in neither."""
+    try:
+        folder = folder_of(source)
+        path = Path(folder if Path(folder).is_dir() else snapshot_download(source, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    index = path / "model.safetensors.index.json"
+    if (whole := path / "model.safetensors").exists():
+        return whole.stat().st_size
+    if not index.exists():
+        return None
+    parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return sum((path / name).stat().st_size for name in parts)

@@ -1,0 +1,183 @@
+"""Figures from a run's files: one message each, stated in the title from the figures themselves.
+
+Figures are made from metrics.jsonl, plan.json and comparison_results.json; nothing here imports torch.
+Teacher hatched grey, distilled student blue, baseline thin orange, untrained student light grey; safe for colour-blind eyes.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import pandas as pd
+from IPython import get_ipython
+from IPython.core.pylabtools import select_figure_formats
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kdlib.errors import ConfigError
+from kdlib.metrics.names import DRAWN, KEYS, MEASURES, difference, differing, rivals_of, shown_in, student_of, task_of, with_interval
+from kdlib.plots.axes import COLOURS, LABELS, called, colours_of, colours_of_models, label_of, on_axis
+from kdlib.plots.classification import answer_figures
+from kdlib.plots.training import dashboard
+from kdlib.runs.folder import Run
+from kdlib.runs.log import eval_table, terms_in, training_table
+from kdlib.runs.progress import progress
+
+COSTS = {  # what a comparison measures of it: how a column is headed, and its figures written
+    "parameters": ("parameters", lambda count: f"{count / 1e6:.1f} M"),
+    "size_on_disk_gib": ("as safetensors, GiB", lambda size: f"{size:.2f}" if size >= 0.1 else f"{size:.2g}"),
+    "forward_tokens_per_s": ("forward, tokens/s", "{:.0f}".format),
+    "latency_ms": ("one row, ms (median, middle half)", with_interval),
+    "throughput_rows_per_s": ("rows/s, in batches", "{:,.0f}".format),
+    "load_seconds": ("to load, s", "{:.1f}".format),
+    "peak_memory_gib": ("peak memory, GiB", "{:.2f}".format),
+}
+
+BARS = "teacher_student_comparison"  # the figure over all models
+LEARNED = ("choice_accuracy", "accuracy", "macro_f1", "log_loss", "kl_to_teacher", "perplexity")  # over the steps, where measured
+
+if (shell := get_ipython()) is not None:  # IPython knows what a Figure is only where pyplot is imported, which nothing here does
+    select_figure_formats(shell, {"png"})
+
+
+def schedules(table: pd.DataFrame) -> Figure:
+    """Learning rate, weights and temperature against the optimizer step: the plan of a training."""
+    colours = colours_of(terms_in(table))
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    upper.plot(table["step"], table["learning_rate"], color="black")
+    upper.set(ylabel="learning rate")
+    upper.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    peak = table["learning_rate"].idxmax()
+    upper.set_title(
+        f"The learning rate peaks at {table['learning_rate'][peak]:.1e} and ends at {table['learning_rate'].iloc[-1]:.1e}", loc="left"
+    )
+    for term in terms_in(table):
+        lower.plot(table["step"], table[f"{term}_weight"], color=colours[term], label=f"weight of {term}")
+    lower.plot(table["step"], table["temperature"], color="#cc79a7", linestyle=":", label="temperature")
+    lower.set_ylim(bottom=0)
+    return _labelled(figure, lower, "weight, temperature")
+
+
+def learning_curves(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """What was measured on held-out rows while training; none depends on the weights, so the students can be compared."""
+    shown = [name for name in LEARNED if all(name in table for table in tables.values())]
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        for name, table in tables.items():
+            axes.plot(table["step"], table[metric], color=COLOURS[name], marker="o", markersize=4, label=LABELS[name],
+                      linewidth=1 if name == "baseline" else 2)
+        last = [f"{table[metric].iloc[-1]:#.3g}".rstrip(".") for table in tables.values()]
+        axes.set_title(f"{MEASURES[metric].brief}: {' / '.join(last)}", loc="left", fontsize=10)
+        if metric == "kl_to_teacher":
+            axes.set_ylim(bottom=0)
+        _labelled(figure, axes, "")
+    figure.suptitle(f"On held-out rows, at the end: {' / '.join(LABELS[name] for name in tables)}", fontsize=10, x=0.01, ha="left")
+    return figure
+
+
+def comparison_bars(results: Mapping[str, Any]) -> Figure:
+    """All models on the same held-out rows, with 95 % intervals."""
+    figure, drawn = Figure(figsize=(10, 4.4), layout="constrained"), shown_in(results)[:DRAWN]
+    models = list(results["models"])
+    colours = colours_of_models(models)
+    for axes, metric in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+        for position, name in enumerate(models):
+            figures = results["models"][name][metric]
+            low, high = figures["value"] - figures["low"], figures["high"] - figures["value"]
+            axes.bar(position, figures["value"], color=colours[name], hatch="//" if name == "teacher" else None,
+                     edgecolor="white", yerr=[[max(low, 0)], [max(high, 0)]], capsize=3)
+            axes.text(position, figures["high"], f" {figures['value']:.3g}", ha="center", va="bottom", fontsize=8)
+        if metric == "perplexity":
+            axes.set_yscale("log")
+        axes.set_xticks(range(len(models)), [on_axis(m) for m in models], fontsize=8, parse_math=False)
+        axes.set_title(MEASURES[metric].label(task_of(results)).strip(), fontsize=9, loc="left")
+        axes.margins(y=0.15)
+        _plain_spines(axes)
+    message = comparison_message(results).replace(": ", ":\n", 1).replace("; ", ",\n")
+    figure.suptitle(f"{message}\n{sample_of(results)}", fontsize=10, x=0.01, ha="left", parse_math=False)
+    return figure
+
+
+def sample_of(results: Mapping[str, Any]) -> str:
+    """What was measured on, in words."""
+    if "questions" in results:
+        return f"n = {results['questions']:,} questions; {results['interval']}"
+    if "tokens" in results:
+        what = "answers" if task_of(results) == "question-answering" else "blocks"
+        return f"n = {results['rows']} {what}, {results['tokens']:,} tokens; {results['interval']}"
+    return f"n = {results['rows']:,} {results['split']} rows; {results['interval']}"
+
+
+def comparison_message(results: Mapping[str, Any]) -> str:
+    """What the comparison found, in a sentence; says so where an interval overlaps zero."""
+    student, rival = student_of(results), rivals_of(results)[0]
+    parts = []
+    for metric in differing(results, rival, KEYS):
+        d, measure = difference(results, student, rival, metric), MEASURES[metric]
+        better = d["value"] > 0 if measure.higher_is_better else d["value"] < 0
+        verdict = "no clear difference in" if d["low"] <= 0 <= d["high"] else "better" if better else "worse"
+        parts.append(f"{verdict} {measure.brief} ({with_interval(d, '+')})")
+    if "retention" in shown_in(results):
+        parts.append(f"{with_interval(results['models'][student]['retention'])} % of the teacher's accuracy")
+    return f"Against {called(rival)}, {called(student)} shows: {'; '.join(parts)}"
+
+
+def quality_table(results: Mapping[str, Any]) -> pd.DataFrame:
+    """One row per model: each metric with its 95 % interval."""
+    rows = {label_of(name): {MEASURES[m].name: with_interval(facts[m]) for m in shown_in(results)}
+            for name, facts in results["models"].items()}
+    return pd.DataFrame(rows).T
+
+
+def cost_table(results: Mapping[str, Any]) -> pd.DataFrame:
+    """One row per model: size, speed and memory, as measured in this comparison."""
+    rows = {label_of(name): {label: form(facts[cost]) for cost, (label, form) in COSTS.items() if cost in facts}
+            for name, facts in results["models"].items()}
+    return pd.DataFrame(rows).T.fillna("")
+
+
+def difference_table(results: Mapping[str, Any]) -> pd.DataFrame:
+    """The student's paired differences, the hardest rival first, and whether the interval excludes zero."""
+    student, rows = student_of(results), []
+    heading = f"{label_of(student)} against"
+    for rival in rivals_of(results):
+        for metric in differing(results, rival):
+            d = difference(results, student, rival, metric)
+            rows.append({
+                heading: label_of(rival), "metric": MEASURES[metric].name,
+                "difference and 95 % interval": with_interval(d, "+"), "excludes zero": "yes" if d["low"] > 0 or d["high"] < 0 else "no",
+            })
+    return pd.DataFrame(rows).set_index(heading)
+
+
+def comparison_figures(results: Mapping[str, Any]) -> dict[str, Figure]:
+    """Every figure of a comparison, by name."""
+    return {BARS: comparison_bars(results), **answer_figures(results)}
+
+
+def run_figures(run: Run, results: Mapping[str, Any] | None) -> dict[str, Figure]:
+    """Every figure that the files of a run allow, by name: for notebook and report alike."""
+    evaluation, baseline = eval_table(run), eval_table(run.baseline)
+    figures = comparison_figures(results) if results else {}
+    if len(training_table(run)):
+        with suppress(ConfigError):  # of another version: its report says so
+            others = [progress(run, run.baseline)] if len(training_table(run.baseline)) else []
+            figures["dashboard"] = dashboard(progress(run), others=others)
+    if any(name in evaluation for name in LEARNED):
+        who = "teacher" if run.manifest.get("teacher_stage") else "distilled"
+        figures["learning_curves"] = learning_curves({who: evaluation} | ({"baseline": baseline} if len(baseline) else {}))
+    return figures
+
+
+def _labelled(figure: Figure, axes: Axes, ylabel: str) -> Figure:
+    axes.set(xlabel="optimizer step", ylabel=ylabel)
+    axes.legend(frameon=False, fontsize=8)
+    for each in figure.axes:
+        each.title.set_fontsize(10)
+        _plain_spines(each)
+    return figure
+
+
+def _plain_spines(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)

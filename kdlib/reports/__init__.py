@@ -1,0 +1,1 @@
+"""HTML pages from a run's files.  Imports no torch."""

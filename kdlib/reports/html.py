@@ -1,0 +1,122 @@
+"""What all pages share: template and style, tables, and pictures.  Imports no torch.
+
+A page is one file.  Text is escaped, and a content-security policy (templates/page.html.j2) forbids scripts and outside requests besides.
+"""
+
+import base64
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import FixedFormatter, FuncFormatter
+from pygments.formatters import HtmlFormatter
+
+from kdlib.runs.folder import write_error, write_text
+
+TEMPLATES = Path(__file__).parent.parent / "templates"
+DPI = 130
+LONG = 60  # characters in a cell of a table, above which all its cells are broken into lines
+LARGEST_SVG = 200_000  # bytes; a picture with more lines than that is smaller as PNG
+TITLES = ("left", "center", "right")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure as files hold it, and its titles: what it says to someone who does not see it."""
+
+    svg: bytes
+    png: bytes
+    alt: str
+
+    @property
+    def source(self) -> str:
+        """What `<img src=…>` takes: the drawing where it is small, else the picture."""
+        drawn = len(self.svg) <= LARGEST_SVG
+        kind, content = ("svg+xml", self.svg) if drawn else ("png", self.png)
+        return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def page(template: str, **content: Any) -> str:
+    """The template filled in; text in `content` is escaped, Markup is not."""
+    environment = Environment(loader=PackageLoader("kdlib"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template(template).render(style=Markup(_style()), **content)
+
+
+def table(frame: pd.DataFrame) -> Markup:
+    """A table that scrolls by itself where it is too wide; its text is escaped, and broken into lines where it is long."""
+    words = "words" if frame.astype(str).map(len).to_numpy().max(initial=0) > LONG else None
+    html = frame.rename_axis(None).to_html(border=0, escape=True, justify="left", classes=words)
+    return Markup('<div class="wide">{}</div>').format(Markup(html))
+
+
+def write(
+    folder: Path, text: str, pictures: Mapping[str, Picture], tables: Mapping[str, pd.DataFrame], *, index: bool = True
+) -> Path:
+    """Write report.html with its pictures and tables as files beside it, and return its path; `index` keeps the tables' row names.
+
+    Raises:
+        RunError: the disk refuses.
+    """
+    try:
+        for name in ("figures", "tables"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        for name, image in pictures.items():
+            (folder / "figures" / f"{name}.png").write_bytes(image.png)
+        for name, frame in tables.items():
+            frame.to_csv(folder / "tables" / f"{name}.csv", index=index)
+        write_text(folder / "report.html", text)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    return folder / "report.html"
+
+
+def picture(figure: Figure, name: str = "") -> Picture:
+    """A figure as SVG and PNG; `name` stands in where it has no title."""
+    take_literally(figure)
+    titles = [figure.get_suptitle(), *(axes.get_title(loc=place) for axes in figure.axes for place in TITLES)]
+    words = [" ".join(title.split()).rstrip(".") for title in (*titles, *map(Text.get_text, figure.texts))]
+    alt = ". ".join(dict.fromkeys(filter(None, words)))
+    return Picture(svg=_saved(figure, "svg"), png=_saved(figure, "png"), alt=alt or name.replace("_", " "))
+
+
+def drawing(figure: Figure) -> Markup:
+    """A figure as <svg>, whose lines a page can style by their gid.  Only for figures without text from data."""
+    text = _saved(figure, "svg").decode()
+    return Markup(text[text.index("<svg"):])
+
+
+def take_literally(figure: Figure) -> None:
+    """Read a `$` as a dollar, as text may come from data and hold half a formula; except in tick labels that matplotlib writes itself."""
+    written = {id(text) for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for text in _own_text(axis)}
+    for text in figure.findobj(Text):
+        if id(text) not in written:
+            text.set_parse_math(False)
+
+
+def _own_text(axis: Axis) -> list[Text]:
+    labels = [] if isinstance(axis.get_major_formatter(), (FixedFormatter, FuncFormatter)) else axis.get_ticklabels(which="both")
+    return [*labels, axis.get_offset_text()]
+
+
+def _saved(figure: Figure, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "kdlib"}):
+        figure.savefig(buffer, format=kind, dpi=DPI, metadata={"Date": None} if kind == "svg" else None)
+    return buffer.getvalue()
+
+
+def _style() -> str:
+    """All style sheets: a notebook's own are not taken over into a page, so the page has what they show ours with."""
+    sheets = sorted(TEMPLATES.glob("*.css"), key=lambda sheet: sheet.name != "style.css")
+    light, dark = (HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("default", "github-dark"))
+    coloured = f"{light}\n@media screen and (prefers-color-scheme: dark) {{\n{dark}\n}}"
+    return "\n".join([*(sheet.read_text(encoding="utf-8") for sheet in sheets), coloured])

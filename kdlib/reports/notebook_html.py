@@ -1,0 +1,130 @@
+"""An executed notebook as the inside of a page: prose and results, code folded away.  Imports no torch.
+
+What a cell displays may come out of data, as HTML, Markdown or a picture.  So of the finished HTML only what can neither act nor
+fetch is kept, and a notebook's outputs together have a limit, as the page they go into is to be sent on.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import nbformat
+from bleach.css_sanitizer import CSSSanitizer
+from bleach.html5lib_shim import Filter
+from bleach.sanitizer import Cleaner
+from markupsafe import Markup
+from nbconvert import HTMLExporter
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
+from nbformat import NotebookNode
+from nbformat.v4 import new_output
+
+from kdlib.reports.html import TEMPLATES
+
+LARGEST = 600_000  # characters of all outputs of a notebook
+LONGEST = 20_000  # characters of one text
+ACTIVE = ("application/javascript", "application/vnd.jupyter.widget-view+json")
+DROPPED = {
+    "iframe", "noembed", "noframes", "noscript", "object", "plaintext", "script", "select", "style", "template", "textarea", "title", "xmp",
+}
+TAGS = {
+    "a", "abbr", "b", "blockquote", "br", "caption", "code", "col", "colgroup", "dd", "del", "details", "div", "dl", "dt", "em",
+    "figcaption", "figure", "form", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "i", "img", "input", "kbd", "label", "li", "mark", "ol", "p",
+    "pre", "s", "samp", "section", "small", "span", "strong", "sub", "summary", "sup", "table", "tbody", "td", "tfoot", "th", "thead", "tr",
+    "u", "ul",
+}
+STYLES = [
+    "background", "background-color", "border", "border-bottom", "border-collapse", "border-left", "border-radius", "border-right",
+    "border-top", "color", "display", "font-family", "font-size", "font-style", "font-weight", "line-height", "margin", "max-width",
+    "min-width", "opacity", "padding", "text-align", "text-decoration", "vertical-align", "white-space", "width",
+    "--ce", "--differs", "--kl",  # a heat map's
+]
+ATTRIBUTES = {"alt", "checked", "class", "colspan", "dir", "height", "lang", "open", "rowspan", "start", "title", "width"}
+
+
+def notebook_html(path: Path) -> Markup:
+    """The notebook with all it shows that is harmless; what is left out for its size is said in its place."""
+    notebook = nbformat.read(path, as_version=4)
+    left = LARGEST
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, left = _within(cell.outputs, left, path.name)
+    return Markup(_exporter().from_notebook_node(notebook)[0])
+
+
+@cache
+def _exporter() -> HTMLExporter:
+    """nbconvert's, with `harmless` where it cleans HTML: of code, prose and outputs, each on its own, so that none leaves anything open."""
+    exporter = HTMLExporter(
+        template_name="notebook", extra_template_basedirs=[str(TEMPLATES)], exclude_anchor_links=True, sanitize_html=True
+    )
+    exporter.register_filter("clean_html", harmless)
+    exporter.register_preprocessor(CoalesceStreamsPreprocessor(), enabled=True)  # lines printed one after another are one text
+    return exporter
+
+
+def harmless(html: str) -> str:
+    """HTML with nothing in it that could act, fetch, or reach what surrounds it: no script, frame, id, outside picture, foreign style."""
+    # the dropped ones are allowed at first, so that the filter sees where they begin and end
+    cleaner = Cleaner(tags=TAGS | DROPPED, attributes=_is_allowed, protocols={"http", "https", "mailto", "data"}, strip=True,
+                      css_sanitizer=CSSSanitizer(allowed_css_properties=STYLES), filters=[_WithoutDropped])
+    return cleaner.clean(html)
+
+
+class _WithoutDropped(Filter):
+    """Takes out some elements together with all that is in them."""
+
+    def __iter__(self) -> Iterator[dict]:
+        depth = 0
+        for token in super().__iter__():
+            dropped = token.get("name") in DROPPED
+            depth += {"StartTag": 1, "EndTag": -1}.get(token["type"], 0) if dropped else 0
+            if not depth and not dropped:
+                yield token
+
+
+def _is_allowed(tag: str, name: str, value: str) -> bool:
+    if (tag, name) == ("img", "src"):
+        return bool(re.match(r"data:image/(png|jpeg|gif|webp|svg\+xml);base64,", value))
+    if (tag, name) == ("a", "href"):
+        return bool(re.match(r"(https?://|mailto:)", value, re.IGNORECASE))
+    if name == "style":
+        return not re.search(r"url|image|\\", value, re.IGNORECASE)  # nothing that fetches
+    if tag == "input":
+        return name in ("name", "value", "checked") or (name == "type" and value in ("radio", "checkbox"))
+    return name in ATTRIBUTES
+
+
+def _within(outputs: list[NotebookNode], left: int, name: str) -> tuple[list[NotebookNode], int]:
+    """The outputs of a cell, as far as they find room in what is left of the notebook's."""
+    kept, missing = [], 0
+    for output in map(_shortened, outputs):
+        size = len(json.dumps(output))
+        if size > left:
+            missing += 1
+        else:
+            kept, left = [*kept, output], left - size
+    if missing:
+        text = f"{missing} output{'s are' if missing > 1 else ' is'} left out here for the size; notebooks/{name} has all"
+        kept.append(new_output("stream", name="stderr", text=text))
+    return kept, left
+
+
+def _shortened(output: NotebookNode) -> NotebookNode:
+    if output.output_type == "stream":
+        output.text = _cut(output.text)
+    elif output.output_type == "error":
+        output.traceback = [_cut("\n".join(output.traceback))]
+    else:
+        data = {kind: content for kind, content in output.data.items() if kind not in ACTIVE}
+        output.data = data | {"text/plain": _cut(data.get("text/plain", "a widget, which needs a running kernel"))}
+        output.metadata = NotebookNode()
+    return output
+
+
+def _cut(text: str) -> str:
+    if len(text) <= LONGEST:
+        return text
+    half = LONGEST // 2
+    return f"{text[:half]}\n… {len(text) - 2 * half:,} characters left out …\n{text[-half:]}"

@@ -1,0 +1,264 @@
+"""Run folders: what a run made, in files that people and programs read.  Imports no torch.
+
+    runs/<run>/  config.yaml  manifest.json  status.json  plan.json  metrics.jsonl  history.json
+                 best_model/  final_model/  checkpoints/  notebooks/  baseline/ (a student's folder again)
+"""
+
+import datetime
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from kdlib.config.run import Config, differences, parse
+from kdlib.errors import RunError, nearest
+from kdlib.keys import refuse_keys
+
+PARENT = "KDLIB_RUN_BY"  # set by the command that runs the notebooks: it keeps status.json, and nobody watches the cells
+
+
+def project_root() -> Path:
+    """The folder that holds notebooks/ and configs/: this one or the nearest above (JupyterLab starts in notebooks/)."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "notebooks").is_dir() and (folder / "configs").is_dir():
+            return folder
+    return here
+
+
+def headless() -> bool:
+    """True where notebooks are run by `kd run` and nobody can press a button."""
+    return PARENT in os.environ
+
+
+@dataclass(frozen=True)
+class StudentFolder:
+    """Where one student's training leaves its files."""
+
+    path: Path
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def best_model(self) -> Path:
+        return self.path / "best_model"
+
+    @property
+    def final_model(self) -> Path:
+        return self.path / "final_model"
+
+    @property
+    def history(self) -> Path:
+        return self.path / "history.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def is_trained(self) -> bool:
+        """Training reached its end: history.json is the last file written."""
+        return self.history.exists()
+
+
+@dataclass(frozen=True)
+class Run(StudentFolder):
+    """One run's folder; itself the folder of the distilled student."""
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def baseline(self) -> StudentFolder:
+        return StudentFolder(self.path / "baseline")
+
+    @property
+    def notebooks(self) -> Path:
+        return self.path / "notebooks"
+
+    @property
+    def config(self) -> Config:
+        """The resolved config."""
+        path = self.path / "config.yaml"
+        return _resolved(path, path.stat().st_mtime_ns)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return read_json(self.path / "manifest.json", {})
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """{"state": "created" | "running" | "done" | "stopped" | "failed" | "died", "since": …, "message": …}
+
+        A run that says "running" while the process that ran it is gone has died.
+        """
+        status = read_json(self.path / "status.json", {"state": "created"})
+        if status["state"] == "running" and not _alive(status.get("pid"), status.get("pid_started")):
+            return {**status, "state": "died", "message": "the process that ran it is gone"}
+        return status
+
+    def set_status(self, state: str, message: str = "") -> None:
+        started = _process_start(os.getpid())
+        write_json(self.path / "status.json", {
+            "state": state, "message": message, "since": now(), "pid": os.getpid(), "pid_started": started,
+        })
+
+    def add_to_manifest(self, **entries: Any) -> None:
+        """Merge these entries into manifest.json."""
+        write_json(self.path / "manifest.json", {**self.manifest, **entries})
+
+    def finish(self) -> None:
+        """Mark a run made by hand as done; the command that runs notebooks does it itself."""
+        if not headless():
+            self.set_status("done")
+
+
+def new_name(config_path: str | Path, *, smoke: bool = False) -> str:
+    """`quickstart_20260131_235959`"""
+    return f"{Path(config_path).stem}{'-smoke' * smoke}_{datetime.datetime.now():%Y%m%d_%H%M%S}"
+
+
+def create(root: Path, name: str, config: Config, **origin: Any) -> Run:
+    """Make a new run's folder with its resolved config; `origin` goes into its manifest.
+
+    Raises:
+        ConfigError: the config or its origin holds a key.
+        RunError: the name is taken or unfit for a folder, or the disk refuses.
+    """
+    check_new(root, name)
+    refuse_keys(f"{config.as_yaml()} {origin}")
+    run = Run(root / name)
+    try:
+        run.notebooks.mkdir(parents=True)
+    except OSError as error:
+        raise write_error(run.path, error) from error
+    try:
+        write_text(run.path / "config.yaml", config.as_yaml())
+        write_json(run.path / "manifest.json", {"run": name, "created": now(), "commit": _commit(), **origin})
+        run.set_status("created")
+    except RunError:
+        shutil.rmtree(run.path)
+        raise
+    return run
+
+
+def check_new(root: Path, name: str) -> None:
+    """Raise a RunError where this name cannot become a new run."""
+    if not re.fullmatch(r"[\w.+=-]+", name) or name.startswith("."):
+        raise RunError(f"run name {name!r}: use letters, digits and . _ - + = only, and no leading dot")
+    if (root / name).exists():
+        raise RunError(f"run {name!r} exists already; choose another --name, or go on with it by --resume {name}")
+
+
+def open_run(root: Path, name: str, config: Config | None = None) -> Run:
+    """An existing run; with `config`, only if it was made with the same settings.
+
+    Raises:
+        RunError: there is no such run, or its settings differ (the message lists how).
+    """
+    run = Run(root / name)
+    if not (run.path / "config.yaml").exists():
+        raise RunError(f"no run {name!r} in {root}{nearest(name, (r.name for r in all_runs(root)))}")
+    if config and (lines := differences(run.config.as_dict(), config.as_dict())):
+        raise RunError(
+            f"run {name!r} was made with other settings, so it cannot go on with these:\n  " + "\n  ".join(lines)
+            + "\ngive the settings it was made with, or start a new run"
+        )
+    return run
+
+
+def default_root() -> Path:
+    """The project's own folder of runs."""
+    return project_root() / "runs"
+
+
+def locate(run: str, root: Path | None = None) -> tuple[Path, str]:
+    """A run's name, or its folder as seen from here, as (the folder of runs, name); `root` is where a mere name is sought."""
+    if os.sep not in run:
+        return root or default_root(), run
+    path = Path(run).absolute()
+    return path.parent, path.name
+
+
+def all_runs(root: Path) -> list[Run]:
+    """Every run below this folder, newest first."""
+    found = [Run(path.parent) for path in root.glob("*/config.yaml")]
+    return sorted(found, key=lambda run: (run.manifest.get("created", ""), run.name), reverse=True)
+
+
+def read_json(path: Path, default: Any = None) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write all or nothing: to a neighbour first, then renamed.
+
+    Raises:
+        RunError: the disk refuses.
+    """
+    neighbour = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of this process: several write one index
+    try:
+        neighbour.write_text(text, encoding="utf-8")
+        neighbour.replace(path)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def is_refusal(error: BaseException) -> bool:
+    """True for a disk that refuses: full, over quota, read-only, not ours; not for a tracker's lost connection."""
+    refusals = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR)
+    return isinstance(error, OSError) and error.errno in refusals
+
+
+def write_error(path: Path, error: Exception) -> RunError:
+    """The RunError for a disk that refuses: full, read-only, or not ours."""
+    refused = isinstance(error, OSError) and error.errno != errno.ENOSPC
+    advice = "choose a folder you can write to with --runs" if refused else "free some space, then go on with --resume"
+    return RunError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; {advice}")
+
+
+def now() -> str:
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+@lru_cache(maxsize=64)
+def _resolved(path: Path, changed: int) -> Config:
+    return parse(yaml.safe_load(path.read_text(encoding="utf-8")), name=str(path))
+
+
+def _commit() -> str | None:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=project_root(), check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _alive(pid: int | None, started: float | None) -> bool:
+    return pid is not None and _process_start(pid) == started
+
+
+def _process_start(pid: int) -> float | None:
+    """When this process began, which tells it from a later one of the same number; None where there is none that lives."""
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.NoSuchProcess:
+        return None

@@ -1,0 +1,189 @@
+"""What a training logged: metrics.jsonl, written a line at a time and read on as it grows.  Imports no torch.
+
+Each line is {"train/step": …, "train/epoch": …, "time": …} with `train/…` or `eval/…` figures.
+"""
+
+import io
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json
+
+from kdlib.errors import RunError
+from kdlib.runs.folder import StudentFolder, read_json, write_error, write_text
+
+POINTS = 1000  # that a curve is drawn from
+FORM = {
+    "parse_options": pyarrow.json.ParseOptions(explicit_schema=pa.schema([("time", pa.string())])),
+    "read_options": pyarrow.json.ReadOptions(use_threads=False),  # others compute here
+}
+
+
+def read_metrics(folder: StudentFolder, *, up_to_step: int | None = None) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line torn by a kill is left out."""
+    if not folder.metrics.exists():
+        return []
+    text = folder.metrics.read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [line for line in lines if up_to_step is None or line["train/step"] <= up_to_step]
+
+
+def cut_metrics(folder: StudentFolder, step: int) -> None:
+    """Drop what was logged after this step: training goes on from there and will log it again."""
+    if folder.metrics.exists():
+        lines = read_metrics(folder, up_to_step=step)
+        write_text(folder.metrics, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def append_metrics(folder: StudentFolder, line: Mapping[str, Any]) -> None:
+    """Add one line at once, so that a kill loses nothing already logged."""
+    try:
+        with folder.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise write_error(folder.metrics, error) from error
+
+
+def history(folder: StudentFolder) -> list[dict[str, float]]:
+    """One line per epoch begun: the mean of its training figures and its last evaluation."""
+    epochs: dict[int, dict[str, list[float]]] = {}
+    for line in read_metrics(folder):
+        figures = epochs.setdefault(math.ceil(line["train/epoch"]), {})
+        for name, value in line.items():
+            if isinstance(value, (int, float)):
+                figures.setdefault(name, []).append(value)
+    last = ("train/step", "train/epoch")
+    return [{name: sum(v) / len(v) if name.startswith("train/") and name not in last else v[-1] for name, v in figures.items()}
+            for figures in epochs.values()]
+
+
+class Tail:
+    """metrics.jsonl as tables, read on as it grows: a call of `read` takes in the lines written since the last one.
+
+    Attributes:
+        train: one row per log, without the train/ prefix; empty at first.
+        evaluation: one row per evaluation, with step and epoch, without the eval/ prefix.
+        broken: step and name of each logged figure that is nan or infinite, and whether it was of an evaluation.
+        figures: how many figures were logged.
+    """
+
+    def __init__(self, folder: StudentFolder) -> None:
+        self.folder = folder
+        self._forget()
+        self.read()
+
+    def _forget(self) -> None:
+        self.train, self.evaluation = pd.DataFrame(), pd.DataFrame()
+        self.broken, self.figures = pd.DataFrame({"step": [], "name": [], "evaluation": []}), 0
+        self._position, self._last = 0, b""
+
+    def read(self) -> bool:
+        """Take in what was written since; True where anything was.  A torn last line waits for its rest.
+
+        A file whose last known line is no longer where it was has been cut for a training that goes on: it is read anew.
+
+        Raises:
+            RunError: a line is no JSON.
+        """
+        if not self.folder.metrics.exists():
+            return False
+        with self.folder.metrics.open("rb") as file:
+            file.seek(self._position - len(self._last))
+            is_cut = file.read(len(self._last)) != self._last
+            if is_cut:
+                self._forget()
+                file.seek(0)
+            new = file.read()
+        lines = new[: new.rfind(b"\n") + 1]
+        if lines:
+            self._position += len(lines)
+            self._last = lines[lines.rstrip(b"\n").rfind(b"\n") + 1 :]
+            self._take(self._parsed(lines))
+        return is_cut or bool(lines)
+
+    def _parsed(self, lines: bytes) -> pa.Table:
+        try:
+            return pyarrow.json.read_json(io.BytesIO(lines), **FORM)
+        except pa.ArrowInvalid as error:
+            raise RunError(f"{self.folder.metrics}: found a line that is no JSON ({error}); each must be an object; delete it") from error
+
+    def _take(self, lines: pa.Table) -> None:
+        for name in lines.column_names:
+            if pa.types.is_floating(lines[name].type):
+                self.figures += len(lines) - lines[name].null_count
+                steps = lines["train/step"].filter(pc.invert(pc.is_finite(lines[name]))).to_numpy()
+                if len(steps):
+                    found = pd.DataFrame({"step": steps, "name": name.split("/")[1], "evaluation": name.startswith("eval/")})
+                    self.broken = _joined(self.broken, found)
+        self.train = _joined(self.train, _of(lines, "train/"))
+        self.evaluation = _joined(self.evaluation, _of(lines, "eval/"))
+
+
+def _of(lines: pa.Table, prefix: str) -> pd.DataFrame:
+    if f"{prefix}loss" not in lines.column_names:
+        return pd.DataFrame()
+    own = lines.filter(lines[f"{prefix}loss"].is_valid())
+    names = sorted((name for name in own.column_names if own[name].null_count < len(own)), key="time".__eq__)  # as logged, time last
+    table = own.select(names).to_pandas()
+    return table.rename(columns=lambda name: name.removeprefix(prefix).removeprefix("train/"))
+
+
+def _joined(table: pd.DataFrame, more: pd.DataFrame) -> pd.DataFrame:
+    return pd.concat([table, more], ignore_index=True) if len(table) and len(more) else more if len(more) else table
+
+
+def training_table(folder: StudentFolder) -> pd.DataFrame:
+    """The training lines of metrics.jsonl, one row per log, without the train/ prefix."""
+    return Tail(folder).train
+
+
+def eval_table(folder: StudentFolder) -> pd.DataFrame:
+    """The evaluation lines of metrics.jsonl, with step and epoch, without the eval/ prefix."""
+    return Tail(folder).evaluation
+
+
+def plan_table(folder: StudentFolder) -> pd.DataFrame:
+    """Learning rate, weights and temperatures over the whole training as plan.json has them: columns as of `training_table`."""
+    return pd.DataFrame(read_json(folder.plan, []))
+
+
+def terms_in(table: pd.DataFrame) -> list[str]:
+    """The loss terms that a training or evaluation table, or a plan, has."""
+    return [name.removesuffix("_weight") for name in table.columns if name.endswith("_weight")]
+
+
+def thinned(curves: np.ndarray, *, points: int = POINTS) -> np.ndarray:
+    """Which positions of a long curve to draw so that no spike is lost: first, last, and of each bucket the extremes.
+
+    Args:
+        curves: [N], or [C, N] for curves that are drawn at the same positions.  Where nan or infinite values begin or end
+            is kept too, as a gap, unless there are too many.
+        points: about so many are kept, or 100 for each curve if that is more.
+
+    Returns:
+        Positions in rising order; all of them where there are no more than `points`.
+    """
+    curves = np.atleast_2d(curves)
+    count, length = curves.shape
+    if length <= points:
+        return np.arange(length)
+    buckets = max(points // (2 * count), 50)
+    width = math.ceil(length / buckets)
+    starts = np.arange(0, length, width)
+    kept = [np.array([0, length - 1])]
+    is_finite, filled = np.isfinite(curves), np.pad(curves, ((0, 0), (0, len(starts) * width - length)), mode="edge")
+    for extreme, worst in ((np.argmin, np.inf), (np.argmax, -np.inf)):
+        if not is_finite.all():
+            filled[:, :length][~is_finite] = worst
+            filled[:, length:] = worst
+        found = starts + extreme(filled.reshape(count, len(starts), width), axis=2)
+        kept.append(np.minimum(found, length - 1).ravel())
+    gaps = np.flatnonzero(np.diff(is_finite).any(axis=0)) + 1
+    kept.append(gaps if len(gaps) <= points else gaps[:0])
+    return np.unique(np.concatenate(kept))

@@ -1,0 +1,159 @@
+"""How a training stands: everything that its figures are made of, read from its folder's files.  Imports no torch."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+import numpy as np
+import pandas as pd
+
+from kdlib.config.task_rules import HIGHER_IS_BETTER
+from kdlib.runs.folder import Run, StudentFolder
+from kdlib.runs.log import Tail, plan_table, terms_in
+
+QUIET_S = 60.0  # without a line, after which a training that nobody keeps a status of may have stopped
+RECENT = 50  # lines that a forecast goes by
+PAUSE = 10.0  # times the usual time between two lines: the training stood still
+FINAL = ("done", "stopped", "failed", "died")
+MEASURES = {"kl_to_teacher": "KL to teacher", "perplexity": "perplexity", "log_loss": "log-loss", "choice_accuracy": "right choices",
+            "agreement": "agreement"}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One student's training so far, or all of it.
+
+    Attributes:
+        name: of the run, and of the student where it is not the distilled one.
+        state: created, running, quiet (no news for a while), trained, done, stopped, failed or died.
+        tail: its metrics.jsonl.
+        plan: learning rate, weights and temperatures as planned; empty where there is no plan.json.
+        phases: of the curriculum: (fraction of training at its end, the weights that it names, in words).
+        best_by: the measure that chooses the best model.
+        message: why it stopped or failed.
+        quiet_s: seconds since the last line.
+        of: what is predicted, a token or a row.
+    """
+
+    name: str
+    state: str
+    tail: Tail
+    plan: pd.DataFrame
+    phases: tuple[tuple[float, str], ...] = ()
+    best_by: str = "loss"
+    message: str = ""
+    quiet_s: float = 0.0
+    of: str = "token"
+
+    @property
+    def step(self) -> int:
+        """The last optimizer step that was logged."""
+        return int(self.tail.train["step"].iloc[-1]) if len(self.tail.train) else 0
+
+    @property
+    def steps(self) -> int:
+        """Of the whole training, where that is planned; otherwise those made."""
+        return max(int(self.plan["step"].iloc[-1]) if len(self.plan) else 0, self.step, 1)
+
+    @property
+    def terms(self) -> list[str]:
+        """Those logged or planned, in the order of the config."""
+        return list(dict.fromkeys([*terms_in(self.plan), *terms_in(self.tail.train)]))
+
+    @property
+    def seconds_left(self) -> float | None:
+        """By the pace of the last lines, evaluations and checkpoints included; a night between two of them is not counted."""
+        if self.state not in ("running", "quiet") or len(self.tail.train) < 2 or "time" not in self.tail.train:
+            return None
+        recent = self.tail.train[["step", "time"]].iloc[-RECENT:]
+        seconds = np.diff([datetime.fromisoformat(moment).timestamp() for moment in recent["time"]])
+        seconds = seconds.clip(max=PAUSE * np.median(seconds) + 1)
+        return float(seconds.sum() / (recent["step"].iloc[-1] - recent["step"].iloc[0]) * (self.steps - self.step))
+
+    def measured(self, measure: str) -> tuple[float, int, float] | None:
+        """(best value, its step, last value) of a measure on held-out text; None where it was not evaluated."""
+        table = self.tail.evaluation
+        if measure not in table or not np.isfinite(table[measure]).any():
+            return None
+        values = table[measure].where(np.isfinite(table[measure]))
+        best = values.idxmax() if HIGHER_IS_BETTER.get(measure) else values.idxmin()
+        return float(values[best]), int(table["step"][best]), float(table[measure].iloc[-1])
+
+
+def progress(run: Run, folder: StudentFolder | None = None, tail: Tail | None = None) -> Progress:
+    """How a run's distilled student stands, or the student of another of its folders: the baseline.
+
+    Args:
+        tail: the folder's, where it is at hand and need not be read again.
+    """
+    folder = folder or run
+    tail, config, plan = tail or Tail(folder), run.config, plan_table(folder)
+    state, quiet_s = _state(run, folder)
+    own = folder.path == run.path
+    phases = [(phase.until, _words(phase.weights)) for phase in config.loss.curriculum or []] if own else []
+    return Progress(
+        name=run.name if own else f"{run.name}, {folder.path.name}", state=state, tail=tail, plan=plan, phases=tuple(phases),
+        best_by=config.training["metric_for_best_model"].removeprefix("eval_"),
+        message=run.status.get("message", "") if state in ("stopped", "failed", "died") else "", quiet_s=quiet_s,
+        of="row" if config.task == "sequence-classification" else "token",
+    )
+
+
+def headline(course: Progress) -> str:
+    """Which run, and how it stands."""
+    return f"{course.name}  ·  {state_words(course)}"
+
+
+def where_line(course: Progress) -> str:
+    """The step of all steps, and the time that is left."""
+    if not len(course.tail.train):
+        return "Loss terms, weights, temperature, learning rate and gradient norms are drawn here as soon as a step is logged."
+    left = course.seconds_left
+    of = f" of {course.steps:,}" if course.steps > course.step else ""
+    return f"step {course.step:,}{of}" + (f"  ·  {_duration(left)} left" if left is not None else "")
+
+
+def state_words(course: Progress) -> str:
+    """The state as one reads it."""
+    if course.state == "quiet":
+        return f"no news for {_duration(course.quiet_s)}"
+    if course.state in ("created", "running"):
+        return "training" if len(course.tail.train) else "nothing logged yet"
+    return course.state
+
+
+def held_out_line(course: Progress) -> str:
+    """The last figure of each measure on held-out text, and the best of the one that chooses the model."""
+    usual = ("accuracy", "log_loss", "kl_to_teacher") if course.of == "row" else MEASURES
+    measures = dict.fromkeys([course.best_by, *usual])
+    found = {MEASURES.get(measure, measure): figures for measure in measures if (figures := course.measured(measure))}
+    parts = [f"{name} {last:.3g}" + (f" (best {best:.3g} at step {step:,})" if i == 0 else "")
+             for i, (name, (best, step, last)) in enumerate(found.items())]
+    return "held-out: " + "  ·  ".join(parts) if parts else "no evaluation yet"
+
+
+def _state(run: Run, folder: StudentFolder) -> tuple[str, float]:
+    """The state, and the seconds since something was logged.  A training by hand keeps no status: its files tell."""
+    status, is_begun = run.status, folder.metrics.exists()
+    logged = folder.metrics.stat().st_mtime if is_begun else 0.0
+    quiet_s = time.time() - logged if is_begun else 0.0
+    if folder.is_trained:
+        return "done" if status["state"] == "done" else "trained", quiet_s
+    goes_on = is_begun and quiet_s < QUIET_S and logged > datetime.fromisoformat(status["since"]).timestamp()
+    if status["state"] == "running" or goes_on:  # after a failure too: by hand
+        return "running", quiet_s
+    if status["state"] in FINAL:
+        return status["state"], quiet_s
+    return "quiet" if is_begun else "created", quiet_s
+
+
+def _words(weights: Mapping[str, object]) -> str:
+    return ", ".join(f"{term} {weight:g}" if isinstance(weight, (int, float)) else f"{term} {next(iter(weight))}"
+                     for term, weight in weights.items())
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,144 @@
+"""One sweep as typed, frozen, checked objects: a base config, and what its trials change in it.  Imports no torch.
+
+What is changed stands in one of four forms:
+
+    grid:   {loss.temperature: [1, 2, 4], seed: [0, 1]}                every combination
+    list:   [{loss.temperature: 1}, {loss.temperature: 4, seed: 1}]    these and no others
+    random: {trials: 8, seed: 0, from: SPACE}                          drawn, the same ones each time
+    search: {trials: 8, seed: 0, from: SPACE}                          chosen by optuna from how the earlier ones did
+
+A SPACE says for each setting {uniform: [1, 6]}, {log_uniform: [1e-5, 1e-3]}, {integer: [2, 8]} or {choice: [a, b]}.
+`loss.weights.kd:ce` is a setting of two weights: 0.7 makes the first 0.7, and the second 0.3.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from kdlib.config.base import Count, Number, Section, number, refuse
+from kdlib.config.loss import TERM_NAMES
+from kdlib.errors import nearest, printable
+from kdlib.metrics.names import MEASURES
+
+METRICS = {name: measure.higher_is_better for name, measure in MEASURES.items()}
+"""What a sweep may be judged by: the figures of comparison_results.json, and whether more is better."""
+DRAWS = {"uniform": "[low, high]", "log_uniform": "[low, high], both above 0", "integer": "[low, high], whole numbers",
+         "choice": "a list of values"}
+WEIGHTS = "loss.weights."
+
+
+def _settings(names: Sequence[Any]) -> list[str]:
+    """What is wrong with these dotted names, a line each."""
+    faults = []
+    for name in names:
+        if not isinstance(name, str) or not all(name.split(".")):
+            faults.append(f"found {name!r} as a setting; write its dotted name, as loss.temperature")
+        elif ":" in name:
+            terms = name.removeprefix(WEIGHTS).split(":")
+            if not name.startswith(WEIGHTS) or len(terms) != 2 or not set(terms) <= set(TERM_NAMES) or terms[0] == terms[1]:
+                faults.append(f"{printable(name)}: with a colon only two weights can be named, as {WEIGHTS}kd:ce")
+    return faults
+
+
+def _grid(grid: Mapping[str, list]) -> Mapping[str, list]:
+    empty = [f"{printable(name)}: the list is empty; it needs a value at least" for name, values in grid.items() if not values]
+    refuse([*_settings(list(grid)), *empty, *([] if grid else ["found {}; it needs a setting with its values"])])
+    return {name: [_value(value) for value in values] for name, values in grid.items()}
+
+
+def _value(value: Any) -> Any:
+    """1e-4, which YAML reads as a string, is a number."""
+    return number(value) if isinstance(value, str) else value
+
+
+def _list(trials: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    refuse([fault for trial in trials for fault in _settings(list(trial))] if trials else ["the list is empty; it needs a trial at least"])
+    return [{name: _value(value) for name, value in trial.items()} for trial in trials]
+
+
+def _overrides(overrides: Mapping[str, Any]) -> Mapping[str, Any]:
+    refuse(_settings(list(overrides)))
+    return overrides
+
+
+def _space(space: Mapping[str, Any]) -> dict[str, dict[str, list]]:
+    faults, found = _settings(list(space)), {}
+    for name, draw in space.items():
+        try:
+            found[name] = _draw(draw)
+        except ValueError as error:
+            faults.append(f"{printable(str(name))}: {error}")
+    refuse(faults if space else ["found {}; it needs a setting to draw"])
+    return found
+
+
+def _draw(draw: Any) -> dict[str, list]:
+    kind, values = next(iter(draw.items())) if isinstance(draw, Mapping) and len(draw) == 1 else (None, None)
+    if kind not in DRAWS or not isinstance(values, list):
+        hint = nearest(str(kind), DRAWS) if kind else ""
+        raise ValueError(f"found {draw!r}{hint}; it is one of " + ", ".join(f"{{{name}: {what}}}" for name, what in DRAWS.items()))
+    if kind == "choice":
+        if not values:
+            raise ValueError("choice is empty; it needs a value at least")
+        return {kind: [_value(value) for value in values]}
+    ends = [number(value) for value in values]
+    if len(ends) != 2 or not all(isinstance(end, int | float) for end in ends) or not ends[0] < ends[1]:
+        raise ValueError(f"found {kind}: {values!r}; it needs two numbers, the lower first")
+    if kind == "log_uniform" and ends[0] <= 0:
+        raise ValueError(f"found {kind}: {values!r}; both must be above 0")
+    if kind == "integer" and any(end % 1 for end in ends):
+        raise ValueError(f"found {kind}: {values!r}; both must be whole numbers")
+    return {kind: [int(end) for end in ends] if kind == "integer" else [float(end) for end in ends]}
+
+
+def _metric(value: Any) -> str:
+    name = str(value).removeprefix("eval_")
+    if name not in METRICS:
+        raise ValueError(f"found {value!r}{nearest(name, METRICS)}; it is one of {', '.join(METRICS)}")
+    return name
+
+
+class Drawn(Section):
+    """So many trials from a space."""
+
+    trials: Annotated[Count, Field(ge=1)]
+    seed: Annotated[Count, Field(ge=0, lt=2**32)] = 0
+    space: Annotated[dict[str, Any], AfterValidator(_space)] = Field(alias="from")
+
+
+class SweepConfig(Section):
+    """One complete sweep."""
+
+    base: str
+    small: bool = Field(False, alias="smoke")
+    overrides: Annotated[dict[str, Any], AfterValidator(_overrides)] = {}
+    grid: Annotated[dict[str, list], AfterValidator(_grid)] | None = None
+    listed: Annotated[list[dict[str, Any]], AfterValidator(_list)] | None = Field(None, alias="list")
+    random: Drawn | None = None
+    search: Drawn | None = None
+    metric: Annotated[str, BeforeValidator(_metric)] = "kl_to_teacher"
+    jobs: Annotated[Count, Field(ge=1)] = 1
+    timeout_minutes: Annotated[Number, Field(gt=0)] | None = None
+    keep_checkpoints: bool = False
+
+    @model_validator(mode="after")
+    def _one_form(self):
+        forms = {"grid": self.grid, "list": self.listed, "random": self.random, "search": self.search}
+        given = [name for name, value in forms.items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(f"found {' and '.join(given) or 'none'} of grid, list, random, search; a sweep has exactly one of them")
+        if clash := sorted(set(self.overrides) & set(self.parameters)):
+            raise ValueError(f"{', '.join(clash)}: both in `overrides`, which all trials share, and among what differs; leave one out")
+        return self
+
+    @property
+    def parameters(self) -> list[str]:
+        """The settings that the trials differ in, in the order of the file."""
+        drawn = self.random or self.search
+        trials = [self.grid] if self.grid else self.listed or [drawn.space]
+        return list(dict.fromkeys(name for trial in trials for name in trial))
+
+    @property
+    def higher_is_better(self) -> bool:
+        return METRICS[self.metric]

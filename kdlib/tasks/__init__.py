@@ -1,0 +1,1 @@
+"""One file per task: what it makes of data and models, and what its comparison adds."""

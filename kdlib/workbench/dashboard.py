@@ -1,0 +1,262 @@
+"""A training seen live, in the notebook that trains or in any other: it reads the run's files and nothing else.  Imports no torch.
+
+    with dashboard.watch(bench.run):       # the picture moves while the cell trains
+        bench.train()
+    dashboard.watch("runs/<run>")          # as a last line: a run that goes on elsewhere, or is over
+"""
+
+import contextvars
+import os
+import threading
+import time
+from dataclasses import replace
+from functools import cached_property
+
+import ipywidgets
+from IPython import get_ipython
+from IPython.display import Image, display
+from markupsafe import Markup, escape
+
+from kdlib.errors import KdlibError
+from kdlib.plots.training import Sheet
+from kdlib.plots.training_panels import View
+from kdlib.reports.scorecard import Line, scorecard
+from kdlib.runs import folder as runs
+from kdlib.runs.folder import Run, StudentFolder
+from kdlib.runs.log import Tail
+from kdlib.runs.progress import FINAL, headline, progress, where_line
+
+SHARE = 0.05  # of the time, at most, that goes into watching
+PAUSE_S, HEADLESS_PAUSE_S = 1.0, 20.0  # between two looks, at least
+PATIENCE_S = 3600.0  # without news, after which nobody is waited for any more
+MARKS = {"pass": ("✓", "#2da44e"), "fail": ("✗", "#e5534b"), "not measured": ("–", "#8a8a8a")}
+
+
+def watch(run: Run | str, view: View | None = None) -> "Dashboard":
+    """A run's dashboard: used by `with`, around what trains, or as the last line of a cell.
+
+    Args:
+        run: a run, its name, or its folder as seen from the project's.
+        view: what to show at first.
+
+    Raises:
+        RunError: there is no such run.
+    """
+    if not isinstance(run, Run):
+        run = runs.open_run(*runs.locate(str(runs.project_root() / run) if os.sep in run else run))
+    return Dashboard(run, view or View())
+
+
+class Picture:
+    """A run's picture and scorecard, kept up to date from its files."""
+
+    def __init__(self, run: Run, view: View) -> None:
+        self.run, self.view = run, view
+        self.rivals = tuple(name for name in self.candidates if name == "baseline")
+        self.tails: dict[str, Tail] = {}
+        self.has_ended = False  # what trained in this kernel
+        self.sheet: Sheet | None = None
+        self.read()
+
+    @cached_property
+    def candidates(self) -> dict[str, tuple[Run, StudentFolder]]:
+        """What this run can be compared with: its baseline, and the other runs of its folder."""
+        others = {run.name: (run, run) for run in runs.all_runs(self.run.path.parent) if run.name != self.run.name and run.metrics.exists()}
+        return {"baseline": (self.run, self.run.baseline), **others} if self.run.config.baseline else others
+
+    @property
+    def is_training(self) -> bool:
+        """Whether one of the run's students seems to learn just now."""
+        return "running" in (self.course.state, progress(self.run, self.run.baseline).state)
+
+    def read(self) -> bool:
+        """Read on; True where there is something new to show."""
+        before = getattr(self, "words", None)
+        is_new = [self._tail("", self.run).read(), *(self._tail(name, folder).read() for name, (_, folder) in self._chosen().items())]
+        self.course = progress(self.run, tail=self.tails[""])
+        if self.has_ended and self.course.state in ("running", "quiet"):
+            self.course = replace(self.course, state="stopped")
+        self.words = (headline(self.course), where_line(self.course), self.course.message)
+        return any(is_new) or self.words != before
+
+    def png(self) -> bytes:
+        """The picture as it stands."""
+        if self.sheet is None or not self.sheet.fits(self.course):
+            self.sheet = Sheet(self.course)
+        others = [progress(run, folder, self._tail(name, folder)) for name, (run, folder) in self._chosen().items()]
+        self.sheet.draw(self.course, self.view, [other for other in others if len(other.tail.train)])
+        return self.sheet.png()
+
+    def scorecard(self) -> list[Line]:
+        return scorecard(self.run, tail=self.tails[""])
+
+    def _chosen(self) -> dict[str, tuple[Run, StudentFolder]]:
+        return {name: self.candidates[name] for name in self.rivals}
+
+    def _tail(self, name: str, folder: StudentFolder) -> Tail:
+        if name not in self.tails:
+            self.tails[name] = Tail(folder)
+        return self.tails[name]
+
+
+class Dashboard:
+    """A picture that follows its run, with controls where somebody is there to use them."""
+
+    def __init__(self, run: Run, view: View) -> None:
+        self.run, self.picture = run, Picture(run, view)
+        self.drawing, self.ended = threading.RLock(), threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def __enter__(self) -> "Dashboard":
+        self._show()
+        self._follow()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.picture.has_ended = True
+        self.close()
+
+    def _ipython_display_(self) -> None:
+        self._show()
+        if not runs.headless():
+            self._follow()
+
+    def close(self) -> None:
+        """Look for the last time, and follow the run no more."""
+        self.ended.set()
+        if self.thread is not None and self.thread is not threading.current_thread():
+            self.thread.join()
+        self.refresh(always=True)
+
+    def refresh(self, *, always: bool = False) -> bool:
+        """Read on and draw what is new; True where anything was.  A fault in a file is said; the next look may find it mended."""
+        with self.drawing:
+            try:
+                is_new = self.picture.read()
+                if is_new or always:
+                    self._put(self.picture.png())
+            except KdlibError as error:
+                self.say(str(error))
+                return False
+            return is_new
+
+    def say(self, text: str) -> None:
+        """A line above the picture, or where there are no widgets, below it."""
+        if self.controls is None:
+            print(text, flush=True)
+        else:
+            self.controls.said.value = str(escape(text))
+
+    def _show(self) -> None:
+        self.ended.clear()
+        if runs.headless():  # widgets would stay blank, and Output or @interact would hang
+            self.controls, self.context = None, contextvars.copy_context()  # the cell's: its output is the one to update
+            self.handle = display(self._static(self.picture.png()), display_id=True)
+        else:
+            self.context = _beside_cells()
+            self.controls = self.context.run(Controls, self)
+            self.refresh(always=True)
+            display(self.controls.box)
+
+    def _follow(self) -> None:
+        self.thread = threading.Thread(target=self.context.run, args=(self._watch,), name="dashboard", daemon=True)
+        self.thread.start()
+
+    def _watch(self) -> None:
+        pause = least = HEADLESS_PAUSE_S if self.controls is None else PAUSE_S
+        news = time.monotonic()
+        while not self.ended.wait(pause):
+            began, spent = time.monotonic(), time.thread_time()
+            if self.refresh():
+                news = began
+            is_over = self.picture.run.status["state"] in FINAL and not self.picture.is_training
+            if is_over or began - news > PATIENCE_S:
+                return
+            pause = max(least, (time.thread_time() - spent) / SHARE)
+
+    def _put(self, png: bytes) -> None:
+        if self.controls is None:
+            self.handle.update(self._static(png))
+        else:
+            self.controls.show(png)
+
+    def _static(self, png: bytes) -> Image:
+        return Image(data=png, format="png", alt=headline(self.picture.course))
+
+
+class Controls:
+    """The widgets: picture, scorecard, what to show, and a stop."""
+
+    def __init__(self, board: Dashboard) -> None:
+        self.board, self.picture = board, board.picture
+        view, terms = self.picture.view, list(board.run.config.loss.schedules)
+        self.image = ipywidgets.Image(format="png", layout={"flex": "1 1 560px", "min_width": "0", "max_width": "800px",
+                                                            "object_fit": "contain", "align_self": "flex-start"})
+        self.card = ipywidgets.HTML(layout={"flex": "0 1 290px", "margin": "0 0 0 12px"})
+        self.terms = [ipywidgets.ToggleButton(value=view.terms is None or term in view.terms, description=term,
+                                              tooltip=f"show {term}", layout={"width": "auto"}) for term in terms]
+        self.log = ipywidgets.ToggleButton(value=view.log, description="log scale", tooltip="raw values and gradient norms on a log scale",
+                                           layout={"width": "auto"})
+        self.smoothing = ipywidgets.FloatSlider(value=view.smoothing, min=0, max=0.3, step=0.01, description="smoothing",
+                                                readout_format=".0%", continuous_update=False)
+        self.steps = ipywidgets.IntRangeSlider(value=(0, 100), description="steps, %", continuous_update=False)
+        self.rivals = ipywidgets.SelectMultiple(options=list(self.picture.candidates), value=self.picture.rivals, rows=3,
+                                                description="compare")
+        self.stop = ipywidgets.Button(description="Stop", icon="stop", button_style="danger", layout={"width": "auto"},
+                                      tooltip="finish the step, save a checkpoint, stop")
+        self.said = ipywidgets.HTML()
+        for control in (*self.terms, self.log, self.smoothing, self.steps, self.rivals):
+            control.observe(self._changed, "value")
+        self.stop.on_click(self._stop)
+        wrapped = {"flex_flow": "row wrap", "align_items": "center"}
+        shown = ipywidgets.HBox([*self.terms, self.log, self.smoothing, self.steps, self.rivals, self.stop], layout=wrapped)
+        sight = ipywidgets.HBox([self.image, self.card], layout={"flex_flow": "row wrap"})
+        self.box = ipywidgets.VBox([shown, self.said, sight])
+
+    def show(self, png: bytes) -> None:
+        self.image.value = png
+        self.card.value = card_html(self.picture.scorecard())
+
+    def _changed(self, change: object) -> None:
+        chosen = tuple(button.description for button in self.terms if button.value)
+        low, high = (share / 100 * self.picture.course.step for share in self.steps.value)
+        with self.board.drawing:
+            self.picture.view = View(
+                terms=None if len(chosen) == len(self.terms) else chosen, smoothing=self.smoothing.value, log=self.log.value,
+                steps=None if self.steps.value == (0, 100) or low == high else (low, high),
+            )
+            self.picture.rivals = self.rivals.value
+            self.board.refresh(always=True)
+
+    def _stop(self, button: object) -> None:
+        """A click may come late, after the cell that it was meant to stop: then it must not stop the next."""
+        if self.board.ended.is_set() or not self.picture.is_training:
+            self.board.say("No training goes on here that could be stopped.")
+            return
+        (self.board.run.path / "STOP").touch()
+        folder = os.path.relpath(self.board.run.path, runs.project_root())
+        self.board.say(f"It stops after this step, with a checkpoint. To go on, run the training cell again, or in a terminal: "
+                       f"kd run {folder}/config.yaml --resume {self.board.run.name}")
+
+
+def card_html(lines: list[Line]) -> str:
+    """The scorecard as a narrow table in the notebook's own colours; every text in it is escaped."""
+    rows = Markup("").join(
+        Markup('<tr><td style="color:{};font-weight:bold;padding:0 .5em 0 0;vertical-align:top">{}</td><td style="padding:0 0 .6em">{}<br>'
+               '<span style="opacity:.7">{}</span></td></tr>').format(MARKS[line.result][1], MARKS[line.result][0], line.check, line.found)
+        for line in lines
+    )
+    table = Markup('<div style="line-height:1.35"><b>Scorecard</b><table style="margin-top:.4em">{}</table></div>').format(rows)
+    return str(table) if lines else ""
+
+
+def _beside_cells() -> contextvars.Context:
+    """A context in which widgets belong to no cell.
+
+    ipykernel 7 answers a widget where it was last spoken to from: one that a cell made waits until that cell is done, which for
+    a training is too late.  One that no cell made is answered beside it, on the subshell that JupyterLab asks for.
+    """
+    context, kernel = contextvars.copy_context(), getattr(get_ipython(), "kernel", None)
+    if hasattr(kernel, "_shell_parent"):  # ipykernel 7
+        context.run(kernel._shell_parent.set, {})
+    return context

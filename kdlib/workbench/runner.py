@@ -1,0 +1,164 @@
+"""Running notebooks headless: papermill, one notebook after another, with a status that survives a dead kernel."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import papermill
+from jupyter_client.manager import KernelManager
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+
+from kdlib.errors import RunError, Stopped, nearest
+from kdlib.keys import refuse_keys
+from kdlib.reports import index as overview, run as reports
+from kdlib.runs.folder import PARENT, Run, project_root, write_error
+from kdlib.workbench.kernels import Kernels
+
+NOTEBOOKS = ("00_setup", "01_dry_run", "02_train", "03_compare")
+BENCHMARK = ("90_benchmark",)
+START_TIMEOUT = 600  # seconds; on a busy machine a kernel needs a minute to import torch
+
+
+def without(names: Sequence[str]) -> tuple[str, ...]:
+    """The numbered notebooks but these.
+
+    Raises:
+        RunError: there is no such notebook, or the others need it.
+    """
+    for name in names:
+        if name not in NOTEBOOKS[1:]:
+            why = "the others need it" if name in NOTEBOOKS else f"there is none of this name{nearest(name, NOTEBOOKS)}"
+            raise RunError(f"--without {name}: {why}; it is one of {', '.join(NOTEBOOKS[1:])}")
+    return tuple(name for name in NOTEBOOKS if name not in names)
+
+
+def run_notebooks(
+    run: Run, parameters: Mapping[str, Any], *, reports_folder: Path, kernels: Kernels, names: Sequence[str] = NOTEBOOKS
+) -> Path:
+    """Execute the numbered notebooks for a run, then render its report and the index; returns the report's path.
+
+    Finished notebooks of an earlier try are not repeated.  Whatever happens, status.json says how it ended and a report,
+    if only a partial one, is written.
+
+    Raises:
+        ConfigError: a parameter holds a key.
+        Stopped: by Ctrl-C or a STOP file.
+        RunError: a notebook failed, or its kernel died; or one does not declare a parameter it is given.
+    """
+    if run.status["state"] == "running":
+        raise RunError(f"run {run.name} is running already, in process {run.status['pid']}; wait for it, or stop it first")
+    refuse_keys(str(parameters))  # they stand in the executed notebooks
+    run.set_status("running")
+    try:
+        with _stop_file(run):
+            _run_in_turn(run, parameters, names, kernels)
+    except BaseException as error:
+        with contextlib.suppress(RunError):  # a full disk must not hide what went wrong
+            run.set_status(_state_after(error), str(error) or type(error).__name__)
+            _render(run, reports_folder)
+        raise
+    run.set_status("done")
+    return _render(run, reports_folder)
+
+
+def _state_after(error: BaseException) -> str:
+    if isinstance(error, (Stopped, KeyboardInterrupt)):
+        return "stopped"
+    return "died" if isinstance(error.__cause__, DeadKernelError) else "failed"
+
+
+def _run_in_turn(run: Run, parameters: Mapping[str, Any], names: Sequence[str], kernels: Kernels) -> None:
+    done = run.manifest.get("stages", [])
+    for name in names:
+        if name in done:
+            print(f"— {name}: done before", flush=True)
+            continue
+        if _stop(run).exists():  # asked for while no training was there to hear it
+            raise Stopped(f"stopped before {name}; go on with --resume {run.name}")
+        print(f"— {name}", flush=True)
+        with kernels.taken(another=name != names[-1]) as kernel:
+            execute(project_root() / "notebooks" / f"{name}.ipynb", run.notebooks / f"{name}.ipynb", parameters, kernel)
+        done = [*done, name]
+        run.add_to_manifest(stages=done)
+
+
+def _render(run: Run, reports_folder: Path) -> Path:
+    page = reports.render(run, reports_folder)
+    overview.render_index(run.path.parent, reports_folder)
+    return page
+
+
+def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], kernel: KernelManager | None = None) -> None:
+    """Execute one notebook in a kernel of its own; what its cells print appears here as it comes.
+
+    Args:
+        kernel: one that is running, and that nothing ran in; a new one where None.
+
+    Raises:
+        Stopped: its training was asked to.
+        RunError: it does not declare one of the parameters; or a cell failed or the kernel died: the executed copy is kept.
+    """
+    check_parameters(notebook, parameters)
+    root = project_root()
+    paths = [os.path.relpath(path, root) for path in (notebook, output)]  # they stand in the executed copy
+    try:
+        with contextlib.chdir(root):
+            papermill.execute_notebook(
+                *paths, parameters=dict(parameters), progress_bar=False, log_output=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
+                extra_arguments=["--log-level=ERROR"], km=kernel, start_timeout=START_TIMEOUT,
+            )
+    except PapermillExecutionError as error:
+        if error.ename == Stopped.__name__:
+            raise Stopped(f"{notebook.stem}: {error.evalue}") from error
+        raise RunError(f"{notebook.stem}: {error.ename}: {error.evalue}") from error
+    except OSError as error:
+        raise write_error(output, error) from error
+    except DeadKernelError as error:
+        raise RunError(
+            f"{notebook.stem}: its kernel died (killed, or out of memory); go on from the last checkpoint with --resume"
+        ) from error
+
+
+def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
+    """Refuse names that the notebook does not declare; papermill only warns and runs with the defaults."""
+    if not notebook.exists():
+        raise RunError(f"{notebook}: no such notebook; run kd inside the project's folder")
+    declared = papermill.inspect_notebook(str(notebook))
+    for name in parameters:
+        if name not in declared:
+            raise RunError(f"{notebook.name} declares no parameter {name!r}{nearest(name, declared)}; it has {', '.join(declared)}")
+
+
+def _stop(run: Run) -> Path:
+    return run.path / "STOP"
+
+
+@contextlib.contextmanager
+def _stop_file(run: Run):
+    """Ctrl-C asks the training kernel for a checkpoint by a file named STOP; a second Ctrl-C ends everything."""
+    previous_parent, stop = os.environ.get(PARENT), _stop(run)
+    os.environ[PARENT] = "kd"
+    stop.unlink(missing_ok=True)
+    asked = False
+
+    def ask(number, frame):
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt("interrupted; go on from the last checkpoint with --resume")
+        asked = True
+        stop.touch()
+        print("a training stops after this step, with a checkpoint; anything else, when its notebook ends; Ctrl-C again to stop at once",
+              flush=True)
+
+    previous = signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        stop.unlink(missing_ok=True)
+        os.environ.pop(PARENT) if previous_parent is None else os.environ.update({PARENT: previous_parent})

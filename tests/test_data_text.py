@@ -1,0 +1,177 @@
+import datasets
+import pytest
+import torch
+from conftest import sentences, tiny_tokenizer
+from datasets import Dataset, DatasetDict
+from tokenizers.processors import TemplateProcessing
+
+from kdlib.config.run import DataConfig
+from kdlib.data.batches import collate
+from kdlib.data.text import packed, prepare, read_documents, split_documents
+from kdlib.errors import DataError
+from kdlib.losses.signals import IGNORED
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer(sentences(200))
+
+
+def config(source, **changes) -> DataConfig:
+    return DataConfig(**{"source": str(source), "max_length": 16, **changes})
+
+
+def write(folder, form: str):
+    """Fifty documents in one of the forms that a source may have."""
+    table, path = Dataset.from_dict({"text": sentences(50)}), folder / f"text.{form}"
+    if form == "saved":
+        table.save_to_disk(path)
+    elif form == "saved_splits":
+        DatasetDict(train=table, validation=table.select(range(5))).save_to_disk(path)
+    elif form == "folder":
+        path.mkdir()
+        table.to_parquet(path / "train-0000.parquet")
+    elif form == "txt":
+        path.write_text("\n\n".join(sentences(50)))
+    else:
+        {"jsonl": table.to_json, "csv": table.to_csv, "parquet": table.to_parquet}[form](str(path))
+    return path
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet", "txt", "saved", "saved_splits", "folder"])
+def test_every_form_of_a_source_gives_the_same_documents(tmp_path, form):
+    documents = read_documents(config(write(tmp_path, form)))
+    assert [text.strip() for text in documents["train"]["text"]] == sentences(50)
+    assert ("validation" in documents) == (form == "saved_splits")
+
+
+def test_the_built_in_text_needs_no_file():
+    documents = read_documents(config("python-docs"))
+    assert sum(map(len, documents["train"]["text"])) > 400_000
+
+
+def test_no_document_is_on_both_sides(tmp_path):
+    texts = sentences(30) * 2  # every document twice
+    split = split_documents(DatasetDict(train=Dataset.from_dict({"text": texts})), config("x"), seed=0)
+    train, held_out = set(split["train"]["text"]), set(split["validation"]["text"])
+    assert not train & held_out
+    assert train | held_out == set(texts)
+    assert len(held_out) == 3
+
+
+def test_blocks_are_the_documents_end_to_end():
+    prepared = packed(Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5]]}), 3, separator=0)
+    assert prepared["input_ids"][:] == [[1, 2, 3], [0, 4, 5]]  # the last 0 does not fill a block
+
+
+def test_what_is_left_out_is_noted(tmp_path, tokenizer):
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(f'{{"text": "{text}"}}\n' for text in [*sentences(30), *sentences(30)[:4], "a"]))
+    notes = prepare(config(path), tokenizer, seed=0).notes
+    assert notes["duplicate_documents_left_out"] == 4
+    assert notes["train_documents_shorter_than_two_tokens"] + notes["validation_documents_shorter_than_two_tokens"] == 1
+
+
+def test_the_same_seed_gives_the_same_rows_and_another_seed_others(tmp_path, tokenizer):
+    path = write(tmp_path, "jsonl")
+    prints = [prepare(config(path), tokenizer, seed=seed).notes["fingerprint"] for seed in (0, 0, 1)]
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_limits_take_a_sample_over_all_rows(tmp_path, tokenizer):
+    path = write(tmp_path, "jsonl")
+    whole, sample = prepare(config(path), tokenizer, seed=0), prepare(config(path, max_train_rows=10), tokenizer, seed=0)
+    assert len(sample.train) == 10 < len(whole.train)
+    rows = whole.train["input_ids"][:]
+    assert all(row in rows for row in sample.train["input_ids"])
+    assert sample.train["input_ids"][:] != rows[:10]
+
+
+def test_unpacked_rows_are_one_document_each_cut_to_length(tmp_path, tokenizer):
+    prepared = prepare(config(write(tmp_path, "jsonl"), packing=False), tokenizer, seed=0)
+    assert len(prepared.train) == 45
+    assert max(map(len, prepared.train["input_ids"])) == 16
+
+
+def test_the_collator_masks_padding_and_the_first_token():
+    batch = collate([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}], pad_id=0)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [IGNORED, 9, IGNORED]]
+    assert batch["labels"].dtype is torch.long
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "changes", "expected"),
+    [
+        ("txet.jsonl", None, {}, "no such file"),
+        ("text.jsonl", "", {}, "is empty"),
+        ("text.jsonl", '{"text": "a b c"}\n{"text": \nnot json\n[1]\n', {}, "3 broken lines\n  line 2"),
+        ("text.jsonl", '{"txt": "a b c"}\n{"txt": "d"}\n', {}, "no column 'text'; did you mean 'txt'?"),
+        ("text.jsonl", '{"text": "one document only, and long enough for a block of sixteen tokens"}\n', {}, "one document only"),
+        ("text.jsonl", '{"text": "a"}\n{"text": "b"}\n{"text": "c"}\n', {}, "shorter than two tokens"),
+        ("text.jsonl", '{"text": "a"}\n{"text": "b"}\n{"text": "c"}\n', {"packing": False}, "shorter than two tokens"),
+        ("text.jsonl", '{"text": "a b"}\n{"text": "b c d"}\n', {}, "lower max_length"),
+        ("text.jsonl", '{"text": "a b"}\n{"text": null}\n', {}, "every document needs a text"),
+        ("text.jsonl", '{"text": ["a"]}\n{"text": ["b"]}\n', {}, "document 0 of train has 'text' = ['a'] (list)"),
+        ("text.parquet", "this is no parquet", {}, "cannot be read as .parquet"),
+        ("text.csv", "text\n", {}, "no data"),
+    ],
+)
+def test_text_that_cannot_be_used_is_refused_with_a_reason(tmp_path, tokenizer, name, content, changes, expected):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(DataError) as caught:
+        prepare(config(path, **changes), tokenizer, seed=0)
+    assert expected in str(caught.value)
+
+
+def test_folders_and_names_that_cannot_be_read_are_refused_with_a_reason(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "state.json").write_text("{")
+    (tmp_path / "book.md").write_text("text")
+    splits = DatasetDict(train=Dataset.from_dict({"text": ["a", "b"]}), validation=Dataset.from_dict({"body": ["c"]}))
+    splits.save_to_disk(tmp_path / "uneven")
+    reasons = {"empty": "cannot be read as a folder", "torn": "cannot be read as a folder", "book.md": "unknown type of file",
+               "uneven": "no column 'text'"}
+    for name, expected in reasons.items():
+        with pytest.raises(DataError) as caught:
+            read_documents(config(tmp_path / name))
+        assert expected in str(caught.value)
+
+
+def test_a_file_name_is_not_a_pattern(tmp_path):
+    path = write(tmp_path, "jsonl").rename(tmp_path / "we[ird]*.jsonl")
+    assert len(read_documents(config(path))["train"]) == 50
+
+
+def test_a_document_begins_with_bos_where_the_tokenizers_own_call_does(tmp_path, tokenizer):
+    path = write(tmp_path, "jsonl")
+    assert prepare(config(path, packing=False), tokenizer, seed=0).notes["each_document_begins_with"] == ""
+    llama = tiny_tokenizer(sentences(200))
+    llama.add_special_tokens({"bos_token": "<bos>"})
+    llama._tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", llama.bos_token_id)])
+    prepared = prepare(config(path, packing=False), llama, seed=0)
+    assert prepared.notes["each_document_begins_with"] == "<bos>"
+    assert all(row[0] == llama.bos_token_id != row[1] for row in prepared.train["input_ids"])
+
+
+@pytest.mark.parametrize(("source", "expected"), [("pyton-docs", "did you mean 'python-docs'?"), ("./nowhere", "no such file or folder")])
+def test_a_source_that_is_nothing_says_what_it_may_be(source, expected):
+    with pytest.raises(DataError) as caught:
+        read_documents(config(source))
+    assert expected in str(caught.value)
+
+
+def test_a_hub_id_goes_through_the_ordinary_call(monkeypatch):
+    seen = []
+
+    def hub(*args, **options):
+        seen.append((args, options))
+        return DatasetDict(train=Dataset.from_dict({"text": ["a", "b"]}))
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    read_documents(config("Salesforce/wikitext", subset="wikitext-2-raw-v1"))
+    assert seen == [(("Salesforce/wikitext", "wikitext-2-raw-v1"), {})]

@@ -1,0 +1,128 @@
+import json
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+import pytest
+from made_runs import EVIL, RAW, made_run
+
+from kdlib.config.run import parse
+from kdlib.reports import index as overview, run as reports, side_by_side
+from kdlib.reports.curves import small_curve, thin
+from kdlib.reports.summary import Summary, summaries, summary
+from kdlib.runs import folder as runs
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "runs"
+
+
+def index_of(root, tmp_path) -> str:
+    return overview.render_index(root, tmp_path / "reports").read_text()
+
+
+def test_the_index_lists_every_run_with_its_state_and_links_to_what_has_a_report(root, tmp_path):
+    done = made_run(root, "first", steps=0, kl=None)
+    made_run(root, "second", state="failed", message="02_train: OutOfMemoryError", steps=4, kl=None)
+    reports.render(done, tmp_path / "reports")
+    page = index_of(root, tmp_path)
+    assert 'href="first/report.html"' in page
+    assert 'href="second/report.html"' not in page
+    rows = page.split("<tbody")[1].split("<tr")[1:]
+    assert {state: sum(f'class="state {state}"' in row for row in rows) for state in ("done", "failed")} == {"done": 1, "failed": 1}
+    assert "02_train: OutOfMemoryError" in page
+
+
+def test_a_run_on_its_way_shows_how_far_it_is_and_its_figures_so_far(root):
+    going = summary(made_run(root, "going", state="running", steps=4, kl=None))
+    assert (going.state, going.step, going.steps, going.progress) == ("running", 4, 6, pytest.approx(4 / 6))
+    assert going.key("kl_to_teacher") == "0.750"
+    assert going.stage == "training"
+    done = summary(made_run(root, "done"))
+    assert done.key("kl_to_teacher") == "1.00 [0.900, 1.10]"
+    assert done.stage == "compared"
+
+
+def test_a_run_whose_process_is_gone_is_shown_as_died(root, tmp_path):
+    run = made_run(root, "gone", state="running", steps=0, kl=None)
+    runs.write_json(run.path / "status.json", {**json.loads((run.path / "status.json").read_text()), "pid_started": 0.0})
+    assert 'class="state died"' in index_of(root, tmp_path)
+    assert "the run died" in reports.render(run, tmp_path / "reports").read_text()
+
+
+def test_a_torn_file_costs_one_row_and_not_the_index(root, tmp_path):
+    made_run(root, "whole")
+    for name, content in {"manifest.json": '{"run": ', "metrics.jsonl": "{\n", "status.json": "[]"}.items():
+        torn = runs.create(root, f"torn-{name}", parse(RAW))
+        (torn.path / name).write_text(content)
+    assert {each.name: each.state for each in summaries(root)} == {
+        "whole": "done", "torn-manifest.json": "unreadable", "torn-metrics.jsonl": "unreadable", "torn-status.json": "unreadable"}
+    page = index_of(root, tmp_path)
+    for words in ("JSONDecodeError", "metrics.jsonl: found a line that is no JSON", "TypeError"):
+        assert words in page
+    assert str(root) not in page
+
+
+def test_places_rise_and_fall_and_what_is_missing_is_last_in_both():
+    assert overview._places([0.3, None, 0.1, 0.3]) == [(1, 0), (2, 2), (0, 1), (1, 0)]
+
+
+def test_curves_stay_within_their_picture_and_mark_where_they_broke():
+    values = pd.Series([3.0, np.inf, 1.0, 2.0], index=[0, 10, 20, 30])
+    svg = ElementTree.fromstring(str(small_curve({"distilled": values}, "KL & <more>")))
+    points = [tuple(map(float, point.split(","))) for point in svg.find("polyline").get("points").split()]
+    assert [y for _, y in points] == [3.0, 25.0, 14.0]  # highest at the top, lowest at the bottom
+    assert [x for x, _ in points] == [3.0, pytest.approx(79.0), 117.0]
+    assert svg.find("title").text == "KL & <more>"
+    assert svg.find("path").get("class") == "broken"
+    assert small_curve({"distilled": values[:1]}, "") == ""
+
+
+def test_a_thinned_curve_keeps_its_peaks_and_what_is_not_finite():
+    values = pd.Series(np.linspace(2, 1, 100_000))
+    values[54_321], values[70_000], values[90_000] = 99.0, -99.0, np.nan
+    kept = thin(values)
+    assert len(kept) <= 130
+    assert {54_321, 70_000, 90_000, 0, 99_999} <= set(kept.index)
+
+
+def test_settings_that_differ_have_a_row_each_and_bits_that_tell_the_values_apart():
+    found = [Summary(str(i), "done", settings={"seed": str(i), "same": "1", **({"only": "here"} if i == 2 else {})}) for i in range(5)]
+    rows = {row.label: row for row in side_by_side.differing(found)}
+    assert set(rows) == {"seed", "only"}
+    assert len({tuple(marks) for marks in rows["seed"].marks}) == 5
+    assert rows["only"].values == ["—", "—", "here", "—", "—"]
+    assert rows["only"].marks[0] == rows["only"].marks[1] != rows["only"].marks[2]
+
+
+def test_runs_side_by_side_show_figures_settings_scorecard_and_cost(root, tmp_path):
+    for temperature in (1.0, 2.0):
+        raw = {**RAW, "loss": {**RAW["loss"], "temperature": temperature}}
+        made_run(root, f"t{temperature:g}", raw, kl=temperature)
+    index_of(root, tmp_path)
+    page = (tmp_path / "reports" / "side_by_side.html").read_text()
+    assert re.search(r'id="setting0"><th>loss.temperature</th>\s*<td class="run0">\s*2\s*</td><td class="run1">\s*1\s*</td>', page)
+    for expected in ("1.00 [0.900, 1.10]", "every figure is finite", "1.0 M", 'id="kl0"', 'id="loss1"'):
+        assert expected in page
+    assert "<script" not in page
+
+
+def test_two_hundred_runs_make_pages_of_a_sensible_size(root, tmp_path):
+    made_run(root, "r0")
+    original = summaries(root)[0]
+    found = [Summary(**{**vars(original), "name": f"r{i}", "settings": {**original.settings, "seed": str(i)}}) for i in range(200)]
+    page = side_by_side.render(found, root)
+    assert page.stat().st_size < 4_000_000
+    assert page.read_text().count("main:has(.r") <= 8 * 2  # a rule per bit, not per run
+
+
+def test_text_from_runs_stays_text_in_index_and_side_by_side(root, tmp_path):
+    raw = {**RAW, "data": {**RAW["data"], "text": EVIL}}
+    made_run(root, "evil", raw, state="failed", message=EVIL, config_file=f"configs/{EVIL}", sweep=EVIL)
+    made_run(root, "good")
+    for page in (index_of(root, tmp_path), (tmp_path / "reports" / "side_by_side.html").read_text()):
+        assert "<script" not in page
+        assert "<img" not in page
+        assert "&lt;script&gt;window.hit = 1" in page

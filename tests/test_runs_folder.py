@@ -1,0 +1,118 @@
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from kdlib.config.run import parse
+from kdlib.errors import RunError
+from kdlib.runs import folder as runs, log as metrics
+from kdlib.runs.folder import Run, StudentFolder
+from kdlib.training import checkpoints
+
+
+@pytest.fixture
+def run(raw_config, tmp_path) -> Run:
+    return runs.create(tmp_path / "runs", "first", parse(raw_config))
+
+
+def test_a_new_run_holds_its_resolved_config_and_a_manifest(run, raw_config):
+    assert run.config == parse(raw_config)
+    assert run.manifest["run"] == "first"
+    assert run.status["state"] == "created"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("first", "exists already; choose another --name, or go on"), ("a/b", "use letters"), (".x", "no leading dot")]
+)
+def test_a_name_that_cannot_be_used_is_refused(run, raw_config, name, expected):
+    with pytest.raises(RunError, match=expected):
+        runs.create(run.path.parent, name, parse(raw_config))
+
+
+def test_a_run_goes_on_only_with_the_settings_it_was_made_with(run, raw_config):
+    assert runs.open_run(run.path.parent, "first", parse(raw_config)) == run
+    with pytest.raises(RunError, match="other settings.*\n  loss.temperature: 2.0 -> 3.0"):
+        runs.open_run(run.path.parent, "first", parse(raw_config, ["loss.temperature=3"]))
+
+
+def test_a_run_that_is_not_there_names_the_nearest(run):
+    with pytest.raises(RunError, match="no run 'frist'.*did you mean 'first'"):
+        runs.open_run(run.path.parent, "frist")
+
+
+def test_a_running_run_whose_process_is_gone_has_died(run):
+    code = f"from pathlib import Path; from kdlib.runs.folder import Run; Run(Path({str(run.path)!r})).set_status('running')"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert run.status["state"] == "died"
+    run.set_status("running")
+    assert run.status["state"] == "running"  # this process lives
+
+
+def test_a_killed_process_that_nobody_has_buried_is_gone_too(run):
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    started = psutil.Process(process.pid).create_time()
+    runs.write_json(run.path / "status.json", {"state": "running", "pid": process.pid, "pid_started": started})
+    assert run.status["state"] == "running"
+    process.kill()
+    until = time.monotonic() + 10
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until
+    assert run.status["state"] == "died"
+    process.wait()
+
+
+def test_only_a_run_that_is_done_loses_its_checkpoints(run):
+    for folder in (run, run.baseline):
+        (folder.checkpoints / "checkpoint-4").mkdir(parents=True)
+        (folder.checkpoints / "checkpoint-4" / "weights").write_bytes(bytes(1000))
+    run.set_status("stopped", "stopped at step 4")
+    with pytest.raises(RunError, match="is stopped, not done: it may go on from its checkpoints with --resume"):
+        checkpoints.clean(run)
+    run.set_status("done")
+    assert checkpoints.clean(run) >= 2000
+    assert not run.checkpoints.exists()
+    assert not run.baseline.checkpoints.exists()
+    assert checkpoints.clean(run) == 0
+
+
+def test_metrics_survive_a_torn_line_and_are_cut_to_a_step(tmp_path):
+    folder = StudentFolder(tmp_path)
+    assert metrics.read_metrics(folder) == []
+    for step in (1, 2, 3):
+        metrics.append_metrics(folder, {"train/step": step, "train/loss": 0.5})
+    with folder.metrics.open("a") as file:
+        file.write('{"train/step": 4, "tra')  # a kill in the middle of a write
+    assert [line["train/step"] for line in metrics.read_metrics(folder)] == [1, 2, 3]
+    metrics.cut_metrics(folder, 2)
+    metrics.append_metrics(folder, {"train/step": 3})
+    assert [line["train/step"] for line in metrics.read_metrics(folder)] == [1, 2, 3]
+
+
+def test_a_disk_that_is_full_says_so(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(RunError, match="No space left on device; free some space, then go on with --resume"):
+        metrics.append_metrics(StudentFolder(tmp_path), {"train/step": 1})
+
+
+def test_a_status_that_cannot_be_written_says_so(run):
+    (run.path / f"status.json.{os.getpid()}.tmp").mkdir()
+    with pytest.raises(RunError, match="cannot write .*status.json"):
+        run.set_status("running")
+
+
+def test_a_folder_that_cannot_be_written_says_so(raw_config, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunError, match="cannot write .*choose a folder you can write to with --runs"):
+        runs.create(tmp_path / "file" / "runs", "x", parse(raw_config))
+
+
+def test_the_project_is_found_from_its_notebooks(monkeypatch):
+    root = runs.project_root()
+    monkeypatch.chdir(root / "notebooks")
+    assert runs.project_root() == root
+    assert not runs.headless()
+    monkeypatch.setitem(os.environ, runs.PARENT, "kd")
+    assert runs.headless()
