@@ -23,6 +23,7 @@ lab: .venv/installed  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks/00_setup.ipynb
 
 lint: .venv/installed
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 

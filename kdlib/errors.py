@@ -1,4 +1,6 @@
-"""Errors that a user can act on: what was found, what is needed, what to do.  The command line prints them bare."""
+"""Errors that a user can act on: what was found, what is needed, what to do.  The command line prints
+them bare.
+"""
 
 import difflib
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,7 @@
 """Schedules: a number (the fraction of training done, 0 to 1) to a number.
 
-One maths for temperature, loss weights, learning rate, top k and whatever else changes while a student learns.  In a
-config a schedule is a number, or a mapping with one key that names the shape:
+One maths for temperature, loss weights, learning rate, top k and whatever else changes while a student
+learns.  In a config a schedule is a number, or a mapping with one key that names the shape:
 
     2.0                                       the same value throughout
     {linear: [4, 1]}                          a straight line from 4 to 1
@@ -34,7 +34,9 @@ def linear(start: float, end: float) -> Schedule:
 
 
 def cosine(start: float, end: float) -> Schedule:
-    """Half a cosine wave: flat at both ends, steepest in the middle (Loshchilov & Hutter 2017, without restarts)."""
+    """Half a cosine wave: flat at both ends, steepest in the middle (Loshchilov & Hutter 2017, without
+    restarts).
+    """
     return lambda fraction: end + (start - end) * 0.5 * (1 + math.cos(math.pi * _clipped(fraction)))
 
 
@@ -45,7 +47,9 @@ def exponential(start: float, end: float) -> Schedule:
         ValueError: an end is 0 or less, where there is no logarithm.
     """
     if not (start > 0 and end > 0):
-        raise ValueError(f"both ends must be above 0, found {start:g} and {end:g}; take a small positive number, or linear")
+        raise ValueError(
+            f"both ends must be above 0, found {start:g} and {end:g}; take a small positive number, or linear"
+        )
     return lambda fraction: start ** (1 - _clipped(fraction)) * end ** _clipped(fraction)
 
 
@@ -104,7 +108,7 @@ def from_spec(spec: Spec) -> Schedule:
         ValueError: the shape is unknown or its arguments do not fit; the message shows the forms allowed.
     """
     if isinstance(spec, Mapping) and len(spec) == 1 and next(iter(spec)) in SHAPES:
-        (shape, arguments), = spec.items()
+        ((shape, arguments),) = spec.items()
         try:
             return _shaped(shape, arguments)
         except (OverflowError, TypeError, ValueError) as error:
@@ -113,21 +117,29 @@ def from_spec(spec: Spec) -> Schedule:
         with contextlib.suppress(OverflowError, TypeError, ValueError):
             if math.isfinite(value := _number(spec)):
                 return constant(value)
-    raise ValueError(f"found {spec!r}; a schedule is a number or one of {', '.join(SHAPES)}, e.g. {{linear: [4, 1]}}")
+    raise ValueError(
+        f"found {spec!r}; a schedule is a number or one of {', '.join(SHAPES)}, e.g. {{linear: [4, 1]}}"
+    )
 
 
 def normal(spec: Spec) -> Spec:
-    """A spec that `from_spec` takes, as plain data with all its numbers floats: equal however YAML or JSON wrote them."""
+    """A spec that `from_spec` takes, as plain data with all its numbers floats: equal however YAML or
+    JSON wrote them.
+    """
     if not isinstance(spec, Mapping):
         return float(spec)
-    (shape, arguments), = spec.items()
+    ((shape, arguments),) = spec.items()
     if shape == "joined":
         return {shape: [[float(until), normal(part)] for until, part in arguments]}
-    return {shape: _table(arguments) if shape in ("steps", "piecewise") else [float(value) for value in arguments]}
+    return {
+        shape: _table(arguments) if shape in ("steps", "piecewise") else [float(value) for value in arguments]
+    }
 
 
 def moments(*specs: Spec) -> list[float]:
-    """The fractions at which specs are judged: each per cent of training, and both sides of every corner and jump."""
+    """The fractions at which specs are judged: each per cent of training, and both sides of every corner
+    and jump.
+    """
     corners = {corner for spec in specs for corner in _corners(spec)}
     beside = {_clipped(corner + step) for corner in corners for step in (-1e-9, 0.0, 1e-9)}
     return sorted({i / 100 for i in range(101)} | beside)
@@ -149,7 +161,9 @@ def sampled(spec: Spec) -> list[float]:
 def _shaped(shape: str, arguments) -> Schedule:
     if shape in ("steps", "piecewise"):
         if not isinstance(arguments, Mapping):
-            raise TypeError(f"a mapping from fractions to values is needed, as {{{shape}: {{0: 1.0, 0.5: 0.2}}}}")
+            raise TypeError(
+                f"a mapping from fractions to values is needed, as {{{shape}: {{0: 1.0, 0.5: 0.2}}}}"
+            )
         return {"steps": steps, "piecewise": piecewise}[shape](_table(arguments))
     if isinstance(arguments, (str, Mapping)) or not isinstance(arguments, Sequence):
         raise TypeError("a list is needed")
@@ -182,14 +196,16 @@ def _starts(values: Mapping[float, float]) -> list[float]:
 
 def _corners(spec: Spec) -> list[float]:
     """The fractions at which a spec's line may jump or turn."""
-    (shape, arguments), = spec.items() if isinstance(spec, Mapping) else [("constant", None)]
+    ((shape, arguments),) = spec.items() if isinstance(spec, Mapping) else [("constant", None)]
     if shape in ("steps", "piecewise"):
         return list(_table(arguments))
     if shape != "joined":
         return []
     ends = [float(until) for until, _ in arguments]
     phases = zip([0.0, *ends], ends, arguments, strict=False)
-    return ends + [start + (end - start) * corner for start, end, (_, part) in phases for corner in _corners(part)]
+    return ends + [
+        start + (end - start) * corner for start, end, (_, part) in phases for corner in _corners(part)
+    ]
 
 
 def _clipped(fraction: float) -> float:

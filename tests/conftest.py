@@ -4,7 +4,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from threads, and lose much where others compute beside them
+# tiny models gain nothing from threads, and lose much where others compute beside them
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import random
 import shutil
@@ -25,7 +26,22 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kdlib.runs.folder import PARENT, project_root
 
-WORDS = ["the", "a", "student", "teacher", "learns", "says", "what", "it", "sees", "when", "words", "come", "back", "again"]
+WORDS = [
+    "the",
+    "a",
+    "student",
+    "teacher",
+    "learns",
+    "says",
+    "what",
+    "it",
+    "sees",
+    "when",
+    "words",
+    "come",
+    "back",
+    "again",
+]
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
@@ -39,7 +55,10 @@ def tiny_tokenizer(texts: list[str], size: int = 300) -> PreTrainedTokenizerFast
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=size, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False)
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=size, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
+        ),
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
 
@@ -47,20 +66,35 @@ def tiny_tokenizer(texts: list[str], size: int = 300) -> PreTrainedTokenizerFast
 def tiny_model(vocabulary: int = 300, layers: int = 4, seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, eos_token_id=0, bos_token_id=0,
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        eos_token_id=0,
+        bos_token_id=0,
         initializer_range=0.3,
     )
     return LlamaForCausalLM(config)
 
 
 def kd_process(*words: object, **options) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "kdlib", *map(str, words)], text=True, cwd=project_root(),
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    return subprocess.Popen(
+        [sys.executable, "-m", "kdlib", *map(str, words)],
+        text=True,
+        cwd=project_root(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every worker begins with its part of the long ones, those that share what took long in one part: at the end no one waits.
+    """Every worker begins with its part of the long ones, those that share what took long in one part: at the
+    end no one waits.
 
     A worker gets a stretch of the list, and one that has nothing left takes tests from the end of another's.
     """
@@ -75,7 +109,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         else:
             short.append(item)
     parts, ends = list(long.values()), [len(short) * worker // workers for worker in range(workers + 1)]
-    items[:] = [item for worker in range(workers) for item in [*chain(*parts[worker::workers]), *short[ends[worker] : ends[worker + 1]]]]
+    items[:] = [
+        item
+        for worker in range(workers)
+        for item in [*chain(*parts[worker::workers]), *short[ends[worker] : ends[worker + 1]]]
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -91,10 +129,21 @@ def teacher_folder(tmp_path_factory) -> Path:
 def narrow_student(teacher_folder: Path, folder: Path) -> str:
     """A student of its own, written to the folder: smaller hidden size, other head counts, an untied head."""
     torch.manual_seed(3)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=300, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        max_position_embeddings=64, tie_word_embeddings=False, eos_token_id=0, bos_token_id=0, initializer_range=0.3,
-    ))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=300,
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=False,
+            eos_token_id=0,
+            bos_token_id=0,
+            initializer_range=0.3,
+        )
+    )
     model.save_pretrained(folder)
     PreTrainedTokenizerFast.from_pretrained(teacher_folder).save_pretrained(folder)
     return str(folder)
@@ -121,9 +170,19 @@ def tiny_experiment(teacher_folder: Path, folder: Path) -> dict:
         "loss": {"temperature": 2.0, "weights": {"kd": 0.7, "ce": 0.3}},
         "baseline": {"weights": {"ce": 1.0}},
         "precision": "float32",
-        "training": {"max_steps": 12, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "learning_rate": 1e-3,
-                     "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4,
-                     "save_total_limit": 2, "use_cpu": True},
+        "training": {
+            "max_steps": 12,
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 4,
+            "learning_rate": 1e-3,
+            "logging_steps": 2,
+            "eval_strategy": "steps",
+            "eval_steps": 4,
+            "save_strategy": "steps",
+            "save_steps": 4,
+            "save_total_limit": 2,
+            "use_cpu": True,
+        },
         "compare": {"resamples": 100, "continuations": 2, "prompt_tokens": 6, "new_tokens": 4},
     }
 
@@ -148,7 +207,11 @@ def browser():
 def project(raw_config, tmp_path) -> Path:
     """A project folder of one's own: our notebooks, a tiny config by the name that they start with."""
     folder = tmp_path / "project"
-    shutil.copytree(project_root() / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copytree(
+        project_root() / "notebooks",
+        folder / "notebooks",
+        ignore=shutil.ignore_patterns(".ipynb_checkpoints"),
+    )
     (folder / "configs").mkdir()
     (folder / "configs" / "quickstart.yaml").write_text(yaml.safe_dump(raw_config))
     return folder
@@ -168,14 +231,28 @@ def lab(project, theme, tmp_path):
         port = free.getsockname()[1]
     settings = tmp_path / "settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
-    (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    (settings / "notification.jupyterlab-settings").write_text(
+        '{"fetchNews": "false", "checkForUpdates": false}'
+    )
     (settings / "themes.jupyterlab-settings").write_text(f'{{"theme": "{theme}"}}')
     environment = {name: value for name, value in os.environ.items() if name != PARENT}
     process = subprocess.Popen(
-        [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
-         "--IdentityProvider.token=t", f"--ServerApp.root_dir={project}"],
-        env={**environment, "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings")}, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [
+            sys.executable,
+            "-m",
+            "jupyter",
+            "lab",
+            "--no-browser",
+            "--allow-root",
+            "--ip=127.0.0.1",
+            f"--port={port}",
+            "--IdentityProvider.token=t",
+            f"--ServerApp.root_dir={project}",
+        ],
+        env={**environment, "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings")},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 60
     while not answers(port):

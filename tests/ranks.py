@@ -1,6 +1,7 @@
 """What two processes do together, all in one launch, as each must import torch first.
 
-torchrun --nproc_per_node 2 ranks.py ANSWER FOLDER CONFIG …   writes what the sharded step gave to ANSWER, then trains each CONFIG
+torchrun --nproc_per_node 2 ranks.py ANSWER FOLDER CONFIG …   writes what the sharded step gave to ANSWER,
+then trains each CONFIG
 """
 
 import json

@@ -1,4 +1,6 @@
-"""One step of a student sharded by FSDP2 over two processes, against the same step in one process; tests/ranks.py calls it."""
+"""One step of a student sharded by FSDP2 over two processes, against the same step in one process;
+tests/ranks.py calls it.
+"""
 
 import torch
 import torch.distributed as dist
@@ -28,7 +30,9 @@ def step(model, form, ids, count: int, scale: int) -> None:
     tokens = kept(ids)
     ours = signal_of(model, batch, tokens, vocabulary=300, form=form)
     theirs = LiveTeacher(tiny_model(), vocabulary=300)(batch, tokens)
-    (ledger(ours, theirs, tokens.targets, moment=MOMENT, count=count, workspace=Workspace(5)).total * scale).backward()
+    (
+        ledger(ours, theirs, tokens.targets, moment=MOMENT, count=count, workspace=Workspace(5)).total * scale
+    ).backward()
 
 
 def differences() -> dict[str, float]:

@@ -1,4 +1,6 @@
-"""The benchmark measures what it says: every case computes the same loss, rounds are paired, peaks are a case's own."""
+"""The benchmark measures what it says: every case computes the same loss, rounds are paired, peaks are a
+case's own.
+"""
 
 import importlib.util
 import json
@@ -17,29 +19,68 @@ from kdlib.runs import folder as runs
 
 CPU = torch.device("cpu")
 SETTING = heads.Setting(chunk=16, top_k=8)
-INPUTS = {"tokens": 43, "hidden": 24, "vocabulary": 301, "masked": 0.5, "dtype": "float32", "seed": 0, "device": "cpu"}
+INPUTS = {
+    "tokens": 43,
+    "hidden": 24,
+    "vocabulary": 301,
+    "masked": 0.5,
+    "dtype": "float32",
+    "seed": 0,
+    "device": "cpu",
+}
 
 
 def lines(**seconds):
     """Rounds in which each name took these seconds."""
-    return [{"round": number, "name": name, "wall_s": value, "cpu_s": 2 * value}
-            for name, values in seconds.items() for number, value in enumerate(values)]
+    return [
+        {"round": number, "name": name, "wall_s": value, "cpu_s": 2 * value}
+        for name, values in seconds.items()
+        for number, value in enumerate(values)
+    ]
 
 
 def results():
-    memory = [("naive", 40, 1000), ("ours", 40, 130), ("trl_jsd", 40, 2000), ("ours_generalized_jsd", 40, 150), ("ours", 320, 132)]
+    memory = [
+        ("naive", 40, 1000),
+        ("ours", 40, 130),
+        ("trl_jsd", 40, 2000),
+        ("ours_generalized_jsd", 40, 150),
+        ("ours", 320, 132),
+    ]
     return {
-        "heads": {"float32": {
-            "tokens": 40, "vocabulary": 500, "skipped": {}, "agreement": {"ours": {"loss": 1e-7, "grad_hidden": 1e-6, "grad_head": 1e-6}},
-            "rounds": lines(floor=[1.0, 1.2], naive=[2.0, 2.0], ours=[1.1, 1.5], ours_reverse_kl=[2.2, 1.5]),
-            "memory": [{"name": name, "tokens": n, "peak_bytes": peak * 10**6, "gradient_bytes": 30 * 10**6} for name, n, peak in memory],
-        }},
-        "steps": {"float32": {
-            "tokens": 512, "skipped": {}, "flops": {"teacher": 3e9, "student": 5e9}, "flops_per_s": 1e10,
-            "rounds": lines(teacher=[1.0, 1.0], trainer_sft=[3.0, 3.0], ours_kd=[3.6, 3.8], trl_gkd=[5.4, 7.6]),
-        }},
-        "dashboard": {"steps": 1000, "rounds": [{"round": number, "first_s": first, "update_s": update} for number, (first, update)
-                                                in enumerate([(1.0, 0.1), (1.5, 0.3), (3.0, 0.4)])]},
+        "heads": {
+            "float32": {
+                "tokens": 40,
+                "vocabulary": 500,
+                "skipped": {},
+                "agreement": {"ours": {"loss": 1e-7, "grad_hidden": 1e-6, "grad_head": 1e-6}},
+                "rounds": lines(
+                    floor=[1.0, 1.2], naive=[2.0, 2.0], ours=[1.1, 1.5], ours_reverse_kl=[2.2, 1.5]
+                ),
+                "memory": [
+                    {"name": name, "tokens": n, "peak_bytes": peak * 10**6, "gradient_bytes": 30 * 10**6}
+                    for name, n, peak in memory
+                ],
+            }
+        },
+        "steps": {
+            "float32": {
+                "tokens": 512,
+                "skipped": {},
+                "flops": {"teacher": 3e9, "student": 5e9},
+                "flops_per_s": 1e10,
+                "rounds": lines(
+                    teacher=[1.0, 1.0], trainer_sft=[3.0, 3.0], ours_kd=[3.6, 3.8], trl_gkd=[5.4, 7.6]
+                ),
+            }
+        },
+        "dashboard": {
+            "steps": 1000,
+            "rounds": [
+                {"round": number, "first_s": first, "update_s": update}
+                for number, (first, update) in enumerate([(1.0, 0.1), (1.5, 0.3), (3.0, 0.4)])
+            ],
+        },
         "machine": {"processor": "one"},
     }
 
@@ -74,9 +115,18 @@ def test_a_package_that_is_missing_is_skipped_with_what_to_do(monkeypatch):
 
 def test_rounds_are_interleaved_and_their_order_rotates_after_a_warm_up():
     called = []
-    measured = list(rounds.interleaved({name: lambda name=name: called.append(name) for name in "abc"}, rounds=3, device=CPU))
+    measured = list(
+        rounds.interleaved(
+            {name: lambda name=name: called.append(name) for name in "abc"}, rounds=3, device=CPU
+        )
+    )
     assert "".join(called) == "abc" + "abc" + "bca" + "cab"
-    assert [(line["round"], line["name"]) for line in measured[:4]] == [(0, "a"), (0, "b"), (0, "c"), (1, "b")]
+    assert [(line["round"], line["name"]) for line in measured[:4]] == [
+        (0, "a"),
+        (0, "b"),
+        (0, "c"),
+        (1, "b"),
+    ]
 
 
 def test_ratios_are_formed_within_a_round():
@@ -115,7 +165,15 @@ def test_a_process_that_fails_to_measure_says_why():
 
 
 def test_whole_steps_are_timed_in_every_trainer_that_is_there(teacher_folder):
-    options = {"teacher": str(teacher_folder), "student_layers": 2, "batch": 2, "length": 12, "rounds": 1, "warmup": 1, "steps": 1}
+    options = {
+        "teacher": str(teacher_folder),
+        "student_layers": 2,
+        "batch": 2,
+        "length": 12,
+        "rounds": 1,
+        "warmup": 1,
+        "steps": 1,
+    }
     made = steps.pair(settings.StepsConfig(**options), precision="float32", device=CPU, seed=0)
     weights, measured, skipped = made.student.get_input_embeddings().weight.clone(), {}, {}
     for name in settings.CONTENDERS:
@@ -134,8 +192,16 @@ def test_whole_steps_are_timed_in_every_trainer_that_is_there(teacher_folder):
 
 def test_contenders_run_in_processes_of_their_own_and_those_that_are_not_there_are_told(teacher_folder):
     names, missing = ["trl_gkd", "teacher"], importlib.util.find_spec("trl") is None
-    options = settings.StepsConfig(teacher=str(teacher_folder), student_layers=2, batch=1, length=4, rounds=1, warmup=1, steps=1,
-                                   contenders=names)
+    options = settings.StepsConfig(
+        teacher=str(teacher_folder),
+        student_layers=2,
+        batch=1,
+        length=4,
+        rounds=1,
+        warmup=1,
+        steps=1,
+        contenders=names,
+    )
     skipped = {}
     lines = list(steps.rounds(options, skipped, precision="float32", seed=0, device="cpu"))
     assert [line["name"] for line in lines] == names[missing:]
@@ -144,8 +210,12 @@ def test_contenders_run_in_processes_of_their_own_and_those_that_are_not_there_a
 
 
 def test_the_flops_of_a_step_are_those_counted_by_hand(teacher_folder):
-    made = steps.pair(settings.StepsConfig(teacher=str(teacher_folder), student_layers=2, batch=2, length=10), precision="float32",
-                      device=CPU, seed=0)
+    made = steps.pair(
+        settings.StepsConfig(teacher=str(teacher_folder), student_layers=2, batch=2, length=10),
+        precision="float32",
+        device=CPU,
+        seed=0,
+    )
     layer = 32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 32 * 48  # query, key and value, output, three of the MLP
     found = steps.flops(made)
     assert found["teacher, forward"] == 4 * (2 * 20 * layer + 4 * 32 * 2 * 10 * 10 / 2)
@@ -157,23 +227,40 @@ def test_targets_say_what_was_measured_and_whether_it_is_met():
     assert table.loc["KD + CE, float32: time ÷ naive", "measured"] == pytest.approx(0.65)
     assert table.loc["KD + CE, float32: peak memory ÷ naive", ["measured", "met"]].tolist() == [0.13, "yes"]
     assert table.loc["JSD(0.5), float32: peak memory ÷ TRL", "met"] == "yes"
-    assert table.loc["peak memory above inputs and gradients with more tokens: change", "measured"] == pytest.approx(0.02)
-    assert table.loc["KD step, float32: time ÷ (teacher's forward pass + Trainer's SFT step)", "measured"] == pytest.approx(0.925)
+    assert table.loc[
+        "peak memory above inputs and gradients with more tokens: change", "measured"
+    ] == pytest.approx(0.02)
+    assert table.loc[
+        "KD step, float32: time ÷ (teacher's forward pass + Trainer's SFT step)", "measured"
+    ] == pytest.approx(0.925)
     assert table.loc["KD step, float32: tokens per s ÷ TRL's GKDTrainer", "measured"] == pytest.approx(1.75)
     assert table.loc["KD + CE, bfloat16: time ÷ TRL's forward KL", "met"] == "not measured"
     books = "KD step, float32: ledger and guard, share of the step, a log every 10 steps"
     assert table.loc[books, "met"] == "not measured"  # results of before it was
     later = results()
-    later["steps"]["float32"]["rounds"] = [line | {"ledger_s": line["wall_s"] / 200} for line in later["steps"]["float32"]["rounds"]]
-    assert targets.target_table(later).set_index("target").loc[books, ["measured", "met"]].tolist() == [pytest.approx(0.005), "yes"]
-    assert table.loc["dashboard of 1,000 steps: first drawing, s", ["measured", "met"]].tolist() == [1.5, "yes"]
-    assert table.loc["dashboard of 1,000 steps: an update by one line, s", ["measured", "met"]].tolist() == [0.3, "no"]
+    later["steps"]["float32"]["rounds"] = [
+        line | {"ledger_s": line["wall_s"] / 200} for line in later["steps"]["float32"]["rounds"]
+    ]
+    assert targets.target_table(later).set_index("target").loc[books, ["measured", "met"]].tolist() == [
+        pytest.approx(0.005),
+        "yes",
+    ]
+    assert table.loc["dashboard of 1,000 steps: first drawing, s", ["measured", "met"]].tolist() == [
+        1.5,
+        "yes",
+    ]
+    assert table.loc["dashboard of 1,000 steps: an update by one line, s", ["measured", "met"]].tolist() == [
+        0.3,
+        "no",
+    ]
     assert "targets that were measured are met (float32: 40 tokens" in targets.verdict(results())
 
 
 def test_utilisation_counts_a_contenders_own_products():
     table = reading.step_table(results(), "float32")
-    assert table["MFU"].tolist()[:4] == pytest.approx([0.3, 0.5 / 3, (0.8 / 3.6 + 0.8 / 3.8) / 2, (0.8 / 5.4 + 0.8 / 7.6) / 2])
+    assert table["MFU"].tolist()[:4] == pytest.approx(
+        [0.3, 0.5 / 3, (0.8 / 3.6 + 0.8 / 3.8) / 2, (0.8 / 5.4 + 0.8 / 7.6) / 2]
+    )
     assert table["s per step"].iloc[-1] == 0.8
 
 
@@ -184,23 +271,49 @@ def test_a_report_of_a_benchmark_has_its_verdict_figures_and_tables(tmp_path):
     assert targets.verdict(results()) in page
     assert "kd bench runs/measured/config.yaml" in page
     made = {path.name for path in (tmp_path / "reports" / "measured").glob("*/*")}
-    assert {"time_float32.png", "time_float32.csv", "memory_float32.png", "steps_float32.csv", "targets.csv"} <= made
+    assert {
+        "time_float32.png",
+        "time_float32.csv",
+        "memory_float32.png",
+        "steps_float32.csv",
+        "targets.csv",
+    } <= made
 
 
 def test_a_bad_benchmark_is_refused_with_all_faults(teacher_folder):
-    changes = {"heads.float32.cases": ["our"], "heads.chunks": 3, "device": "cuda", "steps.teacher": str(teacher_folder)}
-    with pytest.raises(ConfigError, match=r"(?s)2 faults.*no 'our'; did you mean 'ours'.*chunks: unknown key; did you mean 'chunk'"):
+    changes = {
+        "heads.float32.cases": ["our"],
+        "heads.chunks": 3,
+        "device": "cuda",
+        "steps.teacher": str(teacher_folder),
+    }
+    with pytest.raises(
+        ConfigError,
+        match=r"(?s)2 faults.*no 'our'; did you mean 'ours'.*chunks: unknown key; did you mean 'chunk'",
+    ):
         load("configs/benchmark.yaml", changes, kind=settings.BenchmarkConfig)
     with pytest.raises(ConfigError, match="steps.student_layers is 10, but the teacher has 4"):
-        study.preflight(load("configs/benchmark.yaml", {"steps.teacher": str(teacher_folder)}, kind=settings.BenchmarkConfig))
+        study.preflight(
+            load(
+                "configs/benchmark.yaml",
+                {"steps.teacher": str(teacher_folder)},
+                kind=settings.BenchmarkConfig,
+            )
+        )
 
 
 @pytest.mark.slow
 def test_the_benchmark_notebook_runs_through_and_leaves_a_report(teacher_folder, tmp_path):
     folders = ("--runs", tmp_path / "runs", "--reports", tmp_path / "reports")
-    settings = (f"steps.teacher={teacher_folder}", "steps.student_layers=2", "heads.bfloat16=null", "heads.memory=[ours]",
-                "steps.contenders=[ours_kd,teacher]",
-                "heads.float32.cases=[floor,naive,ours,ours_eager,ours_generalized_jsd]")  # each is compiled for seconds
+    settings = (
+        f"steps.teacher={teacher_folder}",
+        "steps.student_layers=2",
+        "heads.bfloat16=null",
+        "heads.memory=[ours]",
+        "steps.contenders=[ours_kd,teacher]",
+        # each is compiled for seconds
+        "heads.float32.cases=[floor,naive,ours,ours_eager,ours_generalized_jsd]",
+    )
     overrides = [word for setting in settings for word in ("-o", setting)]
     process = kd_process("bench", "--smoke", "--name", "tiny", *overrides, *folders)
     out, said = process.communicate(timeout=800)

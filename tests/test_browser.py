@@ -1,4 +1,6 @@
-"""As a person: the four notebooks in JupyterLab, Run All, one after another; then the report, which must ask for nothing."""
+"""As a person: the four notebooks in JupyterLab, Run All, one after another; then the report, which must
+ask for nothing.
+"""
 
 from browser import MARKS, choose, open_notebook
 
@@ -11,15 +13,24 @@ pytestmark = MARKS
 
 def test_the_notebooks_run_by_hand_and_leave_a_run(lab, project, browser, tmp_path):
     page = browser.new_page(viewport={"width": 1300, "height": 1600})
-    last_words = {"00_setup": "the doctor: ", "01_dry_run": "forecast for", "02_train": "baseline step 12/12",
-                  "03_compare": "now: kd report"}
+    last_words = {
+        "00_setup": "the doctor: ",
+        "01_dry_run": "forecast for",
+        "02_train": "baseline step 12/12",
+        "03_compare": "now: kd report",
+    }
     for name in NOTEBOOKS:
         open_notebook(page, lab, name)
         choose(page, "Run", "Run All Cells")
         page.locator(".jp-OutputArea-output", has_text=last_words[name]).first.wait_for(timeout=120_000)
-        page.wait_for_function("!document.title.startsWith('(') && !document.querySelector('.jp-InputPrompt')?.innerText.includes('*')")
+        page.wait_for_function(
+            "!document.title.startsWith('(') && "
+            "!document.querySelector('.jp-InputPrompt')?.innerText.includes('*')"
+        )
         page.wait_for_timeout(1500)
-        assert page.locator('[data-mime-type="application/vnd.jupyter.stderr"]', has_text="Error").count() == 0
+        assert (
+            page.locator('[data-mime-type="application/vnd.jupyter.stderr"]', has_text="Error").count() == 0
+        )
         page.screenshot(path=str(tmp_path / f"{name}.png"))
     (run,) = all_runs(project / "runs")
     assert run.status["state"] == "done"
@@ -32,6 +43,7 @@ def test_the_notebooks_run_by_hand_and_leave_a_run(lab, project, browser, tmp_pa
     page.screenshot(path=str(tmp_path / "report.png"), full_page=True)
     assert page.locator("h1").inner_text().startswith("quickstart_")
     pictures = page.locator("section > figure img, section .pictures img")
-    assert pictures.count() == 5  # the training, KL to the teacher, the comparison, temperature and top k, the course
+    # the training, KL to the teacher, the comparison, temperature and top k, the course
+    assert pictures.count() == 5
     assert all(pictures.nth(i).evaluate("image => image.naturalWidth") > 500 for i in range(5))
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []

@@ -1,4 +1,6 @@
-"""As a person: the dashboard in JupyterLab, while a training goes on in the same kernel or in another process."""
+"""As a person: the dashboard in JupyterLab, while a training goes on in the same kernel or in another
+process.
+"""
 
 import os
 import time
@@ -23,7 +25,10 @@ IMAGE = "img.widget-image"
 def raw_config(raw_config) -> dict:
     """Long enough to be looked at, with a curriculum and each term's gradient."""
     raw_config["training"] |= {"max_steps": 4000, "eval_steps": 100, "save_steps": 100}
-    raw_config["loss"]["curriculum"] = [{"until": 0.3, "weights": {"hidden": 0}}, {"until": 1.0, "weights": {"hidden": 0.5}, "ramp": 0.2}]
+    raw_config["loss"]["curriculum"] = [
+        {"until": 0.3, "weights": {"hidden": 0}},
+        {"until": 1.0, "weights": {"hidden": 0.5}, "ramp": 0.2},
+    ]
     return raw_config | {"diagnostics": {"grad_norms_every": 20}}
 
 
@@ -55,7 +60,9 @@ def picture(page) -> str:
 
 
 def becomes_another(page, before: str, timeout: float = 40_000) -> str:
-    page.wait_for_function(f"before => document.querySelector('{IMAGE}').src !== before", arg=before, timeout=timeout)
+    page.wait_for_function(
+        f"before => document.querySelector('{IMAGE}').src !== before", arg=before, timeout=timeout
+    )
     return picture(page)
 
 
@@ -78,7 +85,9 @@ def test_the_dashboard_moves_obeys_and_stops_while_the_training_cell_runs(lab, r
     becomes_another(page, third)
     assert is_running(page)  # all of that happened beside the cell
     page.locator("button.mod-danger").click()
-    page.locator(".jp-OutputArea-output", has_text="with a checkpoint; go on with --resume").first.wait_for(timeout=60_000)
+    page.locator(".jp-OutputArea-output", has_text="with a checkpoint; go on with --resume").first.wait_for(
+        timeout=60_000
+    )
     page.locator(".widget-html", has_text="--resume tiny").first.wait_for(timeout=20_000)
     page.wait_for_timeout(1500)
     page.screenshot(path=str(tmp_path / "stopped.png"))
@@ -105,8 +114,15 @@ def test_a_run_in_another_process_is_watched_and_stopped(lab, theme, project, ru
 
 def test_after_a_restart_the_dashboard_shows_all_that_was_logged(lab, project, run, page, tmp_path):
     write_notebook(
-        project, "restart", "from kdlib.workbench import dashboard; from kdlib.runs import folder as runs; from kdlib.workbench import session as workbench\nrun = runs.open_run(runs.default_root(), 'tiny')",
-        "with dashboard.watch(run):\n    workbench.Workbench(run).train()", "board = dashboard.watch('runs/tiny')\nboard",
+        project,
+        "restart",
+        (
+            "from kdlib.workbench import dashboard; from kdlib.runs import folder as runs; from "
+            "kdlib.workbench "
+            "import session as workbench\nrun = runs.open_run(runs.default_root(), 'tiny')"
+        ),
+        "with dashboard.watch(run):\n    workbench.Workbench(run).train()",
+        "board = dashboard.watch('runs/tiny')\nboard",
         "print('steps', board.picture.course.step, 'of', len(run.metrics.read_text().splitlines()), 'lines')",
     )
     open_notebook(page, lab, "restart")

@@ -1,4 +1,6 @@
-"""As a person: the explorers in JupyterLab; sliders move, a token under the cursor shows its candidates, text from data stays text."""
+"""As a person: the explorers in JupyterLab; sliders move, a token under the cursor shows its candidates,
+text from data stays text.
+"""
 
 import nbformat
 import pytest
@@ -11,7 +13,8 @@ from kdlib.runs import folder as runs
 
 pytestmark = MARKS
 CELLS = (
-    'from kdlib.reports import explorers; from kdlib.workbench import session as workbench\n\nbench = workbench.open_run("configs/quickstart.yaml", "one")\n'
+    "from kdlib.reports import explorers; from kdlib.workbench import session as workbench\n\nbench = "
+    'workbench.open_run("configs/quickstart.yaml", "one")\n'
     'sight = bench.explore("untrained")',
     "explorers.temperature_and_top_k(sight, bench.config)",
     "explorers.token_heat_map(bench.run)",
@@ -29,7 +32,10 @@ def notebook(project, raw_config):
     runs.create(project / "runs", "one", config).add_to_manifest(student_layers=[0, 3])
     runs.write_json(runs.create(project / "runs", "evil", config).path / "explorers.json", evil_facts())
     python = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
-    nbformat.write(new_notebook(cells=[new_code_cell(text) for text in CELLS], metadata=python), project / "notebooks" / "look.ipynb")
+    nbformat.write(
+        new_notebook(cells=[new_code_cell(text) for text in CELLS], metadata=python),
+        project / "notebooks" / "look.ipynb",
+    )
     return "notebooks/look.ipynb"
 
 
@@ -48,8 +54,11 @@ def test_sliders_move_pictures_and_tokens_show_their_candidates(lab, notebook, b
         before = page.locator(".widget-image").nth(picture).get_attribute("src")
         page.locator(".widget-hslider", has_text=handle).first.locator(".noUi-handle").focus()
         page.keyboard.press("ArrowRight")
-        page.wait_for_function("([number, old]) => document.querySelectorAll('.widget-image')[number].src !== old", arg=[picture, before],
-                               timeout=20_000)
+        page.wait_for_function(
+            "([number, old]) => document.querySelectorAll('.widget-image')[number].src !== old",
+            arg=[picture, before],
+            timeout=20_000,
+        )
 
     token = page.locator(".kd-heat").first.locator(".t").nth(6)
     assert not token.locator(".card").is_visible()

@@ -1,4 +1,6 @@
-"""As a person: a run's report, the index and runs side by side in Chromium; texts that would like to act, and cannot."""
+"""As a person: a run's report, the index and runs side by side in Chromium; texts that would like to act,
+and cannot.
+"""
 
 import re
 
@@ -32,7 +34,12 @@ def asks_for_nothing(page) -> bool:
     assert [url for url in page.asked if not url.startswith(("file:", "data:"))] == []
     assert len([url for url in page.asked if url.startswith("file:")]) == 1
     assert page.said == []  # nothing even tried what the policy forbids
-    assert page.locator("a[href^='javascript'], iframe, object, embed, script, svg svg, base, [onload], [onerror]").count() == 0
+    assert (
+        page.locator(
+            "a[href^='javascript'], iframe, object, embed, script, svg svg, base, [onload], [onerror]"
+        ).count()
+        == 0
+    )
     return True
 
 
@@ -40,18 +47,38 @@ def evil_notebook(path) -> None:
     outputs = [
         new_output("stream", name="stdout", text=f"printed {EVIL}"),
         new_output("error", ename="E", evalue=EVIL, traceback=[f"raised {EVIL}"]),
-        *(new_output("display_data", data={kind: content, "text/plain": "in words"}) for kind, content in {
-            "text/html": f"{EVIL}<p>html</p></div></details></body>", "text/markdown": f"# md\n\n{EVIL}", "text/latex": EVIL,
-            "application/javascript": "window.hit = 6", "image/svg+xml": "<svg xmlns='http://www.w3.org/2000/svg'><script>hit=7</script></svg>",
-        }.items()),
+        *(
+            new_output("display_data", data={kind: content, "text/plain": "in words"})
+            for kind, content in {
+                "text/html": f"{EVIL}<p>html</p></div></details></body>",
+                "text/markdown": f"# md\n\n{EVIL}",
+                "text/latex": EVIL,
+                "application/javascript": "window.hit = 6",
+                "image/svg+xml": "<svg xmlns='http://www.w3.org/2000/svg'><script>hit=7</script></svg>",
+            }.items()
+        ),
     ]
-    nbformat.write(new_notebook(cells=[new_markdown_cell(EVIL), new_code_cell(f"print({EVIL!r})", outputs=outputs)]), path)
+    nbformat.write(
+        new_notebook(cells=[new_markdown_cell(EVIL), new_code_cell(f"print({EVIL!r})", outputs=outputs)]),
+        path,
+    )
 
 
 def test_nothing_in_a_run_acts_or_fetches_and_all_of_it_is_seen_as_text(browser, tmp_path, monkeypatch):
     raw = {**RAW, "data": {**RAW["data"], "text": EVIL}}
-    run = made_run(tmp_path / "runs", "evil", raw, state="failed", message=f"said {EVIL}", steps=0, kl=None, formula=f"formula {EVIL}",
-                   config_file=f"configs/{EVIL}", sweep=f"sweep {EVIL}", note=f"note {EVIL}")
+    run = made_run(
+        tmp_path / "runs",
+        "evil",
+        raw,
+        state="failed",
+        message=f"said {EVIL}",
+        steps=0,
+        kl=None,
+        formula=f"formula {EVIL}",
+        config_file=f"configs/{EVIL}",
+        sweep=f"sweep {EVIL}",
+        note=f"note {EVIL}",
+    )
     made_run(tmp_path / "runs", "other", steps=4, kl=None)
     runs.write_json(run.path / "comparison_results.json", results(text=f"sample {EVIL}"))
     evil_notebook(run.notebooks / "00_setup.ipynb")
@@ -87,7 +114,9 @@ def test_nothing_in_a_run_acts_or_fetches_and_all_of_it_is_seen_as_text(browser,
 def index(tmp_path):
     for name, kl, temperature in (("a", 2.0, 1.0), ("b", 1.0, 2.0), ("c", 3.0, 1.0)):
         raw = {**RAW, "loss": {**RAW["loss"], "temperature": temperature}}
-        made_run(tmp_path / "runs", name, raw, kl=kl, config_file=f"configs/{'x' if name == 'a' else 'y'}.yaml")
+        made_run(
+            tmp_path / "runs", name, raw, kl=kl, config_file=f"configs/{'x' if name == 'a' else 'y'}.yaml"
+        )
     made_run(tmp_path / "runs", "d", state="died", steps=0, kl=None, config_file="configs/x.yaml")
     return overview.render_index(tmp_path / "runs", tmp_path / "reports")
 
@@ -122,7 +151,11 @@ def test_ticked_runs_stand_side_by_side_and_what_differs_between_them_is_marked(
     def show(ticked: str) -> tuple[list[str], bool]:
         for name, each in box.items():
             each.set_checked(name in ticked)
-        shown = [each.inner_text().strip() for each in page.locator(".beside thead th").all()[1:] if each.is_visible()]
+        shown = [
+            each.inner_text().strip()
+            for each in page.locator(".beside thead th").all()[1:]
+            if each.is_visible()
+        ]
         return sorted(shown), page.locator(".setting", has_text="loss.temperature").is_visible()
 
     assert show("ab") == (["a", "b"], True)

@@ -1,4 +1,6 @@
-"""2,000 malformed or random configs, and what overrides and files may hold: a config, or a message with a path; never a traceback."""
+"""2,000 malformed or random configs, and what overrides and files may hold: a config, or a message with a
+path; never a traceback.
+"""
 
 import copy
 import re
@@ -14,31 +16,101 @@ from kdlib.errors import ConfigError
 from kdlib.schedulers import SHAPES
 
 SOUND = {
-    "task": "causal-lm", "seed": 0, "precision": "auto", "teacher": {"model": "t"},
+    "task": "causal-lm",
+    "seed": 0,
+    "precision": "auto",
+    "teacher": {"model": "t"},
     "student": {"from": "teacher", "layers": 2, "keep": "influence"},
-    "data": {"source": "s", "subset": None, "text": "text", "validation": 0.1, "packing": True, "max_length": 16, "max_eval_rows": 10},
-    "loss": {"weights": {"kd": 0.7, "ce": 0.3}, "curriculum": [{"until": 0.3, "weights": {"hidden": 0}},
-                                                              {"until": 1.0, "weights": {"hidden": 0.5}, "ramp": 0.1}],
-             "temperature": {"kd": {"linear": [4, 1]}, "contrastive": 0.1}, "divergence": {"generalized_jsd": {"beta": 0.5}},
-             "top_k": {"piecewise": {0: 8, 1: 4}}, "samples": None, "features": {"layers": [[0, 1]], "normalise": True}, "chunk": "auto",
-             "compile": "auto"},
+    "data": {
+        "source": "s",
+        "subset": None,
+        "text": "text",
+        "validation": 0.1,
+        "packing": True,
+        "max_length": 16,
+        "max_eval_rows": 10,
+    },
+    "loss": {
+        "weights": {"kd": 0.7, "ce": 0.3},
+        "curriculum": [
+            {"until": 0.3, "weights": {"hidden": 0}},
+            {"until": 1.0, "weights": {"hidden": 0.5}, "ramp": 0.1},
+        ],
+        "temperature": {"kd": {"linear": [4, 1]}, "contrastive": 0.1},
+        "divergence": {"generalized_jsd": {"beta": 0.5}},
+        "top_k": {"piecewise": {0: 8, 1: 4}},
+        "samples": None,
+        "features": {"layers": [[0, 1]], "normalise": True},
+        "chunk": "auto",
+        "compile": "auto",
+    },
     "baseline": {"weights": {"ce": 1.0}},
-    "training": {"max_steps": 3, "learning_rate": "6e-4", "lr_scheduler_type": {"joined": [[0.1, {"linear": [0, 1]}], [1, 1.0]]},
-                 "metric_for_best_model": "eval_perplexity"},
-    "compare": {"resamples": 100}, "diagnostics": {"grad_norms_every": 2},
+    "training": {
+        "max_steps": 3,
+        "learning_rate": "6e-4",
+        "lr_scheduler_type": {"joined": [[0.1, {"linear": [0, 1]}], [1, 1.0]]},
+        "metric_for_best_model": "eval_perplexity",
+    },
+    "compare": {"resamples": 100},
+    "diagnostics": {"grad_norms_every": 2},
 }
 NEVER = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
-WORDS = st.sampled_from([*TERM_NAMES, *SHAPES, *sorted(training_fields()), "auto", "even", "last", "until", "weights", "1e-4", "nan"])
-PLAIN = (st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | WORDS | st.binary(max_size=3) | st.dates()
-         | st.sampled_from([10**400, -(10**400), "9" * 400, "\ud800", "a\nb", "a\u2028b", float("nan"), 1e308, -1e308, 5e-324, 0.3, 1.0]))
-KEYS = WORDS | st.text(max_size=6) | st.sampled_from(["0", "\ud800", "a\nb", "", ".", "<<", 0, 1.5, None, True])
-JUNK = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=10)
+WORDS = st.sampled_from(
+    [
+        *TERM_NAMES,
+        *SHAPES,
+        *sorted(training_fields()),
+        "auto",
+        "even",
+        "last",
+        "until",
+        "weights",
+        "1e-4",
+        "nan",
+    ]
+)
+PLAIN = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=6)
+    | WORDS
+    | st.binary(max_size=3)
+    | st.dates()
+    | st.sampled_from(
+        [
+            10**400,
+            -(10**400),
+            "9" * 400,
+            "\ud800",
+            "a\nb",
+            "a\u2028b",
+            float("nan"),
+            1e308,
+            -1e308,
+            5e-324,
+            0.3,
+            1.0,
+        ]
+    )
+)
+KEYS = (
+    WORDS | st.text(max_size=6) | st.sampled_from(["0", "\ud800", "a\nb", "", ".", "<<", 0, 1.5, None, True])
+)
+JUNK = st.recursive(
+    PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=10
+)
 SPECS = st.recursive(
     PLAIN,
-    lambda inner: st.builds(lambda shape, arguments: {shape: arguments}, st.sampled_from(SHAPES), st.lists(inner, max_size=3)
-                            | st.lists(st.tuples(st.floats(0, 1) | PLAIN, inner).map(list), max_size=3)
-                            | st.dictionaries(st.floats(0, 1) | KEYS, inner, max_size=3)),
+    lambda inner: st.builds(
+        lambda shape, arguments: {shape: arguments},
+        st.sampled_from(SHAPES),
+        st.lists(inner, max_size=3)
+        | st.lists(st.tuples(st.floats(0, 1) | PLAIN, inner).map(list), max_size=3)
+        | st.dictionaries(st.floats(0, 1) | KEYS, inner, max_size=3),
+    ),
     max_leaves=6,
 )
 
@@ -46,18 +118,26 @@ SPECS = st.recursive(
 def paths(value, above=()):
     """Every place in a nested config."""
     yield above
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    for key, inner in (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    ):
         yield from paths(inner, (*above, key))
 
 
 PLACES = [path for path in paths(SOUND) if path]
 CHANGES = st.lists(
-    st.tuples(st.sampled_from(PLACES), st.sampled_from(["set", "add", "drop", "wrap"]), KEYS, JUNK | SPECS), min_size=1, max_size=4
+    st.tuples(st.sampled_from(PLACES), st.sampled_from(["set", "add", "drop", "wrap"]), KEYS, JUNK | SPECS),
+    min_size=1,
+    max_size=4,
 )
 
 
 def holds(inner, key) -> bool:
-    return key in inner if isinstance(inner, dict) else isinstance(inner, list) and isinstance(key, int) and key < len(inner)
+    return (
+        key in inner
+        if isinstance(inner, dict)
+        else isinstance(inner, list) and isinstance(key, int) and key < len(inner)
+    )
 
 
 def changed(changes):
@@ -81,7 +161,9 @@ def changed(changes):
 
 
 def check(made, *places: str) -> None:
-    """It is a config, which reads back from its own YAML; or a message whose every line begins with a path, and which can be printed."""
+    """It is a config, which reads back from its own YAML; or a message whose every line begins with a
+    path, and which can be printed.
+    """
     if isinstance(made, Config):
         assert parse(yaml.safe_load(made.as_yaml())) == made
         return
@@ -91,7 +173,9 @@ def check(made, *places: str) -> None:
     head, *faults = message.split("\n  ")
     if re.search(r": \d+ faults?$", head):
         assert head.endswith(f": {len(faults)} fault{'s' * (len(faults) > 1)}"), message
-        assert all(fault.partition(": ")[0].isprintable() and len(fault.split(": ", 1)) == 2 for fault in faults), message
+        assert all(
+            fault.partition(": ")[0].isprintable() and len(fault.split(": ", 1)) == 2 for fault in faults
+        ), message
 
 
 def outcome(function, *arguments, **options):
@@ -114,12 +198,21 @@ def test_any_plain_data_is_a_config_or_a_message_with_a_path(raw):
 
 
 TEXT = yaml.safe_dump(SOUND)
-BROKEN = st.builds(lambda start, end, junk: TEXT[:start] + junk + TEXT[end:], st.integers(0, len(TEXT)), st.integers(0, len(TEXT)),
-                   st.text(max_size=4) | st.sampled_from(["\t", "[", "{", "&a", "*a", "!!", "---", "? ", ": ", "|", "'", "%", "<<: "]))
+BROKEN = st.builds(
+    lambda start, end, junk: TEXT[:start] + junk + TEXT[end:],
+    st.integers(0, len(TEXT)),
+    st.integers(0, len(TEXT)),
+    st.text(max_size=4)
+    | st.sampled_from(["\t", "[", "{", "&a", "*a", "!!", "---", "? ", ": ", "|", "'", "%", "<<: "]),
+)
 
 
 @settings(NEVER, max_examples=400)
-@given(content=st.binary() | st.text().map(lambda text: text.encode("utf-8", "surrogatepass")) | BROKEN.map(str.encode))
+@given(
+    content=st.binary()
+    | st.text().map(lambda text: text.encode("utf-8", "surrogatepass"))
+    | BROKEN.map(str.encode)
+)
 @example(content=b"[" * 5000)
 @example(content=b"seed: 2026-13-45")
 @example(content=b"seed: !!bool maybe")
@@ -135,9 +228,17 @@ def test_any_file_is_a_config_or_a_message_with_its_name(tmp_path, content):
 
 
 @settings(NEVER, max_examples=300)
-@given(overrides=st.lists(st.text(max_size=12) | st.tuples(
-    st.sampled_from([".".join(map(str, path)) for path in PLACES]) | st.text(max_size=6),
-    st.text(max_size=6) | JUNK.map(str) | WORDS).map("=".join), max_size=3) | st.dictionaries(KEYS, JUNK, max_size=3))
+@given(
+    overrides=st.lists(
+        st.text(max_size=12)
+        | st.tuples(
+            st.sampled_from([".".join(map(str, path)) for path in PLACES]) | st.text(max_size=6),
+            st.text(max_size=6) | JUNK.map(str) | WORDS,
+        ).map("=".join),
+        max_size=3,
+    )
+    | st.dictionaries(KEYS, JUNK, max_size=3)
+)
 @example(overrides=["seed=2026-13-45"])
 @example(overrides=["=1"])
 @example(overrides=[".=1", "loss.=2", "..a=3"])

@@ -1,4 +1,6 @@
-"""Other projects' settings as configs of ours: the right weights, and every key either translated or listed."""
+"""Other projects' settings as configs of ours: the right weights, and every key either translated or
+listed.
+"""
 
 import json
 import subprocess
@@ -15,25 +17,77 @@ from kdlib.errors import ConfigError
 from kdlib.workbench import cli_checks
 
 STUDENT_AWARE = {
-    "_comment_models": "Models", "teacher_model": "huihui-ai/Huihui-MoE-1B-A0.6B", "student_model": "HuggingFaceTB/SmolLM-135M",
-    "num_experts": 8, "top_k": 2, "batch_size": 4, "gradient_accumulation_steps": 8, "learning_rate": 3e-5, "router_lr": 1e-4,
-    "num_epochs": 3, "warmup_steps": 1000, "eval_steps": 1000, "save_steps": 500, "logging_steps": 50, "save_epochs": 1, "max_length": 384,
-    "alpha_kd": 0.7, "alpha_feature": 0.1, "alpha_attention": 0.1, "alpha_layerwise": 0.05, "alpha_contrastive": 0.05,
-    "temperature": 3.0, "min_temperature": 2.0, "use_temperature_curriculum": True, "contrastive_temp": 0.07, "label_smoothing": 0.1,
-    "use_curriculum": True, "weight_decay": 0.01, "max_grad_norm": 1.0, "scheduler_type": "cosine", "use_amp": True,
-    "amp_dtype": "bfloat16", "loss_chunk_size": 128, "attention_layers": 4, "kd_top_k": 256, "use_gradient_checkpointing": True,
-    "dataset_subset_size": 50000, "num_workers": 1, "use_dynamic_batching": True, "checkpoint_dir": "./checkpoints", "log_dir": "./logs",
-    "use_early_stopping": True, "early_stopping_patience": 10, "use_ema": True, "ema_decay": 0.9999, "use_wandb": False, "seed": 42,
+    "_comment_models": "Models",
+    "teacher_model": "huihui-ai/Huihui-MoE-1B-A0.6B",
+    "student_model": "HuggingFaceTB/SmolLM-135M",
+    "num_experts": 8,
+    "top_k": 2,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 8,
+    "learning_rate": 3e-5,
+    "router_lr": 1e-4,
+    "num_epochs": 3,
+    "warmup_steps": 1000,
+    "eval_steps": 1000,
+    "save_steps": 500,
+    "logging_steps": 50,
+    "save_epochs": 1,
+    "max_length": 384,
+    "alpha_kd": 0.7,
+    "alpha_feature": 0.1,
+    "alpha_attention": 0.1,
+    "alpha_layerwise": 0.05,
+    "alpha_contrastive": 0.05,
+    "temperature": 3.0,
+    "min_temperature": 2.0,
+    "use_temperature_curriculum": True,
+    "contrastive_temp": 0.07,
+    "label_smoothing": 0.1,
+    "use_curriculum": True,
+    "weight_decay": 0.01,
+    "max_grad_norm": 1.0,
+    "scheduler_type": "cosine",
+    "use_amp": True,
+    "amp_dtype": "bfloat16",
+    "loss_chunk_size": 128,
+    "attention_layers": 4,
+    "kd_top_k": 256,
+    "use_gradient_checkpointing": True,
+    "dataset_subset_size": 50000,
+    "num_workers": 1,
+    "use_dynamic_batching": True,
+    "checkpoint_dir": "./checkpoints",
+    "log_dir": "./logs",
+    "use_early_stopping": True,
+    "early_stopping_patience": 10,
+    "use_ema": True,
+    "ema_decay": 0.9999,
+    "use_wandb": False,
+    "seed": 42,
 }
-SOFT = {"teacher_model_name": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "student_model_name": "Qwen/Qwen2.5-0.5B", "alpha": 0.7,
-        "temperature": 3, "max_length": 128, "train_batch_size": 8, "lr": 2e-5, "num_epochs": 3, "num_labels": 14, "fp16": False}
+SOFT = {
+    "teacher_model_name": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+    "student_model_name": "Qwen/Qwen2.5-0.5B",
+    "alpha": 0.7,
+    "temperature": 3,
+    "max_length": 128,
+    "train_batch_size": 8,
+    "lr": 2e-5,
+    "num_epochs": 3,
+    "num_labels": 14,
+    "fp16": False,
+}
 QA = """#!/bin/bash
 # the usual run: --alpha is on the teacher
 python distill_qa.py --teacher_model gpt2-large --student_model gpt2 \\
-    --alpha 0.5 --temperature 3 --lr=2e-5 --warmup_ratio 0.1 --train_data "quantum bench.jsonl" --epochs 3 --patience 2
+    --alpha 0.5 --temperature 3 --lr=2e-5 --warmup_ratio 0.1 \\
+    --train_data "quantum bench.jsonl" --epochs 3 --patience 2
 """
-FSDP = "torchrun train.py --teacher-model a/b --student-model c/d --alpha 0.3 --temperature 2.0 --bf16 --batch-size 4 " \
-       "--max-steps 1000 --fsdp full_shard --use-gradient-checkpointing --warmup-steps 1e2 --output-dir out"
+FSDP = (
+    "torchrun train.py --teacher-model a/b --student-model c/d --alpha 0.3 --temperature 2.0 --bf16 "
+    "--batch-size 4 "
+    "--max-steps 1000 --fsdp full_shard --use-gradient-checkpointing --warmup-steps 1e2 --output-dir out"
+)
 
 
 def file(folder, content, name="theirs.json"):
@@ -51,18 +105,51 @@ def loaded(made, folder):
 def test_the_student_aware_projects_json_comes_along(tmp_path):
     made = migrated(file(tmp_path, STUDENT_AWARE), data="text.jsonl")
     config = loaded(made, tmp_path)
-    assert config.loss.weights == {"kd": 0.7, "ce": 0.3, "hidden": 0.15, "attention": 0.1, "contrastive": 0.05}
+    assert config.loss.weights == {
+        "kd": 0.7,
+        "ce": 0.3,
+        "hidden": 0.15,
+        "attention": 0.1,
+        "contrastive": 0.05,
+    }
     assert config.loss.temperature == {"kd": {"linear": [3.0, 2.0]}, "contrastive": 0.07}
     assert (config.loss.top_k, config.loss.chunk, config.loss.features.layers) == (256, 128, {"last": 4})
-    assert (config.teacher.model, config.student.source) == ("huihui-ai/Huihui-MoE-1B-A0.6B", "HuggingFaceTB/SmolLM-135M")
-    assert (config.precision, config.seed, config.data.max_length, config.data.max_train_rows) == ("bfloat16", 42, 384, 50000)
-    expected = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8, "warmup_steps": 1000, "num_train_epochs": 3,
-                "eval_strategy": "steps", "eval_steps": 1000, "save_steps": 500, "logging_steps": 50, "max_grad_norm": 1.0,
-                "lr_scheduler_type": "cosine", "activation_checkpointing": True, "dataloader_num_workers": 1, "weight_decay": 0.01}
+    assert (config.teacher.model, config.student.source) == (
+        "huihui-ai/Huihui-MoE-1B-A0.6B",
+        "HuggingFaceTB/SmolLM-135M",
+    )
+    assert (config.precision, config.seed, config.data.max_length, config.data.max_train_rows) == (
+        "bfloat16",
+        42,
+        384,
+        50000,
+    )
+    expected = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 8,
+        "warmup_steps": 1000,
+        "num_train_epochs": 3,
+        "eval_strategy": "steps",
+        "eval_steps": 1000,
+        "save_steps": 500,
+        "logging_steps": 50,
+        "max_grad_norm": 1.0,
+        "lr_scheduler_type": "cosine",
+        "activation_checkpointing": True,
+        "dataloader_num_workers": 1,
+        "weight_decay": 0.01,
+    }
     assert expected.items() <= config.training.items()
     left = {line.split(" = ")[0] for line in made.left_out}
     assert (config.early_stopping.patience, config.early_stopping.min_delta) == (10, 0)
-    assert left >= {"num_experts", "top_k", "label_smoothing", "ema_decay", "_comment_models", "checkpoint_dir"}
+    assert left >= {
+        "num_experts",
+        "top_k",
+        "label_smoothing",
+        "ema_decay",
+        "_comment_models",
+        "checkpoint_dir",
+    }
     assert made.missing == []
 
 
@@ -70,7 +157,10 @@ def test_its_curriculum_brings_terms_in_as_it_does_there(tmp_path):
     from kdlib.schedulers import from_spec
 
     specs = loaded(migrated(file(tmp_path, STUDENT_AWARE)), tmp_path).loss.schedules
-    at = {fraction: {name: round(from_spec(spec)(fraction), 6) for name, spec in specs.items()} for fraction in (0.2, 0.45, 0.8, 1.0)}
+    at = {
+        fraction: {name: round(from_spec(spec)(fraction), 6) for name, spec in specs.items()}
+        for fraction in (0.2, 0.45, 0.8, 1.0)
+    }
     assert at[0.2] == {"kd": 0.7, "ce": 0.3, "hidden": 0, "attention": 0, "contrastive": 0}
     assert at[0.45] == {"kd": 0.7, "ce": 0.3, "hidden": 0.05, "attention": 0.05, "contrastive": 0}
     assert at[0.8] == {"kd": 0.7, "ce": 0.3, "hidden": 0.125, "attention": 0.1, "contrastive": 0.025}
@@ -81,13 +171,21 @@ def test_its_curriculum_brings_terms_in_as_it_does_there(tmp_path):
 def test_alpha_is_read_as_told(tmp_path, on, weights):
     config = loaded(migrated(file(tmp_path, yaml.safe_dump(SOFT), "soft.yaml"), alpha_on=on), tmp_path)
     assert config.loss.weights == weights
-    assert (config.training["learning_rate"], config.data.max_length, config.data.source) == (2e-5, 128, TO_FILL_IN)
+    assert (config.training["learning_rate"], config.data.max_length, config.data.source) == (
+        2e-5,
+        128,
+        TO_FILL_IN,
+    )
 
 
 def test_an_alpha_that_can_mean_two_things_is_asked_about_with_both_readings(tmp_path):
     with pytest.raises(ConfigError) as caught:
         migrated(file(tmp_path, SOFT))
-    for expected in ("theirs.json: alpha: found 0.7", "--alpha-on kd reads {kd: 0.7, ce: 0.3}", "--alpha-on ce reads {kd: 0.3, ce: 0.7}"):
+    for expected in (
+        "theirs.json: alpha: found 0.7",
+        "--alpha-on kd reads {kd: 0.7, ce: 0.3}",
+        "--alpha-on ce reads {kd: 0.3, ce: 0.7}",
+    ):
         assert expected in str(caught.value)
 
 
@@ -95,17 +193,41 @@ def test_flags_of_a_script_come_along_and_one_half_needs_no_telling(tmp_path):
     made = migrated(file(tmp_path, QA, "run.sh"))
     config = loaded(made, tmp_path)
     assert config.loss.weights == {"kd": 0.5, "ce": 0.5}
-    assert (config.teacher.model, config.student.source, config.data.source) == ("gpt2-large", "gpt2", "quantum bench.jsonl")
-    assert (config.training["warmup_steps"], config.training["num_train_epochs"], config.loss.temperature) == (0.1, 3, 3.0)
-    assert (config.early_stopping.patience, config.training["eval_strategy"], made.left_out) == (2, "epoch", [])
+    assert (config.teacher.model, config.student.source, config.data.source) == (
+        "gpt2-large",
+        "gpt2",
+        "quantum bench.jsonl",
+    )
+    assert (
+        config.training["warmup_steps"],
+        config.training["num_train_epochs"],
+        config.loss.temperature,
+    ) == (0.1, 3, 3.0)
+    assert (config.early_stopping.patience, config.training["eval_strategy"], made.left_out) == (
+        2,
+        "epoch",
+        [],
+    )
 
 
 def test_a_classification_comes_along_with_its_limits_and_its_patience(tmp_path):
-    theirs = {**SOFT, "max_train_samples": 10000, "max_eval_samples": 2000, "validation_split": 0.1, "early_stopping_patience": 2,
-              "early_stopping_min_delta": 0.001, "label_column": "topic", "alpha_feature": 0.1}
+    theirs = {
+        **SOFT,
+        "max_train_samples": 10000,
+        "max_eval_samples": 2000,
+        "validation_split": 0.1,
+        "early_stopping_patience": 2,
+        "early_stopping_min_delta": 0.001,
+        "label_column": "topic",
+        "alpha_feature": 0.1,
+    }
     made = migrated(file(tmp_path, theirs), alpha_on="kd", data="rows.parquet")
     config = loaded(made, tmp_path)
-    assert (config.task, config.data.label, config.data.validation) == ("sequence-classification", "topic", 0.1)
+    assert (config.task, config.data.label, config.data.validation) == (
+        "sequence-classification",
+        "topic",
+        0.1,
+    )
     assert (config.data.max_train_rows, config.data.max_eval_rows) == (10000, 2000)
     assert (config.loss.weights, config.loss.temperature) == ({"kd": 0.7, "ce": 0.3}, 3)
     assert (config.early_stopping.patience, config.early_stopping.min_delta) == (2, 0.001)
@@ -124,12 +246,18 @@ def test_early_stopping_that_is_off_there_is_off_here(tmp_path, off):
 def test_flags_of_an_fsdp_project_with_alpha_on_ce(tmp_path):
     config = loaded(migrated(file(tmp_path, FSDP, "flags.txt"), alpha_on="ce", data="text.jsonl"), tmp_path)
     assert config.loss.weights == {"kd": 0.7, "ce": 0.3}
-    assert (config.precision, config.training["fsdp"], config.training["max_steps"]) == ("bfloat16", "full_shard", 1000)
+    assert (config.precision, config.training["fsdp"], config.training["max_steps"]) == (
+        "bfloat16",
+        "full_shard",
+        1000,
+    )
     assert (config.training["warmup_steps"], config.training["activation_checkpointing"]) == (100.0, True)
 
 
 def test_the_yaml_says_where_each_value_came_from_and_what_is_missing(tmp_path):
-    text = migrated(file(tmp_path, {"alpha": 0.5, "temp\u2028e": 1, "num_epochs": 3, "kd_top_k": 0})).as_yaml()
+    text = migrated(
+        file(tmp_path, {"alpha": 0.5, "temp\u2028e": 1, "num_epochs": 3, "kd_top_k": 0})
+    ).as_yaml()
     assert "  num_train_epochs: 3  # num_epochs" in text
     assert "  top_k: null  # kd_top_k: 0, the whole vocabulary" in text
     assert "# To be filled in: teacher.model, student.from, data.source" in text
@@ -147,9 +275,17 @@ def test_the_yaml_says_where_each_value_came_from_and_what_is_missing(tmp_path):
         ({"alpha": 0.5}, {"alpha_on": "kl"}, "--alpha-on: found 'kl'"),
         ({"alpha": 0.2, "alpha_kd": 0.5}, {"alpha_on": "kd"}, "loss.weights: found"),
         ({"alpha_feature": -1}, {}, "alpha_feature: found -1, needs a number of 0 or more"),
-        ({"num_epochs": 3, "epochs": 5}, {}, "training.num_train_epochs: found 3 (num_epochs) and 5 (epochs); leave one out"),
+        (
+            {"num_epochs": 3, "epochs": 5},
+            {},
+            "training.num_train_epochs: found 3 (num_epochs) and 5 (epochs); leave one out",
+        ),
         ({"num_labels": 1}, {}, "num_labels: found 1, needs the number of classes, 2 or more"),
-        ({"patience": 2, "early_stopping_patience": 3}, {}, "early_stopping.patience: found 3 (early_stopping_patience) and 2"),
+        (
+            {"patience": 2, "early_stopping_patience": 3},
+            {},
+            "early_stopping.patience: found 3 (early_stopping_patience) and 2",
+        ),
         ({"use_curriculum": "yes"}, {}, "use_curriculum: found 'yes', needs true or false"),
         ({"learning_rate": "fast"}, {}, "training.learning_rate: found 'fast', needs float"),
         ({"fp16": True, "bf16": True}, {}, "precision: found 'float16' (fp16) and 'bfloat16' (bf16)"),
@@ -179,9 +315,21 @@ def test_nested_settings_go_by_their_innermost_names_where_these_are_unlike(tmp_
     assert read_settings(path) == {"lr": 1e-4, "train.name": "a", "model.name": "b", "alpha": 0.5}
 
 
-KEYS = {**STUDENT_AWARE, **SOFT, **dict.fromkeys(("kl_weight", "bf16", "eval_file", "tf32"), True), "alpha": 0.5, "amp_dtype": "bf16",
-        "warmup_ratio": 0.1, "mixed_precision": "bf16", "datasets": ["a", "b"], "patience": 10, "early_stopping": True,
-        "label_names": ["a", "b"], "scheduler": "sometimes", "max_train_samples": None}
+KEYS = {
+    **STUDENT_AWARE,
+    **SOFT,
+    **dict.fromkeys(("kl_weight", "bf16", "eval_file", "tf32"), True),
+    "alpha": 0.5,
+    "amp_dtype": "bf16",
+    "warmup_ratio": 0.1,
+    "mixed_precision": "bf16",
+    "datasets": ["a", "b"],
+    "patience": 10,
+    "early_stopping": True,
+    "label_names": ["a", "b"],
+    "scheduler": "sometimes",
+    "max_train_samples": None,
+}
 
 
 def outcome(path):
@@ -192,10 +340,17 @@ def outcome(path):
         return None, str(error)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(keys=st.lists(st.sampled_from(sorted(KEYS)), unique=True))
 def test_every_key_of_theirs_is_translated_or_listed(tmp_path, keys):
-    """Some subsets contradict themselves, which is refused; of all others every key is in the YAML, in an origin or a line."""
+    """Some subsets contradict themselves, which is refused; of all others every key is in the YAML, in an
+    origin or a line.
+    """
     path = file(tmp_path, {key: KEYS[key] for key in keys})
     made, fault = outcome(path)
     assert (made is None) == ("leave one out" in fault)
@@ -203,21 +358,33 @@ def test_every_key_of_theirs_is_translated_or_listed(tmp_path, keys):
         return
     said = [line.split(" = ")[0] for line in made.left_out]
     for key in keys:
-        told = key in said or any(key in origin.replace(":", ",").replace(" ", ",").split(",") for origin in made.origins.values())
+        told = key in said or any(
+            key in origin.replace(":", ",").replace(" ", ",").split(",") for origin in made.origins.values()
+        )
         assert told, f"{key} is lost: {made.as_yaml()}"
     assert yaml.safe_load(made.as_yaml()) == made.nested()
 
 
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(10**400),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=8,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
 )
 KNOWN = st.sampled_from(sorted({*KEYS, *OURS}))
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=st.dictionaries(KNOWN | st.text(max_size=8), JUNK, max_size=5).map(json.dumps) | st.text() | st.binary()
-       | st.lists(KNOWN.map("--{}".format) | st.text(max_size=6), max_size=8).map(" ".join))
+@settings(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    content=st.dictionaries(KNOWN | st.text(max_size=8), JUNK, max_size=5).map(json.dumps)
+    | st.text()
+    | st.binary()
+    | st.lists(KNOWN.map("--{}".format) | st.text(max_size=6), max_size=8).map(" ".join)
+)
 def test_any_file_gives_a_config_that_loads_or_an_error_that_names_it(tmp_path, content):
     path = tmp_path / "theirs.txt"
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))

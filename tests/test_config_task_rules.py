@@ -9,8 +9,12 @@ from kdlib.errors import ConfigError, ModelError
 from kdlib.models import loading as models
 
 CLASSES = {
-    "task": "sequence-classification", "teacher": {"model": "t"}, "student": {"from": "s"}, "data": {"source": "d", "label": "topic"},
-    "loss": {"weights": {"kd": 0.7, "ce": 0.3}, "temperature": 3}, "training": {"max_steps": 4},
+    "task": "sequence-classification",
+    "teacher": {"model": "t"},
+    "student": {"from": "s"},
+    "data": {"source": "d", "label": "topic"},
+    "loss": {"weights": {"kd": 0.7, "ce": 0.3}, "temperature": 3},
+    "training": {"max_steps": 4},
 }
 
 
@@ -27,36 +31,81 @@ def changed(raw=CLASSES, **changes):
 
 def test_each_task_has_a_usual_metric_of_its_own():
     assert parse(CLASSES).training["metric_for_best_model"] == "eval_accuracy"
-    assert parse(changed(task="causal-lm", data={"source": "d"})).training["metric_for_best_model"] == "eval_perplexity"
+    assert (
+        parse(changed(task="causal-lm", data={"source": "d"})).training["metric_for_best_model"]
+        == "eval_perplexity"
+    )
     assert {metric for metrics in METRICS.values() for metric in metrics} == set(HIGHER_IS_BETTER)
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"loss__weights": {"kd": 1, "hidden": 0.5}}, "loss.weights.hidden: it compares the models token by token"),
-    ({"baseline": {"weights": {"attention": 1.0}}}, "baseline.weights.attention: it compares the models token by token"),
-    ({"training__metric_for_best_model": "perplexity"}, "training.metric_for_best_model: found 'perplexity'; it is one of accuracy"),
-    ({"data__packing": False}, "data.packing: found False, which sequence-classification does not read"),
-    ({"data__choices": "options"}, "data.choices: found 'options', which sequence-classification does not read"),
-    ({"data__validation": 1.5}, "data.validation: found 1.5; it is a share of the rows between 0 and 1"),
-    ({"data__test": True}, "data.test: found True; it is a share of the rows between 0 and 1"),
-    ({"early_stopping": {"patience": 2}}, "early_stopping: needs evaluations to judge by; set training.eval_strategy: epoch"),
-    ({"early_stopping": {"patience": 0}, "training__eval_strategy": "epoch"}, "early_stopping.patience: found 0"),
-    ({"teacher_stage": {"training": {"max_stepz": 4}}}, "teacher_stage.training.max_stepz: TrainingArguments has no such name"),
-    ({"teacher_stage": {"training": {"max_steps": 4}, "early_stopping": {"patience": 1}}}, "teacher_stage.early_stopping: needs"),
-    ({"device": "gpu"}, "device: found 'gpu'"),
-])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"loss__weights": {"kd": 1, "hidden": 0.5}},
+            "loss.weights.hidden: it compares the models token by token",
+        ),
+        (
+            {"baseline": {"weights": {"attention": 1.0}}},
+            "baseline.weights.attention: it compares the models token by token",
+        ),
+        (
+            {"training__metric_for_best_model": "perplexity"},
+            "training.metric_for_best_model: found 'perplexity'; it is one of accuracy",
+        ),
+        ({"data__packing": False}, "data.packing: found False, which sequence-classification does not read"),
+        (
+            {"data__choices": "options"},
+            "data.choices: found 'options', which sequence-classification does not read",
+        ),
+        ({"data__validation": 1.5}, "data.validation: found 1.5; it is a share of the rows between 0 and 1"),
+        ({"data__test": True}, "data.test: found True; it is a share of the rows between 0 and 1"),
+        (
+            {"early_stopping": {"patience": 2}},
+            "early_stopping: needs evaluations to judge by; set training.eval_strategy: epoch",
+        ),
+        (
+            {"early_stopping": {"patience": 0}, "training__eval_strategy": "epoch"},
+            "early_stopping.patience: found 0",
+        ),
+        (
+            {"teacher_stage": {"training": {"max_stepz": 4}}},
+            "teacher_stage.training.max_stepz: TrainingArguments has no such name",
+        ),
+        (
+            {"teacher_stage": {"training": {"max_steps": 4}, "early_stopping": {"patience": 1}}},
+            "teacher_stage.early_stopping: needs",
+        ),
+        ({"device": "gpu"}, "device: found 'gpu'"),
+    ],
+)
 def test_what_does_not_go_with_a_classification_is_refused_with_its_path(changes, words):
     with pytest.raises(ConfigError) as error:
         parse(changed(**changes))
     assert f"\n  {words}" in str(error.value)
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"data__label": "topic"}, "data.label: found 'topic', which causal-lm does not read; leave it out, or set task: sequence-classif"),
-    ({"data__text": ["title", "content"]}, "data.text: found ['title', 'content']; causal-lm reads one column"),
-    ({"data__validation": "dev"}, "data.validation: found 'dev'; causal-lm takes the source's split of the name validation"),
-    ({"teacher_stage": {"training": {"max_steps": 4}}}, "teacher_stage: it trains a classifier's head"),
-])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"data__label": "topic"},
+            (
+                "data.label: found 'topic', which causal-lm does not read; leave it out, or set task: "
+                "sequence-classif"
+            ),
+        ),
+        (
+            {"data__text": ["title", "content"]},
+            "data.text: found ['title', 'content']; causal-lm reads one column",
+        ),
+        (
+            {"data__validation": "dev"},
+            "data.validation: found 'dev'; causal-lm takes the source's split of the name validation",
+        ),
+        ({"teacher_stage": {"training": {"max_steps": 4}}}, "teacher_stage: it trains a classifier's head"),
+    ],
+)
 def test_settings_that_a_language_model_would_pass_over_in_silence_are_refused(changes, words):
     with pytest.raises(ConfigError) as error:
         parse(changed(changed(task="causal-lm", data={"source": "d"}), **changes))
@@ -64,7 +113,11 @@ def test_settings_that_a_language_model_would_pass_over_in_silence_are_refused(c
 
 
 def test_a_config_of_each_task_survives_being_written_and_read():
-    for raw in (CLASSES, changed(task="causal-lm", data={"source": "d"}), changed(task="question-answering", data={"source": "d"})):
+    for raw in (
+        CLASSES,
+        changed(task="causal-lm", data={"source": "d"}),
+        changed(task="question-answering", data={"source": "d"}),
+    ):
         config = parse(raw)
         assert parse(config.as_dict()) == config
 
@@ -78,6 +131,8 @@ def test_smoke_keeps_rows_of_each_class_and_shortens_the_teachers_stage():
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="shows what a machine without one says")
 def test_a_device_that_is_not_there_is_named():
-    assert models.device_of(parse(CLASSES)).type == models.device_of(parse(changed(device="cpu"))).type == "cpu"
+    assert (
+        models.device_of(parse(CLASSES)).type == models.device_of(parse(changed(device="cpu"))).type == "cpu"
+    )
     with pytest.raises(ModelError, match=r"device: found cuda, but this machine has cpu; write cpu, or auto"):
         models.device_of(parse(changed(device="cuda")))

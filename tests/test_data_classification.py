@@ -1,4 +1,6 @@
-"""Data of a classification: every form of a source, classes by name, stratified splits, each text once; bad rows named one by one."""
+"""Data of a classification: every form of a source, classes by name, stratified splits, each text once;
+bad rows named one by one.
+"""
 
 import json
 import re
@@ -41,7 +43,10 @@ def prepared(source, tokenizer, *, teacher=None, seed=0, known=None, **changes):
 
 def rows_of(count=200, seed=0) -> list[dict]:
     """Half World, a quarter Sports, the rest Business and Sci/Tech."""
-    return [{"text": text, "label": TOPICS[[0, 1, 0, 2, 0, 1, 0, 3][row % 8]]} for row, text in enumerate(sentences(count, seed))]
+    return [
+        {"text": text, "label": TOPICS[[0, 1, 0, 2, 0, 1, 0, 3][row % 8]]}
+        for row, text in enumerate(sentences(count, seed))
+    ]
 
 
 def jsonl(folder, rows, name="rows.jsonl"):
@@ -53,7 +58,9 @@ def jsonl(folder, rows, name="rows.jsonl"):
 def with_numbers(rows: list[dict], text: str = "text") -> Dataset:
     """The rows as a hub data set has them: numbers whose names stand in the features."""
     features = Features({text: Value("string"), "label": ClassLabel(names=TOPICS)})
-    return Dataset.from_list([{text: row["text"], "label": TOPICS.index(row["label"])} for row in rows], features=features)
+    return Dataset.from_list(
+        [{text: row["text"], "label": TOPICS.index(row["label"])} for row in rows], features=features
+    )
 
 
 def refusal(*args, **options) -> str:
@@ -86,11 +93,20 @@ def test_every_form_of_a_source_gives_the_same_classes_by_name(tmp_path, tokeniz
 
 
 def test_dbpedias_form_joins_title_and_content_and_takes_its_own_test(tmp_path, tokenizer):
-    features = Features({"label": ClassLabel(names=TOPICS), "title": Value("string"), "content": Value("string")})
-    rows = [{"label": row % 4, "title": f"Title {row}" if row % 5 else "", "content": text} for row, text in enumerate(sentences(120))]
+    features = Features(
+        {"label": ClassLabel(names=TOPICS), "title": Value("string"), "content": Value("string")}
+    )
+    rows = [
+        {"label": row % 4, "title": f"Title {row}" if row % 5 else "", "content": text}
+        for row, text in enumerate(sentences(120))
+    ]
     (tmp_path / "dbpedia").mkdir()
-    Dataset.from_list(rows[:100], features=features).to_parquet(tmp_path / "dbpedia" / "train-00000-of-00001.parquet")
-    Dataset.from_list(rows[100:], features=features).to_parquet(tmp_path / "dbpedia" / "test-00000-of-00001.parquet")
+    Dataset.from_list(rows[:100], features=features).to_parquet(
+        tmp_path / "dbpedia" / "train-00000-of-00001.parquet"
+    )
+    Dataset.from_list(rows[100:], features=features).to_parquet(
+        tmp_path / "dbpedia" / "test-00000-of-00001.parquet"
+    )
     made = prepared(tmp_path / "dbpedia", tokenizer, text=["title", "content"])
     texts = {text for text, _ in by_name(made) | by_name(made, "validation")}
     assert f"Title 1\n{rows[1]['content']}" in texts
@@ -100,27 +116,51 @@ def test_dbpedias_form_joins_title_and_content_and_takes_its_own_test(tmp_path, 
 
 
 def test_glues_form_takes_named_splits_and_leaves_a_test_without_labels_aside(tmp_path, tokenizer):
-    features = Features({"premise": Value("string"), "hypothesis": Value("string"), "label": ClassLabel(names=["yes", "maybe", "no"])})
+    features = Features(
+        {
+            "premise": Value("string"),
+            "hypothesis": Value("string"),
+            "label": ClassLabel(names=["yes", "maybe", "no"]),
+        }
+    )
     one, other = sentences(90), sentences(90, seed=1)
-    rows = [{"premise": a, "hypothesis": b, "label": row % 3} for row, (a, b) in enumerate(zip(one, other, strict=True))]
+    rows = [
+        {"premise": a, "hypothesis": b, "label": row % 3}
+        for row, (a, b) in enumerate(zip(one, other, strict=True))
+    ]
     unlabelled = [{"premise": f"{row['premise']}?", "hypothesis": "so", "label": -1} for row in rows[:10]]
-    splits = {"train": rows[:60], "validation_matched": rows[60:80], "validation_mismatched": rows[80:], "test": unlabelled}
-    DatasetDict({name: Dataset.from_list(each, features=features) for name, each in splits.items()}).save_to_disk(tmp_path / "mnli")
+    splits = {
+        "train": rows[:60],
+        "validation_matched": rows[60:80],
+        "validation_mismatched": rows[80:],
+        "test": unlabelled,
+    }
+    DatasetDict(
+        {name: Dataset.from_list(each, features=features) for name, each in splits.items()}
+    ).save_to_disk(tmp_path / "mnli")
     both = {"text": ["premise", "hypothesis"]}
     made = prepared(tmp_path / "mnli", tokenizer, validation="validation_matched", **both)
     assert (len(made.train), len(made.validation), made.test) == (60, 20, None)
     assert made.notes["test"] == "none: the source's has no labels"
     assert made.notes["split"] == "the source's validation_matched"
-    made = prepared(tmp_path / "mnli", tokenizer, validation="validation_matched", test="validation_mismatched", **both)
+    made = prepared(
+        tmp_path / "mnli", tokenizer, validation="validation_matched", test="validation_mismatched", **both
+    )
     assert len(made.test) == 10
     assert "no row of 'test' has a label" in refusal(tmp_path / "mnli", tokenizer, test="test", **both)
-    assert "did you mean 'validation_matched'?" in refusal(tmp_path / "mnli", tokenizer, validation="validation_match", **both)
+    assert "did you mean 'validation_matched'?" in refusal(
+        tmp_path / "mnli", tokenizer, validation="validation_match", **both
+    )
 
 
 def test_numbers_are_named_by_data_labels_and_may_begin_at_one(tmp_path, tokenizer):
     rows = rows_of()
     for first in (0, 1):
-        path = jsonl(tmp_path, [{**row, "label": TOPICS.index(row["label"]) + first} for row in rows], f"from{first}.jsonl")
+        path = jsonl(
+            tmp_path,
+            [{**row, "label": TOPICS.index(row["label"]) + first} for row in rows],
+            f"from{first}.jsonl",
+        )
         made = prepared(path, tokenizer, labels=TOPICS)
         assert by_name(made) | by_name(made, "validation") == {(row["text"], row["label"]) for row in rows}
         assert list(prepared(path, tokenizer).labels) == [str(number + first) for number in range(4)]
@@ -134,7 +174,9 @@ def test_names_of_the_config_put_classes_in_order_or_rename_them_but_never_both(
     assert by_name(turned) == by_name(prepared(path, tokenizer))
     renamed = prepared(path, tokenizer, labels=["world", "sport", "Business", "science"])
     assert {label for _, label in by_name(renamed)} == {"world", "sport", "Business", "science"}
-    assert "'Business' stands elsewhere there" in refusal(path, tokenizer, labels=["Business", "sport", "world", "science"])
+    assert "'Business' stands elsewhere there" in refusal(
+        path, tokenizer, labels=["Business", "sport", "world", "science"]
+    )
     assert "as many other names in this order" in refusal(path, tokenizer, labels=["a", "b"])
 
 
@@ -143,15 +185,22 @@ def test_splits_and_samples_keep_proportions_and_come_again_with_their_seed(tmp_
     changes = {"validation": 0.2, "test": 0.1, "max_train_rows": 80, "max_eval_rows": 40}
     made = prepared(path, tokenizer, **changes)
     table = class_table(made)
-    assert table.loc[sorted(TOPICS)].to_dict("list") == {"train": [10, 10, 20, 40], "validation": [5, 5, 10, 20], "test": [5, 5, 10, 20]}
+    assert table.loc[sorted(TOPICS)].to_dict("list") == {
+        "train": [10, 10, 20, 40],
+        "validation": [5, 5, 10, 20],
+        "test": [5, 5, 10, 20],
+    }
     assert made.notes["validation_documents"] == 160
     sides = [set(getattr(made, name)["text"]) for name in ("train", "validation", "test")]
     assert sum(map(len, sides)) == len(set.union(*sides)) == 160
-    prints = [prepared(path, tokenizer, seed=seed, split_seed=split_seed, **changes).notes["fingerprint"]
-              for seed, split_seed in ((0, None), (0, None), (1, None), (1, 0))]
+    prints = [
+        prepared(path, tokenizer, seed=seed, split_seed=split_seed, **changes).notes["fingerprint"]
+        for seed, split_seed in ((0, None), (0, None), (1, None), (1, 0))
+    ]
     assert prints[0] == prints[1] == prints[3] != prints[2]
     assert prints[0] == fingerprint(made.train, made.validation, made.test)
-    assert made.train["text"][:] != sorted(made.train["text"], key=lambda text: int(text.split()[-1][:-1]))  # not in the source's order
+    # not in the source's order
+    assert made.train["text"][:] != sorted(made.train["text"], key=lambda text: int(text.split()[-1][:-1]))
 
 
 def test_each_text_is_kept_once_and_one_with_two_classes_not_at_all(tmp_path, tokenizer):
@@ -160,7 +209,10 @@ def test_each_text_is_kept_once_and_one_with_two_classes_not_at_all(tmp_path, to
     made = prepared(jsonl(tmp_path, doubled), tokenizer, test=0.2)
     texts = [text for name in ("train", "validation", "test") for text in getattr(made, name)["text"]]
     assert len(texts) == len(set(texts)) == 78
-    assert (made.notes["duplicate_documents_left_out"], made.notes["conflicting_documents_left_out"]) == (6, 4)
+    assert (made.notes["duplicate_documents_left_out"], made.notes["conflicting_documents_left_out"]) == (
+        6,
+        4,
+    )
     assert all("Sports, World" in line for line in made.notes["conflicting_documents"])
 
 
@@ -173,7 +225,9 @@ def test_a_text_of_the_sources_own_test_is_not_trained_on(tmp_path, tokenizer):
     assert made.notes["duplicate_documents_left_out"] == 20
 
 
-def test_rows_are_cut_with_their_last_token_and_read_by_the_teacher_in_its_own_way(tmp_path, tokenizer, bert_like):
+def test_rows_are_cut_with_their_last_token_and_read_by_the_teacher_in_its_own_way(
+    tmp_path, tokenizer, bert_like
+):
     made = prepared(jsonl(tmp_path, rows_of()), tokenizer, teacher=bert_like, max_length=12)
     for row in made.train:
         ids = row["teacher_input_ids"]
@@ -185,7 +239,13 @@ def test_rows_are_cut_with_their_last_token_and_read_by_the_teacher_in_its_own_w
     assert made.notes["train_tokens"] == sum(min(length, 12) for length in whole)
     assert made.notes["train_documents_cut_for_the_teacher"] >= made.notes["train_documents_cut"]
     batch = made.collate([made.train[row] for row in range(3)])
-    assert set(batch) == {"input_ids", "attention_mask", "labels", "teacher_input_ids", "teacher_attention_mask"}
+    assert set(batch) == {
+        "input_ids",
+        "attention_mask",
+        "labels",
+        "teacher_input_ids",
+        "teacher_attention_mask",
+    }
     assert batch["labels"].tolist() == made.train[:3]["label"]
     assert (batch["teacher_input_ids"][batch["teacher_attention_mask"] == 0] == bert_like.pad_token_id).all()
     assert "teacher_input_ids" not in prepared(jsonl(tmp_path, rows_of()), tokenizer).train.column_names
@@ -197,7 +257,10 @@ def test_bad_rows_are_named_the_first_ten_and_their_count(tmp_path, tokenizer):
         rows[row]["label"] = "Sport"
     rows[3]["label"], rows[5]["text"], rows[7]["text"] = None, None, "  "
     said = refusal(jsonl(tmp_path, rows), tokenizer, labels=TOPICS)
-    assert "17 rows cannot be used; each needs a text, and a label that is one of 'World', 'Sports', 'Business', 'Sci/Tech'" in said
+    assert (
+        "17 rows cannot be used; each needs a text, and a label that is one of 'World', 'Sports', "
+        "'Business', 'Sci/Tech'" in said
+    )
     assert "row 3 of train: no label; text '" in said
     assert "row 5 of train: its text is None (NoneType)" in said
     assert "row 7 of train: its text is '  '" in said
@@ -208,16 +271,21 @@ def test_bad_rows_are_named_the_first_ten_and_their_count(tmp_path, tokenizer):
 
 def test_a_class_that_the_teacher_does_not_know_is_named_row_by_row(tmp_path, tokenizer):
     path = jsonl(tmp_path, rows_of(80))
-    said = refusal(path, tokenizer, known=["world", "sports", "business"])  # as heads are: whatever the case of their letters
+    # as heads are: whatever the case of their letters
+    said = refusal(path, tokenizer, known=["world", "sports", "business"])
     assert "10 rows cannot be used" in said
     assert "row 7 of train: label 'Sci/Tech', which the teacher does not know" in said
-    assert prepared(path, tokenizer, known=["POSITIVE", "NEGATIVE"]).vocabulary == 4  # a head for something else: the model is refused
+    # a head for something else: the model is refused
+    assert prepared(path, tokenizer, known=["POSITIVE", "NEGATIVE"]).vocabulary == 4
 
 
 def test_texts_that_are_no_texts_are_named(tmp_path, tokenizer):
     path = jsonl(tmp_path, [{"text": row, "label": "ab"[row % 2]} for row in range(20)])
     assert "row 0 of train: its text is 0 (int)" in refusal(path, tokenizer)
-    path = jsonl(tmp_path, [{"text": text, "more": row, "label": "ab"[row % 2]} for row, text in enumerate(sentences(20))])
+    path = jsonl(
+        tmp_path,
+        [{"text": text, "more": row, "label": "ab"[row % 2]} for row, text in enumerate(sentences(20))],
+    )
     assert "row 0 of train: its text is 0 (int)" in refusal(path, tokenizer, text=["text", "more"])
 
 
@@ -226,8 +294,10 @@ def test_a_class_that_is_empty_on_one_side_is_named(tmp_path, tokenizer):
     said = refusal(jsonl(tmp_path, rows), tokenizer)
     assert "1 of the 5 classes are empty on one side after the split" in said
     assert "'Weather': 1 to train on, 0 held out" in said
-    DatasetDict(train=with_numbers([row for row in rows[:80] if row["label"] != "Sports"]),
-                validation=with_numbers(rows[:40])).save_to_disk(tmp_path / "lacking")
+    DatasetDict(
+        train=with_numbers([row for row in rows[:80] if row["label"] != "Sports"]),
+        validation=with_numbers(rows[:40]),
+    ).save_to_disk(tmp_path / "lacking")
     assert "'Sports': 0 to train on, 10 held out" in refusal(tmp_path / "lacking", tokenizer)
 
 
@@ -236,10 +306,22 @@ def test_a_class_that_is_empty_on_one_side_is_named(tmp_path, tokenizer):
     [
         (rows_of(20), {"label": "labels"}, "no column 'labels'; did you mean 'label'?"),
         (rows_of(20), {"text": ["text", "titel"]}, "no column 'titel'"),
-        ([{"text": text, "label": "a"} for text in sentences(20)], {}, "the classes in 'label' are 'a'; two or more"),
+        (
+            [{"text": text, "label": "a"} for text in sentences(20)],
+            {},
+            "the classes in 'label' are 'a'; two or more",
+        ),
         (rows_of(20), {"labels": ["World", "World"]}, "each once"),
-        ([{"text": text, "label": row % 3} for row, text in enumerate(sentences(20))], {"labels": ["a", "b"]}, "row 2 of train: label 2;"),
-        ([{"text": text, "label": ["a"]} for text in sentences(20)], {"labels": ["a", "b"]}, "label \"['a']\""),
+        (
+            [{"text": text, "label": row % 3} for row, text in enumerate(sentences(20))],
+            {"labels": ["a", "b"]},
+            "row 2 of train: label 2;",
+        ),
+        (
+            [{"text": text, "label": ["a"]} for text in sentences(20)],
+            {"labels": ["a", "b"]},
+            "label \"['a']\"",
+        ),
     ],
 )
 def test_what_cannot_be_classified_is_refused_with_a_reason(tmp_path, tokenizer, rows, changes, expected):

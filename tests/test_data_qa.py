@@ -45,7 +45,10 @@ def test_of_a_multiple_choice_the_right_choice_is_learned_and_every_choice_can_b
     by_question = {row["question"]: row for row in rows}
     for number, row in enumerate(made.validation):
         source, batch = by_question[row["text"]], made.collate([row])
-        assert tokenizer.decode(row["input_ids"]) == f"Question: {row['text']}\nAnswer: {source['choices'][source['answer']]}"
+        assert (
+            tokenizer.decode(row["input_ids"])
+            == f"Question: {row['text']}\nAnswer: {source['choices'][source['answer']]}"
+        )
         assert learned(batch, 0, tokenizer) == " " + source["choices"][source["answer"]]
         choices = made.choices["validation"].filter(lambda each, number=number: each["item"] == number)
         assert choices["text"][:] == source["choices"]
@@ -57,8 +60,14 @@ def test_of_a_multiple_choice_the_right_choice_is_learned_and_every_choice_can_b
 
 
 def test_a_right_choice_is_named_by_number_letter_text_or_label(tmp_path, tokenizer):
-    forms = [{"choices": ["red", "green"], "answer": answer} for answer in (1, "1", "B", "b", "green", " green ")]
-    forms += [{"choices": ARC, "answer": "2"}, {"choices": ["1", "0"], "answer": "0"}, {"choices": '["red", "green"]', "answer": "B"}]
+    forms = [
+        {"choices": ["red", "green"], "answer": answer} for answer in (1, "1", "B", "b", "green", " green ")
+    ]
+    forms += [
+        {"choices": ARC, "answer": "2"},
+        {"choices": ["1", "0"], "answer": "0"},
+        {"choices": '["red", "green"]', "answer": "B"},
+    ]
     for form in forms:  # each in a file of its own: a column has one type
         rows = [{"question": f"Which one, {number}?", **form} for number in range(4)]
         rows = prepared(rows, tmp_path, tokenizer).choices["validation"]
@@ -75,7 +84,9 @@ def test_a_free_answer_ends_with_eos_and_its_prompt_is_given(tmp_path, tokenizer
     made = prepared(pairs(20), tmp_path, tokenizer)
     batch = made.collate(list(made.validation))
     responses = {row["prompt"]: row["response"] for row in pairs(20)}
-    assert [learned(batch, n, tokenizer) for n in range(2)] == [f" {responses[row['text']]}<eos>" for row in made.validation]
+    assert [learned(batch, n, tokenizer) for n in range(2)] == [
+        f" {responses[row['text']]}<eos>" for row in made.validation
+    ]
     assert made.choices == {}
 
 
@@ -83,25 +94,35 @@ def test_a_free_answer_stands_in_the_chat_template_where_there_is_one(tmp_path, 
     made = prepared(pairs(20), tmp_path, chatty)
     responses, row = {row["prompt"]: row["response"] for row in pairs(20)}, made.train[0]
     assert chatty.decode(row["input_ids"]) == (
-        f"<|im_start|>user\n{row['text']}<|im_end|>\n<|im_start|>assistant\n{responses[row['text']]}<|im_end|>\n")
+        f"<|im_start|>user\n{row['text']}<|im_end|>\n<|im_start|>assistant\n{responses[row['text']]}<|im_end|>\n"
+    )
     assert learned(made.collate([row]), 0, chatty) == f"{responses[row['text']]}<|im_end|>"
 
 
 def test_of_a_conversation_every_answer_of_the_assistant_is_learned_and_nothing_else(tmp_path, chatty):
     rows = conversations(10)
     made = prepared(rows, tmp_path, chatty, max_length=256)
-    answers = {row["messages"][1]["content"]: [m["content"] for m in row["messages"] if m["role"] == "assistant"] for row in rows}
+    answers = {
+        row["messages"][1]["content"]: [m["content"] for m in row["messages"] if m["role"] == "assistant"]
+        for row in rows
+    }
     batch = made.collate([made.train[0], made.train[1]])
     for number in range(2):
         question = made.train[number]["text"].removeprefix("Answer briefly.\n")
-        assert learned(batch, number, chatty) == "".join(f"{answer}<|im_end|>" for answer in answers[question])
+        assert learned(batch, number, chatty) == "".join(
+            f"{answer}<|im_end|>" for answer in answers[question]
+        )
     assert made.notes["train_turns_read_only"] == 0
-    assert made.notes["train_learned_tokens"] == sum(int((made.collate([row])["labels"] != IGNORED).sum()) for row in made.train)
+    assert made.notes["train_learned_tokens"] == sum(
+        int((made.collate([row])["labels"] != IGNORED).sum()) for row in made.train
+    )
 
 
 def test_a_turn_that_the_template_strips_later_is_read_only_and_counted(tmp_path, chatty):
     earlier = "message['role'] == 'assistant' and not loop.last"
-    stripping = question_tokenizer(CHATML.replace("message['content']", f"(message['content'][:2] if {earlier} else message['content'])"))
+    stripping = question_tokenizer(
+        CHATML.replace("message['content']", f"(message['content'][:2] if {earlier} else message['content'])")
+    )
     made = prepared(conversations(10), tmp_path, stripping, max_length=256)
     assert made.notes["train_turns_read_only"] == len(made.train)
     assert learned(made.collate([made.train[0]]), 0, stripping).count("<|im_end|>") == 1
@@ -116,7 +137,9 @@ def test_the_boundary_is_where_the_prompts_own_tokens_end(tokenizer):
 def test_a_row_begins_with_bos_where_the_tokenizers_own_call_does(tmp_path):
     llama = question_tokenizer()
     llama.add_special_tokens({"bos_token": "<bos>"})
-    llama._tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", llama.bos_token_id)])
+    llama._tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", llama.bos_token_id)]
+    )
     made = prepared(multiple_choice(20), tmp_path, llama)
     for row in [*made.train, *made.choices["validation"]]:
         assert row["input_ids"][0] == llama.bos_token_id != row["input_ids"][1]
@@ -125,7 +148,8 @@ def test_a_row_begins_with_bos_where_the_tokenizers_own_call_does(tmp_path):
 
 def test_a_question_is_on_one_side_and_a_repeated_row_counts_once(tmp_path, tokenizer):
     rows = multiple_choice(20)
-    other = [{**row, "choices": [*row["choices"], "none of these"]} for row in rows]  # the same question, asked otherwise
+    # the same question, asked otherwise
+    other = [{**row, "choices": [*row["choices"], "none of these"]} for row in rows]
     made = prepared(rows + other + rows[:5], tmp_path, tokenizer, validation=0.3, test=0.2)
     sides = [set(part["text"]) for part in (made.train, made.validation, made.test)]
     assert [len(side) for side in sides] == [10, 6, 4]
@@ -144,7 +168,10 @@ def test_the_split_follows_its_seed_and_any_change_is_in_the_fingerprint(tmp_pat
 
 
 def test_a_sources_own_splits_are_taken_as_they_are(tmp_path, tokenizer):
-    splits = {name: Dataset.from_list(multiple_choice(n, seed=n)) for name, n in (("train", 12), ("dev", 5), ("test", 4))}
+    splits = {
+        name: Dataset.from_list(multiple_choice(n, seed=n))
+        for name, n in (("train", 12), ("dev", 5), ("test", 4))
+    }
     DatasetDict(splits).save_to_disk(tmp_path / "saved")
     made = prepare(config(tmp_path / "saved", validation="dev"), tokenizer, seed=0)
     assert (len(made.train), len(made.validation), len(made.test)) == (12, 5, 4)
@@ -156,14 +183,18 @@ def test_a_sources_own_splits_are_taken_as_they_are(tmp_path, tokenizer):
 
 def test_a_test_split_without_answers_is_not_used_and_said(tmp_path, tokenizer):
     blind = [{**row, "answer": -1} for row in multiple_choice(4, seed=4)]
-    DatasetDict(train=Dataset.from_list(multiple_choice(12)), test=Dataset.from_list(blind)).save_to_disk(tmp_path / "saved")
+    DatasetDict(train=Dataset.from_list(multiple_choice(12)), test=Dataset.from_list(blind)).save_to_disk(
+        tmp_path / "saved"
+    )
     made = prepare(config(tmp_path / "saved"), tokenizer, seed=0)
     assert made.test is None
     assert "no answers" in made.notes["test"]
 
 
 def test_limits_take_a_sample_of_the_questions_with_all_their_choices(tmp_path, tokenizer):
-    made = prepared(multiple_choice(60), tmp_path, tokenizer, validation=0.5, max_train_rows=7, max_eval_rows=5)
+    made = prepared(
+        multiple_choice(60), tmp_path, tokenizer, validation=0.5, max_train_rows=7, max_eval_rows=5
+    )
     assert (len(made.train), len(made.validation)) == (7, 5)
     assert list(dict.fromkeys(made.choices["validation"]["question"])) == made.validation["text"][:]
 
@@ -198,7 +229,10 @@ def test_the_first_ten_are_named_and_all_are_counted(tmp_path, tokenizer):
 
 
 def test_an_answer_that_would_be_cut_is_refused_with_the_length_it_needs(tmp_path, tokenizer):
-    rows = [*multiple_choice(10), {"question": "How long is this? " * 20, "choices": ["short", "long"], "answer": 1}]
+    rows = [
+        *multiple_choice(10),
+        {"question": "How long is this? " * 20, "choices": ["short", "long"], "answer": 1},
+    ]
     with pytest.raises(DataError) as caught:
         prepared(rows, tmp_path, tokenizer, max_length=64)
     message = str(caught.value)
@@ -215,15 +249,24 @@ def test_two_answers_to_one_question_are_refused(tmp_path, tokenizer):
         prepared(rows, tmp_path, tokenizer)
 
 
-@pytest.mark.parametrize(("rows", "expected"), [
-    ([{"text": "a"}, {"text": "b"}], "found the columns text; needed are question, choices, answer"),
-    ([{"question": "a", "choice": ["b"], "answer": 0}], "did you mean 'choice'?"),
-    ([{"prompt": "a", "response": " "}, {"prompt": "b", "response": "c"}], "row 0 of train: response is empty"),
-    ([{"messages": [{"role": "user", "content": "a"}]}] * 2, "the assistant at the end"),
-    ([{"messages": [{"role": "boss", "content": "a"}]}] * 2, "with a role of system, user, assistant, tool"),
-    (conversations(4), "messages need a chat template, and the tokenizer has none"),
-    (multiple_choice(1), "1 question in train, of which 1 would be held out"),
-])
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([{"text": "a"}, {"text": "b"}], "found the columns text; needed are question, choices, answer"),
+        ([{"question": "a", "choice": ["b"], "answer": 0}], "did you mean 'choice'?"),
+        (
+            [{"prompt": "a", "response": " "}, {"prompt": "b", "response": "c"}],
+            "row 0 of train: response is empty",
+        ),
+        ([{"messages": [{"role": "user", "content": "a"}]}] * 2, "the assistant at the end"),
+        (
+            [{"messages": [{"role": "boss", "content": "a"}]}] * 2,
+            "with a role of system, user, assistant, tool",
+        ),
+        (conversations(4), "messages need a chat template, and the tokenizer has none"),
+        (multiple_choice(1), "1 question in train, of which 1 would be held out"),
+    ],
+)
 def test_other_forms_that_cannot_be_used_are_refused_with_a_reason(tmp_path, tokenizer, rows, expected):
     with pytest.raises(DataError) as caught:
         prepared(rows, tmp_path, tokenizer)
@@ -232,7 +275,9 @@ def test_other_forms_that_cannot_be_used_are_refused_with_a_reason(tmp_path, tok
 
 def test_messages_that_a_template_refuses_are_named(tmp_path):
     strict = question_tokenizer("{{ raise_exception('no system here') }}")
-    with pytest.raises(DataError, match="row 0 of train: the chat template refuses these messages: no system here"):
+    with pytest.raises(
+        DataError, match="row 0 of train: the chat template refuses these messages: no system here"
+    ):
         prepared(conversations(4), tmp_path, strict)
 
 

@@ -1,4 +1,6 @@
-"""Docstrings by section of the library reference: enough of them, no module on two sides, and something to learn."""
+"""Docstrings by section of the library reference: enough of them, no module on two sides, and something
+to learn.
+"""
 
 from collections import Counter
 from itertools import pairwise
@@ -37,7 +39,11 @@ def test_no_module_stands_in_two_sections():
 
 def test_docstrings_are_read_without_importing_anything():
     texts = set(stdlib_sections()["text"])
-    assert any(text.startswith("Mix-in class to handle one request") or "Base class for request handler classes" in text for text in texts)
+    assert any(
+        text.startswith("Mix-in class to handle one request")
+        or "Base class for request handler classes" in text
+        for text in texts
+    )
     assert stdlib_sections()[:5] == stdlib_sections.__wrapped__()[:5]
 
 

@@ -68,7 +68,9 @@ def test_a_class_in_one_group_alone_is_not_held_out():
 
 
 def test_groups_with_rows_of_several_classes_are_no_more_than_the_share():
-    """Two hundred patients with visits of all ten kinds each: a fifth of the rows is about a fifth of the patients."""
+    """Two hundred patients with visits of all ten kinds each: a fifth of the rows is about a fifth of the
+    patients.
+    """
     classes = [number % 10 for number in range(2000)]
     groups = [f"patient {number // 10}" for number in range(2000)]
     out = held_out(classes, 400, seed=0, spare=1, groups=groups)

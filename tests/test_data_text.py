@@ -69,7 +69,11 @@ def test_what_is_left_out_is_noted(tmp_path, tokenizer):
     path.write_text("".join(f'{{"text": "{text}"}}\n' for text in [*sentences(30), *sentences(30)[:4], "a"]))
     notes = prepare(config(path), tokenizer, seed=0).notes
     assert notes["duplicate_documents_left_out"] == 4
-    assert notes["train_documents_shorter_than_two_tokens"] + notes["validation_documents_shorter_than_two_tokens"] == 1
+    assert (
+        notes["train_documents_shorter_than_two_tokens"]
+        + notes["validation_documents_shorter_than_two_tokens"]
+        == 1
+    )
 
 
 def test_the_same_seed_gives_the_same_rows_and_another_seed_others(tmp_path, tokenizer):
@@ -80,7 +84,10 @@ def test_the_same_seed_gives_the_same_rows_and_another_seed_others(tmp_path, tok
 
 def test_limits_take_a_sample_over_all_rows(tmp_path, tokenizer):
     path = write(tmp_path, "jsonl")
-    whole, sample = prepare(config(path), tokenizer, seed=0), prepare(config(path, max_train_rows=10), tokenizer, seed=0)
+    whole, sample = (
+        prepare(config(path), tokenizer, seed=0),
+        prepare(config(path, max_train_rows=10), tokenizer, seed=0),
+    )
     assert len(sample.train) == 10 < len(whole.train)
     rows = whole.train["input_ids"][:]
     assert all(row in rows for row in sample.train["input_ids"])
@@ -108,17 +115,34 @@ def test_the_collator_masks_padding_and_the_first_token():
         ("text.jsonl", "", {}, "is empty"),
         ("text.jsonl", '{"text": "a b c"}\n{"text": \nnot json\n[1]\n', {}, "3 broken lines\n  line 2"),
         ("text.jsonl", '{"txt": "a b c"}\n{"txt": "d"}\n', {}, "no column 'text'; did you mean 'txt'?"),
-        ("text.jsonl", '{"text": "one document only, and long enough for a block of sixteen tokens"}\n', {}, "one document only"),
+        (
+            "text.jsonl",
+            '{"text": "one document only, and long enough for a block of sixteen tokens"}\n',
+            {},
+            "one document only",
+        ),
         ("text.jsonl", '{"text": "a"}\n{"text": "b"}\n{"text": "c"}\n', {}, "shorter than two tokens"),
-        ("text.jsonl", '{"text": "a"}\n{"text": "b"}\n{"text": "c"}\n', {"packing": False}, "shorter than two tokens"),
+        (
+            "text.jsonl",
+            '{"text": "a"}\n{"text": "b"}\n{"text": "c"}\n',
+            {"packing": False},
+            "shorter than two tokens",
+        ),
         ("text.jsonl", '{"text": "a b"}\n{"text": "b c d"}\n', {}, "lower max_length"),
         ("text.jsonl", '{"text": "a b"}\n{"text": null}\n', {}, "every document needs a text"),
-        ("text.jsonl", '{"text": ["a"]}\n{"text": ["b"]}\n', {}, "document 0 of train has 'text' = ['a'] (list)"),
+        (
+            "text.jsonl",
+            '{"text": ["a"]}\n{"text": ["b"]}\n',
+            {},
+            "document 0 of train has 'text' = ['a'] (list)",
+        ),
         ("text.parquet", "this is no parquet", {}, "cannot be read as .parquet"),
         ("text.csv", "text\n", {}, "no data"),
     ],
 )
-def test_text_that_cannot_be_used_is_refused_with_a_reason(tmp_path, tokenizer, name, content, changes, expected):
+def test_text_that_cannot_be_used_is_refused_with_a_reason(
+    tmp_path, tokenizer, name, content, changes, expected
+):
     path = tmp_path / name
     if content is not None:
         path.write_text(content)
@@ -132,10 +156,16 @@ def test_folders_and_names_that_cannot_be_read_are_refused_with_a_reason(tmp_pat
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "state.json").write_text("{")
     (tmp_path / "book.md").write_text("text")
-    splits = DatasetDict(train=Dataset.from_dict({"text": ["a", "b"]}), validation=Dataset.from_dict({"body": ["c"]}))
+    splits = DatasetDict(
+        train=Dataset.from_dict({"text": ["a", "b"]}), validation=Dataset.from_dict({"body": ["c"]})
+    )
     splits.save_to_disk(tmp_path / "uneven")
-    reasons = {"empty": "cannot be read as a folder", "torn": "cannot be read as a folder", "book.md": "unknown type of file",
-               "uneven": "no column 'text'"}
+    reasons = {
+        "empty": "cannot be read as a folder",
+        "torn": "cannot be read as a folder",
+        "book.md": "unknown type of file",
+        "uneven": "no column 'text'",
+    }
     for name, expected in reasons.items():
         with pytest.raises(DataError) as caught:
             read_documents(config(tmp_path / name))
@@ -152,13 +182,18 @@ def test_a_document_begins_with_bos_where_the_tokenizers_own_call_does(tmp_path,
     assert prepare(config(path, packing=False), tokenizer, seed=0).notes["each_document_begins_with"] == ""
     llama = tiny_tokenizer(sentences(200))
     llama.add_special_tokens({"bos_token": "<bos>"})
-    llama._tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", llama.bos_token_id)])
+    llama._tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", llama.bos_token_id)]
+    )
     prepared = prepare(config(path, packing=False), llama, seed=0)
     assert prepared.notes["each_document_begins_with"] == "<bos>"
     assert all(row[0] == llama.bos_token_id != row[1] for row in prepared.train["input_ids"])
 
 
-@pytest.mark.parametrize(("source", "expected"), [("pyton-docs", "did you mean 'python-docs'?"), ("./nowhere", "no such file or folder")])
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [("pyton-docs", "did you mean 'python-docs'?"), ("./nowhere", "no such file or folder")],
+)
 def test_a_source_that_is_nothing_says_what_it_may_be(source, expected):
     with pytest.raises(DataError) as caught:
         read_documents(config(source))

@@ -1,4 +1,6 @@
-"""The doctor on classifications: one that is well is left alone; a teacher that knows nothing, too few rows, too few tokens are named."""
+"""The doctor on classifications: one that is well is left alone; a teacher that knows nothing, too few
+rows, too few tokens are named.
+"""
 
 import json
 from pathlib import Path
@@ -27,7 +29,9 @@ def knowing(place) -> str:
 def well(place, knowing) -> dict:
     """A decoder that knows the classes, an encoder with a tokenizer of its own, enough held out."""
     student = classifier(place / "student", "bert", labels=["one", "two"], tokens=280, seed=1)
-    raw = classification(knowing, student, max_steps=40, warmup_steps=4, learning_rate=1e-3, eval_steps=10, logging_steps=5)
+    raw = classification(
+        knowing, student, max_steps=40, warmup_steps=4, learning_rate=1e-3, eval_steps=10, logging_steps=5
+    )
     return {**raw, "data": {"source": source(place, 600), "validation": 0.2, "max_length": 32}}
 
 
@@ -43,17 +47,24 @@ def test_a_classification_that_is_well_is_left_alone(well):
 
 
 def test_a_teacher_that_knows_nothing_is_named_with_its_accuracy(well, place):
-    severity, what = found({**well, "teacher": {"model": classifier(place / "random", labels=LABELS, seed=2)}})["teacher.model"]
+    severity, what = found(
+        {**well, "teacher": {"model": classifier(place / "random", labels=LABELS, seed=2)}}
+    )["teacher.model"]
     assert severity in ("critical", "warning")
     assert "its accuracy on 128 training rows is" in what
 
 
 def test_a_teacher_whose_classes_have_no_names_is_taken_in_the_order_of_the_datas_and_said(well, place):
     said = doctor.diagnose(parse({**well, "teacher": {"model": classifier(place / "unnamed", labels=None)}}))
-    assert any("have no names (LABEL_0" in each.what and "animals, tools, weather" in each.why for each in said), text(said)
+    assert any(
+        "have no names (LABEL_0" in each.what and "animals, tools, weather" in each.why for each in said
+    ), text(said)
 
 
-@pytest.mark.parametrize(("labels", "words"), [(["one", "two"], "a head for 2 classes; the data has 3"), (None, "no head for classes")])
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [(["one", "two"], "a head for 2 classes; the data has 3"), (None, "no head for classes")],
+)
 def test_a_teacher_without_a_head_is_a_finding_that_names_the_stage(well, place, labels, words):
     folder = place / f"headless {labels}"
     model = classifier(folder, labels=labels or LABELS)
@@ -75,18 +86,27 @@ def test_with_a_stage_the_teacher_is_not_measured_before_it_is_trained(well, pla
     assert any("trained first (teacher_stage)" in each.what for each in said)
 
 
-@pytest.mark.parametrize(("labels", "where", "words"), [
-    (["tools", "plants", "weather"], "data.source", "label 'animals', which the teacher does not know"),
-    (["red", "green", "blue"], "teacher.model", "its classes are red, green, blue"),
-])
+@pytest.mark.parametrize(
+    ("labels", "where", "words"),
+    [
+        (["tools", "plants", "weather"], "data.source", "label 'animals', which the teacher does not know"),
+        (["red", "green", "blue"], "teacher.model", "its classes are red, green, blue"),
+    ],
+)
 def test_a_teacher_with_other_classes_is_named(well, place, labels, where, words):
-    severity, what = found({**well, "teacher": {"model": classifier(place / labels[0], labels=labels)}})[where]
+    severity, what = found({**well, "teacher": {"model": classifier(place / labels[0], labels=labels)}})[
+        where
+    ]
     assert severity == "critical"
     assert words in what
 
 
 def test_few_held_out_rows_and_small_steps_are_named(well):
-    raw = {**well, "data": {**well["data"], "max_eval_rows": 30}, "training": {**well["training"], "per_device_train_batch_size": 2}}
+    raw = {
+        **well,
+        "data": {**well["data"], "max_eval_rows": 30},
+        "training": {**well["training"], "per_device_train_batch_size": 2},
+    }
     said = found(raw)
     assert "30 rows are held out" in said["data.max_eval_rows"][1]
     assert "2 rows" in said["training.gradient_accumulation_steps"][1]
@@ -96,7 +116,9 @@ def test_small_classes_are_named_with_their_rows(well, place):
     with_one_more = place / "weather_is_rare.jsonl"
     rows = [json.loads(line) for line in Path(source(place, 600)).read_text().splitlines()]
     rare = [number for number, row in enumerate(rows) if row["label"] == "weather"][4:]
-    with_one_more.write_text("".join(json.dumps(row) + "\n" for number, row in enumerate(rows) if number not in set(rare)))
+    with_one_more.write_text(
+        "".join(json.dumps(row) + "\n" for number, row in enumerate(rows) if number not in set(rare))
+    )
     raw = {**well, "data": {**well["data"], "source": str(with_one_more)}}
     said = found(raw)
     assert "1 of 3 classes have fewer than 10 of the" in said["data.label"][1]

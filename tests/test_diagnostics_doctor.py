@@ -28,8 +28,18 @@ from kdlib.workbench import cli
 
 SICK = Path(__file__).parent / "sick"
 CULPRITS = {  # config → (setting, severity, a figure in the finding, what --fix writes)
-    "steps_counted_in_batches": ("training.warmup_steps", "critical", "500 optimizer steps in a training of 12", 0.1),
-    "feature_term_from_the_start": ("loss.curriculum.0.weights.hidden", "warning", "comes in with phase 2, at 0.5", 0),
+    "steps_counted_in_batches": (
+        "training.warmup_steps",
+        "critical",
+        "500 optimizer steps in a training of 12",
+        0.1,
+    ),
+    "feature_term_from_the_start": (
+        "loss.curriculum.0.weights.hidden",
+        "warning",
+        "comes in with phase 2, at 0.5",
+        0,
+    ),
     "weights_of_a_batchmean": ("loss.weights.kd", "warning", "times as much as kd", None),
     "float16_overflow": ("precision", "critical", "float16", "auto"),
     "rows_without_a_target": ("data.text", "warning", "shorter than two tokens", "text"),
@@ -39,7 +49,9 @@ CULPRITS = {  # config → (setting, severity, a figure in the finding, what --f
 
 @pytest.fixture(scope="session")
 def patients(tmp_path_factory) -> dict[str, Path]:
-    """Two teachers that are sure of themselves, one of them beyond float16; and a text with a column of answers."""
+    """Two teachers that are sure of themselves, one of them beyond float16; and a text with a column of
+    answers.
+    """
     folder, found = tmp_path_factory.mktemp("patients"), {}
     for name, scale in (("sharp", 6.0), ("hot", 1e5)):
         model = tiny_model()
@@ -51,8 +63,12 @@ def patients(tmp_path_factory) -> dict[str, Path]:
     found["text"].write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences(700, seed=1)))
     found["answers"] = folder / "answers"
     answers = ["ABCD"[i % 4] if i % 8 else f"all but {i}" for i in range(700)]
-    rows = [{"text": text, "answer": answer} for text, answer in zip(sentences(700, seed=1), answers, strict=True)]
-    DatasetDict(train=Dataset.from_list(rows[:600]), validation=Dataset.from_list(rows[600:])).save_to_disk(folder / "answers")
+    rows = [
+        {"text": text, "answer": answer} for text, answer in zip(sentences(700, seed=1), answers, strict=True)
+    ]
+    DatasetDict(train=Dataset.from_list(rows[:600]), validation=Dataset.from_list(rows[600:])).save_to_disk(
+        folder / "answers"
+    )
     return found
 
 
@@ -74,8 +90,16 @@ def sick(patients, tmp_path):
 @pytest.fixture(scope="session")
 def well(patients) -> dict:
     """The quickstart with a tiny teacher and text, as plain data."""
-    tiny = {"teacher.model": str(patients["sharp"]), "student.layers": 2, "data.source": str(patients["text"]), "data.max_length": 32,
-            "data.max_eval_rows": 40, "training.per_device_train_batch_size": 8, "training.use_cpu": True, "precision": "float32"}
+    tiny = {
+        "teacher.model": str(patients["sharp"]),
+        "student.layers": 2,
+        "data.source": str(patients["text"]),
+        "data.max_length": 32,
+        "data.max_eval_rows": 40,
+        "training.per_device_train_batch_size": 8,
+        "training.use_cpu": True,
+        "precision": "float32",
+    }
     return load(project_root() / "configs" / "quickstart.yaml", tiny).as_dict()
 
 
@@ -83,7 +107,10 @@ def well(patients) -> dict:
 def made(well) -> dict:
     """What does not depend on training and loss, made once for all tests."""
     subject = Subject(parse(well))
-    return {name: getattr(subject, name) for name in ("tokenizer", "configs", "split", "prepared", "teacher", "student")}
+    return {
+        name: getattr(subject, name)
+        for name in ("tokenizer", "configs", "split", "prepared", "teacher", "student")
+    }
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +120,9 @@ def usual_forecast(well):
 
 @pytest.fixture(autouse=True)
 def forecast_made_once(monkeypatch, usual_forecast):
-    """A second for each of some seventy visits would tell nothing more: tests/test_diagnostics_memory.py asks about forecasts."""
+    """A second for each of some seventy visits would tell nothing more: tests/test_diagnostics_memory.py
+    asks about forecasts.
+    """
     monkeypatch.setattr(model_checks, "forecast", lambda config, **options: usual_forecast)
 
 
@@ -129,7 +158,8 @@ def test_the_doctor_names_the_culprit_and_its_fix_trains(name, sick, tmp_path):
 
     before, after = file.read_text().splitlines(), visit.text.splitlines()
     touched = [line for line in after if line not in before]
-    assert len(after) - len(before) <= len(touched) <= len(visit.changes)  # every other line is as it was, comments and all
+    # every other line is as it was, comments and all
+    assert len(after) - len(before) <= len(touched) <= len(visit.changes)
     assert [line for line in after if line in before] == [line for line in before if line in after]
 
     config = parse(yaml.safe_load(visit.text))
@@ -152,33 +182,67 @@ def test_the_quickstart_itself_has_no_findings(kd_doctor):
 
 TRAINING = {  # what is changed in training → the findings; 476 rows of 32 tokens, batches of 8
     "warm-up of most steps": ({"warmup_steps": 20}, {"warmup_steps": "warning"}),
-    "warm-up as long as the training, of a schedule without one": ({"warmup_steps": 36, "lr_scheduler_type": "constant"}, {}),
-    "the schedule's own steps": ({"lr_scheduler_kwargs": {"num_training_steps": 4000}}, {"lr_scheduler_kwargs": "critical"}),
-    "a word that the schedule does not know": ({"lr_scheduler_kwargs": {"cycles": 2}}, {"lr_scheduler_kwargs": "critical"}),
+    "warm-up as long as the training, of a schedule without one": (
+        {"warmup_steps": 36, "lr_scheduler_type": "constant"},
+        {},
+    ),
+    "the schedule's own steps": (
+        {"lr_scheduler_kwargs": {"num_training_steps": 4000}},
+        {"lr_scheduler_kwargs": "critical"},
+    ),
+    "a word that the schedule does not know": (
+        {"lr_scheduler_kwargs": {"cycles": 2}},
+        {"lr_scheduler_kwargs": "critical"},
+    ),
     "a word that is read after the warm-up": (
-        {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": "many"}}, {"lr_scheduler_kwargs": "critical"}),
-    "a learning rate below 0": ({"learning_rate": -1e-3}, {"learning_rate": "critical", "lr_scheduler_kwargs": "critical"}),
+        {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": "many"}},
+        {"lr_scheduler_kwargs": "critical"},
+    ),
+    "a learning rate below 0": (
+        {"learning_rate": -1e-3},
+        {"learning_rate": "critical", "lr_scheduler_kwargs": "critical"},
+    ),
     "a plateau, whose course nobody knows": ({"lr_scheduler_type": "reduce_lr_on_plateau"}, {}),
     "a course that ends too early": (
-        {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 8}}, {"lr_scheduler_type": "warning"}),
-    "flat near zero": ({"lr_scheduler_type": {"steps": {0: 1.0, 0.2: 0.01}}, "warmup_steps": 0}, {"lr_scheduler_type": "warning"}),
+        {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 8}},
+        {"lr_scheduler_type": "warning"},
+    ),
+    "flat near zero": (
+        {"lr_scheduler_type": {"steps": {0: 1.0, 0.2: 0.01}}, "warmup_steps": 0},
+        {"lr_scheduler_type": "warning"},
+    ),
     "no learning rate": ({"learning_rate": 0}, {"learning_rate": "critical"}),
     "high": ({"learning_rate": 0.2}, {"learning_rate": "warning"}),
     "far too high": ({"learning_rate": 10}, {"learning_rate": "critical"}),
-    "low by its schedule": ({"lr_scheduler_type": {"linear": [0.01, 0.01]}, "warmup_steps": 0}, {"learning_rate": "warning"}),
+    "low by its schedule": (
+        {"lr_scheduler_type": {"linear": [0.01, 0.01]}, "warmup_steps": 0},
+        {"learning_rate": "warning"},
+    ),
     "far too low": ({"learning_rate": 1e-8}, {"learning_rate": "critical"}),
-    "what is low for AdamW is low for SGD": ({"optim": "sgd", "learning_rate": 2e-5}, {"learning_rate": "warning"}),
+    "what is low for AdamW is low for SGD": (
+        {"optim": "sgd", "learning_rate": 2e-5},
+        {"learning_rate": "warning"},
+    ),
     "what is high for AdamW is not for SGD": ({"optim": "sgd", "learning_rate": 0.5}, {}),
     "an optimizer without a rule": ({"optim": "rmsprop", "learning_rate": 1e-7}, {}),
-    "batches for steps": ({"gradient_accumulation_steps": 4, "max_steps": "batches"}, {"max_steps": "warning"}),
+    "batches for steps": (
+        {"gradient_accumulation_steps": 4, "max_steps": "batches"},
+        {"max_steps": "warning"},
+    ),
     "logged too seldom": ({"logging_steps": 100, "eval_steps": 10}, {"logging_steps": "warning"}),
     "evaluated too seldom": ({"eval_steps": 500}, {"eval_steps": "warning"}),
     "never evaluated": ({"eval_strategy": "no", "eval_steps": 500}, {}),
     "few tokens": ({"per_device_train_batch_size": 1}, {"gradient_accumulation_steps": "warning"}),
-    "more rows than there are": ({"gradient_accumulation_steps": 100}, {"gradient_accumulation_steps": "warning"}),
+    "more rows than there are": (
+        {"gradient_accumulation_steps": 100},
+        {"gradient_accumulation_steps": "warning"},
+    ),
     "no step": ({"max_steps": 0}, {"": "critical"}),
     "no row": ({"per_device_train_batch_size": 0}, {"": "critical"}),
-    "no whole batch": ({"max_steps": -1, "per_device_train_batch_size": 1000, "dataloader_drop_last": True}, {"": "critical"}),
+    "no whole batch": (
+        {"max_steps": -1, "per_device_train_batch_size": 1000, "dataloader_drop_last": True},
+        {"": "critical"},
+    ),
     "by epochs": ({"max_steps": -1, "num_train_epochs": 2}, {}),
 }
 
@@ -194,18 +258,33 @@ def test_a_training_that_cannot_go_well_is_named(name, well, made):
 
 
 LOSS = {
-    "a phase without a step": ({"curriculum": [{"until": 0.51}, {"until": 0.52, "weights": {"kd": 1.0}}, {"until": 1.0}]},
-                               {"curriculum.1.until": "warning"}),
+    "a phase without a step": (
+        {"curriculum": [{"until": 0.51}, {"until": 0.52, "weights": {"kd": 1.0}}, {"until": 1.0}]},
+        {"curriculum.1.until": "warning"},
+    ),
     "a feature term that fades": (
-        {"weights": {"kd": 0.7, "hidden": 0.5}, "curriculum": [{"until": 0.5}, {"until": 1.0, "weights": {"hidden": 0}}]}, {}),
-    "a feature term alone at first": ({"weights": {"hidden": 0.5}, "curriculum": [{"until": 0.5}, {"until": 1, "weights": {"hidden": 1}}]},
-                                      {"curriculum.0.weights.hidden": "warning"}),
+        {
+            "weights": {"kd": 0.7, "hidden": 0.5},
+            "curriculum": [{"until": 0.5}, {"until": 1.0, "weights": {"hidden": 0}}],
+        },
+        {},
+    ),
+    "a feature term alone at first": (
+        {"weights": {"hidden": 0.5}, "curriculum": [{"until": 0.5}, {"until": 1, "weights": {"hidden": 1}}]},
+        {"curriculum.0.weights.hidden": "warning"},
+    ),
     "top k without kd": ({"weights": {"ce": 1.0, "reverse_kl": 1.0}, "top_k": 8}, {"top_k": "warning"}),
     "attention": ({"weights": {"kd": 0.7, "attention": 0.5}}, {}),
-    "no such layers": ({"weights": {"kd": 0.7, "hidden": 0.5}, "features": {"layers": [[0, 9]]}}, {"features.layers": "critical"}),
+    "no such layers": (
+        {"weights": {"kd": 0.7, "hidden": 0.5}, "features": {"layers": [[0, 9]]}},
+        {"features.layers": "critical"},
+    ),
     "hot at first": ({"temperature": {"linear": [200, 1]}}, {"temperature": "warning"}),
     "hot by term": ({"temperature": {"kd": 200}}, {"temperature.kd": "critical"}),
-    "a feature term a thousand times too large": ({"weights": {"kd": 0.7, "ce": 0.3, "hidden": 1e5}}, {"weights.hidden": "warning"}),
+    "a feature term a thousand times too large": (
+        {"weights": {"kd": 0.7, "ce": 0.3, "hidden": 1e5}},
+        {"weights.hidden": "warning"},
+    ),
     "a weight that is never there": ({"weights": {"kd": 0.7, "ce": 0.3, "hidden": 0}}, {}),
 }
 
@@ -216,7 +295,8 @@ def test_a_loss_that_cannot_go_well_is_named(name, well, made):
     findings = doctor.diagnose(parse({**well, "loss": {**well["loss"], **changes}}), made=made)
     assert named(findings) == {f"loss.{key}": severity for key, severity in expected.items()}, findings
     if name == "a feature term alone at first":
-        assert not any(each.change for each in findings)  # a weight of 0 would leave phase 1 with nothing to learn
+        # a weight of 0 would leave phase 1 with nothing to learn
+        assert not any(each.change for each in findings)
     if name == "attention":
         assert "eager" in next(each.what for each in findings if each.where == "loss.weights.attention")
 
@@ -230,10 +310,14 @@ def test_what_is_measured_is_what_a_training_begins_with(well, made, tmp_path):
     tokens = kept(batch["labels"])
     inside = {"hidden": True, "attention": False}
     with torch.no_grad():
-        student = signal_of(made["student"], batch, tokens, vocabulary=300, form=None, inside=Inside((0, 1), **inside))
+        student = signal_of(
+            made["student"], batch, tokens, vocabulary=300, form=None, inside=Inside((0, 1), **inside)
+        )
         teacher = made["teacher"](batch, tokens, Inside((1, 3), **inside))
         book = ledger(student, teacher, tokens.targets, moment=moment, count=len(tokens.targets))
-    assert subject.batch.means(moment) == pytest.approx({name: entry.mean.item() for name, entry in book.entries.items()}, rel=1e-4)
+    assert subject.batch.means(moment) == pytest.approx(
+        {name: entry.mean.item() for name, entry in book.entries.items()}, rel=1e-4
+    )
 
 
 def test_a_proposed_weight_makes_shares_equal(well, made):
@@ -266,22 +350,33 @@ def test_a_dtype_that_the_machine_is_bad_at_is_named(name, well, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     findings = list(config_checks.device_has_the_dtype(Subject(parse({**well, "precision": precision}))))
-    assert [(each.severity, each.change) for each in findings] == [(severity, {"precision": "auto"})] * bool(severity)
+    assert [(each.severity, each.change) for each in findings] == [(severity, {"precision": "auto"})] * bool(
+        severity
+    )
 
 
 @pytest.mark.parametrize("kind", ["activation", "gradient"])
 def test_reentrant_checkpointing_beside_a_feature_term_is_mended(well, made, kind):
-    training = {**well["training"], f"{kind}_checkpointing": True, f"{kind}_checkpointing_kwargs": {"use_reentrant": True}}
+    training = {
+        **well["training"],
+        f"{kind}_checkpointing": True,
+        f"{kind}_checkpointing_kwargs": {"use_reentrant": True},
+    }
     raw = {**well, "training": training}
     assert list(config_checks.checkpointing_lets_gradients_through(Subject(parse(raw), made))) == []
     raw = {**raw, "loss": {**well["loss"], "weights": {"kd": 0.7, "hidden": 0.5}}}
     (finding,) = config_checks.checkpointing_lets_gradients_through(Subject(parse(raw), made))
     assert finding.change == {f"training.{kind}_checkpointing_kwargs.use_reentrant": False}
-    assert list(config_checks.checkpointing_lets_gradients_through(Subject(parse(raw, finding.change), made))) == []
+    assert (
+        list(config_checks.checkpointing_lets_gradients_through(Subject(parse(raw, finding.change), made)))
+        == []
+    )
 
 
 def texts(folder: Path, train: list[str], validation: list[str]) -> str:
-    DatasetDict(train=Dataset.from_dict({"text": train}), validation=Dataset.from_dict({"text": validation})).save_to_disk(folder)
+    DatasetDict(
+        train=Dataset.from_dict({"text": train}), validation=Dataset.from_dict({"text": validation})
+    ).save_to_disk(folder)
     return str(folder)
 
 
@@ -292,10 +387,20 @@ DATA = {  # training text, validation text, settings → findings
     "long texts are packed": (LONG * 3, sentences(60, seed=5), {}, {}),
     "held-out texts are trained on": (sentences(300), sentences(60), {}, {"data.source": "warning"}),
     "little is held out": (sentences(300), sentences(60, seed=5)[:3], {}, {"data.validation": "warning"}),
-    "few rows are taken": (sentences(300), sentences(60, seed=5), {"max_eval_rows": 4}, {"data.max_eval_rows": "warning"}),
+    "few rows are taken": (
+        sentences(300),
+        sentences(60, seed=5),
+        {"max_eval_rows": 4},
+        {"data.max_eval_rows": "warning"},
+    ),
     "nothing to predict": (["a"] * 300, ["a"] * 60, {}, {"data.text": "critical", "data.source": "critical"}),
     "some say nothing": (sentences(300) + [""] * 30, sentences(60, seed=5), {}, {"data.text": "warning"}),
-    "rows beyond the positions": (sentences(300), sentences(60, seed=5), {"max_length": 100}, {"data.max_length": "critical"}),
+    "rows beyond the positions": (
+        sentences(300),
+        sentences(60, seed=5),
+        {"max_length": 100},
+        {"data.max_length": "critical"},
+    ),
 }
 
 
@@ -304,7 +409,9 @@ def test_a_text_from_which_little_can_be_learned_is_named(name, well, made, tmp_
     train_texts, validation, settings, expected = DATA[name]
     source = {"source": texts(tmp_path / "texts", train_texts, validation), **settings}
     reused = {key: made[key] for key in ("tokenizer", "configs")}
-    findings = doctor.diagnose(parse({**well, "data": {**well["data"], "max_eval_rows": None, **source}}), quick=True, made=reused)
+    findings = doctor.diagnose(
+        parse({**well, "data": {**well["data"], "max_eval_rows": None, **source}}), quick=True, made=reused
+    )
     assert named(findings) == expected, findings
 
 
@@ -317,7 +424,11 @@ def test_texts_that_come_twice_hint_at_the_wrong_column(well, made, tmp_path):
 
 
 def test_what_cannot_be_had_is_named_once_and_the_other_checks_go_on(well):
-    raw = {**well, "data": {**well["data"], "source": "missing.jsonl"}, "training": {**well["training"], "warmup_steps": 900}}
+    raw = {
+        **well,
+        "data": {**well["data"], "source": "missing.jsonl"},
+        "training": {**well["training"], "warmup_steps": 900},
+    }
     findings = doctor.diagnose(parse(raw))
     assert named(findings) == {"data.source": "critical", "training.warmup_steps": "critical"}
     assert len([each for each in findings if each.where == "data.source"]) == 1
@@ -330,18 +441,36 @@ def test_a_student_of_its_own_is_held_against_the_teacher(well, made, tmp_path, 
     tokenizer = AutoTokenizer.from_pretrained(patients["sharp"])
     tokenizer.add_special_tokens({"eos_token": "a"})
     tokenizer.chat_template = "{{ messages }}"
-    small = LlamaConfig(vocab_size=304, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    small = LlamaConfig(
+        vocab_size=304, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
     for part in (LlamaForCausalLM(small), tokenizer):
         part.save_pretrained(tmp_path / "student")
-    raw = {**well, "student": {"from": str(tmp_path / "student")}, "loss": {**well["loss"], "weights": {"kd": 0.7, "hidden": 0.5}}}
-    findings = doctor.diagnose(parse(raw), made={name: made[name] for name in ("tokenizer", "split", "prepared", "teacher")})
-    said = {(each.severity, each.where, word) for each in findings for word in ("eos_token", "chat_template", "304 rows", "projection")
-            if word in each.what + each.why}
-    assert said == {("warning", "student.from", "eos_token"), ("note", "student.from", "chat_template"),
-                    ("note", "student.from", "304 rows"), ("note", "loss.weights.hidden", "projection")}
+    raw = {
+        **well,
+        "student": {"from": str(tmp_path / "student")},
+        "loss": {**well["loss"], "weights": {"kd": 0.7, "hidden": 0.5}},
+    }
+    findings = doctor.diagnose(
+        parse(raw), made={name: made[name] for name in ("tokenizer", "split", "prepared", "teacher")}
+    )
+    said = {
+        (each.severity, each.where, word)
+        for each in findings
+        for word in ("eos_token", "chat_template", "304 rows", "projection")
+        if word in each.what + each.why
+    }
+    assert said == {
+        ("warning", "student.from", "eos_token"),
+        ("note", "student.from", "chat_template"),
+        ("note", "student.from", "304 rows"),
+        ("note", "loss.weights.hidden", "projection"),
+    }
 
     tiny_tokenizer(sentences(50, seed=9), size=290).save_pretrained(tmp_path / "student")
-    findings = doctor.diagnose(parse(raw), made={name: made[name] for name in ("tokenizer", "split", "prepared", "teacher")})
+    findings = doctor.diagnose(
+        parse(raw), made={name: made[name] for name in ("tokenizer", "split", "prepared", "teacher")}
+    )
     assert ("student", "critical") in named(findings).items()
     assert "different vocabularies" in next(each.what for each in findings if each.where == "student")
     assert any("was not measured" in each.what for each in findings)
@@ -352,7 +481,11 @@ def test_a_teacher_that_says_nan_is_named(well, made, patients, tmp_path):
     torch.nn.init.constant_(model.model.norm.weight, math.nan)
     model.save_pretrained(tmp_path / "broken")
     tiny_tokenizer(sentences(200)).save_pretrained(tmp_path / "broken")
-    raw = {**well, "teacher": {"model": str(tmp_path / "broken")}, "student": {"from": "teacher", "layers": 2, "keep": "even"}}
+    raw = {
+        **well,
+        "teacher": {"model": str(tmp_path / "broken")},
+        "student": {"from": "teacher", "layers": 2, "keep": "even"},
+    }
     assert named(doctor.diagnose(parse(raw))) == {"teacher.model": "critical"}
 
 
@@ -366,7 +499,9 @@ def test_an_untrained_teacher_is_named_and_no_temperature_is_proposed(well, made
 
 def test_the_command_says_what_is_wrong_by_its_exit_status(kd_doctor, sick, tmp_path):
     file = sick("feature_term_from_the_start")
-    assert [kd_doctor(file, "--quick", *words)[0] for words in ((), ("--strict",), ("-o", "precision=float16"))] == [0, 1, 2]
+    assert [
+        kd_doctor(file, "--quick", *words)[0] for words in ((), ("--strict",), ("-o", "precision=float16"))
+    ] == [0, 1, 2]
     status, said, err = kd_doctor(file, "--quick", "-o", "loss.temprature=3", "-o", "data.max_length=1")
     assert status == 2
     assert "CRITICAL  loss.temprature" in said
@@ -390,7 +525,12 @@ def test_the_command_mends_into_another_file_and_says_what_it_changed(kd_doctor,
     assert "changed:\n  seed: 7\n  training.warmup_steps: 0.1" in said
     assert "left to you" in said
     changed = target.read_text()
-    assert changed.replace("warmup_steps: 0.1                #", "warmup_steps: 500                #").replace("seed: 7\n", "") == before
+    assert (
+        changed.replace("warmup_steps: 0.1                #", "warmup_steps: 500                #").replace(
+            "seed: 7\n", ""
+        )
+        == before
+    )
     assert load(target).seed == 7
     status, said, _ = kd_doctor(target, "--quick", "--json", "--strict")
     assert status == 0
@@ -400,7 +540,9 @@ def test_the_command_mends_into_another_file_and_says_what_it_changed(kd_doctor,
 
 
 @pytest.mark.parametrize(("gib", "severity"), [(0.01, "critical"), (64, None)])
-def test_a_training_that_does_not_fit_the_device_is_named_with_the_forecast(well, made, monkeypatch, gib, severity):
+def test_a_training_that_does_not_fit_the_device_is_named_with_the_forecast(
+    well, made, monkeypatch, gib, severity
+):
     monkeypatch.setattr(model_checks, "forecast", forecast)
     monkeypatch.setattr("kdlib.diagnostics.memory.device_memory", lambda device: (int(gib * 2**30),) * 2)
     found = {each.where: each for each in doctor.diagnose(parse(well), quick=True, made=made)}

@@ -88,7 +88,10 @@ def test_the_second_of_two_equal_keys_is_not_lost():
 
 
 def test_findings_are_ordered_and_counted():
-    some = [Finding(severity, f"a.{severity}", "what", "why", "fix") for severity in ("note", "warning", "critical", "warning")]
+    some = [
+        Finding(severity, f"a.{severity}", "what", "why", "fix")
+        for severity in ("note", "warning", "critical", "warning")
+    ]
     ordered = findings.ordered([*some, Finding("warning", "b", "what", "why", "fix", {"b": 1})])
     assert [each.severity for each in ordered] == ["critical", "warning", "warning", "note"]
     assert findings.text(ordered).startswith("1 critical, 2 warnings, 1 note")
@@ -98,7 +101,8 @@ def test_findings_are_ordered_and_counted():
 
 
 @pytest.mark.parametrize(
-    ("severities", "usual", "strict"), [([], 0, 0), (["note"], 0, 0), (["note", "warning"], 0, 1), (["warning", "critical"], 2, 2)]
+    ("severities", "usual", "strict"),
+    [([], 0, 0), (["note"], 0, 0), (["note", "warning"], 0, 1), (["warning", "critical"], 2, 2)],
 )
 def test_the_exit_status_goes_by_the_gravest(severities, usual, strict):
     some = [Finding(severity, "a", "what", "why", "fix") for severity in severities]

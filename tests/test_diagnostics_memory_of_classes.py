@@ -1,4 +1,6 @@
-"""The forecast of a classification: models with the data's classes, rows as both models read them, and a peak that real steps reach."""
+"""The forecast of a classification: models with the data's classes, rows as both models read them, and a
+peak that real steps reach.
+"""
 
 import pytest
 import torch
@@ -24,7 +26,10 @@ from kdlib.training.run import training_arguments, workspace_of
 def raws(tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("pairs")
     teacher = classifier(folder / "teacher")
-    made = {f"llama to {kind}": classification(teacher, classifier(folder / kind, kind, tokens=280)) for kind in ("bert", "gpt2")}
+    made = {
+        f"llama to {kind}": classification(teacher, classifier(folder / kind, kind, tokens=280))
+        for kind in ("bert", "gpt2")
+    }
     own = {**classification(teacher, "teacher"), "student": {"from": "teacher", "layers": 1}}
     return made | {"llama to its own layer": own}
 
@@ -35,9 +40,18 @@ def test_parameters_are_those_of_the_real_classifiers_and_every_moment_has_a_pea
     found = forecast(config, classes=3)
     assert found.parameters["teacher"] == parameters(load_classifier(config.teacher.model, LABELS))
     if config.student.source != "teacher":
-        assert found.parameters["student"] == parameters(load_classifier(config.student.source, LABELS, untrained=True))
+        assert found.parameters["student"] == parameters(
+            load_classifier(config.student.source, LABELS, untrained=True)
+        )
     assert found.moments["optimizer step"]["gradients"] == 4 * found.parameters["student"]
-    assert set(found.moments) == {"student's forward", "teacher's forward", "loss", "backward", "optimizer step", "evaluation"}
+    assert set(found.moments) == {
+        "student's forward",
+        "teacher's forward",
+        "loss",
+        "backward",
+        "optimizer step",
+        "evaluation",
+    }
     assert found.chunk is None
     assert not found.compiled
     assert any("data.max_length (32) tokens" in note for note in found.notes)
@@ -53,13 +67,20 @@ def test_a_rehearsal_without_data_holds_what_the_same_step_holds_with_data(raws,
             with Allocations() as watch:
                 watch.hold([*rehearsal.student.parameters(), *rehearsal.teacher.parameters()])
                 rehearsal.train(batch, rehearsal.moments[0], count=4, phase=watch.phase)
-        held.append({name: sum(block.bytes for block in watch.held(watch.peak(*span))) for name, span in watch.spans.items()})
+        held.append(
+            {
+                name: sum(block.bytes for block in watch.held(watch.peak(*span)))
+                for name, span in watch.spans.items()
+            }
+        )
     assert held[0] == pytest.approx(held[1], rel=0.02)
 
 
 def test_each_model_reads_rows_of_its_own_where_the_student_is_not_made_from_the_teacher(raws):
-    made = {name: Rehearsal(outline(parsed(raws[name]), 3), dtype=torch.float32, workspace=Workspace(64)).batch(4)
-            for name in ("llama to bert", "llama to its own layer")}
+    made = {
+        name: Rehearsal(outline(parsed(raws[name]), 3), dtype=torch.float32, workspace=Workspace(64)).batch(4)
+        for name in ("llama to bert", "llama to its own layer")
+    }
     both = made["llama to bert"]
     assert both["input_ids"].shape == both["teacher_input_ids"].shape == (4, 32)
     assert both["input_ids"].max() < 280
@@ -80,13 +101,17 @@ def test_the_number_of_classes_is_the_datas_else_the_configs_else_the_teachers_a
 
 def test_a_longer_row_and_a_larger_batch_take_more(raws):
     raw = raws["llama to bert"]
-    peaks = [forecast(parsed(raw, **changes), classes=3).peak_in_training
-             for changes in ({}, {"data__max_length": 64}, {"training__per_device_train_batch_size": 32})]
+    peaks = [
+        forecast(parsed(raw, **changes), classes=3).peak_in_training
+        for changes in ({}, {"data__max_length": 64}, {"training__per_device_train_batch_size": 32})
+    ]
     assert peaks[0] < min(peaks[1:])
 
 
 def test_bfloat16_is_forecast_and_said_in_words(raws):
-    said = described(outlook(parsed(raws["llama to bert"], precision="bfloat16"), classes=3, rows=48, timed=False))
+    said = described(
+        outlook(parsed(raws["llama to bert"], precision="bfloat16"), classes=3, rows=48, timed=False)
+    )
     assert "bfloat16 on cpu; all logits at once" in said
     assert "note: each row is taken to have" in said
 

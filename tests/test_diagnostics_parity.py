@@ -1,4 +1,6 @@
-"""The self-test passes where all is well, and names each of five planted errors by the line that it belongs to."""
+"""The self-test passes where all is well, and names each of five planted errors by the line that it
+belongs to.
+"""
 
 import copy
 import random
@@ -31,7 +33,11 @@ FEATURES = {"kd": 0.5, "ce": 0.2, "hidden": 0.3, "attention": 0.2, "relational":
 PADDED = {"packing": False, "max_length": 24}
 
 
-CHUNKS, ACCUMULATION, PADDING = "10 logits at a time = all at once", "1 batch of 3 rows = 3 of 1", "rows padded together = each row alone"
+CHUNKS, ACCUMULATION, PADDING = (
+    "10 logits at a time = all at once",
+    "1 batch of 3 rows = 3 of 1",
+    "rows padded together = each row alone",
+)
 EVALUATION, TEACHER = "training = evaluation", "student = teacher"
 
 
@@ -43,7 +49,9 @@ def table(raw, parts=None, **part):
 def failed(raw, parts=None) -> list[str]:
     """Which comparisons failed, by the beginning of what they compare."""
     found = table(raw, parts)
-    return list(dict.fromkeys(re.split("[:,]", line)[0] for line in found[found["result"] == "fail"]["compared"]))
+    return list(
+        dict.fromkeys(re.split("[:,]", line)[0] for line in found[found["result"] == "fail"]["compared"])
+    )
 
 
 CONFIGS = {
@@ -52,13 +60,20 @@ CONFIGS = {
     "samples": {"samples": 8, "weights": {"kd": 1.0}},
     "ce alone": {"weights": {"ce": 1.0}},
     "features": {"weights": FEATURES},
-    "curriculum": {"weights": {"kd": 1.0}, "temperature": 4, "curriculum": [
-        {"until": 0.3, "weights": {"hidden": 0}}, {"until": 1, "weights": {"hidden": 0.5}, "ramp": 0.1}]},
+    "curriculum": {
+        "weights": {"kd": 1.0},
+        "temperature": 4,
+        "curriculum": [
+            {"until": 0.3, "weights": {"hidden": 0}},
+            {"until": 1, "weights": {"hidden": 0.5}, "ramp": 0.1},
+        ],
+    },
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "precision"), [*((name, "float32") for name in CONFIGS), ("kd and ce", "bfloat16"), ("features", "bfloat16")]
+    ("name", "precision"),
+    [*((name, "float32") for name in CONFIGS), ("kd and ce", "bfloat16"), ("features", "bfloat16")],
 )
 def test_a_sound_config_passes(raw_config, name, precision):
     loss = CONFIGS[name]
@@ -100,7 +115,9 @@ def lost_row(monkeypatch):
 
 def collate_by(wrong, monkeypatch):
     def trainer(**options):
-        return DistillationTrainer(**{**options, "data_collator": partial(wrong, pad_id=options["processing_class"].pad_token_id)})
+        return DistillationTrainer(
+            **{**options, "data_collator": partial(wrong, pad_id=options["processing_class"].pad_token_id)}
+        )
 
     monkeypatch.setattr(parity, "DistillationTrainer", trainer)
 
@@ -119,7 +136,11 @@ def padding_attended_to(monkeypatch):
         missing = [longest - len(row["input_ids"]) for row in rows]
         ids = [[pad_id] * m + row["input_ids"] for m, row in zip(missing, rows, strict=True)]
         labels = [[IGNORED] * (m + 1) + row["input_ids"][1:] for m, row in zip(missing, rows, strict=True)]
-        return {"input_ids": torch.tensor(ids), "attention_mask": torch.ones(len(rows), longest, dtype=int), "labels": torch.tensor(labels)}
+        return {
+            "input_ids": torch.tensor(ids),
+            "attention_mask": torch.ones(len(rows), longest, dtype=int),
+            "labels": torch.tensor(labels),
+        }
 
     collate_by(wrong, monkeypatch)
 
@@ -136,7 +157,9 @@ def other_weights_in_evaluation(monkeypatch):
 
 def temperature_on_one_side(monkeypatch):
     def wrong(self, student_logits, teacher_logits, targets, temperature):
-        return temperature**2 * self.divergence(log_probs(student_logits, temperature), log_probs(teacher_logits))
+        return temperature**2 * self.divergence(
+            log_probs(student_logits, temperature), log_probs(teacher_logits)
+        )
 
     monkeypatch.setattr(SoftTargets, "__call__", wrong)
 
@@ -154,14 +177,20 @@ def head_cut_one_row_late(monkeypatch):
 
 
 PLANTED = [
-    (micro_batch_count, [ACCUMULATION]), (trained_padding, [PADDING]), (padding_attended_to, [PADDING]),
-    (other_weights_in_evaluation, [EVALUATION]), (temperature_on_one_side, [TEACHER]), (head_cut_one_row_late, [TEACHER]),
+    (micro_batch_count, [ACCUMULATION]),
+    (trained_padding, [PADDING]),
+    (padding_attended_to, [PADDING]),
+    (other_weights_in_evaluation, [EVALUATION]),
+    (temperature_on_one_side, [TEACHER]),
+    (head_cut_one_row_late, [TEACHER]),
 ]
 
 
 @pytest.mark.parametrize(("plant", "lines"), PLANTED, ids=[plant.__name__ for plant, _ in PLANTED])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_planted_error_fails_the_line_that_it_belongs_to_and_no_other(raw_config, monkeypatch, plant, lines, precision):
+def test_a_planted_error_fails_the_line_that_it_belongs_to_and_no_other(
+    raw_config, monkeypatch, plant, lines, precision
+):
     plant(monkeypatch)
     assert failed({**raw_config, "precision": precision}) == lines
 
@@ -174,20 +203,31 @@ def test_a_row_lost_at_the_end_of_a_chunk_fails_the_line_on_chunks_first(raw_con
 
 def test_features_compared_across_rows_fail_where_rows_are_put_together(raw_config, monkeypatch):
     right = features._row_by_row
-    monkeypatch.setattr(features, "_row_by_row", lambda student, teacher, rows: right(student, teacher, torch.zeros_like(rows)))
+    monkeypatch.setattr(
+        features,
+        "_row_by_row",
+        lambda student, teacher, rows: right(student, teacher, torch.zeros_like(rows)),
+    )
     assert PADDING in failed({**raw_config, "loss": {"weights": FEATURES}})
 
 
 def test_an_error_in_a_later_phase_is_found_there(raw_config, monkeypatch):
     right = features.hidden_distance
-    monkeypatch.setattr("kdlib.losses.objective.hidden_distance", lambda s, t, **how: right(s, t, **how) + 0.01)
+    monkeypatch.setattr(
+        "kdlib.losses.objective.hidden_distance", lambda s, t, **how: right(s, t, **how) + 0.01
+    )
     found = table({**raw_config, "loss": {"weights": {"kd": 1.0}, **CONFIGS["curriculum"]}})
-    assert list(found[found["result"] == "fail"]["compared"]) == ["student = teacher: 0 in every divergence, nats, at 40 % of training"]
+    assert list(found[found["result"] == "fail"]["compared"]) == [
+        "student = teacher: 0 in every divergence, nats, at 40 % of training"
+    ]
 
 
 def test_fractions_are_the_start_and_where_a_term_silent_there_weighs_most(raw_config):
-    phases = [{"until": 0.2, "weights": {}}, {"until": 0.6, "weights": {"hidden": {"linear": [0, 1]}, "attention": 0.5}},
-              {"until": 1, "weights": {"ce": 0, "reverse_kl": 1}}]
+    phases = [
+        {"until": 0.2, "weights": {}},
+        {"until": 0.6, "weights": {"hidden": {"linear": [0, 1]}, "attention": 0.5}},
+        {"until": 1, "weights": {"ce": 0, "reverse_kl": 1}},
+    ]
     loss = {"weights": {"kd": 1.0, "ce": 0.3}, "curriculum": phases}
     assert parity.tested_fractions(parse({**raw_config, "loss": loss})) == [0.0, pytest.approx(0.6), 0.6]
     assert parity.tested_fractions(parse(raw_config)) == [0.0]
@@ -196,7 +236,9 @@ def test_fractions_are_the_start_and_where_a_term_silent_there_weighs_most(raw_c
 def test_rows_are_cut_to_different_lengths():
     rows = [{"input_ids": list(range(100))} for _ in range(6)]
     assert [len(row["input_ids"]) for row in parity.shortened(rows)] == [21, 42, 64]
-    assert [len(row["input_ids"]) for row in parity.shortened([{"input_ids": [1, 2]}, {"input_ids": [1, 2, 3]}])] == [2, 3]
+    assert [
+        len(row["input_ids"]) for row in parity.shortened([{"input_ids": [1, 2]}, {"input_ids": [1, 2, 3]}])
+    ] == [2, 3]
 
 
 def test_dropout_is_off_in_the_self_test_and_on_again_after_it(raw_config, monkeypatch):
@@ -216,7 +258,11 @@ def test_everything_is_left_as_it_was(raw_config, narrow, tmp_path, monkeypatch)
     narrow = load_model(narrow)
     parts = {**pieces(parse(raw_config)), "student": narrow}
     narrow.lm_head.train()
-    before = copy.deepcopy(narrow.state_dict()), [part.training for part in narrow.modules()], set(Path(tmp_path).rglob("*"))
+    before = (
+        copy.deepcopy(narrow.state_dict()),
+        [part.training for part in narrow.modules()],
+        set(Path(tmp_path).rglob("*")),
+    )
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     expected = random.random(), np.random.rand(), torch.rand(1).item()
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
@@ -232,7 +278,9 @@ def test_everything_is_left_as_it_was(raw_config, narrow, tmp_path, monkeypatch)
     assert set(Path(tmp_path).rglob("*")) == before[2]
 
 
-def test_kd_selftest_prints_the_table_and_ends_with_1_where_a_check_fails(config_file, monkeypatch, tmp_path, capsys):
+def test_kd_selftest_prints_the_table_and_ends_with_1_where_a_check_fails(
+    config_file, monkeypatch, tmp_path, capsys
+):
     cli_checks.selftest(str(config_file))
     assert "training = evaluation" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()

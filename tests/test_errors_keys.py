@@ -16,7 +16,9 @@ def planted(monkeypatch):
     monkeypatch.setenv("SOME_API_KEY", KEY)
 
 
-@pytest.mark.parametrize("origin", [{}, {"command": f"kd run x.yaml -o training.run_name={KEY}"}], ids=["config", "command"])
+@pytest.mark.parametrize(
+    "origin", [{}, {"command": f"kd run x.yaml -o training.run_name={KEY}"}], ids=["config", "command"]
+)
 def test_a_run_with_a_key_in_its_settings_is_refused_and_nothing_is_written(raw_config, tmp_path, origin):
     config = parse(raw_config, {} if origin else {"training.run_name": KEY})
     with pytest.raises(ConfigError, match=r"holds the value of \$SOME_API_KEY; .*: leave it out") as caught:

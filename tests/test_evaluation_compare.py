@@ -42,15 +42,25 @@ def test_the_figures_are_those_of_plain_torch(results, rows, tokenizer):
     nats = kl = agree = tokens = size = 0
     for row in rows:
         ids = torch.tensor([row["input_ids"]])
-        s, t = student(input_ids=ids).logits[0, :-1].log_softmax(-1), teacher(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        s, t = (
+            student(input_ids=ids).logits[0, :-1].log_softmax(-1),
+            teacher(input_ids=ids).logits[0, :-1].log_softmax(-1),
+        )
         nats -= s[range(len(s)), ids[0, 1:]].sum().item()
         kl += (t.exp() * (t - s)).sum().item()
         agree += (s.argmax(-1) == t.argmax(-1)).sum().item()
         tokens += len(s)
         size += len(tokenizer.decode(ids[0, 1:]).encode())
-    found = {name: results["models"]["distilled"][name]["value"] for name in ("perplexity", "bits_per_byte", "kl_to_teacher", "agreement")}
-    expected = {"perplexity": math.exp(nats / tokens), "bits_per_byte": nats / math.log(2) / size, "kl_to_teacher": kl / tokens,
-                "agreement": agree / tokens}
+    found = {
+        name: results["models"]["distilled"][name]["value"]
+        for name in ("perplexity", "bits_per_byte", "kl_to_teacher", "agreement")
+    }
+    expected = {
+        "perplexity": math.exp(nats / tokens),
+        "bits_per_byte": nats / math.log(2) / size,
+        "kl_to_teacher": kl / tokens,
+        "agreement": agree / tokens,
+    }
     assert found == pytest.approx(expected, rel=1e-4)
     assert results["tokens"] == tokens
 
@@ -67,15 +77,23 @@ def test_a_twin_of_the_teacher_differs_by_nothing(results):
 def test_a_paired_interval_holds_its_value_and_is_narrower_than_the_unpaired(results):
     for entry in results["differences"]:
         assert entry["low"] - 1e-9 <= entry["value"] <= entry["high"] + 1e-9
-    paired = next(d for d in results["differences"] if (d["model"], d["against"], d["metric"]) == ("distilled", "teacher", "perplexity"))
+    paired = next(
+        d
+        for d in results["differences"]
+        if (d["model"], d["against"], d["metric"]) == ("distilled", "teacher", "perplexity")
+    )
     widths = [results["models"][m]["perplexity"] for m in ("distilled", "teacher")]
     assert paired["high"] - paired["low"] < sum(w["high"] - w["low"] for w in widths)
 
 
 def test_the_interval_covers_as_it_says(tokenizer):
-    """Rows drawn again and again from one population: the 95 % interval holds the population's mean about that often."""
+    """Rows drawn again and again from one population: the 95 % interval holds the population's mean about
+    that often.
+    """
     generator, covered = np.random.default_rng(0), 0
-    comparison = Comparison(prepared(Dataset.from_dict({"input_ids": [[1, 2, 3]] * 60}), tokenizer), tokenizer, resamples=300)
+    comparison = Comparison(
+        prepared(Dataset.from_dict({"input_ids": [[1, 2, 3]] * 60}), tokenizer), tokenizer, resamples=300
+    )
     for _ in range(200):
         sums = np.stack([generator.normal(2.0, 1.0, 60)] * 4 + [np.ones(60)], axis=1)
         low, high = np.percentile(comparison._figures(sums, comparison.draws)["agreement"], [2.5, 97.5])

@@ -20,11 +20,18 @@ from kdlib.tasks.classification import ClassComparison, rule_of
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A decoder that knows the classes in another order, an encoder with another tokenizer, a trained student and a baseline."""
+    """A decoder that knows the classes in another order, an encoder with another tokenizer, a trained
+    student and a baseline.
+    """
     place = tmp_path_factory.mktemp("classes")
     llama(place / "teacher", labels=LABELS[::-1])
     bert(place / "student")
-    for name, seed in (("run/best_model", 1), ("run/final_model", 2), ("run/baseline/best_model", 3), ("run/baseline/final_model", 4)):
+    for name, seed in (
+        ("run/best_model", 1),
+        ("run/final_model", 2),
+        ("run/baseline/best_model", 3),
+        ("run/baseline/final_model", 4),
+    ):
         bert(place / name, seed=seed)
     rows_file(place)
     return place
@@ -51,10 +58,16 @@ def found(place, config):
 
 def answers_by_hand(folder, texts):
     """[N, C] in the order of `LABELS`, one row after another by transformers alone."""
-    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
     order = [model.config.label2id[label] for label in LABELS]
     with torch.no_grad():
-        logits = [model(input_ids=torch.tensor([tokenizer(text)["input_ids"][:24]])).logits[0, order] for text in texts]
+        logits = [
+            model(input_ids=torch.tensor([tokenizer(text)["input_ids"][:24]])).logits[0, order]
+            for text in texts
+        ]
     return torch.stack(logits).softmax(-1).numpy()
 
 
@@ -62,14 +75,22 @@ def test_decoder_and_encoder_with_their_own_tokenizers_and_label_orders_are_meas
     results, prepared = found
     true, texts = prepared.test["label"][:], prepared.test["text"][:]
     teacher = answers_by_hand(place / "teacher", texts)
-    for name, folder in (("teacher", "teacher"), ("baseline", "run/baseline/best_model"), ("distilled", "run/best_model")):
+    for name, folder in (
+        ("teacher", "teacher"),
+        ("baseline", "run/baseline/best_model"),
+        ("distilled", "run/best_model"),
+    ):
         said = answers_by_hand(place / folder, texts)
         expected = {
-            "accuracy": metrics.accuracy_score(true, said.argmax(1)), "macro_f1": metrics.f1_score(true, said.argmax(1), average="macro"),
+            "accuracy": metrics.accuracy_score(true, said.argmax(1)),
+            "macro_f1": metrics.f1_score(true, said.argmax(1), average="macro"),
             "log_loss": metrics.log_loss(true, said.astype(float) / said.sum(1, keepdims=True, dtype=float)),
-            "agreement": np.mean(said.argmax(1) == teacher.argmax(1)), "kl_to_teacher": (teacher * np.log(teacher / said)).sum(1).mean(),
+            "agreement": np.mean(said.argmax(1) == teacher.argmax(1)),
+            "kl_to_teacher": (teacher * np.log(teacher / said)).sum(1).mean(),
         }
-        assert {m: results["models"][name][m]["value"] for m in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        assert {m: results["models"][name][m]["value"] for m in expected} == pytest.approx(
+            expected, rel=1e-4, abs=1e-6
+        )
         assert results["models"][name]["confusion"] == metrics.confusion_matrix(true, said.argmax(1)).tolist()
 
 
@@ -96,7 +117,9 @@ def test_without_test_rows_the_final_students_are_compared_on_the_validation_row
     said = answers_by_hand(place / "run" / "final_model", prepared.validation["text"][:])
     assert results["split"] == "validation"
     assert results["rule"].startswith("final_model/")
-    assert results["models"]["distilled"]["accuracy"]["value"] == np.mean(said.argmax(1) == prepared.validation["label"])
+    assert results["models"]["distilled"]["accuracy"]["value"] == np.mean(
+        said.argmax(1) == prepared.validation["label"]
+    )
     assert "baseline" not in results["models"]
 
 
@@ -109,7 +132,10 @@ def test_who_has_an_advantage_on_the_validation_rows_is_said(found, config):
 
 def test_what_a_model_takes_is_measured(found, place):
     facts = found[0]["models"]["distilled"]
-    assert facts["size_on_disk_gib"] * 2**30 == (place / "run" / "best_model" / "model.safetensors").stat().st_size
+    assert (
+        facts["size_on_disk_gib"] * 2**30
+        == (place / "run" / "best_model" / "model.safetensors").stat().st_size
+    )
     assert 0 < facts["latency_ms"]["low"] <= facts["latency_ms"]["value"] <= facts["latency_ms"]["high"]
     assert facts["throughput_rows_per_s"] > 0
     assert facts["load_seconds"] > 0

@@ -17,7 +17,9 @@ FEW = ["compare.resamples=100", "device=cpu", "precision=float32"]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A decoder that knows the classes in another order, two encoders with tokenizers of their own, rows with columns of other names."""
+    """A decoder that knows the classes in another order, two encoders with tokenizers of their own, rows
+    with columns of other names.
+    """
     place = tmp_path_factory.mktemp("elsewhere")
     llama(place / "teacher", labels=LABELS[::-1])
     bert(place / "small")
@@ -32,8 +34,20 @@ def options(words):
 
 
 def test_classifiers_are_compared_from_the_command_line_and_written(place, tmp_path):
-    words = ["compare", "--teacher", place / "teacher", "--student", place / "small", "--student", f"wide={place / 'other'}",
-             "--data", place / "rows.jsonl", *options([*COLUMNS, *FEW, "data.test=0.5"]), "--output", tmp_path / "out"]
+    words = [
+        "compare",
+        "--teacher",
+        place / "teacher",
+        "--student",
+        place / "small",
+        "--student",
+        f"wide={place / 'other'}",
+        "--data",
+        place / "rows.jsonl",
+        *options([*COLUMNS, *FEW, "data.test=0.5"]),
+        "--output",
+        tmp_path / "out",
+    ]
     done = CliRunner().invoke(app, list(map(str, words)), catch_exceptions=False)
     assert done.exit_code == 0
     found = json.loads((tmp_path / "out" / "comparison_results.json").read_text())
@@ -49,19 +63,33 @@ def test_classifiers_are_compared_from_the_command_line_and_written(place, tmp_p
     assert "on 80 test rows of" in page
     assert str(place / "other") in page
     assert {path.stem for path in (tmp_path / "out" / "figures").iterdir()} == {
-        "teacher_student_comparison", "confusion", "reliability", "f1_per_class"}
+        "teacher_student_comparison",
+        "confusion",
+        "reliability",
+        "f1_per_class",
+    }
 
 
 def test_the_teacher_as_its_own_student_differs_in_nothing(place):
-    found = elsewhere.compare(str(place / "teacher"), {"same": str(place / "teacher")}, str(place / "rows.jsonl"),
-                              overrides=[*COLUMNS, *FEW, "data.validation=0.25"])
+    found = elsewhere.compare(
+        str(place / "teacher"),
+        {"same": str(place / "teacher")},
+        str(place / "rows.jsonl"),
+        overrides=[*COLUMNS, *FEW, "data.validation=0.25"],
+    )
     assert found["split"] == "validation"
-    assert {d["value"] for d in found["differences"] if d["metric"] in ("accuracy", "agreement", "log_loss")} == {0.0}
+    assert {
+        d["value"] for d in found["differences"] if d["metric"] in ("accuracy", "agreement", "log_loss")
+    } == {0.0}
 
 
 def test_nearly_a_whole_file_can_be_measured(place):
-    found = elsewhere.compare(str(place / "teacher"), {"small": str(place / "small")}, str(place / "rows.jsonl"),
-                              overrides=[*COLUMNS, *FEW, "data.test=0.99"])
+    found = elsewhere.compare(
+        str(place / "teacher"),
+        {"small": str(place / "small")},
+        str(place / "rows.jsonl"),
+        overrides=[*COLUMNS, *FEW, "data.test=0.99"],
+    )
     assert found["rows"] == 160 - 2 * len(LABELS)
 
 
@@ -70,7 +98,12 @@ def test_a_file_that_nothing_divides_is_measured_whole(place):
     found = elsewhere.compare(*models, str(place / "rows.jsonl"), overrides=[*COLUMNS, *FEW])
     assert (found["rows"], found["split"]) == (160, "test")
     assert "all there are, each text once" in found["rule"]
-    assert elsewhere.compare(*models, str(place / "rows.jsonl"), overrides=[*COLUMNS, *FEW, "data.max_eval_rows=40"])["rows"] == 40
+    assert (
+        elsewhere.compare(
+            *models, str(place / "rows.jsonl"), overrides=[*COLUMNS, *FEW, "data.max_eval_rows=40"]
+        )["rows"]
+        == 40
+    )
 
 
 def test_against_the_teacher_nothing_is_said_of_how_near_it_is_to_itself(place):
@@ -83,29 +116,52 @@ def test_against_the_teacher_nothing_is_said_of_how_near_it_is_to_itself(place):
 
 
 def test_a_missing_column_is_named_with_its_setting(place):
-    with pytest.raises(DataError, match=r"no column 'body'.*it has content, topic: name the one with the text in data\.text"):
-        elsewhere.compare(str(place / "teacher"), {"small": str(place / "small")}, str(place / "rows.jsonl"), overrides=["data.text=body"])
+    with pytest.raises(
+        DataError, match=r"no column 'body'.*it has content, topic: name the one with the text in data\.text"
+    ):
+        elsewhere.compare(
+            str(place / "teacher"),
+            {"small": str(place / "small")},
+            str(place / "rows.jsonl"),
+            overrides=["data.text=body"],
+        )
 
 
 def test_language_models_are_compared_on_held_out_text(teacher_folder, narrow, place, tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"content": line}) + "\n" for line in sentences(120, seed=1)))
     settings = ["data.text=content", *FEW, "compare.prompt_tokens=6", "compare.new_tokens=4"]
-    found = elsewhere.compare(str(teacher_folder), {"narrow": narrow}, str(text), task="causal-lm", overrides=settings)
+    found = elsewhere.compare(
+        str(teacher_folder), {"narrow": narrow}, str(text), task="causal-lm", overrides=settings
+    )
     elsewhere.write(found, tmp_path)
     assert list(found["models"]) == ["teacher", "narrow"]
     assert found["models"]["teacher"]["kl_to_teacher"]["value"] == pytest.approx(0, abs=1e-6)
     assert found["models"]["narrow"]["kl_to_teacher"]["value"] > 0
     assert "(test: all there are" in found["rule"]
     with pytest.raises(ModelError, match="different vocabularies"):
-        elsewhere.compare(str(teacher_folder), {"other": str(place / "other")}, str(text), task="causal-lm", overrides=settings)
+        elsewhere.compare(
+            str(teacher_folder),
+            {"other": str(place / "other")},
+            str(text),
+            task="causal-lm",
+            overrides=settings,
+        )
 
 
 def test_models_are_asked_the_same_questions(tmp_path):
     rows = written(multiple_choice(40), tmp_path / "asked.jsonl")
-    teacher, student = (tiny_gpt2(tmp_path / name, layers=2, width=16, seed=seed) for seed, name in enumerate(("teacher", "student")))
-    found = elsewhere.compare(str(teacher), {"student": str(student)}, str(rows), task="question-answering",
-                              overrides=[*FEW, "data.validation=0.5", "compare.new_tokens=4"])
+    teacher, student = (
+        tiny_gpt2(tmp_path / name, layers=2, width=16, seed=seed)
+        for seed, name in enumerate(("teacher", "student"))
+    )
+    found = elsewhere.compare(
+        str(teacher),
+        {"student": str(student)},
+        str(rows),
+        task="question-answering",
+        overrides=[*FEW, "data.validation=0.5", "compare.new_tokens=4"],
+    )
     elsewhere.write(found, elsewhere.folder_for(tmp_path / "out"))
     assert found["questions"] == 20
     assert found["models"]["teacher"]["choice_agreement"]["value"] == 1.0
@@ -118,7 +174,9 @@ def test_students_are_named_by_their_folders_or_as_given(tmp_path):
     (tmp_path / "a=b").mkdir()
     found = elsewhere.named_students(["org/small", "mine=org/other", str(tmp_path / "a=b")])
     assert found == {"small": "org/small", "mine": "org/other", "a=b": str(tmp_path / "a=b")}
-    with pytest.raises(ConfigError, match="the name 'small' is taken; give it one of its own: --student NAME=them/small"):
+    with pytest.raises(
+        ConfigError, match="the name 'small' is taken; give it one of its own: --student NAME=them/small"
+    ):
         elsewhere.named_students(["org/small", "them/small"])
 
 

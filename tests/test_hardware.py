@@ -38,7 +38,10 @@ def test_memory_that_is_freed_is_found_again_inside_and_given_back_after(usual, 
     assert faults() > 0.9 * PAGES
 
 
-@pytest.mark.parametrize(("name", "value"), [("MALLOC_TRIM_THRESHOLD_", "100000"), ("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("MALLOC_TRIM_THRESHOLD_", "100000"), ("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0")],
+)
 def test_who_sets_glibcs_own_switches_is_left_alone(usual, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     with cpu.memory_kept() as kept:
@@ -52,8 +55,11 @@ def test_another_c_library_is_left_alone(usual, monkeypatch):
         assert not kept
 
 
-FACTS = {"with": ("flags : fpu avx512_bf16 amx_bf16", ("avx512_bf16", "amx_bf16")), "without": ("flags : fpu avx2", ()),
-         "not x86": ("Features : fp bf16", None)}
+FACTS = {
+    "with": ("flags : fpu avx512_bf16 amx_bf16", ("avx512_bf16", "amx_bf16")),
+    "without": ("flags : fpu avx2", ()),
+    "not x86": ("Features : fp bf16", None),
+}
 
 
 @pytest.mark.parametrize("name", FACTS)
@@ -64,7 +70,9 @@ def test_the_processor_says_which_instructions_it_has(name, monkeypatch, tmp_pat
     assert cpu.bf16_instructions.__wrapped__() == expected
 
 
-@pytest.mark.parametrize(("instructions", "made"), [((), torch.float32), (("amx_bf16",), torch.bfloat16), (None, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("instructions", "made"), [((), torch.float32), (("amx_bf16",), torch.bfloat16), (None, torch.bfloat16)]
+)
 def test_only_bfloat16_that_is_emulated_is_avoided_and_only_on_a_cpu(instructions, made, monkeypatch):
     monkeypatch.setattr(cpu, "bf16_instructions", lambda: instructions)
     assert cpu.product_dtype(torch.bfloat16, torch.device("cpu")) is made

@@ -1,4 +1,6 @@
-"""Every divergence, form and evaluation, against references written here in probabilities, and the laws that all obey."""
+"""Every divergence, form and evaluation, against references written here in probabilities, and the laws
+that all obey.
+"""
 
 from itertools import product
 
@@ -61,7 +63,10 @@ def top_4(p: Tensor, q: Tensor, *, renormalise: bool) -> tuple[Tensor, Tensor]:
 FORMS = {  # name -> (ours, reference's reduction)
     "whole": (lambda divergence: divergence, lambda p, q: (p, q)),
     "top-4 + tail": (lambda divergence: OnTopK(divergence, 4), lambda p, q: top_4(p, q, renormalise=False)),
-    "top-4 renormalised": (lambda divergence: OnTopK(divergence, 4, True), lambda p, q: top_4(p, q, renormalise=True)),
+    "top-4 renormalised": (
+        lambda divergence: OnTopK(divergence, 4, True),
+        lambda p, q: top_4(p, q, renormalise=True),
+    ),
 }
 EVALUATIONS = {"dense": None, "chunks of 3": 3, "one chunk": 64}
 every = pytest.mark.parametrize(("name", "form"), list(product(REFERENCES, FORMS)), ids=lambda value: value)
@@ -70,7 +75,10 @@ each_evaluation = pytest.mark.parametrize("chunk", EVALUATIONS.values(), ids=EVA
 
 def ours(name: str, form: str) -> list[Weighted]:
     """KD in this form, and CE."""
-    return [Weighted(SoftTargets(FORMS[form][0](chosen(name)[0])), WEIGHTS[0], T), Weighted(cross_entropy, WEIGHTS[1])]
+    return [
+        Weighted(SoftTargets(FORMS[form][0](chosen(name)[0])), WEIGHTS[0], T),
+        Weighted(cross_entropy, WEIGHTS[1]),
+    ]
 
 
 def case(n: int = N, *, bias: bool = False, dtype=torch.float64, seed: int = 0):
@@ -86,8 +94,17 @@ def signal(leaves, chunk: int | None, form: Form | None = None):
     return DenseSignal(linear.logits()) if chunk is None else linear
 
 
-def sums_and_gradients(leaves, teacher, targets, terms, chunk, count: int = 1, workspace: Workspace | None = None, form=None):
-    sums = term_sums(signal(leaves, chunk, form), teacher, targets, terms=terms, count=count, workspace=workspace or Workspace(chunk))
+def sums_and_gradients(
+    leaves, teacher, targets, terms, chunk, count: int = 1, workspace: Workspace | None = None, form=None
+):
+    sums = term_sums(
+        signal(leaves, chunk, form),
+        teacher,
+        targets,
+        terms=terms,
+        count=count,
+        workspace=workspace or Workspace(chunk),
+    )
     weights = torch.tensor([term.weight for term in terms], dtype=sums.dtype)
     return sums.detach(), *torch.autograd.grad((sums * weights).sum() / count, leaves)
 
@@ -100,7 +117,9 @@ def reference(leaves, teacher, targets, name, form, count: int = 1):
     p, q = (t / T).softmax(-1), (s / T).softmax(-1)
     kd = T**2 * REFERENCES[name](*FORMS[form][1](p, q)).sum()
     sums = torch.stack([kd, -s.softmax(-1)[range(len(s)), targets].log().sum()])
-    return sums.detach(), *torch.autograd.grad(sums @ torch.tensor(WEIGHTS, dtype=torch.float64) / count, leaves)
+    return sums.detach(), *torch.autograd.grad(
+        sums @ torch.tensor(WEIGHTS, dtype=torch.float64) / count, leaves
+    )
 
 
 def close(ours, theirs, *, rtol: float, atol: float | None = None):
@@ -113,16 +132,22 @@ def close(ours, theirs, *, rtol: float, atol: float | None = None):
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 def test_value_and_gradient_are_the_references(name, form, chunk, bias):
     leaves, teacher, targets = case(bias=bias)
-    close(sums_and_gradients(leaves, teacher, targets, ours(name, form), chunk, 7),
-          reference(leaves, teacher, targets, name, form, 7), rtol=1e-12)
+    close(
+        sums_and_gradients(leaves, teacher, targets, ours(name, form), chunk, 7),
+        reference(leaves, teacher, targets, name, form, 7),
+        rtol=1e-12,
+    )
 
 
 @every
 @each_evaluation
 def test_float32_is_right_to_five_digits(name, form, chunk):
     leaves, teacher, targets = case(dtype=torch.float32)
-    results = zip(sums_and_gradients(leaves, teacher, targets, ours(name, form), chunk),
-                  reference(leaves, teacher, targets, name, form), strict=True)
+    results = zip(
+        sums_and_gradients(leaves, teacher, targets, ours(name, form), chunk),
+        reference(leaves, teacher, targets, name, form),
+        strict=True,
+    )
     for one, other in results:
         assert (one - other).norm() <= 1e-5 * other.norm()
 
@@ -144,9 +169,12 @@ def test_bfloat16_inputs_are_summed_in_float32(name, form, chunk):
 def test_zero_where_student_is_teacher_and_never_below(name, form, chunk):
     leaves, other, targets = case()
     terms = ours(name, form)[:1]
-    sums, *grads = sums_and_gradients(leaves, LinearSignal(*[leaf.detach() for leaf in leaves]), targets, terms, chunk)
+    sums, *grads = sums_and_gradients(
+        leaves, LinearSignal(*[leaf.detach() for leaf in leaves]), targets, terms, chunk
+    )
     assert sums.abs() <= 1e-13
-    assert name == "total_variation" or max(grad.abs().max() for grad in grads) <= 1e-13  # whose gradient jumps there
+    # whose gradient jumps there
+    assert name == "total_variation" or max(grad.abs().max() for grad in grads) <= 1e-13
     assert (token_values(signal(leaves, chunk), other, targets, terms=terms) >= 0).all()
 
 
@@ -156,8 +184,11 @@ def test_a_constant_added_to_the_logits_changes_nothing(name, form, chunk):
     leaves, teacher, targets = case(bias=True)
     shifted = [*leaves[:2], (leaves[2] + 7.5).detach().requires_grad_()]
     moved = LinearSignal(teacher.hidden, teacher.weight, torch.full((V,), -3.0, dtype=torch.float64))
-    close(sums_and_gradients(shifted, moved, targets, ours(name, form), chunk),
-          sums_and_gradients(leaves, teacher, targets, ours(name, form), chunk), rtol=1e-10)
+    close(
+        sums_and_gradients(shifted, moved, targets, ours(name, form), chunk),
+        sums_and_gradients(leaves, teacher, targets, ours(name, form), chunk),
+        rtol=1e-10,
+    )
 
 
 @every
@@ -169,13 +200,21 @@ def test_a_token_excluded_on_both_sides_changes_nothing(name, form, chunk):
     never[4] = -torch.inf
     targets[targets == 4] = 5
     results = sums_and_gradients(
-        [*leaves[:2], (leaves[2] + never).detach().requires_grad_()], LinearSignal(teacher.hidden, teacher.weight, never), targets,
-        ours(name, form), chunk,
+        [*leaves[:2], (leaves[2] + never).detach().requires_grad_()],
+        LinearSignal(teacher.hidden, teacher.weight, never),
+        targets,
+        ours(name, form),
+        chunk,
     )
     others = [i for i in range(V) if i != 4]
     fewer = [leaves[0], *[leaf[others].detach().requires_grad_() for leaf in leaves[1:]]]
-    expected = sums_and_gradients(fewer, LinearSignal(teacher.hidden, teacher.weight[others]), targets - (targets > 4).long(),
-                                  ours(name, form), chunk)
+    expected = sums_and_gradients(
+        fewer,
+        LinearSignal(teacher.hidden, teacher.weight[others]),
+        targets - (targets > 4).long(),
+        ours(name, form),
+        chunk,
+    )
     close([results[0], results[1], results[2][others], results[3][others]], expected, rtol=1e-12)
     assert results[2][4].abs().sum() == results[3][4] == 0
 
@@ -189,12 +228,17 @@ def test_nothing_kept_costs_nothing_and_gives_zero_gradient(name, form, chunk):
     assert all(grad.abs().sum() == 0 for grad in grads)
 
 
-@pytest.mark.parametrize(("name", "form"), [(n, f) for n, f in product(REFERENCES, FORMS) if n != "adaptive_kl"])  # its share: no gradient
+# its share: no gradient
+@pytest.mark.parametrize(
+    ("name", "form"), [(n, f) for n, f in product(REFERENCES, FORMS) if n != "adaptive_kl"]
+)
 def test_gradcheck_of_the_chunked_form(name, form):
     leaves, teacher, targets = case(4, bias=True)
 
     def total(*inputs):
-        sums = term_sums(LinearSignal(*inputs), teacher, targets, terms=ours(name, form), workspace=Workspace(3))
+        sums = term_sums(
+            LinearSignal(*inputs), teacher, targets, terms=ours(name, form), workspace=Workspace(3)
+        )
         return sums @ torch.tensor(WEIGHTS, dtype=torch.float64)
 
     assert torch.autograd.gradcheck(total, leaves)
@@ -203,11 +247,17 @@ def test_gradcheck_of_the_chunked_form(name, form):
 @pytest.mark.parametrize("name", REFERENCES)
 def test_merging_the_tail_never_raises_a_divergence(name):
     leaves, teacher, targets = case(200)
-    whole, bucket = (token_values(signal(leaves, None), teacher, targets, terms=ours(name, form)[:1]) for form in ("whole", "top-4 + tail"))
-    assert name == "adaptive_kl" or (bucket <= whole + 1e-12).all()  # whose share depends on the tokens that are told apart
+    whole, bucket = (
+        token_values(signal(leaves, None), teacher, targets, terms=ours(name, form)[:1])
+        for form in ("whole", "top-4 + tail")
+    )
+    # whose share depends on the tokens that are told apart
+    assert name == "adaptive_kl" or (bucket <= whole + 1e-12).all()
 
 
-@pytest.mark.parametrize("form", [Form(scale=0.25), Form(softcap=2.0), Form(0.5, 3.0)], ids=["scaled", "capped", "both"])
+@pytest.mark.parametrize(
+    "form", [Form(scale=0.25), Form(softcap=2.0), Form(0.5, 3.0)], ids=["scaled", "capped", "both"]
+)
 @each_evaluation
 def test_scaled_and_capped_logits_are_those_of_the_models(form, chunk):
     """Cohere multiplies by logit_scale; Gemma caps: c · tanh(logits / c)."""
@@ -220,10 +270,15 @@ def test_scaled_and_capped_logits_are_those_of_the_models(form, chunk):
     expected = sums.detach(), *torch.autograd.grad(sums @ torch.tensor(WEIGHTS, dtype=torch.float64), leaves)
     close(results, expected, rtol=1e-12)
     dense_teacher = DenseSignal(teacher.logits())
-    close(sums_and_gradients(leaves, dense_teacher, targets, ours("forward_kl", "whole"), chunk, form=form), expected, rtol=1e-12)
+    close(
+        sums_and_gradients(leaves, dense_teacher, targets, ours("forward_kl", "whole"), chunk, form=form),
+        expected,
+        rtol=1e-12,
+    )
 
 
-COMPILED = [("forward_kl", "whole"), ("generalized_jsd", "whole"), ("reverse_kl", "top-4 + tail")]  # some ten seconds each
+# some ten seconds each
+COMPILED = [("forward_kl", "whole"), ("generalized_jsd", "whole"), ("reverse_kl", "top-4 + tail")]
 
 
 @pytest.mark.parametrize(("name", "form"), COMPILED)
@@ -231,7 +286,16 @@ COMPILED = [("forward_kl", "whole"), ("generalized_jsd", "whole"), ("reverse_kl"
 def test_compiled_rows_are_the_eager_rows(name, form, n, caplog):
     leaves, teacher, targets = case(n, dtype=torch.float32)
     eager, compiled = (
-        sums_and_gradients(leaves, teacher, targets, ours(name, form), 64, n, Workspace(2 * PIECE, compiled=which), Form(0.5, 3.0))
+        sums_and_gradients(
+            leaves,
+            teacher,
+            targets,
+            ours(name, form),
+            64,
+            n,
+            Workspace(2 * PIECE, compiled=which),
+            Form(0.5, 3.0),
+        )
         for which in (False, True)
     )
     for one, other in zip(compiled, eager, strict=True):
@@ -247,7 +311,8 @@ def test_without_a_compiler_the_rows_are_eager_and_the_log_says_so(monkeypatch, 
     leaves, teacher, targets = case(7)
     terms = [Weighted(SoftTargets(OnTopK(forward_kl, 5)), 1.0, 3.0)]
     eager, fallen_back = (
-        sums_and_gradients(leaves, teacher, targets, terms, 64, workspace=Workspace(compiled=which)) for which in (False, True)
+        sums_and_gradients(leaves, teacher, targets, terms, 64, workspace=Workspace(compiled=which))
+        for which in (False, True)
     )
     close(fallen_back, eager, rtol=1e-13)
     assert "not compiled" in caplog.text
@@ -257,12 +322,17 @@ def test_buffers_are_kept_between_steps_and_serve_batches_of_any_size():
     workspace, terms = Workspace(4), ours("forward_kl", "whole")
     for n in (3, 9, 1, 0, 4):
         leaves, teacher, targets = case(n, seed=n)
-        close(sums_and_gradients(leaves, teacher, targets, terms, 4, workspace=workspace),
-              reference(leaves, teacher, targets, "forward_kl", "whole"), rtol=1e-12)
+        close(
+            sums_and_gradients(leaves, teacher, targets, terms, 4, workspace=workspace),
+            reference(leaves, teacher, targets, "forward_kl", "whole"),
+            rtol=1e-12,
+        )
     assert [buffer.numel() for buffer in workspace._buffers.values()] == [4 * V] * 2
 
 
-@pytest.mark.parametrize(("vocabulary", "itemsize"), [(300, 4), (49152, 4), (49152, 2), (256_000, 4), (10**8, 4)])
+@pytest.mark.parametrize(
+    ("vocabulary", "itemsize"), [(300, 4), (49152, 4), (49152, 2), (256_000, 4), (10**8, 4)]
+)
 def test_the_chunk_is_whole_pieces_within_the_budget(vocabulary, itemsize):
     tokens = chunk_tokens(vocabulary, itemsize, torch.device("cpu"))
     assert tokens % PIECE == 0
@@ -288,11 +358,20 @@ def test_rows_that_fill_whole_pages_lie_a_cache_line_further_apart_and_all_is_as
     torch.manual_seed(0)
     vocabulary = PAGE // 8
     assert row_width(vocabulary, 8, torch.device("cpu")) == vocabulary + LINE // 8
-    assert row_width(vocabulary, 8, torch.device("cuda")) == row_width(vocabulary, 4, torch.device("cpu")) == vocabulary
-    student, teacher = (LinearSignal(*(torch.randn(n, 3, dtype=torch.float64).requires_grad_() for n in (9, vocabulary))) for _ in "st")
+    assert (
+        row_width(vocabulary, 8, torch.device("cuda"))
+        == row_width(vocabulary, 4, torch.device("cpu"))
+        == vocabulary
+    )
+    student, teacher = (
+        LinearSignal(*(torch.randn(n, 3, dtype=torch.float64).requires_grad_() for n in (9, vocabulary)))
+        for _ in "st"
+    )
     workspace, targets, found = Workspace(4), torch.arange(9), []
-    for way in (term_sums(student, teacher, targets, terms=ours("forward_kl", "whole"), workspace=workspace),
-                token_values(student, teacher, targets, terms=ours("forward_kl", "whole")).sum(-1)):
+    for way in (
+        term_sums(student, teacher, targets, terms=ours("forward_kl", "whole"), workspace=workspace),
+        token_values(student, teacher, targets, terms=ours("forward_kl", "whole")).sum(-1),
+    ):
         total = way @ torch.tensor(WEIGHTS, dtype=torch.float64)
         found.append((total, *torch.autograd.grad(total, [student.hidden, student.weight])))
     close(*found, rtol=1e-12)
@@ -308,7 +387,10 @@ def test_where_bfloat16_is_emulated_the_products_are_made_in_float32(head, monke
         found = sums_and_gradients(leaves, teacher, targets, ours("forward_kl", "whole"), 8)
         with cpu.as_asked():
             assert LinearSignal(*leaves).logits().dtype is torch.bfloat16
-    wide, whole = [leaf.detach().float().requires_grad_() for leaf in leaves], LinearSignal(teacher.hidden.float(), teacher.weight.float())
+    wide, whole = (
+        [leaf.detach().float().requires_grad_() for leaf in leaves],
+        LinearSignal(teacher.hidden.float(), teacher.weight.float()),
+    )
     exact = sums_and_gradients(wide, whole, targets, ours("forward_kl", "whole"), 8)
     torch.testing.assert_close(found[0], exact[0], rtol=1e-5, atol=0)
     for one, other in zip(found[1:], exact[1:], strict=True):
@@ -331,7 +413,9 @@ def test_under_autocast_the_chunks_are_multiplied_in_bfloat16_and_summed_in_floa
 
 def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_theirs():
     (hidden, weight), teacher, targets = case()
-    sums = term_sums(LinearSignal(hidden, weight.detach()), teacher, targets, terms=ours("forward_kl", "whole"))
+    sums = term_sums(
+        LinearSignal(hidden, weight.detach()), teacher, targets, terms=ours("forward_kl", "whole")
+    )
     (sums @ torch.tensor(WEIGHTS, dtype=torch.float64)).backward()
     assert weight.grad is None
     assert hidden.grad.abs().sum() > 0
@@ -351,7 +435,12 @@ def test_samples_give_value_and_gradient_that_are_right_on_average(name):
     (grad,) = torch.autograd.grad(value, exact)
     for drawn, whole in ((values.detach()[:, None], value.detach()), (grads, grad[0])):
         errors = (drawn.mean(0) - whole) / (drawn.std(0) / draws**0.5)
-        assert errors.square().mean().sqrt() <= 3 if errors.numel() == 1 else errors.square().mean().sqrt() <= 1.7  # 5 s of chi² with 11
+        # 5 s of chi² with 11
+        assert (
+            errors.square().mean().sqrt() <= 3
+            if errors.numel() == 1
+            else errors.square().mean().sqrt() <= 1.7
+        )
         assert errors.abs().max() <= 4
     assert values.std() > 0
 
@@ -364,11 +453,15 @@ def test_samples_of_a_student_that_is_its_teacher_cost_nothing_and_adaptive_kl_t
 
 
 def test_the_gradient_keeps_its_size_when_the_temperature_moves():
-    """Hinton's reason for T squared: at high T the gradient tends to a limit instead of vanishing as 1 / T^2."""
+    """Hinton's reason for T squared: at high T the gradient tends to a limit instead of vanishing as 1 /
+    T^2.
+    """
     sizes = []
     for temperature in (20.0, 40.0):
         leaves, teacher, targets = case()
-        (grad,) = torch.autograd.grad(SoftTargets()(leaves[0] @ leaves[1].T, teacher.logits(), targets, temperature).sum(), leaves[0])
+        (grad,) = torch.autograd.grad(
+            SoftTargets()(leaves[0] @ leaves[1].T, teacher.logits(), targets, temperature).sum(), leaves[0]
+        )
         sizes.append(grad.norm())
     assert sizes[1] / sizes[0] == pytest.approx(1, rel=0.05)
 
@@ -376,7 +469,13 @@ def test_the_gradient_keeps_its_size_when_the_temperature_moves():
 def test_agreement_and_values_come_token_by_token():
     logits = torch.eye(3)
     student, teacher = DenseSignal(logits), DenseSignal(logits.roll(1, 0))
-    values = token_values(student, teacher, torch.tensor([0, 1, 0]), terms=[Weighted(agreement), Weighted(cross_entropy)], chunk=2)
+    values = token_values(
+        student,
+        teacher,
+        torch.tensor([0, 1, 0]),
+        terms=[Weighted(agreement), Weighted(cross_entropy)],
+        chunk=2,
+    )
     assert values.shape == (2, 3)
     assert values[0].tolist() == [0, 0, 0]
     assert values[1, 0] == values[1, 1] < values[1, 2]
@@ -388,11 +487,18 @@ def test_every_divergence_has_its_reference_here():
 
 @pytest.mark.parametrize("padded", [151_936, 152_064])
 def test_heads_padded_beyond_the_tokenizer_say_the_same_when_cut_to_it(padded):
-    """Qwen's 151,665 tokens in heads of 151,936 (small models) and 152,064 rows (large ones): KL = 0 between equal models."""
+    """Qwen's 151,665 tokens in heads of 151,936 (small models) and 152,064 rows (large ones): KL = 0
+    between equal models.
+    """
     torch.manual_seed(0)
     used, hidden = 151_665, torch.randn(3, 4)
     head = torch.randn(used, 4)
     teacher = torch.cat([head, torch.randn(padded - used, 4)])
     student = torch.cat([head, torch.randn(151_936 - used, 4)])
     pair = [LinearSignal(hidden, rows[:used]) for rows in (student, teacher)]
-    assert token_values(*pair, torch.zeros(3, dtype=torch.long), terms=[Weighted(SoftTargets(), 1.0, T)]).abs().max() == 0
+    assert (
+        token_values(*pair, torch.zeros(3, dtype=torch.long), terms=[Weighted(SoftTargets(), 1.0, T)])
+        .abs()
+        .max()
+        == 0
+    )

@@ -1,4 +1,6 @@
-"""Every divergence: by hand on three tokens, its range, its zero, its limits, its gradient, and what -inf does to it."""
+"""Every divergence: by hand on three tokens, its range, its zero, its limits, its gradient, and what -inf
+does to it.
+"""
 
 import math
 from functools import partial
@@ -28,7 +30,10 @@ FAMILY = {
     "adaptive_kl": adaptive_kl,
     "total_variation": total_variation,
 }
-BOUNDED = {name: FAMILY[name] for name in ("jsd 0.5", "jsd 0.1", "skewed_forward_kl", "skewed_reverse_kl", "total_variation")}
+BOUNDED = {
+    name: FAMILY[name]
+    for name in ("jsd 0.5", "jsd 0.1", "skewed_forward_kl", "skewed_reverse_kl", "total_variation")
+}
 each = pytest.mark.parametrize("divergence", FAMILY.values(), ids=FAMILY.keys())
 each_bounded = pytest.mark.parametrize("divergence", BOUNDED.values(), ids=BOUNDED.keys())
 
@@ -51,19 +56,25 @@ BY_HAND = {
     "jsd 0.1": kl_by_hand(T, [0.275, 0.475, 0.25]) / 0.9 + kl_by_hand(S, [0.275, 0.475, 0.25]) / 0.1,
     "skewed_forward_kl": kl_by_hand(T, [0.275, 0.475, 0.25]),
     "skewed_reverse_kl": kl_by_hand(S, [0.475, 0.275, 0.25]),
-    "adaptive_kl": 0.5 * kl_by_hand(T, S) + 0.5 * kl_by_hand(S, T),  # the head is token 0, with half of the gap
+    # the head is token 0, with half of the gap
+    "adaptive_kl": 0.5 * kl_by_hand(T, S) + 0.5 * kl_by_hand(S, T),
     "total_variation": 0.25,
 }
 
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_value_by_hand_on_three_tokens(name):
-    student, teacher = torch.tensor([S], dtype=torch.float64).log(), torch.tensor([T], dtype=torch.float64).log()
+    student, teacher = (
+        torch.tensor([S], dtype=torch.float64).log(),
+        torch.tensor([T], dtype=torch.float64).log(),
+    )
     assert FAMILY[name](student, teacher).item() == pytest.approx(BY_HAND[name], rel=1e-12)
 
 
 @each
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)], ids=["float64", "float32"]
+)
 def test_zero_where_the_two_agree_and_positive_elsewhere(divergence, dtype, tolerance):
     student, teacher = random_log_probs(50, seed=0, dtype=dtype), random_log_probs(50, seed=1, dtype=dtype)
     assert divergence(teacher, teacher).abs().max() <= tolerance
@@ -75,11 +86,14 @@ def test_one_number_for_each_row_whatever_the_other_rows(divergence):
     student, teacher = random_log_probs(6, seed=0), random_log_probs(6, seed=1)
     whole = divergence(student, teacher)
     assert whole.shape == (6,)
-    torch.testing.assert_close(divergence(student[[4, 2]], teacher[[4, 2]]), whole[[4, 2]], rtol=1e-14, atol=0)
+    torch.testing.assert_close(
+        divergence(student[[4, 2]], teacher[[4, 2]]), whole[[4, 2]], rtol=1e-14, atol=0
+    )
     assert divergence(student[:0], teacher[:0]).shape == (0,)
 
 
-@pytest.mark.parametrize("divergence", [f for f in FAMILY.values() if f is not adaptive_kl])  # its share is taken as constant
+# its share is taken as constant
+@pytest.mark.parametrize("divergence", [f for f in FAMILY.values() if f is not adaptive_kl])
 def test_gradcheck_against_finite_differences(divergence):
     logits, teacher = random_log_probs(3, seed=0), random_log_probs(3, seed=1)
     assert torch.autograd.gradcheck(lambda x: divergence(x.log_softmax(-1), teacher), logits.requires_grad_())
@@ -88,7 +102,9 @@ def test_gradcheck_against_finite_differences(divergence):
 def test_the_adaptive_share_takes_no_gradient():
     student, teacher = random_log_probs(3, seed=0).requires_grad_(), random_log_probs(3, seed=1)
     (grad,) = torch.autograd.grad(adaptive_kl(student, teacher).sum(), student)
-    forward, reverse = (torch.autograd.grad(f(student, teacher).sum(), student)[0] for f in (forward_kl, reverse_kl))
+    forward, reverse = (
+        torch.autograd.grad(f(student, teacher).sum(), student)[0] for f in (forward_kl, reverse_kl)
+    )
     value, kl, rkl = (f(student, teacher) for f in (adaptive_kl, forward_kl, reverse_kl))
     share = ((value - rkl) / (kl - rkl)).detach()[:, None]
     torch.testing.assert_close(grad, share * forward + (1 - share) * reverse, rtol=1e-9, atol=1e-12)
@@ -109,7 +125,9 @@ def test_a_token_that_neither_says_costs_nothing_and_gives_no_nan(divergence):
 
 @each_bounded
 @pytest.mark.parametrize("excluded_by", ["student", "teacher"])
-def test_a_bounded_divergence_stays_finite_where_one_side_excludes_what_the_other_says(divergence, excluded_by):
+def test_a_bounded_divergence_stays_finite_where_one_side_excludes_what_the_other_says(
+    divergence, excluded_by
+):
     one, other = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[1.0, 0.0]]).log()
     student, teacher = (other, one) if excluded_by == "student" else (one, other)
     student = student.clone().requires_grad_()
@@ -139,10 +157,14 @@ def test_the_generalized_jsd_is_the_papers_divided_by_beta_times_one_minus_beta(
     student, teacher, beta = random_log_probs(20, seed=0), random_log_probs(20, seed=1), 0.3
     mixture = (beta * teacher.exp() + (1 - beta) * student.exp()).log()
     papers = beta * forward_kl(mixture, teacher) + (1 - beta) * forward_kl(mixture, student)
-    torch.testing.assert_close(generalized_jsd(student, teacher, beta=beta), papers / (beta * (1 - beta)), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        generalized_jsd(student, teacher, beta=beta), papers / (beta * (1 - beta)), rtol=1e-12, atol=0
+    )
 
 
-@pytest.mark.parametrize(("skewed", "plain"), [(skewed_forward_kl, forward_kl), (skewed_reverse_kl, reverse_kl)])
+@pytest.mark.parametrize(
+    ("skewed", "plain"), [(skewed_forward_kl, forward_kl), (skewed_reverse_kl, reverse_kl)]
+)
 def test_a_skew_of_zero_is_the_plain_kl_and_one_of_alpha_is_bounded(skewed, plain):
     student, teacher = random_log_probs(50, seed=0, scale=30), random_log_probs(50, seed=1, scale=30)
     torch.testing.assert_close(skewed(student, teacher, alpha=0.0), plain(student, teacher))

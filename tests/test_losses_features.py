@@ -1,4 +1,6 @@
-"""Feature terms: values by hand, what they ignore, and that nothing is asked of the models while their weight is 0."""
+"""Feature terms: values by hand, what they ignore, and that nothing is asked of the models while their
+weight is 0.
+"""
 
 import math
 
@@ -35,7 +37,8 @@ def maps(n: int, heads: int, length: int, seed: int = 0) -> torch.Tensor:
 
 def test_hidden_distance_by_hand():
     student, teacher = torch.tensor([[3.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 5.0], [2.0, 2.0]])
-    assert hidden_distance(student, teacher).tolist() == pytest.approx([2.0, 0.0], abs=1e-6)  # at right angles; the same way
+    # at right angles; the same way
+    assert hidden_distance(student, teacher).tolist() == pytest.approx([2.0, 0.0], abs=1e-6)
     assert hidden_distance(student, teacher, normalise=False).tolist() == [(9 + 25) / 2, 1.0]
 
 
@@ -55,13 +58,16 @@ def test_fewer_heads_are_held_against_the_mean_of_the_teachers_at_their_place():
 def test_relational_distance_by_hand():
     rows = torch.tensor([0, 0, 1])
     student, teacher = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]), torch.tensor([[1.0], [3.0], [2.0]])
-    assert relational_distance(student, teacher, rows).tolist() == pytest.approx([1.0, 1.0, 0.0], abs=1e-6)  # cosines 0 and 1; alone
+    # cosines 0 and 1; alone
+    assert relational_distance(student, teacher, rows).tolist() == pytest.approx([1.0, 1.0, 0.0], abs=1e-6)
 
 
 def test_contrastive_loss_by_hand():
     rows, eye = torch.tensor([0, 0, 4]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
     expected = math.log(1 + math.exp(-2))  # cosines 1 and 0 at T = 0.5
-    assert contrastive_loss(eye, eye, rows, temperature=0.5).tolist() == pytest.approx([expected, expected, 0.0], abs=1e-6)
+    assert contrastive_loss(eye, eye, rows, temperature=0.5).tolist() == pytest.approx(
+        [expected, expected, 0.0], abs=1e-6
+    )
 
 
 PER_PAIR = {
@@ -76,7 +82,11 @@ ROWS = torch.tensor([0, 0, 0, 2, 2])
 
 
 def inputs(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return (maps(5, 2, 6), maps(5, 2, 6, seed=1)) if name == "attention" else (states(5, 4), states(5, 4, seed=1))
+    return (
+        (maps(5, 2, 6), maps(5, 2, 6, seed=1))
+        if name == "attention"
+        else (states(5, 4), states(5, 4, seed=1))
+    )
 
 
 @each
@@ -91,7 +101,9 @@ def test_a_row_does_not_see_the_other_rows(name):
     """So any cut into micro-batches gives the same sums."""
     student, teacher = inputs(name)
     whole = PER_PAIR[name](student, teacher, ROWS)
-    parts = torch.cat([PER_PAIR[name](student[rows], teacher[rows], ROWS[rows]) for rows in (slice(0, 3), slice(3, 5))])
+    parts = torch.cat(
+        [PER_PAIR[name](student[rows], teacher[rows], ROWS[rows]) for rows in (slice(0, 3), slice(3, 5))]
+    )
     torch.testing.assert_close(whole, parts, rtol=1e-14, atol=0)
     assert PER_PAIR[name](student[:0], teacher[:0], ROWS[:0]).shape == (0,)
 
@@ -100,8 +112,10 @@ def test_a_row_does_not_see_the_other_rows(name):
 def test_gradcheck(name):
     student, teacher = inputs(name)
     if name == "attention":
-        assert torch.autograd.gradcheck(lambda x: attention_divergence(torch.cat([x.softmax(-1), 0 * x[..., :1]], -1), teacher),
-                                        states(5, 2, 5).requires_grad_())
+        assert torch.autograd.gradcheck(
+            lambda x: attention_divergence(torch.cat([x.softmax(-1), 0 * x[..., :1]], -1), teacher),
+            states(5, 2, 5).requires_grad_(),
+        )
     else:
         assert torch.autograd.gradcheck(lambda x: PER_PAIR[name](x, teacher, ROWS), student.requires_grad_())
 
@@ -116,7 +130,8 @@ def test_half_precision_is_summed_in_float32(name):
 
 @pytest.mark.parametrize(
     ("spec", "pairs"),
-    [("even", [(0, 2), (1, 5)]), ({"last": 1}, [(1, 5)]), ([[0, 0], [1, 4]], [(0, 0), (1, 4)])], ids=["even", "last", "given"],
+    [("even", [(0, 2), (1, 5)]), ({"last": 1}, [(1, 5)]), ([[0, 0], [1, 4]], [(0, 0), (1, 4)])],
+    ids=["even", "last", "given"],
 )
 def test_layer_maps(spec, pairs):
     assert layer_pairs(spec, 2, 6) == pairs
@@ -134,13 +149,21 @@ def test_a_projection_is_made_only_where_sizes_differ():
 
 
 def test_a_feature_term_is_normalised_and_written_as_every_term_is():
-    moment = Objective({"hidden": constant(0.5), "contrastive": constant(0.1), "ce": constant(1.0)}, constant(2.0)).at(0)
+    moment = Objective(
+        {"hidden": constant(0.5), "contrastive": constant(0.1), "ce": constant(1.0)}, constant(2.0)
+    ).at(0)
     assert moment.formula == "loss = 0.5·hidden(even, normalised) + 0.1·contrastive(even; T=0.1) + 1·CE"
     assert (moment.needs_hidden, moment.needs_attention) == (True, False)
     student, teacher = ([states(5, 4, seed=i) for i in range(k, k + 2)] for k in (0, 2))
     ours, theirs = Features(ROWS, student, projected=student), Features(ROWS, teacher)
     logits = states(5, 7)
-    book = ledger(DenseSignal(logits, ours), DenseSignal(logits, theirs), torch.zeros(5, dtype=torch.long), moment=moment, count=10)
+    book = ledger(
+        DenseSignal(logits, ours),
+        DenseSignal(logits, theirs),
+        torch.zeros(5, dtype=torch.long),
+        moment=moment,
+        count=10,
+    )
     hidden = sum(hidden_distance(s, t).sum() for s, t in zip(student, teacher, strict=True)) / 2
     assert book.entries["hidden"].share.item() == pytest.approx(0.5 * hidden.item() / 10)
     assert list(book.entries) == ["hidden", "contrastive", "ce"]
@@ -150,12 +173,18 @@ def test_what_is_not_weighted_is_not_asked_for():
     moment = Objective({name: constant(0.0) for name in FEATURE_TERMS} | {"ce": constant(1.0)}).at(0)
     assert (moment.needs_hidden, moment.needs_attention, moment.needs_teacher) == (False, False, False)
     logits = DenseSignal(states(5, 7))
-    assert list(ledger(logits, None, torch.zeros(5, dtype=torch.long), moment=moment, count=5).entries) == ["ce"]
+    assert list(ledger(logits, None, torch.zeros(5, dtype=torch.long), moment=moment, count=5).entries) == [
+        "ce"
+    ]
 
 
 def tiny_gpt2():
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0))
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=50, n_positions=16, n_embd=8, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0
+        )
+    )
 
 
 @pytest.mark.parametrize("make", [tiny_model, tiny_gpt2], ids=["llama", "gpt2"])

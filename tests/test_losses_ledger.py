@@ -27,7 +27,8 @@ def test_an_empty_step_costs_zero_not_nan():
 
 def test_a_window_of_micro_batches_adds_up_to_the_steps_loss():
     window, loss = LedgerWindow(), 0.0
-    for step, total in ((0, 1.0), (0, 2.0), (1, 5.0), (1, 3.0)):  # two steps of two micro-batches; 4 tokens a step
+    # two steps of two micro-batches; 4 tokens a step
+    for step, total in ((0, 1.0), (0, 2.0), (1, 5.0), (1, 3.0)):
         book = Ledger({"kd": entry(total, 4, 0.5), "ce": entry(2 * total, 4, 0.25)})
         loss += book.total.item() / 2
         window.add(book, step)
@@ -108,7 +109,8 @@ def test_a_moment_without_any_weight_is_refused():
 def test_the_config_knows_the_objectives_terms():
     assert set(TERM_NAMES) == set(TERMS)
     assert set(TEMPERATURES) < set(TERMS)
-    assert MEASURES["ce"].function is Objective({"ce": constant(1.0)}).at(0).logit_terms["ce"].function  # made once for both
+    # made once for both
+    assert MEASURES["ce"].function is Objective({"ce": constant(1.0)}).at(0).logit_terms["ce"].function
 
 
 def test_the_config_knows_the_divergences_and_their_options():
@@ -121,7 +123,9 @@ def test_the_kd_term_takes_the_teachers_top_k(renormalise, tail):
     moment = Objective({"kd": constant(0.7)}, constant(2.0), "forward_kl", 3, renormalise).at(0)
     assert moment.formula == f"loss = 0.7·T²·KL(teacher ‖ student; T=2, top-3 {tail})"
     student, teacher = torch.randn(4, 7, dtype=torch.float64), torch.randn(4, 7, dtype=torch.float64)
-    book = ledger(DenseSignal(student), DenseSignal(teacher), torch.zeros(4, dtype=torch.long), moment=moment, count=4)
+    book = ledger(
+        DenseSignal(student), DenseSignal(teacher), torch.zeros(4, dtype=torch.long), moment=moment, count=4
+    )
     p, q = (teacher / 2).softmax(-1), (student / 2).softmax(-1)
     p3, order = p.topk(3)
     q3 = q.gather(-1, order)
@@ -143,7 +147,9 @@ def test_the_kd_term_takes_the_divergence_chosen(spec, formula):
     moment = Objective({"kd": constant(1.0)}, constant(3.0), spec).at(0)
     assert moment.formula == formula
     student, teacher = torch.randn(4, 7, dtype=torch.float64), torch.randn(4, 7, dtype=torch.float64)
-    book = ledger(DenseSignal(student), DenseSignal(teacher), torch.zeros(4, dtype=torch.long), moment=moment, count=4)
+    book = ledger(
+        DenseSignal(student), DenseSignal(teacher), torch.zeros(4, dtype=torch.long), moment=moment, count=4
+    )
     divergence, _ = chosen(spec)
     by_hand = 9 * divergence((student / 3).log_softmax(-1), (teacher / 3).log_softmax(-1)).mean()
     torch.testing.assert_close(book.total, by_hand)

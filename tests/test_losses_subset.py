@@ -37,10 +37,13 @@ def test_zero_at_equality_and_never_below(divergence, k):
 @each
 @pytest.mark.parametrize("k", [V, V + 1])
 def test_all_of_the_vocabulary_is_the_full_divergence(divergence, k):
-    torch.testing.assert_close(OnTopK(divergence, k)(STUDENT, TEACHER), divergence(STUDENT, TEACHER), rtol=1e-14, atol=0)
+    torch.testing.assert_close(
+        OnTopK(divergence, k)(STUDENT, TEACHER), divergence(STUDENT, TEACHER), rtol=1e-14, atol=0
+    )
 
 
-@pytest.mark.parametrize("divergence", [f for f in FAMILY.values() if f is not adaptive_kl])  # no f-divergence
+# no f-divergence
+@pytest.mark.parametrize("divergence", [f for f in FAMILY.values() if f is not adaptive_kl])
 def test_the_bucket_never_exceeds_the_full_divergence_and_rises_with_k(divergence):
     values = [OnTopK(divergence, k)(STUDENT, TEACHER) for k in range(1, V + 1)]
     for fewer, more in zip(values, values[1:], strict=False):
@@ -79,6 +82,13 @@ def test_no_token_at_all_is_refused():
 def test_a_tail_of_one_in_a_billion_keeps_its_digits():
     teacher = torch.tensor([[0.0, -1.0, -25.0, -26.0]]).log_softmax(-1)
     tail = top_k_pair(teacher, teacher, 2)[1][0, -1].item()
-    exact = torch.tensor([0.0, -1.0, -25.0, -26.0], dtype=torch.float64).log_softmax(-1)[2:].exp().sum().log().item()
+    exact = (
+        torch.tensor([0.0, -1.0, -25.0, -26.0], dtype=torch.float64)
+        .log_softmax(-1)[2:]
+        .exp()
+        .sum()
+        .log()
+        .item()
+    )
     assert tail == pytest.approx(exact, rel=1e-6)
     assert math.isfinite(tail)

@@ -15,7 +15,9 @@ NAMES = ("sport", "politics", "science", "music")
 def made(seed: int, count: int = 300, skill: float = 2.0, labels=None) -> Answers:
     """Answers of a model that leans to the right class."""
     generator = np.random.default_rng(seed)
-    labels = np.random.default_rng(0).choice(4, size=count, p=[0.4, 0.3, 0.25, 0.05]) if labels is None else labels
+    labels = (
+        np.random.default_rng(0).choice(4, size=count, p=[0.4, 0.3, 0.25, 0.05]) if labels is None else labels
+    )
     logits = generator.normal(size=(count, 4)) + skill * np.eye(4)[labels]
     probabilities = np.exp(logits)
     return Answers(probabilities / probabilities.sum(axis=1, keepdims=True), labels)
@@ -44,7 +46,11 @@ def test_the_measures_are_those_of_scikit_learn(models, results):
         for entry in found["per_class"]:
             expected = report[entry["class"]]
             assert (entry["precision"], entry["recall"], entry["f1"]["value"], entry["support"]) == (
-                expected["precision"], expected["recall"], expected["f1-score"], expected["support"])
+                expected["precision"],
+                expected["recall"],
+                expected["f1-score"],
+                expected["support"],
+            )
 
 
 def test_the_resampled_measures_are_those_of_scikit_learn_on_the_items_drawn(models):
@@ -56,7 +62,9 @@ def test_the_resampled_measures_are_those_of_scikit_learn_on_the_items_drawn(mod
     draws = np.concatenate(list(bootstrap._draws())).astype(int)
     for number, times in enumerate(draws):
         items = np.repeat(np.arange(25), times)
-        drawn, beside = (Answers(each.probabilities[items], each.labels[items]) for each in (answers, teacher))
+        drawn, beside = (
+            Answers(each.probabilities[items], each.labels[items]) for each in (answers, teacher)
+        )
         for name, value in values(drawn, beside, classes=True).items():
             assert measures[name][number] == pytest.approx(value), name
 
@@ -85,8 +93,16 @@ def test_the_calibration_error_is_right_by_hand():
     assert expected_calibration_error(confidence, right) == pytest.approx(0.15 * 4 / 6 + 0.05 * 2 / 6)
     bins = reliability(confidence, right)
     assert [(b["count"], b["confidence"], b["accuracy"]) for b in bins if b["count"]] == [
-        (2, pytest.approx(0.55), 0.5), (4, pytest.approx(0.9), 0.75)]
-    assert bins[0] == {"low": 0.0, "high": pytest.approx(1 / 15), "count": 0, "confidence": None, "accuracy": None}
+        (2, pytest.approx(0.55), 0.5),
+        (4, pytest.approx(0.9), 0.75),
+    ]
+    assert bins[0] == {
+        "low": 0.0,
+        "high": pytest.approx(1 / 15),
+        "count": 0,
+        "confidence": None,
+        "accuracy": None,
+    }
 
 
 def test_a_bin_has_its_upper_edge_and_not_its_lower():
@@ -111,12 +127,17 @@ def test_mcnemars_test_is_right_by_hand():
     assert mcnemar(0, 0)["p_value"] == 1
     assert mcnemar(12, 12)["p_value"] == pytest.approx(1)
     # 10 against 30: (20 - 1)^2 / 40 = 9.025, one degree of freedom: erfc(sqrt(9.025 / 2))
-    assert mcnemar(10, 30) == {"p_value": pytest.approx(math.erfc(math.sqrt(9.025 / 2))), "test": "chi-squared with continuity correction"}
+    assert mcnemar(10, 30) == {
+        "p_value": pytest.approx(math.erfc(math.sqrt(9.025 / 2))),
+        "test": "chi-squared with continuity correction",
+    }
     assert mcnemar(20, 20)["p_value"] == 1
 
 
 def test_mcnemar_counts_the_rows_that_only_one_has_right(models, results):
-    entry = next(test for test in results["mcnemar"] if (test["model"], test["against"]) == ("distilled", "baseline"))
+    entry = next(
+        test for test in results["mcnemar"] if (test["model"], test["against"]) == ("distilled", "baseline")
+    )
     ours, theirs = models["distilled"].right, models["baseline"].right
     assert entry["only_model_right"] == sum(a and not b for a, b in zip(ours, theirs, strict=True))
     assert entry["only_other_right"] == sum(b and not a for a, b in zip(ours, theirs, strict=True))
@@ -138,7 +159,11 @@ def test_draws_do_not_depend_on_how_many_are_held_at_a_time(monkeypatch):
 
 
 def test_an_interval_holds_its_value(results):
-    figures = [results["models"][name][m] for name in results["models"] for m in ("accuracy", "macro_f1", "log_loss", "ece", "retention")]
+    figures = [
+        results["models"][name][m]
+        for name in results["models"]
+        for m in ("accuracy", "macro_f1", "log_loss", "ece", "retention")
+    ]
     for each in [*figures, *results["differences"]]:
         assert each["low"] - 1e-9 <= each["value"] <= each["high"] + 1e-9
 
@@ -149,21 +174,29 @@ def test_groups_are_drawn_whole():
     assert times.shape == (200, 35)
     assert all(len(set(draw[:10])) == len(set(draw[10:30])) == len(set(draw[30:])) == 1 for draw in times)
     assert {draw[0] + draw[10] + draw[30] for draw in times} == {3.0}
-    assert np.array_equal(Bootstrap(5, 20, groups=list("edcba")).times[:, ::-1], Bootstrap(5, 20, groups=list("abcde")).times)
+    assert np.array_equal(
+        Bootstrap(5, 20, groups=list("edcba")).times[:, ::-1], Bootstrap(5, 20, groups=list("abcde")).times
+    )
 
 
 def test_rows_that_say_the_same_make_an_interval_no_narrower():
-    """Ten rows of each of thirty pages, all right or all wrong: as sure as thirty rows are, not three hundred."""
+    """Ten rows of each of thirty pages, all right or all wrong: as sure as thirty rows are, not three
+    hundred.
+    """
     right = np.repeat(np.random.default_rng(0).random(30) < 0.6, 10).astype(float)
     pages = [f"page {number // 10}" for number in range(300)]
-    by_row, by_page = (Bootstrap(300, 2000, groups=groups).sums(right[:, None])[:, 0] / 300 for groups in (None, pages))
+    by_row, by_page = (
+        Bootstrap(300, 2000, groups=groups).sums(right[:, None])[:, 0] / 300 for groups in (None, pages)
+    )
     share = right.mean()
     assert by_row.std() == pytest.approx((share * (1 - share) / 300) ** 0.5, rel=0.1)
     assert by_page.std() == pytest.approx((share * (1 - share) / 30) ** 0.5, rel=0.1)
 
 
 def test_the_interval_covers_as_it_says():
-    """Answers drawn again and again from one population: the 95 % interval of accuracy holds the population's about that often."""
+    """Answers drawn again and again from one population: the 95 % interval of accuracy holds the
+    population's about that often.
+    """
     generator, covered = np.random.default_rng(0), 0
     for _ in range(200):
         right = generator.random(80) < 0.7
@@ -173,8 +206,16 @@ def test_the_interval_covers_as_it_says():
 
 
 def test_what_is_always_or_never_right_on_a_few_rows_is_not_taken_for_certain():
-    assert interval(1.0, np.ones(9), share_of=3) == {"value": 1, "low": pytest.approx(3 / (3 + 1.959964**2)), "high": 1}
-    assert interval(0.0, np.zeros(9), share_of=40) == {"value": 0, "low": 0, "high": pytest.approx(1.959964**2 / (40 + 1.959964**2))}
+    assert interval(1.0, np.ones(9), share_of=3) == {
+        "value": 1,
+        "low": pytest.approx(3 / (3 + 1.959964**2)),
+        "high": 1,
+    }
+    assert interval(0.0, np.zeros(9), share_of=40) == {
+        "value": 0,
+        "low": 0,
+        "high": pytest.approx(1.959964**2 / (40 + 1.959964**2)),
+    }
     teacher, student = Answers([[0.9, 0.1], [0.2, 0.8]], [0, 0]), Answers([[0.8, 0.2], [0.7, 0.3]], [0, 0])
     found = results_of({"teacher": teacher, "distilled": student}, ("a", "b"), resamples=100)["models"]
     assert found["distilled"]["accuracy"]["low"] == pytest.approx(2 / (2 + 1.959964**2))
@@ -187,7 +228,9 @@ def test_what_is_always_or_never_right_on_a_few_rows_is_not_taken_for_certain():
 
 def test_retention_is_the_share_of_the_teachers_accuracy(models, results):
     found = results["models"]["distilled"]["retention"]
-    assert found["value"] == pytest.approx(100 * models["distilled"].right.mean() / models["teacher"].right.mean())
+    assert found["value"] == pytest.approx(
+        100 * models["distilled"].right.mean() / models["teacher"].right.mean()
+    )
     assert results["models"]["teacher"]["retention"] == {"value": 100, "low": 100, "high": 100}
 
 
@@ -203,8 +246,18 @@ def test_the_teachers_mistakes_are_repeated_or_mended(models, results):
 
 def test_a_teacher_without_mistakes_or_without_merit_leaves_out_what_has_no_meaning():
     good, bad = Answers([[0.9, 0.1], [0.2, 0.8]], [0, 1]), Answers([[0.1, 0.9], [0.8, 0.2]], [0, 1])
-    assert "on_teachers_mistakes" not in results_of({"teacher": good, "distilled": bad}, ("a", "b"), resamples=100)["models"]["distilled"]
-    assert "retention" not in results_of({"teacher": bad, "distilled": good}, ("a", "b"), resamples=100)["models"]["distilled"]
+    assert (
+        "on_teachers_mistakes"
+        not in results_of({"teacher": good, "distilled": bad}, ("a", "b"), resamples=100)["models"][
+            "distilled"
+        ]
+    )
+    assert (
+        "retention"
+        not in results_of({"teacher": bad, "distilled": good}, ("a", "b"), resamples=100)["models"][
+            "distilled"
+        ]
+    )
 
 
 def test_choices_of_their_own_for_each_item_have_no_f1():
@@ -218,8 +271,13 @@ def test_a_class_without_a_row_has_no_part_in_macro_f1():
     answers = Answers(np.eye(4)[[0, 1, 1]] * 0.97 + 0.0075, [0, 1, 0])
     found = results_of({"teacher": answers}, NAMES, resamples=100)["models"]["teacher"]
     assert found["macro_f1"]["value"] == pytest.approx(2 / 3)
-    assert found["per_class"][3] == {"class": "music", "precision": 0, "recall": 0, "support": 0,
-                                     "f1": {"value": 0, "low": 0, "high": 0}}
+    assert found["per_class"][3] == {
+        "class": "music",
+        "precision": 0,
+        "recall": 0,
+        "support": 0,
+        "f1": {"value": 0, "low": 0, "high": 0},
+    }
 
 
 def test_the_worst_rows_are_those_most_wrong_and_then_those_furthest_from_the_teacher():
@@ -228,26 +286,43 @@ def test_the_worst_rows_are_those_most_wrong_and_then_those_furthest_from_the_te
     models, texts = {"teacher": teacher, "distilled": student}, ["x" * 400, "b", "c", "d"]
     found = worst_rows(models, "distilled", texts, [("yes", "no")] * 4, wrong=1, far=2)
     assert [(each["row"], each["why"]) for each in found] == [
-        (1, "most wrong"), (2, "furthest from the teacher"), (0, "furthest from the teacher")]
-    assert found[0]["said"] == {"teacher": [["yes", 0.9], ["no", 0.1]], "distilled": [["no", 0.9], ["yes", 0.1]]}
+        (1, "most wrong"),
+        (2, "furthest from the teacher"),
+        (0, "furthest from the teacher"),
+    ]
+    assert found[0]["said"] == {
+        "teacher": [["yes", 0.9], ["no", 0.1]],
+        "distilled": [["no", 0.9], ["yes", 0.1]],
+    }
     assert found[0]["label"] == "yes"
     assert found[2]["text"] == "x" * 300 + " …"
 
 
 def test_choices_may_differ_from_row_to_row():
     teacher = Answers([[0.9, 0.1, 0.0], [0.2, 0.2, 0.6]], [0, 2])
-    found = worst_rows({"teacher": teacher}, "teacher", ["a", "b"], [("yes", "no"), ("red", "green", "blue")], wrong=0, far=0)
+    found = worst_rows(
+        {"teacher": teacher}, "teacher", ["a", "b"], [("yes", "no"), ("red", "green", "blue")], wrong=0, far=0
+    )
     assert found == []
     wrong = Answers([[0.1, 0.9, 0.0], [0.2, 0.2, 0.6]], [0, 2])
-    found = worst_rows({"teacher": teacher, "distilled": wrong}, "distilled", ["a", "b"], [("yes", "no"), ("red", "green", "blue")])
+    found = worst_rows(
+        {"teacher": teacher, "distilled": wrong},
+        "distilled",
+        ["a", "b"],
+        [("yes", "no"), ("red", "green", "blue")],
+    )
     assert found[0]["said"]["distilled"] == [["no", 0.9], ["yes", 0.1]]
 
 
 def test_few_groups_are_said_to_be_too_few(models):
     groups = [f"page {number % 3}" for number in range(len(models["teacher"]))]
-    assert results_of(models, NAMES, groups=groups, resamples=50)["interval"].endswith("over 3 groups of rows, too few to trust")
+    assert results_of(models, NAMES, groups=groups, resamples=50)["interval"].endswith(
+        "over 3 groups of rows, too few to trust"
+    )
     groups = [f"page {number % 20}" for number in range(len(models["teacher"]))]
-    assert results_of(models, NAMES, groups=groups, resamples=50)["interval"].endswith("over 20 groups of rows")
+    assert results_of(models, NAMES, groups=groups, resamples=50)["interval"].endswith(
+        "over 20 groups of rows"
+    )
 
 
 def test_calibration_error_is_never_below_0():

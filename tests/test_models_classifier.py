@@ -1,4 +1,6 @@
-"""Classifiers are loaded with their outputs in the order of the data's classes, matched by name; heads that are not there are named."""
+"""Classifiers are loaded with their outputs in the order of the data's classes, matched by name; heads
+that are not there are named.
+"""
 
 import json
 from pathlib import Path
@@ -31,7 +33,9 @@ def test_a_permuted_copy_says_the_same(tmp_path):
     folder = classifier(tmp_path / "model")
     other = permuted(folder, tmp_path / "permuted", [1, 2, 0])
     assert json.loads((Path(other) / "config.json").read_text())["id2label"]["0"] == "animals"
-    torch.testing.assert_close(logits(load_classifier(other, LABELS)), logits(load_classifier(folder, LABELS)))
+    torch.testing.assert_close(
+        logits(load_classifier(other, LABELS)), logits(load_classifier(folder, LABELS))
+    )
 
 
 def test_outputs_without_names_are_taken_as_they_stand(tmp_path):
@@ -42,7 +46,9 @@ def test_outputs_without_names_are_taken_as_they_stand(tmp_path):
 
 def test_as_many_classes_of_other_names_are_refused(tmp_path):
     folder = classifier(tmp_path / "model", labels=["tools", "plants", "weather"])
-    with pytest.raises(ModelError, match="its classes are tools, plants, weather; the data's animals is not among them"):
+    with pytest.raises(
+        ModelError, match="its classes are tools, plants, weather; the data's animals is not among them"
+    ):
         load_classifier(folder, LABELS)
 
 
@@ -59,7 +65,9 @@ def test_as_many_classes_of_other_names_are_no_start_for_a_student_whose_head_is
 
 
 @pytest.mark.parametrize("labels", [["tools", "animals"], [*LABELS, "plants"]], ids=["fewer", "more"])
-def test_a_teacher_with_another_number_of_classes_has_nothing_to_teach_and_a_student_gets_a_new_head(tmp_path, labels):
+def test_a_teacher_with_another_number_of_classes_has_nothing_to_teach_and_a_student_gets_a_new_head(
+    tmp_path, labels
+):
     folder = classifier(tmp_path / "model", labels=labels)
     with pytest.raises(ModelError, match="no trained head for the 3 classes .*teacher_stage"):
         load_classifier(folder, LABELS)
@@ -74,7 +82,9 @@ def language_model(folder: Path, config) -> str:
 
 def test_a_language_model_is_no_teacher_and_gets_the_same_new_head_from_the_same_seed(tmp_path):
     classifier(tmp_path / "model")
-    folder = language_model(tmp_path / "model", LlamaForSequenceClassification.from_pretrained(tmp_path / "model").config)
+    folder = language_model(
+        tmp_path / "model", LlamaForSequenceClassification.from_pretrained(tmp_path / "model").config
+    )
     with pytest.raises(ModelError, match="no trained head"):
         load_classifier(folder, LABELS)
     heads = []
@@ -106,7 +116,10 @@ def test_a_decoder_reads_the_last_token_before_the_tokenizers_padding(tmp_path, 
     assert model.config.pad_token_id == 0
     ids, mask = torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
     with torch.no_grad():
-        together, alone = model(input_ids=ids, attention_mask=mask).logits[1:], model(input_ids=ids[1:, :2]).logits
+        together, alone = (
+            model(input_ids=ids, attention_mask=mask).logits[1:],
+            model(input_ids=ids[1:, :2]).logits,
+        )
     torch.testing.assert_close(together, alone)
 
 
@@ -114,4 +127,6 @@ def test_loaded_and_saved_the_order_stays(tmp_path):
     folder = classifier(tmp_path / "model", labels=["weather", "tools", "animals"])
     model = load_classifier(folder, LABELS)
     model.save_pretrained(tmp_path / "saved")
-    torch.testing.assert_close(logits(LlamaForSequenceClassification.from_pretrained(tmp_path / "saved")), logits(model))
+    torch.testing.assert_close(
+        logits(LlamaForSequenceClassification.from_pretrained(tmp_path / "saved")), logits(model)
+    )

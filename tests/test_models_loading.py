@@ -35,7 +35,9 @@ def config(raw, **student):
     ],
 )
 def test_layers_are_chosen_as_the_config_says(raw_config, student, expected):
-    assert models.chosen_layers(config(raw_config, **student), tiny_model(), torch.arange(8)[None]) == expected
+    assert (
+        models.chosen_layers(config(raw_config, **student), tiny_model(), torch.arange(8)[None]) == expected
+    )
 
 
 def test_influence_keeps_the_layers_that_turn_the_stream():
@@ -57,10 +59,19 @@ def test_a_last_layer_that_does_nothing_has_no_influence_whatever_the_final_norm
 
 
 def test_settings_of_each_layer_go_with_their_layers():
-    teacher = Gemma2ForCausalLM(Gemma2Config(
-        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=8, query_pre_attn_scalar=8, layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
-    ))
+    teacher = Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        )
+    )
     assert models.shallower(teacher, [0, 3]).config.layer_types == ["full_attention", "full_attention"]
 
 
@@ -79,18 +90,35 @@ def test_a_student_of_all_layers_is_the_teacher():
 
 
 def test_a_shallower_gpt2_keeps_the_layers_asked_for():
-    teacher = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=4, n_head=2, n_positions=32)).eval()
+    teacher = GPT2LMHeadModel(
+        GPT2Config(vocab_size=50, n_embd=16, n_layer=4, n_head=2, n_positions=32)
+    ).eval()
     student = models.shallower(teacher, [0, 3])
     assert len(student.transformer.h) == 2
-    torch.testing.assert_close(student.transformer.h[1].mlp.c_fc.weight, teacher.transformer.h[3].mlp.c_fc.weight)
+    torch.testing.assert_close(
+        student.transformer.h[1].mlp.c_fc.weight, teacher.transformer.h[3].mlp.c_fc.weight
+    )
 
 
-SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-         "num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
 HEADS = {
     "llama": (lambda: tiny_model(64), Form()),
-    "gemma2": (lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=0.05, query_pre_attn_scalar=8)),
-               Form(softcap=0.05)),
+    "gemma2": (
+        lambda: Gemma2ForCausalLM(
+            Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=0.05, query_pre_attn_scalar=8)
+        ),
+        Form(softcap=0.05),
+    ),
     "cohere": (lambda: CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.25)), Form(scale=0.25)),
     "granite": (lambda: GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=8.0)), Form(scale=0.125)),
 }
@@ -138,7 +166,9 @@ def test_a_teacher_gets_no_gradient():
 
 def test_rows_longer_than_a_models_positions_are_refused(raw_config, teacher_folder):
     with pytest.raises(ModelError, match="data.max_length is 128, but .* has 64 positions"):
-        models.check_pair(parse(raw_config, ["data.max_length=128"]), models.load_tokenizer(str(teacher_folder)))
+        models.check_pair(
+            parse(raw_config, ["data.max_length=128"]), models.load_tokenizer(str(teacher_folder))
+        )
 
 
 def test_different_tokenizers_are_refused_with_the_way_out(raw_config, teacher_folder, tmp_path):
@@ -159,7 +189,10 @@ def test_a_model_that_is_nothing_says_what_it_may_be(name):
 
 def test_an_encoder_is_no_language_model_with_a_random_head(tmp_path):
     bert(tmp_path / "encoder")
-    with pytest.raises(ModelError, match=r"weights as a language model are not in its files and would be random \(cls.predictions"):
+    with pytest.raises(
+        ModelError,
+        match=r"weights as a language model are not in its files and would be random \(cls.predictions",
+    ):
         models.load_model(str(tmp_path / "encoder"))
 
 

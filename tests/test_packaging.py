@@ -19,8 +19,12 @@ def normal(name: str) -> str:
     return re.sub("[._]", "-", name.lower())
 
 
-PINS = {normal(name): version for name, version in
-        re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)}
+PINS = {
+    normal(name): version
+    for name, version in re.findall(
+        r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE
+    )
+}
 
 
 def test_every_pin_lies_in_its_range():
@@ -32,7 +36,11 @@ def test_every_pin_lies_in_its_range():
 
 def test_the_conda_environment_is_the_same_installation():
     listed = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    python = next(item.removeprefix("python=") for item in listed if isinstance(item, str) and item.startswith("python="))
+    python = next(
+        item.removeprefix("python=")
+        for item in listed
+        if isinstance(item, str) and item.startswith("python=")
+    )
     assert f"{python}.7" in SpecifierSet(PROJECT["requires-python"])
     assert listed[-1] == {"pip": ["-c constraints.txt", "-e .[test]"]}
     assert set(listed[:-1]) == {f"python={python}", "pip"}

@@ -27,7 +27,9 @@ def test_tables_and_figures_are_made_from_what_stands_in_the_file():
     assert tables["f1_per_class"]["rows"].sum() == 200
     assert "<b>" not in tables["worst"].to_html()
     assert list(plots.quality_table(results).columns)[:2] == ["accuracy", "macro-F1"]
-    assert plots.comparison_message(results).startswith("Against the CE-only baseline, the distilled student shows: ")
+    assert plots.comparison_message(results).startswith(
+        "Against the CE-only baseline, the distilled student shows: "
+    )
 
 
 def test_a_text_of_several_lines_is_one_that_the_page_breaks():
@@ -40,4 +42,7 @@ def test_a_text_of_several_lines_is_one_that_the_page_breaks():
 
 def test_a_model_with_a_name_of_its_own_gets_no_article():
     assert [called(name, "The") for name in ("baseline", "mine")] == ["The CE-only baseline", "mine"]
-    assert [on_axis(name) for name in ("baseline", "distilled_by_me")] == ["CE-only\nbaseline", "distilled_\nby_me"]
+    assert [on_axis(name) for name in ("baseline", "distilled_by_me")] == [
+        "CE-only\nbaseline",
+        "distilled_\nby_me",
+    ]

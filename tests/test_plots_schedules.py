@@ -32,8 +32,13 @@ def designs(draw):
     hot, cold = (draw(st.sampled_from([0.5, 1.0, 2.0, 4.0, 7.3])) for _ in range(2))
     shape = draw(st.sampled_from(SHAPES))
     return Design(
-        draw(st.sampled_from([6e-4, 1e-3, 5e-5])), draw(st.sampled_from([0.0, 0.03, 0.1, 0.5])), draw(st.sampled_from(COURSES)),
-        draw(st.sampled_from([0.0, 0.1, 1.0])), (hot, cold), shape, tuple(phases),
+        draw(st.sampled_from([6e-4, 1e-3, 5e-5])),
+        draw(st.sampled_from([0.0, 0.03, 0.1, 0.5])),
+        draw(st.sampled_from(COURSES)),
+        draw(st.sampled_from([0.0, 0.1, 1.0])),
+        (hot, cold),
+        shape,
+        tuple(phases),
     )
 
 
@@ -59,7 +64,12 @@ def weight(design: Design, term: str, done: float) -> float:
 
 def temperature(design: Design, done: float) -> float:
     start, end = design.temperature
-    share = {"constant": 0, "linear": done, "cosine": 0.5 - 0.5 * math.cos(math.pi * done), "exponential": None}[design.shape]
+    share = {
+        "constant": 0,
+        "linear": done,
+        "cosine": 0.5 - 0.5 * math.cos(math.pi * done),
+        "exponential": None,
+    }[design.shape]
     return start ** (1 - done) * end**done if share is None else start + (end - start) * share
 
 
@@ -102,7 +112,9 @@ def test_a_training_plans_the_course_that_was_designed(raw_config, tmp_path):
     for step, line in zip(plan["step"], plan.to_dict("records"), strict=True):
         done = (step - 1) / 12
         assert line["learning_rate"] == pytest.approx(rate(design, done))
-        assert (line["kd_weight"], line["ce_weight"]) == pytest.approx((weight(design, "kd", done), weight(design, "ce", done)))
+        assert (line["kd_weight"], line["ce_weight"]) == pytest.approx(
+            (weight(design, "kd", done), weight(design, "ce", done))
+        )
         assert line["temperature"] == pytest.approx(temperature(design, done))
 
 
@@ -111,9 +123,13 @@ def test_a_training_plans_the_course_that_was_designed(raw_config, tmp_path):
 def test_the_trainer_s_own_courses_in_our_words(raw_config, name, warm_up):
     raw_config["training"] |= {"lr_scheduler_type": name, "warmup_steps": warm_up, "max_steps": 20}
     args = training.training_arguments(parse(raw_config), "unused")
-    scheduler = get_scheduler(name, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), args.get_warmup_steps(20), 20)
+    scheduler = get_scheduler(
+        name, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), args.get_warmup_steps(20), 20
+    )
     ours = from_spec(course if (course := rate_course(parse(raw_config), 20)) is not None else 1.0)
-    assert [ours(step / 20) for step in range(20)] == pytest.approx([scheduler.lr_lambdas[0](step) for step in range(20)])
+    assert [ours(step / 20) for step in range(20)] == pytest.approx(
+        [scheduler.lr_lambdas[0](step) for step in range(20)]
+    )
 
 
 def test_a_course_without_words_of_ours_is_taken_from_the_plan(raw_config):
@@ -126,36 +142,59 @@ def test_a_course_without_words_of_ours_is_taken_from_the_plan(raw_config):
     assert "a course of the Trainer's own" in course_figure(curves(config, 12)).axes[0].get_title(loc="left")
     design, notes = design_of(config, 12)
     assert (design.warm_up, design.course) == (0.1, "cosine")
-    assert notes == ["training.lr_scheduler_type is inverse_sqrt; the designer starts from a warm-up and a cosine"]
+    assert notes == [
+        "training.lr_scheduler_type is inverse_sqrt; the designer starts from a warm-up and a cosine"
+    ]
 
 
 def test_what_the_designer_cannot_hold_is_said(raw_config):
-    raw_config["loss"] = {"weights": {"kd": {"linear": [1, 0.5]}, "ce": 0.5}, "temperature": {"kd": 3, "reverse_kl": 1}}
+    raw_config["loss"] = {
+        "weights": {"kd": {"linear": [1, 0.5]}, "ce": 0.5},
+        "temperature": {"kd": 3, "reverse_kl": 1},
+    }
     design, notes = design_of(parse(raw_config), 12)
     assert [note.split(" is ")[0] for note in notes] == ["loss.weights.kd", "loss.temperature"]
     assert (design.phases[0].weights, design.temperature) == ({"kd": 1.0, "ce": 0.5}, (3.0, 3.0))
 
 
 def test_what_stood_beside_the_old_course_does_not_clash_with_the_new(raw_config):
-    raw_config["training"] |= {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 2}, "warmup_steps": 3}
+    raw_config["training"] |= {
+        "lr_scheduler_type": "cosine_with_restarts",
+        "lr_scheduler_kwargs": {"num_cycles": 2},
+        "warmup_steps": 3,
+    }
     design, _ = design_of(parse(raw_config), 12)
     assert pasted(parse(raw_config), as_yaml(design.loss(), design.training())).training["warmup_steps"] == 0
 
 
 def test_titles_tell_the_turns(raw_config):
-    phases = (Phase(0.5, {"kd": 1.0, "ce": 0.2, "hidden": 0.0}), Phase(0.8, {"kd": 0.3, "ce": 0.2, "hidden": 0.5}, 0.1),
-              Phase(1.0, {"kd": 0.3, "ce": 0.2, "hidden": 0.0}))
+    phases = (
+        Phase(0.5, {"kd": 1.0, "ce": 0.2, "hidden": 0.0}),
+        Phase(0.8, {"kd": 0.3, "ce": 0.2, "hidden": 0.5}, 0.1),
+        Phase(1.0, {"kd": 0.3, "ce": 0.2, "hidden": 0.0}),
+    )
     design = Design(1e-3, 0.1, "cosine", 0.0, (4.0, 1.0), "linear", phases)
     made = pasted(parse(raw_config), as_yaml(design.loss(), design.training()))
-    titles = [axes.get_title(loc="left") for axes in course_figure(curves(made, 12), (0.5, 0.8, 1.0), 12).axes]
-    assert titles == ["The learning rate peaks at 1.0e-03 and ends at 0.0e+00", "Weights: kd 1 → 0.3, ce 0.2, hidden 0 → 0.5 → 0",
-                      "Temperature: 4 → 1"]
+    titles = [
+        axes.get_title(loc="left") for axes in course_figure(curves(made, 12), (0.5, 0.8, 1.0), 12).axes
+    ]
+    assert titles == [
+        "The learning rate peaks at 1.0e-03 and ends at 0.0e+00",
+        "Weights: kd 1 → 0.3, ce 0.2, hidden 0 → 0.5 → 0",
+        "Temperature: 4 → 1",
+    ]
 
 
 def test_sliders_change_picture_and_yaml_and_faults_are_shown(raw_config):
     designer = ScheduleDesigner(parse(raw_config), 12)
-    for control, value in ((designer.warm_up, 0.3), (designer.shape, "linear"), (designer.cold, 1.0), (designer.count, 3),
-                           (designer.phases[1].weights["hidden"], 0.5), (designer.phases[1].ramp, 0.1)):
+    for control, value in (
+        (designer.warm_up, 0.3),
+        (designer.shape, "linear"),
+        (designer.cold, 1.0),
+        (designer.count, 3),
+        (designer.phases[1].weights["hidden"], 0.5),
+        (designer.phases[1].ramp, 0.1),
+    ):
         picture, text = designer.picture.value, designer.yaml.value
         control.value = value
         assert designer.fault.value == ""
@@ -173,10 +212,15 @@ def test_sliders_change_picture_and_yaml_and_faults_are_shown(raw_config):
 
 
 def test_the_designer_begins_with_the_run_s_own_course(raw_config):
-    raw_config["loss"]["curriculum"] = [{"until": 0.4, "weights": {"kd": 1.0}}, {"until": 1.0, "weights": {"kd": 0.2}, "ramp": 0.2}]
+    raw_config["loss"]["curriculum"] = [
+        {"until": 0.4, "weights": {"kd": 1.0}},
+        {"until": 1.0, "weights": {"kd": 0.2}, "ramp": 0.2},
+    ]
     raw_config["training"] |= {"lr_scheduler_type": "cosine", "warmup_steps": 3}
     config = parse(raw_config)
     designer = ScheduleDesigner(config, 12)
     made = pasted(config, as_yaml(designer.design().loss(), designer.design().training()))
     pd.testing.assert_frame_equal(curves(made, 12), curves(config, 12))
-    assert SimpleNamespace(count=designer.count.value, shown=len(designer.row.children)) == SimpleNamespace(count=2, shown=2)
+    assert SimpleNamespace(count=designer.count.value, shown=len(designer.row.children)) == SimpleNamespace(
+        count=2, shown=2
+    )

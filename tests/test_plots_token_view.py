@@ -14,7 +14,9 @@ def view(row, rows=("the student learns", "a teacher says what it sees when word
 def test_each_token_is_learned_or_read_or_padding():
     short, long = view(0), view(1)
     learned = short.states.count("learned")
-    assert short.states == ["context"] + ["learned"] * learned + ["padding"] * (len(long.states) - learned - 1)
+    assert short.states == ["context"] + ["learned"] * learned + ["padding"] * (
+        len(long.states) - learned - 1
+    )
     assert "".join(short.texts[: learned + 1]) == "the student learns"
     assert set(long.states[1:]) == {"learned"}
 

@@ -31,7 +31,10 @@ def test_the_index_lists_every_run_with_its_state_and_links_to_what_has_a_report
     assert 'href="first/report.html"' in page
     assert 'href="second/report.html"' not in page
     rows = page.split("<tbody")[1].split("<tr")[1:]
-    assert {state: sum(f'class="state {state}"' in row for row in rows) for state in ("done", "failed")} == {"done": 1, "failed": 1}
+    assert {state: sum(f'class="state {state}"' in row for row in rows) for state in ("done", "failed")} == {
+        "done": 1,
+        "failed": 1,
+    }
     assert "02_train: OutOfMemoryError" in page
 
 
@@ -47,7 +50,9 @@ def test_a_run_on_its_way_shows_how_far_it_is_and_its_figures_so_far(root):
 
 def test_a_run_whose_process_is_gone_is_shown_as_died(root, tmp_path):
     run = made_run(root, "gone", state="running", steps=0, kl=None)
-    runs.write_json(run.path / "status.json", {**json.loads((run.path / "status.json").read_text()), "pid_started": 0.0})
+    runs.write_json(
+        run.path / "status.json", {**json.loads((run.path / "status.json").read_text()), "pid_started": 0.0}
+    )
     assert 'class="state died"' in index_of(root, tmp_path)
     assert "the run died" in reports.render(run, tmp_path / "reports").read_text()
 
@@ -58,7 +63,11 @@ def test_a_torn_file_costs_one_row_and_not_the_index(root, tmp_path):
         torn = runs.create(root, f"torn-{name}", parse(RAW))
         (torn.path / name).write_text(content)
     assert {each.name: each.state for each in summaries(root)} == {
-        "whole": "done", "torn-manifest.json": "unreadable", "torn-metrics.jsonl": "unreadable", "torn-status.json": "unreadable"}
+        "whole": "done",
+        "torn-manifest.json": "unreadable",
+        "torn-metrics.jsonl": "unreadable",
+        "torn-status.json": "unreadable",
+    }
     page = index_of(root, tmp_path)
     for words in ("JSONDecodeError", "metrics.jsonl: found a line that is no JSON", "TypeError"):
         assert words in page
@@ -89,7 +98,12 @@ def test_a_thinned_curve_keeps_its_peaks_and_what_is_not_finite():
 
 
 def test_settings_that_differ_have_a_row_each_and_bits_that_tell_the_values_apart():
-    found = [Summary(str(i), "done", settings={"seed": str(i), "same": "1", **({"only": "here"} if i == 2 else {})}) for i in range(5)]
+    found = [
+        Summary(
+            str(i), "done", settings={"seed": str(i), "same": "1", **({"only": "here"} if i == 2 else {})}
+        )
+        for i in range(5)
+    ]
     rows = {row.label: row for row in side_by_side.differing(found)}
     assert set(rows) == {"seed", "only"}
     assert len({tuple(marks) for marks in rows["seed"].marks}) == 5
@@ -103,7 +117,11 @@ def test_runs_side_by_side_show_figures_settings_scorecard_and_cost(root, tmp_pa
         made_run(root, f"t{temperature:g}", raw, kl=temperature)
     index_of(root, tmp_path)
     page = (tmp_path / "reports" / "side_by_side.html").read_text()
-    assert re.search(r'id="setting0"><th>loss.temperature</th>\s*<td class="run0">\s*2\s*</td><td class="run1">\s*1\s*</td>', page)
+    assert re.search(
+        r'id="setting0"><th>loss.temperature</th>\s*<td class="run0">\s*2\s*</td><td '
+        r'class="run1">\s*1\s*</td>',
+        page,
+    )
     for expected in ("1.00 [0.900, 1.10]", "every figure is finite", "1.0 M", 'id="kl0"', 'id="loss1"'):
         assert expected in page
     assert "<script" not in page
@@ -112,7 +130,10 @@ def test_runs_side_by_side_show_figures_settings_scorecard_and_cost(root, tmp_pa
 def test_two_hundred_runs_make_pages_of_a_sensible_size(root, tmp_path):
     made_run(root, "r0")
     original = summaries(root)[0]
-    found = [Summary(**{**vars(original), "name": f"r{i}", "settings": {**original.settings, "seed": str(i)}}) for i in range(200)]
+    found = [
+        Summary(**{**vars(original), "name": f"r{i}", "settings": {**original.settings, "seed": str(i)}})
+        for i in range(200)
+    ]
     page = side_by_side.render(found, root)
     assert page.stat().st_size < 4_000_000
     assert page.read_text().count("main:has(.r") <= 8 * 2  # a rule per bit, not per run

@@ -10,7 +10,9 @@ from kdlib.reports.notebook_html import ATTRIBUTES, TAGS, harmless, notebook_htm
 
 def shown(tmp_path, *outputs, markdown="") -> str:
     path = tmp_path / "n.ipynb"
-    nbformat.write(new_notebook(cells=[new_markdown_cell(markdown), new_code_cell("x", outputs=list(outputs))]), path)
+    nbformat.write(
+        new_notebook(cells=[new_markdown_cell(markdown), new_code_cell("x", outputs=list(outputs))]), path
+    )
     return str(notebook_html(path))
 
 
@@ -30,21 +32,33 @@ class Elements(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
-@pytest.mark.parametrize("html", [
-    EVIL,
-    '<iframe srcdoc="<script>1</script>"></iframe>',
-    '<svg><style><img src=x onerror="1"></style></svg>',
-    '<a href="JaVaScript:1">a</a><a href=" javascript:1">b</a><a href="data:text/html,x">c</a>',
-    '<base href="http://evil.example"><meta http-equiv=refresh content="0;url=http://evil.example">',
-    '<link rel=preconnect href="//evil.example"><link rel=stylesheet href="//evil.example">',
-    '<form action="http://evil.example"><input type=image src="http://evil.example/x"><button formaction="javascript:1">b</button></form>',
-    '<p style="background: u\\72l(http://evil.example); color: red">p</p><p style="position: fixed" onclick="1" id="summary">q</p>',
-    '<math><mtext><table><mglyph><style><!--</style><img title="--&gt;&lt;img src=1 onerror=1&gt;">',
-    "<noscript><p title='</noscript><img src=x onerror=1>'>",
-    "<style>body { display: none }</style>",
-    "<object data=x></object><embed src=x><video src=x poster=x></video><audio src=x></audio>",
-    '<img src="data:text/html;base64,AAAA"><img srcset="http://evil.example/x 2x"><td background="http://evil.example/x">',
-])
+@pytest.mark.parametrize(
+    "html",
+    [
+        EVIL,
+        '<iframe srcdoc="<script>1</script>"></iframe>',
+        '<svg><style><img src=x onerror="1"></style></svg>',
+        '<a href="JaVaScript:1">a</a><a href=" javascript:1">b</a><a href="data:text/html,x">c</a>',
+        '<base href="http://evil.example"><meta http-equiv=refresh content="0;url=http://evil.example">',
+        '<link rel=preconnect href="//evil.example"><link rel=stylesheet href="//evil.example">',
+        (
+            '<form action="http://evil.example"><input type=image src="http://evil.example/x"><button '
+            'formaction="javascript:1">b</button></form>'
+        ),
+        (
+            '<p style="background: u\\72l(http://evil.example); color: red">p</p><p style="position: fixed" '
+            'onclick="1" id="summary">q</p>'
+        ),
+        '<math><mtext><table><mglyph><style><!--</style><img title="--&gt;&lt;img src=1 onerror=1&gt;">',
+        "<noscript><p title='</noscript><img src=x onerror=1>'>",
+        "<style>body { display: none }</style>",
+        "<object data=x></object><embed src=x><video src=x poster=x></video><audio src=x></audio>",
+        (
+            '<img src="data:text/html;base64,AAAA"><img srcset="http://evil.example/x 2x"><td '
+            'background="http://evil.example/x">'
+        ),
+    ],
+)
 def test_what_could_act_or_fetch_is_taken_out(html):
     kept = harmless(html)
     for tag, attributes in Elements(kept).found:
@@ -58,16 +72,28 @@ def test_what_could_act_or_fetch_is_taken_out(html):
 
 
 def test_tables_colours_and_pictures_stay(tmp_path):
-    table = '<table class="dataframe"><tr style="text-align: right;"><td colspan="2">1 &lt; 2</td></tr></table>'
+    table = (
+        '<table class="dataframe"><tr style="text-align: right;"><td colspan="2">1 &lt; 2</td></tr></table>'
+    )
     picture = '<img src="data:image/png;base64,AAAA" alt="a">'
     token = '<span title="1: learned" style="background:#c6e7f7;color:#1f2328">·the</span>'
     html = harmless(table + picture + token)
-    for kept in ('<td colspan="2">1 &lt; 2</td>', 'src="data:image/png;base64,AAAA"', 'title="1: learned"', "background:#c6e7f7"):
+    for kept in (
+        '<td colspan="2">1 &lt; 2</td>',
+        'src="data:image/png;base64,AAAA"',
+        'title="1: learned"',
+        "background:#c6e7f7",
+    ):
         assert kept in html
 
 
 def test_html_left_open_by_one_output_does_not_swallow_the_next(tmp_path):
-    html = shown(tmp_path, displayed("text/html", "</div></div></details><style>"), displayed("text/html", "<p>after</p>"), markdown="m")
+    html = shown(
+        tmp_path,
+        displayed("text/html", "</div></div></details><style>"),
+        displayed("text/html", "<p>after</p>"),
+        markdown="m",
+    )
     assert "<p>after</p>" in html
     assert html.count("<div") == html.count("</div")
 
@@ -81,7 +107,12 @@ def test_markdown_of_an_output_is_shown_and_acts_no_more_than_html(tmp_path):
 
 
 def test_markdown_of_a_cell_cannot_fetch(tmp_path):
-    html = shown(tmp_path, markdown="![x](http://evil.example/a.png) [good](https://arxiv.org/abs/1503.02531) [bad](javascript:1)")
+    html = shown(
+        tmp_path,
+        markdown=(
+            "![x](http://evil.example/a.png) [good](https://arxiv.org/abs/1503.02531) [bad](javascript:1)"
+        ),
+    )
     assert "evil.example" not in html
     assert 'href="https://arxiv.org/abs/1503.02531"' in html
     assert "javascript" not in html

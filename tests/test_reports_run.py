@@ -34,7 +34,9 @@ def page(folder) -> str:
 
 def whole_run(root: Path) -> Run:
     run = made_run(root, "first")
-    run.add_to_manifest(formula="loss = 0.7·T²·KL + 0.3·CE", seed=0, versions={"torch": "2.13.0"}, command="kd run x.yaml")
+    run.add_to_manifest(
+        formula="loss = 0.7·T²·KL + 0.3·CE", seed=0, versions={"torch": "2.13.0"}, command="kd run x.yaml"
+    )
     return run
 
 
@@ -42,19 +44,38 @@ def test_a_report_is_one_file_that_asks_for_nothing_outside(folder, page):
     assert "default-src 'none'" in page
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:|//|file:|/)""", page)
     assert "<script" not in page
-    for expected in ("loss = 0.7·T²·KL + 0.3·CE", "max_length: 16", "2.13.0", "kd run x.yaml", "distilled student", "state done"):
+    for expected in (
+        "loss = 0.7·T²·KL + 0.3·CE",
+        "max_length: 16",
+        "2.13.0",
+        "kd run x.yaml",
+        "distilled student",
+        "state done",
+    ):
         assert expected in page
     assert {p.name for p in (folder / "figures").iterdir()} == {
-        "dashboard.png", "learning_curves.png", "teacher_student_comparison.png"}
+        "dashboard.png",
+        "learning_curves.png",
+        "teacher_student_comparison.png",
+    }
     assert {p.stem for p in (folder / "tables").iterdir()} == {
-        "metrics", "evaluation", "quality", "cost", "differences", "scorecard"}
+        "metrics",
+        "evaluation",
+        "quality",
+        "cost",
+        "differences",
+        "scorecard",
+    }
 
 
 def test_text_from_data_and_models_stays_text(run, tmp_path):
     runs.write_json(run.path / "comparison_results.json", results(text=EVIL))
     run.add_to_manifest(note=EVIL, formula=EVIL, config_file=EVIL, sweep=EVIL)
     run.set_status("failed", EVIL)
-    said = [new_output("stream", name="stdout", text=EVIL), new_output("error", ename="E", evalue=EVIL, traceback=[EVIL])]
+    said = [
+        new_output("stream", name="stdout", text=EVIL),
+        new_output("error", ename="E", evalue=EVIL, traceback=[EVIL]),
+    ]
     cells = [new_markdown_cell("# A question"), new_code_cell("print(x)", outputs=said)]
     nbformat.write(new_notebook(cells=cells), run.notebooks / "00_setup.ipynb")
     page = reports.render(run, tmp_path / "reports").read_text()
@@ -66,7 +87,17 @@ def test_text_from_data_and_models_stays_text(run, tmp_path):
 
 def test_what_comes_first_stands_first(page):
     sections = re.findall(r'<section id="(\w+)">', page)
-    assert sections == ["summary", "scorecard", "training", "comparison", "samples", "config", "formula", "environment", "reproduce"]
+    assert sections == [
+        "summary",
+        "scorecard",
+        "training",
+        "comparison",
+        "samples",
+        "config",
+        "formula",
+        "environment",
+        "reproduce",
+    ]
     assert re.findall(r'<a href="#(\w+)">', page) == sections
 
 
@@ -78,21 +109,34 @@ def test_every_picture_says_in_words_what_it_shows(page):
 
 
 def test_the_key_figures_stand_beside_those_of_the_baseline(page):
-    assert re.search(r"<dt>KL to the teacher</dt><dd>1.00</dd><small>\[0.900, 1.10\]</small><small>CE-only baseline 1.50 \[", page)
+    assert re.search(
+        r"<dt>KL to the teacher</dt><dd>1.00</dd><small>\[0.900, 1.10\]</small><small>CE-only baseline 1.50 "
+        r"\[",
+        page,
+    )
 
 
-@pytest.mark.parametrize(("state", "words"), [
-    ("died", "the run died"), ("running", "the run is running"), ("created", "the run is not at its end"),
-    ("stopped", "the run was stopped"),
-])
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ("died", "the run died"),
+        ("running", "the run is running"),
+        ("created", "the run is not at its end"),
+        ("stopped", "the run was stopped"),
+    ],
+)
 def test_a_run_that_is_not_at_its_end_is_said_to_be_so(tmp_path, state, words):
-    page = reports.render(made_run(tmp_path / "runs", "a", state=state, steps=0, kl=None), tmp_path / "reports").read_text()
+    page = reports.render(
+        made_run(tmp_path / "runs", "a", state=state, steps=0, kl=None), tmp_path / "reports"
+    ).read_text()
     assert f"This report is partial: {words}. It shows what there was on 20" in page
     assert f'class="state {state}"' in page
 
 
 def test_a_report_of_a_failed_run_shows_what_there_is(tmp_path):
-    run = made_run(tmp_path / "runs", "a", state="failed", message="02_train: \x1b[31mOutOfMemoryError", steps=4, kl=None)
+    run = made_run(
+        tmp_path / "runs", "a", state="failed", message="02_train: \x1b[31mOutOfMemoryError", steps=4, kl=None
+    )
     page = reports.render(run, tmp_path / "reports").read_text()
     assert "This report is partial: the run failed." in page
     assert "02_train: OutOfMemoryError" in page
@@ -122,9 +166,11 @@ def test_a_run_of_another_version_has_a_report_that_says_what_is_not_read(tmp_pa
 def test_a_page_stays_small_when_notebooks_are_large(tmp_path):
     run = made_run(tmp_path / "runs", "large", steps=0, kl=None)
     picture = "A" * 900_000
-    outputs = [new_output("display_data", data={"image/png": picture, "text/plain": "<Figure>"}),
-               *(new_output("stream", name="stdout", text=f"{i} {'x' * 500_000}") for i in range(20)),
-               new_output("display_data", data={"text/html": "<p>y</p>" * 5_000})]
+    outputs = [
+        new_output("display_data", data={"image/png": picture, "text/plain": "<Figure>"}),
+        *(new_output("stream", name="stdout", text=f"{i} {'x' * 500_000}") for i in range(20)),
+        new_output("display_data", data={"text/html": "<p>y</p>" * 5_000}),
+    ]
     for name in ("00_setup", "01_dry_run", "02_train", "03_compare", "04_more"):
         cells = [new_code_cell("show()", outputs=outputs) for _ in range(3)]
         nbformat.write(new_notebook(cells=cells), run.notebooks / f"{name}.ipynb")
@@ -156,11 +202,15 @@ def test_a_drawing_with_many_lines_is_embedded_as_a_picture():
 
 
 def test_the_message_says_better_worse_or_no_clear_difference():
-    assert "shows: better KL to the teacher (-0.500 [-0.600, -0.400])" in plots.comparison_message(results(distilled_kl=1.0))
+    assert "shows: better KL to the teacher (-0.500 [-0.600, -0.400])" in plots.comparison_message(
+        results(distilled_kl=1.0)
+    )
     assert "worse KL to the teacher" in plots.comparison_message(results(distilled_kl=2.0))
     assert "no clear difference in KL to the teacher" in plots.comparison_message(results(distilled_kl=1.5))
 
 
 def test_figures_have_three_digits_and_their_interval():
     assert plots.with_interval({"value": 0.42, "low": 0.3961, "high": 0.441}) == "0.420 [0.396, 0.441]"
-    assert plots.with_interval({"value": -1234.5, "low": -2000.0, "high": 534.2}, "+") == "-1,234 [-2,000, +534]"
+    assert (
+        plots.with_interval({"value": -1234.5, "low": -2000.0, "high": 534.2}, "+") == "-1,234 [-2,000, +534]"
+    )

@@ -11,21 +11,39 @@ FINE = {"kd": lambda step: 4 * 0.97**step, "ce": lambda step: 3 * 0.99**step}
 @pytest.fixture
 def folder(raw_config, tmp_path):
     """Writes what a training of 20 steps leaves, healthy unless told otherwise."""
-    def write(*, values=FINE, rate=lambda step: 1e-3, used=None, held_out=1.05, still=False, memory=2.0, logged=range(1, 21)):
+
+    def write(
+        *,
+        values=FINE,
+        rate=lambda step: 1e-3,
+        used=None,
+        held_out=1.05,
+        still=False,
+        memory=2.0,
+        logged=range(1, 21),
+    ):
         run = runs.create(tmp_path, "card", parse(raw_config))
         run.add_to_manifest(machine={"memory_gib": 16.0})
         runs.write_json(run.plan, [{"step": step, "learning_rate": rate(step)} for step in range(1, 21)])
         for step in logged:
             terms = {f"train/{name}_loss": value(step) for name, value in values.items()}
             weights = {f"train/{name}_weight": 0.5 for name in values}
-            rest = {"train/learning_rate": (used or rate)(step), "train/memory_gib": memory, "train/loss": sum(terms.values()) / 2}
+            rest = {
+                "train/learning_rate": (used or rate)(step),
+                "train/memory_gib": memory,
+                "train/loss": sum(terms.values()) / 2,
+            }
             metrics.append_metrics(run, {"train/step": step, "train/epoch": 0.1, **terms, **weights, **rest})
             if step in (10, 20):
                 terms = {f"eval/{name}_loss": held_out * value(step) for name, value in values.items()}
                 weights = {f"eval/{name}_weight": 0.5 for name in values}
                 perplexity = 100.0 if still else 100.0 / step
-                metrics.append_metrics(run, {"train/step": step, "eval/loss": 1.0, "eval/perplexity": perplexity, **terms, **weights})
+                metrics.append_metrics(
+                    run,
+                    {"train/step": step, "eval/loss": 1.0, "eval/perplexity": perplexity, **terms, **weights},
+                )
         return run
+
     return write
 
 
@@ -41,16 +59,19 @@ def test_a_healthy_run_passes_every_line(folder):
     assert results(folder()) == ["pass"] * 7
 
 
-@pytest.mark.parametrize(("sick", "check"), [
-    ({"values": {"kd": lambda step: 2 + 0.1 * (-1) ** step, "ce": lambda step: 3.0}}, "model"),
-    ({"still": True}, "perplexity"),
-    ({"held_out": 6.0}, "and"),
-    ({"rate": lambda step: 1e-5 * step / 20}, "learning"),
-    ({"used": lambda step: 0.9e-3}, "learning"),
-    ({"values": FINE | {"ce": lambda step: float("nan") if step == 7 else 3.0}}, "figure"),
-    ({"values": FINE | {"hidden": lambda step: 0.002}}, "terms"),
-    ({"memory": 15.5}, "suffices"),
-])
+@pytest.mark.parametrize(
+    ("sick", "check"),
+    [
+        ({"values": {"kd": lambda step: 2 + 0.1 * (-1) ** step, "ce": lambda step: 3.0}}, "model"),
+        ({"still": True}, "perplexity"),
+        ({"held_out": 6.0}, "and"),
+        ({"rate": lambda step: 1e-5 * step / 20}, "learning"),
+        ({"used": lambda step: 0.9e-3}, "learning"),
+        ({"values": FINE | {"ce": lambda step: float("nan") if step == 7 else 3.0}}, "figure"),
+        ({"values": FINE | {"hidden": lambda step: 0.002}}, "terms"),
+        ({"memory": 15.5}, "suffices"),
+    ],
+)
 def test_each_sickness_fails_its_own_line_alone(folder, sick, check):
     assert failed(folder(**sick)) == [check]
 

@@ -25,7 +25,12 @@ def test_a_new_run_holds_its_resolved_config_and_a_manifest(run, raw_config):
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("first", "exists already; choose another --name, or go on"), ("a/b", "use letters"), (".x", "no leading dot")]
+    ("name", "expected"),
+    [
+        ("first", "exists already; choose another --name, or go on"),
+        ("a/b", "use letters"),
+        (".x", "no leading dot"),
+    ],
 )
 def test_a_name_that_cannot_be_used_is_refused(run, raw_config, name, expected):
     with pytest.raises(RunError, match=expected):
@@ -44,7 +49,10 @@ def test_a_run_that_is_not_there_names_the_nearest(run):
 
 
 def test_a_running_run_whose_process_is_gone_has_died(run):
-    code = f"from pathlib import Path; from kdlib.runs.folder import Run; Run(Path({str(run.path)!r})).set_status('running')"
+    code = (
+        "from pathlib import Path; from kdlib.runs.folder import Run; "
+        f"Run(Path({str(run.path)!r})).set_status('running')"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert run.status["state"] == "died"
     run.set_status("running")
@@ -54,7 +62,9 @@ def test_a_running_run_whose_process_is_gone_has_died(run):
 def test_a_killed_process_that_nobody_has_buried_is_gone_too(run):
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     started = psutil.Process(process.pid).create_time()
-    runs.write_json(run.path / "status.json", {"state": "running", "pid": process.pid, "pid_started": started})
+    runs.write_json(
+        run.path / "status.json", {"state": "running", "pid": process.pid, "pid_started": started}
+    )
     assert run.status["state"] == "running"
     process.kill()
     until = time.monotonic() + 10
@@ -69,7 +79,9 @@ def test_only_a_run_that_is_done_loses_its_checkpoints(run):
         (folder.checkpoints / "checkpoint-4").mkdir(parents=True)
         (folder.checkpoints / "checkpoint-4" / "weights").write_bytes(bytes(1000))
     run.set_status("stopped", "stopped at step 4")
-    with pytest.raises(RunError, match="is stopped, not done: it may go on from its checkpoints with --resume"):
+    with pytest.raises(
+        RunError, match="is stopped, not done: it may go on from its checkpoints with --resume"
+    ):
         checkpoints.clean(run)
     run.set_status("done")
     assert checkpoints.clean(run) >= 2000

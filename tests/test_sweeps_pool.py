@@ -1,4 +1,6 @@
-"""A sweep's processes: what fails stops nothing, what stopped goes on, nothing is done twice; then all of it with real runs."""
+"""A sweep's processes: what fails stops nothing, what stopped goes on, nothing is done twice; then all of
+it with real runs.
+"""
 
 import contextlib
 import fcntl
@@ -73,16 +75,30 @@ class Acted(crew.Crew):
 @pytest.fixture
 def acted(config_file, tmp_path, monkeypatch):
     """One start of a sweep whose runs do as they are told: acted({number of the trial: deed}, …) -> Sweep."""
-    monkeypatch.setattr("kdlib.reports.run.render", lambda run, folder: None)  # of runs that have nothing in them
+    # of runs that have nothing in them
+    monkeypatch.setattr("kdlib.reports.run.render", lambda run, folder: None)
     monkeypatch.setattr(crew, "GRACE", 1.0)
 
     def start(deeds=(), *, seeds=3, jobs=1, timeout_s=None, meanwhile=None) -> Sweep:
-        settings = configs.parse({"base": str(config_file), "grid": {"seed": list(range(seeds))}}, kind=SweepConfig)
+        settings = configs.parse(
+            {"base": str(config_file), "grid": {"seed": list(range(seeds))}}, kind=SweepConfig
+        )
         base = base_of(settings, "s", tmp_path)
         trials, _ = expanded(settings, base)
         sweep = Sweep(tmp_path / "runs" / "s")
-        conduct.begin(sweep, settings, trials, file="s.yaml", base="tiny.yaml", command="kd sweep s.yaml", repeated=[], forecast="")
-        (sweep.path.parent / "deeds.json").write_text(json.dumps({trials[number].run: deed for number, deed in dict(deeds).items()}))
+        conduct.begin(
+            sweep,
+            settings,
+            trials,
+            file="s.yaml",
+            base="tiny.yaml",
+            command="kd sweep s.yaml",
+            repeated=[],
+            forecast="",
+        )
+        (sweep.path.parent / "deeds.json").write_text(
+            json.dumps({trials[number].run: deed for number, deed in dict(deeds).items()})
+        )
         made = pool.Pool(sweep, base, Acted(tmp_path / "reports", jobs=jobs, timeout_s=timeout_s), Clock())
         if meanwhile:
             threading.Thread(target=meanwhile, args=(made.crew,), daemon=True).start()
@@ -109,8 +125,13 @@ def test_a_sweep_goes_on_after_a_failure_and_repeats_only_what_failed(acted, tmp
     assert sweep.folder.status["state"] == "failed"
     said = capsys.readouterr().out
     assert len(re.findall(r"^started ", said, re.MULTILINE)) == 3
-    assert re.search(r"done     s_\w+  seed=0: KL to the teacher 1\.00 \[0\.900, 1\.10\]; took \d s; 2 to go, about \d s", said)
-    assert re.search(r"failed   s_\w+  seed=1: 02_train: no luck; took \d s.*\n         all it said: .*log.txt", said)
+    assert re.search(
+        r"done     s_\w+  seed=0: KL to the teacher 1\.00 \[0\.900, 1\.10\]; took \d s; 2 to go, about \d s",
+        said,
+    )
+    assert re.search(
+        r"failed   s_\w+  seed=1: 02_train: no luck; took \d s.*\n         all it said: .*log.txt", said
+    )
     manifests = {path: path.stat().st_mtime_ns for path in folder.parent.glob("*/manifest.json")}
 
     acted()
@@ -153,7 +174,9 @@ def test_a_run_that_takes_too_long_is_asked_to_stop_and_then_made_to(acted, tmp_
 
 
 @pytest.mark.parametrize(("deed", "times"), [("sleep", 1), ("deaf", 2)])
-def test_an_interrupt_stops_all_and_starts_no_more_and_a_second_ends_at_once(acted, tmp_path, deed, times, capsys):
+def test_an_interrupt_stops_all_and_starts_no_more_and_a_second_ends_at_once(
+    acted, tmp_path, deed, times, capsys
+):
     def interrupt(crew):
         for _ in range(times):
             until = time.monotonic() + 20
@@ -195,9 +218,13 @@ def run(raw_config, tmp_path) -> Run:
 
 def test_no_second_process_is_started_on_a_run_whose_log_is_held(run, tmp_path):
     """The processes of a sweep that was itself killed hold their logs."""
-    hold = ("import fcntl, sys, time; log = open(sys.argv[1], 'a'); fcntl.flock(log, fcntl.LOCK_EX); "
-            "print('held', flush=True); time.sleep(2)")
-    holder = subprocess.Popen([sys.executable, "-c", hold, str(run.path / "log.txt")], stdout=subprocess.PIPE, text=True)
+    hold = (
+        "import fcntl, sys, time; log = open(sys.argv[1], 'a'); fcntl.flock(log, fcntl.LOCK_EX); "
+        "print('held', flush=True); time.sleep(2)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold, str(run.path / "log.txt")], stdout=subprocess.PIPE, text=True
+    )
     assert holder.stdout.readline() == "held\n"
     runs.write_json(run.path / "status.json", {"state": "done"})
     outcome = Acted(tmp_path, jobs=1).work(run)
@@ -252,8 +279,15 @@ def test_the_forecast_corrects_itself_as_runs_finish():
 
 def test_each_distinct_cost_is_forecast_once(config_file, tmp_path, monkeypatch):
     asked, forecast = [], cost.forecast
-    monkeypatch.setattr(cost, "forecast", lambda config, timed: asked.append(config) or forecast(config, timed=False))
-    grid = {"loss.temperature": [1, 2], "loss.weights.kd:ce": [0.5, 0.9, 1], "student.layers": [2, 3, 9], "seed": [0, 1]}
+    monkeypatch.setattr(
+        cost, "forecast", lambda config, timed: asked.append(config) or forecast(config, timed=False)
+    )
+    grid = {
+        "loss.temperature": [1, 2],
+        "loss.weights.kd:ce": [0.5, 0.9, 1],
+        "student.layers": [2, 3, 9],
+        "seed": [0, 1],
+    }
     settings = configs.parse({"base": str(config_file), "grid": grid}, kind=SweepConfig)
     trials, _ = expanded(settings, base_of(settings, "s", tmp_path))
     clock = cost.clock_of(trials)
@@ -269,18 +303,27 @@ def test_each_distinct_cost_is_forecast_once(config_file, tmp_path, monkeypatch)
 
 def test_a_search_nears_the_best_and_remembers_finished_trials(config_file, tmp_path):
     pytest.importorskip("optuna", reason='needs pip install "kdlib[sweep]"')
-    space = {"loss.temperature": {"uniform": [1, 6]}, "loss.divergence": {"choice": ["forward_kl", "reverse_kl"]}}
-    settings = configs.parse({"base": str(config_file), "search": {"trials": 25, "from": space}}, kind=SweepConfig)
+    space = {
+        "loss.temperature": {"uniform": [1, 6]},
+        "loss.divergence": {"choice": ["forward_kl", "reverse_kl"]},
+    }
+    settings = configs.parse(
+        {"base": str(config_file), "search": {"trials": 25, "from": space}}, kind=SweepConfig
+    )
     base, done = base_of(settings, "s", tmp_path), []
 
     def until(count, search):
         while len(done) < count and (trial := search.next()):
-            value = abs(trial.parameters["loss.temperature"] - 3) + (trial.parameters["loss.divergence"] == "reverse_kl")
+            value = abs(trial.parameters["loss.temperature"] - 3) + (
+                trial.parameters["loss.divergence"] == "reverse_kl"
+            )
             done.append((dict(trial.parameters), value))
             search.told(trial, value)
 
     until(10, Search(settings, base, []))
-    again = Search(settings, base, [*done, ({"loss.temperature": 2.5, "loss.divergence": "forward_kl"}, None)])
+    again = Search(
+        settings, base, [*done, ({"loss.temperature": 2.5, "loss.divergence": "forward_kl"}, None)]
+    )
     assert len(again.ahead()) == 15
     assert again.ahead()[0].startswith("s_")  # what was not finished comes first
     until(99, again)
@@ -291,7 +334,10 @@ def test_a_search_nears_the_best_and_remembers_finished_trials(config_file, tmp_
 
 def test_without_optuna_a_search_says_what_to_install(config_file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    settings = configs.parse({"base": str(config_file), "search": {"trials": 2, "from": {"seed": {"choice": [1]}}}}, kind=SweepConfig)
+    settings = configs.parse(
+        {"base": str(config_file), "search": {"trials": 2, "from": {"seed": {"choice": [1]}}}},
+        kind=SweepConfig,
+    )
     with pytest.raises(ConfigError, match=r'pip install "kdlib\[sweep\]"'):
         Search(settings, base_of(settings, "s", tmp_path), [])
 
@@ -308,12 +354,32 @@ def test_a_notebook_can_be_left_out_but_not_the_first():
 def sweep_file(config_file, tmp_path) -> Path:
     path = tmp_path / "try.yaml"
     grid = {"loss.temperature": [1, 4], "loss.weights.kd:ce": [0.5, 0.7, 0.9]}
-    path.write_text(yaml.safe_dump({"base": str(config_file), "overrides": {"baseline": None}, "grid": grid, "jobs": 2, "smoke": True}))
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "base": str(config_file),
+                "overrides": {"baseline": None},
+                "grid": grid,
+                "jobs": 2,
+                "smoke": True,
+            }
+        )
+    )
     return path
 
 
 def test_a_dry_run_lists_the_runs_and_writes_nothing(sweep_file, tmp_path, monkeypatch, capsys):
-    words = ["kd", "sweep", str(sweep_file), "--dry-run", "--no-forecast", "--runs", str(tmp_path / "runs"), "-o", "seed=3"]
+    words = [
+        "kd",
+        "sweep",
+        str(sweep_file),
+        "--dry-run",
+        "--no-forecast",
+        "--runs",
+        str(tmp_path / "runs"),
+        "-o",
+        "seed=3",
+    ]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as caught:
         cli.main()
@@ -336,7 +402,8 @@ def test_a_sweep_killed_in_the_middle_ends_with_five_good_runs_and_the_planted_f
     process = kd_process("sweep", sweep_file, *folders)
     deadline = time.monotonic() + 400
     while not any(run.status["state"] == "done" for run in others) or not any(
-            run.status["state"] == "running" and read_metrics(run) for run in others):
+        run.status["state"] == "running" and read_metrics(run) for run in others
+    ):
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
@@ -362,8 +429,12 @@ def test_a_sweep_killed_in_the_middle_ends_with_five_good_runs_and_the_planted_f
 
     sweep = Sweep(tmp_path / "runs" / "try")
     table = reading.trial_table(sweep).set_index("run")
-    values = {run.name: json.loads((run.path / "comparison_results.json").read_text())["models"]["distilled"]["kl_to_teacher"]["value"]
-              for run in others}
+    values = {
+        run.name: json.loads((run.path / "comparison_results.json").read_text())["models"]["distilled"][
+            "kl_to_teacher"
+        ]["value"]
+        for run in others
+    }
     assert table["value"].dropna().to_dict() == values
     report = (tmp_path / "reports" / "try" / "report.html").read_text()
     best = min(values, key=values.get)
@@ -377,5 +448,7 @@ def test_a_sweep_killed_in_the_middle_ends_with_five_good_runs_and_the_planted_f
 
 def before(run: Run) -> dict[str, int]:
     """When each file of a run was written that stays."""
-    files = [path for path in sorted(run.path.rglob("*")) if path.is_file() and "checkpoints" not in path.parts]
+    files = [
+        path for path in sorted(run.path.rglob("*")) if path.is_file() and "checkpoints" not in path.parts
+    ]
     return {str(path): path.stat().st_mtime_ns for path in files}

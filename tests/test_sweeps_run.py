@@ -1,4 +1,6 @@
-"""A sweep runs what its file lists, once each; what fails stops nothing, what was killed goes on; its report has the right figures."""
+"""A sweep runs what its file lists, once each; what fails stops nothing, what was killed goes on; its
+report has the right figures.
+"""
 
 import json
 import sys
@@ -23,7 +25,7 @@ from kdlib.sweeps.trials import base_of, expanded
 from kdlib.workbench import cli
 
 GRID = {"loss.temperature": [1, 2], "loss.weights.kd:ce": [0.5, 0.9]}
-EVIL = '<script>alert(1)</script> $x_1$'
+EVIL = "<script>alert(1)</script> $x_1$"
 
 
 @pytest.fixture
@@ -31,7 +33,9 @@ def settings(config_file):
     """Reads a sweep over the tiny config: settings(grid=…, jobs=…)."""
 
     def read(**sections) -> SweepConfig:
-        return configs.parse({"base": str(config_file), **(sections or {"grid": GRID})}, name="sweep", kind=SweepConfig)
+        return configs.parse(
+            {"base": str(config_file), **(sections or {"grid": GRID})}, name="sweep", kind=SweepConfig
+        )
 
     return read
 
@@ -50,6 +54,7 @@ def trials_of(settings, tmp_path):
 
 # settings
 
+
 @pytest.mark.parametrize(
     ("sections", "expected"),
     [
@@ -63,7 +68,10 @@ def trials_of(settings, tmp_path):
         ({"grid": {"a..b": [1]}}, "write its dotted name"),
         ({"list": []}, "needs a trial at least"),
         ({"random": {"trials": 2, "from": {"seed": {"unifrom": [0, 1]}}}}, "did you mean 'uniform'"),
-        ({"random": {"trials": 2, "from": {"seed": {"uniform": [2, 1]}}}}, "needs two numbers, the lower first"),
+        (
+            {"random": {"trials": 2, "from": {"seed": {"uniform": [2, 1]}}}},
+            "needs two numbers, the lower first",
+        ),
         ({"random": {"trials": 2, "from": {"seed": {"log_uniform": [0, 1]}}}}, "both must be above 0"),
         ({"random": {"trials": 2, "from": {"seed": {"integer": [0, 1.5]}}}}, "both must be whole numbers"),
         ({"random": {"trials": 2, "from": {"seed": {"choice": []}}}}, "choice is empty"),
@@ -81,12 +89,16 @@ def test_a_bad_sweep_is_refused_with_what_is_wrong(config_file, sections, expect
 
 
 def test_all_faults_of_a_sweep_come_at_once(config_file):
-    with pytest.raises(ConfigError, match=r"(?s)3 faults.*base: missing.*grid: seed: the list is empty.*metric: found 'x'"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)3 faults.*base: missing.*grid: seed: the list is empty.*metric: found 'x'"
+    ):
         configs.parse({"grid": {"seed": []}, "metric": "x"}, kind=SweepConfig)
 
 
 def test_all_trials_that_make_no_sound_config_are_named_at_once(trials_of):
-    with pytest.raises(ConfigError, match=r"(?s)2 of the trials cannot be run.*ature=-1: .*must stay above 0.*ature=0"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)2 of the trials cannot be run.*ature=-1: .*must stay above 0.*ature=0"
+    ):
         trials_of(grid={"loss.temperature": [-1, 0, 2]})
     with pytest.raises(ConfigError, match=r"loss.temprature=1.*\n.*did you mean 'temperature'"):
         trials_of(list=[{"loss.temprature": 1}])
@@ -104,22 +116,32 @@ def test_the_shipped_sweep_is_complete_and_short():
 
 # trials
 
+
 def test_a_grid_is_every_combination_and_a_pair_of_weights_moves_both(trials_of):
     _, trials, _ = trials_of(grid=GRID)
     assert [(t.config.loss.temperature, t.config.loss.weights) for t in trials] == [
-        (1.0, {"kd": 0.5, "ce": 0.5}), (1.0, {"kd": 0.9, "ce": 0.1}), (2.0, {"kd": 0.5, "ce": 0.5}), (2.0, {"kd": 0.9, "ce": 0.1})]
+        (1.0, {"kd": 0.5, "ce": 0.5}),
+        (1.0, {"kd": 0.9, "ce": 0.1}),
+        (2.0, {"kd": 0.5, "ce": 0.5}),
+        (2.0, {"kd": 0.9, "ce": 0.1}),
+    ]
 
 
 def test_a_list_shows_what_its_trials_leave_as_it_is(trials_of):
     _, trials, _ = trials_of(list=[{"seed": 3}, {"loss.temperature": 4, "training.weight_decay": 0.1}])
     assert [dict(trial.parameters) for trial in trials] == [
         {"seed": 3, "loss.temperature": 2.0, "training.weight_decay": None},
-        {"seed": 0, "loss.temperature": 4, "training.weight_decay": 0.1}]
+        {"seed": 0, "loss.temperature": 4, "training.weight_decay": 0.1},
+    ]
 
 
 def test_random_trials_are_the_same_each_time_and_lie_in_their_ranges(trials_of):
-    space = {"loss.temperature": {"uniform": [1, 6]}, "training.learning_rate": {"log_uniform": ["1e-5", "1e-3"]},
-             "student.layers": {"integer": [1, 3]}, "loss.divergence": {"choice": ["forward_kl", "reverse_kl"]}}
+    space = {
+        "loss.temperature": {"uniform": [1, 6]},
+        "training.learning_rate": {"log_uniform": ["1e-5", "1e-3"]},
+        "student.layers": {"integer": [1, 3]},
+        "loss.divergence": {"choice": ["forward_kl", "reverse_kl"]},
+    }
     _, first, _ = trials_of(random={"trials": 20, "seed": 1, "from": space})
     _, again, _ = trials_of(random={"trials": 20, "seed": 1, "from": space})
     _, more, _ = trials_of(random={"trials": 25, "seed": 1, "from": space})
@@ -143,7 +165,9 @@ def test_a_runs_name_follows_from_its_settings_alone(trials_of):
 
 
 def test_the_same_config_is_run_once_and_said(trials_of):
-    _, trials, repeated = trials_of(list=[{"loss.temperature": 2}, {"loss.weights": {"kd": 0.7, "ce": 0.3}}, {"seed": 1}])
+    _, trials, repeated = trials_of(
+        list=[{"loss.temperature": 2}, {"loss.weights": {"kd": 0.7, "ce": 0.3}}, {"seed": 1}]
+    )
     assert len(trials) == 2
     assert len(repeated) == 1
     assert "the same config as" in repeated[0]
@@ -154,17 +178,28 @@ def test_overrides_of_the_sweep_and_smoke_reach_every_trial(settings, tmp_path):
     base = base_of(found, "s", tmp_path, overrides={"loss.temperature": 5})
     trials, _ = expanded(found, base)
     for trial in trials:
-        assert (trial.config.baseline, trial.config.loss.temperature, trial.config.training["max_steps"]) == (None, 5.0, 4)
+        assert (trial.config.baseline, trial.config.loss.temperature, trial.config.training["max_steps"]) == (
+            None,
+            5.0,
+            4,
+        )
     assert base.command({"seed": 1}).endswith("--smoke -o baseline=null -o loss.temperature=5 -o seed=1")
 
 
 # reading
 
+
 def finished(root: Path, trial, value: float, *, spread: float = 0.05, minutes: float = 2.0, **facts) -> Run:
     """A trial that is done, with this KL to the teacher."""
     run = runs.create(root, trial.run, trial.config)
     metric = {"value": value, "low": value - spread, "high": value + spread}
-    distilled = {"kl_to_teacher": metric, "agreement": metric, "parameters": 10**6, "forward_tokens_per_s": 100.0, **facts}
+    distilled = {
+        "kl_to_teacher": metric,
+        "agreement": metric,
+        "parameters": 10**6,
+        "forward_tokens_per_s": 100.0,
+        **facts,
+    }
     runs.write_json(run.path / "comparison_results.json", {"models": {"distilled": distilled}})
     run.add_to_manifest(minutes=minutes)
     run.set_status("done")
@@ -180,10 +215,21 @@ def swept(trials_of, settings, tmp_path):
         base = base_of(found, name, tmp_path)
         trials, _ = expanded(found, base)
         sweep = Sweep(tmp_path / "runs" / name)
-        conduct.begin(sweep, found, trials, file="sweep.yaml", base="tiny.yaml", command="kd sweep sweep.yaml", repeated=[], forecast="")
+        conduct.begin(
+            sweep,
+            found,
+            trials,
+            file="sweep.yaml",
+            base="tiny.yaml",
+            command="kd sweep sweep.yaml",
+            repeated=[],
+            forecast="",
+        )
         for number, (trial, value) in enumerate(zip(trials, values, strict=False)):
             if value is None:
-                runs.create(sweep.path.parent, trial.run, trial.config).set_status("failed", f"02_train: {EVIL}")
+                runs.create(sweep.path.parent, trial.run, trial.config).set_status(
+                    "failed", f"02_train: {EVIL}"
+                )
             else:
                 finished(sweep.path.parent, trial, value, **(costs[number] if costs else {}))
         sweep.folder.set_status("done")
@@ -208,8 +254,17 @@ def test_every_trial_is_a_row_with_its_metric_and_state(swept):
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ([1.0, 0.8, 0.95, 0.97], "[0.750, 0.850]; the next, loss.temperature=2, loss.weights.kd:ce=0.5, is worse beyond the intervals"),
-        ([1.0, 0.8, 0.84, 0.97], "but the next does as well within the intervals, so there is no clear winner"),
+        (
+            [1.0, 0.8, 0.95, 0.97],
+            (
+                "[0.750, 0.850]; the next, loss.temperature=2, loss.weights.kd:ce=0.5, is worse beyond the "
+                "intervals"
+            ),
+        ),
+        (
+            [1.0, 0.8, 0.84, 0.97],
+            "but the next does as well within the intervals, so there is no clear winner",
+        ),
         ([0.86, 0.8, 0.84, 0.97], "but 2 others do as well"),
         ([None, 0.8], "the only setting that is done"),
         ([], "No run is done yet"),
@@ -224,7 +279,9 @@ def test_where_more_is_better_the_highest_is_the_best(swept):
     sweep = swept([0.2, 0.6, 0.4, 0.3], grid=GRID, metric="agreement")
     _, settings = tables(sweep)
     assert settings["value"].tolist() == [0.6, 0.4, 0.3, 0.2]
-    assert "teacher is highest with loss.temperature=1, loss.weights.kd:ce=0.9" in reading.verdict(sweep, settings)
+    assert "teacher is highest with loss.temperature=1, loss.weights.kd:ce=0.9" in reading.verdict(
+        sweep, settings
+    )
 
 
 def test_seeds_are_averaged_with_students_interval(swept):
@@ -233,7 +290,8 @@ def test_seeds_are_averaged_with_students_interval(swept):
     best = settings.iloc[0]
     assert (best["n"], best["value"]) == (3, pytest.approx(1.2))
     assert best["high"] - best["value"] == pytest.approx(4.3027 * 0.2 / 3**0.5)
-    assert settings.iloc[1][["low", "high"]].tolist() == [1.95, 2.05]  # no two differ: the interval over held-out rows
+    # no two differ: the interval over held-out rows
+    assert settings.iloc[1][["low", "high"]].tolist() == [1.95, 2.05]
 
 
 def test_students_t_is_that_of_the_tables():
@@ -242,10 +300,17 @@ def test_students_t_is_that_of_the_tables():
 
 
 def test_the_front_holds_what_nothing_beats_in_both(swept):
-    costs = [{"parameters": p * 10**6, "forward_tokens_per_s": s} for p, s in ((1, 400.0), (2, 300.0), (3, 200.0), (4, 100.0))]
+    costs = [
+        {"parameters": p * 10**6, "forward_tokens_per_s": s}
+        for p, s in ((1, 400.0), (2, 300.0), (3, 200.0), (4, 100.0))
+    ]
     trials, settings = tables(swept([1.0, 0.8, 0.9, 0.7], costs=costs, grid=GRID))
     assert reading.pareto(settings, "parameters", higher_is_better=False)["value"].tolist() == [1.0, 0.8, 0.7]
-    assert reading.pareto(settings, "tokens_per_s", higher_is_better=False)["value"].tolist() == [1.0, 0.8, 0.7]
+    assert reading.pareto(settings, "tokens_per_s", higher_is_better=False)["value"].tolist() == [
+        1.0,
+        0.8,
+        0.7,
+    ]
     assert reading.compared_costs(trials) == ["parameters", "tokens_per_s"]
 
 
@@ -253,7 +318,9 @@ def test_training_time_leaves_out_the_break_before_a_resume(raw_config, tmp_path
     run = runs.create(tmp_path, "x", configs.parse(raw_config))
     for step, at in enumerate(["10:00:00", "10:00:10", "10:00:20", "12:00:00", "12:00:11"]):
         with run.metrics.open("a") as file:
-            file.write(json.dumps({"train/step": step, "train/loss": 1.0, "time": f"2026-01-01T{at}+00:00"}) + "\n")
+            file.write(
+                json.dumps({"train/step": step, "train/loss": 1.0, "time": f"2026-01-01T{at}+00:00"}) + "\n"
+            )
     assert reading.training_seconds(run) == 31
 
 
@@ -266,7 +333,10 @@ def test_the_parameter_that_explains_most_comes_first(swept):
 
 
 def test_a_parameter_drawn_from_a_range_does_not_explain_everything_because_no_value_comes_twice(swept):
-    space = {"loss.temperature": {"uniform": [1, 6]}, "loss.divergence": {"choice": ["forward_kl", "reverse_kl"]}}
+    space = {
+        "loss.temperature": {"uniform": [1, 6]},
+        "loss.divergence": {"choice": ["forward_kl", "reverse_kl"]},
+    }
     sweep = swept([1.0, 2.0] * 8, random={"trials": 16, "from": space})
     trials, settings = tables(sweep)
     settings["value"] = [1.0 if value == "forward_kl" else 2.0 for value in settings["loss.divergence"]]
@@ -278,29 +348,55 @@ def test_a_parameter_drawn_from_a_range_does_not_explain_everything_because_no_v
 
 # what the teacher adds
 
+
 def held_against_the_baseline(sweep: Sweep, differences, spread: float = 0.02) -> None:
-    """Give every trial a comparison of classifiers whose distilled student is so much better than its baseline."""
+    """Give every trial a comparison of classifiers whose distilled student is so much better than its
+    baseline.
+    """
     for number, (trial, difference) in enumerate(zip(sweep.facts["trials"], differences, strict=True)):
-        values = {"teacher": 0.8, "baseline": 0.5 + number / 100, "distilled": 0.5 + number / 100 + difference}
-        models = {name: {metric: {"value": value, "low": value - 0.1, "high": value + 0.1} for metric in ("accuracy", "kl_to_teacher")}
-                  for name, value in values.items()}
+        values = {
+            "teacher": 0.8,
+            "baseline": 0.5 + number / 100,
+            "distilled": 0.5 + number / 100 + difference,
+        }
+        models = {
+            name: {
+                metric: {"value": value, "low": value - 0.1, "high": value + 0.1}
+                for metric in ("accuracy", "kl_to_teacher")
+            }
+            for name, value in values.items()
+        }
         models["distilled"]["parameters"] = 10**6
         pair = {"value": difference, "low": difference - spread, "high": difference + spread}
-        runs.write_json(sweep.run(trial["run"]).path / "comparison_results.json", {
-            "task": "sequence-classification", "models": models,
-            "differences": [{"model": "distilled", "against": "baseline", "metric": m, **pair} for m in ("accuracy", "kl_to_teacher")]})
+        runs.write_json(
+            sweep.run(trial["run"]).path / "comparison_results.json",
+            {
+                "task": "sequence-classification",
+                "models": models,
+                "differences": [
+                    {"model": "distilled", "against": "baseline", "metric": m, **pair}
+                    for m in ("accuracy", "kl_to_teacher")
+                ],
+            },
+        )
 
 
 @pytest.mark.parametrize(
     ("differences", "metric", "found"),
     [
-        ([0.03, 0.04, 0.05], "accuracy", "3 seeds: accuracy +0.0400 [+0.0152, +0.0648], paired by seed: the teacher helps; 3 of the 3"),
+        (
+            [0.03, 0.04, 0.05],
+            "accuracy",
+            "3 seeds: accuracy +0.0400 [+0.0152, +0.0648], paired by seed: the teacher helps; 3 of the 3",
+        ),
         ([0.03, 0.04, 0.05], "kl_to_teacher", "the teacher harms"),
         ([-0.03, -0.04, -0.05], "kl_to_teacher", "the teacher helps"),
         ([-0.01, 0.04, 0.05], "accuracy", "no difference beyond chance; 2 of the 3 by themselves"),
     ],
 )
-def test_seeds_that_differ_in_nothing_else_are_one_setting_held_against_the_baseline(swept, tmp_path, differences, metric, found):
+def test_seeds_that_differ_in_nothing_else_are_one_setting_held_against_the_baseline(
+    swept, tmp_path, differences, metric, found
+):
     sweep = swept([1.0, 1.0, 1.0], grid={"seed": [0, 1, 2]}, metric=metric)
     held_against_the_baseline(sweep, differences)
     _, settings = tables(sweep)
@@ -336,11 +432,19 @@ def test_each_setting_has_a_gain_of_its_own_and_one_seed_keeps_its_own_interval(
     found = gains.gain_tables(sweep, settings)["accuracy"]
     assert found["runs"].tolist() == settings["runs"].tolist()
     by_run = {row["runs"][0]: (row["value"], row["clear"]) for _, row in found.iterrows()}
-    assert [by_run[trial["run"]] for trial in sweep.facts["trials"]] == [(0.01, 0), (0.03, 1), (0.0, 0), (-0.05, 1)]
+    assert [by_run[trial["run"]] for trial in sweep.facts["trials"]] == [
+        (0.01, 0),
+        (0.03, 1),
+        (0.0, 0),
+        (-0.05, 1),
+    ]
     assert " ".join(title(figures_of(sweep)["gains"]).split()) == (
-        "In accuracy the teacher helps in 2 of 4 settings, beyond the interval in 1")
-    assert "in one training: accuracy +0.0300 [+0.0100, +0.0500], over the same held-out rows: the teacher helps" in (
-        gains.gain_words(found[found["value"] == 0.03].iloc[0], "accuracy"))
+        "In accuracy the teacher helps in 2 of 4 settings, beyond the interval in 1"
+    )
+    assert (
+        "in one training: accuracy +0.0300 [+0.0100, +0.0500], over the same held-out rows: the teacher helps"
+        in (gains.gain_words(found[found["value"] == 0.03].iloc[0], "accuracy"))
+    )
 
 
 def test_without_baselines_there_is_no_gain_to_show(swept):
@@ -349,6 +453,7 @@ def test_without_baselines_there_is_no_gain_to_show(swept):
 
 
 # figures
+
 
 def figures_of(sweep: Sweep) -> dict[str, matplotlib.figure.Figure]:
     trials, settings = tables(sweep)
@@ -386,13 +491,21 @@ def test_figures_follow_from_what_differs(swept):
     assert made([1.0, 0.8, 0.9, 0.7], grid=GRID) == {"ranking", "map", "parallel_coordinates"}
     assert made([1.0, 2.0], grid={"seed": [1, 4]}) == set()
     space = {"loss.temperature": {"uniform": [1, 6]}, "training.learning_rate": {"log_uniform": [1e-5, 1e-3]}}
-    assert made([float(i) for i in range(14)], random={"trials": 14, "from": space}) == {"ranking", "map", "parallel_coordinates"}
+    assert made([float(i) for i in range(14)], random={"trials": 14, "from": space}) == {
+        "ranking",
+        "map",
+        "parallel_coordinates",
+    }
 
 
 def test_the_titles_say_what_the_figures_hold(swept):
     sweep = swept([1.0, 0.8, 0.84, 0.97], grid=GRID)
     made = figures_of(sweep)
-    assert title(made["ranking"]) == "KL to the teacher is lowest with temperature 1, kd:ce 0.9,\nwith 1 of 3 others within the intervals"
+    assert (
+        title(made["ranking"])
+        == "KL to the teacher is lowest with temperature 1, kd:ce 0.9,\nwith 1 of 3 others within the "
+        "intervals"
+    )
     assert "alone explains" in title(made["parallel_coordinates"])
 
 
@@ -416,7 +529,11 @@ def test_the_report_shows_every_trial_escaped_and_asks_for_nothing(swept, tmp_pa
     links = [line for line in text.split('href="') if "/report.html" in line[:120]]
     assert sum("_" in link[:20] for link in links) == 1  # of the trials one has a report
     folder = tmp_path / "reports" / "s"
-    assert {path.stem for path in (folder / "figures").iterdir()} == {"ranking", "map", "parallel_coordinates"}
+    assert {path.stem for path in (folder / "figures").iterdir()} == {
+        "ranking",
+        "map",
+        "parallel_coordinates",
+    }
     trials = pd.read_csv(folder / "tables" / "trials.csv")
     assert trials["value"].tolist()[:2] == [1.0, 0.8]
     assert pd.read_csv(folder / "tables" / "settings.csv")["value"].tolist() == [0.8, 0.97, 1.0]
@@ -457,7 +574,10 @@ def test_a_sweep_of_classifiers_is_read_by_its_own_measures_and_speed(swept, tmp
 
 
 def test_a_metric_that_the_task_does_not_measure_is_refused_before_a_run(trials_of):
-    with pytest.raises(ConfigError, match=r"metric: found macro_f1, which a comparison of causal-lm has not; it is one of .*perplexity"):
+    with pytest.raises(
+        ConfigError,
+        match=r"metric: found macro_f1, which a comparison of causal-lm has not; it is one of .*perplexity",
+    ):
         trials_of(grid={"seed": [0]}, metric="macro_f1")
 
 

@@ -26,8 +26,10 @@ from kdlib.training import run as training
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     place = tmp_path_factory.mktemp("models")
-    return {"teacher": tiny_gpt2(place / "teacher", layers=2, width=32, seed=1),
-            "student": tiny_gpt2(place / "student", layers=1, width=24, seed=2)}
+    return {
+        "teacher": tiny_gpt2(place / "teacher", layers=2, width=32, seed=1),
+        "student": tiny_gpt2(place / "student", layers=1, width=24, seed=2),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,9 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(source):
-    return prepare(DataConfig(source=str(source), max_length=128, validation=0.5), question_tokenizer(), seed=0)
+    return prepare(
+        DataConfig(source=str(source), max_length=128, validation=0.5), question_tokenizer(), seed=0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +51,28 @@ def voice(folders, prepared):
 
 @pytest.fixture
 def config(folders, source):
-    return parse({
-        "task": "question-answering", "precision": "float32",
-        "teacher": {"model": str(folders["teacher"])}, "student": {"from": str(folders["student"])},
-        "data": {"source": str(source), "max_length": 128, "validation": 0.25},
-        "loss": {"temperature": 3.0, "weights": {"kd": 0.5, "ce": 0.5}},
-        "training": {"max_steps": 6, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "learning_rate": 1e-2,
-                     "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no", "use_cpu": True,
-                     "metric_for_best_model": "eval_choice_accuracy"},
-    })
+    return parse(
+        {
+            "task": "question-answering",
+            "precision": "float32",
+            "teacher": {"model": str(folders["teacher"])},
+            "student": {"from": str(folders["student"])},
+            "data": {"source": str(source), "max_length": 128, "validation": 0.25},
+            "loss": {"temperature": 3.0, "weights": {"kd": 0.5, "ce": 0.5}},
+            "training": {
+                "max_steps": 6,
+                "per_device_train_batch_size": 4,
+                "per_device_eval_batch_size": 4,
+                "learning_rate": 1e-2,
+                "logging_steps": 2,
+                "eval_strategy": "steps",
+                "eval_steps": 2,
+                "save_strategy": "no",
+                "use_cpu": True,
+                "metric_for_best_model": "eval_choice_accuracy",
+            },
+        }
+    )
 
 
 def test_a_score_is_the_log_probability_of_the_choice_after_the_question(voice, prepared):
@@ -71,7 +88,10 @@ def test_a_score_is_the_log_probability_of_the_choice_after_the_question(voice, 
 def test_normalised_scores_are_divided_by_the_characters_of_the_choice():
     rows = table([["a", "bbbb"], ["cc", "d", "eee"]], answers=[1, 2])
     scores = np.array([-2.0, -4.0, -2.0, -3.0, -3.3])
-    assert choices.table_of(rows, scores).tolist() == [[-2.0, -1.0, -math.inf], [-1.0, -3.0, pytest.approx(-1.1)]]
+    assert choices.table_of(rows, scores).tolist() == [
+        [-2.0, -1.0, -math.inf],
+        [-1.0, -3.0, pytest.approx(-1.1)],
+    ]
     assert choices.accuracy(rows, scores) == 0.5  # the long one of the first; of the second the first
     assert choices.accuracy(rows, scores, normalised=False) == 0.0
     assert choices.right_choices(rows).tolist() == [1, 2]
@@ -100,7 +120,9 @@ def test_answers_are_arrays_for_whoever_measures_them(voice, prepared):
     assert probabilities.sum(1) == pytest.approx(np.ones(len(labels)))
     rows = choices.choice_rows(prepared)
     assert (probabilities > 0).sum() == len(rows)
-    assert (probabilities.argmax(1) == labels).mean() == choices.accuracy(rows, choices.scores_of(voice, prepared, rows))
+    assert (probabilities.argmax(1) == labels).mean() == choices.accuracy(
+        rows, choices.scores_of(voice, prepared, rows)
+    )
 
 
 def test_padding_and_order_change_no_score(voice, prepared, monkeypatch):
@@ -111,10 +133,13 @@ def test_padding_and_order_change_no_score(voice, prepared, monkeypatch):
 
 
 def table(texts, answers):
-    return Dataset.from_list([
-        {"item": item, "choice": number, "is_answer": number == answers[item], "characters": len(text)}
-        for item, each in enumerate(texts) for number, text in enumerate(each)
-    ])
+    return Dataset.from_list(
+        [
+            {"item": item, "choice": number, "is_answer": number == answers[item], "characters": len(text)}
+            for item, each in enumerate(texts)
+            for number, text in enumerate(each)
+        ]
+    )
 
 
 def trained(config, folder):
@@ -138,16 +163,26 @@ def test_every_evaluation_measures_the_choices_and_the_best_model_goes_by_them(c
 
 def test_training_stops_early_when_the_choices_get_no_better(config, tmp_path):
     folder = StudentFolder(tmp_path / "run")
-    stopping = parse({**config.as_dict(), "early_stopping": {"patience": 1},
-                      "training": {**config.as_dict()["training"], "learning_rate": 1e-12, "max_steps": 20}})
+    stopping = parse(
+        {
+            **config.as_dict(),
+            "early_stopping": {"patience": 1},
+            "training": {**config.as_dict()["training"], "learning_rate": 1e-12, "max_steps": 20},
+        }
+    )
     trained(stopping, folder)
     assert [line["train/step"] for line in read_metrics(folder) if "eval/loss" in line][-1] == 4
     assert folder.final_model.exists()
 
 
 def test_training_teaches_the_answers(config, tmp_path):
-    longer = parse({**config.as_dict(), "loss": {"temperature": 1.0, "weights": {"ce": 1.0}},
-                    "training": {**config.as_dict()["training"], "max_steps": 30, "eval_steps": 15}})
+    longer = parse(
+        {
+            **config.as_dict(),
+            "loss": {"temperature": 1.0, "weights": {"ce": 1.0}},
+            "training": {**config.as_dict()["training"], "max_steps": 30, "eval_steps": 15},
+        }
+    )
     folder = StudentFolder(tmp_path / "run")
     trained(longer, folder)
     perplexities = [line["eval/perplexity"] for line in read_metrics(folder) if "eval/perplexity" in line]
@@ -175,19 +210,28 @@ def test_a_comparison_has_the_choices_with_paired_intervals(folders, prepared):
     assert teacher["choice_agreement"]["low"] == 1
     assert twin["choice_retention"] == pytest.approx({"value": 100, "low": 100, "high": 100})
     assert student["choice_retention"]["value"] == pytest.approx(
-        100 * student["choice_accuracy"]["value"] / teacher["choice_accuracy"]["value"])
+        100 * student["choice_accuracy"]["value"] / teacher["choice_accuracy"]["value"]
+    )
     rows = choices.choice_rows(prepared)
     scores = choices.scores_of(tasks.voice_of(load_model(str(folders["student"])), prepared), prepared, rows)
     assert student["choice_accuracy"]["value"] == pytest.approx(choices.accuracy(rows, scores))
-    assert student["choice_accuracy_raw"]["value"] == pytest.approx(choices.accuracy(rows, scores, normalised=False))
+    assert student["choice_accuracy_raw"]["value"] == pytest.approx(
+        choices.accuracy(rows, scores, normalised=False)
+    )
     for entry in results["differences"]:
         assert entry["low"] - 1e-9 <= entry["value"] <= entry["high"] + 1e-9
         if (entry["model"], entry["against"]) == ("twin", "teacher"):
             assert entry["value"] == pytest.approx(0, abs=1e-5)
     assert {entry["metric"] for entry in results["differences"]} >= set(choices.METRICS)
     json.dumps(results, allow_nan=False)
-    assert {test["p_value"] for test in results["mcnemar"] if {test["model"], test["against"]} == {"teacher", "twin"}} == {1.0}
-    assert student["on_teachers_mistakes"]["rows"] == round((1 - teacher["choice_accuracy"]["value"]) * results["questions"])
+    assert {
+        test["p_value"]
+        for test in results["mcnemar"]
+        if {test["model"], test["against"]} == {"teacher", "twin"}
+    } == {1.0}
+    assert student["on_teachers_mistakes"]["rows"] == round(
+        (1 - teacher["choice_accuracy"]["value"]) * results["questions"]
+    )
     for each in results["worst"]:
         assert each["label"] in {row["text"] for row in rows if row["question"] == each["text"]}
         assert sum(share for _, share in each["said"]["distilled"]) <= 1 + 1e-9
@@ -196,10 +240,14 @@ def test_a_comparison_has_the_choices_with_paired_intervals(folders, prepared):
 def test_the_picture_and_the_tables_of_a_comparison_begin_with_the_choices(folders, prepared):
     comparison = Comparison(prepared, question_tokenizer(), resamples=100)
     for name in ("teacher", "untrained", "distilled"):
-        comparison.add(name, lambda name=name: load_model(str(folders["teacher" if name == "teacher" else "student"])))
+        comparison.add(
+            name, lambda name=name: load_model(str(folders["teacher" if name == "teacher" else "student"]))
+        )
     results = comparison.results()
     assert list(plots.quality_table(results).columns)[:2] == ["right choices", "retention, %"]
-    assert "the distilled student shows: no clear difference in right choices" in plots.comparison_message(results)
+    assert "the distilled student shows: no clear difference in right choices" in plots.comparison_message(
+        results
+    )
     titles = [axes.get_title(loc="left").split("\n")[0] for axes in plots.comparison_bars(results).axes]
     assert list(answer_tables(results)) == ["mcnemar", "on_teachers_mistakes", "worst"]
     assert titles == ["right choices", "retention, %", "the teacher's choices", "KL to teacher"]
@@ -214,8 +262,13 @@ def test_bits_per_byte_counts_the_answers_alone(folders, prepared):
 def test_the_self_test_passes_on_questions(config):
     tokenizer = load_tokenizer(config.teacher.model)
     prepared = tasks.prepare(config, tokenizer)
-    found = parity(config, student=tasks.untrained_student(config, prepared, None), teacher=tasks.load_teacher(config, prepared),
-                   tokenizer=tokenizer, prepared=prepared)
+    found = parity(
+        config,
+        student=tasks.untrained_student(config, prepared, None),
+        teacher=tasks.load_teacher(config, prepared),
+        tokenizer=tokenizer,
+        prepared=prepared,
+    )
     assert set(found["result"]) == {"pass"}, found.to_string()
 
 
@@ -240,10 +293,19 @@ def test_the_doctor_speaks_of_questions(config):
 @pytest.mark.parametrize("name", ["tiny", "smollm2-135m-instruct"])
 def test_scores_and_accuracies_are_those_of_lm_eval(name, folders, tmp_path):
     """Its own model, task and evaluation, from the same file of questions: every score, acc and acc_norm."""
-    tokenizer, model = (load(name if name in BUILT_IN else str(folders["teacher"])) for load in (load_tokenizer, load_model))
+    tokenizer, model = (
+        load(name if name in BUILT_IN else str(folders["teacher"])) for load in (load_tokenizer, load_model)
+    )
     count = 8 if name in BUILT_IN else 60
-    prepared = prepare(DataConfig(source=str(written(multiple_choice(2 * count), tmp_path / "q.jsonl")), max_length=128, validation=0.5),
-                       tokenizer, seed=0)
+    prepared = prepare(
+        DataConfig(
+            source=str(written(multiple_choice(2 * count), tmp_path / "q.jsonl")),
+            max_length=128,
+            validation=0.5,
+        ),
+        tokenizer,
+        seed=0,
+    )
     rows = choices.choice_rows(prepared)
     scores = choices.scores_of(tasks.voice_of(model, prepared), prepared, rows)
     theirs, figures = scored_by_lm_eval(model, tokenizer, rows, tmp_path)
@@ -265,11 +327,23 @@ def scored_by_lm_eval(model, tokenizer, rows, folder):
         item["choices"].append(row["text"])
         item |= {"answer": row["choice"]} if row["is_answer"] else {}
     file = str(written(found.values(), folder / "held_out.jsonl"))
-    task = ConfigurableTask(config={
-        "task": "ours", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": file}},
-        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "Question: {{question}}\nAnswer:",
-        "doc_to_choice": "choices", "doc_to_target": "answer", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-    })
-    results = evaluate(HFLM(pretrained=model, tokenizer=tokenizer, device="cpu", batch_size=4), {"ours": task}, bootstrap_iters=0)
+    task = ConfigurableTask(
+        config={
+            "task": "ours",
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": file}},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "Question: {{question}}\nAnswer:",
+            "doc_to_choice": "choices",
+            "doc_to_target": "answer",
+            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        }
+    )
+    results = evaluate(
+        HFLM(pretrained=model, tokenizer=tokenizer, device="cpu", batch_size=4),
+        {"ours": task},
+        bootstrap_iters=0,
+    )
     samples = sorted(results["samples"]["ours"], key=lambda sample: sample["doc_id"])
     return [score for sample in samples for score, _ in sample["filtered_resps"]], results["results"]["ours"]

@@ -9,19 +9,31 @@ from kdlib.training.callbacks import PlanFile
 
 
 def test_a_training_follows_its_plan_step_by_step(raw_config, tmp_path):
-    changes = {"training.warmup_steps": 3, "training.lr_scheduler_type": "cosine", "training.logging_steps": 1,
-               "loss.weights": {"kd": {"linear": [0.2, 0.8]}, "ce": 0.3}, "loss.temperature": {"linear": [4, 1]},
-               "training.save_strategy": "no"}
+    changes = {
+        "training.warmup_steps": 3,
+        "training.lr_scheduler_type": "cosine",
+        "training.logging_steps": 1,
+        "loss.weights": {"kd": {"linear": [0.2, 0.8]}, "ce": 0.3},
+        "loss.temperature": {"linear": [4, 1]},
+        "training.save_strategy": "no",
+    }
     config, folder = parse(raw_config, changes), StudentFolder(tmp_path / "planned")
     training.train(config, folder, **pieces(config))
-    plan, logged = metrics.plan_table(folder).set_index("step"), metrics.training_table(folder).set_index("step")
+    plan, logged = (
+        metrics.plan_table(folder).set_index("step"),
+        metrics.training_table(folder).set_index("step"),
+    )
     assert list(plan.index) == list(logged.index) == list(range(1, 13))
     for column in plan:
-        assert torch.allclose(torch.tensor(plan[column].to_numpy()), torch.tensor(logged[column].to_numpy()), rtol=1e-6), column
+        assert torch.allclose(
+            torch.tensor(plan[column].to_numpy()), torch.tensor(logged[column].to_numpy()), rtol=1e-6
+        ), column
     assert set(plan) == {"learning_rate", "kd_weight", "ce_weight", "temperature"}
 
 
 def test_a_learning_rate_that_depends_on_the_training_is_not_planned():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     assert PlanFile._rate(torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer), 1) == {}
-    assert PlanFile._rate(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1)), 2) == {"learning_rate": 0.05}
+    assert PlanFile._rate(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1)), 2) == {
+        "learning_rate": 0.05
+    }

@@ -1,4 +1,6 @@
-"""Training with feature terms, curricula, schedules and samples: the same invariants, and nothing asked for out of its phase."""
+"""Training with feature terms, curricula, schedules and samples: the same invariants, and nothing asked
+for out of its phase.
+"""
 
 from pathlib import Path
 
@@ -14,13 +16,26 @@ from kdlib.runs.folder import StudentFolder
 from kdlib.runs.log import read_metrics
 from kdlib.training.run import objective_of, train
 
-SGD = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 4,
-       "eval_strategy": "no", "save_strategy": "no", "logging_steps": 1, "per_device_train_batch_size": 8}
+SGD = {
+    "optim": "sgd",
+    "learning_rate": 0.05,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "max_steps": 4,
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "per_device_train_batch_size": 8,
+}
 ALL = {"kd": 0.5, "ce": 0.2, "hidden": 0.3, "attention": 0.2, "relational": 0.1, "contrastive": 0.1}
 
 
 def raw(raw_config, student=None, *, loss=None, **training) -> dict:
-    changed = {**raw_config, "loss": {"weights": ALL, **(loss or {})}, "training": {**raw_config["training"], **SGD, **training}}
+    changed = {
+        **raw_config,
+        "loss": {"weights": ALL, **(loss or {})},
+        "training": {**raw_config["training"], **SGD, **training},
+    }
     changed["data"] = {**raw_config["data"], "packing": False, "max_length": 24}  # rows of many lengths
     return {**changed, "student": {"from": student}} if student else changed
 
@@ -30,14 +45,20 @@ def trained(settings: dict, folder: Path, **options):
     config = parse(settings)
     run = train(config, StudentFolder(folder), **pieces(config, dtype=torch.float64), **options)
     final = load_file(folder / "final_model" / "model.safetensors")
-    return run, read_metrics(StudentFolder(folder)), torch.cat([final[name].flatten() for name in sorted(final)])
+    return (
+        run,
+        read_metrics(StudentFolder(folder)),
+        torch.cat([final[name].flatten() for name in sorted(final)]),
+    )
 
 
 @pytest.mark.parametrize(
     "variant",
-    [{"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
-     {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
-     {"activation_checkpointing": True}],
+    [
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+        {"activation_checkpointing": True},
+    ],
     ids=["1 x 8", "2 x 4", "gradient checkpointing"],
 )
 @pytest.mark.parametrize("other_sizes", [False, True], ids=["teacher's sizes", "projected"])
@@ -45,23 +66,36 @@ def test_the_step_is_the_same_with_every_feature_term(raw_config, narrow, tmp_pa
     student = narrow if other_sizes else None
     _, lines, one = trained(raw(raw_config, student), tmp_path / "one")
     _, other_lines, other = trained(raw(raw_config, student, **variant), tmp_path / "other")
-    assert (other - one).norm() <= 1e-8 * one.norm()  # attention's softmax and the norms round to float32 inside the models
+    # attention's softmax and the norms round to float32 inside the models
+    assert (other - one).norm() <= 1e-8 * one.norm()
     for name in ALL:
-        figures = [[line[f"train/{name}_loss"] for line in each if f"train/{name}_loss" in line] for each in (lines, other_lines)]
+        figures = [
+            [line[f"train/{name}_loss"] for line in each if f"train/{name}_loss" in line]
+            for each in (lines, other_lines)
+        ]
         assert figures[0] == pytest.approx(figures[1], rel=1e-6)
         assert len(figures[0]) == 4
 
 
 def test_projections_learn_and_are_not_saved_in_the_student(raw_config, narrow, tmp_path):
-    settings = raw(raw_config, narrow, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2)
+    settings = raw(
+        raw_config, narrow, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2
+    )
     run, _, _ = trained(settings, tmp_path / "a")
-    assert all(matrix.weight.grad is None or matrix.weight.isfinite().all() for matrix in run.model.distillation_projections)
+    assert all(
+        matrix.weight.grad is None or matrix.weight.isfinite().all()
+        for matrix in run.model.distillation_projections
+    )
     start = torch.nn.Linear(24, 32, bias=False, dtype=torch.float64).weight
     assert run.model.distillation_projections[0].weight.shape == start.shape
     for name in ("best_model", "final_model"):
-        assert not [key for key in load_file(tmp_path / "a" / name / "model.safetensors") if "projection" in key]
+        assert not [
+            key for key in load_file(tmp_path / "a" / name / "model.safetensors") if "projection" in key
+        ]
         AutoModelForCausalLM.from_pretrained(tmp_path / "a" / name)
-    saved = [load_file(tmp_path / "a" / "checkpoints" / f"checkpoint-{n}" / "model.safetensors") for n in (2, 4)]
+    saved = [
+        load_file(tmp_path / "a" / "checkpoints" / f"checkpoint-{n}" / "model.safetensors") for n in (2, 4)
+    ]
     one, other = (state["distillation_projections.0.weight"] for state in saved)
     assert (one - other).abs().max() > 0
 
@@ -76,10 +110,14 @@ def test_a_training_with_projections_resumes_to_the_same_end(raw_config, narrow,
     (tmp_path / "kept").rename(tmp_path / "broken" / "checkpoints" / "checkpoint-2")
     train(config, StudentFolder(tmp_path / "broken"), **pieces(config, dtype=torch.float64))
     final = load_file(tmp_path / "broken" / "final_model" / "model.safetensors")
-    assert (torch.cat([final[name].flatten() for name in sorted(final)]) - whole).norm() <= 1e-12 * whole.norm()
+    assert (
+        torch.cat([final[name].flatten() for name in sorted(final)]) - whole
+    ).norm() <= 1e-12 * whole.norm()
 
 
-def test_outside_its_phase_a_feature_term_is_absent_and_nothing_is_asked_of_the_models(raw_config, narrow, tmp_path, monkeypatch):
+def test_outside_its_phase_a_feature_term_is_absent_and_nothing_is_asked_of_the_models(
+    raw_config, narrow, tmp_path, monkeypatch
+):
     asked = []
 
     def watched(model, numbers, *, hidden, attention):
@@ -88,9 +126,18 @@ def test_outside_its_phase_a_feature_term_is_absent_and_nothing_is_asked_of_the_
 
     captured_layers = captures.captured_layers
     monkeypatch.setattr("kdlib.models.teacher.captured_layers", watched)
-    curriculum = [{"until": 0.5, "weights": {"hidden": 0, "attention": 0}}, {"until": 1.0, "weights": {"hidden": 0.3, "attention": 0.2}}]
-    settings = raw(raw_config, narrow, loss={"weights": {"kd": 1.0}, "curriculum": curriculum}, eval_strategy="steps", eval_steps=1,
-                   eval_on_start=False)
+    curriculum = [
+        {"until": 0.5, "weights": {"hidden": 0, "attention": 0}},
+        {"until": 1.0, "weights": {"hidden": 0.3, "attention": 0.2}},
+    ]
+    settings = raw(
+        raw_config,
+        narrow,
+        loss={"weights": {"kd": 1.0}, "curriculum": curriculum},
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_on_start=False,
+    )
     _, lines, _ = trained(settings, tmp_path / "a")
     for split in ("train", "eval"):
         at = {line["train/step"]: line for line in lines if f"{split}/loss" in line}
@@ -103,10 +150,17 @@ def test_outside_its_phase_a_feature_term_is_absent_and_nothing_is_asked_of_the_
 
 def test_a_feature_term_that_ends_leaves_the_models_as_they_were(raw_config, tmp_path):
     curriculum = [{"until": 0.5, "weights": {"attention": 0.2}}, {"until": 1.0, "weights": {"attention": 0}}]
-    run, lines, _ = trained(raw(raw_config, loss={"weights": {"kd": 1.0}, "curriculum": curriculum}), tmp_path / "a")
+    run, lines, _ = trained(
+        raw(raw_config, loss={"weights": {"kd": 1.0}, "curriculum": curriculum}), tmp_path / "a"
+    )
     assert run.model.config._attn_implementation == "sdpa"
     assert run.teacher.model.config._attn_implementation == "sdpa"
-    assert ["train/attention_loss" in line for line in lines if "train/loss" in line] == [True, True, False, False]
+    assert ["train/attention_loss" in line for line in lines if "train/loss" in line] == [
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_the_learning_rate_follows_our_schedule(raw_config, tmp_path):
@@ -118,15 +172,23 @@ def test_the_learning_rate_follows_our_schedule(raw_config, tmp_path):
 
 
 def test_terms_have_their_own_temperatures_and_top_k_its_course(raw_config, tmp_path):
-    loss = {"weights": {"kd": 0.5, "reverse_kl": 0.5}, "temperature": {"kd": {"linear": [4, 2]}, "reverse_kl": 1},
-            "top_k": {"linear": [8, 4]}}
+    loss = {
+        "weights": {"kd": 0.5, "reverse_kl": 0.5},
+        "temperature": {"kd": {"linear": [4, 2]}, "reverse_kl": 1},
+        "top_k": {"linear": [8, 4]},
+    }
     settings = raw(raw_config, loss=loss)
     start, end = (objective_of(parse(settings)).at(at).formula for at in (0.0, 1.0))
-    assert start == "loss = 0.5·T²·KL(teacher ‖ student; T=4, top-8 + tail) + 0.5·T²·KL(student ‖ teacher; T=1)"
+    assert (
+        start == "loss = 0.5·T²·KL(teacher ‖ student; T=4, top-8 + tail) + 0.5·T²·KL(student ‖ teacher; T=1)"
+    )
     assert "T=2, top-4 + tail" in end
     _, lines, _ = trained(settings, tmp_path / "a")
-    assert [(line["train/temperature"], line["train/kd_temperature"], line["train/reverse_kl_temperature"])
-            for line in lines if "train/loss" in line][1] == (3.5, 3.5, 1.0)
+    assert [
+        (line["train/temperature"], line["train/kd_temperature"], line["train/reverse_kl_temperature"])
+        for line in lines
+        if "train/loss" in line
+    ][1] == (3.5, 3.5, 1.0)
 
 
 def test_samples_teach_and_the_evaluation_takes_their_expectation(raw_config, tmp_path):
@@ -145,7 +207,9 @@ def test_bfloat16_autocast_and_compiled_rows_train(raw_config, narrow, tmp_path)
     settings = {**raw(raw_config, narrow, loss={"compile": True}), "precision": "bfloat16"}
     config = parse(settings)
     train(config, StudentFolder(tmp_path / "a"), **pieces(config))
-    first, *_, last = [line["train/loss"] for line in read_metrics(StudentFolder(tmp_path / "a")) if "train/loss" in line]
+    first, *_, last = [
+        line["train/loss"] for line in read_metrics(StudentFolder(tmp_path / "a")) if "train/loss" in line
+    ]
     assert last < first
 
 

@@ -1,6 +1,5 @@
 """Each term's gradient on its own: as plain autograd makes it, and without a trace in the training."""
 
-
 import pytest
 import torch
 from conftest import tiny_model
@@ -17,8 +16,17 @@ from kdlib.schedulers import constant
 from kdlib.training.gradients import gradient_figures, term_gradients
 from kdlib.training.run import train
 
-SGD = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 4,
-       "eval_strategy": "no", "save_strategy": "no", "logging_steps": 1, "per_device_train_batch_size": 4}
+SGD = {
+    "optim": "sgd",
+    "learning_rate": 0.05,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "max_steps": 4,
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "per_device_train_batch_size": 4,
+}
 
 
 def test_each_terms_gradient_is_that_of_plain_autograd():
@@ -28,11 +36,15 @@ def test_each_terms_gradient_is_that_of_plain_autograd():
     tokens, parameters = kept(ids), list(student.parameters())
     moment = Objective({"kd": constant(0.7), "ce": constant(0.3)}, constant(2.0)).at(0)
     signal = signal_of(student, batch, tokens, vocabulary=300, form=head_form(student))
-    found = term_gradients(signal, teacher(batch, tokens), tokens, moment=moment, parameters=parameters, chunk=7)
+    found = term_gradients(
+        signal, teacher(batch, tokens), tokens, moment=moment, parameters=parameters, chunk=7
+    )
     logits, theirs = (tokens.select(model(**batch).logits) for model in (student, teacher.model))
     log_p, log_q = (theirs / 2).log_softmax(-1), (logits / 2).log_softmax(-1)
-    terms = {"kd": 0.7 * 4 * (log_p.exp() * (log_p - log_q)).sum(-1).mean(),
-             "ce": 0.3 * torch.nn.functional.cross_entropy(logits, tokens.targets)}
+    terms = {
+        "kd": 0.7 * 4 * (log_p.exp() * (log_p - log_q)).sum(-1).mean(),
+        "ce": 0.3 * torch.nn.functional.cross_entropy(logits, tokens.targets),
+    }
     flat = {}
     for name, term in terms.items():
         by_hand = torch.autograd.grad(term, parameters, retain_graph=True)
@@ -41,25 +53,49 @@ def test_each_terms_gradient_is_that_of_plain_autograd():
     figures = gradient_figures(found)
     assert list(figures) == ["kd_grad_norm", "ce_grad_norm", "kd_ce_grad_cosine"]
     cosine = torch.nn.functional.cosine_similarity(flat["kd"], flat["ce"], dim=0)
-    assert list(figures.values()) == pytest.approx([flat["kd"].norm().item(), flat["ce"].norm().item(), cosine.item()], rel=1e-9)
+    assert list(figures.values()) == pytest.approx(
+        [flat["kd"].norm().item(), flat["ce"].norm().item(), cosine.item()], rel=1e-9
+    )
     assert all(parameter.grad is None for parameter in parameters)
 
 
 def test_the_cosine_says_whether_terms_pull_the_same_way():
     one = [torch.tensor([[1.0, 2.0]]), torch.tensor([3.0])]
     opposite, across = [-2 * part for part in one], [torch.tensor([[2.0, -1.0]]), torch.tensor([0.0])]
-    figures = gradient_figures({"kd": one, "ce": one, "hidden": opposite, "attention": across, "relational": [0 * part for part in one]})
+    figures = gradient_figures(
+        {
+            "kd": one,
+            "ce": one,
+            "hidden": opposite,
+            "attention": across,
+            "relational": [0 * part for part in one],
+        }
+    )
     cosines = {name: value for name, value in figures.items() if name.endswith("cosine")}
     assert figures["kd_grad_norm"] == pytest.approx(14**0.5)
     assert figures["relational_grad_norm"] == 0
-    assert cosines == pytest.approx({"kd_ce_grad_cosine": 1, "kd_hidden_grad_cosine": -1, "ce_hidden_grad_cosine": -1,
-                                     "kd_attention_grad_cosine": 0, "ce_attention_grad_cosine": 0, "hidden_attention_grad_cosine": 0},
-                                    abs=1e-6)  # and none with a gradient of 0
+    assert cosines == pytest.approx(
+        {
+            "kd_ce_grad_cosine": 1,
+            "kd_hidden_grad_cosine": -1,
+            "ce_hidden_grad_cosine": -1,
+            "kd_attention_grad_cosine": 0,
+            "ce_attention_grad_cosine": 0,
+            "hidden_attention_grad_cosine": 0,
+        },
+        abs=1e-6,
+    )  # and none with a gradient of 0
 
 
 def trained(raw_config, folder, every, **training):
     """A training with dropout in float64, and its untrained parameters."""
-    config = parse({**raw_config, "training": {**raw_config["training"], **SGD, **training}, "diagnostics": {"grad_norms_every": every}})
+    config = parse(
+        {
+            **raw_config,
+            "training": {**raw_config["training"], **SGD, **training},
+            "diagnostics": {"grad_norms_every": every},
+        }
+    )
     parts = pieces(config, dtype=torch.float64)
     for layer in parts["student"].model.layers:
         layer.self_attn.attention_dropout = 0.2
@@ -83,9 +119,14 @@ def test_measuring_leaves_no_trace_in_the_training(raw_config, tmp_path, accumul
 
 
 def test_the_terms_gradients_add_up_to_the_steps(raw_config, tmp_path):
-    """With the dropout of the step: |kd|^2 + |ce|^2 + 2 cos |kd| |ce| is the square of the step's own gradient norm."""
+    """With the dropout of the step: |kd|^2 + |ce|^2 + 2 cos |kd| |ce| is the square of the step's own
+    gradient norm.
+    """
     run, before = trained(raw_config, tmp_path, 1, max_steps=1)
     line = run.state.log_history[0]
     kd, ce, cosine = (line[name] for name in ("kd_grad_norm", "ce_grad_norm", "kd_ce_grad_cosine"))
-    moved = (torch.nn.utils.parameters_to_vector(run.model.parameters()).detach() - before).norm().item() / 0.05
-    assert (kd**2 + ce**2 + 2 * cosine * kd * ce) ** 0.5 == pytest.approx(moved, rel=1e-6)  # RMSNorm computes in float32
+    moved = (
+        torch.nn.utils.parameters_to_vector(run.model.parameters()).detach() - before
+    ).norm().item() / 0.05
+    # RMSNorm computes in float32
+    assert (kd**2 + ce**2 + 2 * cosine * kd * ce) ** 0.5 == pytest.approx(moved, rel=1e-6)

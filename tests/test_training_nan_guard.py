@@ -1,4 +1,6 @@
-"""A value that is not finite is named by whose it is, which term, row and position, and never reaches a checkpoint."""
+"""A value that is not finite is named by whose it is, which term, row and position, and never reaches a
+checkpoint.
+"""
 
 import json
 import os
@@ -33,9 +35,20 @@ from kdlib.training.trainer import DistillationTrainer
 NAN = float("nan")
 RARE, ROW, POSITION = 299, 11, 5  # a token that occurs once: in step 3, its second micro-batch
 PLACE = {"micro_batch": 1, "row_of_micro_batch": 1, "row": 3, "row_of_data": ROW, "position": POSITION}
-TRAINING = {"optim": "sgd", "learning_rate": 0.01, "lr_scheduler_type": "constant", "max_grad_norm": 1.0, "max_steps": 4,
-            "eval_strategy": "no", "save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2, "train_sampling_strategy": "sequential"}
+TRAINING = {
+    "optim": "sgd",
+    "learning_rate": 0.01,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 1.0,
+    "max_steps": 4,
+    "eval_strategy": "no",
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "logging_steps": 1,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "train_sampling_strategy": "sequential",
+}
 
 
 class At(TrainerCallback):
@@ -68,15 +81,25 @@ def tiny(raw_config, rows, tmp_path):
 
     def make(*, collator=collate, tied=True, **training) -> DistillationTrainer:
         config = parse({**raw_config, "training": {**raw_config["training"], **TRAINING, **training}})
-        tokenizer, student = models.load_tokenizer(config.teacher.model), models.shallower(models.load_model(config.teacher.model), [0, 3])
+        tokenizer, student = (
+            models.load_tokenizer(config.teacher.model),
+            models.shallower(models.load_model(config.teacher.model), [0, 3]),
+        )
         if not tied:
             student.lm_head.weight = torch.nn.Parameter(student.lm_head.weight.detach().clone())
             student.config.tie_word_embeddings = False
         return DistillationTrainer(
-            model=student, args=training_arguments(config, tmp_path / "checkpoints"), train_dataset=rows, eval_dataset=rows,
-            processing_class=tokenizer, data_collator=partial(collator, pad_id=tokenizer.pad_token_id),
-            teacher=LiveTeacher(models.load_model(config.teacher.model), len(tokenizer)), vocabulary=len(tokenizer),
-            objective=objective_of(config), workspace=Workspace(7), folder=StudentFolder(tmp_path),
+            model=student,
+            args=training_arguments(config, tmp_path / "checkpoints"),
+            train_dataset=rows,
+            eval_dataset=rows,
+            processing_class=tokenizer,
+            data_collator=partial(collator, pad_id=tokenizer.pad_token_id),
+            teacher=LiveTeacher(models.load_model(config.teacher.model), len(tokenizer)),
+            vocabulary=len(tokenizer),
+            objective=objective_of(config),
+            workspace=Workspace(7),
+            folder=StudentFolder(tmp_path),
         )
 
     return make
@@ -87,14 +110,26 @@ def stopped(run, folder, match: str) -> dict:
     with pytest.raises(NonFiniteLoss, match=match) as stop:
         run.train()
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["checkpoint-2"]
-    assert all(tensor.isfinite().all() for tensor in load_file(folder / "checkpoints" / "checkpoint-2" / "model.safetensors").values())
+    assert all(
+        tensor.isfinite().all()
+        for tensor in load_file(folder / "checkpoints" / "checkpoint-2" / "model.safetensors").values()
+    )
     report = json.loads((folder / "nan_report" / "report.json").read_text())
-    assert (report["step"], report["stage"], report["last_checkpoint"]) == (3, "training", "checkpoints/checkpoint-2")
+    assert (report["step"], report["stage"], report["last_checkpoint"]) == (
+        3,
+        "training",
+        "checkpoints/checkpoint-2",
+    )
     assert report["learning_rate"] == 0.01
     assert len(report["grad_norms_before"]) == 2
     assert report["grad_norm_before"] == pytest.approx(report["last_log"]["grad_norm"])
-    batch, wanted = load_file(folder / "nan_report" / "batch.safetensors"), collate(run.train_dataset.select(range(8, 12)), pad_id=0)
-    assert {name: tensor.tolist() for name, tensor in batch.items()} == {name: tensor.tolist() for name, tensor in wanted.items()}
+    batch, wanted = (
+        load_file(folder / "nan_report" / "batch.safetensors"),
+        collate(run.train_dataset.select(range(8, 12)), pad_id=0),
+    )
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        name: tensor.tolist() for name, tensor in wanted.items()
+    }
     assert report["suggestions"][0] in str(stop.value)
     return report
 
@@ -114,12 +149,19 @@ def test_one_weight(tiny, tmp_path, who, terms):
     model = run.teacher.model if who == "teacher" else run.model
     name = "model.layers.1.mlp.gate_proj"
     run.add_callback(At(3, lambda: spoil(model.get_submodule(name).weight, 3, 7)))
-    report = stopped(run, tmp_path, f"step 3: kd = nan at .*: the {who} is not finite: {name} is the first module .*weight \\(1 values")
+    report = stopped(
+        run,
+        tmp_path,
+        f"step 3: kd = nan at .*: the {who} is not finite: {name} is the first module .*weight \\(1 values",
+    )
     assert part(report, "who", "term", "module", "parameter") == [who, "kd", name, f"{name}.weight"]
-    assert part(report, "micro_batch", "row", "row_of_data", "position") == [0, 0, 8, 0]  # it spoils every token from the first on
+    # it spoils every token from the first on
+    assert part(report, "micro_batch", "row", "row_of_data", "position") == [0, 0, 8, 0]
     assert report["tensors"] == {f"{name}.weight": {"values": 1, "first": [3, 7]}}
     assert sorted(report["terms"]) == terms
-    assert report["suggestions"][0].startswith({"teacher": "the teacher's own weights", "student": "an update made"}[who])
+    assert report["suggestions"][0].startswith(
+        {"teacher": "the teacher's own weights", "student": "an update made"}[who]
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["a row of the head too", "of the embedding alone"])
@@ -127,23 +169,34 @@ def test_one_row_of_the_students_embedding(tiny, tmp_path, tied):
     run = tiny(tied=tied)
     run.add_callback(At(3, lambda: spoil(run.model.model.embed_tokens.weight, RARE)))
     report = stopped(run, tmp_path, "the student is not finite: model.embed_tokens is the first module")
-    assert part(report, "who", "module", "parameter") == ["student", "model.embed_tokens", "model.embed_tokens.weight"]
+    assert part(report, "who", "module", "parameter") == [
+        "student",
+        "model.embed_tokens",
+        "model.embed_tokens.weight",
+    ]
     assert {name: report[name] for name in PLACE} == PLACE
     assert report["tensors"]["model.embed_tokens.weight"] == {"values": 32, "first": [RARE, 0]}
     token = run.processing_class.decode([RARE])
     assert f"⟦{token}⟧" in report["text"]
-    assert report["text"].startswith(run.processing_class.decode(run.train_dataset[ROW]["input_ids"][:POSITION]))
+    assert report["text"].startswith(
+        run.processing_class.decode(run.train_dataset[ROW]["input_ids"][:POSITION])
+    )
 
 
 def test_one_loss_term_at_one_token(tiny, tmp_path, monkeypatch):
     honest = objective.cross_entropy
 
     def spoilt(student_logits, teacher_logits, targets, temperature=1.0):
-        return honest(student_logits, teacher_logits, targets).masked_fill(targets == RARE, NAN)  # whose gradient is finite
+        # whose gradient is finite
+        return honest(student_logits, teacher_logits, targets).masked_fill(targets == RARE, NAN)
 
     run = tiny()
     run.add_callback(At(3, lambda: monkeypatch.setattr(objective, "cross_entropy", spoilt)))
-    report = stopped(run, tmp_path, "step 3: ce = nan at 1 of .* tokens: teacher and student are finite, the term is not; first at row 3")
+    report = stopped(
+        run,
+        tmp_path,
+        "step 3: ce = nan at 1 of .* tokens: teacher and student are finite, the term is not; first at row 3",
+    )
     assert part(report, "who", "term", "module", "parameter") == ["loss", "ce", None, None]
     assert {name: report[name] for name in PLACE} == PLACE
     assert report["terms"] == {"ce": {"value": "nan", "tokens": 1}}
@@ -154,7 +207,11 @@ def test_the_gradient_of_one_parameter(tiny, tmp_path, clipping):
     run, name = tiny(max_grad_norm=clipping), "model.layers.0.self_attn.v_proj.weight"
     weight = run.model.get_parameter(name)
     run.add_callback(At(3, lambda: weight.register_hook(lambda gradient: gradient * NAN)))
-    report = stopped(run, tmp_path, f"step 3: the loss is finite .*, but not the gradient of {name} \\({weight.numel()} values")
+    report = stopped(
+        run,
+        tmp_path,
+        f"step 3: the loss is finite .*, but not the gradient of {name} \\({weight.numel()} values",
+    )
     assert part(report, "who", "parameter", "term", "row", "position") == ["gradient", name, None, None, None]
     assert list(report["tensors"]) == [name]
     assert ("clipping is off" in report["suggestions"][0]) == (clipping == 0)
@@ -165,7 +222,11 @@ def test_a_teacher_that_overflows_in_float16_is_to_be_asked_in_bfloat16(tiny, tm
     run.teacher.model.half()
     down = run.teacher.model.model.layers[2].mlp.down_proj
     run.add_callback(At(3, lambda: down.weight.data.mul_(1e4)))
-    report = stopped(run, tmp_path, "the teacher is not finite: model.layers.2.mlp.down_proj is the first .*; its weights are")
+    report = stopped(
+        run,
+        tmp_path,
+        "the teacher is not finite: model.layers.2.mlp.down_proj is the first .*; its weights are",
+    )
     assert report["precision"] == {"student": "float32", "teacher": "float16", "autocast": "off"}
     assert "precision: bfloat16" in report["suggestions"][0]
 
@@ -173,14 +234,23 @@ def test_a_teacher_that_overflows_in_float16_is_to_be_asked_in_bfloat16(tiny, tm
 def test_weights_that_an_update_made_infinite_reach_no_checkpoint(tiny, tmp_path):
     run = tiny()
     run.add_callback(At(4, lambda: spoil(run.model.model.norm.weight, 0), after=True))
-    with pytest.raises(NonFiniteLoss, match=r"step 4: .* the student is not finite: .*model.norm.weight \(1 values"):
+    with pytest.raises(
+        NonFiniteLoss, match=r"step 4: .* the student is not finite: .*model.norm.weight \(1 values"
+    ):
         run.train()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-2"]
 
 
 def test_what_is_finite_when_asked_once_more_is_not_blamed_on_anyone(tiny, tmp_path):
     run = tiny()
-    run.add_callback(At(3, lambda: setattr(run.guard, "end", lambda loss, count: type(run.guard).end(run.guard, loss * NAN, count))))
+    run.add_callback(
+        At(
+            3,
+            lambda: setattr(
+                run.guard, "end", lambda loss, count: type(run.guard).end(run.guard, loss * NAN, count)
+            ),
+        )
+    )
     report = stopped(run, tmp_path, "asked once more, it is")
     assert part(report, "who", "term", "row") == ["nobody", None, None]
 
@@ -203,34 +273,74 @@ def test_a_step_without_a_kept_token_stops_with_its_rows(tiny, rows):
         made["labels"][torch.tensor([row["input_ids"] in masked for row in batch])] = -100
         return made
 
-    with pytest.raises(RunError, match=r"step 3: no row has a token that counts: .* in rows \[8, 9, 10, 11\] of the training data"):
+    with pytest.raises(
+        RunError,
+        match=r"step 3: no row has a token that counts: .* in rows \[8, 9, 10, 11\] of the training data",
+    ):
         tiny(collator=collator).train()
 
 
 def test_an_evaluation_leaves_a_report_too(tiny, tmp_path, monkeypatch):
-    spoilt = Weighted(lambda s, t, targets, temperature: torch.zeros(len(targets)).masked_fill(targets == RARE, NAN))
+    spoilt = Weighted(
+        lambda s, t, targets, temperature: torch.zeros(len(targets)).masked_fill(targets == RARE, NAN)
+    )
     monkeypatch.setitem(objective.MEASURES, "kl_to_teacher", spoilt)
-    with pytest.raises(NonFiniteLoss, match=r"step 4: on held-out text kl_to_teacher = nan at 1 of .* tokens: teacher and student"):
+    with pytest.raises(
+        NonFiniteLoss,
+        match=r"step 4: on held-out text kl_to_teacher = nan at 1 of .* tokens: teacher and student",
+    ):
         tiny(eval_strategy="steps", eval_steps=4).train()
     report = json.loads((tmp_path / "nan_report" / "report.json").read_text())
-    assert part(report, "stage", "term", "row_of_data", "position") == ["evaluation", "kl_to_teacher", ROW, POSITION]
+    assert part(report, "stage", "term", "row_of_data", "position") == [
+        "evaluation",
+        "kl_to_teacher",
+        ROW,
+        POSITION,
+    ]
 
 
 STANDING = Standing(
-    stage="training", step=9, precision={"student": "float32", "teacher": "float32", "autocast": "off"}, loss=2.5, learning_rate=1e-3,
-    max_grad_norm=1.0, grad_norms=[1.0, 1.1, 0.9], last_log={}, checkpoint=None,
+    stage="training",
+    step=9,
+    precision={"student": "float32", "teacher": "float32", "autocast": "off"},
+    loss=2.5,
+    learning_rate=1e-3,
+    max_grad_norm=1.0,
+    grad_norms=[1.0, 1.1, 0.9],
+    last_log={},
+    checkpoint=None,
 )
 
 
 @pytest.mark.parametrize(
     ("culprit", "standing", "words"),
     [
-        (Culprit("student"), {"precision": {"student": "float32", "autocast": "float16"}}, ["float16 ends at 65504", "too large"]),
-        (Culprit("student", tensors={"w": Broken(1, [0])}), {}, ["an update made w not finite: go on from the last checkpoint"]),
-        (Culprit("student", tensors={"w": Broken(1, [0])}), {"grad_norms": []}, ["no step was made yet, so w came so"]),
-        (Culprit("student"), {"grad_norms": [1.0, 1.0, 3.0, 40.0]}, ["too large to compute with", "grew from 1 to 40 in the 4 steps"]),
+        (
+            Culprit("student"),
+            {"precision": {"student": "float32", "autocast": "float16"}},
+            ["float16 ends at 65504", "too large"],
+        ),
+        (
+            Culprit("student", tensors={"w": Broken(1, [0])}),
+            {},
+            ["an update made w not finite: go on from the last checkpoint"],
+        ),
+        (
+            Culprit("student", tensors={"w": Broken(1, [0])}),
+            {"grad_norms": []},
+            ["no step was made yet, so w came so"],
+        ),
+        (
+            Culprit("student"),
+            {"grad_norms": [1.0, 1.0, 3.0, 40.0]},
+            ["too large to compute with", "grew from 1 to 40 in the 4 steps"],
+        ),
         (Culprit("teacher", module="m"), {}, ["its outputs in float32 are not"]),
-        (Culprit("gradient", tensors={"w": Broken(3, [0])}), {"max_grad_norm": 0.0}, ["gradient of w is not: lower.*clipping is off"]),
+        (
+            Culprit("gradient", tensors={"w": Broken(3, [0])}),
+            {"max_grad_norm": 0.0},
+            ["gradient of w is not: lower.*clipping is off"],
+        ),
         (Culprit("nobody"), {}, ["loss.compile: false"]),
     ],
 )
@@ -265,12 +375,27 @@ training.train(settings, StudentFolder(Path(sys.argv[1])), **tiny_training.piece
 
 
 def test_two_ranks_stop_together_and_the_one_at_fault_reports(raw_config, tmp_path):
-    """gloo on the CPU; the gradient is finite, so that only rank 1 sees the fault.  Gradients by term hang no rank either."""
+    """gloo on the CPU; the gradient is finite, so that only rank 1 sees the fault.  Gradients by term
+    hang no rank either.
+    """
     (tmp_path / "ranked.py").write_text(RANKED.format(tests=str(Path(__file__).parent)))
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**raw_config, "diagnostics": {"grad_norms_every": 1}}))
+    (tmp_path / "tiny.yaml").write_text(
+        yaml.safe_dump({**raw_config, "diagnostics": {"grad_norms_every": 1}})
+    )
     torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617")
-    command = [sys.executable, *torchrun, *(str(tmp_path / name) for name in ("ranked.py", "run", "tiny.yaml"))]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120, check=False)
+    command = [
+        sys.executable,
+        *torchrun,
+        *(str(tmp_path / name) for name in ("ranked.py", "run", "tiny.yaml")),
+    ]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode != 0
     assert done.stderr.count("NonFiniteLoss: step 1: ce = nan") == 2, done.stderr
     report = json.loads((tmp_path / "run" / "nan_report" / "report.json").read_text())

@@ -1,4 +1,6 @@
-"""What trackers are told: the lines of metrics.jsonl, in a run for each student, and nothing of a network when offline."""
+"""What trackers are told: the lines of metrics.jsonl, in a run for each student, and nothing of a network
+when offline.
+"""
 
 import json
 import os
@@ -25,7 +27,10 @@ from kdlib.training import run as training, trackers
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 SCRIPT = Path(__file__).parent / "tiny_training.py"
-NO_TRACKIO = pytest.mark.skipif(find_spec("trackio") is None, reason="trackio (pip install trackio) needs pillow<13: not in the test extra")
+NO_TRACKIO = pytest.mark.skipif(
+    find_spec("trackio") is None,
+    reason="trackio (pip install trackio) needs pillow<13: not in the test extra",
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +72,8 @@ def wandb_records(file: Path):
 
 
 def told_wandb(run: Run) -> dict[str, dict]:
-    sys.modules["wandb"].teardown()  # a run that is finished may yet be on its way from wandb's process to its file
+    # a run that is finished may yet be on its way from wandb's process to its file
+    sys.modules["wandb"].teardown()
     told = {}
     for file in sorted(run.path.glob("wandb/offline-run-*/*.wandb")):
         for record in wandb_records(file):
@@ -77,8 +83,13 @@ def told_wandb(run: Run) -> dict[str, dict]:
                 one |= {"group": record.run.run_group, "project": record.run.project}
                 one["facts"] = {item.key: json.loads(item.value_json) for item in record.run.config.update}
             elif record.HasField("history"):
-                row = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-                one["rows"].setdefault(row["_step"], {}).update({k: v for k, v in row.items() if not k.startswith("_")})
+                row = {
+                    "/".join(item.nested_key) or item.key: json.loads(item.value_json)
+                    for item in record.history.item
+                }
+                one["rows"].setdefault(row["_step"], {}).update(
+                    {k: v for k, v in row.items() if not k.startswith("_")}
+                )
     return told
 
 
@@ -91,11 +102,18 @@ def told_tensorboard(run: Run) -> dict[str, dict]:
         for name in events.Tags()["scalars"]:
             for event in events.Scalars(name):
                 row = rows.setdefault(event.step, {})
-                assert name not in row or name in ("train/step", "train/epoch")  # nothing else stands in both lines of a step
+                # nothing else stands in both lines of a step
+                assert name not in row or name in ("train/step", "train/epoch")
                 row[name] = event.value
         (text,) = events.Tensors("facts/text_summary")[0].tensor_proto.string_val
         facts = json.loads(text.decode().strip("`\n"))
-        told[f"{run.name}/{folder.name}"] = {"rows": rows, "facts": facts, "group": run.name, "project": "kdlib", "ids": {0}}
+        told[f"{run.name}/{folder.name}"] = {
+            "rows": rows,
+            "facts": facts,
+            "group": run.name,
+            "project": "kdlib",
+            "ids": {0},
+        }
     return told
 
 
@@ -109,7 +127,10 @@ def told_trackio(run: Run) -> dict[str, dict]:
         one = told.setdefault(record["name"], {"rows": {}, "ids": set(), "project": "kdlib"})
         one["ids"].add(record["id"])
         config = SQLiteStorage.get_run_config("kdlib", record["name"], run_id=record["id"])
-        one |= {"group": config["_Group"], "facts": {k: v for k, v in config.items() if not k.startswith("_")}}
+        one |= {
+            "group": config["_Group"],
+            "facts": {k: v for k, v in config.items() if not k.startswith("_")},
+        }
         for row in SQLiteStorage.get_logs("kdlib", record["name"], run_id=record["id"]):
             one["rows"].setdefault(row["step"], {}).update({k: v for k, v in row.items() if "/" in k})
     return told
@@ -123,11 +144,15 @@ def logged(folder: StudentFolder) -> dict[int, dict]:
     """What metrics.jsonl holds, by step."""
     rows = {}
     for line in read_metrics(folder):
-        rows.setdefault(line["train/step"], {}).update({name: value for name, value in line.items() if name != "time"})
+        rows.setdefault(line["train/step"], {}).update(
+            {name: value for name, value in line.items() if name != "time"}
+        )
     return rows
 
 
-def trained(raw_config, run: Run, folder: StudentFolder, label: str, *callbacks: TrainerCallback, **settings) -> None:
+def trained(
+    raw_config, run: Run, folder: StudentFolder, label: str, *callbacks: TrainerCallback, **settings
+) -> None:
     config = parse({**raw_config, "training": {**raw_config["training"], **settings}})
     weights = {"ce": 1.0} if label == "baseline" else None
     training.train(config, folder, **pieces(config), weights=weights, label=label, callbacks=callbacks)
@@ -205,7 +230,12 @@ def test_a_tracker_that_fails_on_the_way_is_left_behind_aloud(raw_config, tmp_pa
 
 
 def test_wandb_out_of_reach_is_recorded_offline_to_be_sent_later(raw_config, tmp_path, monkeypatch, capsys):
-    for name, value in {"MODE": "online", "API_KEY": KEY, "BASE_URL": "http://127.0.0.1:9", "INIT_TIMEOUT": "3"}.items():
+    for name, value in {
+        "MODE": "online",
+        "API_KEY": KEY,
+        "BASE_URL": "http://127.0.0.1:9",
+        "INIT_TIMEOUT": "3",
+    }.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     run = runs.create(tmp_path / "runs", "first", parse(raw_config))
     trained(raw_config, run, run, "kd", report_to="wandb")
@@ -218,7 +248,9 @@ def test_wandb_out_of_reach_is_recorded_offline_to_be_sent_later(raw_config, tmp
 
 def test_wandb_without_a_key_is_refused_before_anything_is_written(raw_config, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
-    with pytest.raises(ConfigError, match="has no API key; run `wandb login` or .* or record offline with WANDB_MODE=offline"):
+    with pytest.raises(
+        ConfigError, match="has no API key; run `wandb login` or .* or record offline with WANDB_MODE=offline"
+    ):
         trained(raw_config, None, StudentFolder(tmp_path / "run"), "kd", report_to="wandb")
     assert not (tmp_path / "run").exists()
     (tmp_path / "netrc").write_text(f"machine wandb.example login user password {KEY}\n")
@@ -248,16 +280,22 @@ def test_nothing_is_asked_of_a_network_when_offline(raw_config, tmp_path, proxy)
     """All traffic is sent to a proxy that counts; wandb by itself, online, does ask."""
     raw_config["training"] |= {"report_to": [name for name in trackers.TRACKERS if find_spec(name)]}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw_config))
-    there = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), f"http://127.0.0.1:{proxy.server_address[1]}")
+    there = dict.fromkeys(
+        ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), f"http://127.0.0.1:{proxy.server_address[1]}"
+    )
     there |= {name.lower(): value for name, value in there.items()}
     kept = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
     environment = {**kept, **there, "WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "3"}
     command = [sys.executable, str(SCRIPT), str(tmp_path / "run"), str(tmp_path / "config.yaml")]
-    subprocess.run(command, env={**environment, "WANDB_MODE": "offline"}, check=True, timeout=200, capture_output=True)
+    subprocess.run(
+        command, env={**environment, "WANDB_MODE": "offline"}, check=True, timeout=200, capture_output=True
+    )
     assert StudentFolder(tmp_path / "run").is_trained
     assert proxy.asked == 0
     command, deadline = [sys.executable, "-c", "import wandb; wandb.init()"], time.monotonic() + 100
-    with subprocess.Popen(command, env={**environment, "WANDB_MODE": "online"}, cwd=tmp_path, start_new_session=True) as process:
+    with subprocess.Popen(
+        command, env={**environment, "WANDB_MODE": "online"}, cwd=tmp_path, start_new_session=True
+    ) as process:
         while not proxy.asked:
             assert time.monotonic() < deadline
             time.sleep(0.1)

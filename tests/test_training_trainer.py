@@ -18,7 +18,14 @@ from conftest import tiny_model
 from datasets import Dataset
 from safetensors.torch import load_file
 from tiny_training import comparable, pieces, train_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+)
 
 from kdlib.config.run import parse
 from kdlib.data.batches import collate
@@ -33,8 +40,16 @@ from kdlib.training.checkpoints import last_checkpoint
 from kdlib.training.run import extent, objective_of, train, training_arguments
 from kdlib.training.trainer import DistillationTrainer
 
-SGD = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 3,
-       "eval_strategy": "no", "save_strategy": "no", "logging_steps": 1}
+SGD = {
+    "optim": "sgd",
+    "learning_rate": 0.05,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "max_steps": 3,
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "logging_steps": 1,
+}
 SCRIPT = Path(__file__).parent / "tiny_training.py"
 
 
@@ -43,26 +58,50 @@ def rows() -> Dataset:
     """24 rows of very different lengths, so that a mean of means shows."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, 20, (24,), generator=generator)
-    return Dataset.from_dict({"input_ids": [torch.randint(300, (n,), generator=generator).tolist() for n in lengths]})
+    return Dataset.from_dict(
+        {"input_ids": [torch.randint(300, (n,), generator=generator).tolist() for n in lengths]}
+    )
 
 
-def trained(raw_config, rows, folder, *, dtype=torch.float64, collator=None, dense=False, weights=None, chunk=7, **training):
-    """The change that three SGD steps make to the student's parameters, as one vector; and the first step's log.
+def trained(
+    raw_config,
+    rows,
+    folder,
+    *,
+    dtype=torch.float64,
+    collator=None,
+    dense=False,
+    weights=None,
+    chunk=7,
+    **training,
+):
+    """The change that three SGD steps make to the student's parameters, as one vector; and the first step's
+    log.
 
-    In float32 the change is rounded to the parameters' own last digits, so there the parameters themselves are returned.
+    In float32 the change is rounded to the parameters' own last digits, so there the parameters themselves
+    are returned.
     """
     config = parse({**raw_config, "training": {**raw_config["training"], **SGD, **training}})
     parts = pieces(config, dtype=dtype)
     student, tokenizer = parts["student"], parts["tokenizer"]
     before = torch.nn.utils.parameters_to_vector(student.parameters()).detach().clone()
     run = DistillationTrainer(
-        model=student, args=training_arguments(config, folder / "checkpoints"), train_dataset=rows, processing_class=tokenizer,
-        data_collator=collator or partial(collate, pad_id=tokenizer.pad_token_id), objective=objective_of(config, weights),
-        teacher=parts["teacher"], vocabulary=len(tokenizer), workspace=Workspace(chunk), folder=StudentFolder(folder), dense=dense,
+        model=student,
+        args=training_arguments(config, folder / "checkpoints"),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        data_collator=collator or partial(collate, pad_id=tokenizer.pad_token_id),
+        objective=objective_of(config, weights),
+        teacher=parts["teacher"],
+        vocabulary=len(tokenizer),
+        workspace=Workspace(chunk),
+        folder=StudentFolder(folder),
+        dense=dense,
     )
     run.train()
     after = torch.nn.utils.parameters_to_vector(student.parameters()).detach()
-    assert (after - before).norm() > 0.01 or weights == {"kd": 1.0}  # SGD moved: an unmoved student would be equal too
+    # SGD moved: an unmoved student would be equal too
+    assert (after - before).norm() > 0.01 or weights == {"kd": 1.0}
     return after - before if dtype is torch.float64 else after, run.state.log_history[0]
 
 
@@ -70,7 +109,10 @@ def padded(batch_rows, length: int = 32):
     batch = collate(batch_rows, pad_id=0)
     missing = length - batch["input_ids"].shape[1]
     fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-    return {name: torch.nn.functional.pad(values, (0, missing), value=fill[name]) for name, values in batch.items()}
+    return {
+        name: torch.nn.functional.pad(values, (0, missing), value=fill[name])
+        for name, values in batch.items()
+    }
 
 
 VARIANTS = {
@@ -83,7 +125,9 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=["float64", "float32"]
+)
 def test_the_step_is_the_same(raw_config, rows, tmp_path, variant, dtype, tolerance):
     whole = {"per_device_train_batch_size": 8}
     one, log = trained(raw_config, rows, tmp_path / "one", dtype=dtype, **whole)
@@ -101,8 +145,17 @@ def test_rows_permuted_within_the_step_change_nothing(raw_config, rows, tmp_path
 
 
 def test_a_step_is_the_one_written_out_by_hand(raw_config, rows, tmp_path):
-    """One SGD step against plain torch: full logits, mean over kept tokens, the teacher's softened distribution."""
-    change, log = trained(raw_config, rows, tmp_path, max_steps=1, per_device_train_batch_size=8, train_sampling_strategy="sequential")
+    """One SGD step against plain torch: full logits, mean over kept tokens, the teacher's softened
+    distribution.
+    """
+    change, log = trained(
+        raw_config,
+        rows,
+        tmp_path,
+        max_steps=1,
+        per_device_train_batch_size=8,
+        train_sampling_strategy="sequential",
+    )
     parts = pieces(parse(raw_config), dtype=torch.float64)
     batch = collate([rows[i] for i in range(8)], pad_id=0)
     tokens = kept(batch["labels"])
@@ -128,8 +181,12 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(raw_config, rows, t
 
 
 def test_a_weight_of_zero_is_a_term_removed(raw_config, rows, tmp_path):
-    one, log = trained(raw_config, rows, tmp_path / "one", weights={"kd": 0.0, "ce": 0.3}, per_device_train_batch_size=8)
-    other, _ = trained(raw_config, rows, tmp_path / "other", weights={"ce": 0.3}, per_device_train_batch_size=8)
+    one, log = trained(
+        raw_config, rows, tmp_path / "one", weights={"kd": 0.0, "ce": 0.3}, per_device_train_batch_size=8
+    )
+    other, _ = trained(
+        raw_config, rows, tmp_path / "other", weights={"ce": 0.3}, per_device_train_batch_size=8
+    )
     assert "kd_loss" not in log
     assert torch.equal(one, other)
 
@@ -137,12 +194,22 @@ def test_a_weight_of_zero_is_a_term_removed(raw_config, rows, tmp_path):
 def test_a_model_that_gets_no_token_count_is_refused(raw_config, rows, tmp_path):
     class Narrow(type(tiny_model())):
         def forward(self, input_ids=None, attention_mask=None, labels=None, use_cache=None, logits_to_keep=0):
-            return super().forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache, logits_to_keep=logits_to_keep)
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+            )
 
     config = parse({**raw_config, "training": {**raw_config["training"], **SGD}})
     run = DistillationTrainer(
-        model=Narrow(tiny_model().config), args=training_arguments(config, tmp_path), train_dataset=rows,
-        data_collator=partial(collate, pad_id=0), objective=objective_of(config, {"ce": 1}), teacher=None, vocabulary=300,
+        model=Narrow(tiny_model().config),
+        args=training_arguments(config, tmp_path),
+        train_dataset=rows,
+        data_collator=partial(collate, pad_id=0),
+        objective=objective_of(config, {"ce": 1}),
+        teacher=None,
+        vocabulary=300,
         folder=StudentFolder(tmp_path),
     )
     with pytest.raises(RunError, match="takes \\*\\*kwargs, and Narrow's does not"):
@@ -151,13 +218,20 @@ def test_a_model_that_gets_no_token_count_is_refused(raw_config, rows, tmp_path)
 
 def test_terms_that_do_not_sum_to_the_loss_stop_the_run(raw_config, rows, tmp_path, monkeypatch):
     honest = DistillationTrainer.compute_loss
-    monkeypatch.setattr(DistillationTrainer, "compute_loss", lambda self, *a, **k: honest(self, *a, **k) * 1.001)
-    with pytest.raises(RunError, match="step 1: the terms sum to .*: no usual mistake with one term explains it: the loss is 1.001 x"):
+    monkeypatch.setattr(
+        DistillationTrainer, "compute_loss", lambda self, *a, **k: honest(self, *a, **k) * 1.001
+    )
+    with pytest.raises(
+        RunError,
+        match="step 1: the terms sum to .*: no usual mistake with one term explains it: the loss is 1.001 x",
+    ):
         trained(raw_config, rows, tmp_path)
 
 
 def test_a_step_that_is_not_finite_stops_the_run_before_it_is_made(raw_config, rows, tmp_path):
-    with pytest.raises(NonFiniteLoss, match=r"(?s)step 2: the loss is finite .*, but not the gradient of .*clipping is off"):
+    with pytest.raises(
+        NonFiniteLoss, match=r"(?s)step 2: the loss is finite .*, but not the gradient of .*clipping is off"
+    ):
         trained(raw_config, rows, tmp_path, learning_rate=1e30, dtype=torch.float32)
 
 
@@ -192,26 +266,41 @@ def test_a_training_leaves_its_files(raw_config, tmp_path):
 
 def test_evaluation_measures_what_training_minimises(raw_config, tmp_path):
     """On the same rows at the same moment the training loss and the evaluation loss are one number."""
-    config = parse({**raw_config, "training": {**raw_config["training"], **SGD, "max_steps": 1, "per_device_train_batch_size": 64}})
+    config = parse(
+        {
+            **raw_config,
+            "training": {**raw_config["training"], **SGD, "max_steps": 1, "per_device_train_batch_size": 64},
+        }
+    )
     parts = pieces(config)
     parts["prepared"] = replace(parts["prepared"], train=parts["prepared"].validation)
     parts["student"].eval()
     run = train(config, StudentFolder(tmp_path / "a"), **parts, stop_after=1)
     again = pieces(config)
     again["prepared"] = parts["prepared"]
-    unmoved = parse({**raw_config, "training": {**raw_config["training"], **SGD, "max_steps": 1, "learning_rate": 0.0}})
+    unmoved = parse(
+        {**raw_config, "training": {**raw_config["training"], **SGD, "max_steps": 1, "learning_rate": 0.0}}
+    )
     fresh = train(unmoved, StudentFolder(tmp_path / "b"), **again, stop_after=1)
     assert fresh.evaluate()["eval_loss"] == pytest.approx(run.state.log_history[0]["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize(
-    "loss", [{"divergence": "reverse_kl"}, {"divergence": {"generalized_jsd": {"beta": 0.3}}}, {"top_k": 64}],
+    "loss",
+    [{"divergence": "reverse_kl"}, {"divergence": {"generalized_jsd": {"beta": 0.3}}}, {"top_k": 64}],
     ids=["reverse", "jsd", "top-64"],
 )
 def test_other_divergences_bring_the_student_nearer_too(raw_config, tmp_path, loss):
-    kd_alone = {**raw_config["loss"], "weights": {"kd": 1.0}}  # ce would pull elsewhere: this teacher knows nothing of the text
-    full_training({**raw_config, "loss": {**kd_alone, **loss}}, tmp_path / "run", eval_on_start=True, learning_rate=1e-2)
-    distance = [line["eval/kl_to_teacher"] for line in read_metrics(StudentFolder(tmp_path / "run")) if "eval/loss" in line]
+    # ce would pull elsewhere: this teacher knows nothing of the text
+    kd_alone = {**raw_config["loss"], "weights": {"kd": 1.0}}
+    full_training(
+        {**raw_config, "loss": {**kd_alone, **loss}}, tmp_path / "run", eval_on_start=True, learning_rate=1e-2
+    )
+    distance = [
+        line["eval/kl_to_teacher"]
+        for line in read_metrics(StudentFolder(tmp_path / "run"))
+        if "eval/loss" in line
+    ]
     assert distance[-1] < 0.9 * distance[0]
 
 
@@ -219,7 +308,11 @@ def test_bfloat16_trains_like_float32(raw_config, tmp_path):
     runs = {}
     for precision in ("float32", "bfloat16"):
         full_training({**raw_config, "precision": precision}, tmp_path / precision)
-        runs[precision] = [line["eval/kl_to_teacher"] for line in read_metrics(StudentFolder(tmp_path / precision)) if "eval/loss" in line]
+        runs[precision] = [
+            line["eval/kl_to_teacher"]
+            for line in read_metrics(StudentFolder(tmp_path / precision))
+            if "eval/loss" in line
+        ]
         stored = load_file(tmp_path / precision / "final_model" / "model.safetensors")
         assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
     assert runs["bfloat16"] == pytest.approx(runs["float32"], rel=0.02)
@@ -227,7 +320,13 @@ def test_bfloat16_trains_like_float32(raw_config, tmp_path):
 
 
 def test_the_objective_moves_with_training(raw_config, tmp_path):
-    raw = {**raw_config, "loss": {"temperature": {"linear": [4, 1]}, "weights": {"kd": {"steps": {0: 0.0, 0.5: 1.0}}, "ce": 1.0}}}
+    raw = {
+        **raw_config,
+        "loss": {
+            "temperature": {"linear": [4, 1]},
+            "weights": {"kd": {"steps": {0: 0.0, 0.5: 1.0}}, "ce": 1.0},
+        },
+    }
     full_training(raw, tmp_path / "run", logging_steps=1)
     lines = [line for line in read_metrics(StudentFolder(tmp_path / "run")) if "train/loss" in line]
     assert ["train/kd_loss" in line for line in lines] == [False] * 6 + [True] * 6
@@ -263,7 +362,13 @@ def test_a_stop_after_a_better_evaluation_keeps_its_own_checkpoint(raw_config, t
 
 
 def test_checkpoints_by_epoch_are_resumed_with_the_same_lines(raw_config, tmp_path):
-    training = {"save_strategy": "epoch", "eval_strategy": "epoch", "logging_steps": 7, "max_steps": -1, "num_train_epochs": 2}
+    training = {
+        "save_strategy": "epoch",
+        "eval_strategy": "epoch",
+        "logging_steps": 7,
+        "max_steps": -1,
+        "num_train_epochs": 2,
+    }
     training["per_device_train_batch_size"] = 16
     full_training(raw_config, tmp_path / "whole", **training)
     first = last_checkpoint(StudentFolder(tmp_path / "whole"))
@@ -277,7 +382,11 @@ def test_checkpoints_by_epoch_are_resumed_with_the_same_lines(raw_config, tmp_pa
 
 
 def test_an_evaluation_that_is_not_finite_stops_the_run(raw_config, tmp_path, monkeypatch):
-    monkeypatch.setitem(objective.MEASURES, "kl_to_teacher", Weighted(lambda s, t, targets, temperature: targets * float("nan")))
+    monkeypatch.setitem(
+        objective.MEASURES,
+        "kl_to_teacher",
+        Weighted(lambda s, t, targets, temperature: targets * float("nan")),
+    )
     with pytest.raises(NonFiniteLoss, match="step 4: on held-out text kl_to_teacher = nan"):
         full_training(raw_config, tmp_path / "run")
 
@@ -299,7 +408,9 @@ def test_a_cpu_with_bfloat16_and_no_gpu_is_used_as_it_is(raw_config, tmp_path, m
 
 
 def test_a_full_disk_is_refused_before_the_first_step(raw_config, tmp_path, monkeypatch):
-    monkeypatch.setattr("kdlib.training.checkpoints.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(
+        "kdlib.training.checkpoints.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})
+    )
     with pytest.raises(RunError, match="GiB free, but models and checkpoints of this run need"):
         full_training(raw_config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -307,12 +418,15 @@ def test_a_full_disk_is_refused_before_the_first_step(raw_config, tmp_path, monk
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a disk small enough to fill")
 @pytest.mark.parametrize("size", ["500k", "2m"], ids=["full at the best model", "full at a checkpoint"])
-def test_a_disk_that_fills_up_in_the_middle_says_so_and_keeps_the_metrics(raw_config, tmp_path, monkeypatch, size):
+def test_a_disk_that_fills_up_in_the_middle_says_so_and_keeps_the_metrics(
+    raw_config, tmp_path, monkeypatch, size
+):
     small = tmp_path / "small"
     small.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(small)], check=True)
     try:
-        monkeypatch.setattr("kdlib.training.run.check_disk", lambda *args, **options: None)  # it would refuse before the first step
+        # it would refuse before the first step
+        monkeypatch.setattr("kdlib.training.run.check_disk", lambda *args, **options: None)
         with pytest.raises(RunError, match="cannot write .*; free some space, then go on with --resume"):
             full_training(raw_config, small / "run", save_total_limit=30, save_steps=1)
         assert [line["train/step"] for line in read_metrics(StudentFolder(small / "run"))][0] >= 1
@@ -325,7 +439,9 @@ def test_kill_9_in_the_middle_then_resume_equals_an_unbroken_run(raw_config, tmp
     training = {"max_steps": 60, "logging_steps": 3, "save_steps": 7, "eval_steps": 10, "eval_on_start": True}
     config.write_text(yaml.safe_dump({**raw_config, "training": {**raw_config["training"], **training}}))
     train_file(tmp_path / "whole", config)
-    victim = subprocess.Popen([sys.executable, str(SCRIPT), str(tmp_path / "killed"), str(config)], stdout=subprocess.DEVNULL)
+    victim = subprocess.Popen(
+        [sys.executable, str(SCRIPT), str(tmp_path / "killed"), str(config)], stdout=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
     while not any(line["train/step"] >= 20 for line in read_metrics(StudentFolder(tmp_path / "killed"))):
         assert time.monotonic() < deadline
@@ -336,7 +452,9 @@ def test_kill_9_in_the_middle_then_resume_equals_an_unbroken_run(raw_config, tmp
     assert 14 <= int(last_checkpoint(StudentFolder(tmp_path / "killed")).rsplit("-", 1)[1]) < 60
     assert not (tmp_path / "killed" / "history.json").exists()
     train_file(tmp_path / "killed", config)
-    whole, resumed = (load_file(tmp_path / name / "final_model" / "model.safetensors") for name in ("whole", "killed"))
+    whole, resumed = (
+        load_file(tmp_path / name / "final_model" / "model.safetensors") for name in ("whole", "killed")
+    )
     for name, tensor in whole.items():
         torch.testing.assert_close(resumed[name], tensor, rtol=1e-6, atol=1e-7)
     expected, found = comparable(tmp_path / "whole"), comparable(tmp_path / "killed")
@@ -348,7 +466,9 @@ def test_kill_9_in_the_middle_then_resume_equals_an_unbroken_run(raw_config, tmp
 def test_a_run_killed_before_its_first_checkpoint_starts_again_without_doubled_lines(raw_config, tmp_path):
     folder = StudentFolder(tmp_path / "run")
     folder.path.mkdir()
-    folder.metrics.write_text('{"train/step": 0, "eval/loss": 1.0}\n{"train/step": 2, "train/loss": 1.0}\n{"train/st')
+    folder.metrics.write_text(
+        '{"train/step": 0, "eval/loss": 1.0}\n{"train/step": 2, "train/loss": 1.0}\n{"train/st'
+    )
     full_training(raw_config, folder.path, eval_on_start=True)
     assert [line["train/step"] for line in read_metrics(folder) if "eval/loss" in line] == [0, 4, 8, 12]
 
@@ -368,17 +488,25 @@ def test_a_run_killed_after_its_last_step_makes_no_step_more(raw_config, tmp_pat
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize(("changes", "rows", "expected"), [
-    ({"max_steps": 10, "eval_strategy": "steps", "eval_steps": 4}, None, (10, 2)),
-    ({"max_steps": 10, "eval_strategy": "steps", "eval_steps": 0.25}, None, (10, 3)),  # every third step, as the Trainer rounds
-    ({"max_steps": 10, "eval_strategy": "steps", "eval_steps": 4, "eval_on_start": True}, None, (10, 3)),
-    ({"max_steps": 10, "eval_strategy": "epoch"}, 16, (10, 3)),  # 4 steps a pass: the last pass is cut short
-    ({"max_steps": 10, "eval_strategy": "no"}, 16, (10, 0)),
-    ({"num_train_epochs": 2, "eval_strategy": "epoch"}, 17, (10, 2)),
-    ({"num_train_epochs": 2, "eval_strategy": "epoch", "dataloader_drop_last": True}, 17, (8, 2)),
-    ({"num_train_epochs": 1, "gradient_accumulation_steps": 3, "eval_strategy": "no"}, 17, (2, 0)),
-    ({"num_train_epochs": 1, "eval_strategy": "no"}, None, (None, None)),
-])
+@pytest.mark.parametrize(
+    ("changes", "rows", "expected"),
+    [
+        ({"max_steps": 10, "eval_strategy": "steps", "eval_steps": 4}, None, (10, 2)),
+        # every third step, as the Trainer rounds
+        ({"max_steps": 10, "eval_strategy": "steps", "eval_steps": 0.25}, None, (10, 3)),
+        ({"max_steps": 10, "eval_strategy": "steps", "eval_steps": 4, "eval_on_start": True}, None, (10, 3)),
+        (
+            {"max_steps": 10, "eval_strategy": "epoch"},
+            16,
+            (10, 3),
+        ),  # 4 steps a pass: the last pass is cut short
+        ({"max_steps": 10, "eval_strategy": "no"}, 16, (10, 0)),
+        ({"num_train_epochs": 2, "eval_strategy": "epoch"}, 17, (10, 2)),
+        ({"num_train_epochs": 2, "eval_strategy": "epoch", "dataloader_drop_last": True}, 17, (8, 2)),
+        ({"num_train_epochs": 1, "gradient_accumulation_steps": 3, "eval_strategy": "no"}, 17, (2, 0)),
+        ({"num_train_epochs": 1, "eval_strategy": "no"}, None, (None, None)),
+    ],
+)
 def test_steps_and_evaluations_are_counted_as_the_trainer_counts_them(tmp_path, changes, rows, expected):
     args = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=4, use_cpu=True, **changes)
     found = extent(args, rows)

@@ -1,4 +1,6 @@
-"""configs/dbpedia_soft.yaml through all notebooks with nothing but its paths put right: models of its family, rows of its form."""
+"""configs/dbpedia_soft.yaml through all notebooks with nothing but its paths put right: models of its
+family, rows of its form.
+"""
 
 import json
 import random
@@ -24,18 +26,30 @@ def entries(count: int, seed: int) -> list[dict]:
     generator, rows = random.Random(seed), []
     for number in range(count):
         topic = number % len(CLASSES)
-        words = generator.choices(["known", "from", "the", "north", "since", "and", "early", "its", "first"], k=8)
+        words = generator.choices(
+            ["known", "from", "the", "north", "since", "and", "early", "its", "first"], k=8
+        )
         words[generator.randrange(8)] = CLASSES[topic].split()[0].lower()
-        rows.append({"label": topic, "title": f"Entry {seed} {number}", "content": f" Entry {number} is {' '.join(words)}."})
+        rows.append(
+            {
+                "label": topic,
+                "title": f"Entry {seed} {number}",
+                "content": f" Entry {number} is {' '.join(words)}.",
+            }
+        )
     return rows
 
 
 def dbpedia(folder: Path) -> Path:
     """A folder as the hub's dbpedia_14 is: parquet files of train and test."""
-    features = Features({"label": ClassLabel(names=list(CLASSES)), "title": Value("string"), "content": Value("string")})
+    features = Features(
+        {"label": ClassLabel(names=list(CLASSES)), "title": Value("string"), "content": Value("string")}
+    )
     for seed, (name, count) in enumerate({"train": 420, "test": 140}.items()):
         (folder / "dbpedia_14").mkdir(exist_ok=True)
-        Dataset.from_list(entries(count, seed), features=features).to_parquet(folder / "dbpedia_14" / f"{name}-00000-of-00001.parquet")
+        Dataset.from_list(entries(count, seed), features=features).to_parquet(
+            folder / "dbpedia_14" / f"{name}-00000-of-00001.parquet"
+        )
     return folder / "dbpedia_14"
 
 
@@ -43,28 +57,63 @@ def qwen(folder: Path, *, layers: int, size: int) -> Path:
     """A language model of the family, without a head for topics."""
     torch.manual_seed(layers)
     tokenizer = tiny_tokenizer([f"{row['title']} {row['content']}" for row in entries(100, 5)], size)
-    Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, eos_token_id=0, bos_token_id=0,
-    )).save_pretrained(folder)
+    Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            eos_token_id=0,
+            bos_token_id=0,
+        )
+    ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
 def test_the_preset_says_what_the_project_did():
     config = load(project_root() / CONFIG)
-    assert (config.teacher.model, config.student.source) == ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "Qwen/Qwen2.5-0.5B")
-    assert (config.loss.weights, config.loss.temperature, config.data.max_length) == ({"kd": 0.7, "ce": 0.3}, 3.0, 128)
+    assert (config.teacher.model, config.student.source) == (
+        "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+        "Qwen/Qwen2.5-0.5B",
+    )
+    assert (config.loss.weights, config.loss.temperature, config.data.max_length) == (
+        {"kd": 0.7, "ce": 0.3},
+        3.0,
+        128,
+    )
 
 
 @pytest.mark.slow
 def test_a_folder_of_dbpedias_form_runs_the_preset_through_all_notebooks(tmp_path):
-    teacher, student = qwen(tmp_path / "teacher", layers=3, size=300), qwen(tmp_path / "student", layers=2, size=280)
+    teacher, student = (
+        qwen(tmp_path / "teacher", layers=3, size=300),
+        qwen(tmp_path / "student", layers=2, size=280),
+    )
     paths = {"teacher.model": teacher, "student.from": student, "data.source": dbpedia(tmp_path)}
     words = [word for path, value in paths.items() for word in ("-o", f"{path}={value}")]
     done = subprocess.run(
-        [sys.executable, "-m", "kdlib", "run", CONFIG, "--name", "topics", *words, "--runs", tmp_path / "runs",
-         "--reports", tmp_path / "reports"], cwd=project_root(), capture_output=True, text=True,
+        [
+            sys.executable,
+            "-m",
+            "kdlib",
+            "run",
+            CONFIG,
+            "--name",
+            "topics",
+            *words,
+            "--runs",
+            tmp_path / "runs",
+            "--reports",
+            tmp_path / "reports",
+        ],
+        cwd=project_root(),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     run = Run(tmp_path / "runs" / "topics")

@@ -28,7 +28,11 @@ def kd(tmp_path, monkeypatch, capsys):
     """Runs `kd …` here: (exit status, what it said on standard error)."""
 
     def call(*words: object) -> tuple[int, str]:
-        folders = ["--runs", str(tmp_path / "runs"), "--reports", str(tmp_path / "reports")] if words[0] == "run" else []
+        folders = (
+            ["--runs", str(tmp_path / "runs"), "--reports", str(tmp_path / "reports")]
+            if words[0] == "run"
+            else []
+        )
         monkeypatch.setattr(sys, "argv", ["kd", *map(str, words), *folders])
         with pytest.raises(SystemExit) as caught:
             cli.main()
@@ -56,7 +60,9 @@ def nothing_written(tmp_path: Path) -> bool:
         ("student.layers=9", "student.layers is 9, but the teacher has 4"),
     ],
 )
-def test_a_bad_setting_is_refused_with_a_reason_and_nothing_is_written(kd, config_file, tmp_path, override, expected):
+def test_a_bad_setting_is_refused_with_a_reason_and_nothing_is_written(
+    kd, config_file, tmp_path, override, expected
+):
     status, said = kd("run", config_file, "-o", override)
     assert status == 1
     assert any(line.startswith("kd: ") for line in said.splitlines())
@@ -65,7 +71,9 @@ def test_a_bad_setting_is_refused_with_a_reason_and_nothing_is_written(kd, confi
     assert nothing_written(tmp_path)
 
 
-def test_a_tracker_that_is_not_installed_is_refused_and_nothing_is_written(kd, config_file, tmp_path, monkeypatch):
+def test_a_tracker_that_is_not_installed_is_refused_and_nothing_is_written(
+    kd, config_file, tmp_path, monkeypatch
+):
     monkeypatch.setattr("kdlib.training.trackers.find_spec", lambda name: None)
     status, said = kd("run", config_file, "-o", "training.report_to=[tensorboard, wandb]")
     assert (status, nothing_written(tmp_path)) == (1, True)
@@ -80,7 +88,9 @@ def test_a_tracker_that_is_not_installed_is_refused_and_nothing_is_written(kd, c
         ('{"text": "a"}\n{"text": "b"}\n', "shorter than two tokens"),
     ],
 )
-def test_bad_data_is_refused_with_a_reason_and_nothing_is_written(kd, config_file, tmp_path, content, expected):
+def test_bad_data_is_refused_with_a_reason_and_nothing_is_written(
+    kd, config_file, tmp_path, content, expected
+):
     bad = tmp_path / "bad.jsonl"
     bad.write_text(content)
     status, said = kd("run", config_file, "-o", f"data.source={bad}")
@@ -95,7 +105,10 @@ def test_different_tokenizers_are_refused(kd, config_file, tmp_path):
 
 
 def test_a_missing_config_a_taken_name_and_an_unknown_run_are_refused(kd, config_file, tmp_path):
-    assert kd("run", tmp_path / "tyni.yaml") == (1, f"kd: {tmp_path / 'tyni.yaml'}: no such file; did you mean 'tiny.yaml'?\n")
+    assert kd("run", tmp_path / "tyni.yaml") == (
+        1,
+        f"kd: {tmp_path / 'tyni.yaml'}: no such file; did you mean 'tiny.yaml'?\n",
+    )
     (tmp_path / "runs" / "taken").mkdir(parents=True)
     status, said = kd("run", config_file, "--name", "taken")
     assert (status, "exists already" in said) == (1, True)
@@ -106,10 +119,17 @@ def test_a_missing_config_a_taken_name_and_an_unknown_run_are_refused(kd, config
 
 def test_a_parameter_that_the_notebooks_do_not_declare_is_refused(kd, config_file, tmp_path):
     status, said = kd("run", config_file, "-p", "smok=true")
-    assert (status, "declares no parameter 'smok'; did you mean 'smoke'?" in said, nothing_written(tmp_path)) == (1, True, True), said
+    assert (
+        status,
+        "declares no parameter 'smok'; did you mean 'smoke'?" in said,
+        nothing_written(tmp_path),
+    ) == (1, True, True), said
 
 
-@pytest.mark.parametrize(("word", "expected"), [("smoke=true", "-p smoke: this parameter has a way of its own"), ("x", "key=value")])
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [("smoke=true", "-p smoke: this parameter has a way of its own"), ("x", "key=value")],
+)
 def test_a_parameter_that_the_command_sets_itself_is_refused(kd, config_file, tmp_path, word, expected):
     status, said = kd("run", config_file, "-p", word)
     assert (status, expected in said, nothing_written(tmp_path)) == (1, True, True), said
@@ -174,27 +194,48 @@ def trained_to(step: int, run: Run, process) -> None:
 
 @pytest.fixture
 def set_up(config_file, tmp_path):
-    """Makes the run of a config file and does its first notebook's work here; gives it with the words that go on with it."""
+    """Makes the run of a config file and does its first notebook's work here; gives it with the words
+    that go on with it.
+    """
 
     def make(name: str) -> tuple[Run, list[object]]:
-        run = runs.create(tmp_path / "runs", name, configs.load(config_file), config_file=str(config_file), smoke=False)
+        run = runs.create(
+            tmp_path / "runs", name, configs.load(config_file), config_file=str(config_file), smoke=False
+        )
         workbench.Workbench(run).setup()
         run.add_to_manifest(stages=["00_setup"])
-        return run, ["run", config_file, "--resume", name, "--without", "01_dry_run", "--runs", tmp_path / "runs",
-                     "--reports", tmp_path / "reports"]
+        return run, [
+            "run",
+            config_file,
+            "--resume",
+            name,
+            "--without",
+            "01_dry_run",
+            "--runs",
+            tmp_path / "runs",
+            "--reports",
+            tmp_path / "reports",
+        ]
 
     return make
 
 
 @pytest.mark.slow
-def test_a_killed_kernel_shows_as_died_an_interrupt_as_stopped_and_the_run_resumes_to_its_end(config_file, raw_config, set_up, tmp_path):
+def test_a_killed_kernel_shows_as_died_an_interrupt_as_stopped_and_the_run_resumes_to_its_end(
+    config_file, raw_config, set_up, tmp_path
+):
     raw_config["training"] |= {"max_steps": 200, "save_steps": 20, "eval_steps": 100, "logging_steps": 5}
     config_file.write_text(yaml.safe_dump(raw_config))
     run, go_on = set_up("tiny")
     process = kd_process(*go_on)
     trained_to(25, run, process)
-    kernels = [child for child in psutil.Process(process.pid).children(recursive=True) if "ipykernel" in " ".join(child.cmdline())]
-    min(kernels, key=psutil.Process.create_time).send_signal(signal.SIGKILL)  # the other waits for its notebook
+    kernels = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "ipykernel" in " ".join(child.cmdline())
+    ]
+    # the other waits for its notebook
+    min(kernels, key=psutil.Process.create_time).send_signal(signal.SIGKILL)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "02_train: its kernel died" in said
@@ -221,11 +262,18 @@ def test_a_killed_kernel_shows_as_died_an_interrupt_as_stopped_and_the_run_resum
     assert run.status["state"] == "done"
     steps = [line["train/step"] for line in read_metrics(run) if "train/loss" in line]
     assert steps == sorted({*range(5, 201, 5), int(stopped[1])})
-    for name in ("teacher_student_comparison.png", "comparison_results.json", "history.json", "baseline/final_model/model.safetensors"):
+    for name in (
+        "teacher_student_comparison.png",
+        "comparison_results.json",
+        "history.json",
+        "baseline/final_model/model.safetensors",
+    ):
         assert (run.path / name).exists()
     page = report.read_text()
     assert "state done" in page
-    assert str(tmp_path) not in re.sub(r"<pre>.*?</pre>|<td>.*?</td>|<details class=\"notebook\".*", "", page, flags=re.DOTALL)
+    assert str(tmp_path) not in re.sub(
+        r"<pre>.*?</pre>|<td>.*?</td>|<details class=\"notebook\".*", "", page, flags=re.DOTALL
+    )
     assert AutoModelForCausalLM.from_pretrained(run.best_model).config.num_hidden_layers == 2
 
 
@@ -254,20 +302,40 @@ def test_the_quickstart_runs_through_with_the_real_models(tmp_path):
     assert out.strip().splitlines()[-1].startswith("report: ")
     results = json.loads((tmp_path / "runs" / "smoke" / "comparison_results.json").read_text())
     assert set(results["models"]) == {"teacher", "untrained", "baseline", "distilled"}
-    assert results["models"]["distilled"]["kl_to_teacher"]["value"] < results["models"]["untrained"]["kl_to_teacher"]["value"]
+    assert (
+        results["models"]["distilled"]["kl_to_teacher"]["value"]
+        < results["models"]["untrained"]["kl_to_teacher"]["value"]
+    )
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "smoke" / "best_model")
     assert student.config.num_hidden_layers == 15
     assert os.path.getsize(tmp_path / "reports" / "smoke" / "report.html") < 5 * 2**20
 
 
-def test_a_dry_run_shows_shapes_tokens_steps_plan_and_forecast_and_leaves_a_run_to_go_on_with(config_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["kd", "dry-run", str(config_file), "--name", "tried", "--runs", str(tmp_path / "runs")])
+def test_a_dry_run_shows_shapes_tokens_steps_plan_and_forecast_and_leaves_a_run_to_go_on_with(
+    config_file, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(
+        sys, "argv", ["kd", "dry-run", str(config_file), "--name", "tried", "--runs", str(tmp_path / "runs")]
+    )
     with pytest.raises(SystemExit) as caught:
         cli.main()
     said = capsys.readouterr().out
     assert caught.value.code == 0
-    for expected in ("logits [N, V]", "[30, 300]", "learned: 15", "dry run step 5/5", "kd, nats", "T²", "12 steps of",
-                     "learning_rate", "0.7·T²·KL(teacher ‖ student; T=2)", "the doctor: ", "student = teacher: 0", "GiB", "--resume tried"):
+    for expected in (
+        "logits [N, V]",
+        "[30, 300]",
+        "learned: 15",
+        "dry run step 5/5",
+        "kd, nats",
+        "T²",
+        "12 steps of",
+        "learning_rate",
+        "0.7·T²·KL(teacher ‖ student; T=2)",
+        "the doctor: ",
+        "student = teacher: 0",
+        "GiB",
+        "--resume tried",
+    ):
         assert expected in said, expected
     run = Run(tmp_path / "runs" / "tried")
     assert run.manifest["optimizer_steps"] == 12

@@ -1,4 +1,6 @@
-"""A training's files become one picture that follows them: sampled without losing a spike, drawn again only where something is new."""
+"""A training's files become one picture that follows them: sampled without losing a spike, drawn again
+only where something is new.
+"""
 
 import base64
 import io
@@ -30,15 +32,35 @@ from kdlib.workbench.runner import execute
 
 def logged(step, *, steps=20, **changes):
     terms = {"kd": 4 / step, "ce": 2.0}
-    figures = {"loss": 0.7 * terms["kd"] + 0.3 * terms["ce"], "kd_loss": terms["kd"], "kd_weight": 0.7, "ce_loss": 2.0, "ce_weight": 0.3,
-               "temperature": 2.0, "learning_rate": 1e-4, "grad_norm": 1.0 + step, "tokens_per_s": 100.0, "memory_gib": 1.0, **changes}
+    figures = {
+        "loss": 0.7 * terms["kd"] + 0.3 * terms["ce"],
+        "kd_loss": terms["kd"],
+        "kd_weight": 0.7,
+        "ce_loss": 2.0,
+        "ce_weight": 0.3,
+        "temperature": 2.0,
+        "learning_rate": 1e-4,
+        "grad_norm": 1.0 + step,
+        "tokens_per_s": 100.0,
+        "memory_gib": 1.0,
+        **changes,
+    }
     moment = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(1.8e9 + 2 * step))
-    return {"train/step": step, "train/epoch": step / steps, **{f"train/{name}": value for name, value in figures.items()}, "time": moment}
+    return {
+        "train/step": step,
+        "train/epoch": step / steps,
+        **{f"train/{name}": value for name, value in figures.items()},
+        "time": moment,
+    }
 
 
 def evaluated(step, **changes):
     figures = {"loss": 2.0, "kl_to_teacher": 3 / step, "perplexity": 50.0 - step, "agreement": 0.4, **changes}
-    return {"train/step": step, "train/epoch": step / 20, **{f"eval/{name}": value for name, value in figures.items()}}
+    return {
+        "train/step": step,
+        "train/epoch": step / 20,
+        **{f"eval/{name}": value for name, value in figures.items()},
+    }
 
 
 @pytest.fixture
@@ -49,8 +71,13 @@ def run(raw_config, tmp_path) -> Run:
         append_metrics(run, logged(step))
         if step % 5 == 0:
             append_metrics(run, evaluated(step))
-    runs.write_json(run.plan, [{"step": step, "learning_rate": 1e-4, "temperature": 2.0, "kd_weight": 0.7, "ce_weight": 0.3}
-                               for step in (1, 10, 20)])
+    runs.write_json(
+        run.plan,
+        [
+            {"step": step, "learning_rate": 1e-4, "temperature": 2.0, "kd_weight": 0.7, "ce_weight": 0.3}
+            for step in (1, 10, 20)
+        ],
+    )
     return run
 
 
@@ -141,11 +168,24 @@ def test_the_picture_says_what_it_shows(run):
     assert said["shares"].startswith("kd makes up 58% of what the optimizer sees")
     assert said["total"] == "At step 10 the held-out loss is 2.19 × the training loss before it"
     assert said["grad_norm"] == "The gradient norm has a median of 6.5 and is 11 at most (step 10)"
-    assert list(said) == ["values", "shares", "total", "weights", "temperature", "learning_rate", "grad_norm", "tokens_per_s", "memory_gib"]
+    assert list(said) == [
+        "values",
+        "shares",
+        "total",
+        "weights",
+        "temperature",
+        "learning_rate",
+        "grad_norm",
+        "tokens_per_s",
+        "memory_gib",
+    ]
     course = progress(run)
     assert headline(course) == "first  ·  training"
     assert where_line(course) == "step 10 of 20  ·  20 s left"
-    assert held_out_line(course) == "held-out: perplexity 40 (best 40 at step 10)  ·  KL to teacher 0.3  ·  agreement 0.4"
+    assert (
+        held_out_line(course)
+        == "held-out: perplexity 40 (best 40 at step 10)  ·  KL to teacher 0.3  ·  agreement 0.4"
+    )
 
 
 def test_shares_are_stacked_to_the_loss(run):
@@ -166,10 +206,21 @@ def test_nan_and_infinite_values_leave_crosses_and_a_gap(run):
     assert sheet.png()
 
 
-def test_a_term_that_comes_later_is_planned_at_first_and_has_no_line_where_it_was_not_active(raw_config, tmp_path):
-    raw_config["loss"]["curriculum"] = [{"until": 0.5, "weights": {"hidden": 0}}, {"until": 1.0, "weights": {"hidden": 0.5}}]
+def test_a_term_that_comes_later_is_planned_at_first_and_has_no_line_where_it_was_not_active(
+    raw_config, tmp_path
+):
+    raw_config["loss"]["curriculum"] = [
+        {"until": 0.5, "weights": {"hidden": 0}},
+        {"until": 1.0, "weights": {"hidden": 0.5}},
+    ]
     run = runs.create(tmp_path / "runs", "phases", parse(raw_config))
-    runs.write_json(run.plan, [{"step": 1, "kd_weight": 0.7, "ce_weight": 0.3, "hidden_weight": 0.0}, {"step": 20, "hidden_weight": 0.5}])
+    runs.write_json(
+        run.plan,
+        [
+            {"step": 1, "kd_weight": 0.7, "ce_weight": 0.3, "hidden_weight": 0.0},
+            {"step": 20, "hidden_weight": 0.5},
+        ],
+    )
     for step in range(1, 13):
         append_metrics(run, logged(step, **({"hidden_loss": 0.5, "hidden_weight": 0.5} if step > 10 else {})))
     sheet = panels.Sheet(course := progress(run))
@@ -177,7 +228,9 @@ def test_a_term_that_comes_later_is_planned_at_first_and_has_no_line_where_it_wa
     assert course.terms == ["kd", "ce", "hidden"]
     assert np.isfinite(lines(sheet, "values")["hidden_loss"][:, 1]).sum() == 2
     assert lines(sheet, "weights")["hidden_weight"][:, 1].tolist() == [0.0] * 10 + [0.5] * 2
-    assert sheet.panels["weights"].title.get_text().startswith("Phase 2 of 2 (hidden 0.5); weights now: kd 0.7")
+    assert (
+        sheet.panels["weights"].title.get_text().startswith("Phase 2 of 2 (hidden 0.5); weights now: kd 0.7")
+    )
 
 
 def test_a_view_chooses_terms_scale_steps_and_smoothing(run):
@@ -214,7 +267,9 @@ def test_a_second_drawing_shows_what_a_new_sheet_would(run):
     sheet.draw(course := progress(run), View())
     again, fresh = sheet.png(), panels.Sheet(course)
     fresh.draw(course, View())
-    different = np.asarray(Image.open(io.BytesIO(again))).astype(int) - np.asarray(Image.open(io.BytesIO(fresh.png())))
+    different = np.asarray(Image.open(io.BytesIO(again))).astype(int) - np.asarray(
+        Image.open(io.BytesIO(fresh.png()))
+    )
     assert again != first
     assert (different != 0).mean() < 0.01  # limits may still have room
 
@@ -222,7 +277,9 @@ def test_a_second_drawing_shows_what_a_new_sheet_would(run):
 def test_a_saved_figure_has_the_words_and_lines_of_the_picture_on_the_screen(run):
     sheet, buffer = panels.Sheet(course := progress(run)), io.BytesIO()
     sheet.draw(course, View()).savefig(buffer, format="png", dpi=panels.DPI)
-    saved, shown = (np.asarray(Image.open(io.BytesIO(png)).convert("L")) < 128 for png in (buffer.getvalue(), sheet.png()))
+    saved, shown = (
+        np.asarray(Image.open(io.BytesIO(png)).convert("L")) < 128 for png in (buffer.getvalue(), sheet.png())
+    )
     assert saved.shape == shown.shape
     for kind, panel in sheet.panels.items():
         foot = round((1 - panel.title.get_position()[1]) * saved.shape[0])
@@ -268,7 +325,12 @@ def board(run):
 
 def test_each_control_changes_the_picture(board):
     controls, seen = board.controls, []
-    for control, value in ((controls.terms[0], False), (controls.log, False), (controls.smoothing, 0.3), (controls.steps, (50, 100))):
+    for control, value in (
+        (controls.terms[0], False),
+        (controls.log, False),
+        (controls.smoothing, 0.3),
+        (controls.steps, (50, 100)),
+    ):
         before = controls.image.value
         control.value = value
         seen.append(controls.image.value != before)
@@ -322,7 +384,9 @@ def test_a_file_that_cannot_be_read_is_said_to_be_and_watching_goes_on(board, ru
 
 
 def test_the_scorecard_is_escaped():
-    card = dashboard.card_html([Line("<script>alert(1)</script>", "<img src=x onerror=alert(2)>", "1", passed=False)])
+    card = dashboard.card_html(
+        [Line("<script>alert(1)</script>", "<img src=x onerror=alert(2)>", "1", passed=False)]
+    )
     assert "<script" not in card
     assert "<img" not in card
     assert "&lt;script&gt;" in card
@@ -342,9 +406,16 @@ def test_the_benchmark_draws_and_updates():
 @pytest.mark.slow
 def test_a_headless_notebook_is_left_with_a_static_picture(run, tmp_path, monkeypatch):
     monkeypatch.setitem(os.environ, PARENT, "kd")
-    cells = ["folder = None", "from kdlib.workbench import dashboard", "with dashboard.watch(folder):\n    print('trains')",
-             "dashboard.watch(folder)",
-             "from kdlib.plots import comparison as plots; from kdlib.runs import folder as runs\nplots.run_figures(runs.open_run(*runs.locate(folder)), None)['dashboard']"]
+    cells = [
+        "folder = None",
+        "from kdlib.workbench import dashboard",
+        "with dashboard.watch(folder):\n    print('trains')",
+        "dashboard.watch(folder)",
+        (
+            "from kdlib.plots import comparison as plots; from kdlib.runs import folder as "
+            "runs\nplots.run_figures(runs.open_run(*runs.locate(folder)), None)['dashboard']"
+        ),
+    ]
     notebook = new_notebook(cells=[new_code_cell(source) for source in cells])
     notebook.cells[0].metadata["tags"] = ["parameters"]
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -353,6 +424,8 @@ def test_a_headless_notebook_is_left_with_a_static_picture(run, tmp_path, monkey
     text = (tmp_path / "done.ipynb").read_text()
     assert "widget-view" not in text
     for cell in nbformat.read(tmp_path / "done.ipynb", as_version=4).cells[-3:]:
-        pictures = [output["data"]["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
+        pictures = [
+            output["data"]["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})
+        ]
         assert len(pictures) == 1
         assert Image.open(io.BytesIO(base64.b64decode(pictures[0]))).size[1] > 1000

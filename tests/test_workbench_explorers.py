@@ -32,7 +32,17 @@ from kdlib.runs.folder import PARENT
 from kdlib.workbench.explorers import HeatMapExplorer, ScheduleDesigner, TemperatureExplorer
 from kdlib.workbench.session import Workbench
 
-EVIL = ["<script>alert(1)</script>", "$x^2$", "\x07", "]]>", "</style>", '"onmouseover="alert(2)', "\u202e", "&amp;", "a\nb"]
+EVIL = [
+    "<script>alert(1)</script>",
+    "$x^2$",
+    "\x07",
+    "]]>",
+    "</style>",
+    '"onmouseover="alert(2)',
+    "\u202e",
+    "&amp;",
+    "a\nb",
+]
 
 
 def softmax(logits, temperature=1.0):
@@ -54,20 +64,37 @@ def rows(tokenizer):
 @pytest.fixture(scope="module")
 def voices(tokenizer):
     teacher = tiny_model().eval()
-    return {"teacher": teacher, "distilled": shallower(teacher, [0, 3]), "baseline": tiny_model(seed=5).eval()}
+    return {
+        "teacher": teacher,
+        "distilled": shallower(teacher, [0, 3]),
+        "baseline": tiny_model(seed=5).eval(),
+    }
 
 
 @pytest.fixture(scope="module")
 def sight(voices, rows, tokenizer) -> Sight:
-    return sights.look({name: lambda m=model: LiveTeacher(m, len(tokenizer)) for name, model in voices.items()}, rows, tokenizer, tokens=40)
+    return sights.look(
+        {name: lambda m=model: LiveTeacher(m, len(tokenizer)) for name, model in voices.items()},
+        rows,
+        tokenizer,
+        tokens=40,
+    )
 
 
 @pytest.fixture(scope="module")
 def facts(sight):
-    return sights.summary(sight, parse({
-        "teacher": {"model": "x"}, "student": {"from": "teacher", "layers": 2}, "data": {"source": "x"}, "training": {},
-        "loss": {"weights": {"kd": 1.0}, "temperature": 2.5, "top_k": 16},
-    }))
+    return sights.summary(
+        sight,
+        parse(
+            {
+                "teacher": {"model": "x"},
+                "student": {"from": "teacher", "layers": 2},
+                "data": {"source": "x"},
+                "training": {},
+                "loss": {"weights": {"kd": 1.0}, "temperature": 2.5, "top_k": 16},
+            }
+        ),
+    )
 
 
 @pytest.fixture
@@ -108,7 +135,11 @@ def evil_facts():
     top = [[[text, 0.5], ["b", 0.25]] for text in EVIL]
     said = {"ce": [1.0 + n for n in range(count)], "top": top}
     against = {"kl": [0.1 * n for n in range(count)], "agrees": [n % 2 == 0 for n in range(count)]}
-    return {"tokens": [{"text": text, "before": text} for text in EVIL], "teacher": said, "students": {"distilled": said | against}}
+    return {
+        "tokens": [{"text": text, "before": text} for text in EVIL],
+        "teacher": said,
+        "students": {"distilled": said | against},
+    }
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.7])
@@ -118,7 +149,9 @@ def test_entropy_and_tail_mass_are_those_of_a_plain_softmax(temperature):
     entropy, outside = softened(ranked, temperature, top)
     probs = softmax(ranked, temperature)
     assert entropy == pytest.approx(-(probs * np.log(probs)).sum(-1), rel=1e-5)
-    assert outside == pytest.approx(np.stack([probs[:, k:].sum(-1) for k in top], axis=-1), rel=1e-4, abs=1e-12)
+    assert outside == pytest.approx(
+        np.stack([probs[:, k:].sum(-1) for k in top], axis=-1), rel=1e-4, abs=1e-12
+    )
     assert (outside[:, -1] == 0).all()
 
 
@@ -136,9 +169,20 @@ def test_sizes_are_powers_of_two_the_config_s_own_and_the_whole_vocabulary():
 
 
 def test_the_message_states_the_median_and_names_a_top_k_that_holds_enough():
-    table = {"sizes": [1, 2, 4], "rows": [{"temperature": 2.0, "entropy": [1, 1, 1], "outside": [[0.4, 0, 0], [0.5, 0.03, 0], [1, 1, 0]]}]}
-    assert softening_message(table, 2.0) == "At T = 2 the top 2 hold 97 % of the teacher's mass, at the median token"
-    assert softening_message(table, 2.0, 1) == "At T = 2 the top 1 hold 50 % of the teacher's mass, at the median token"
+    table = {
+        "sizes": [1, 2, 4],
+        "rows": [
+            {"temperature": 2.0, "entropy": [1, 1, 1], "outside": [[0.4, 0, 0], [0.5, 0.03, 0], [1, 1, 0]]}
+        ],
+    }
+    assert (
+        softening_message(table, 2.0)
+        == "At T = 2 the top 2 hold 97 % of the teacher's mass, at the median token"
+    )
+    assert (
+        softening_message(table, 2.0, 1)
+        == "At T = 2 the top 1 hold 50 % of the teacher's mass, at the median token"
+    )
     assert "the top 4 hold 100 %" in softening_message(table, 2.0, 1000)
     with pytest.raises(KeyError, match="T = 3 is not in the table"):
         softening_message(table, 3.0)
@@ -155,7 +199,10 @@ def test_the_choice_is_the_config_s_as_training_begins(raw_config):
     def of(**loss):
         return chosen(parse(raw_config | {"loss": loss}))
 
-    assert of(weights={"kd": 1.0}, temperature={"linear": [4, 1]}, top_k={"steps": {0: 64, 0.5: 16}}) == (4.0, 64)
+    assert of(weights={"kd": 1.0}, temperature={"linear": [4, 1]}, top_k={"steps": {0: 64, 0.5: 16}}) == (
+        4.0,
+        64,
+    )
     assert of(weights={"reverse_kl": 1.0, "contrastive": 1.0}, temperature={"reverse_kl": 3}) == (3.0, None)
     assert of(weights={"ce": 1.0}) == (2.0, None)
 
@@ -196,14 +243,21 @@ def test_a_summary_has_each_token_s_figures(sight, facts):
     assert facts["teacher"]["ce"] == pytest.approx(-np.log(teacher[each, sight.targets]), abs=2e-5)
     assert said["agrees"] == (teacher.argmax(-1) == student.argmax(-1)).tolist()
     order = np.argsort(-student[7])[:5]
-    assert said["top"][7] == [[sight.decode(token), pytest.approx(student[7, token], abs=1e-5)] for token in order.tolist()]
+    assert said["top"][7] == [
+        [sight.decode(token), pytest.approx(student[7, token], abs=1e-5)] for token in order.tolist()
+    ]
     assert facts["softening"]["sizes"] == sizes(300, 16)
     assert [row["temperature"] for row in facts["softening"]["rows"]] == sorted([*TEMPERATURES, 2.5])
 
 
 def test_students_of_the_same_text_stay_together(run, sight):
-    untrained = Sight(sight.texts, sight.before, sight.targets,
-                      {"teacher": sight.logits["teacher"], "untrained": sight.logits["baseline"]}, sight.decode)
+    untrained = Sight(
+        sight.texts,
+        sight.before,
+        sight.targets,
+        {"teacher": sight.logits["teacher"], "untrained": sight.logits["baseline"]},
+        sight.decode,
+    )
     sights.write(run, untrained)
     found = runs.read_json(run.path / "explorers.json")
     assert list(found["students"]) == ["untrained", "distilled", "baseline"]
@@ -216,13 +270,25 @@ def test_text_of_tokens_stays_text_and_out_of_formulas():
     page = Page(heat_map(evil_facts(), "distilled"))
     assert "script" not in page.tags
     assert not [name for name in page.attributes if name.startswith("on")]
-    for text in ("<script>alert(1)</script>", "$x^2$", "]]>", "</style>", '"onmouseover="alert(2)', "\\x07", "\\x202e", "&amp;"):
+    for text in (
+        "<script>alert(1)</script>",
+        "$x^2$",
+        "]]>",
+        "</style>",
+        '"onmouseover="alert(2)',
+        "\\x07",
+        "\\x202e",
+        "&amp;",
+    ):
         assert page.code.count(text) >= 3
     assert "$" not in heat_map(evil_facts(), "distilled").replace("$x^2$", "", page.code.count("$x^2$"))
 
 
 def test_the_candidates_of_a_token_are_escaped_too():
-    logits = {name: np.arange(len(EVIL), dtype=np.float32)[None].repeat(len(EVIL), 0) for name in ("teacher", "untrained")}
+    logits = {
+        name: np.arange(len(EVIL), dtype=np.float32)[None].repeat(len(EVIL), 0)
+        for name in ("teacher", "untrained")
+    }
     sight = Sight(EVIL, EVIL, np.arange(len(EVIL)), logits, EVIL.__getitem__)
     page = Page(candidate_bars(sight, 4, 2.0, 4096))
     assert "script" not in page.tags
@@ -246,13 +312,19 @@ def test_the_hardest_come_first_by_each_measure():
     facts = evil_facts()
     assert hardest(facts, "distilled", "kl", 3) == [8, 7, 6]
     assert hardest(facts, "distilled", "differs", 5) == [7, 5, 3, 1, 8]
-    assert message(facts, "distilled", "differs") == "Teacher and distilled student have different first choices at 4 of 9 tokens"
+    assert (
+        message(facts, "distilled", "differs")
+        == "Teacher and distilled student have different first choices at 4 of 9 tokens"
+    )
     assert message(facts, "distilled", "kl") == (
-        "Half of the distilled student's KL to the teacher sits in 3 of 9 tokens; the mean is 0.40 nats")
+        "Half of the distilled student's KL to the teacher sits in 3 of 9 tokens; the mean is 0.40 nats"
+    )
 
 
 def test_colours_mean_the_same_for_all_students(facts):
-    assert limit(facts, "kl") == pytest.approx(np.percentile([values(facts, s, "kl") for s in facts["students"]], 95), rel=0.05)
+    assert limit(facts, "kl") == pytest.approx(
+        np.percentile([values(facts, s, "kl") for s in facts["students"]], 95), rel=0.05
+    )
     for student in facts["students"]:
         strongest = f"{0.72 * min(1, values(facts, student, 'kl').max() / limit(facts, 'kl')):.2f}"
         assert f"--kl:{strongest}" in heat_map(facts, student)
@@ -296,7 +368,11 @@ def parts(widget):
 
 def test_with_a_person_there_are_widgets_and_headless_there_are_none(run, sight, monkeypatch):
     def shown():
-        return (explorers.temperature_and_top_k(sight, run.config), explorers.token_heat_map(run), explorers.schedule_designer(run))
+        return (
+            explorers.temperature_and_top_k(sight, run.config),
+            explorers.token_heat_map(run),
+            explorers.schedule_designer(run),
+        )
 
     monkeypatch.delenv(PARENT, raising=False)
     made = shown()
@@ -326,9 +402,11 @@ def test_a_run_that_was_not_explored_has_no_pages(raw_config, tmp_path):
 
 
 def test_softening_keeps_quartiles_over_the_tokens(sight):
-    row, = softening(sight.ranked, [2.0], sizes(300))["rows"]
+    (row,) = softening(sight.ranked, [2.0], sizes(300))["rows"]
     probs = -np.sort(-softmax(sight.logits["teacher"], 2.0), axis=-1)
-    assert row["entropy"] == pytest.approx(np.percentile(-(probs * np.log(probs)).sum(-1), [25, 50, 75]), rel=1e-4)
+    assert row["entropy"] == pytest.approx(
+        np.percentile(-(probs * np.log(probs)).sum(-1), [25, 50, 75]), rel=1e-4
+    )
     assert row["outside"][1][3] == pytest.approx(np.median(probs[:, 8:].sum(-1)), rel=1e-4)
 
 

@@ -25,7 +25,8 @@ from kdlib.workbench.kernels import Kernels
 from kdlib.runs.folder import Run
 kdlib.workbench.kernels.WARM_UP = "pass"  # these notebooks import nothing
 with Kernels(Path.cwd()) as kernels:
-    runner.run_notebooks(Run(Path(sys.argv[1])), {}, reports_folder=Path("reports"), kernels=kernels, names=("first", "second"))
+    options = {"reports_folder": Path("reports"), "kernels": kernels, "names": ("first", "second")}
+    runner.run_notebooks(Run(Path(sys.argv[1])), {}, **options)
 """
 
 
@@ -34,17 +35,28 @@ def waiting(raw_config, tmp_path):
     """A run whose first notebook waits until it is told to go on, in a process of its own: (process, run)."""
     for folder in ("notebooks", "configs"):
         (tmp_path / folder).mkdir()
-    wait = "import pathlib, time\npathlib.Path('begun').touch()\nwhile not pathlib.Path('go').exists(): time.sleep(0.05)"
+    wait = (
+        "import pathlib, time\npathlib.Path('begun').touch()\nwhile not pathlib.Path('go').exists(): "
+        "time.sleep(0.05)"
+    )
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     for name, source in {"first": wait, "second": "print('here')"}.items():
         parameters = new_code_cell("run = None", metadata={"tags": ["parameters"]})
         notebook = new_notebook(cells=[parameters, new_code_cell(source)], metadata=kernel)
         nbformat.write(notebook, tmp_path / "notebooks" / f"{name}.ipynb")
     run = runs.create(tmp_path / "runs", "waiting", parse(raw_config))
-    process = subprocess.Popen([sys.executable, "-c", RUN, str(run.path)], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, str(run.path)],
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     try:
-        until(lambda: (tmp_path / "begun").exists() or process.poll() is not None, "the first notebook has begun")
+        until(
+            lambda: (tmp_path / "begun").exists() or process.poll() is not None,
+            "the first notebook has begun",
+        )
         yield process, run
     finally:
         process.kill()
@@ -59,7 +71,11 @@ def until(true, what: str, seconds: float = 60) -> None:
 
 
 def kernels(process: subprocess.Popen) -> list[psutil.Process]:
-    return [child for child in psutil.Process(process.pid).children(recursive=True) if "ipykernel" in " ".join(child.cmdline())]
+    return [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "ipykernel" in " ".join(child.cmdline())
+    ]
 
 
 def gone(processes: list[psutil.Process]) -> bool:

@@ -1,4 +1,6 @@
-"""What the notebooks show of a classification: shapes, a row, the classes' distributions, rows in colours, accuracy while it trains."""
+"""What the notebooks show of a classification: shapes, a row, the classes' distributions, rows in
+colours, accuracy while it trains.
+"""
 
 import json
 
@@ -25,7 +27,10 @@ def bench(tmp_path_factory) -> workbench.Workbench:
     teacher = taught(folder / "teacher", "llama", labels=["weather", "tools", "animals"])
     student = classifier(folder / "student", "bert", labels=["one", "two"], tokens=280, seed=1)
     raw = classification(teacher, student, max_steps=6, learning_rate=3e-3)
-    raw |= {"data": {"source": source(folder), "validation": 0.2, "max_length": 32}, "baseline": {"weights": {"ce": 1.0}}}
+    raw |= {
+        "data": {"source": source(folder), "validation": 0.2, "max_length": 32},
+        "baseline": {"weights": {"ce": 1.0}},
+    }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(raw))
     made = workbench.open_run(str(folder / "tiny.yaml"), str(folder / "run"), new=True)
     made.setup_table = made.setup()
@@ -83,7 +88,10 @@ def test_the_explorers_show_classes_and_rows(bench, monkeypatch):
     assert "32 rows" in page["Row by row"]
     assert "the likeliest class holds" in page["Temperature and top k"]
     assert "at the median row" in page["Temperature and top k"]
-    assert "·" not in heat_map(facts, "distilled").split('<code class="text">')[1].split("<span class=\"card\">")[0]
+    assert (
+        "·"
+        not in heat_map(facts, "distilled").split('<code class="text">')[1].split('<span class="card">')[0]
+    )
 
 
 def test_the_widgets_are_of_rows(bench):

@@ -1,4 +1,6 @@
-"""A teacher without a head is trained first, in a run of its own: once, again where something of it changes, and it can be stopped."""
+"""A teacher without a head is trained first, in a run of its own: once, again where something of it
+changes, and it can be stopped.
+"""
 
 import pytest
 from made_classifiers import LABELS, classification, classifier, source
@@ -28,9 +30,12 @@ def within(tmp_path, monkeypatch):
 
 
 def config(place, *overrides, **training) -> Config:
-    raw = {**classification(str(place / "body"), "teacher"), "student": {"from": "teacher", "layers": 1},
-           "data": {"source": str(place / "texts.jsonl"), "validation": 0.25, "max_length": 32, "split_seed": 0},
-           "teacher_stage": {"training": {"max_steps": 4, "learning_rate": 3e-3, "use_cpu": True, **training}}}
+    raw = {
+        **classification(str(place / "body"), "teacher"),
+        "student": {"from": "teacher", "layers": 1},
+        "data": {"source": str(place / "texts.jsonl"), "validation": 0.25, "max_length": 32, "split_seed": 0},
+        "teacher_stage": {"training": {"max_steps": 4, "learning_rate": 3e-3, "use_cpu": True, **training}},
+    }
     return parse(raw, overrides)
 
 
@@ -44,7 +49,8 @@ def test_a_teacher_is_trained_once_and_used_again(place, tmp_path, capsys):
     assert made.teacher_stage is None
     assert made.teacher.model.startswith("runs/teacher_body_")
     assert "is trained for the task first" in capsys.readouterr().out
-    other = config(place, "seed=5", "loss.temperature=4", "student.layers=2")  # nothing that the teacher's weights depend on
+    # nothing that the teacher's weights depend on
+    other = config(place, "seed=5", "loss.temperature=4", "student.layers=2")
     again = teacher_stage.taught(other, asking(other, tmp_path, "other"))
     assert again.teacher.model == made.teacher.model
     assert "the teacher was trained before" in capsys.readouterr().out
@@ -52,14 +58,23 @@ def test_a_teacher_is_trained_once_and_used_again(place, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "change", ["teacher_stage.training.learning_rate=1e-3", "teacher_stage.seed=1", "data.max_length=16", "data.split_seed=1"])
+    "change",
+    [
+        "teacher_stage.training.learning_rate=1e-3",
+        "teacher_stage.seed=1",
+        "data.max_length=16",
+        "data.split_seed=1",
+    ],
+)
 def test_whatever_its_weights_depend_on_makes_another_teacher(place, tmp_path, change):
     places = {teacher_stage.run_of(each, tmp_path).name for each in (config(place), config(place, change))}
     assert len(places) == 2
 
 
 def test_its_rows_are_those_of_its_students_whatever_their_seed(place, tmp_path):
-    plain = parse({**config(place).as_dict(), "data": {**config(place).data.as_dict(), "split_seed": None}}, ["seed=7"])
+    plain = parse(
+        {**config(place).as_dict(), "data": {**config(place).data.as_dict(), "split_seed": None}}, ["seed=7"]
+    )
     assert teacher_stage.own_config(plain).data.split_seed == 7
     assert teacher_stage.own_config(plain).seed == 0
 
@@ -84,11 +99,15 @@ def test_a_stop_of_the_run_that_needs_it_keeps_a_checkpoint_from_which_it_goes_o
 def test_a_teacher_that_learned_from_other_rows_is_not_used(place, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
-    settings = parse({**config(place).as_dict(), "data": {**config(place).data.as_dict(), "source": source(folder, 160)}})
+    settings = parse(
+        {**config(place).as_dict(), "data": {**config(place).data.as_dict(), "source": source(folder, 160)}}
+    )
     run = asking(settings, tmp_path)
     teacher_stage.taught(settings, run)
     source(folder, 200)  # more rows in the same file
-    with pytest.raises(RunError, match=r"was trained on other rows than .*texts.jsonl has now.*delete runs/teacher_body"):
+    with pytest.raises(
+        RunError, match=r"was trained on other rows than .*texts.jsonl has now.*delete runs/teacher_body"
+    ):
         teacher_stage.taught(settings, run)
 
 

@@ -23,7 +23,12 @@ def pieces(settings, *, dtype=torch.float32, layers=(0, 3)):
     teacher = models.load_model(settings.teacher.model)
     prepared = tasks.prepare(settings, tokenizer)
     student = tasks.untrained_student(settings, prepared, layers).to(dtype)
-    return {"student": student, "teacher": LiveTeacher(teacher.to(dtype), len(tokenizer)), "tokenizer": tokenizer, "prepared": prepared}
+    return {
+        "student": student,
+        "teacher": LiveTeacher(teacher.to(dtype), len(tokenizer)),
+        "tokenizer": tokenizer,
+        "prepared": prepared,
+    }
 
 
 def train_file(folder: Path, file: Path) -> None:
@@ -34,7 +39,10 @@ def train_file(folder: Path, file: Path) -> None:
 def comparable(folder: Path) -> list[dict]:
     """metrics.jsonl without what depends on the clock and the machine."""
     clock = ("time", "tokens_per_s", "memory_gib", "runtime", "per_second")
-    return [{k: v for k, v in line.items() if not k.endswith(clock)} for line in metrics.read_metrics(StudentFolder(folder))]
+    return [
+        {k: v for k, v in line.items() if not k.endswith(clock)}
+        for line in metrics.read_metrics(StudentFolder(folder))
+    ]
 
 
 if __name__ == "__main__":

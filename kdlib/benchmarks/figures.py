@@ -1,4 +1,5 @@
-"""Figures of a benchmark: one message each, stated in the title from the figures themselves.  Imports no torch.
+"""Figures of a benchmark: one message each, stated in the title from the figures themselves.  Imports no
+torch.
 
 Ours blue, other packages orange, naive light grey, what cannot be avoided a dashed line.
 """
@@ -30,7 +31,11 @@ def times(results: Mapping[str, Any], dtype: str) -> Figure:
     part, table = results["heads"][dtype], reading.time_table(results, dtype)
     to = "÷ naive" if "÷ naive" in table else f"{'CPU' if 'CPU s' in table else 'wall'} s"
     floor = CASES["floor"]
-    title = _sentence(table, f"In {dtype}, KD + CE takes ", {"÷ naive": "naive's time", "÷ floor": "that of the matrix products alone"})
+    title = _sentence(
+        table,
+        f"In {dtype}, KD + CE takes ",
+        {"÷ naive": "naive's time", "÷ floor": "that of the matrix products alone"},
+    )
     figure = _bars(table.drop(index=[floor], errors="ignore"), to, title)
     clock = "CPU" if "CPU s" in table else "wall"
     label = f"{clock} time {to}" if to.startswith("÷") else f"{clock} time, s"
@@ -43,24 +48,37 @@ def times(results: Mapping[str, Any], dtype: str) -> Figure:
 def memory(results: Mapping[str, Any], dtype: str) -> Figure:
     """Each case's peak memory above its inputs."""
     table = reading.memory_table(results, dtype)
-    figure = _bars(table, "above inputs, MB", _sentence(table, f"In {dtype}, KD + CE needs ", {"÷ naive": "naive's peak memory"}))
-    figure.axes[0].set_xlabel(f"peak memory above the inputs, MB; {results['heads'][dtype]['tokens']:,} tokens unless said")
+    figure = _bars(
+        table,
+        "above inputs, MB",
+        _sentence(table, f"In {dtype}, KD + CE needs ", {"÷ naive": "naive's peak memory"}),
+    )
+    figure.axes[0].set_xlabel(
+        f"peak memory above the inputs, MB; {results['heads'][dtype]['tokens']:,} tokens unless said"
+    )
     return figure
 
 
 def steps(results: Mapping[str, Any], precision: str) -> Figure:
-    """Seconds per whole training step; what the matrix products take at the machine's measured peak is a line."""
+    """Seconds per whole training step; what the matrix products take at the machine's measured peak is a
+    line.
+    """
     part, table = results["steps"][precision], reading.step_table(results, precision)
     title = f"A whole training step in {precision}"
     both = reading.ratio(part["rounds"], "ours_kd", ("teacher", "trainer_sft"), "wall_s")
     gkd = reading.ratio(part["rounds"], "trl_gkd", "ours_kd", "wall_s")
     if both:
-        title = f"In {precision}, a KD step takes {both['value']:.2f} × the teacher's forward pass and an SFT step together"
+        title = (
+            f"In {precision}, a KD step takes {both['value']:.2f} × the teacher's forward pass and an "
+            "SFT step together"
+        )
     if gkd:
         title += f";\nTRL's GKDTrainer takes {gkd['value']:.2f} × ours"
     *contenders, floor = table.index
     figure = _bars(table.loc[contenders], "s per step", title)
-    figure.axes[0].set_xlabel(f"wall time per step, s: {_rounds(part['rounds'])}; {part['tokens']:,} tokens a step")
+    figure.axes[0].set_xlabel(
+        f"wall time per step, s: {_rounds(part['rounds'])}; {part['tokens']:,} tokens a step"
+    )
     _line(figure, table.loc[floor, "s per step"], floor)
     return figure
 
@@ -68,7 +86,11 @@ def steps(results: Mapping[str, Any], precision: str) -> Figure:
 def _sentence(table: pd.DataFrame, start: str, parts: Mapping[str, str]) -> str:
     """`… 0.92 × naive's time and 1.08 × that of …`, from the row of ours."""
     ours = CASES["ours"]
-    known = [f"{table.loc[ours, column]:.2f} × {words}" for column, words in parts.items() if column in table and ours in table.index]
+    known = [
+        f"{table.loc[ours, column]:.2f} × {words}"
+        for column, words in parts.items()
+        if column in table and ours in table.index
+    ]
     return start + " and ".join(known) if known else start.split(",")[0] + ": each case"
 
 
@@ -78,10 +100,18 @@ def _bars(table: pd.DataFrame, column: str, title: str) -> Figure:
     values = table[column].astype(float)
     low, high = (table.get(f"{column}, {end}", values).astype(float) for end in ("low", "high"))
     positions = range(len(table))
-    axes.barh(positions, values, color=[_colour(label) for label in table.index], xerr=[values - low, high - values], capsize=2,
-              error_kw={"linewidth": 1})
+    axes.barh(
+        positions,
+        values,
+        color=[_colour(label) for label in table.index],
+        xerr=[values - low, high - values],
+        capsize=2,
+        error_kw={"linewidth": 1},
+    )
     for position, (value, end) in enumerate(zip(values, high, strict=True)):
-        axes.text(end, position, f"  {value:.3g}" if value < 1000 else f"  {value:,.0f}", va="center", fontsize=8)
+        axes.text(
+            end, position, f"  {value:.3g}" if value < 1000 else f"  {value:,.0f}", va="center", fontsize=8
+        )
     axes.set_yticks(positions, table.index, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.12)
@@ -95,8 +125,15 @@ def _line(figure: Figure, value: float, label: str) -> None:
     axes = figure.axes[0]
     axes.axvline(value, color="black", linestyle="--", linewidth=1)
     left = value < sum(axes.get_xlim()) / 2  # the words go where there is room
-    axes.text(value, 1, f" {label}: {value:.3g} ", transform=axes.get_xaxis_transform(), va="bottom", ha="left" if left else "right",
-              fontsize=8)
+    axes.text(
+        value,
+        1,
+        f" {label}: {value:.3g} ",
+        transform=axes.get_xaxis_transform(),
+        va="bottom",
+        ha="left" if left else "right",
+        fontsize=8,
+    )
 
 
 def _rounds(lines: reading.Lines) -> str:

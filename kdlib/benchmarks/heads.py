@@ -1,6 +1,8 @@
-"""The loss alone: from hidden states and output heads to the gradients of the student's, one way after another.
+"""The loss alone: from hidden states and output heads to the gradients of the student's, one way after
+another.
 
-Axes: N tokens, V vocabulary, H hidden, n tokens of a chunk.  What other packages offer is in kdlib.benchmarks.peers.
+Axes: N tokens, V vocabulary, H hidden, n tokens of a chunk.  What other packages offer is in
+    kdlib.benchmarks.peers.
 """
 
 from collections.abc import Callable
@@ -49,7 +51,9 @@ class Problem:
         return Problem(hidden.requires_grad_(), head.requires_grad_(), *teacher, self.targets, self.labels)
 
 
-def problem(*, tokens: int, hidden: int, vocabulary: int, masked: float, dtype: str, seed: int, device: str) -> Problem:
+def problem(
+    *, tokens: int, hidden: int, vocabulary: int, masked: float, dtype: str, seed: int, device: str
+) -> Problem:
     """Random inputs; the same for the same arguments."""
     torch.manual_seed(seed)
     like = {"device": device, "dtype": getattr(torch, dtype)}
@@ -58,7 +62,9 @@ def problem(*, tokens: int, hidden: int, vocabulary: int, masked: float, dtype: 
     targets = torch.randint(vocabulary, (tokens,), device=device)
     passed = (torch.arange(tokens + 1, device=device) * masked).floor()
     labels = targets.masked_fill(passed.diff() > 0, IGNORED)  # spread evenly
-    return Problem(states[0].requires_grad_(), heads[0].requires_grad_(), states[1], heads[1], targets, labels)
+    return Problem(
+        states[0].requires_grad_(), heads[0].requires_grad_(), states[1], heads[1], targets, labels
+    )
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,8 @@ class Case:
     ce: bool = True
     masked: bool = False  # only the tokens of `kept` count
     top_k: bool = False
-    adds_entropy: bool = False  # its forward KL is the cross-entropy with the teacher: the teacher's entropy more
+    # its forward KL is the cross-entropy with the teacher: the teacher's entropy more
+    adds_entropy: bool = False
 
     def moment(self, setting: Setting) -> Moment:
         """The objective that it computes."""
@@ -111,9 +118,12 @@ def ours(case: Case, problem: Problem, setting: Setting, *, compiled: bool = Tru
 
 
 def floor(case: Case, problem: Problem, setting: Setting) -> Step:
-    """The four matrix products that nobody can avoid, into kept buffers, and nothing else: what a loss would cost for free."""
+    """The four matrix products that nobody can avoid, into kept buffers, and nothing else: what a loss
+    would cost for free.
+    """
     hidden, head, others, other_head = (
-        tensor.detach() for tensor in (problem.hidden, problem.head, problem.teacher_hidden, problem.teacher_head)
+        tensor.detach()
+        for tensor in (problem.hidden, problem.head, problem.teacher_hidden, problem.teacher_head)
     )
     buffers = [hidden.new_empty(min(setting.chunk, len(hidden)), len(head)) for _ in range(2)]
     grad_hidden, grad_head = torch.empty_like(hidden), torch.empty_like(head)
@@ -138,7 +148,9 @@ def naive(case: Case, problem: Problem, setting: Setting) -> Step:
     def step() -> Tensor:
         logits = problem.hidden @ problem.head.T
         with torch.no_grad():
-            teacher = F.log_softmax((problem.teacher_hidden @ problem.teacher_head.T).float() / TEMPERATURE, dim=-1)
+            teacher = F.log_softmax(
+                (problem.teacher_hidden @ problem.teacher_head.T).float() / TEMPERATURE, dim=-1
+            )
         student = F.log_softmax(logits.float() / TEMPERATURE, dim=-1)
         kd = TEMPERATURE**2 * F.kl_div(student, teacher, reduction="sum", log_target=True) / len(student)
         return problem.backward(KD * kd + CE * F.cross_entropy(logits.float(), problem.targets))
@@ -153,15 +165,25 @@ OURS = {
     "ours_eager": Case(partial(ours, compiled=False)),
     "ours_top_k": Case(ours, top_k=True),
     "ours_half_masked": Case(ours, masked=True),
-    **{f"ours_{name}": Case(ours, divergence=name) for name in (
-        "reverse_kl", "generalized_jsd", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl", "total_variation")},
+    **{
+        f"ours_{name}": Case(ours, divergence=name)
+        for name in (
+            "reverse_kl",
+            "generalized_jsd",
+            "skewed_forward_kl",
+            "skewed_reverse_kl",
+            "adaptive_kl",
+            "total_variation",
+        )
+    },
 }
 
 
 def agreement(case: Case, problem: Problem, setting: Setting) -> dict[str, float]:
     """How far a case's loss and gradients are from float64's: the largest difference over the largest value.
 
-    The reference is kdlib's dense path under autograd on the same inputs; it is checked by the tests, and by `naive` here.
+    The reference is kdlib's dense path under autograd on the same inputs; it is checked by the tests, and by
+    `naive` here.
     """
     loss = case.prepare(case, problem, setting)()
     exact, signals = problem.to(torch.float64), []
@@ -173,6 +195,12 @@ def agreement(case: Case, problem: Problem, setting: Setting) -> dict[str, float
     if case.adds_entropy:
         teacher = log_probs(signals[1].logits(), TEMPERATURE)
         expected = expected - KD * TEMPERATURE**2 * (teacher.exp() * teacher).sum(-1).mean()
-    pairs = {"loss": (loss, expected), "grad_hidden": (problem.hidden.grad, exact.hidden.grad),
-             "grad_head": (problem.head.grad, exact.head.grad)}
-    return {name: ((found - wanted).abs().max() / wanted.abs().max()).item() for name, (found, wanted) in pairs.items()}
+    pairs = {
+        "loss": (loss, expected),
+        "grad_hidden": (problem.hidden.grad, exact.hidden.grad),
+        "grad_head": (problem.head.grad, exact.head.grad),
+    }
+    return {
+        name: ((found - wanted).abs().max() / wanted.abs().max()).item()
+        for name, (found, wanted) in pairs.items()
+    }

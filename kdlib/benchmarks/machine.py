@@ -1,4 +1,6 @@
-"""The machine that a benchmark runs on: what it is, how fast it multiplies, and how time and memory are read on it."""
+"""The machine that a benchmark runs on: what it is, how fast it multiplies, and how time and memory are
+read on it.
+"""
 
 import gc
 import json
@@ -27,13 +29,20 @@ SAMPLE_S = 0.002
 
 
 def description(device: torch.device) -> dict[str, object]:
-    """What others need to know to compare: processor, cores, threads, device, versions; no names or paths of the host."""
+    """What others need to know to compare: processor, cores, threads, device, versions; no names or paths
+    of the host.
+    """
     return {
-        "processor": _processor(), "cores": psutil.cpu_count(logical=False), "logical cores": os.cpu_count(),
-        "threads": torch.get_num_threads(), "memory, GiB": round(psutil.virtual_memory().total / 2**30, 1),
-        "system": platform.system(), "python": platform.python_version(),
+        "processor": _processor(),
+        "cores": psutil.cpu_count(logical=False),
+        "logical cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory, GiB": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": platform.system(),
+        "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "bfloat16 instructions": _instructions(), **{name: found for name in PACKAGES if (found := _version(name))},
+        "bfloat16 instructions": _instructions(),
+        **{name: found for name in PACKAGES if (found := _version(name))},
     }
 
 
@@ -43,7 +52,9 @@ def device_named(name: str) -> torch.device:
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> dict[str, float | None]:
-    """How long one call takes: wall time, and this process's CPU time over all its threads; on CUDA by events, without the latter."""
+    """How long one call takes: wall time, and this process's CPU time over all its threads; on CUDA by
+    events, without the latter.
+    """
     if device.type == "cuda":
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(device)
@@ -69,7 +80,9 @@ def matmul_speed(dtype: torch.dtype, device: torch.device, *, tries: int = 5) ->
     """FLOP/s of the fastest of a few matrix products: what this machine can do at best, now."""
     best = 0.0
     for rows, inner, columns in MATRICES:
-        left, right = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, inner), (inner, columns)))
+        left, right = (
+            torch.randn(shape, device=device).to(dtype) for shape in ((rows, inner), (inner, columns))
+        )
         times = [seconds(lambda left=left, right=right: left @ right, device)["wall_s"] for _ in range(tries)]
         best = max(best, 2 * rows * inner * columns / min(times))
     return best
@@ -79,8 +92,10 @@ def matmul_speed(dtype: torch.dtype, device: torch.device, *, tries: int = 5) ->
 def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
     """The most memory taken inside above that at entry, in bytes, as `bytes` of what is yielded.
 
-    CUDA: what the allocator handed out.  Linux: the resident set's own high-water mark, after setting it back.  Elsewhere
-    that mark cannot be set back, so the resident set is looked at every 2 ms, and a shorter peak can be missed.
+    CUDA: what the allocator handed out.  Linux: the resident set's own high-water mark, after setting it
+        back.  Elsewhere
+    that mark cannot be set back, so the resident set is looked at every 2 ms, and a shorter peak can be
+    missed.
     """
     gc.collect()
     measured: dict[str, int] = {}
@@ -104,7 +119,9 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
         measured["bytes"] = highest[0] - before
 
 
-def in_fresh_process(module: str, asked: Mapping[str, Any], *, what: str, memory: bool = True) -> dict[str, Any]:
+def in_fresh_process(
+    module: str, asked: Mapping[str, Any], *, what: str, memory: bool = True
+) -> dict[str, Any]:
     """What `python -m module` prints as its last line, given `asked`, both in JSON.
 
     Args:
@@ -114,9 +131,14 @@ def in_fresh_process(module: str, asked: Mapping[str, Any], *, what: str, memory
     Raises:
         RunError: that process failed; its last words are in the message.
     """
-    returned = {"MALLOC_MMAP_THRESHOLD_": "1000000"} if memory else {}  # glibc gives large blocks back when they are freed: what is
+    # glibc gives large blocks back when they are freed: what is
+    returned = {"MALLOC_MMAP_THRESHOLD_": "1000000"} if memory else {}
     done = subprocess.run(  # measured is what is held, not how its heap happened to be cut up
-        [sys.executable, "-m", module, json.dumps(asked)], capture_output=True, text=True, check=False, env={**os.environ, **returned}
+        [sys.executable, "-m", module, json.dumps(asked)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **returned},
     )
     if done.returncode != 0:
         raise RunError(f"{what} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
@@ -153,7 +175,11 @@ def _processor() -> str:
         for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines():
             name, _, value = line.partition(":")
             facts[name.strip()] = value.strip()
-    family = f", family {facts['cpu family']} model {facts['model']}" if {"cpu family", "model"} <= facts.keys() else ""
+    family = (
+        f", family {facts['cpu family']} model {facts['model']}"
+        if {"cpu family", "model"} <= facts.keys()
+        else ""
+    )
     return facts.get("model name", platform.processor() or platform.machine()) + family
 
 

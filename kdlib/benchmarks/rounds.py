@@ -1,4 +1,6 @@
-"""Measuring heads: interleaved rounds of time, agreement with float64, and peak memory in a fresh process per case."""
+"""Measuring heads: interleaved rounds of time, agreement with float64, and peak memory in a fresh process
+per case.
+"""
 
 import json
 import sys
@@ -14,7 +16,9 @@ from kdlib.benchmarks.peers import CASES
 WARMUP_CHUNKS = 1  # tokens of the warm-up, in chunks: what is compiled is compiled for the same shapes
 
 
-def interleaved(steps: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device) -> Iterator[dict[str, Any]]:
+def interleaved(
+    steps: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device
+) -> Iterator[dict[str, Any]]:
     """Each step once per round, in rotated order, after one that is not timed.
 
     Yields:
@@ -26,7 +30,9 @@ def interleaved(steps: Mapping[str, Callable[[], object]], *, rounds: int, devic
         yield {"round": number, "name": name, **machine.seconds(steps[name], device)}
 
 
-def prepared(names: Sequence[str], inputs: Problem, setting: Setting) -> tuple[dict[str, Callable], dict[str, str]]:
+def prepared(
+    names: Sequence[str], inputs: Problem, setting: Setting
+) -> tuple[dict[str, Callable], dict[str, str]]:
     """The steps of these cases, and why some are not there: {name: step}, {name: reason}."""
     steps, skipped = {}, {}
     for name in names:
@@ -57,8 +63,8 @@ def memory(name: str, setting: Setting, **inputs: Any) -> dict[str, Any]:
 def memory_here(name: str, setting: Setting, **inputs: Any) -> dict[str, int]:
     """What the fresh process does.
 
-    The compiler's own modules are not charged: a warm-up on few tokens, with a workspace of its own that is then released,
-    has loaded them; the buffers that the measured step keeps are charged.
+    The compiler's own modules are not charged: a warm-up on few tokens, with a workspace of its own that is
+    then released, has loaded them; the buffers that the measured step keeps are charged.
     """
     case = CASES[name]
     few = problem(**{**inputs, "tokens": min(inputs["tokens"], WARMUP_CHUNKS * setting.chunk)})

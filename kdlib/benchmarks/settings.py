@@ -48,13 +48,17 @@ def _chosen(value: Any, known: dict[str, str]) -> list[str]:
     if not isinstance(names, list):
         raise ValueError(f"found {value!r}; it is `all` or a list of names")
     if faults := [name for name in names if name not in known]:
-        raise ValueError(f"there is no {faults[0]!r}{nearest(str(faults[0]), known)}; known are {', '.join(known)}")
+        raise ValueError(
+            f"there is no {faults[0]!r}{nearest(str(faults[0]), known)}; known are {', '.join(known)}"
+        )
     return names
 
 
 Positive = Annotated[Count, Field(ge=1)]
 Cases = Annotated[Any, AfterValidator(lambda value: _chosen(value, CASES)), Field(validate_default=True)]
-Contenders = Annotated[Any, AfterValidator(lambda value: _chosen(value, CONTENDERS)), Field(validate_default=True)]
+Contenders = Annotated[
+    Any, AfterValidator(lambda value: _chosen(value, CONTENDERS)), Field(validate_default=True)
+]
 
 
 class Measurement(Section):
@@ -106,10 +110,24 @@ class BenchmarkConfig(Section):
     """One complete benchmark."""
 
     smoke: ClassVar = {
-        "heads": {"hidden": 32, "vocabulary": 500, "chunk": 16, "top_k": 8, "memory": ["naive", "ours"],
-                  "float32": {"tokens": 40, "rounds": 2}, "bfloat16": {"tokens": 40, "rounds": 2}},
-        "steps": {"batch": 2, "length": 16, "precision": ["float32"], "rounds": 1, "warmup": 1, "steps": 1,
-                  "contenders": ["ours_kd", "teacher", "trainer_sft", "trl_gkd"]},
+        "heads": {
+            "hidden": 32,
+            "vocabulary": 500,
+            "chunk": 16,
+            "top_k": 8,
+            "memory": ["naive", "ours"],
+            "float32": {"tokens": 40, "rounds": 2},
+            "bfloat16": {"tokens": 40, "rounds": 2},
+        },
+        "steps": {
+            "batch": 2,
+            "length": 16,
+            "precision": ["float32"],
+            "rounds": 1,
+            "warmup": 1,
+            "steps": 1,
+            "contenders": ["ours_kd", "teacher", "trainer_sft", "trl_gkd"],
+        },
         "dashboard": {"steps": 1000, "rounds": 1},
     }
     seed: Annotated[Count, Field(ge=0, lt=2**32)] = 0

@@ -1,9 +1,10 @@
 """Whole training steps: the same student, teacher, tokens and optimizer, in our trainer and in others'.
 
-Each contender trains the student for a few steps in a process of its own, as its users would: a heap that others have cut up
-is no part of it, nor is what our trainer asks of the C library a part of theirs.  What is timed is the time from the end of one
-optimizer step to the end of the next, after a warm-up: batch, forward passes, loss, backward pass, clipping, AdamW; no set-up,
-log or checkpoint.  TRL's GKDTrainer computes its loss at T = 1 and has no CE, which is less work than ours.
+Each contender trains the student for a few steps in a process of its own, as its users would: a heap that
+others have cut up is no part of it, nor is what our trainer asks of the C library a part of theirs.  What is
+timed is the time from the end of one optimizer step to the end of the next, after a warm-up: batch, forward
+passes, loss, backward pass, clipping, AdamW; no set-up, log or checkpoint.  TRL's GKDTrainer computes its
+loss at T = 1 and has no CE, which is less work than ours.
 """
 
 import copy
@@ -22,7 +23,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from kdlib.benchmarks import machine
 from kdlib.benchmarks.heads import CE, KD
@@ -59,20 +67,28 @@ class StepClock(TrainerCallback):
 
 
 class BooksClock(TrainerCallback):
-    """Times what our trainer keeps of its own steps: the ledger's window and the guard, and a line of the log every so many steps.
+    """Times what our trainer keeps of its own steps: the ledger's window and the guard, and a line of the log
+    every so many steps.
 
     On CUDA the device is waited for around each call, which makes the steps themselves a little slower.
     """
 
     def __init__(self, trainer: DistillationTrainer) -> None:
         self.trainer, self.now, self.steps = trainer, 0.0, []
-        for owner, name in ((trainer.window, "add"), (trainer.guard, "begin"), (trainer.guard, "end"), (trainer, "check_step")):
+        for owner, name in (
+            (trainer.window, "add"),
+            (trainer.guard, "begin"),
+            (trainer.guard, "end"),
+            (trainer, "check_step"),
+        ):
             setattr(owner, name, self._timed(getattr(owner, name)))
 
     def _timed(self, call: Callable) -> Callable:
         def timed(*arguments):
             answer = []
-            self.now += machine.seconds(lambda: answer.append(call(*arguments)), self.trainer.args.device)["wall_s"]
+            self.now += machine.seconds(lambda: answer.append(call(*arguments)), self.trainer.args.device)[
+                "wall_s"
+            ]
             return answer[0]
 
         return timed
@@ -82,7 +98,9 @@ class BooksClock(TrainerCallback):
         self.now = 0.0
 
     def figures(self, warmup: int) -> dict[str, float]:
-        """Seconds of the median step after the warm-up, with its share of a log line every `LOGGING_STEPS` steps."""
+        """Seconds of the median step after the warm-up, with its share of a log line every
+        `LOGGING_STEPS` steps.
+        """
         loss = sum(value * weight for value, weight in self.trainer.window.figures().values())
         line = machine.seconds(lambda: self.trainer.term_figures(loss), self.trainer.args.device)["wall_s"]
         return {"ledger_s": statistics.median(self.steps[warmup:]) + line / LOGGING_STEPS}
@@ -104,17 +122,31 @@ class Pair:
     def options(self) -> dict[str, Any]:
         """TrainingArguments for every contender alike; TRL's defaults differ in bf16 and checkpointing."""
         return {
-            "max_steps": self.settings.warmup + self.settings.steps, "per_device_train_batch_size": self.settings.batch,
-            "learning_rate": 1e-4, "lr_scheduler_type": "constant", "bf16": self.precision == "bfloat16", "activation_checkpointing": False,
-            "use_cpu": self.device.type == "cpu", "dataloader_pin_memory": self.device.type == "cuda", "remove_unused_columns": False,
-            "label_names": ["labels"], "report_to": "none", "logging_strategy": "no", "save_strategy": "no", "disable_tqdm": True,
+            "max_steps": self.settings.warmup + self.settings.steps,
+            "per_device_train_batch_size": self.settings.batch,
+            "learning_rate": 1e-4,
+            "lr_scheduler_type": "constant",
+            "bf16": self.precision == "bfloat16",
+            "activation_checkpointing": False,
+            "use_cpu": self.device.type == "cpu",
+            "dataloader_pin_memory": self.device.type == "cuda",
+            "remove_unused_columns": False,
+            "label_names": ["labels"],
+            "report_to": "none",
+            "logging_strategy": "no",
+            "save_strategy": "no",
+            "disable_tqdm": True,
         }
 
     @property
     def parts(self) -> dict[str, Any]:
         """Arguments for every Trainer alike."""
-        return {"model": copy.deepcopy(self.student).train(), "train_dataset": self.rows, "processing_class": self.tokenizer,
-                "data_collator": partial(collate, pad_id=self.tokenizer.pad_token_id)}
+        return {
+            "model": copy.deepcopy(self.student).train(),
+            "train_dataset": self.rows,
+            "processing_class": self.tokenizer,
+            "data_collator": partial(collate, pad_id=self.tokenizer.pad_token_id),
+        }
 
 
 def pair(settings: StepsConfig, *, precision: str, device: torch.device, seed: int) -> Pair:
@@ -125,16 +157,31 @@ def pair(settings: StepsConfig, *, precision: str, device: torch.device, seed: i
     count = settings.batch * (settings.warmup + settings.steps)
     rows = Dataset.from_dict({"input_ids": torch.randint(len(tokenizer), (count, settings.length)).tolist()})
     student = models.shallower(teacher, models.even_layers(settings.student_layers, total))
-    return Pair(student, teacher.to(device, getattr(torch, precision)).eval(), tokenizer, rows, settings, precision, device)
+    return Pair(
+        student,
+        teacher.to(device, getattr(torch, precision)).eval(),
+        tokenizer,
+        rows,
+        settings,
+        precision,
+        device,
+    )
 
 
 def ours(made: Pair, folder: Path, *, weights: Mapping[str, float]) -> Trainer:
     """kdlib's trainer."""
     teacher = LiveTeacher(made.teacher, len(made.tokenizer)) if "kd" in weights else None
-    objective = Objective({name: constant(weight) for name, weight in weights.items()}, constant(made.settings.temperature))
+    objective = Objective(
+        {name: constant(weight) for name, weight in weights.items()}, constant(made.settings.temperature)
+    )
     return DistillationTrainer(
-        **made.parts, args=TrainingArguments(str(folder), **made.options), objective=objective, teacher=teacher,
-        vocabulary=len(made.tokenizer), workspace=Workspace(made.settings.chunk, compiled=True), folder=StudentFolder(folder),
+        **made.parts,
+        args=TrainingArguments(str(folder), **made.options),
+        objective=objective,
+        teacher=teacher,
+        vocabulary=len(made.tokenizer),
+        workspace=Workspace(made.settings.chunk, compiled=True),
+        folder=StudentFolder(folder),
     )
 
 
@@ -146,7 +193,9 @@ def trainer_sft(made: Pair, folder: Path) -> Trainer:
 def trl_sft(made: Pair, folder: Path) -> Trainer:
     """TRL's SFTTrainer on the same token ids."""
     trl = module("trl")
-    args = trl.SFTConfig(str(folder), **made.options, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None)
+    args = trl.SFTConfig(
+        str(folder), **made.options, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None
+    )
     return trl.SFTTrainer(**made.parts, args=args)
 
 
@@ -154,12 +203,17 @@ def trl_gkd(made: Pair, folder: Path, *, beta: float) -> Trainer:
     """TRL's GKDTrainer on the data's own tokens (lmbda 0: nothing is generated); beta 0 is the forward KL."""
     gkd = module("trl.experimental.gkd")
     args = gkd.GKDConfig(str(folder), **made.options, beta=beta, lmbda=0.0, max_length=None)
-    return gkd.GKDTrainer(**made.parts, teacher_model=copy.deepcopy(made.teacher), args=args)  # a copy: accelerate wraps its forward
+    # a copy: accelerate wraps its forward
+    return gkd.GKDTrainer(**made.parts, teacher_model=copy.deepcopy(made.teacher), args=args)
 
 
 TRAINERS: dict[str, Callable[..., Trainer]] = {
-    "ours_kd": partial(ours, weights={"kd": KD, "ce": CE}), "ours_sft": partial(ours, weights={"ce": 1.0}),
-    "trainer_sft": trainer_sft, "trl_sft": trl_sft, "trl_gkd": partial(trl_gkd, beta=0.0), "trl_gkd_jsd": partial(trl_gkd, beta=0.5),
+    "ours_kd": partial(ours, weights={"kd": KD, "ce": CE}),
+    "ours_sft": partial(ours, weights={"ce": 1.0}),
+    "trainer_sft": trainer_sft,
+    "trl_sft": trl_sft,
+    "trl_gkd": partial(trl_gkd, beta=0.0),
+    "trl_gkd_jsd": partial(trl_gkd, beta=0.5),
 }
 
 
@@ -171,7 +225,8 @@ def rounds(settings: StepsConfig, skipped: dict[str, str], **options: Any) -> It
         options: those of `pair`; the device by its name.
 
     Yields:
-        {"round": …, "name": …, "wall_s": …, "cpu_s": …}; of ours also "ledger_s"; on CUDA "peak_bytes", of all that is allocated.
+        {"round": …, "name": …, "wall_s": …, "cpu_s": …}; of ours also "ledger_s"; on CUDA "peak_bytes", of
+        all that is allocated.
     """
     for number, name in machine.rotated(settings.contenders, settings.rounds):
         if name in skipped:
@@ -210,26 +265,50 @@ def _teacher_alone(made: Pair) -> dict[str, float]:
     times = []
     for number in range(made.settings.warmup + made.settings.steps):
         rows = [made.rows[i] for i in range(number * made.settings.batch, (number + 1) * made.settings.batch)]
-        batch = {name: tensor.to(made.device) for name, tensor in collate(rows, pad_id=0).items() if name != "labels"}
-        with torch.autocast(made.device.type, torch.bfloat16) if made.precision == "bfloat16" else nullcontext():
-            times.append(machine.seconds(lambda batch=batch: made.teacher(**batch, use_cache=False), made.device))
+        batch = {
+            name: tensor.to(made.device)
+            for name, tensor in collate(rows, pad_id=0).items()
+            if name != "labels"
+        }
+        with (
+            torch.autocast(made.device.type, torch.bfloat16)
+            if made.precision == "bfloat16"
+            else nullcontext()
+        ):
+            times.append(
+                machine.seconds(lambda batch=batch: made.teacher(**batch, use_cache=False), made.device)
+            )
     last = times[made.settings.warmup :]
-    return {key: statistics.median(line[key] for line in last) if last[0][key] is not None else None for key in last[0]}
+    return {
+        key: statistics.median(line[key] for line in last) if last[0][key] is not None else None
+        for key in last[0]
+    }
 
 
 def flops(made: Pair) -> dict[str, float]:
     """Multiplications and additions of a KD step's matrix products: what cannot be avoided, per part.
 
-    Two per weight and position, four per attended pair and attention channel with half of the pairs behind the causal mask;
-    a backward pass costs twice its forward pass; heads at the kept tokens only.
+    Two per weight and position, four per attended pair and attention channel with half of the pairs behind
+    the causal mask; a backward pass costs twice its forward pass; heads at the kept tokens only.
     """
-    positions, tokens = made.settings.batch * made.settings.length, made.settings.batch * (made.settings.length - 1)
-    body = {name: _body(model) * 2 * positions + _attention(model.config) * positions * made.settings.length / 2
-            for name, model in (("student", made.student), ("teacher", made.teacher))}
-    heads = {name: 2 * tokens * model.get_output_embeddings().weight.numel()
-             for name, model in (("student", made.student), ("teacher", made.teacher))}
-    return {"teacher, forward": body["teacher"], "teacher's head": heads["teacher"],
-            "student, forward and backward": 3 * body["student"], "student's head, forward and backward": 3 * heads["student"]}
+    positions, tokens = (
+        made.settings.batch * made.settings.length,
+        made.settings.batch * (made.settings.length - 1),
+    )
+    body = {
+        name: _body(model) * 2 * positions + _attention(model.config) * positions * made.settings.length / 2
+        for name, model in (("student", made.student), ("teacher", made.teacher))
+    }
+    heads = {
+        name: 2 * tokens * model.get_output_embeddings().weight.numel()
+        for name, model in (("student", made.student), ("teacher", made.teacher))
+    }
+    return {
+        "teacher, forward": body["teacher"],
+        "teacher's head": heads["teacher"],
+        "student, forward and backward": 3 * body["student"],
+        "student's head, forward and backward": 3 * heads["student"],
+    }
 
 
 def _body(model: PreTrainedModel) -> int:
@@ -245,7 +324,11 @@ def _attention(config) -> int:
 
 def main() -> None:
     asked = json.loads(sys.argv[1])
-    name, settings, device = asked.pop("name"), StepsConfig(**asked.pop("settings")), torch.device(asked.pop("device"))
+    name, settings, device = (
+        asked.pop("name"),
+        StepsConfig(**asked.pop("settings")),
+        torch.device(asked.pop("device")),
+    )
     try:
         found = measured(name, pair(settings, device=device, **asked))
     except ImportError as error:

@@ -1,4 +1,6 @@
-"""What the benchmark notebook calls: one study, opened; each measurement is added to its benchmark_results.json."""
+"""What the benchmark notebook calls: one study, opened; each measurement is added to its
+benchmark_results.json.
+"""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,14 +24,18 @@ DTYPES = ("float32", "bfloat16")
 
 
 def open_study(
-    config: str, run: str | None = None, overrides: Sequence[str] | Mapping[str, Any] = (), smoke: bool = False
+    config: str,
+    run: str | None = None,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    smoke: bool = False,
 ) -> "Study":
     """The study that the notebook works on.
 
     Args:
         config: YAML file (kdlib.benchmarks.settings), for a new study.
         run: a study's name, or its folder; made where it does not exist.  A new one where None.
-        overrides, smoke: of a new study.  For an existing one, overrides must agree with what it was made with.
+        overrides, smoke: of a new study.  For an existing one, overrides must agree with what it was made
+            with.
     """
     os.chdir(runs.project_root())
     root, name = runs.locate(run) if run else (runs.default_root(), runs.new_name(config, smoke=smoke))
@@ -40,7 +46,9 @@ def open_study(
     study = Study(runs.open_run(root, name))
     asked = configs.parse(study.config.as_dict(), overrides, kind=BenchmarkConfig)
     if lines := configs.differences(study.config.as_dict(), asked.as_dict()):
-        raise RunError(f"run {name!r} was made with other settings; start a new one for these:\n  " + "\n  ".join(lines))
+        raise RunError(
+            f"run {name!r} was made with other settings; start a new one for these:\n  " + "\n  ".join(lines)
+        )
     print(f"run: {name} ({study.run.status['state']})")
     return study
 
@@ -57,7 +65,10 @@ def preflight(config: BenchmarkConfig) -> None:
         models.load_tokenizer(config.steps.teacher)
         layers = models.load_config(config.steps.teacher).num_hidden_layers
         if config.steps.student_layers > layers:
-            raise ConfigError(f"steps.student_layers is {config.steps.student_layers}, but the teacher has {layers}; choose 1 to {layers}")
+            raise ConfigError(
+                f"steps.student_layers is {config.steps.student_layers}, but the teacher has {layers}; "
+                f"choose 1 to {layers}"
+            )
 
 
 class Study:
@@ -65,7 +76,10 @@ class Study:
 
     def __init__(self, run: Run) -> None:
         text = (run.path / "config.yaml").read_text(encoding="utf-8")
-        self.run, self.config = run, configs.parse(yaml.safe_load(text), name=str(run.path / "config.yaml"), kind=BenchmarkConfig)
+        self.run, self.config = (
+            run,
+            configs.parse(yaml.safe_load(text), name=str(run.path / "config.yaml"), kind=BenchmarkConfig),
+        )
         self.device = machine.device_named(self.config.device)
         self.results: dict[str, Any] = reading.results_of(run) or {"heads": {}, "steps": {}}
         transformers.utils.logging.disable_progress_bar()
@@ -75,7 +89,10 @@ class Study:
         """The machine, as it goes into the results."""
         self.results["machine"] = machine.description(self.device)
         self._save()
-        return pd.DataFrame({"": [str(value) for value in self.results["machine"].values()]}, index=list(self.results["machine"]))
+        return pd.DataFrame(
+            {"": [str(value) for value in self.results["machine"].values()]},
+            index=list(self.results["machine"]),
+        )
 
     def check_heads(self) -> None:
         """Every case's value and gradients against float64."""
@@ -93,13 +110,17 @@ class Study:
         for dtype, measurement, inputs in self._heads():
             prepared, _ = rounds.prepared(measurement.cases, problem(**inputs), self._setting)
             lines = rounds.interleaved(prepared, rounds=measurement.rounds, device=self.device)
-            self._add("heads", dtype, rounds=_followed(lines, f"{dtype}, {len(prepared)} cases", measurement.rounds))
+            self._add(
+                "heads", dtype, rounds=_followed(lines, f"{dtype}, {len(prepared)} cases", measurement.rounds)
+            )
 
     def measure_memory(self) -> None:
         """Every case's peak, each in a process of its own; ours also with more tokens."""
         for dtype, measurement, inputs in self._heads():
             skipped = self.results["heads"][dtype]["skipped"]
-            names = [name for name in measurement.cases if name in self.config.heads.memory and name not in skipped]
+            names = [
+                name for name in measurement.cases if name in self.config.heads.memory and name not in skipped
+            ]
             print(f"{dtype}: peak memory, a process for each of {len(names)} cases …", flush=True)
             lines = [rounds.memory(name, self._setting, **inputs) for name in names]
             if "ours" in names:
@@ -117,8 +138,13 @@ class Study:
             for name, why in skipped.items():
                 print(f"{precision}: {name} is skipped: {why}")
             self._add(
-                "steps", precision, tokens=made.settings.batch * made.settings.length, rounds=lines, skipped=skipped,
-                flops=steps.flops(made), flops_per_s=machine.matmul_speed(made.teacher.dtype, self.device),
+                "steps",
+                precision,
+                tokens=made.settings.batch * made.settings.length,
+                rounds=lines,
+                skipped=skipped,
+                flops=steps.flops(made),
+                flops_per_s=machine.matmul_speed(made.teacher.dtype, self.device),
             )
 
     def time_dashboard(self) -> None:
@@ -135,7 +161,10 @@ class Study:
         folder.mkdir(exist_ok=True)
         for name, figure in figures.run_figures(self.results).items():
             figure.savefig(folder / f"{name}.png", dpi=130)
-        for name, table in {"targets": target_table(self.results), **reading.run_tables(self.results)}.items():
+        for name, table in {
+            "targets": target_table(self.results),
+            **reading.run_tables(self.results),
+        }.items():
             table.to_csv(folder / f"{name}.csv")
         self.run.finish()
 
@@ -148,10 +177,19 @@ class Study:
         heads = self.config.heads
         for dtype in DTYPES:
             if heads and (measurement := getattr(heads, dtype)):
-                yield dtype, measurement, {
-                    "tokens": measurement.tokens, "hidden": heads.hidden, "vocabulary": heads.vocabulary, "masked": heads.masked,
-                    "dtype": dtype, "seed": self.config.seed, "device": str(self.device),
-                }
+                yield (
+                    dtype,
+                    measurement,
+                    {
+                        "tokens": measurement.tokens,
+                        "hidden": heads.hidden,
+                        "vocabulary": heads.vocabulary,
+                        "masked": heads.masked,
+                        "dtype": dtype,
+                        "seed": self.config.seed,
+                        "device": str(self.device),
+                    },
+                )
 
     def _add(self, part: str, dtype: str, **found: Any) -> None:
         self.results[part][dtype] = {**self.results[part].get(dtype, {}), **found}

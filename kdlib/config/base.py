@@ -1,4 +1,6 @@
-"""What the sections of a config are made of: the strict base class, and numbers as YAML writes them.  Imports no torch."""
+"""What the sections of a config are made of: the strict base class, and numbers as YAML writes them.
+Imports no torch.
+"""
 
 import contextlib
 from collections.abc import Mapping, Sequence

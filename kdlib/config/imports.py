@@ -1,8 +1,9 @@
-"""Another project's settings as a config of ours, every key of theirs translated or listed.  Imports no torch.
+"""Another project's settings as a config of ours, every key of theirs translated or listed.  Imports no
+torch.
 
-Read are the JSON of the student-aware project (its weights, its two curricula, its top k), and the JSON, YAML or flags of
-projects with one `alpha`.  What a key meant there is kept, not its name: `alpha` stands for the weight of the teacher's term in
-some projects and of the cross-entropy in others, so it is asked which.
+Read are the JSON of the student-aware project (its weights, its two curricula, its top k), and the JSON, YAML
+or flags of projects with one `alpha`.  What a key meant there is kept, not its name: `alpha` stands for the
+weight of the teacher's term in some projects and of the cross-entropy in others, so it is asked which.
 """
 
 from collections.abc import Mapping
@@ -21,17 +22,45 @@ from kdlib.errors import ConfigError, printable
 
 TO_FILL_IN = "TO-BE-FILLED-IN"
 SECTIONS = ("task", "seed", "precision", "teacher", "student", "data", "loss", "training", "early_stopping")
-INSIDE = {"alpha_feature": "hidden", "alpha_attention": "attention", "alpha_layerwise": "hidden", "alpha_contrastive": "contrastive"}
-"""The terms on what goes on inside.  Both of the first and third compare hidden states, which is one term here: they are added."""
-EARLY = ("alpha_feature", "alpha_attention")  # come in with the second phase of their curriculum, the others with the third
-SPECIAL = {"alpha", "alpha_kd", *INSIDE, "use_curriculum", "attention_layers", "min_temperature", "use_temperature_curriculum", *COUNTS,
-           *STOPS, *STOP_SWITCHES, "contrastive_temp", "fp16", "bf16", "precision", "mixed_precision", "dtype", "amp_dtype", "use_amp",
-           "use_wandb"}
+INSIDE = {
+    "alpha_feature": "hidden",
+    "alpha_attention": "attention",
+    "alpha_layerwise": "hidden",
+    "alpha_contrastive": "contrastive",
+}
+"""The terms on what goes on inside.  Both of the first and third compare hidden states, which is one term
+here: they are added.
+"""
+# come in with the second phase of their curriculum, the others with the third
+EARLY = ("alpha_feature", "alpha_attention")
+SPECIAL = {
+    "alpha",
+    "alpha_kd",
+    *INSIDE,
+    "use_curriculum",
+    "attention_layers",
+    "min_temperature",
+    "use_temperature_curriculum",
+    *COUNTS,
+    *STOPS,
+    *STOP_SWITCHES,
+    "contrastive_temp",
+    "fp16",
+    "bf16",
+    "precision",
+    "mixed_precision",
+    "dtype",
+    "amp_dtype",
+    "use_amp",
+    "use_wandb",
+}
 
 
 @dataclass
 class Migration:
-    """A config of ours in the making: each value with where it came from, and what became of everything else."""
+    """A config of ours in the making: each value with where it came from, and what became of everything
+    else.
+    """
 
     name: str  # the file it came from
     values: dict[str, Any] = field(default_factory=dict)  # by path: section.key
@@ -47,13 +76,19 @@ class Migration:
         """Set one of our values; a second origin must agree with the first."""
         origin = _one_line(origin)
         if path in self.values and self.values[path] != value:
-            raise self.fault(path, f"found {self.values[path]!r} ({self.origins[path]}) and {value!r} ({origin}); leave one out")
+            raise self.fault(
+                path,
+                f"found {self.values[path]!r} ({self.origins[path]}) and {value!r} ({origin}); leave one out",
+            )
         self.origins[path] = f"{self.origins[path]}, {origin}" if path in self.values else origin
         self.values[path] = value
 
     def replace(self, path: str, value: Any, origin: str) -> None:
         """Put a value in the place of one that it was made from."""
-        self.values[path], self.origins[path] = value, ", ".join([*filter(None, [self.origins.get(path)]), origin])
+        self.values[path], self.origins[path] = (
+            value,
+            ", ".join([*filter(None, [self.origins.get(path)]), origin]),
+        )
 
     def leave_out(self, key: str, value: Any, why: str) -> None:
         self.left_out.append(f"{_one_line(key)} = {_one_line(value)}: {why}")
@@ -69,10 +104,21 @@ class Migration:
         return raw
 
     def as_yaml(self) -> str:
-        """The config, each line with its origin, and before it what must be filled in and what was left out."""
-        lines = [f"# Made by `kd import` from {_one_line(self.name)}; each comment says which of its settings a value comes from."]
+        """The config, each line with its origin, and before it what must be filled in and what was left
+        out.
+        """
+        lines = [
+            (
+                f"# Made by `kd import` from {_one_line(self.name)}; each comment says which of its settings "
+                "a "
+                "value comes from."
+            )
+        ]
         lines += [f"# To be filled in: {', '.join(self.missing)}"] * bool(self.missing)
-        lines += ["# Without a counterpart here, so left out:", *(f"#   {line}" for line in self.left_out)] * bool(self.left_out)
+        lines += [
+            "# Without a counterpart here, so left out:",
+            *(f"#   {line}" for line in self.left_out),
+        ] * bool(self.left_out)
         section = None
         for path in sorted(self.values, key=lambda path: SECTIONS.index(path.partition(".")[0])):
             head, _, key = path.partition(".")
@@ -97,9 +143,15 @@ class Migration:
 
 
 def migrated(
-    path: str | Path, *, alpha_on: str | None = None, teacher: str | None = None, student: str | None = None, data: str | None = None
+    path: str | Path,
+    *,
+    alpha_on: str | None = None,
+    teacher: str | None = None,
+    student: str | None = None,
+    data: str | None = None,
 ) -> Migration:
-    """Another project's settings, translated; a config of ours that loads, with TO_FILL_IN where a name is missing.
+    """Another project's settings, translated; a config of ours that loads, with TO_FILL_IN where a name is
+    missing.
 
     Args:
         path: JSON, YAML, or a text with command-line flags.
@@ -107,7 +159,8 @@ def migrated(
         teacher, student, data: what the file does not name, or names otherwise.
 
     Raises:
-        ConfigError: unreadable; or values that contradict each other, that kdlib refuses, or that could mean two things.
+        ConfigError: unreadable; or values that contradict each other, that kdlib refuses, or that could mean
+            two things.
     """
     theirs, made = read_settings(path), Migration(str(path))
     options = {"teacher.model": teacher, "student.from": student, "data.source": data}
@@ -115,7 +168,9 @@ def migrated(
         if key not in SPECIAL:
             _plain(key, value, made, given={ours for ours, option in options.items() if option})
     for ours, option in options.items():
-        made.put(ours, option or made.values.get(ours, TO_FILL_IN), "given to kd import" if option else "the name")
+        made.put(
+            ours, option or made.values.get(ours, TO_FILL_IN), "given to kd import" if option else "the name"
+        )
     special = {key: value for key, value in theirs.items() if key in SPECIAL}
     _task(special, made)
     _weights(special, made, alpha_on)
@@ -143,7 +198,11 @@ def _plain(key: str, value: Any, made: Migration, given: set[str]) -> None:
     elif ours in given:
         made.leave_out(key, value, f"{ours} was given to kd import")
     elif ours == "training.lr_scheduler_type" and problem_with("lr_scheduler_type", value):
-        made.leave_out(key, value, f"no schedule of that name; training.lr_scheduler_type is one of {', '.join(scheduler_names())}")
+        made.leave_out(
+            key,
+            value,
+            f"no schedule of that name; training.lr_scheduler_type is one of {', '.join(scheduler_names())}",
+        )
     elif ours:
         made.put(ours, value, key)
     elif key.startswith(("comment", "_comment")):
@@ -177,11 +236,16 @@ def _weights(theirs: Mapping[str, Any], made: Migration, alpha_on: str | None) -
         share = _number(theirs, key, made, most=1.0)
         rest = round(1 - share, 12)
         if on is None and share != rest:
-            raise made.fault(key, (
-                f"found {share:g}, which can mean two things; say which: --alpha-on kd reads {{kd: {share:g}, ce: {rest:g}}}, as "
-                f"soft-classification and question-answering projects do, --alpha-on ce reads {{kd: {rest:g}, ce: {share:g}}}, as code "
-                "and FSDP projects do; the project's own line `loss = alpha * ...` tells"
-            ))
+            raise made.fault(
+                key,
+                (
+                    f"found {share:g}, which can mean two things; say which: --alpha-on kd reads {{kd: "
+                    f"{share:g}, ce: {rest:g}}}, as "
+                    f"soft-classification and question-answering projects do, --alpha-on ce reads {{kd: "
+                    f"{rest:g}, ce: {share:g}}}, as code "
+                    "and FSDP projects do; the project's own line `loss = alpha * ...` tells"
+                ),
+            )
         weights = {"kd": rest, "ce": share} if on == "ce" else {"kd": share, "ce": rest}
         made.put("loss.weights", weights, f"{key} on {on}, the rest on the other" if on else key)
     if "loss.weights" not in made.values:
@@ -192,7 +256,9 @@ def _inside(theirs: Mapping[str, Any], made: Migration) -> None:
     """The terms on what goes on inside, their layers, and the student-aware project's three phases."""
     found = {key: _number(theirs, key, made) for key in INSIDE if key in theirs}
     for key in [key for key in found if "task" in made.values]:
-        made.leave_out(key, found.pop(key), "it compares the models token by token, and here rows are classified")
+        made.leave_out(
+            key, found.pop(key), "it compares the models token by token, and here rows are classified"
+        )
     weights, early = {}, {}
     for key, weight in found.items():
         term = INSIDE[key]
@@ -203,13 +269,20 @@ def _inside(theirs: Mapping[str, Any], made: Migration) -> None:
         made.replace("loss.weights", {**made.values["loss.weights"], **weights}, ", ".join(told))
     if "use_curriculum" in theirs:
         if _switch(theirs, "use_curriculum", made) and any(weights.values()):
-            phases = [{"until": 0.3, "weights": dict.fromkeys(weights, 0.0)}, {"until": 0.6, "ramp": 0.3, "weights": early},
-                      {"until": 1.0, "ramp": 0.4, "weights": weights}]
+            phases = [
+                {"until": 0.3, "weights": dict.fromkeys(weights, 0.0)},
+                {"until": 0.6, "ramp": 0.3, "weights": early},
+                {"until": 1.0, "ramp": 0.4, "weights": weights},
+            ]
             made.put("loss.curriculum", phases, "use_curriculum: its three phases")
         else:
             made.put("loss.curriculum", None, "use_curriculum: no term comes in later")
     if layers := theirs.get("attention_layers"):
-        made.put("loss.features", {"layers": {"last": layers}}, "attention_layers, here of every term on what goes on inside")
+        made.put(
+            "loss.features",
+            {"layers": {"last": layers}},
+            "attention_layers, here of every term on what goes on inside",
+        )
     elif "attention_layers" in theirs:
         made.leave_out("attention_layers", layers, "no limit; loss.features.layers: even takes all")
 
@@ -217,7 +290,11 @@ def _inside(theirs: Mapping[str, Any], made: Migration) -> None:
 def _temperature(theirs: Mapping[str, Any], made: Migration) -> None:
     """The temperature's course in the student-aware project, and that of its contrastive term."""
     start = made.values.get("loss.temperature")
-    falls = _switch(theirs, "use_temperature_curriculum", made) if "use_temperature_curriculum" in theirs else "min_temperature" in theirs
+    falls = (
+        _switch(theirs, "use_temperature_curriculum", made)
+        if "use_temperature_curriculum" in theirs
+        else "min_temperature" in theirs
+    )
     for key in ("use_temperature_curriculum", "min_temperature"):
         if key in theirs and not (falls and start is not None):
             made.leave_out(key, theirs[key], "the temperature stands still")
@@ -227,7 +304,11 @@ def _temperature(theirs: Mapping[str, Any], made: Migration) -> None:
         made.replace("loss.temperature", {"linear": [start, end]}, ", ".join(told))
     if "contrastive_temp" in theirs and "contrastive" in made.values["loss.weights"]:
         usual = made.values.get("loss.temperature", 2.0)
-        made.replace("loss.temperature", {"kd": usual, "contrastive": theirs["contrastive_temp"]}, "contrastive from contrastive_temp")
+        made.replace(
+            "loss.temperature",
+            {"kd": usual, "contrastive": theirs["contrastive_temp"]},
+            "contrastive from contrastive_temp",
+        )
     elif "contrastive_temp" in theirs:
         made.leave_out("contrastive_temp", theirs["contrastive_temp"], "there is no contrastive term")
 
@@ -240,7 +321,11 @@ def _precision(theirs: Mapping[str, Any], made: Migration) -> None:
     elif "use_amp" in theirs and "amp_dtype" not in theirs:
         made.put("precision", "float16", "use_amp: torch's usual mixed precision")
     elif "use_amp" in theirs:
-        made.put("precision", HALVES.get(str(theirs["amp_dtype"]).removeprefix("torch."), theirs["amp_dtype"]), "use_amp")
+        made.put(
+            "precision",
+            HALVES.get(str(theirs["amp_dtype"]).removeprefix("torch."), theirs["amp_dtype"]),
+            "use_amp",
+        )
     for key in ("precision", "mixed_precision", "dtype", "amp_dtype"):
         if key in theirs and mixed:
             made.put("precision", HALVES.get(str(theirs[key]).removeprefix("torch."), theirs[key]), key)
@@ -278,7 +363,9 @@ def _number(theirs: Mapping[str, Any], key: str, made: Migration, most: float = 
     except ValueError:  # true or false
         found = None
     if not isinstance(found, (int, float)) or not 0 <= found <= most or found == float("inf"):
-        raise made.fault(key, f"found {theirs[key]!r}, needs a number {'from 0 to 1' if most == 1 else 'of 0 or more'}")
+        raise made.fault(
+            key, f"found {theirs[key]!r}, needs a number {'from 0 to 1' if most == 1 else 'of 0 or more'}"
+        )
     return float(found)
 
 

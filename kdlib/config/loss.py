@@ -1,7 +1,8 @@
-"""The loss of a config: which terms, with which weights and temperatures over training, measured how.  Imports no torch.
+"""The loss of a config: which terms, with which weights and temperatures over training, measured how.
+Imports no torch.
 
-Checks are written so that all faults come at once: a field that depends on others stands after them and sees those that
-are sound; so `curriculum` stands before `weights`, and `samples` after `divergence` and `top_k`.
+Checks are written so that all faults come at once: a field that depends on others stands after them and sees
+those that are sound; so `curriculum` stands before `weights`, and `samples` after `divergence` and `top_k`.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -14,10 +15,20 @@ from kdlib.curriculum import conflicts, disorder, idle, resolved
 from kdlib.errors import nearest, printable
 from kdlib.schedulers import SHAPES, Spec, normal, sampled
 
-DIVERGENCES = {"forward_kl": (), "reverse_kl": (), "generalized_jsd": ("beta",), "skewed_forward_kl": ("alpha",),
-               "skewed_reverse_kl": ("alpha",), "adaptive_kl": ("head",), "total_variation": ()}  # with their options
+DIVERGENCES = {
+    "forward_kl": (),
+    "reverse_kl": (),
+    "generalized_jsd": ("beta",),
+    "skewed_forward_kl": ("alpha",),
+    # with their options
+    "skewed_reverse_kl": ("alpha",),
+    "adaptive_kl": ("head",),
+    "total_variation": (),
+}
 TERM_NAMES = ("kd", "ce", *DIVERGENCES, "hidden", "attention", "relational", "contrastive")
-"""What may be weighted: what kdlib.losses.objective knows; a test keeps the two alike, and the divergences."""
+"""What may be weighted: what kdlib.losses.objective knows; a test keeps the two alike, and the
+divergences.
+"""
 TEMPERATURES = {**dict.fromkeys(("kd", *DIVERGENCES), 2.0), "contrastive": 0.1}
 """The terms that have a temperature, with the one they take unless told otherwise."""
 
@@ -26,10 +37,15 @@ def _divergence(value: Any) -> Any:
     """`reverse_kl`, or `{generalized_jsd: {beta: 0.3}}`."""
     name, options = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else (value, {})
     if not isinstance(name, str) or name not in DIVERGENCES:
-        raise ValueError(f"found {value!r}{nearest(str(name), DIVERGENCES)}; it is one of {', '.join(DIVERGENCES)}")
+        raise ValueError(
+            f"found {value!r}{nearest(str(name), DIVERGENCES)}; it is one of {', '.join(DIVERGENCES)}"
+        )
     known = DIVERGENCES[name]
     if not isinstance(options, dict) or not all(option in known for option in options):
-        raise ValueError(f"found {value!r}; {name} takes {', '.join(known) or 'no options'}: {{{name}: {{option: number}}}}")
+        raise ValueError(
+            f"found {value!r}; {name} takes {', '.join(known) or 'no options'}: {{{name}: {{option: "
+            f"number}}}}"
+        )
     numbers = {option: number(found) for option, found in options.items()}
     if not all(isinstance(found, (int, float)) and 0 <= found <= 1 for found in numbers.values()):
         raise ValueError(f"found {value!r}; {', '.join(known)} of {name} lies from 0 to 1")
@@ -41,7 +57,9 @@ def _unfit(weights: Mapping[str, Any]) -> list[str]:
     faults = []
     for name, spec in weights.items():
         if name not in TERM_NAMES:
-            faults.append(f"there is no term {name!r}{nearest(name, TERM_NAMES)}; the terms are {', '.join(TERM_NAMES)}")
+            faults.append(
+                f"there is no term {name!r}{nearest(name, TERM_NAMES)}; the terms are {', '.join(TERM_NAMES)}"
+            )
         try:
             if min(sampled(spec)) < 0:
                 faults.append(f"{printable(name)}: found {spec}; weights are 0 or more")
@@ -65,8 +83,13 @@ def _baseline_weights(weights: dict) -> dict:
 
 def _phase_weights(weights: dict, info: ValidationInfo) -> dict:
     moving = [name for name, spec in weights.items() if isinstance(spec, Mapping) and info.data.get("ramp")]
-    refuse(_unfit(weights) + [f"{name}: found the schedule {weights[name]} beside `ramp`, needs a number; or leave `ramp` out"
-                              for name in moving])
+    refuse(
+        _unfit(weights)
+        + [
+            f"{name}: found the schedule {weights[name]} beside `ramp`, needs a number; or leave `ramp` out"
+            for name in moving
+        ]
+    )
     return {name: normal(spec) for name, spec in weights.items()}
 
 
@@ -83,7 +106,11 @@ def _temperature(value: Any) -> Any:
             found[name] = _above_zero(spec)
         except ValueError as error:
             faults.append(f"{printable(str(name))}: {error}")
-    refuse(faults if value else [f"found {value!r}; it is a number, a schedule, or a mapping from terms to these; {known}"])
+    refuse(
+        faults
+        if value
+        else [f"found {value!r}; it is a number, a schedule, or a mapping from terms to these; {known}"]
+    )
     return found
 
 
@@ -106,10 +133,16 @@ def _top_k(value: Any) -> Any:
 def _samples(value: int | None, info: ValidationInfo) -> int | None:
     faults = []
     if value is not None and (top_k := info.data.get("top_k")) is not None:
-        faults.append(f"found {value} beside `top_k: {top_k}`; kd takes either random tokens or the likeliest: set one of the two to null")
+        faults.append(
+            f"found {value} beside `top_k: {top_k}`; kd takes either random tokens or the likeliest: set one "
+            "of the two to null"
+        )
     if value is not None and "adaptive_kl" in (info.data.get("divergence") or ()):
-        faults.append(f"found {value} with the divergence adaptive_kl, which is no sum over tokens that a sample could estimate; "
-                      "take another divergence, or top_k")
+        faults.append(
+            f"found {value} with the divergence adaptive_kl, which is no sum over tokens that a sample could "
+            "estimate; "
+            "take another divergence, or top_k"
+        )
     refuse(faults)
     return value
 
@@ -128,33 +161,55 @@ def _compile(value: Any) -> Any:
 
 def _layers(value: Any) -> Any:
     """`even`, `{last: 3}`, or pairs [student's layer, teacher's layer]."""
-    if value == "even" or (isinstance(value, dict) and list(value) == ["last"] and type(value["last"]) is int and value["last"] >= 1):
+    if value == "even" or (
+        isinstance(value, dict)
+        and list(value) == ["last"]
+        and type(value["last"]) is int
+        and value["last"] >= 1
+    ):
         return value
-    if isinstance(value, list) and value and all(isinstance(pair, list) and len(pair) == 2 for pair in value) \
-            and all(type(layer) is int and layer >= 0 for pair in value for layer in pair):
+    if (
+        isinstance(value, list)
+        and value
+        and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
+        and all(type(layer) is int and layer >= 0 for pair in value for layer in pair)
+    ):
         return value
-    raise ValueError(f"found {value!r}; it is even, {{last: how many}}, or pairs of layer numbers, [[student's, teacher's], …]")
+    raise ValueError(
+        f"found {value!r}; it is even, {{last: how many}}, or pairs of layer numbers, [[student's, "
+        "teacher's], …]"
+    )
 
 
 def _phases(value: Any, handler: Callable[[Any], list["PhaseConfig"]]) -> list["PhaseConfig"]:
     """Each phase by itself and their order, so that faults of both kinds come together."""
     order, faults, phases = _disorder(value), [], []
     if order:
-        faults = [{"type": "value_error", "loc": (), "input": value, "ctx": {"error": ValueError("\n".join(order))}}]
+        faults = [
+            {"type": "value_error", "loc": (), "input": value, "ctx": {"error": ValueError("\n".join(order))}}
+        ]
     try:
         phases = handler(value)
     except ValidationError as error:
-        faults += [{key: fault[key] for key in ("type", "loc", "input", "ctx") if key in fault} for fault in error.errors()]
+        faults += [
+            {key: fault[key] for key in ("type", "loc", "input", "ctx") if key in fault}
+            for fault in error.errors()
+        ]
     if faults:
         raise ValidationError.from_exception_data("curriculum", faults)
     return phases
 
 
 def _disorder(value: Any) -> list[str]:
-    """What is wrong between phases; nothing where one has no numbers to judge that by, which is a fault of its own."""
+    """What is wrong between phases; nothing where one has no numbers to judge that by, which is a fault
+    of its own.
+    """
     if not isinstance(value, list) or not all(isinstance(phase, Mapping) for phase in value):
         return []
-    plain = [{"until": fraction(phase.get("until")), "ramp": fraction(phase.get("ramp", 0.0) or 0.0)} for phase in value]
+    plain = [
+        {"until": fraction(phase.get("until")), "ramp": fraction(phase.get("ramp", 0.0) or 0.0)}
+        for phase in value
+    ]
     return [] if any(found is None for phase in plain for found in phase.values()) else disorder(plain)
 
 
@@ -171,14 +226,18 @@ class PhaseConfig(Section):
 
 
 class FeatureConfig(Section):
-    """How the terms that compare hidden states and attention pair the layers, and whether they compare directions alone."""
+    """How the terms that compare hidden states and attention pair the layers, and whether they compare
+    directions alone.
+    """
 
     layers: Annotated[Any, BeforeValidator(_layers)] = "even"
     normalise: bool = True
 
 
 class LossConfig(Section):
-    """The terms' weights and temperatures, numbers or schedules over training (kdlib.schedulers); and what kd measures."""
+    """The terms' weights and temperatures, numbers or schedules over training (kdlib.schedulers); and
+    what kd measures.
+    """
 
     curriculum: Annotated[list[PhaseConfig], WrapValidator(_phases)] | None = None
     weights: Annotated[dict[str, Any], AfterValidator(_weights)]
@@ -202,14 +261,21 @@ class LossConfig(Section):
         Args:
             terms: the weighted ones, which may be the baseline's.
 
-        A temperature given for all terms is not meant for `contrastive`, whose similarities lie within -1 and 1.
+        A temperature given for all terms is not meant for `contrastive`, whose similarities lie within -1 and
+        1.
         """
         by_term = isinstance(self.temperature, Mapping) and not any(key in SHAPES for key in self.temperature)
-        given = self.temperature if by_term else dict.fromkeys(set(TEMPERATURES) - {"contrastive"}, self.temperature)
+        given = (
+            self.temperature
+            if by_term
+            else dict.fromkeys(set(TEMPERATURES) - {"contrastive"}, self.temperature)
+        )
         return {term: given.get(term, TEMPERATURES[term]) for term in terms if term in TEMPERATURES}
 
 
 class BaselineConfig(Section):
-    """A second student that differs in its loss weights alone: same start, data, order, steps, learning rate."""
+    """A second student that differs in its loss weights alone: same start, data, order, steps, learning
+    rate.
+    """
 
     weights: Annotated[dict[str, Any], AfterValidator(_baseline_weights)] = {"ce": 1.0}

@@ -8,8 +8,16 @@ import yaml
 from kdlib.errors import ConfigError
 
 SMOKE = {
-    "training": {"max_steps": 4, "warmup_steps": 1, "logging_steps": 1, "eval_steps": 4, "save_steps": 4,
-                 "per_device_train_batch_size": 2, "per_device_eval_batch_size": 4, "gradient_accumulation_steps": 1},
+    "training": {
+        "max_steps": 4,
+        "warmup_steps": 1,
+        "logging_steps": 1,
+        "eval_steps": 4,
+        "save_steps": 4,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+    },
     "data": {"max_length": 32, "max_train_rows": 64, "max_eval_rows": 4},
     "compare": {"resamples": 200, "continuations": 1, "prompt_tokens": 8, "new_tokens": 4},
 }
@@ -17,7 +25,9 @@ SMOKE = {
 
 
 def smoke_for(raw: Mapping) -> Mapping:
-    """SMOKE for this config: less the warm-up steps where the learning rate is a schedule, which has its own; for its task."""
+    """SMOKE for this config: less the warm-up steps where the learning rate is a schedule, which has its
+    own; for its task.
+    """
     changes = {**SMOKE, "training": _steps(raw.get("training"))}
     if raw.get("task") == "sequence-classification":  # some rows of each class
         changes["data"] = {**SMOKE["data"], "max_train_rows": 256, "max_eval_rows": 64}
@@ -30,7 +40,9 @@ def smoke_for(raw: Mapping) -> Mapping:
 
 def _steps(training: Any) -> Mapping[str, Any]:
     is_course = isinstance(training, Mapping) and isinstance(training.get("lr_scheduler_type"), Mapping)
-    return {name: value for name, value in SMOKE["training"].items() if not (is_course and name == "warmup_steps")}
+    return {
+        name: value for name, value in SMOKE["training"].items() if not (is_course and name == "warmup_steps")
+    }
 
 
 def overridden(raw: dict, overrides: Sequence[str] | Mapping[str, Any], name: str) -> dict:
@@ -45,7 +57,9 @@ def pairs(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, Any]]
     if isinstance(overrides, Mapping):
         return [(str(key), value) for key, value in overrides.items()]
     if isinstance(overrides, str) or not all(isinstance(text, str) for text in overrides):
-        raise ConfigError(f'overrides are a list like ["loss.temperature=3"] or a mapping; found {overrides!r}')
+        raise ConfigError(
+            f'overrides are a list like ["loss.temperature=3"] or a mapping; found {overrides!r}'
+        )
     pairs = []
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -65,7 +79,8 @@ def read_yaml(text: str, name: str) -> Any:
         return yaml.safe_load(text)
     except RecursionError:
         raise ConfigError(f"{name}: not valid YAML: nested too deeply") from None
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:  # PyYAML's own conversions: 2026-13-45, !!bool x
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
+        # PyYAML's own conversions: 2026-13-45, !!bool x
         raise ConfigError(f"{name}: not valid YAML: {error}") from None
 
 
@@ -81,7 +96,9 @@ def with_override(raw: dict, key: str, value: Any, name: str) -> dict:
 
 
 def merged(raw: dict, change: Mapping) -> dict:
-    """`raw` with the leaves of `change` put in; a section that is no mapping is left for the checks to refuse."""
+    """`raw` with the leaves of `change` put in; a section that is no mapping is left for the checks to
+    refuse.
+    """
     result = dict(raw)
     for key, value in change.items():
         if not isinstance(value, Mapping):

@@ -1,7 +1,7 @@
 """One run as typed, frozen, strictly checked objects; YAML in, all errors at once.  Imports no torch.
 
-`load` reads a file, applies overrides, and returns a `Config` or raises a `ConfigError` that lists every fault with its
-path in the file, what was found, what is allowed, and the nearest valid name.
+`load` reads a file, applies overrides, and returns a `Config` or raises a `ConfigError` that lists every
+fault with its path in the file, what was found, what is allowed, and the nearest valid name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,9 @@ from kdlib.errors import ConfigError, nearest, printable
 
 
 def _layers_kept(value: Any) -> Any:
-    if value in ("influence", "even", "first") or (isinstance(value, list) and all(type(item) is int for item in value)):
+    if value in ("influence", "even", "first") or (
+        isinstance(value, list) and all(type(item) is int for item in value)
+    ):
         return value
     raise ValueError(f"found {value!r}; it is influence, even, first, or a list of layer numbers")
 
@@ -30,7 +32,10 @@ def _share_or_split(value: Any) -> float | str:
         return value
     share = fraction(value)
     if share is None or not 0 < share < 1:
-        raise ValueError(f"found {value!r}; it is a share of the rows between 0 and 1, or the name of a split that the source has")
+        raise ValueError(
+            f"found {value!r}; it is a share of the rows between 0 and 1, or the name of a split that the "
+            "source has"
+        )
     return share
 
 
@@ -41,7 +46,9 @@ class TeacherConfig(Section):
 
 
 class StudentConfig(Section):
-    """A student made from the teacher's layers (`from: teacher`), or a model of its own (`from:` as for the teacher)."""
+    """A student made from the teacher's layers (`from: teacher`), or a model of its own (`from:` as for
+    the teacher).
+    """
 
     source: str = Field("teacher", alias="from")
     layers: Annotated[Count, Field(ge=1)] | None = None
@@ -52,9 +59,13 @@ class StudentConfig(Section):
         if self.source == "teacher" and self.layers is None and not isinstance(self.keep, list):
             raise ValueError("a student made from the teacher needs `layers: <how many>`")
         if self.source != "teacher" and (self.layers is not None or isinstance(self.keep, list)):
-            raise ValueError("`layers` and `keep` choose among the teacher's layers; they go with `from: teacher` only")
+            raise ValueError(
+                "`layers` and `keep` choose among the teacher's layers; they go with `from: teacher` only"
+            )
         if isinstance(self.keep, list) and self.layers not in (None, len(self.keep)):
-            raise ValueError(f"`layers` is {self.layers}, but `keep` lists {len(self.keep)}; leave `layers` out")
+            raise ValueError(
+                f"`layers` is {self.layers}, but `keep` lists {len(self.keep)}; leave `layers` out"
+            )
         return self
 
 
@@ -66,7 +77,8 @@ class DataConfig(Section):
     text: str | list[str] = "text"  # of a classification, several columns make one text, a line each
     label: str = "label"
     labels: list[str] | None = None  # the classes' names, where the source gives numbers alone
-    group: str | None = None  # of a classification, the column of what must not be divided: an author, a patient, a page
+    # of a classification, the column of what must not be divided: an author, a patient, a page
+    group: str | None = None
     question: str = "question"
     choices: str = "choices"
     answer: str = "answer"
@@ -80,9 +92,13 @@ class DataConfig(Section):
 
 
 def _training(training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-    """TrainingArguments by their own names, with kdlib's defaults; a stage of the teacher's is of a classification."""
+    """TrainingArguments by their own names, with kdlib's defaults; a stage of the teacher's is of a
+    classification.
+    """
     metrics = METRICS[info.data.get("task", "sequence-classification")]
-    problems = {name: problem for name, value in training.items() if (problem := problem_with(name, value, metrics))}
+    problems = {
+        name: problem for name, value in training.items() if (problem := problem_with(name, value, metrics))
+    }
     sound = {name: typed(name, value) for name, value in training.items() if name not in problems}
     refuse([*problems.values(), *clashes({**sound, "lr_scheduler_type": training.get("lr_scheduler_type")})])
     return {**TRAINING_DEFAULTS, "metric_for_best_model": f"eval_{metrics[0]}", **sound}
@@ -105,7 +121,9 @@ class EarlyStopping(Section):
 
 
 class TeacherStage(Section):
-    """The teacher learns the task first, with ce alone; its run folder is used again while nothing of this changes."""
+    """The teacher learns the task first, with ce alone; its run folder is used again while nothing of
+    this changes.
+    """
 
     seed: Annotated[Count, Field(ge=0, lt=2**32)] = 0
     training: Annotated[dict[str, Any], AfterValidator(_training)]
@@ -148,13 +166,18 @@ class Config(Section):
 
 
 def load(
-    path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = (), *, smoke: bool = False, kind: type[Section] = Config
+    path: str | Path,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    *,
+    smoke: bool = False,
+    kind: type[Section] = Config,
 ) -> Any:
     """Read a config file, apply overrides, check all of it.
 
     Args:
         path: the YAML file.
-        overrides: `["loss.temperature=3"]` as on the command line, or `{"loss.temperature": 3}`; they win over `smoke`.
+        overrides: `["loss.temperature=3"]` as on the command line, or `{"loss.temperature": 3}`; they win
+            over `smoke`.
         smoke: shrink the run to seconds (see `smoke_changes` of the kind).
         kind: what the file describes: a run, or something of its own (kdlib.benchmarks.settings).
 
@@ -164,11 +187,17 @@ def load(
     Raises:
         ConfigError: unreadable, not YAML, or any key or value at fault: all faults in one message.
     """
-    return parse(read_yaml(read_text(Path(path)), str(path)), overrides, smoke=smoke, name=str(path), kind=kind)
+    return parse(
+        read_yaml(read_text(Path(path)), str(path)), overrides, smoke=smoke, name=str(path), kind=kind
+    )
 
 
 def parse(
-    raw: Any, overrides: Sequence[str] | Mapping[str, Any] = (), *, smoke: bool = False, name: str = "config",
+    raw: Any,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    *,
+    smoke: bool = False,
+    name: str = "config",
     kind: type[Section] = Config,
 ) -> Any:
     """`load` for what has been read already."""
@@ -182,9 +211,13 @@ def parse(
         return kind.model_validate(changed)
     except ValidationError as error:
         lines = [line for fault in error.errors() for line in _describe(fault, kind)]
-        raise ConfigError(f"{name}: {len(lines)} fault{'s' * (len(lines) > 1)}\n" + "\n".join(f"  {x}" for x in lines)) from None
+        raise ConfigError(
+            f"{name}: {len(lines)} fault{'s' * (len(lines) > 1)}\n" + "\n".join(f"  {x}" for x in lines)
+        ) from None
     except RecursionError:
-        raise ConfigError(f"{name}: a value is nested too deeply, or within itself; a schedule needs a few levels at most") from None
+        raise ConfigError(
+            f"{name}: a value is nested too deeply, or within itself; a schedule needs a few levels at most"
+        ) from None
 
 
 def read_text(path: Path) -> str:
@@ -240,4 +273,6 @@ def _section_in(annotation: Any) -> type[Section] | None:
     """The section that a field holds, be it one, a list of them, or none at all."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    return next((found for inner in getattr(annotation, "__args__", ()) if (found := _section_in(inner))), None)
+    return next(
+        (found for inner in getattr(annotation, "__args__", ()) if (found := _section_in(inner))), None
+    )

@@ -1,4 +1,6 @@
-"""What the config's `training:` section may hold: transformers' TrainingArguments, by their own names and types."""
+"""What the config's `training:` section may hold: transformers' TrainingArguments, by their own names and
+types.
+"""
 
 import ast
 import importlib.util
@@ -12,7 +14,9 @@ from kdlib.schedulers import normal, sampled
 
 # Where kdlib's default is not transformers' own.
 TRAINING_DEFAULTS = {
-    "report_to": "none", "save_total_limit": 3, "logging_steps": 10,
+    "report_to": "none",
+    "save_total_limit": 3,
+    "logging_steps": 10,
 }
 RESERVED = {
     "output_dir": "it is the run's folder",
@@ -22,7 +26,9 @@ RESERVED = {
     "fp16": "write `precision: float16` at the top level",
     "logging_nan_inf_filter": "it hides what should stop a run, and is always off here",
     "label_smoothing_factor": "the objective is kdlib's own; no term smooths labels",
-    "hub_token": "a config is kept and shown; log in with `hf auth login`, or set HF_TOKEN in the environment",
+    "hub_token": (
+        "a config is kept and shown; log in with `hf auth login`, or set HF_TOKEN in the environment"
+    ),
     "label_names": "labels are kdlib's own",
     "remove_unused_columns": "columns are kdlib's own",
     "prediction_loss_only": "evaluation is kdlib's own",
@@ -32,31 +38,45 @@ RESERVED = {
     "auto_find_batch_size": "it starts a training again in the middle of its ledger; set the batch size",
     "bf16_full_eval": "evaluation has the precision of training",
     "fp16_full_eval": "evaluation has the precision of training",
-    "save_only_model": "a checkpoint without its optimizer cannot be resumed; best_model/ and final_model/ are models alone",
+    "save_only_model": (
+        "a checkpoint without its optimizer cannot be resumed; best_model/ and final_model/ are models alone"
+    ),
     "load_best_model_at_end": "best_model/ and final_model/ are both kept",
 }
 
-WARM_UP = ("the schedule is the whole course; write the warm-up as its first part, as "
-           "{joined: [[0.1, {linear: [0, 1]}], [1.0, {cosine: [1, 0]}]]}")
+WARM_UP = (
+    "the schedule is the whole course; write the warm-up as its first part, as "
+    "{joined: [[0.1, {linear: [0, 1]}], [1.0, {cosine: [1, 0]}]]}"
+)
 
 
 @cache
 def training_fields() -> dict[str, str]:
-    """TrainingArguments' own field names with their annotations, read from its source so that torch stays unloaded."""
-    return {n.target.id: ast.unparse(n.annotation) for n in _body("training_args.py", "TrainingArguments")
-            if isinstance(n, ast.AnnAssign) and not n.target.id.startswith("_")}
+    """TrainingArguments' own field names with their annotations, read from its source so that torch stays
+    unloaded.
+    """
+    return {
+        n.target.id: ast.unparse(n.annotation)
+        for n in _body("training_args.py", "TrainingArguments")
+        if isinstance(n, ast.AnnAssign) and not n.target.id.startswith("_")
+    }
 
 
 @cache
 def scheduler_names() -> tuple[str, ...]:
     """The Trainer's own names of learning-rate schedules, read likewise."""
-    return tuple(n.value.value for n in _body("trainer_utils.py", "SchedulerType") if isinstance(n, ast.Assign))
+    return tuple(
+        n.value.value for n in _body("trainer_utils.py", "SchedulerType") if isinstance(n, ast.Assign)
+    )
 
 
 def _body(file: str, name: str) -> list[ast.stmt]:
     source = Path(importlib.util.find_spec("transformers").submodule_search_locations[0]) / file
-    return next(node.body for node in ast.parse(source.read_text(encoding="utf-8")).body
-                if isinstance(node, ast.ClassDef) and node.name == name)
+    return next(
+        node.body
+        for node in ast.parse(source.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name == name
+    )
 
 
 def problem_with(name: str, value: Any, metrics: Sequence[str] = ()) -> str | None:
@@ -74,39 +94,61 @@ def problem_with(name: str, value: Any, metrics: Sequence[str] = ()) -> str | No
     if name == "metric_for_best_model" and str(value).removeprefix("eval_") not in metrics:
         return f"{name}: found {value!r}{nearest(str(value), metrics)}; it is one of {', '.join(metrics)}"
     if name == "save_total_limit" and value == 1:
-        return f"{name}: found 1, needs 2 or more: with 1 the Trainer deletes the newest checkpoint when an older one is better"
+        return (
+            f"{name}: found 1, needs 2 or more: with 1 the Trainer deletes the newest checkpoint when an "
+            "older one is better"
+        )
     if name == "save_strategy" and value == "best":
-        return f"{name}: found 'best', needs steps, epoch or no: checkpoints are for going on, and best_model/ is kept anyway"
+        return (
+            f"{name}: found 'best', needs steps, epoch or no: checkpoints are for going on, and "
+            "best_model/ is kept anyway"
+        )
     return None
 
 
 def _problem_with_course(name: str, value: Any) -> str | None:
-    """A learning rate's course is one of the Trainer's names, or a schedule whose values multiply `learning_rate`."""
+    """A learning rate's course is one of the Trainer's names, or a schedule whose values multiply
+    `learning_rate`.
+    """
     if not isinstance(value, Mapping):
         known = scheduler_names()
-        return None if value in known else (
-            f"{name}: found {value!r}{nearest(str(value), known)}; it is one of {', '.join(known)}, or a schedule that multiplies "
-            "learning_rate, as {cosine: [1, 0.1]}"
+        return (
+            None
+            if value in known
+            else (
+                f"{name}: found {value!r}{nearest(str(value), known)}; it is one of {', '.join(known)}, or a "
+                "schedule that multiplies "
+                "learning_rate, as {cosine: [1, 0.1]}"
+            )
         )
     try:
         values = sampled(value)
     except ValueError as error:
         return f"{name}: {error}"
     if min(values) < 0 or not any(values):
-        return f"{name}: found {value}, which multiplies learning_rate; needs values of 0 or more, and not 0 throughout"
+        return (
+            f"{name}: found {value}, which multiplies learning_rate; needs values of 0 or more, and not 0 "
+            "throughout"
+        )
     return None
 
 
 def clashes(training: Mapping[str, Any]) -> list[str]:
-    """What does not go together, a line each: a schedule is the learning rate's whole course, warm-up and all."""
+    """What does not go together, a line each: a schedule is the learning rate's whole course, warm-up and
+    all.
+    """
     if not isinstance(training.get("lr_scheduler_type"), Mapping):
         return []
     advice = {
-        "warmup_steps": WARM_UP, "warmup_ratio": WARM_UP,
+        "warmup_steps": WARM_UP,
+        "warmup_ratio": WARM_UP,
         "lr_scheduler_kwargs": "it belongs to the Trainer's own names, and a schedule does not read it",
     }
-    return [f"{name}: found {training[name]!r} beside a schedule as lr_scheduler_type; {why}; leave {name} out"
-            for name, why in advice.items() if training.get(name)]
+    return [
+        f"{name}: found {training[name]!r} beside a schedule as lr_scheduler_type; {why}; leave {name} out"
+        for name, why in advice.items()
+        if training.get(name)
+    ]
 
 
 def typed(name: str, value: Any) -> Any:
@@ -124,7 +166,11 @@ def typed(name: str, value: Any) -> Any:
                 raise ValueError
             return value
         number = float(value)
-        if number != number or abs(number) == float("inf") or (number != int(number) and "float" not in kinds):
+        if (
+            number != number
+            or abs(number) == float("inf")
+            or (number != int(number) and "float" not in kinds)
+        ):
             raise ValueError
         return number if "float" in kinds else int(number)
     if set(kinds) <= {"str", "None"} and not isinstance(value, str):

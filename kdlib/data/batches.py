@@ -1,8 +1,8 @@
 """Prepared rows, and how they become batches: the one thing that all tasks hand to a training.
 
-A row is {"input_ids": […]}, with "prompt_tokens" where its beginning is given and not learned, and "read_only": [start, end, …]
-where later parts are given too; of a classification it is {"input_ids": […], "label": n}, with "teacher_input_ids" where the
-teacher has a tokenizer of its own.
+A row is {"input_ids": […]}, with "prompt_tokens" where its beginning is given and not learned, and
+"read_only": [start, end, …] where later parts are given too; of a classification it is {"input_ids": […],
+"label": n}, with "teacher_input_ids" where the teacher has a tokenizer of its own.
 """
 
 import hashlib
@@ -23,7 +23,9 @@ Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows to train and to evaluate on, how they become batches, and what a reader of the report wants to know about them."""
+    """Rows to train and to evaluate on, how they become batches, and what a reader of the report wants to
+    know about them.
+    """
 
     train: Dataset
     validation: Dataset
@@ -32,14 +34,15 @@ class Prepared:
     vocabulary: int  # what a model chooses among: the tokenizer's tokens, or the classes
     labels: tuple[str, ...] = ()  # the classes by name; none where tokens are predicted
     test: Dataset | None = None  # held out from every choice, where there are such rows
-    choices: Mapping[str, Dataset] = field(default_factory=dict)  # split → every choice of every question (kdlib.tasks.question_answering)
+    # split → every choice of every question (kdlib.tasks.question_answering)
+    choices: Mapping[str, Dataset] = field(default_factory=dict)
 
 
 def collate(rows: Sequence[Mapping[str, Any]], *, pad_id: int) -> dict[str, Tensor]:
     """Rows to a batch, padded on the right: input_ids, attention_mask, labels, each [B, T].
 
-    Labels are `IGNORED` at padding, in prompts, and at each row's first token, which nothing predicts; so the Trainer's own
-    count of labels is the count of kept tokens, for every architecture.
+    Labels are `IGNORED` at padding, in prompts, and at each row's first token, which nothing predicts; so the
+    Trainer's own count of labels is the count of kept tokens, for every architecture.
     """
     ids, mask = padded([row["input_ids"] for row in rows], pad_id)
     labels = ids.masked_fill(mask == 0, IGNORED)
@@ -50,8 +53,12 @@ def collate(rows: Sequence[Mapping[str, Any]], *, pad_id: int) -> dict[str, Tens
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def collate_classes(rows: Sequence[Mapping[str, Any]], *, pad_id: int, teacher_pad_id: int) -> dict[str, Tensor]:
-    """Rows to a batch, padded on the right: input_ids and attention_mask [B, T], labels [B]; the teacher's, where it reads otherwise."""
+def collate_classes(
+    rows: Sequence[Mapping[str, Any]], *, pad_id: int, teacher_pad_id: int
+) -> dict[str, Tensor]:
+    """Rows to a batch, padded on the right: input_ids and attention_mask [B, T], labels [B]; the
+    teacher's, where it reads otherwise.
+    """
     ids, mask = padded([row["input_ids"] for row in rows], pad_id)
     batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([row["label"] for row in rows])}
     if "teacher_input_ids" in rows[0]:
@@ -74,7 +81,9 @@ def padded(lists: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]
 
 
 def calibration_rows(rows: Dataset, count: int = 8) -> Tensor:
-    """[count, T] text without padding, as the teacher reads it, on which layer influence is measured: the longest of the first."""
+    """[count, T] text without padding, as the teacher reads it, on which layer influence is measured: the
+    longest of the first.
+    """
     column = "teacher_input_ids" if "teacher_input_ids" in rows.column_names else "input_ids"
     ids = sorted(rows.select(range(min(8 * count, len(rows))))[column], key=len, reverse=True)[:count]
     return torch.tensor([row[: min(map(len, ids))] for row in ids])
@@ -85,8 +94,15 @@ def fingerprint(*parts: Dataset) -> str:
     digest = hashlib.sha256()
     for part in parts:
         lists = [token_lists(part, name) for name in ("input_ids", "read_only") if name in part.column_names]
-        others = [part.with_format("numpy")[:][name] for name in ("prompt_tokens", "label", "is_answer") if name in part.column_names]
-        for numbers in (*(array for each in lists for array in (each.value_lengths(), each.flatten())), *map(pa.array, others)):
+        others = [
+            part.with_format("numpy")[:][name]
+            for name in ("prompt_tokens", "label", "is_answer")
+            if name in part.column_names
+        ]
+        for numbers in (
+            *(array for each in lists for array in (each.value_lengths(), each.flatten())),
+            *map(pa.array, others),
+        ):
             digest.update(len(numbers).to_bytes(8))
             digest.update(np.ascontiguousarray(numbers.to_numpy(zero_copy_only=False), dtype="<i8"))
     return digest.hexdigest()[:16]

@@ -1,4 +1,6 @@
-"""From texts with a class each to rows for teacher and student: split by class, each text on one side, tokenized for both."""
+"""From texts with a class each to rows for teacher and student: split by class, each text on one side,
+tokenized for both.
+"""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -21,17 +23,23 @@ IDS = datasets.List(datasets.Value("int32"))
 
 
 def prepare(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, teacher: PreTrainedTokenizerBase | None, seed: int,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    teacher: PreTrainedTokenizerBase | None,
+    seed: int,
     known: Sequence[str] | None = None,
 ) -> Prepared:
-    """Read, split by class, sample and tokenize the rows of a config; `data.split_seed`, else `seed`, chooses among them.
+    """Read, split by class, sample and tokenize the rows of a config; `data.split_seed`, else `seed`, chooses
+    among them.
 
     Args:
         teacher: the teacher's tokenizer, where it reads otherwise than the student's.
         known: the teacher's classes by name, where it has such.
 
     Raises:
-        DataError: not the named columns, rows without a text or a known class, a class with nothing to learn from or none held out.
+        DataError: not the named columns, rows without a text or a known class, a class with nothing to learn
+            from or none held out.
     """
     seed = seed if config.split_seed is None else config.split_seed
     splits, labels, notes = split_texts(config, seed=seed, known=known)
@@ -48,7 +56,9 @@ def prepare(
         notes |= {f"{name}_{what}": figure for what, figure in of_tokens.items()}
     notes["fingerprint"] = fingerprint(*rows.values())
     pad_id = tokenizer.pad_token_id
-    gathered = partial(collate_classes, pad_id=pad_id, teacher_pad_id=pad_id if teacher is None else teacher.pad_token_id)
+    gathered = partial(
+        collate_classes, pad_id=pad_id, teacher_pad_id=pad_id if teacher is None else teacher.pad_token_id
+    )
     return Prepared(rows["train"], rows["validation"], notes, gathered, len(labels), labels, rows.get("test"))
 
 
@@ -57,7 +67,8 @@ def split_texts(
 ) -> tuple[dict[str, Texts], tuple[str, ...], dict[str, Any]]:
     """The texts of train, validation and, where there is one, test; the classes' names; notes.
 
-    What is the source's own stays as it is, but for texts that stand twice; the rest is held out from train, class by class.
+    What is the source's own stays as it is, but for texts that stand twice; the rest is held out from train,
+    class by class.
     """
     source, labels, notes = read_texts(config, known)
     splits, repeated = unique(source, labels)
@@ -80,9 +91,14 @@ def split_texts(
 
 
 def tokenized(
-    texts: Texts, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None, config: DataConfig
+    texts: Texts,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase | None,
+    config: DataConfig,
 ) -> tuple[Dataset, dict[str, Any]]:
-    """{"input_ids", "label", "text"} of each text, its group, the teacher's ids; special tokens, cut to `max_length`; notes on that."""
+    """{"input_ids", "label", "text"} of each text, its group, the teacher's ids; special tokens, cut to
+    `max_length`; notes on that.
+    """
     ids, lengths = _cut_ids(texts.texts, tokenizer, config)
     columns = {"input_ids": ids, "label": texts.classes, "text": texts.texts}
     features = {"input_ids": IDS, "label": datasets.Value("int64"), "text": datasets.Value("string")}
@@ -98,34 +114,57 @@ def tokenized(
 
 def class_table(prepared: Prepared) -> pd.DataFrame:
     """How many rows of each class are in each split."""
-    return pd.DataFrame({name: prepared.notes[f"{name}_classes"] for name in ("train", "validation", "test")
-                         if f"{name}_classes" in prepared.notes}, index=list(prepared.labels)).rename_axis("class")
+    return pd.DataFrame(
+        {
+            name: prepared.notes[f"{name}_classes"]
+            for name in ("train", "validation", "test")
+            if f"{name}_classes" in prepared.notes
+        },
+        index=list(prepared.labels),
+    ).rename_axis("class")
 
 
-def _cut_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> tuple[list[list[int]], list[int]]:
+def _cut_ids(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> tuple[list[list[int]], list[int]]:
     """Each text's tokens, and how many there were before they were cut."""
     if not texts:
         return [], []
     ids = tokenizer(list(texts), verbose=False)["input_ids"]
     lengths = list(map(len, ids))
     if empty := [shown(text) for text, length in zip(texts, lengths, strict=True) if length == 0]:
-        raise DataError(f"{config.source}: {len(empty)} texts have no token; a class needs something to be read from: leave them out"
-                        + listed(empty))
+        raise DataError(
+            (
+                f"{config.source}: {len(empty)} texts have no token; a class needs something to be read "
+                "from: "
+                "leave them out"
+            )
+            + listed(empty)
+        )
     long = [row for row, length in enumerate(lengths) if length > config.max_length]
     if long:  # by the tokenizer itself, which keeps the special token at the end
-        short = tokenizer([texts[row] for row in long], truncation=True, max_length=config.max_length, verbose=False)["input_ids"]
+        short = tokenizer(
+            [texts[row] for row in long], truncation=True, max_length=config.max_length, verbose=False
+        )["input_ids"]
         for row, tokens in zip(long, short, strict=True):
             ids[row] = tokens
     return ids, lengths
 
 
-def _check_classes(config: DataConfig, counts: Mapping[str, Mapping[str, int]], labels: Sequence[str]) -> None:
+def _check_classes(
+    config: DataConfig, counts: Mapping[str, Mapping[str, int]], labels: Sequence[str]
+) -> None:
     """Refuse a class that has no row in train, or none in validation."""
-    faults = [f"{shown(label)}: {counts['train'][label]} to train on, {counts['validation'][label]} held out" for label in labels
-              if not counts["train"][label] or not counts["validation"][label]]
+    faults = [
+        f"{shown(label)}: {counts['train'][label]} to train on, {counts['validation'][label]} held out"
+        for label in labels
+        if not counts["train"][label] or not counts["validation"][label]
+    ]
     if faults:
         raise DataError(
-            f"{config.source}: {len(faults)} of the {len(labels)} classes are empty on one side after the split; each needs a row to train "
-            "on and one in validation. Give more rows of them, leave them out, join them with others, or see whether data.label "
+            f"{config.source}: {len(faults)} of the {len(labels)} classes are empty on one side after the "
+            "split; each needs a row to train "
+            "on and one in validation. Give more rows of them, leave them out, join them with others, or see "
+            "whether data.label "
             f"({config.label}) and data.labels name the classes" + listed(faults)
         )

@@ -1,4 +1,6 @@
-"""Texts with a class each, as a source has them: columns joined, classes by name, every row that has none of either refused."""
+"""Texts with a class each, as a source has them: columns joined, classes by name, every row that has none
+of either refused.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +20,9 @@ SHOWN = 60  # characters of a text
 
 @dataclass(frozen=True)
 class Texts:
-    """Rows of one split: a text, the number of its class, and the group that must not be divided, where there is one."""
+    """Rows of one split: a text, the number of its class, and the group that must not be divided, where
+    there is one.
+    """
 
     texts: list[str]
     classes: list[int]
@@ -28,8 +32,11 @@ class Texts:
         return len(self.texts)
 
     def select(self, rows: Sequence[int]) -> "Texts":
-        return Texts([self.texts[row] for row in rows], [self.classes[row] for row in rows],
-                     None if self.groups is None else [self.groups[row] for row in rows])
+        return Texts(
+            [self.texts[row] for row in rows],
+            [self.classes[row] for row in rows],
+            None if self.groups is None else [self.groups[row] for row in rows],
+        )
 
     def without(self, rows: Sequence[int]) -> "Texts":
         gone = set(rows)
@@ -44,7 +51,8 @@ class Texts:
 def read_texts(
     config: DataConfig, known: Sequence[str] | None = None
 ) -> tuple[dict[str, Texts], tuple[str, ...], dict[str, Any]]:
-    """The splits that the config names or the source has: "train", and "validation" and "test" where they are its own.
+    """The splits that the config names or the source has: "train", and "validation" and "test" where they are
+    its own.
 
     Args:
         known: the teacher's classes; None where it has none yet, or none with names.
@@ -53,31 +61,41 @@ def read_texts(
         The splits, the classes' names in the order of their numbers, and notes.
 
     Raises:
-        DataError: a column or split that is not there, or rows without a text or without a known class, named one by one.
+        DataError: a column or split that is not there, or rows without a text or without a known class, named
+            one by one.
     """
     splits, notes = _named_splits(config, read_splits(config))
     for rows in splits.values():
-        named = {**dict.fromkeys(_text_columns(config), "data.text"), config.label: "data.label",
-                 **({config.group: "data.group"} if config.group else {})}
+        named = {
+            **dict.fromkeys(_text_columns(config), "data.text"),
+            config.label: "data.label",
+            **({config.group: "data.group"} if config.group else {}),
+        }
         for column, setting in named.items():
             check_column(config, rows, column, setting)
     values = {name: _label_values(rows, config.label) for name, rows in splits.items()}
     if "test" in splits and set(values["test"]) == {None}:
         if config.test is not None:
-            raise DataError(f"{config.source}: no row of {config.test!r} has a label, so nothing can be tested on it; name another in "
-                            "data.test")
+            raise DataError(
+                f"{config.source}: no row of {config.test!r} has a label, so nothing can be tested on it; "
+                "name another in "
+                "data.test"
+            )
         del splits["test"], values["test"]
         notes["test"] = "none: the source's has no labels"
     labels, number_of = _numbering(config, splits["train"].features[config.label], values)
     texts = {name: _joined(rows, _text_columns(config)) for name, rows in splits.items()}
     _refuse(config, labels, list(_faults(texts, values, labels, number_of, known)))
-    found = {name: Texts(texts[name], [number_of(value) for value in values[name]], _groups(config, rows, name))
-             for name, rows in splits.items()}
+    found = {
+        name: Texts(texts[name], [number_of(value) for value in values[name]], _groups(config, rows, name))
+        for name, rows in splits.items()
+    }
     return found, labels, notes
 
 
 def unique(splits: Mapping[str, Texts], labels: Sequence[str]) -> tuple[dict[str, Texts], dict[str, Any]]:
-    """Each text once, and none on two sides: of a text in several splits the one in test stays, else in validation.
+    """Each text once, and none on two sides: of a text in several splits the one in test stays, else in
+    validation.
 
     A text with two classes is left out altogether.  Both are counted in the notes.
     """
@@ -100,8 +118,10 @@ def unique(splits: Mapping[str, Texts], labels: Sequence[str]) -> tuple[dict[str
     conflicting = sum(text in torn for rows in splits.values() for text in rows.texts)
     notes = {"duplicate_documents_left_out": repeated, "conflicting_documents_left_out": conflicting}
     if torn:
-        notes["conflicting_documents"] = [f"{shown(text)}: {', '.join(labels[number] for number in sorted(numbers))}"
-                                          for text, numbers in list(torn.items())[:NAMED]]
+        notes["conflicting_documents"] = [
+            f"{shown(text)}: {', '.join(labels[number] for number in sorted(numbers))}"
+            for text, numbers in list(torn.items())[:NAMED]
+        ]
     return {name: kept[name] for name in splits}, notes
 
 
@@ -122,11 +142,16 @@ def _named_splits(config: DataConfig, source: DatasetDict) -> tuple[dict[str, Da
     for name, asked in (("validation", config.validation), ("test", config.test)):
         wanted = asked if isinstance(asked, str) else None if name == "test" and asked is not None else name
         if isinstance(asked, str) and (asked not in source or asked == "train"):
-            raise DataError(f"{config.source}: data.{name}: found {asked!r}{nearest(asked, source)}; it has the splits "
-                            f"{', '.join(source)}: name one of them other than train, or give a share of the rows, such as 0.1")
+            raise DataError(
+                f"{config.source}: data.{name}: found {asked!r}{nearest(asked, source)}; it has the splits "
+                f"{', '.join(source)}: name one of them other than train, or give a share of the rows, such "
+                "as 0.1"
+            )
         if wanted in source:
             splits[name] = source[wanted]
-            notes["split" if name == "validation" else "test"] = "the source's own" if wanted == name else f"the source's {wanted}"
+            notes["split" if name == "validation" else "test"] = (
+                "the source's own" if wanted == name else f"the source's {wanted}"
+            )
     return splits, notes
 
 
@@ -137,8 +162,11 @@ def _groups(config: DataConfig, rows: Dataset, name: str) -> list[str] | None:
         return None
     values = rows[column][:]
     if faults := [f"row {row} of {name}" for row, value in enumerate(values) if value in (None, "")]:
-        raise DataError(f"{config.source}: {len(faults)} rows have nothing in {column!r} (data.group), so they cannot be kept together "
-                        f"with their like; name what each belongs to{listed(faults)}")
+        raise DataError(
+            f"{config.source}: {len(faults)} rows have nothing in {column!r} (data.group), so they cannot be "
+            "kept together "
+            f"with their like; name what each belongs to{listed(faults)}"
+        )
     return list(map(str, values))
 
 
@@ -169,31 +197,45 @@ def _numbering(
     given = config.labels
     if isinstance(feature, datasets.ClassLabel):
         labels = _renamed(config, feature.names)
-        place = {name: labels.index(name) if set(labels) == set(feature.names) else number for number, name in enumerate(feature.names)}
+        place = {
+            name: labels.index(name) if set(labels) == set(feature.names) else number
+            for number, name in enumerate(feature.names)
+        }
     elif numeric:
         labels = given or [str(value) for value in sorted(found)]
         from_one = bool(given) and found == set(range(1, len(given) + 1))
-        place = ({number + from_one: number for number in range(len(labels))} if given
-                 else {value: number for number, value in enumerate(sorted(found))})
+        place = (
+            {number + from_one: number for number in range(len(labels))}
+            if given
+            else {value: number for number, value in enumerate(sorted(found))}
+        )
     else:
         labels = given or sorted(map(str, found))
         place = {name: number for number, name in enumerate(labels)}
     if len(labels) < 2 or len(set(labels)) < len(labels):
-        raise DataError(f"{config.source}: the classes in {config.label!r} are {', '.join(map(repr, labels)) or 'none'}; two or more, each "
-                        "once, are needed: name the column with the class in data.label, and the classes in data.labels")
+        raise DataError(
+            f"{config.source}: the classes in {config.label!r} are {', '.join(map(repr, labels)) or 'none'}; "
+            "two or more, each "
+            "once, are needed: name the column with the class in data.label, and the classes in data.labels"
+        )
     return tuple(labels), place.get
 
 
 def _renamed(config: DataConfig, names: Sequence[str]) -> Sequence[str]:
-    """The source's names of its classes, or the config's for them: the same in another order, or others in the same order."""
+    """The source's names of its classes, or the config's for them: the same in another order, or others
+    in the same order.
+    """
     given = config.labels
     if given is None or set(given) == set(names):
         return given or names
     moved = [label for number, label in enumerate(given) if label in names and names.index(label) != number]
     if len(given) != len(names) or moved:
         elsewhere = f"; {moved[0]!r} stands elsewhere there" if moved else ""
-        raise DataError(f"{config.source}: data.labels: found {', '.join(given)}; the source has {', '.join(names)}. Write these in any "
-                        f"order, or as many other names in this order{elsewhere}")
+        raise DataError(
+            f"{config.source}: data.labels: found {', '.join(given)}; the source has {', '.join(names)}. "
+            "Write these in any "
+            f"order, or as many other names in this order{elsewhere}"
+        )
     return given
 
 
@@ -213,30 +255,40 @@ def _line_each(parts: Sequence[Any]) -> Any:
 
 
 def _faults(
-    texts: Mapping[str, list[Any]], values: Mapping[str, list[Any]], labels: Sequence[str],
-    number_of: Callable[[Any], int | None], known: Sequence[str] | None,
+    texts: Mapping[str, list[Any]],
+    values: Mapping[str, list[Any]],
+    labels: Sequence[str],
+    number_of: Callable[[Any], int | None],
+    known: Sequence[str] | None,
 ) -> Iterator[str]:
     taught = {label.casefold() for label in known or ()}
-    if not any(label.casefold() in taught for label in labels):  # names of something else: kdlib.models.classifier says so
+    # names of something else: kdlib.models.classifier says so
+    if not any(label.casefold() in taught for label in labels):
         taught = {label.casefold() for label in labels}
     for name, each in texts.items():
         for row, (text, value) in enumerate(zip(each, values[name], strict=True)):
             if not isinstance(text, str) or not text.strip():
-                yield f"row {row} of {name}: its text is {shown(text)}" + f" ({type(text).__name__})" * (not isinstance(text, str))
+                yield f"row {row} of {name}: its text is {shown(text)}" + f" ({type(text).__name__})" * (
+                    not isinstance(text, str)
+                )
             elif value is None:
                 yield f"row {row} of {name}: no label; text {shown(text)}"
             elif (number := number_of(value)) is None:
                 yield f"row {row} of {name}: label {value!r}{nearest(str(value), labels)}; text {shown(text)}"
             elif labels[number].casefold() not in taught:
-                yield f"row {row} of {name}: label {labels[number]!r}, which the teacher does not know; text {shown(text)}"
+                yield (
+                    f"row {row} of {name}: label {labels[number]!r}, which the teacher does not know; text "
+                    f"{shown(text)}"
+                )
 
 
 def _refuse(config: DataConfig, labels: Sequence[str], faults: Sequence[str]) -> None:
     if faults:
         raise DataError(
-            f"{config.source}: {len(faults)} row{'s' * (len(faults) > 1)} cannot be used; each needs a text, and a label that is one of "
-            f"{some(labels)}. Correct them or leave them out, or see whether data.text, data.label and data.labels are meant so"
-            + listed(faults)
+            f"{config.source}: {len(faults)} row{'s' * (len(faults) > 1)} cannot be used; each needs a text, "
+            "and a label that is one of "
+            f"{some(labels)}. Correct them or leave them out, or see whether data.text, data.label and "
+            "data.labels are meant so" + listed(faults)
         )
 
 

@@ -1,8 +1,9 @@
-"""A source's rows as items: something given, and what is to be answered; forms of rows, told by their columns.
+"""A source's rows as items: something given, and what is to be answered; forms of rows, told by their
+columns.
 
-    multiple choice       question, choices, answer: names as in data.question, data.choices, data.answer
-    messages              messages: [{role, content}, …], the last one the assistant's
-    prompt and response   prompt, response
+multiple choice       question, choices, answer: names as in data.question, data.choices, data.answer
+messages              messages: [{role, content}, …], the last one the assistant's
+prompt and response   prompt, response
 """
 
 import json
@@ -42,15 +43,21 @@ def form_of(config: DataConfig, rows: Dataset) -> str:
         DataError: none of them; the message says which columns are missing.
     """
     found, wanted = rows.column_names, (config.question, config.choices, config.answer)
-    columns = {"multiple choice": wanted, "messages": ("messages",), "prompt and response": ("prompt", "response")}
+    columns = {
+        "multiple choice": wanted,
+        "messages": ("messages",),
+        "prompt and response": ("prompt", "response"),
+    }
     for form, names in columns.items():
         if set(names) <= set(found):
             return form
     missing = [name for name in wanted if name not in found]
     near = "".join(nearest(name, found) for name in missing)
     raise DataError(
-        f"{config.source}: found the columns {', '.join(found)}{near}; needed are {', '.join(wanted)} (for multiple choice), or prompt and "
-        "response, or messages; name the columns of a multiple choice in data.question, data.choices and data.answer"
+        f"{config.source}: found the columns {', '.join(found)}{near}; needed are {', '.join(wanted)} (for "
+        "multiple choice), or prompt and "
+        "response, or messages; name the columns of a multiple choice in data.question, data.choices and "
+        "data.answer"
     )
 
 
@@ -61,14 +68,25 @@ def read_items(config: DataConfig, rows: Dataset, split: str, form: str) -> list
         DataError: the rows of which nothing can be asked, one by one.
     """
     if form_of(config, rows) != form:
-        raise DataError(f"{config.source}: {split} has {form_of(config, rows)} and train has {form}; needed is one form in all splits")
+        raise DataError(
+            f"{config.source}: {split} has {form_of(config, rows)} and train has {form}; needed is one form "
+            "in all splits"
+        )
     readers = {"multiple choice": _multiple_choice, "messages": _conversation, "prompt and response": _pair}
-    return collected(lambda number: readers[form](config, f"row {number} of {split}", rows[number]), range(len(rows)),
-                     name=lambda number: f"row {number} of {split}",
-                     found=f"{config.source}: {{count}} of {split} with nothing to ask or to answer; mend them, or take them out")
+    return collected(
+        lambda number: readers[form](config, f"row {number} of {split}", rows[number]),
+        range(len(rows)),
+        name=lambda number: f"row {number} of {split}",
+        found=(
+            f"{config.source}: {{count}} of {split} with nothing to ask or to answer; mend them, or take "
+            "them out"
+        ),
+    )
 
 
-def collected(make: Callable[[Any], Any], each: Sequence[Any], *, name: Callable[[Any], str], found: str) -> list[Any]:
+def collected(
+    make: Callable[[Any], Any], each: Sequence[Any], *, name: Callable[[Any], str], found: str
+) -> list[Any]:
     """`make` of each of them.
 
     Raises:
@@ -97,7 +115,9 @@ def _multiple_choice(config: DataConfig, where: str, row: Mapping[str, Any]) -> 
 
 
 def _choices(value: Any, column: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The choices' texts, and their labels where they have some (ARC); a cell of a table holds a list as JSON."""
+    """The choices' texts, and their labels where they have some (ARC); a cell of a table holds a list as
+    JSON.
+    """
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -116,21 +136,44 @@ def _choices(value: Any, column: str) -> tuple[tuple[str, ...], tuple[str, ...]]
 
 
 def _right(answer: Any, choices: Sequence[str], labels: Sequence[str], column: str) -> int:
-    """Which choice is right: by its label where there are some, its text, its letter A to Z, or its number from 0."""
-    answer = int(answer) if isinstance(answer, float) and math.isfinite(answer) and answer == int(answer) else answer
+    """Which choice is right: by its label where there are some, its text, its letter A to Z, or its
+    number from 0.
+    """
+    answer = (
+        int(answer)
+        if isinstance(answer, float) and math.isfinite(answer) and answer == int(answer)
+        else answer
+    )
     words = answer.strip() if isinstance(answer, str) else str(answer)
     if answer is None or isinstance(answer, bool) or not words:
         raise Fault(f"no answer: {column} = {answer!r}; needed is a choice's number, letter or text")
     if words in labels:
         return labels.index(words)
-    if isinstance(answer, str) and (same := [number for number, choice in enumerate(choices) if choice.strip() == words]):
+    if isinstance(answer, str) and (
+        same := [number for number, choice in enumerate(choices) if choice.strip() == words]
+    ):
         if len(same) > 1:
-            raise Fault(f"the answer {answer!r} is the text of the choices {' and '.join(map(str, same))}; say which, by its number")
+            raise Fault(
+                f"the answer {answer!r} is the text of the choices {' and '.join(map(str, same))}; say "
+                "which, by its number"
+            )
         return same[0]
-    place = string.ascii_uppercase.find(words.upper()) if len(words) == 1 and words.isalpha() else int(words) if words.isdecimal() else -1
+    place = (
+        string.ascii_uppercase.find(words.upper())
+        if len(words) == 1 and words.isalpha()
+        else int(words)
+        if words.isdecimal()
+        else -1
+    )
     if labels or not 0 <= place < len(choices):
-        among = ", ".join(labels) if labels else f"0 to {len(choices) - 1}, A to {string.ascii_uppercase[min(len(choices), 26) - 1]}"
-        raise Fault(f"the answer {answer!r} is none of the {len(choices)} choices ({among}, or a choice's text)")
+        among = (
+            ", ".join(labels)
+            if labels
+            else f"0 to {len(choices) - 1}, A to {string.ascii_uppercase[min(len(choices), 26) - 1]}"
+        )
+        raise Fault(
+            f"the answer {answer!r} is none of the {len(choices)} choices ({among}, or a choice's text)"
+        )
     return place
 
 
@@ -144,11 +187,17 @@ def _conversation(config: DataConfig, where: str, row: Mapping[str, Any]) -> Ite
         raise Fault(f"messages = {messages!r}; needed is a list of {{role, content}}")
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or message.get("role") not in ROLES:
-            raise Fault(f"message {number} = {message!r}; needed is {{role, content}} with a role of {', '.join(ROLES)}")
+            raise Fault(
+                f"message {number} = {message!r}; needed is {{role, content}} with a role of "
+                f"{', '.join(ROLES)}"
+            )
         _text(message.get("content"), f"the content of message {number}")
     roles = [message["role"] for message in messages]
     if roles[-1] != "assistant" or roles[0] == "assistant":
-        raise Fault(f"the roles are {', '.join(roles)}; needed is a beginning by someone else, and the assistant at the end")
+        raise Fault(
+            f"the roles are {', '.join(roles)}; needed is a beginning by someone else, and the assistant at "
+            "the end"
+        )
     asked = "\n".join(message["content"] for message in messages[: roles.index("assistant")])
     spoken = tuple((message["role"], message["content"]) for message in messages)
     return Item(where, asked, (spoken[-1][1],), messages=spoken)
@@ -156,7 +205,11 @@ def _conversation(config: DataConfig, where: str, row: Mapping[str, Any]) -> Ite
 
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise Fault(f"{what} is {'empty' if value is None or value == '' or isinstance(value, str) else repr(value)}; needed is a text")
+        raise Fault(
+            f"{what} is "
+            f"{'empty' if value is None or value == '' or isinstance(value, str) else repr(value)}; needed "
+            "is a text"
+        )
     return value
 
 

@@ -1,8 +1,9 @@
-"""Docstrings of Python's standard library, each labelled by the section of the library reference in which its module stands.
+"""Docstrings of Python's standard library, each labelled by the section of the library reference in which its
+module stands.
 
 Read from the sources with `ast`; nothing of it is imported.  The sections are those of
-https://docs.python.org/3.12/library/index.html, with two joined.  A docstring is left as it is, so some name their module;
-the split is by module, so that such a name is never one that was trained on.
+https://docs.python.org/3.12/library/index.html, with two joined.  A docstring is left as it is, so some name
+their module; the split is by module, so that such a name is never one that was trained on.
 """
 
 import ast
@@ -18,28 +19,39 @@ from kdlib.errors import DataError
 
 SECTIONS = {
     "text processing": "string re difflib textwrap stringprep rlcompleter",
-    "data types": "datetime _pydatetime _strptime zoneinfo calendar collections _collections_abc heapq bisect weakref _weakrefset types "
-                  "copy pprint reprlib enum graphlib",
+    "data types": "datetime _pydatetime _strptime zoneinfo calendar collections _collections_abc heapq "
+    "bisect weakref _weakrefset types "
+    "copy pprint reprlib enum graphlib",
     "numeric and mathematical": "numbers decimal _pydecimal fractions random statistics",
-    "file and directory access": "pathlib posixpath ntpath genericpath fileinput stat filecmp tempfile glob fnmatch linecache shutil",
-    "data persistence and file formats": "pickle copyreg shelve dbm sqlite3 csv configparser tomllib netrc plistlib",
+    "file and directory access": (
+        "pathlib posixpath ntpath genericpath fileinput stat filecmp tempfile glob fnmatch linecache shutil"
+    ),
+    "data persistence and file formats": (
+        "pickle copyreg shelve dbm sqlite3 csv configparser tomllib netrc plistlib"
+    ),
     "data compression and archiving": "gzip bz2 lzma _compression zipfile tarfile",
     "operating system services": "os io _pyio argparse getopt logging getpass curses platform ctypes",
     "concurrent execution": "threading _threading_local multiprocessing concurrent subprocess sched queue",
     "networking": "asyncio socket ssl selectors signal",
     "internet data handling": "email json mailbox mimetypes base64 quopri",
     "structured markup": "html xml _markupbase",
-    "internet protocols": "webbrowser wsgiref urllib http ftplib poplib imaplib smtplib uuid socketserver xmlrpc ipaddress",
+    "internet protocols": (
+        "webbrowser wsgiref urllib http ftplib poplib imaplib smtplib uuid socketserver xmlrpc ipaddress"
+    ),
     "graphical user interfaces": "tkinter",
     "development tools": "typing pydoc doctest unittest",
     "debugging and profiling": "bdb pdb profile cProfile pstats timeit trace tracemalloc",
     "runtime services": "sysconfig warnings dataclasses contextlib abc _py_abc traceback inspect site",
     "importing": "zipimport pkgutil modulefinder runpy importlib",
-    "language services": "ast token keyword tokenize tabnanny pyclbr py_compile compileall dis opcode pickletools",
+    "language services": (
+        "ast token keyword tokenize tabnanny pyclbr py_compile compileall dis opcode pickletools"
+    ),
 }
-"""Section → its modules and packages.  Joined are data persistence and file formats, 110 rows together.  Left out are sections with
-fewer than 80 rows or 3 modules in Python 3.11 (binary data, functional programming, cryptographic services, multimedia,
-internationalization, packaging, interpreters, those of one system alone), program frameworks, which is nearly all `turtle`, and IDLE."""
+"""Section → its modules and packages.  Joined are data persistence and file formats, 110 rows together.  Left
+out are sections with fewer than 80 rows or 3 modules in Python 3.11 (binary data, functional programming,
+cryptographic services, multimedia, internationalization, packaging, interpreters, those of one system alone),
+program frameworks, which is nearly all `turtle`, and IDLE.
+"""
 SHORTEST = 20  # characters
 TESTS = {"test", "tests", "idle_test"}
 HOLDS = (ast.stmt, ast.excepthandler, ast.match_case)  # what definitions may stand in
@@ -47,17 +59,31 @@ HOLDS = (ast.stmt, ast.excepthandler, ast.match_case)  # what definitions may st
 
 @cache  # a few seconds
 def stdlib_sections() -> Dataset:
-    """{"text", "label", "group"}: some 6,200 docstrings in 18 sections, 6,000 of them different; the group is the module.
+    """{"text", "label", "group"}: some 6,200 docstrings in 18 sections, 6,000 of them different; the group is
+    the module.
 
     Raises:
         DataError: this Python comes without the sources of its library.
     """
     home = Path(sysconfig.get_path("stdlib"))
-    rows = [{"text": text, "label": label, "group": module} for label, names in SECTIONS.items() for name in names.split()
-            for file in _files(home, name) for module in [_module(file.relative_to(home))] for text in _docstrings(file)]
+    rows = [
+        {"text": text, "label": label, "group": module}
+        for label, names in SECTIONS.items()
+        for name in names.split()
+        for file in _files(home, name)
+        for module in [_module(file.relative_to(home))]
+        for text in _docstrings(file)
+    ]
     if not rows:
-        raise DataError(f"stdlib-sections: no sources of the standard library in {home}; use a Python that comes with them")
-    features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(SECTIONS)), "group": datasets.Value("string")}
+        raise DataError(
+            f"stdlib-sections: no sources of the standard library in {home}; use a Python that comes with "
+            "them"
+        )
+    features = {
+        "text": datasets.Value("string"),
+        "label": datasets.ClassLabel(names=list(SECTIONS)),
+        "group": datasets.Value("string"),
+    }
     return Dataset.from_list(rows, features=datasets.Features(features))
 
 

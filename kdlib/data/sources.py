@@ -1,4 +1,6 @@
-"""Where texts and questions come from: a built-in name, a file, a folder, or the hub; splits of rows, as they are there."""
+"""Where texts and questions come from: a built-in name, a file, a folder, or the hub; splits of rows, as
+they are there.
+"""
 
 import glob
 import json
@@ -19,8 +21,8 @@ READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parque
 def read_splits(config: DataConfig) -> DatasetDict:
     """The source's splits: "train", which is not empty, and others where it has them.
 
-    `config.source` is a built-in name, a file (.jsonl, .csv, .parquet, .txt by paragraph), a folder saved by `datasets` or
-    holding such files, or a hub id.
+    `config.source` is a built-in name, a file (.jsonl, .csv, .parquet, .txt by paragraph), a folder saved by
+    `datasets` or holding such files, or a hub id.
     """
     path = Path(config.source).expanduser()
     if config.source in BUILT_IN:
@@ -45,7 +47,8 @@ def check_column(config: DataConfig, rows: Dataset, column: str, setting: str) -
     """Refuse a column that is not there; `setting` names it in the config."""
     if column not in rows.column_names:
         raise DataError(
-            f"{config.source}: no column {column!r}{nearest(column, rows.column_names)}; it has {', '.join(rows.column_names)}: "
+            f"{config.source}: no column {column!r}{nearest(column, rows.column_names)}; it has "
+            f"{', '.join(rows.column_names)}: "
             f"name the one with the {setting.rpartition('.')[2]} in {setting}"
         )
 
@@ -71,15 +74,22 @@ def _read_file(path: Path) -> DatasetDict:
     if path.suffix == ".jsonl":
         _check_lines(path)
     options = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
-    return _loaded(path, datasets.load_dataset, READERS[path.suffix], data_files=glob.escape(str(path)), **options)
+    return _loaded(
+        path, datasets.load_dataset, READERS[path.suffix], data_files=glob.escape(str(path)), **options
+    )
 
 
-def _loaded(path: Path, load: Callable[..., DatasetDict | Dataset], *args, **options) -> DatasetDict | Dataset:
+def _loaded(
+    path: Path, load: Callable[..., DatasetDict | Dataset], *args, **options
+) -> DatasetDict | Dataset:
     try:
         return load(*args, **options)
-    except (DatasetGenerationError, OSError, ValueError, KeyError) as error:  # pyarrow's and json's errors are ValueErrors
+    except (DatasetGenerationError, OSError, ValueError, KeyError) as error:
+        # pyarrow's and json's errors are ValueErrors
         cause = error.__cause__ or error
-        raise DataError(f"{path}: cannot be read as {path.suffix or 'a folder of data files'}: {cause}") from error
+        raise DataError(
+            f"{path}: cannot be read as {path.suffix or 'a folder of data files'}: {cause}"
+        ) from error
 
 
 def _check_lines(path: Path) -> None:
@@ -104,8 +114,11 @@ def _from_hub(config: DataConfig) -> DatasetDict:
         raise DataError(f"{config.source}: no such file or folder")
     try:
         return datasets.load_dataset(config.source, config.subset)
-    except (FileNotFoundError, ConnectionError, ValueError) as error:  # ValueError: a subset must be named, or is not there
+    except (FileNotFoundError, ConnectionError, ValueError) as error:
+        # ValueError: a subset must be named, or is not there
         raise DataError(
-            f"{config.source}: no data set to be had by this name{nearest(config.source, BUILT_IN)}. It is no file, no folder and "
-            f"no built-in name ({', '.join(BUILT_IN)}); as a hub id (its configuration goes into data.subset): {error}"
+            f"{config.source}: no data set to be had by this name{nearest(config.source, BUILT_IN)}. It is "
+            "no file, no folder and "
+            f"no built-in name ({', '.join(BUILT_IN)}); as a hub id (its configuration goes into "
+            f"data.subset): {error}"
         ) from error

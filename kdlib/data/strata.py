@@ -1,4 +1,6 @@
-"""Which rows to hold out or to sample so that every class keeps its share; of numbers alone.  Imports no torch."""
+"""Which rows to hold out or to sample so that every class keeps its share; of numbers alone.  Imports no
+torch.
+"""
 
 import random
 from collections import Counter
@@ -24,20 +26,30 @@ def apportioned(sizes: Sequence[int], total: int, *, spare: int = 0) -> list[int
     ideal = [total * size / max(sum(sizes), 1) for size in sizes]
     counts = [min(max(int(share), low), high) for share, low, high in zip(ideal, least, most, strict=True)]
     for _ in range(min(total, sum(most)) - sum(counts)):
-        counts[max((i for i in range(len(sizes)) if counts[i] < most[i]), key=lambda i: ideal[i] - counts[i])] += 1
+        counts[
+            max((i for i in range(len(sizes)) if counts[i] < most[i]), key=lambda i: ideal[i] - counts[i])
+        ] += 1
     for _ in range(sum(counts) - total):
-        counts[max((i for i in range(len(sizes)) if counts[i] > least[i]), key=lambda i: counts[i] - ideal[i])] -= 1
+        counts[
+            max((i for i in range(len(sizes)) if counts[i] > least[i]), key=lambda i: counts[i] - ideal[i])
+        ] -= 1
     return counts
 
 
 def sample(classes: Classes, total: int, *, seed: int) -> list[int]:
-    """The numbers of `total` rows, rising, that keep the classes' proportions; all where there are no more."""
+    """The numbers of `total` rows, rising, that keep the classes' proportions; all where there are no
+    more.
+    """
     rows = _by_class(classes)
     counts = apportioned([len(each) for each in rows], min(total, len(classes)))
-    return sorted(row for number, each in enumerate(rows) for row in _drawn(each, counts[number], seed, number))
+    return sorted(
+        row for number, each in enumerate(rows) for row in _drawn(each, counts[number], seed, number)
+    )
 
 
-def held_out(classes: Classes, total: int, *, seed: int, spare: int, groups: Sequence[str] | None = None) -> list[int]:
+def held_out(
+    classes: Classes, total: int, *, seed: int, spare: int, groups: Sequence[str] | None = None
+) -> list[int]:
     """The numbers of some `total` rows to be held out, rising, that keep the classes' proportions.
 
     Args:
@@ -49,9 +61,12 @@ def held_out(classes: Classes, total: int, *, seed: int, spare: int, groups: Seq
     total = max(total, sum(len(each) > spare for each in rows))
     counts = apportioned([len(each) for each in rows], total, spare=0 if groups else spare)
     if groups is None:
-        return sorted(row for number, each in enumerate(rows) for row in _drawn(each, counts[number], seed, number))
+        return sorted(
+            row for number, each in enumerate(rows) for row in _drawn(each, counts[number], seed, number)
+        )
     out: set[str] = set()
-    for number, each in sorted(enumerate(rows), key=lambda pair: len(pair[1])):  # a group may hold rows of several classes
+    # a group may hold rows of several classes
+    for number, each in sorted(enumerate(rows), key=lambda pair: len(pair[1])):
         left = [groups[row] for row in each if groups[row] not in out]
         wanted = counts[number] - (len(each) - len(left))
         out |= _groups_nearest(left, wanted, seed, number, spare) if wanted > 0 else set()
@@ -59,7 +74,9 @@ def held_out(classes: Classes, total: int, *, seed: int, spare: int, groups: Seq
 
 
 def _by_class(classes: Classes) -> list[list[int]]:
-    """The numbers of each class's rows; the classes as they come first, so that their names and order change no split."""
+    """The numbers of each class's rows; the classes as they come first, so that their names and order
+    change no split.
+    """
     rows: dict[int, list[int]] = {}
     for row, number in enumerate(classes):
         rows.setdefault(number, []).append(row)
@@ -72,7 +89,8 @@ def _drawn(rows: Sequence[int], count: int, seed: int, number: int) -> list[int]
 
 
 def _groups_nearest(groups: Sequence[str], count: int, seed: int, number: int, spare: int) -> set[str]:
-    """The groups, one or more, whose sizes sum nearest to `count`, with `spare` of them left; none where there are too few.
+    """The groups, one or more, whose sizes sum nearest to `count`, with `spare` of them left; none where
+    there are too few.
 
     Of many groups most are taken as they come while they fit, and the rest is made up from the last hundred.
     """
@@ -92,4 +110,7 @@ def _groups_nearest(groups: Sequence[str], count: int, seed: int, number: int, s
                 reached[total + sizes[name]] = (*chosen, name)
     if not taken:
         del reached[0]
-    return {*taken, *(reached[min(reached, key=lambda total: (abs(total - count), total))] if reached else ())}
+    return {
+        *taken,
+        *(reached[min(reached, key=lambda total: (abs(total - count), total))] if reached else ()),
+    }

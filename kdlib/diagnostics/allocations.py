@@ -1,7 +1,9 @@
-"""What a computation holds in memory, tensor by tensor, from the first to the last: on real tensors, or rehearsed without data.
+"""What a computation holds in memory, tensor by tensor, from the first to the last: on real tensors, or
+rehearsed without data.
 
-Under a FakeTensorMode tensors have shapes and no data, so that a training step of any size runs through its real code in a
-second, and every tensor that it would make is seen here.  What a kernel needs inside itself is not seen.
+Under a FakeTensorMode tensors have shapes and no data, so that a training step of any size runs through its
+real code in a second, and every tensor that it would make is seen here.  What a kernel needs inside itself is
+not seen.
 """
 
 import weakref
@@ -22,7 +24,9 @@ ATEN = torch.ops.aten
 PRODUCTS = {  # what torch's own register of products lacks: operation -> multiplications and additions
     ATEN.addmm_: flop_registry[ATEN.addmm],
     ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[ATEN._scaled_dot_product_flash_attention],
-    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[ATEN._scaled_dot_product_flash_attention_backward],
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        ATEN._scaled_dot_product_flash_attention_backward
+    ],
     ATEN._grouped_mm: lambda rows, weights, *_, out_val, **__: 2 * rows.shape[-1] * out_val.numel(),
 }
 
@@ -47,8 +51,8 @@ def _grouped_shape(left: Tensor, right: Tensor, ends: Tensor | None) -> Tensor:
 class Allocations(TorchDispatchMode):
     """Notes when each storage is made and freed while it is active.
 
-    Operations on whole numbers that have data are run with them even under a FakeTensorMode, so that token ids, masks and
-    positions keep their values, and code that asks for these takes its usual turns.
+    Operations on whole numbers that have data are run with them even under a FakeTensorMode, so that token
+    ids, masks and positions keep their values, and code that asks for these takes its usual turns.
     """
 
     def __init__(self, answer: float = 1.0) -> None:
@@ -103,7 +107,8 @@ class Allocations(TorchDispatchMode):
         if function is ATEN._local_scalar_dense.default and without_data:
             kind = given[0].dtype
             return True if kind is torch.bool else self.answer if kind.is_floating_point else int(self.answer)
-        if function is ATEN._grouped_mm.default and without_data:  # whose rule for shapes knows bfloat16 alone
+        # whose rule for shapes knows bfloat16 alone
+        if function is ATEN._grouped_mm.default and without_data:
             made = _grouped_shape(*args[:3])
         elif given and not any(without_data or tensor.is_floating_point() for tensor in given):
             with unset_fake_temporarily():
@@ -111,7 +116,9 @@ class Allocations(TorchDispatchMode):
         else:
             made = function(*args, **(kwargs or {}))
         if formula := PRODUCTS.get(function.overloadpacket) or flop_registry.get(function.overloadpacket):
-            self.flops[self.current] = self.flops.get(self.current, 0.0) + formula(*args, **(kwargs or {}), out_val=made)
+            self.flops[self.current] = self.flops.get(self.current, 0.0) + formula(
+                *args, **(kwargs or {}), out_val=made
+            )
         for leaf in tree_leaves(made):
             if isinstance(leaf, Tensor):
                 self._note(leaf)
@@ -124,7 +131,10 @@ class Allocations(TorchDispatchMode):
             self.now += 1
             block = Block(storage.nbytes(), self.now, NEVER, self.current, tuple(tensor.shape))
             self.blocks.append(block)
-            self._known[address] = (block, weakref.ref(storage, lambda _, address=address: self._free(address)))
+            self._known[address] = (
+                block,
+                weakref.ref(storage, lambda _, address=address: self._free(address)),
+            )
         return self._known[address][0]
 
     def _free(self, address: int) -> None:

@@ -1,4 +1,6 @@
-"""What a training of a config holds at each moment, part by part: the rehearsed step, and what stays between steps."""
+"""What a training of a config holds at each moment, part by part: the rehearsed step, and what stays
+between steps.
+"""
 
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -22,15 +24,31 @@ GIB = 2**30
 FRAMEWORK = {"cpu": 0.7 * GIB, "cuda": 0.6 * GIB}
 """Python with torch and transformers loaded; or CUDA's context and cuBLAS's workspace."""
 COMPILED_SCRATCH = 2  # [rows, V] in float32 that the compiled row arithmetic needs beside its arguments
-STATE_BYTES = {"adamw": 8, "adamw_torch_8bit": 2, "adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2, "adamw_torch_4bit": 1,
-               "adamw_anyprecision": 8, "paged_adamw_32bit": 8, "sgd": 0, "adagrad": 4, "rmsprop": 4, "lion_32bit": 4,
-               "lion_8bit": 1, "paged_lion_8bit": 1, "paged_lion_32bit": 4}
+STATE_BYTES = {
+    "adamw": 8,
+    "adamw_torch_8bit": 2,
+    "adamw_bnb_8bit": 2,
+    "adamw_8bit": 2,
+    "paged_adamw_8bit": 2,
+    "adamw_torch_4bit": 1,
+    "adamw_anyprecision": 8,
+    "paged_adamw_32bit": 8,
+    "sgd": 0,
+    "adagrad": 4,
+    "rmsprop": 4,
+    "lion_32bit": 4,
+    "lion_8bit": 1,
+    "paged_lion_8bit": 1,
+    "paged_lion_32bit": 4,
+}
 """Bytes of optimizer state per parameter, by `training.optim`."""
 SHARDED = ("student's parameters", "gradients", "optimizer state")  # by FSDP
 
 
 class RehearsedWorkspace(Workspace):
-    """A workspace whose compiled arithmetic is not run but charged, and which takes pieces as the device would."""
+    """A workspace whose compiled arithmetic is not run but charged, and which takes pieces as the device
+    would.
+    """
 
     def __init__(self, chunk: int, *, compiled: bool, kind: str) -> None:
         super().__init__(chunk, compiled=compiled)
@@ -85,8 +103,13 @@ class Charges:
         with FakeTensorMode(allow_non_fake_inputs=True), nullcontext() if self.kind == "cpu" else as_asked():
             low = self.rehearsed(self.plan.with_layers(*small))
             high = low if small == large else self.rehearsed(self.plan.with_layers(*large))
-        found = {name: {part: round(at_layers(full, part, low[name].get(part, 0), size, small, large)) for part, size in parts.items()}
-                 for name, parts in high.items()}
+        found = {
+            name: {
+                part: round(at_layers(full, part, low[name].get(part, 0), size, small, large))
+                for part, size in parts.items()
+            }
+            for name, parts in high.items()
+        }
         flops = found.pop("flops")
         self.flops = sum(flops.values()) * self.args.gradient_accumulation_steps
         beginning, end = found.pop("backward's beginning"), found.pop("backward's end")
@@ -97,7 +120,8 @@ class Charges:
         return {name: standing | found[name] for name in order if name in found}
 
     def sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Two numbers of layers of student and teacher, from which the rest follows; all layers, where they are not alike.
+        """Two numbers of layers of student and teacher, from which the rest follows; all layers, where they
+        are not alike.
 
         Two at least: the first layer's input is also the embeddings, and so is no tensor of its own.
         """
@@ -108,7 +132,9 @@ class Charges:
         return tuple(min(count, 2) for count in full), tuple(min(count, 3) for count in full)
 
     def rehearsed(self, plan: Outline) -> dict[str, dict[str, float]]:
-        """{moment: {part: bytes}} of what comes and goes, at the most demanding moment of the training; and "flops" by phase."""
+        """{moment: {part: bytes}} of what comes and goes, at the most demanding moment of the training;
+        and "flops" by phase.
+        """
         found: dict[str, dict[str, float]] = {"flops": {}}
         with Allocations():
             self.rehearsal = Rehearsal(plan, dtype=self.dtype, workspace=self.workspace, dense=self.dense)
@@ -120,7 +146,9 @@ class Charges:
         return found
 
     def watch(self) -> Allocations:
-        """A fresh watch.  On CUDA the loss multiplies its gradient by a scale, on a CPU only if that is not 1."""
+        """A fresh watch.  On CUDA the loss multiplies its gradient by a scale, on a CPU only if that is
+        not 1.
+        """
         watch = Allocations(answer=1.0 if self.kind == "cpu" else 2.0)
         watch.hold([*_tensors(self.rehearsal.student), *_tensors(self.rehearsal.teacher)])
         return watch
@@ -128,17 +156,25 @@ class Charges:
     def standing(self) -> dict[str, int]:
         """What stays from step to step."""
         return {
-            "framework": round(FRAMEWORK[self.kind]), "teacher's weights": bytes_of(list(_tensors(self.teacher))),
-            "student's parameters": bytes_of(list(_tensors(self.student))), "optimizer state": self.optimizer_state(),
+            "framework": round(FRAMEWORK[self.kind]),
+            "teacher's weights": bytes_of(list(_tensors(self.teacher))),
+            "student's parameters": bytes_of(list(_tensors(self.student))),
+            "optimizer state": self.optimizer_state(),
         }
 
     def optimizer_state(self) -> int:
         name = self.optimizer
         if name == "adafactor":  # a row and a column per matrix
-            return sum(4 * (sum(p.shape[-2:]) * p[..., 0, 0].numel() if p.ndim > 1 else p.numel()) for p in self.student.parameters())
+            return sum(
+                4 * (sum(p.shape[-2:]) * p[..., 0, 0].numel() if p.ndim > 1 else p.numel())
+                for p in self.student.parameters()
+            )
         each = STATE_BYTES.get(name, STATE_BYTES["adamw"] if name.startswith("adamw") else None)
         if each is None:
-            self.notes.append(f"training.optim {name}: its state is not known here; 8 bytes per parameter, as AdamW's, are assumed")
+            self.notes.append(
+                f"training.optim {name}: its state is not known here; 8 bytes per parameter, as AdamW's, are "
+                "assumed"
+            )
         return (8 if each is None else each) * parameters(self.student)
 
     @property
@@ -146,7 +182,9 @@ class Charges:
         return getattr(self.args.optim, "value", self.args.optim)
 
     def step(self, moment: Moment) -> dict[str, dict[str, float]]:
-        """The parts at the highest point of each phase of a micro-batch: the second, where gradients accumulate."""
+        """The parts at the highest point of each phase of a micro-batch: the second, where gradients
+        accumulate.
+        """
         rehearsal, accumulation = self.rehearsal, self.args.gradient_accumulation_steps
         batch = rehearsal.batch(self.args.per_device_train_batch_size)
         count = batch["labels"].numel() * accumulation
@@ -156,9 +194,14 @@ class Charges:
         with self.watch() as watch:
             watch.blocks_of(self.gradients())
             rehearsal.train(batch, moment, count=count, phase=watch.phase)
-            kept = self.kept_logits(watch) | {id(block): "gradients" for block in watch.blocks_of(self.gradients())}
+            kept = self.kept_logits(watch) | {
+                id(block): "gradients" for block in watch.blocks_of(self.gradients())
+            }
         begin, end = watch.spans.pop("backward")
-        spans = watch.spans | {"backward's beginning": (begin, (begin + end) // 2), "backward's end": ((begin + end) // 2, end)}
+        spans = watch.spans | {
+            "backward's beginning": (begin, (begin + end) // 2),
+            "backward's end": ((begin + end) // 2, end),
+        }
         rehearsal.student.zero_grad(set_to_none=True)
         watch.spans["backward"] = (begin, end)
         return {name: self.parts(watch, span, kept) for name, span in spans.items()} | {"flops": watch.flops}
@@ -171,7 +214,9 @@ class Charges:
         return {id(block): "logits" for block in blocks}
 
     def gradients(self) -> list[Tensor]:
-        return [parameter.grad for parameter in self.rehearsal.student.parameters() if parameter.grad is not None]
+        return [
+            parameter.grad for parameter in self.rehearsal.student.parameters() if parameter.grad is not None
+        ]
 
     def parts(self, watch: Allocations, span: tuple[int, int], kept: Mapping[int, str]) -> dict[str, float]:
         """{part: bytes} at the highest point of a span."""
@@ -182,7 +227,9 @@ class Charges:
         return parts
 
     def part(self, block: Block, watch: Allocations) -> str:
-        """What a block is, from its shape and from the phase in which it was made and whether it outlived it."""
+        """What a block is, from its shape and from the phase in which it was made and whether it outlived
+        it.
+        """
         head = self.rehearsal.student.get_output_embeddings()  # None of a classifier
         rows = 0 if head is None else head.weight.shape[0]
         lasting = block.phase in watch.spans and block.died > watch.spans[block.phase][1]
@@ -195,7 +242,9 @@ class Charges:
         return "head's gradient" if block.phase == "loss" and lasting else "temporaries"
 
     def is_cast(self, block: Block) -> bool:
-        """Whether autocast made it from a weight: it keeps these until the forward pass ends, autograd for longer."""
+        """Whether autocast made it from a weight: it keeps these until the forward pass ends, autograd
+        for longer.
+        """
         if self.dtype is torch.float32:
             return False
         shapes = {tuple(p.shape) for p in self.rehearsal.student.parameters() if p.ndim > 1}
@@ -204,8 +253,13 @@ class Charges:
     def optimizer_step(self) -> dict[str, int]:
         """All gradients and what the optimizer needs while it works, beside the state that it keeps."""
         sizes = [bytes_of([parameter]) for parameter in self.student.parameters()]
-        scratch = 0 if "fused" in self.optimizer else sum(sizes) if self.kind == "cuda" else 2 * max(sizes)  # CUDA: all in one go
-        return {"gradients": sum(sizes), "logits": bytes_of(list(self.workspace.buffers)), "temporaries": scratch}
+        # CUDA: all in one go
+        scratch = 0 if "fused" in self.optimizer else sum(sizes) if self.kind == "cuda" else 2 * max(sizes)
+        return {
+            "gradients": sum(sizes),
+            "logits": bytes_of(list(self.workspace.buffers)),
+            "temporaries": scratch,
+        }
 
     def evaluation(self) -> dict[str, float]:
         batch = self.rehearsal.batch(self.args.per_device_eval_batch_size)
@@ -223,7 +277,9 @@ def spread(parts: Mapping[str, int], charges: Charges, devices: int) -> dict[str
         return {**parts, "gradient buckets": parameters(charges.student) * 4}
     student = charges.student
     whole = bytes_of(list(student.parameters()))
-    layer = (whole - bytes_of([student.get_input_embeddings().weight])) // max(student.config.num_hidden_layers, 1)
+    layer = (whole - bytes_of([student.get_input_embeddings().weight])) // max(
+        student.config.num_hidden_layers, 1
+    )
     shards = {name: -(-size // devices) for name, size in parts.items() if name in SHARDED}
     outside = bytes_of([student.get_input_embeddings().weight])
     return {**parts, **shards, "gathered weights": 2 * layer + outside}

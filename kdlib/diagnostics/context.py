@@ -1,4 +1,6 @@
-"""What the doctor looks at: a config, with its data and models, each loaded once, when a check first asks for it."""
+"""What the doctor looks at: a config, with its data and models, each loaded once, when a check first asks
+for it.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -72,8 +74,16 @@ class FirstBatch:
 
     def means(self, moment: Moment) -> dict[str, float]:
         """{term of the moment: unweighted nats per token}."""
-        sums = row_sums(self.student, self.teacher, self.tokens.targets, self.tokens.rows, row_count=self.rows, moment=moment,
-                        measures={"ce": MEASURES["ce"]}, chunk=CHUNK)
+        sums = row_sums(
+            self.student,
+            self.teacher,
+            self.tokens.targets,
+            self.tokens.rows,
+            row_count=self.rows,
+            moment=moment,
+            measures={"ce": MEASURES["ce"]},
+            chunk=CHUNK,
+        )
         count = max(len(self.tokens.targets), 1)
         return {name: float(sums[name].sum()) / count for name in moment.weights}
 
@@ -85,12 +95,18 @@ class FirstBatch:
 
 
 class Subject:
-    """A config and what it names.  A part that cannot be had raises `Unavailable` to each check that asks for it."""
+    """A config and what it names.  A part that cannot be had raises `Unavailable` to each check that asks
+    for it.
+    """
 
     needs = {  # the sections on which a part depends, so that a mended config need not load it again
-        "tokenizer": ("task", "teacher", "student"), "split": ("data", "seed"), "prepared": ("task", "data", "seed", "teacher", "student"),
+        "tokenizer": ("task", "teacher", "student"),
+        "split": ("data", "seed"),
+        "prepared": ("task", "data", "seed", "teacher", "student"),
         "teacher": ("task", "teacher", "teacher_stage"),
-        "student": ("teacher", "student", "data", "seed"), "configs": ("teacher", "student"), "student_tokenizer": ("student",),
+        "student": ("teacher", "student", "data", "seed"),
+        "configs": ("teacher", "student"),
+        "student_tokenizer": ("student",),
         "size": ("teacher", "student"),
     }
 
@@ -103,7 +119,11 @@ class Subject:
 
     def mended(self, config: Config) -> "Subject":
         """Another config, with what is the same for both."""
-        same = {name for name, sections in self.needs.items() if all(getattr(config, s) == getattr(self.config, s) for s in sections)}
+        same = {
+            name
+            for name, sections in self.needs.items()
+            if all(getattr(config, s) == getattr(self.config, s) for s in sections)
+        }
         return Subject(config, {name: found for name, found in self.made.items() if name in same})
 
     @part("training")
@@ -111,8 +131,11 @@ class Subject:
         """In float32: whether the device has the config's dtype is a check of its own."""
         args = training_arguments(self.config.model_copy(update={"precision": "float32"}), Path("unused"))
         if min(args.train_batch_size, args.gradient_accumulation_steps) < 1:
-            raise ConfigError(f"found {args.train_batch_size} rows a batch and {args.gradient_accumulation_steps} batches a step; "
-                              "both must be 1 or more")
+            raise ConfigError(
+                f"found {args.train_batch_size} rows a batch and {args.gradient_accumulation_steps} batches "
+                "a step; "
+                "both must be 1 or more"
+            )
         return args
 
     @part("teacher.model")
@@ -126,7 +149,9 @@ class Subject:
 
     @part("teacher.model")
     def configs(self) -> dict[str, Any]:
-        """{"teacher": …, "student": …} the models' own; without a student where that is made from the teacher."""
+        """{"teacher": …, "student": …} the models' own; without a student where that is made from the
+        teacher.
+        """
         found = {"teacher": models.load_config(self.config.teacher.model)}
         if self.config.student.source != "teacher":
             try:
@@ -145,7 +170,9 @@ class Subject:
     @part("data.source")
     def split(self) -> DatasetDict:
         """The documents, before they are tokens."""
-        return data.split_documents(data.read_documents(self.config.data), self.config.data, seed=self.config.seed)
+        return data.split_documents(
+            data.read_documents(self.config.data), self.config.data, seed=self.config.seed
+        )
 
     @part("data.source")
     def prepared(self) -> Prepared:
@@ -153,7 +180,9 @@ class Subject:
 
     @part("teacher.model")
     def teacher(self) -> LiveTeacher:
-        """In a dtype that the machine is good at, and that has float32's range: what float16 has no number for is seen."""
+        """In a dtype that the machine is good at, and that has float32's range: what float16 has no
+        number for is seen.
+        """
         dtype, _ = models.precision_of(self.config.model_copy(update={"precision": "auto"}))
         found = tasks.load_teacher(self.config, self.prepared, dtype)
         found.model.to(models.device_of(self.config))
@@ -190,24 +219,37 @@ class Subject:
     def extent(self) -> Extent:
         found = extent(self.args, len(self.prepared.train))
         if found.batches == 0:
-            raise ConfigError(f"{found.rows} rows make no whole batch, and dataloader_drop_last leaves the others out; set it to false")
+            raise ConfigError(
+                f"{found.rows} rows make no whole batch, and dataloader_drop_last leaves the others out; set "
+                "it to false"
+            )
         return found
 
     @part("training.lr_scheduler_kwargs")
     def learning_rate(self) -> Schedule | None:
-        """Optimizer step, from 0 → multiple of `training.learning_rate`; None where it follows from how the training goes."""
+        """Optimizer step, from 0 → multiple of `training.learning_rate`; None where it follows from how
+        the training goes.
+        """
         course, args, steps = self.config.training.get("lr_scheduler_type"), self.args, self.steps
         if isinstance(course, Mapping):
             schedule = from_spec(course)
             return lambda step: schedule(step / steps)
         try:
             optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
-            scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs)
+            scheduler = get_scheduler(
+                args.lr_scheduler_type,
+                optimizer,
+                args.get_warmup_steps(steps),
+                steps,
+                args.lr_scheduler_kwargs,
+            )
             course = scheduler.lr_lambdas[0] if isinstance(scheduler, LambdaLR) else None
             if course:
                 course(steps - 1)  # some arguments are first read after the warm-up
         except (ArithmeticError, TypeError, ValueError) as error:
-            raise ConfigError(f"transformers cannot make the schedule {args.lr_scheduler_type.value} from these: {error}") from error
+            raise ConfigError(
+                f"transformers cannot make the schedule {args.lr_scheduler_type.value} from these: {error}"
+            ) from error
         return course
 
     @part("loss.features.layers")
@@ -219,15 +261,20 @@ class Subject:
     def batch(self) -> FirstBatch:
         """The first rows, no more than `TOKENS` tokens, through both models."""
         rows, total = [], 0
-        for row in self.prepared.train.select(range(min(self.args.train_batch_size, len(self.prepared.train)))):
+        for row in self.prepared.train.select(
+            range(min(self.args.train_batch_size, len(self.prepared.train)))
+        ):
             if rows and total + len(row["input_ids"]) > TOKENS:
                 break
             rows, total = [*rows, row], total + len(row["input_ids"])
-        batch = {name: values.to(self.teacher.model.device)
-                 for name, values in self.prepared.collate(rows).items()}
+        batch = {
+            name: values.to(self.teacher.model.device) for name, values in self.prepared.collate(rows).items()
+        }
         tokens, every = kept(batch["labels"]), Moment(dict.fromkeys(self.active, 1.0), {})
         ours, theirs = insides(every, self.pairs, self.student)
         with torch.no_grad():
             form = models.head_form(self.student)
-            student = signal_of(self.student, batch, tokens, vocabulary=self.prepared.vocabulary, form=form, inside=ours)
+            student = signal_of(
+                self.student, batch, tokens, vocabulary=self.prepared.vocabulary, form=form, inside=ours
+            )
         return FirstBatch(tokens, student, self.teacher(batch, tokens, theirs), len(rows))

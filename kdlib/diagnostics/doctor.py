@@ -1,4 +1,6 @@
-"""The doctor: what is wrong with a config, found before its training; each check is a small function that yields findings."""
+"""The doctor: what is wrong with a config, found before its training; each check is a small function that
+yields findings.
+"""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +28,9 @@ from kdlib.diagnostics.schedule_checks import SCHEDULE_CHECKS
 from kdlib.errors import ConfigError
 
 CHECKS = (*CONFIG_CHECKS, *SCHEDULE_CHECKS, *DATA_CHECKS, *MODEL_CHECKS)
-"""In the order in which they are made; those of the task, `memory_suffices` and `BATCH_CHECKS`, which load the models, follow."""
+"""In the order in which they are made; those of the task, `memory_suffices` and `BATCH_CHECKS`, which
+load the models, follow.
+"""
 OF_TASK = {"sequence-classification": CLASS_CHECKS, "question-answering": QUESTION_CHECKS}
 ON_BATCHES_OF_TASK = {"sequence-classification": CLASS_BATCH_CHECKS}
 ROUNDS = 5  # of changes: one may bring another to light
@@ -43,7 +47,9 @@ class Visit:
 
     def __str__(self) -> str:
         changed = "".join(f"\n  {path}: {value}" for path, value in self.changes.items())
-        return text(self.found) + (f"\n\nchanged:{changed}\n\nleft to you:\n\n{text(self.left)}" if self.changes else "")
+        return text(self.found) + (
+            f"\n\nchanged:{changed}\n\nleft to you:\n\n{text(self.left)}" if self.changes else ""
+        )
 
     def as_data(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -58,16 +64,21 @@ def diagnose(config: Config, *, quick: bool = False, made: Mapping[str, Any] | N
 
     Args:
         quick: leave out what needs the models' weights.
-        made: what is loaded already, by the names of kdlib.diagnostics.context.Subject: tokenizer, prepared, teacher, student.
+        made: what is loaded already, by the names of kdlib.diagnostics.context.Subject: tokenizer, prepared,
+            teacher, student.
     """
     return examine(Subject(config, made), quick=quick)
 
 
-def visit(path: str | Path, overrides: Sequence[str] = (), *, quick: bool = False, fix: bool = False) -> Visit:
-    """`diagnose` for a file, whose own faults are critical findings, and then nothing else is looked at; writes nothing.
+def visit(
+    path: str | Path, overrides: Sequence[str] = (), *, quick: bool = False, fix: bool = False
+) -> Visit:
+    """`diagnose` for a file, whose own faults are critical findings, and then nothing else is looked at;
+    writes nothing.
 
     Args:
-        fix: change what some finding proposes to change, and put the overrides in; look again until nothing is proposed.
+        fix: change what some finding proposes to change, and put the overrides in; look again until nothing
+            is proposed.
     """
     try:
         config = configs.load(path, overrides)
@@ -99,7 +110,11 @@ def examine(subject: Subject, *, quick: bool = False) -> list[Finding]:
         found += _answers(memory_suffices, subject)
     if quick:
         found.append(_not_measured("asked to be quick", on_batches))
-    elif stops := [each for each in found if each.severity == "critical" and each.where.split(".")[0] in ("teacher", "student", "data")]:
+    elif stops := [
+        each
+        for each in found
+        if each.severity == "critical" and each.where.split(".")[0] in ("teacher", "student", "data")
+    ]:
         found.append(_not_measured(f"{stops[0].where} comes first", on_batches))
     elif subject.config.teacher_stage:
         found.append(_not_measured("the teacher is trained first (teacher_stage)", on_batches))
@@ -114,20 +129,30 @@ def faults(error: ConfigError) -> list[Finding]:
     if not re.search(r": \d+ faults?$", head):
         head, lines = "", [f"config: {error}"]
     split = [line.strip().partition(": ") for line in lines]
-    return [Finding("critical", where, what, "the config cannot be read as it stands", "mend it by hand") for where, _, what in split]
+    return [
+        Finding("critical", where, what, "the config cannot be read as it stands", "mend it by hand")
+        for where, _, what in split
+    ]
 
 
 def _answers(check, subject: Subject) -> Iterator[Finding]:
     try:
         yield from check(subject)
     except Unavailable as error:
-        yield Finding("critical", error.where, str(error), "what depends on it could not be checked", "mend this first")
+        yield Finding(
+            "critical", error.where, str(error), "what depends on it could not be checked", "mend this first"
+        )
 
 
 def _not_measured(why: str, checks: Sequence[Callable[[Subject], Iterator[Finding]]]) -> Finding:
     names = ", ".join(check.__name__.replace("_", " ") for check in checks)
-    return Finding("note", "loss", f"{why}: the first batch was not measured", f"so these are open: {names}",
-                   "ask again without --quick" if why.startswith("asked") else "ask again when that is done")
+    return Finding(
+        "note",
+        "loss",
+        f"{why}: the first batch was not measured",
+        f"so these are open: {names}",
+        "ask again without --quick" if why.startswith("asked") else "ask again when that is done",
+    )
 
 
 def _without_bars() -> None:

@@ -1,6 +1,8 @@
-"""One micro-batch of a config, on models made from their configs alone: without data for memory, with random weights for time.
+"""One micro-batch of a config, on models made from their configs alone: without data for memory, with random
+weights for time.
 
-What runs is the training's own code, phase by phase: the student's forward pass, the teacher's, the loss, the backward pass.
+What runs is the training's own code, phase by phase: the student's forward pass, the teacher's, the loss, the
+backward pass.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +31,15 @@ from kdlib.losses.features import LayerPairs
 from kdlib.losses.objective import MEASURES, Moment, Objective, ledger, row_sums
 from kdlib.losses.signals import Form, Kept, Signal, kept
 from kdlib.models.classifier import blank_classifier
-from kdlib.models.loading import blank_model, check_layers, even_layers, load_config, load_tokenizer, stated_form, with_layers
+from kdlib.models.loading import (
+    blank_model,
+    check_layers,
+    even_layers,
+    load_config,
+    load_tokenizer,
+    stated_form,
+    with_layers,
+)
 from kdlib.models.teacher import Inside, insides, signal_of
 from kdlib.training.run import listen, objective_of
 
@@ -41,7 +51,9 @@ Phase = Callable[[str], AbstractContextManager]
 
 @dataclass(frozen=True)
 class Outline:
-    """The two models of a config, known by their configs alone, and the size of the vocabulary, or number of classes, that they share."""
+    """The two models of a config, known by their configs alone, and the size of the vocabulary, or number
+    of classes, that they share.
+    """
 
     config: Config
     student: PreTrainedConfig
@@ -72,8 +84,10 @@ class Outline:
 
     def with_layers(self, student: int, teacher: int) -> "Outline":
         """The same with few layers of each model, evenly taken."""
-        few = [with_layers(each, even_layers(count, each.num_hidden_layers))
-               for each, count in ((self.student, student), (self.teacher, teacher))]
+        few = [
+            with_layers(each, even_layers(count, each.num_hidden_layers))
+            for each, count in ((self.student, student), (self.teacher, teacher))
+        ]
         return replace(self, student=few[0], teacher=few[1])
 
 
@@ -81,24 +95,33 @@ def outline(config: Config, classes: int | None = None) -> Outline:
     """What is known of a config's models without their weights.
 
     Args:
-        classes: how many the data has, where rows are classified; what the config or the teacher says of it where None.
+        classes: how many the data has, where rows are classified; what the config or the teacher says of it
+            where None.
 
     Raises:
         ModelError: there is no such model; or the teacher lacks the student's layers.
     """
     is_of_rows = config.task == "sequence-classification"
-    known, kind = ((MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "classifier of texts") if is_of_rows
-                   else (MODEL_FOR_CAUSAL_LM_MAPPING, "causal language model"))
+    known, kind = (
+        (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "classifier of texts")
+        if is_of_rows
+        else (MODEL_FOR_CAUSAL_LM_MAPPING, "causal language model")
+    )
     teacher, notes = load_config(config.teacher.model), []
     student = load_config(config.student.source) if config.student.source != "teacher" else teacher
     for name, each in ((config.teacher.model, teacher), (config.student.source, student)):
         if type(each) not in known:
-            raise ModelError(f"{name}: its config is of a {each.model_type} model, which is no {kind}; choose one that is")
+            raise ModelError(
+                f"{name}: its config is of a {each.model_type} model, which is no {kind}; choose one that is"
+            )
     if config.student.source == "teacher":
         check_layers(config, teacher.num_hidden_layers)
         student = with_layers(teacher, kept_layers(config, teacher.num_hidden_layers))
         if config.student.keep == "influence":
-            notes.append("which layers the student keeps is seen on text; taken evenly here, which matters where layers differ in size")
+            notes.append(
+                "which layers the student keeps is seen on text; taken evenly here, which matters where "
+                "layers differ in size"
+            )
     if getattr(teacher, "quantization_config", None):
         notes.append("the teacher's quantised weights are counted in the precision of the training")
     if is_of_rows:
@@ -107,22 +130,38 @@ def outline(config: Config, classes: int | None = None) -> Outline:
         vocabulary = len(load_tokenizer(config.teacher.model))
     except ModelError:
         vocabulary = teacher.get_text_config().vocab_size
-        notes.append(f"no tokenizer is to be had for {config.teacher.model}: its head's {vocabulary:,} rows are taken for the vocabulary")
+        notes.append(
+            f"no tokenizer is to be had for {config.teacher.model}: its head's {vocabulary:,} rows are taken "
+            "for the vocabulary"
+        )
     return Outline(config, student, teacher, vocabulary, tuple(notes))
 
 
 def _of_rows(
-    config: Config, student: PreTrainedConfig, teacher: PreTrainedConfig, notes: list[str], classes: int | None
+    config: Config,
+    student: PreTrainedConfig,
+    teacher: PreTrainedConfig,
+    notes: list[str],
+    classes: int | None,
 ) -> Outline:
     """The outline of a classification: the two configs with as many classes as the data has."""
     if classes is None and config.data.labels:
         classes = len(config.data.labels)
     if classes is None:
         classes = teacher.num_labels
-        notes.append(f"the data was not read, so the teacher's {classes} classes are taken for the data's: they weigh little")
-    notes.append(f"each row is taken to have data.max_length ({config.data.max_length}) tokens; shorter texts take less")
+        notes.append(
+            f"the data was not read, so the teacher's {classes} classes are taken for the data's: they weigh "
+            "little"
+        )
+    notes.append(
+        f"each row is taken to have data.max_length ({config.data.max_length}) tokens; shorter texts take "
+        "less"
+    )
     if config.teacher_stage:
-        notes.append("this is the student's training; the teacher's own stage before it is not forecast: put it into a config of its own")
+        notes.append(
+            "this is the student's training; the teacher's own stage before it is not forecast: put it into "
+            "a config of its own"
+        )
     made = []
     for each in (student, teacher):
         made.append(changed := deepcopy(each))
@@ -133,16 +172,32 @@ def _of_rows(
 
 
 def kept_layers(config: Config, total: int) -> list[int] | None:
-    """Which of the teacher's layers the student has, evenly taken where the config leaves that to their influence."""
+    """Which of the teacher's layers the student has, evenly taken where the config leaves that to their
+    influence.
+    """
     if config.student.source != "teacher":
         return None
-    return config.student.keep if isinstance(config.student.keep, list) else even_layers(config.student.layers, total)
+    return (
+        config.student.keep
+        if isinstance(config.student.keep, list)
+        else even_layers(config.student.layers, total)
+    )
 
 
 class Rehearsal:
-    """Student and teacher of an outline, made on entry to whatever mode is active, and one micro-batch after another."""
+    """Student and teacher of an outline, made on entry to whatever mode is active, and one micro-batch
+    after another.
+    """
 
-    def __init__(self, plan: Outline, *, dtype: torch.dtype, workspace: Workspace, dense: bool = False, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        plan: Outline,
+        *,
+        dtype: torch.dtype,
+        workspace: Workspace,
+        dense: bool = False,
+        device: str = "cpu",
+    ) -> None:
         """
         Args:
             dtype: of matrix products, and of the teacher's weights.
@@ -165,9 +220,14 @@ class Rehearsal:
             self._checkpoint(config.training)
 
     def _checkpoint(self, training: Mapping[str, Any]) -> None:
-        options = dict(training.get("activation_checkpointing_kwargs") or training.get("gradient_checkpointing_kwargs") or {})
+        options = dict(
+            training.get("activation_checkpointing_kwargs")
+            or training.get("gradient_checkpointing_kwargs")
+            or {}
+        )
         every, offload = options.pop("every_n_layers", 1), options.pop("offload", False)
-        options = {"use_reentrant": False, **options, "preserve_rng_state": False}  # there is no dropout to repeat
+        # there is no dropout to repeat
+        options = {"use_reentrant": False, **options, "preserve_rng_state": False}
         self.student.activation_checkpointing_enable(options, every_n_layers=every, offload=offload)
 
     @cached_property
@@ -182,13 +242,18 @@ class Rehearsal:
         return list(found.values())
 
     def batch(self, rows: int) -> dict[str, Tensor]:
-        """Rows of random tokens as long as the config allows; unpacked, one is shorter, so that a mask is needed."""
-        with unset_fake_temporarily(), torch.device("cpu"):  # token ids keep their values in a rehearsal without data
+        """Rows of random tokens as long as the config allows; unpacked, one is shorter, so that a mask is
+        needed.
+        """
+        # token ids keep their values in a rehearsal without data
+        with unset_fake_temporarily(), torch.device("cpu"):
             generator = torch.Generator().manual_seed(0)
             if self.plan.is_of_rows:
                 made = self._rows_with_classes(rows, generator)
             else:
-                made = collate([{"input_ids": ids} for ids in self._ids(rows, self.plan.vocabulary, generator)], pad_id=0)
+                made = collate(
+                    [{"input_ids": ids} for ids in self._ids(rows, self.plan.vocabulary, generator)], pad_id=0
+                )
             return {name: tensor.to(self.device) for name, tensor in made.items()}
 
     def _ids(self, rows: int, tokens: int, generator: torch.Generator) -> list[list[int]]:
@@ -200,14 +265,24 @@ class Rehearsal:
 
     def _rows_with_classes(self, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
         """With tokens of the teacher's own, where the student does not come from it."""
-        ours, theirs = (self._ids(rows, each.get_text_config().vocab_size, generator) for each in (self.plan.student, self.plan.teacher))
+        ours, theirs = (
+            self._ids(rows, each.get_text_config().vocab_size, generator)
+            for each in (self.plan.student, self.plan.teacher)
+        )
         labels = torch.randint(self.plan.vocabulary, (rows,), generator=generator).tolist()
         made = [{"input_ids": ids, "label": label} for ids, label in zip(ours, labels, strict=True)]
         if self.plan.config.student.source != "teacher":
             made = [{**row, "teacher_input_ids": ids} for row, ids in zip(made, theirs, strict=True)]
         return collate_classes(made, pad_id=0, teacher_pad_id=0)
 
-    def train(self, batch: Mapping[str, Tensor], moment: Moment, *, count: int, phase: Phase = lambda name: nullcontext()) -> None:
+    def train(
+        self,
+        batch: Mapping[str, Tensor],
+        moment: Moment,
+        *,
+        count: int,
+        phase: Phase = lambda name: nullcontext(),
+    ) -> None:
         """One micro-batch, forward and backward; the gradients stay in the student.
 
         Args:
@@ -223,16 +298,28 @@ class Rehearsal:
         with self._autocast():
             tokens, student, teacher = self._signals(batch, moment, moment.needs_teacher, phase)
             with phase("loss"):
-                return ledger(student, teacher, tokens.targets, moment=moment, count=count, workspace=self.workspace).total
+                return ledger(
+                    student, teacher, tokens.targets, moment=moment, count=count, workspace=self.workspace
+                ).total
 
     @torch.no_grad()
-    def evaluate(self, batch: Mapping[str, Tensor], moment: Moment, phase: Phase = lambda name: nullcontext()) -> None:
+    def evaluate(
+        self, batch: Mapping[str, Tensor], moment: Moment, phase: Phase = lambda name: nullcontext()
+    ) -> None:
         """One batch of the evaluation."""
         self.student.eval()
         with phase("evaluation"), self._autocast():
             tokens, student, teacher = self._signals(batch, moment, True, phase)
-            row_sums(student, teacher, tokens.targets, tokens.rows, row_count=len(batch["labels"]), measures=MEASURES, moment=moment,
-                     chunk=self.workspace.chunk_for(student))
+            row_sums(
+                student,
+                teacher,
+                tokens.targets,
+                tokens.rows,
+                row_count=len(batch["labels"]),
+                measures=MEASURES,
+                moment=moment,
+                chunk=self.workspace.chunk_for(student),
+            )
 
     def _signals(
         self, batch: Mapping[str, Tensor], moment: Moment, with_teacher: bool, phase: Phase
@@ -247,9 +334,17 @@ class Rehearsal:
             return tokens, student, self._heard(self.teacher, batch, tokens, self.teacher_form, theirs, reads)
 
     def _heard(
-        self, model: PreTrainedModel, batch: Mapping[str, Tensor], tokens: Kept, form: Form | None, inside: Inside, reads: str = ""
+        self,
+        model: PreTrainedModel,
+        batch: Mapping[str, Tensor],
+        tokens: Kept,
+        form: Form | None,
+        inside: Inside,
+        reads: str = "",
     ) -> Signal:
-        return signal_of(model, batch, tokens, vocabulary=self.plan.vocabulary, form=form, inside=inside, reads=reads)
+        return signal_of(
+            model, batch, tokens, vocabulary=self.plan.vocabulary, form=form, inside=inside, reads=reads
+        )
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:
@@ -260,7 +355,9 @@ class Rehearsal:
 def at_layers(
     full: tuple[int, int], name: str, low: float, high: float, small: tuple[int, int], large: tuple[int, int]
 ) -> float:
-    """A quantity at all layers, on the line through two numbers of layers: the teacher's if its name says so, else the student's."""
+    """A quantity at all layers, on the line through two numbers of layers: the teacher's if its name says
+    so, else the student's.
+    """
     model = 1 if "teacher" in name else 0
     if large[model] == small[model]:
         return high

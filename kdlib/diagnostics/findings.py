@@ -1,4 +1,6 @@
-"""Findings: what the doctor says about a config, and how it is shown: as text or as JSON.  Imports no torch."""
+"""Findings: what the doctor says about a config, and how it is shown: as text or as JSON.  Imports no
+torch.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,11 +18,15 @@ class Finding:
     what: str  # was found, with figures
     why: str  # it matters
     fix: str  # what to do
-    change: Mapping[str, Any] | None = None  # {dotted path: new value}, where there is one fix that anybody would choose
+    # {dotted path: new value}, where there is one fix that anybody would choose
+    change: Mapping[str, Any] | None = None
 
     def __str__(self) -> str:
         change = "".join(f"\n  --fix  {path}: {value}" for path, value in (self.change or {}).items())
-        return f"{self.severity.upper()}  {self.where}\n  found  {self.what}\n  why    {self.why}\n  do     {self.fix}{change}"
+        return (
+            f"{self.severity.upper()}  {self.where}\n  found  {self.what}\n  why    {self.why}\n  do     "
+            f"{self.fix}{change}"
+        )
 
 
 def ordered(findings: Iterable[Finding]) -> list[Finding]:
@@ -31,8 +37,11 @@ def ordered(findings: Iterable[Finding]) -> list[Finding]:
 
 def text(findings: Sequence[Finding]) -> str:
     """How many there are, and a paragraph for each."""
-    counts = [f"{n} {name}{'s' * (n > 1 and name != 'critical')}" for name in SEVERITIES
-              if (n := sum(each.severity == name for each in findings))]
+    counts = [
+        f"{n} {name}{'s' * (n > 1 and name != 'critical')}"
+        for name in SEVERITIES
+        if (n := sum(each.severity == name for each in findings))
+    ]
     return "\n\n".join([", ".join(counts) or "no findings", *map(str, findings)])
 
 

@@ -28,10 +28,13 @@ from kdlib.training import run as training
 STEPS = {"memory": 2, "time": 5}  # of which the first is not timed
 
 
-def measured(config: Config, *, dense: bool = False, what: Sequence[str] = ("memory", "time")) -> dict[str, Any]:
+def measured(
+    config: Config, *, dense: bool = False, what: Sequence[str] = ("memory", "time")
+) -> dict[str, Any]:
     """Peak memory above the process's own, and the median optimizer step, of a few steps on random tokens.
 
-    A process for each, as the memory is measured with large blocks given back when they are freed, which takes time.
+    A process for each, as the memory is measured with large blocks given back when they are freed, which
+    takes time.
 
     Returns:
         {"peak_bytes": …, "wall_s": …, "cpu_s": …}, or the part of it that is asked for.
@@ -42,23 +45,42 @@ def measured(config: Config, *, dense: bool = False, what: Sequence[str] = ("mem
     found: dict[str, Any] = {}
     for name in what:
         asked = {"config": config.as_dict(), "steps": STEPS[name], "dense": dense}
-        made = machine.in_fresh_process(__name__, asked, what=f"training {STEPS[name]} steps of this config", memory=name == "memory")
+        made = machine.in_fresh_process(
+            __name__, asked, what=f"training {STEPS[name]} steps of this config", memory=name == "memory"
+        )
         found |= {key: value for key, value in made.items() if (key == "peak_bytes") == (name == "memory")}
     return found
 
 
 def measured_here(config: Config, *, steps: int, dense: bool) -> dict[str, Any]:
-    """What the fresh process does: teacher, student and trainer as in a run; random rows as long as the config allows."""
+    """What the fresh process does: teacher, student and trainer as in a run; random rows as long as the
+    config allows.
+    """
     tokenizer = models.tokenizer_of(config)
-    rows = config.training.get("per_device_train_batch_size", 8) * config.training.get("gradient_accumulation_steps", 1) * steps
+    rows = (
+        config.training.get("per_device_train_batch_size", 8)
+        * config.training.get("gradient_accumulation_steps", 1)
+        * steps
+    )
     prepared = (_classified if config.task == "sequence-classification" else _drawn)(config, tokenizer, rows)
     dtype, _ = models.precision_of(config)
     clock = StepClock()
     with tempfile.TemporaryDirectory() as folder, machine.peak_memory(models.device_of(config)) as peak:
         teacher = tasks.load_teacher(config, prepared, dtype)
-        student = tasks.untrained_student(config, prepared, kept_layers(config, teacher.model.config.num_hidden_layers))
-        training.train(config, StudentFolder(Path(folder)), student=student, teacher=teacher, tokenizer=tokenizer, prepared=prepared,
-                       stop_after=steps, dense=dense, callbacks=[clock])
+        student = tasks.untrained_student(
+            config, prepared, kept_layers(config, teacher.model.config.num_hidden_layers)
+        )
+        training.train(
+            config,
+            StudentFolder(Path(folder)),
+            student=student,
+            teacher=teacher,
+            tokenizer=tokenizer,
+            prepared=prepared,
+            stop_after=steps,
+            dense=dense,
+            callbacks=[clock],
+        )
     return {"peak_bytes": peak["bytes"], **clock.figures(1)}
 
 
@@ -71,7 +93,10 @@ def _drawn(config: Config, tokenizer: PreTrainedTokenizerBase, count: int) -> Pr
 def _classified(config: Config, tokenizer: PreTrainedTokenizerBase, count: int) -> Prepared:
     """Likewise, with the data's classes: by these the models' heads are made."""
     real = tasks.prepare(config, tokenizer)
-    drawn = {"input_ids": _ids(config, tokenizer, count), "label": torch.randint(len(real.labels), (count,)).tolist()}
+    drawn = {
+        "input_ids": _ids(config, tokenizer, count),
+        "label": torch.randint(len(real.labels), (count,)).tolist(),
+    }
     if "teacher_input_ids" in real.train.column_names:
         drawn["teacher_input_ids"] = _ids(config, models.load_tokenizer(config.teacher.model), count)
     rows = Dataset.from_dict(drawn)

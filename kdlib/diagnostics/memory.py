@@ -1,7 +1,8 @@
-"""How much memory a training will take, moment by moment and part by part, and how long, known before a weight is loaded.
+"""How much memory a training will take, moment by moment and part by part, and how long, known before a
+weight is loaded.
 
-The step is rehearsed without data (kdlib.diagnostics.fake_step) and every tensor of it counted (kdlib.diagnostics.charges);
-its pieces are timed on models of few layers (kdlib.diagnostics.probe).
+The step is rehearsed without data (kdlib.diagnostics.fake_step) and every tensor of it counted
+(kdlib.diagnostics.charges); its pieces are timed on models of few layers (kdlib.diagnostics.probe).
 """
 
 import math
@@ -28,7 +29,9 @@ MARGIN = 0.15  # of the forecast: what it may be wrong by
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes on one device at each moment of an optimizer step, and of an evaluation; seconds where they were asked for."""
+    """Bytes on one device at each moment of an optimizer step, and of an evaluation; seconds where they
+    were asked for.
+    """
 
     device: str
     precision: str
@@ -41,7 +44,8 @@ class Forecast:
     flops: float  # multiplications and additions of the matrix products of an optimizer step
     parameters: Mapping[str, int]  # of student and teacher
     notes: tuple[str, ...] = ()
-    time: Mapping[str, Any] | None = None  # see kdlib.diagnostics.probe.pace; and "steps", "train_s", "evaluations", "evaluation_s"
+    # see kdlib.diagnostics.probe.pace; and "steps", "train_s", "evaluations", "evaluation_s"
+    time: Mapping[str, Any] | None = None
 
     @property
     def moment(self) -> str:
@@ -55,8 +59,14 @@ class Forecast:
 
     @property
     def peak_in_training(self) -> int:
-        """Bytes held at the highest point of an optimizer step, without what the process itself takes: as one measures it."""
-        return max(sum(parts.values()) - parts["framework"] for name, parts in self.moments.items() if name != "evaluation")
+        """Bytes held at the highest point of an optimizer step, without what the process itself takes: as
+        one measures it.
+        """
+        return max(
+            sum(parts.values()) - parts["framework"]
+            for name, parts in self.moments.items()
+            if name != "evaluation"
+        )
 
     @property
     def verdict(self) -> str:
@@ -74,23 +84,34 @@ def verdict(peak: float, memory: float) -> str:
 
 
 def forecast(
-    config: Config, *, memory: float | None = None, device: str | None = None, devices: int | None = None, rows: int | None = None,
-    classes: int | None = None, timed: bool = False, dense: bool = False, every_layer: bool = False,
+    config: Config,
+    *,
+    memory: float | None = None,
+    device: str | None = None,
+    devices: int | None = None,
+    rows: int | None = None,
+    classes: int | None = None,
+    timed: bool = False,
+    dense: bool = False,
+    every_layer: bool = False,
 ) -> Forecast:
     """What a config's training will hold in memory, per device, and how long it will take.
 
     Args:
         memory: GiB of the device; what the present one has, and has free, where None.
-        device: cpu or cuda; where the config would run here, where None.  On another device `precision: auto` is bfloat16.
+        device: cpu or cuda; where the config would run here, where None.  On another device `precision: auto`
+            is bfloat16.
         devices: over which the training is spread; torchrun's WORLD_SIZE where None.
-        rows: of the training data: the number of steps of so many epochs, and the choice of compiling, depend on it.
+        rows: of the training data: the number of steps of so many epochs, and the choice of compiling, depend
+            on it.
         classes: of the data, where rows are classified; what the config or the teacher says of it where None.
         timed: time the pieces of a step here, some 20 s; not for another device.
         dense: all logits at once, whatever the models' heads.
         every_layer: rehearse all layers, where a few alike would tell: the slow reference.
 
     Raises:
-        ModelError, ConfigError: models that do not exist or fit each other, arguments that transformers refuses.
+        ModelError, ConfigError: models that do not exist or fit each other, arguments that transformers
+            refuses.
     """
     here = "cuda" if device_of(config).type == "cuda" else "cpu"
     kind = device or here
@@ -101,29 +122,59 @@ def forecast(
     compiled = workspace_of(config, args, rows or 0, plan.vocabulary).compiled
     chunk = config.loss.chunk
     if chunk == "auto":
-        chunk = chunk_tokens(plan.vocabulary, product_dtype(dtype, torch.device(kind)).itemsize, torch.device(kind), free=free)
-    charges = Charges(plan, args, kind, dtype, RehearsedWorkspace(chunk, compiled=compiled, kind=kind), dense, every_layer)
+        chunk = chunk_tokens(
+            plan.vocabulary, product_dtype(dtype, torch.device(kind)).itemsize, torch.device(kind), free=free
+        )
+    charges = Charges(
+        plan, args, kind, dtype, RehearsedWorkspace(chunk, compiled=compiled, kind=kind), dense, every_layer
+    )
     moments = charges.moments()
     found = Forecast(
-        device=kind, precision=str(dtype).removeprefix("torch."), total=total, free=free, devices=devices,
-        moments={name: spread(parts, charges, devices) for name, parts in moments.items()}, compiled=compiled,
-        chunk=None if dense or stated_form(charges.student) is None else chunk, flops=charges.flops, notes=(*plan.notes, *charges.notes),
+        device=kind,
+        precision=str(dtype).removeprefix("torch."),
+        total=total,
+        free=free,
+        devices=devices,
+        moments={name: spread(parts, charges, devices) for name, parts in moments.items()},
+        compiled=compiled,
+        chunk=None if dense or stated_form(charges.student) is None else chunk,
+        flops=charges.flops,
+        notes=(*plan.notes, *charges.notes),
         parameters={"student": parameters(charges.student), "teacher": parameters(charges.teacher)},
     )
     if not timed or kind != here:
         return found
-    job = Job(plan=plan, dtype=dtype, device=device_of(config), rows=args.per_device_train_batch_size,
-              eval_rows=args.per_device_eval_batch_size, accumulation=args.gradient_accumulation_steps, chunk=chunk, compiled=compiled,
-              dense=dense, flops=found.flops, bytes=found.peak, parameters=found.parameters["student"])
+    job = Job(
+        plan=plan,
+        dtype=dtype,
+        device=device_of(config),
+        rows=args.per_device_train_batch_size,
+        eval_rows=args.per_device_eval_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        chunk=chunk,
+        compiled=compiled,
+        dense=dense,
+        flops=found.flops,
+        bytes=found.peak,
+        parameters=found.parameters["student"],
+    )
     return replace(found, time=_whole_run(config, args, pace(job, found.free), rows, devices))
 
 
-def _whole_run(config: Config, args: TrainingArguments, found: dict[str, Any], rows: int | None, devices: int) -> dict[str, Any]:
-    """The pace, and what follows from it for all steps and evaluations; None where the number of rows is needed and not known."""
+def _whole_run(
+    config: Config, args: TrainingArguments, found: dict[str, Any], rows: int | None, devices: int
+) -> dict[str, Any]:
+    """The pace, and what follows from it for all steps and evaluations; None where the number of rows is
+    needed and not known.
+    """
     course = extent(args, config.data.max_train_rows if rows is None else rows, devices=devices)
     if course.steps is None:
         return {**found, "steps": None, "train_s": None}
-    times = {**found, "steps": course.steps, "train_s": course.steps * found["step_s"] + (found["first_s"] or 0.0)}
+    times = {
+        **found,
+        "steps": course.steps,
+        "train_s": course.steps * found["step_s"] + (found["first_s"] or 0.0),
+    }
     if not course.evaluations or found["eval_batch_s"] is None or config.data.max_eval_rows is None:
         return times
     batches = math.ceil(config.data.max_eval_rows / (args.per_device_eval_batch_size * devices))

@@ -1,4 +1,6 @@
-"""A forecast as one reads it: the parts at each moment, what would make it fit, which card would do, how long it takes."""
+"""A forecast as one reads it: the parts at each moment, what would make it fit, which card would do, how
+long it takes.
+"""
 
 import math
 from collections.abc import Mapping
@@ -12,16 +14,38 @@ from kdlib.diagnostics.measurement import measured
 from kdlib.diagnostics.memory import forecast
 from kdlib.diagnostics.remedies import Remedy, cards, remedies
 
-ORDER = ("framework", "teacher's weights", "teacher's activations", "student's parameters", "cast weights", "gathered weights", "gradients",
-         "gradient buckets", "optimizer state", "activations", "logits", "head's gradient", "temporaries")
+ORDER = (
+    "framework",
+    "teacher's weights",
+    "teacher's activations",
+    "student's parameters",
+    "cast weights",
+    "gathered weights",
+    "gradients",
+    "gradient buckets",
+    "optimizer state",
+    "activations",
+    "logits",
+    "head's gradient",
+    "temporaries",
+)
 
-SMALLEST = 8  # GiB of the card for which `loss.chunk: auto` is resolved in the table of cards: larger ones take no larger chunks
+# GiB of the card for which `loss.chunk: auto` is resolved in the table of cards: larger ones take no larger
+# chunks
+SMALLEST = 8
 BUSY = 0.2  # cores kept busy by others, above which the times of a probe are doubtful
 
 
 def outlook(
-    config: Config, *, memory: float | None = None, devices: int | None = None, rows: int | None = None, classes: int | None = None,
-    timed: bool = True, measure: bool = False, every_card: bool = False,
+    config: Config,
+    *,
+    memory: float | None = None,
+    devices: int | None = None,
+    rows: int | None = None,
+    classes: int | None = None,
+    timed: bool = True,
+    measure: bool = False,
+    every_card: bool = False,
 ) -> dict[str, Any]:
     """Everything that `kd forecast` says, as plain data.
 
@@ -33,13 +57,18 @@ def outlook(
         every_card: also for each usual size of a card, whether the config fits or with which change.
 
     Returns:
-        `Forecast.as_dict()` with "remedies" and, where asked for, "measured", "cards", "card_precision" and "card_peak".
+        `Forecast.as_dict()` with "remedies" and, where asked for, "measured", "cards", "card_precision" and
+        "card_peak".
     """
     found = forecast(config, memory=memory, devices=devices, rows=rows, classes=classes, timed=timed)
     again = partial(forecast, memory=memory, devices=devices, rows=rows, classes=classes)
-    data = found.as_dict() | {"remedies": [_plain(remedy) for remedy in remedies(config, found, found.free, again)]}
+    data = found.as_dict() | {
+        "remedies": [_plain(remedy) for remedy in remedies(config, found, found.free, again)]
+    }
     if every_card:
-        on_cuda = partial(forecast, memory=SMALLEST, device="cuda", devices=devices, rows=rows, classes=classes)
+        on_cuda = partial(
+            forecast, memory=SMALLEST, device="cuda", devices=devices, rows=rows, classes=classes
+        )
         there = on_cuda(config)
         lines = [{**line, "remedy": _plain(line["remedy"])} for line in cards(config, there, on_cuda)]
         data |= {"cards": lines, "card_precision": there.precision, "card_peak": there.peak}
@@ -48,16 +77,30 @@ def outlook(
 
 def described(data: Mapping[str, Any]) -> str:
     """The same for people."""
-    sections = (_heading(data) + _parts(data), _fit(data), _time(data), _measured(data), _cards(data), _notes(data))
+    sections = (
+        _heading(data) + _parts(data),
+        _fit(data),
+        _time(data),
+        _measured(data),
+        _cards(data),
+        _notes(data),
+    )
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
 
 def _heading(data: Mapping[str, Any]) -> list[str]:
     sizes = ", ".join(f"{name} {count / 1e6:,.1f} M parameters" for name, count in data["parameters"].items())
-    chunk = f"logits of {data['chunk']} tokens at a time" if data["chunk"] else "all logits at once (no plain head)"
+    chunk = (
+        f"logits of {data['chunk']} tokens at a time"
+        if data["chunk"]
+        else "all logits at once (no plain head)"
+    )
     many = f"on each of {data['devices']} devices" if data["devices"] > 1 else "on one device"
-    return [f"{sizes}; {data['precision']} on {data['device']}; {chunk}",
-            f"memory, GiB, {many}, at the highest point of each moment of a step:", ""]
+    return [
+        f"{sizes}; {data['precision']} on {data['device']}; {chunk}",
+        f"memory, GiB, {many}, at the highest point of each moment of a step:",
+        "",
+    ]
 
 
 def _parts(data: Mapping[str, Any]) -> list[str]:
@@ -66,20 +109,38 @@ def _parts(data: Mapping[str, Any]) -> list[str]:
     width = max(map(len, moments)) + 2
     rows = [f"{'':24}" + "".join(f"{moment:>{width}}" for moment in moments)]
     for name in names:
-        rows.append(f"{name:24}" + "".join(f"{_gib(parts.get(name, 0)):>{width}}" for parts in moments.values()))
-    return [*rows, f"{'total':24}" + "".join(f"{_gib(sum(parts.values())):>{width}}" for parts in moments.values())]
+        rows.append(
+            f"{name:24}" + "".join(f"{_gib(parts.get(name, 0)):>{width}}" for parts in moments.values())
+        )
+    return [
+        *rows,
+        f"{'total':24}" + "".join(f"{_gib(sum(parts.values())):>{width}}" for parts in moments.values()),
+    ]
 
 
 def _fit(data: Mapping[str, Any]) -> list[str]:
-    here = f"{_gib(data['free'])} GiB free of {_gib(data['total'])}" if data["free"] != data["total"] else f"{_gib(data['total'])} GiB"
+    here = (
+        f"{_gib(data['free'])} GiB free of {_gib(data['total'])}"
+        if data["free"] != data["total"]
+        else f"{_gib(data['total'])} GiB"
+    )
     lines = [f"peak {_gib(data['peak'])} GiB, {data['moment']}; {here}: {data['verdict']}"]
     if data["verdict"] == "tight":
         lines.append("  the forecast may be wrong by 15 %, and so much is not free")
     fitting = [remedy for remedy in data["remedies"] if remedy["peak"] <= data["free"]]
-    lines += [f"  {_gib(remedy['peak'])} GiB with {remedy['overrides']}   ({remedy['what']})" for remedy in fitting]
+    lines += [
+        f"  {_gib(remedy['peak'])} GiB with {remedy['overrides']}   ({remedy['what']})" for remedy in fitting
+    ]
     if data["verdict"] == "does not fit" and not fitting:
-        least = f": with all of them it still takes {_gib(data['remedies'][0]['peak'])} GiB" if data["remedies"] else ""
-        lines.append(f"  no change of batch, length, logits or precision makes it fit{least}; take smaller models, or more memory")
+        least = (
+            f": with all of them it still takes {_gib(data['remedies'][0]['peak'])} GiB"
+            if data["remedies"]
+            else ""
+        )
+        lines.append(
+            f"  no change of batch, length, logits or precision makes it fit{least}; take smaller models, or "
+            "more memory"
+        )
     return lines
 
 
@@ -89,12 +150,19 @@ def _time(data: Mapping[str, Any]) -> list[str]:
         return ["time: not forecast"]
     lines = [f"time: {_seconds(time['step_s'])} per optimizer step ({time['how']})"]
     if time.get("cores_of_others", 0) > BUSY:
-        lines.append(f"  other processes kept {time['cores_of_others']:.1f} cores busy meanwhile: the times are those of a busy machine")
+        lines.append(
+            f"  other processes kept {time['cores_of_others']:.1f} cores busy meanwhile: the times are those "
+            "of a busy machine"
+        )
     if time.get("first_s"):
         lines.append(f"  the first step takes {_seconds(time['first_s'])} more")
     if time.get("train_s") is None:
         return [*lines, "  the whole run: not known without the number of rows; give --rows"]
-    evaluation = f", and {_seconds(time['evaluation_s'])} for {time['evaluations']} evaluations" if time.get("evaluation_s") else ""
+    evaluation = (
+        f", and {_seconds(time['evaluation_s'])} for {time['evaluations']} evaluations"
+        if time.get("evaluation_s")
+        else ""
+    )
     run = f"{_seconds(time['train_s'])} for {time['steps']} steps{evaluation}"
     return [*lines, f"  the whole run: {run}; without checkpoints, baseline and comparison"]
 
@@ -103,12 +171,17 @@ def _measured(data: Mapping[str, Any]) -> list[str]:
     if not (found := data.get("measured")):
         return []
     ahead = data["peak_in_training"]
-    lines = ["against a few measured steps, in processes of their own:",
-             f"  memory above the process's own: forecast {_gib(ahead)} GiB, measured {_gib(found['peak_bytes'])}, "
-             f"ratio {ahead / found['peak_bytes']:.2f}"]
+    lines = [
+        "against a few measured steps, in processes of their own:",
+        f"  memory above the process's own: forecast {_gib(ahead)} GiB, measured "
+        f"{_gib(found['peak_bytes'])}, "
+        f"ratio {ahead / found['peak_bytes']:.2f}",
+    ]
     if data["time"]:
-        lines.append(f"  an optimizer step: forecast {data['time']['step_s']:.2f} s, measured {found['wall_s']:.2f}, "
-                     f"ratio {data['time']['step_s'] / found['wall_s']:.2f}")
+        lines.append(
+            f"  an optimizer step: forecast {data['time']['step_s']:.2f} s, measured {found['wall_s']:.2f}, "
+            f"ratio {data['time']['step_s'] / found['wall_s']:.2f}"
+        )
     return lines
 
 

@@ -1,6 +1,8 @@
-"""How long an optimizer step will take on this machine: its pieces timed at their real sizes, on models of few layers.
+"""How long an optimizer step will take on this machine: its pieces timed at their real sizes, on models of
+few layers.
 
-Every layer of a model costs about the same, so two numbers of layers give the cost of one and of what surrounds them.
+Every layer of a model costs about the same, so two numbers of layers give the cost of one and of what
+surrounds them.
 """
 
 import statistics
@@ -20,7 +22,8 @@ from kdlib.losses.buffers import Workspace
 from kdlib.losses.objective import feature_terms
 
 ROUNDS = 3  # timed, after one that is not
-LAYER_SECONDS = 2.0  # of work that the larger of the two models has more than the smaller: enough to stand out from the noise
+# of work that the larger of the two models has more than the smaller: enough to stand out from the noise
+LAYER_SECONDS = 2.0
 LONGEST = 40.0  # seconds that a probe may be expected to take, and after which no further round is begun
 UTILISATION = 0.5  # of the fastest matrix product, where a step is too large to be probed
 
@@ -56,16 +59,29 @@ def pace(job: Job, free: int) -> dict[str, Any]:
         free: bytes that the probe may use.
 
     Returns:
-        {"step_s": wall, "step_cpu_s": of all threads (None on CUDA), "first_s": what the first step takes more, "eval_batch_s": wall,
-        "phases": {phase: wall seconds per micro-batch}, "how": in words}; from the matrix products alone where a probe would be too large.
-        A probe also says how many "cores_of_others" other processes kept busy meanwhile, on which its times depend.
+        {"step_s": wall, "step_cpu_s": of all threads (None on CUDA), "first_s": what the first step takes
+        more, "eval_batch_s": wall, "phases": {phase: wall seconds per micro-batch}, "how": in words}; from
+        the matrix products alone where a probe would be too large. A probe also says how many
+        "cores_of_others" other processes kept busy meanwhile, on which its times depend.
     """
     speed = machine.matmul_speed(job.dtype, job.device)
     small, large = _sizes(job, speed)
     share = job.flops / job.accumulation / speed * (sum(small) + sum(large)) / sum(job.layers)
-    if share * (ROUNDS + 1) * 1.5 > LONGEST or job.bytes * max(a / b for a, b in zip(large, job.layers, strict=True)) > free / 2:
-        return {"step_s": job.flops / speed / UTILISATION, "step_cpu_s": None, "first_s": None, "eval_batch_s": None, "phases": {},
-                "how": f"matrix products at {UTILISATION:.0%} of the {speed / 1e9:,.0f} GFLOP/s measured: too large to be probed here"}
+    if (
+        share * (ROUNDS + 1) * 1.5 > LONGEST
+        or job.bytes * max(a / b for a, b in zip(large, job.layers, strict=True)) > free / 2
+    ):
+        return {
+            "step_s": job.flops / speed / UTILISATION,
+            "step_cpu_s": None,
+            "first_s": None,
+            "eval_batch_s": None,
+            "phases": {},
+            "how": (
+                f"matrix products at {UTILISATION:.0%} of the {speed / 1e9:,.0f} GFLOP/s measured: too "
+                "large to be probed here"
+            ),
+        }
     return _probed(job, small, large)
 
 
@@ -78,8 +94,16 @@ def _sizes(job: Job, speed: float) -> tuple[tuple[int, int], tuple[int, int]]:
 
 def _probed(job: Job, small: tuple[int, int], large: tuple[int, int]) -> dict[str, Any]:
     workspace = Workspace(job.chunk, compiled=job.compiled)
-    made = {size: Rehearsal(job.plan.with_layers(*size), dtype=job.dtype, workspace=workspace, dense=job.dense, device=str(job.device))
-            for size in dict.fromkeys((small, large))}
+    made = {
+        size: Rehearsal(
+            job.plan.with_layers(*size),
+            dtype=job.dtype,
+            workspace=workspace,
+            dense=job.dense,
+            device=str(job.device),
+        )
+        for size in dict.fromkeys((small, large))
+    }
     rounds: dict[tuple[int, int], list[Times]] = {size: [] for size in made}
     began, busy = time.perf_counter(), _seconds_of_others()
     for number in range(ROUNDS + 1):
@@ -90,18 +114,38 @@ def _probed(job: Job, small: tuple[int, int], large: tuple[int, int]) -> dict[st
     others = max(_seconds_of_others() - busy, 0.0) / (time.perf_counter() - began)
     first = rounds[small][0]["loss"][0] - statistics.median(times["loss"][0] for times in rounds[small][1:])
     found = {size: _medians(lines[1:]) for size, lines in rounds.items()}
-    alone = ["optimizer", "evaluation: measures"]  # do not depend on the layers, nor does a loss that does not look inside
+    # do not depend on the layers, nor does a loss that does not look inside
+    alone = ["optimizer", "evaluation: measures"]
     alone += [] if feature_terms(job.plan.config.loss.weights) else ["loss"]
-    phases = {name: [at_layers(job.layers, name, found[small][name][which], found[large][name][which], small,
-                               small if name in alone else large) for which in (0, 1)] for name in found[small]}
+    phases = {
+        name: [
+            at_layers(
+                job.layers,
+                name,
+                found[small][name][which],
+                found[large][name][which],
+                small,
+                small if name in alone else large,
+            )
+            for which in (0, 1)
+        ]
+        for name in found[small]
+    }
     micro = [sum(phases[name][which] for name in PHASES if name in phases) for which in (0, 1)]
     step = [job.accumulation * seconds + phases["optimizer"][which] for which, seconds in enumerate(micro)]
     evaluation = sum(seconds for name, (seconds, _) in phases.items() if name.startswith("evaluation"))
     cpu = None if job.device.type == "cuda" else step[1]
     return {
-        "step_s": step[0], "step_cpu_s": cpu, "first_s": max(first, 0.0), "eval_batch_s": evaluation,
-        "phases": {name: seconds for name, (seconds, _) in phases.items()}, "cores_of_others": others,
-        "how": f"probed with {large[0]} of {job.layers[0]} and {large[1]} of {job.layers[1]} layers, against one of each",
+        "step_s": step[0],
+        "step_cpu_s": cpu,
+        "first_s": max(first, 0.0),
+        "eval_batch_s": evaluation,
+        "phases": {name: seconds for name, (seconds, _) in phases.items()},
+        "cores_of_others": others,
+        "how": (
+            f"probed with {large[0]} of {job.layers[0]} and {large[1]} of {job.layers[1]} layers, against "
+            "one of each"
+        ),
     }
 
 
@@ -135,7 +179,9 @@ def _evaluation(job: Job, rehearsal: Rehearsal, batch: Mapping[str, torch.Tensor
     rehearsal.evaluate(batch, rehearsal.moments[-1], partial(_clock, times, job.device))
     each = job.eval_rows / job.rows
     parts = {name: times[name] for name in ("student's forward", "teacher's forward")}
-    parts["measures"] = tuple(times["evaluation"][which] - sum(part[which] for part in parts.values()) for which in (0, 1))
+    parts["measures"] = tuple(
+        times["evaluation"][which] - sum(part[which] for part in parts.values()) for which in (0, 1)
+    )
     return {f"evaluation: {name}": tuple(seconds * each for seconds in part) for name, part in parts.items()}
 
 
@@ -155,4 +201,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _medians(lines: list[Times]) -> Times:
-    return {name: tuple(statistics.median(line[name][which] for line in lines) for which in (0, 1)) for name in lines[0]}
+    return {
+        name: tuple(statistics.median(line[name][which] for line in lines) for which in (0, 1))
+        for name in lines[0]
+    }

@@ -1,4 +1,6 @@
-"""Changes of a config that need less memory, the cheapest first, each judged by a forecast of the changed config."""
+"""Changes of a config that need less memory, the cheapest first, each judged by a forecast of the changed
+config.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,34 +28,58 @@ class Remedy:
     @property
     def overrides(self) -> str:
         """As they are written on the command line."""
-        return " ".join(f"-o {name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in self.changes.items())
+        return " ".join(
+            f"-o {name}={str(value).lower() if isinstance(value, bool) else value}"
+            for name, value in self.changes.items()
+        )
 
 
 def single_changes(config: Config, forecast: Forecast) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What may be changed by itself, the cheapest in time and in what the training means first; the effective batch stays."""
+    """What may be changed by itself, the cheapest in time and in what the training means first; the
+    effective batch stays.
+    """
     training = config.training
-    batch, accumulation = training.get("per_device_train_batch_size", 8), training.get("gradient_accumulation_steps", 1)
+    batch, accumulation = (
+        training.get("per_device_train_batch_size", 8),
+        training.get("gradient_accumulation_steps", 1),
+    )
     if forecast.moment == "evaluation" and training.get("per_device_eval_batch_size", 8) > 1:
         yield "evaluate one row at a time", {"training.per_device_eval_batch_size": 1}
     if not (training.get("activation_checkpointing") or training.get("gradient_checkpointing")):
-        yield "activation checkpointing: a third more time for the student", {"training.activation_checkpointing": True}
-    for rows in sorted({rows for rows in (batch // 2, batch // 4, 1) if 0 < rows < batch and batch % rows == 0}, reverse=True):
-        yield f"{rows} rows at a time, {batch // rows} times as many per step: the same effective batch", {
-            "training.per_device_train_batch_size": rows, "training.gradient_accumulation_steps": accumulation * (batch // rows)}
+        yield (
+            "activation checkpointing: a third more time for the student",
+            {"training.activation_checkpointing": True},
+        )
+    for rows in sorted(
+        {rows for rows in (batch // 2, batch // 4, 1) if 0 < rows < batch and batch % rows == 0}, reverse=True
+    ):
+        yield (
+            f"{rows} rows at a time, {batch // rows} times as many per step: the same effective batch",
+            {
+                "training.per_device_train_batch_size": rows,
+                "training.gradient_accumulation_steps": accumulation * (batch // rows),
+            },
+        )
     if forecast.chunk and forecast.chunk > 64:
         yield "logits of fewer tokens at a time", {"loss.chunk": 64}
     if forecast.precision == "float32":
-        yield "bfloat16 for the teacher and for the products: slower on a CPU without it", {"precision": "bfloat16"}
+        yield (
+            "bfloat16 for the teacher and for the products: slower on a CPU without it",
+            {"precision": "bfloat16"},
+        )
     if (length := config.data.max_length // 2) >= SHORTEST:
         yield "half as long rows: the student sees less context", {"data.max_length": length}
 
 
-def remedies(config: Config, found: Forecast, memory: int, forecaster: Forecaster, *, count: int = 3) -> list[Remedy]:
-    """The cheapest changes with which the training fits into `memory` bytes: single ones, else more and more together.
+def remedies(
+    config: Config, found: Forecast, memory: int, forecaster: Forecaster, *, count: int = 3
+) -> list[Remedy]:
+    """The cheapest changes with which the training fits into `memory` bytes: single ones, else more and more
+    together.
 
     Returns:
-        Up to `count`; the last resort alone, if even that does not fit, so that one sees what is missing.  Empty where the
-        config fits as it is.
+        Up to `count`; the last resort alone, if even that does not fit, so that one sees what is missing.
+        Empty where the config fits as it is.
     """
     if verdict(found.peak, memory) != "does not fit":
         return []
@@ -78,10 +104,14 @@ def remedies(config: Config, found: Forecast, memory: int, forecaster: Forecaste
 
 def _together(singles: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[str, dict[str, Any]]:
     """Several changes as one; of two that set the same, the later one counts."""
-    return "; ".join(what.split(":")[0] for what, _ in singles), {name: value for _, changes in singles for name, value in changes.items()}
+    return "; ".join(what.split(":")[0] for what, _ in singles), {
+        name: value for _, changes in singles for name, value in changes.items()
+    }
 
 
-def cards(config: Config, found: Forecast, forecaster: Forecaster, sizes: tuple[int, ...] = CARDS) -> list[dict[str, Any]]:
+def cards(
+    config: Config, found: Forecast, forecaster: Forecaster, sizes: tuple[int, ...] = CARDS
+) -> list[dict[str, Any]]:
     """For each usual memory size: whether the config fits as it is, and else with which change.
 
     Returns:

@@ -1,4 +1,6 @@
-"""What the chunked losses keep between steps: two buffers of logits, and the compiled arithmetic on their rows."""
+"""What the chunked losses keep between steps: two buffers of logits, and the compiled arithmetic on their
+rows.
+"""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -12,23 +14,28 @@ from torch import Tensor
 from kdlib.losses.signals import Form, Signal
 
 PIECE, LEAST = 64, 8  # rows worked on at a time on a CPU, at most and at least; what is compiled
-CACHED = 8 * 2**20  # bytes of both models' logits in a piece: its passes then find them in a core's own caches, not in memory
+# bytes of both models' logits in a piece: its passes then find them in a core's own caches, not in memory
+CACHED = 8 * 2**20
 LINE, PAGE = 64, 4096  # bytes of a CPU's cache line, and of a page of its memory
 CPU_BUDGET, BUDGET = 256 * 2**20, 2**30  # bytes of logits, student's and teacher's, at most
 log = logging.getLogger(__name__)
 
 
 class Workspace:
-    """Buffers for the logits of one chunk, student's and teacher's, and the row arithmetic between the matrix products.
+    """Buffers for the logits of one chunk, student's and teacher's, and the row arithmetic between the matrix
+    products.
 
-    Keeping the buffers spares the page faults of fresh memory at each step.  One workspace serves one training.
+    Keeping the buffers spares the page faults of fresh memory at each step.  One workspace serves one
+    training.
     """
 
     def __init__(self, chunk: int | None = None, *, compiled: bool = False) -> None:
         """
         Args:
-            chunk: tokens whose logits exist at a time; chosen from vocabulary, dtype and free memory where None.
-            compiled: compile the row arithmetic (seconds to half a minute, once); needs a C++ compiler on a CPU.
+            chunk: tokens whose logits exist at a time; chosen from vocabulary, dtype and free memory where
+                None.
+            compiled: compile the row arithmetic (seconds to half a minute, once); needs a C++ compiler on a
+                CPU.
         """
         self.chunk, self.compiled = chunk, compiled
         self._buffers: dict[str, Tensor] = {}
@@ -47,7 +54,8 @@ class Workspace:
         """The student's and the teacher's raw products with their heads for these rows, in the kept buffers.
 
         Returns:
-            [n or more, V] each: whole pieces where the arithmetic is compiled, so that it sees one shape only.
+            [n or more, V] each: whole pieces where the arithmetic is compiled, so that it sees one shape
+            only.
         """
         tokens = rows.stop - rows.start
         needed = max(-(-tokens // PIECE), 1) * PIECE if self.compiled else tokens
@@ -59,15 +67,22 @@ class Workspace:
             pair.append(buffer)
         return tuple(pair)
 
-    def rows(self, functions: Sequence[Callable], student: Form, teacher: Form | None) -> Callable[..., Tensor]:
+    def rows(
+        self, functions: Sequence[Callable], student: Form, teacher: Form | None
+    ) -> Callable[..., Tensor]:
         """The arithmetic on a chunk: [terms] sums; the student's products are overwritten by the gradient.
 
-        The function returned takes what `products` gave, targets [n], temperatures [terms] and weights [terms].
+        The function returned takes what `products` gave, targets [n], temperatures [terms] and weights
+        [terms].
         """
         return _by_pieces(self.arithmetic(functions, student, teacher), self.piece)
 
-    def arithmetic(self, functions: Sequence[Callable], student: Form, teacher: Form | None) -> Callable[..., Tensor]:
-        """What is done with one piece of a chunk: [terms, n] values; the student's products are overwritten."""
+    def arithmetic(
+        self, functions: Sequence[Callable], student: Form, teacher: Form | None
+    ) -> Callable[..., Tensor]:
+        """What is done with one piece of a chunk: [terms, n] values; the student's products are
+        overwritten.
+        """
         return (_compiled if self.compiled else _row_arithmetic)(tuple(functions), student, teacher)
 
     def piece(self, products: Tensor) -> int:
@@ -87,15 +102,20 @@ class Workspace:
 
 
 def row_width(vocabulary: int, itemsize: int, device: torch.device) -> int:
-    """Elements from one row of logits to the next: V, and on a CPU a cache line more where V fills whole pages.
+    """Elements from one row of logits to the next: V, and on a CPU a cache line more where V fills whole
+    pages.
 
-    Rows whole pages apart begin in the same few sets of the caches, and a product that writes a tile of many rows evicts itself.
+    Rows whole pages apart begin in the same few sets of the caches, and a product that writes a tile of many
+    rows evicts itself.
     """
-    return vocabulary + (LINE // itemsize if device.type == "cpu" and vocabulary * itemsize % PAGE == 0 else 0)
+    return vocabulary + (
+        LINE // itemsize if device.type == "cpu" and vocabulary * itemsize % PAGE == 0 else 0
+    )
 
 
 def chunk_tokens(vocabulary: int, itemsize: int, device: torch.device, *, free: int | None = None) -> int:
-    """How many tokens' logits to make at a time: a multiple of 64, as many as an eighth of the free memory holds, in bounds.
+    """How many tokens' logits to make at a time: a multiple of 64, as many as an eighth of the free memory
+    holds, in bounds.
 
     More make the products a little faster, up to a few hundred; memory grows in proportion.
 
@@ -120,25 +140,43 @@ def device_memory(device: torch.device) -> tuple[int, int]:
 def _by_pieces(arithmetic: Callable, piece: Callable[[Tensor], int]) -> Callable[..., Tensor]:
     """The same arithmetic done piece by piece, and summed over the rows that are tokens."""
 
-    def sums(products: Tensor, others: Tensor | None, targets: Tensor, temperatures: Tensor, weights: Tensor) -> Tensor:
+    def sums(
+        products: Tensor, others: Tensor | None, targets: Tensor, temperatures: Tensor, weights: Tensor
+    ) -> Tensor:
         size, padded, values = piece(products), F.pad(targets, (0, len(products) - len(targets))), []
         for start in range(0, max(len(products), 1), size):
             rows = slice(start, start + size)
-            values.append(arithmetic(products[rows], None if others is None else others[rows], padded[rows], temperatures, weights))
+            values.append(
+                arithmetic(
+                    products[rows],
+                    None if others is None else others[rows],
+                    padded[rows],
+                    temperatures,
+                    weights,
+                )
+            )
         return torch.cat(values, -1)[:, : len(targets)].sum(-1)
 
     return sums
 
 
-def _row_arithmetic(functions: Sequence[Callable], student: Form, teacher: Form | None) -> Callable[..., Tensor]:
-    """Values [terms, n] of n rows; the student's products are overwritten by the gradient of sum(weights * values)."""
+def _row_arithmetic(
+    functions: Sequence[Callable], student: Form, teacher: Form | None
+) -> Callable[..., Tensor]:
+    """Values [terms, n] of n rows; the student's products are overwritten by the gradient of sum(weights
+    * values).
+    """
 
-    def arithmetic(products: Tensor, others: Tensor | None, targets: Tensor, temperatures: Tensor, weights: Tensor) -> Tensor:
+    def arithmetic(
+        products: Tensor, others: Tensor | None, targets: Tensor, temperatures: Tensor, weights: Tensor
+    ) -> Tensor:
         teacher_logits = None if others is None else teacher.logits(others)
 
         def values_of(products: Tensor) -> Tensor:
             logits = student.logits(products)
-            return torch.stack([f(logits, teacher_logits, targets, temperatures[i]) for i, f in enumerate(functions)])
+            return torch.stack(
+                [f(logits, teacher_logits, targets, temperatures[i]) for i, f in enumerate(functions)]
+            )
 
         values, gradient_of = torch.func.vjp(values_of, products)
         (gradient,) = gradient_of(weights[:, None].expand_as(values).contiguous())
@@ -152,7 +190,8 @@ def _row_arithmetic(functions: Sequence[Callable], student: Form, teacher: Form 
 def _compiled(functions: tuple[Callable, ...], student: Form, teacher: Form | None) -> Callable[..., Tensor]:
     """The arithmetic compiled, or as it is where the compiler cannot; the log says so."""
     eager = _row_arithmetic(functions, student, teacher)
-    limits = torch._dynamo.config  # counts what was compiled for every objective of this process, as all share one code
+    # counts what was compiled for every objective of this process, as all share one code
+    limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, 64)
     chosen = torch.compile(eager, fullgraph=True)
 
@@ -162,7 +201,9 @@ def _compiled(functions: tuple[Callable, ...], student: Form, teacher: Form | No
             return chosen(*arguments)
         except torch._dynamo.exc.TorchDynamoException as error:  # before it touched anything
             why = " ".join(str(error).splitlines()[:2])
-            log.warning("the row arithmetic of the losses is not compiled, and some three times slower: %s", why)
+            log.warning(
+                "the row arithmetic of the losses is not compiled, and some three times slower: %s", why
+            )
             chosen = eager
             return eager(*arguments)
 

@@ -1,9 +1,10 @@
 """Loss terms evaluated chunk by chunk, so that no [N, V] tensor of logits ever exists.
 
-The gradient with respect to hidden states and head is made in the forward pass, while a chunk's logits are at hand:
-backward then only scales it.  Any number of terms shares one product with each head.  What remains is the cost of the
-matrix products: the logit buffers are kept between steps, the gradient overwrites the student's logits in place, and the
-arithmetic on the rows between the products may be compiled into a few passes over them.
+The gradient with respect to hidden states and head is made in the forward pass, while a chunk's logits are at
+hand: backward then only scales it.  Any number of terms shares one product with each head.  What remains is
+the cost of the matrix products: the logit buffers are kept between steps, the gradient overwrites the
+student's logits in place, and the arithmetic on the rows between the products may be compiled into a few
+passes over them.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +17,9 @@ from kdlib.losses.buffers import Workspace
 from kdlib.losses.signals import LinearSignal, Signal
 
 TokenFunction = Callable[[Tensor, Tensor | None, Tensor, Tensor | float], Tensor]
-"""(student logits [n, V], teacher logits [n, V] or None, targets [n], temperature) -> [n] per-token values."""
+"""(student logits [n, V], teacher logits [n, V] or None, targets [n], temperature) -> [n] per-token
+values.
+"""
 
 
 @dataclass(frozen=True)
@@ -29,25 +32,36 @@ class Weighted:
 
 
 def token_values(
-    student: Signal, teacher: Signal | None, targets: Tensor, *, terms: Sequence[Weighted], chunk: int | None = None
+    student: Signal,
+    teacher: Signal | None,
+    targets: Tensor,
+    *,
+    terms: Sequence[Weighted],
+    chunk: int | None = None,
 ) -> Tensor:
-    """Every term's value for every kept token, unweighted, as plain differentiable code: the reference, and how to evaluate.
+    """Every term's value for every kept token, unweighted, as plain differentiable code: the reference, and
+    how to evaluate.
 
     Args:
         student: N kept tokens.
         teacher: the same N tokens, or None where no term asks for it.
         targets: [N] token ids.
-        chunk: tokens whose logits are made at a time; all at once where None.  Under autograd all are kept for backward.
+        chunk: tokens whose logits are made at a time; all at once where None.  Under autograd all are kept
+            for backward.
 
     Returns:
         [terms, N] in float32, or float64 for float64 logits.
     """
-    student, teacher = (signal.cast() if isinstance(signal, LinearSignal) else signal for signal in (student, teacher))
+    student, teacher = (
+        signal.cast() if isinstance(signal, LinearSignal) else signal for signal in (student, teacher)
+    )
     parts = []
     for rows in _chunks(len(student), chunk or len(student)):
         logits = None if teacher is None else _teacher_logits(teacher, rows)
         ours = student.logits(rows)
-        parts.append(torch.stack([term.function(ours, logits, targets[rows], term.temperature) for term in terms]))
+        parts.append(
+            torch.stack([term.function(ours, logits, targets[rows], term.temperature) for term in terms])
+        )
     return torch.cat(parts, dim=-1)
 
 
@@ -60,26 +74,37 @@ def term_sums(
     count: Tensor | int = 1,
     workspace: Workspace | None = None,
 ) -> Tensor:
-    """Every term's sum over the kept tokens: chunked where the student is a LinearSignal, dense where it is not.
+    """Every term's sum over the kept tokens: chunked where the student is a LinearSignal, dense where it is
+    not.
 
     Args:
-        student: N kept tokens; gradient flows into a LinearSignal's hidden, weight and bias, or a DenseSignal's logits.
+        student: N kept tokens; gradient flows into a LinearSignal's hidden, weight and bias, or a
+            DenseSignal's logits.
         teacher: the same N tokens, or None; no gradient flows into it.
         terms: weights not 0.
-        count: a chunked gradient is that of `sum(weight * sum) / count`: back-propagate a multiple of that (what
-            `Ledger.total` is) and nothing else; anything else is refused.
+        count: a chunked gradient is that of `sum(weight * sum) / count`: back-propagate a multiple of that
+            (what `Ledger.total` is) and nothing else; anything else is refused.
         workspace: buffers kept between calls; made anew where None.
 
     Returns:
         [terms] sums; 0 where nothing is kept.
 
     Raises:
-        RuntimeError: on backward, when the sums were combined with other weights, or when a second derivative is asked for.
+        RuntimeError: on backward, when the sums were combined with other weights, or when a second derivative
+            is asked for.
     """
     if not (isinstance(student, LinearSignal) and torch.is_grad_enabled()):
         return token_values(student, teacher, targets, terms=terms).sum(-1)
     return _ChunkedSums.apply(
-        student.hidden, student.weight, student.bias, student, teacher, targets, tuple(terms), count, workspace or Workspace()
+        student.hidden,
+        student.weight,
+        student.bias,
+        student,
+        teacher,
+        targets,
+        tuple(terms),
+        count,
+        workspace or Workspace(),
     )
 
 
@@ -90,11 +115,16 @@ class _ChunkedSums(torch.autograd.Function):
         numbers = {"dtype": torch.promote_types(student.dtype, torch.float32), "device": hidden.device}
         temperatures = torch.tensor([term.temperature for term in terms], **numbers)
         weights = torch.tensor([term.weight for term in terms], **numbers)
-        if student.dtype is not torch.float16:  # whose range a gradient per token would leave before the loss is scaled up
+        # whose range a gradient per token would leave before the loss is scaled up
+        if student.dtype is not torch.float16:
             weights = weights / torch.as_tensor(count, device=hidden.device).clamp(min=1)
-        gradients = _Gradients((hidden, weight, bias), needed=ctx.needs_input_grad[:3], products=student.dtype)
+        gradients = _Gradients(
+            (hidden, weight, bias), needed=ctx.needs_input_grad[:3], products=student.dtype
+        )
         with torch.autocast(hidden.device.type, enabled=False):  # the dtype of the products is settled
-            arithmetic = workspace.rows([term.function for term in terms], student.form, None if teacher is None else teacher.form)
+            arithmetic = workspace.rows(
+                [term.function for term in terms], student.form, None if teacher is None else teacher.form
+            )
             sums = weights.new_zeros(len(terms))
             for rows in _chunks(len(student), workspace.chunk_for(student)):
                 products, others = workspace.products(student, teacher, rows)
@@ -108,14 +138,16 @@ class _ChunkedSums(torch.autograd.Function):
     def backward(ctx, grad_sums):
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "term_sums made its gradient in the forward pass, so there is no second derivative; call backward without "
+                "term_sums made its gradient in the forward pass, so there is no second derivative; call "
+                "backward without "
                 "create_graph, or use token_values, which is plain differentiable code"
             )
         weights = ctx.weights.to(grad_sums.dtype)
         scale = (grad_sums @ weights) / (weights @ weights)
         torch._assert_async(  # no wait for the device, unlike `if`
             (grad_sums - scale * weights).abs().amax() <= 1e-4 * grad_sums.abs().amax(),
-            "term_sums: its gradient was made for sum(weight * sum) / count with the weights given to it, and the sums were "
+            "term_sums: its gradient was made for sum(weight * sum) / count with the weights given to it, "
+            "and the sums were "
             "combined with others; back-propagate Ledger.total, or call it again with the weights you want",
         )
         if scale.device.type == "cpu" and abs(scale.item() - 1) <= 8 * torch.finfo(scale.dtype).eps:
@@ -125,17 +157,25 @@ class _ChunkedSums(torch.autograd.Function):
 
 
 class _Gradients:
-    """The gradients of hidden states, head and bias, added up chunk by chunk, in the wider of an input's and the products' dtype."""
+    """The gradients of hidden states, head and bias, added up chunk by chunk, in the wider of an input's
+    and the products' dtype.
+    """
 
-    def __init__(self, inputs: Sequence[Tensor | None], *, needed: Sequence[bool], products: torch.dtype) -> None:
+    def __init__(
+        self, inputs: Sequence[Tensor | None], *, needed: Sequence[bool], products: torch.dtype
+    ) -> None:
         self.dtypes = [x.dtype if need else None for x, need in zip(inputs, needed, strict=True)]
-        self.tensors = [torch.empty_like(x, dtype=torch.promote_types(x.dtype, products)) if need else None
-                        for x, need in zip(inputs, needed, strict=True)]
+        self.tensors = [
+            torch.empty_like(x, dtype=torch.promote_types(x.dtype, products)) if need else None
+            for x, need in zip(inputs, needed, strict=True)
+        ]
         self.begun = False  # the first chunk writes, the others add: no pass of zeros
 
     def finished(self) -> list[Tensor | None]:
         """Each in its input's dtype."""
-        return [None if x is None else x.to(dtype) for x, dtype in zip(self.tensors, self.dtypes, strict=True)]
+        return [
+            None if x is None else x.to(dtype) for x, dtype in zip(self.tensors, self.dtypes, strict=True)
+        ]
 
     def add(self, rows: slice, logits: Tensor, student: LinearSignal) -> None:
         """Take in a chunk's gradient with respect to the products with the head: [n, V]."""
@@ -163,5 +203,7 @@ def _teacher_logits(teacher: Signal, rows: slice) -> Tensor:
 
 
 def _chunks(tokens: int, size: int) -> list[slice]:
-    """Slices that cover `tokens`; one empty slice where there are none, so that every result keeps its shape and type."""
+    """Slices that cover `tokens`; one empty slice where there are none, so that every result keeps its
+    shape and type.
+    """
     return [slice(start, min(start + size, tokens)) for start in range(0, max(tokens, 1), max(size, 1))]

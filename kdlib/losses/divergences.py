@@ -5,8 +5,8 @@ Pure functions of log-probabilities; they know no mask, weight, temperature, log
     student_log_probs: [N, V] natural log; each row a distribution; -inf means "never".
     teacher_log_probs: [N, V] likewise, same vocabulary order; no gradient flows into it.
 
-and returns [N] nats (total variation: [N] from 0 to 1), >= 0 up to rounding and 0 where the two agree.  All raise
-ValueError where the two differ in shape.
+and returns [N] nats (total variation: [N] from 0 to 1), >= 0 up to rounding and 0 where the two agree.  All
+raise ValueError where the two differ in shape.
 """
 
 import math
@@ -42,12 +42,15 @@ def reverse_kl(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
 
 
 def generalized_jsd(student_log_probs: Tensor, teacher_log_probs: Tensor, *, beta: float = 0.5) -> Tensor:
-    """From forward KL (beta = 0) over four times the Jensen-Shannon divergence (0.5) to reverse KL (beta = 1).
+    """From forward KL (beta = 0) over four times the Jensen-Shannon divergence (0.5) to reverse KL (beta =
+    1).
 
-    [beta KL(teacher || m) + (1 - beta) KL(student || m)] / (beta (1 - beta)),  m = beta teacher + (1 - beta) student.
+    [beta KL(teacher || m) + (1 - beta) KL(student || m)] / (beta (1 - beta)),  m = beta teacher + (1 - beta)
+    student.
 
-    Agarwal et al. and TRL leave out the division: theirs is beta (1 - beta) times ours inside, tends to 0 at both ends, and
-    TRL then jumps to a KL exactly there.  Ours is continuous, so that beta can be swept without changing the weight's meaning.
+    Agarwal et al. and TRL leave out the division: theirs is beta (1 - beta) times ours inside, tends to 0 at
+    both ends, and TRL then jumps to a KL exactly there.  Ours is continuous, so that beta can be swept
+    without changing the weight's meaning.
 
     Reference: Agarwal et al. 2024 (GKD), https://arxiv.org/abs/2306.13649
     """
@@ -61,7 +64,8 @@ def generalized_jsd(student_log_probs: Tensor, teacher_log_probs: Tensor, *, bet
 
 
 def skewed_forward_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, *, alpha: float = 0.1) -> Tensor:
-    """KL(teacher || alpha teacher + (1 - alpha) student): forward KL whose gradient stays bounded; at most -log(alpha).
+    """KL(teacher || alpha teacher + (1 - alpha) student): forward KL whose gradient stays bounded; at most
+    -log(alpha).
 
     Reference: Ko et al. 2024 (DistiLLM), https://arxiv.org/abs/2402.03898
     """
@@ -70,7 +74,8 @@ def skewed_forward_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, *, a
 
 
 def skewed_reverse_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, *, alpha: float = 0.1) -> Tensor:
-    """KL(student || (1 - alpha) teacher + alpha student): reverse KL whose gradient stays bounded; at most -log(alpha).
+    """KL(student || (1 - alpha) teacher + alpha student): reverse KL whose gradient stays bounded; at most
+    -log(alpha).
 
     Reference: Ko et al. 2024 (DistiLLM), https://arxiv.org/abs/2402.03898
     """
@@ -79,11 +84,12 @@ def skewed_reverse_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, *, a
 
 
 def adaptive_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, *, head: float = 0.5) -> Tensor:
-    """Forward and reverse KL, mixed by where the student is wrong: in the teacher's likely tokens or in its unlikely ones.
+    """Forward and reverse KL, mixed by where the student is wrong: in the teacher's likely tokens or in its
+    unlikely ones.
 
-    The head is the fewest of the teacher's likeliest tokens that hold a mass of `head` (and those as likely as its last).
-    Forward KL weighs by the share of |teacher - student| that lies in the head, reverse KL by the rest; no gradient flows into
-    that share.
+    The head is the fewest of the teacher's likeliest tokens that hold a mass of `head` (and those as likely
+    as its last). Forward KL weighs by the share of |teacher - student| that lies in the head, reverse KL by
+    the rest; no gradient flows into that share.
 
     Reference: Wu et al. 2024, https://arxiv.org/abs/2404.02657
     """
@@ -91,11 +97,14 @@ def adaptive_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, *, head: f
     gap = (teacher_log_probs.exp() - student_log_probs.detach().exp()).abs()
     head_gap = (gap * _likeliest(teacher_log_probs, head)).sum(-1)
     share = head_gap / gap.sum(-1).clamp(min=torch.finfo(gap.dtype).tiny)
-    return share * _kl(teacher_log_probs, student_log_probs) + (1 - share) * _kl(student_log_probs, teacher_log_probs)
+    return share * _kl(teacher_log_probs, student_log_probs) + (1 - share) * _kl(
+        student_log_probs, teacher_log_probs
+    )
 
 
 def total_variation(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-    """Half the summed difference of probabilities: the largest difference in the chance of any event; from 0 to 1.
+    """Half the summed difference of probabilities: the largest difference in the chance of any event; from 0
+    to 1.
 
     Reference: Wen et al. 2023 (f-DISTILL), https://arxiv.org/abs/2307.15190
     """
@@ -117,7 +126,9 @@ FORMULAS = {
 
 @dataclass(frozen=True)
 class WithOptions:
-    """A divergence with its options given; two of the same are equal, so that what was compiled for one serves the other."""
+    """A divergence with its options given; two of the same are equal, so that what was compiled for one
+    serves the other.
+    """
 
     divergence: Divergence
     options: tuple[tuple[str, float], ...]
@@ -127,8 +138,10 @@ class WithOptions:
 
 
 def chosen(spec: str | Mapping[str, Mapping[str, float]]) -> tuple[Divergence, str]:
-    """The divergence of a config, `reverse_kl` or `{generalized_jsd: {beta: 0.3}}`, and its formula with a place for {at}."""
-    (name, options), = spec.items() if isinstance(spec, Mapping) else [(spec, {})]
+    """The divergence of a config, `reverse_kl` or `{generalized_jsd: {beta: 0.3}}`, and its formula with
+    a place for {at}.
+    """
+    ((name, options),) = spec.items() if isinstance(spec, Mapping) else [(spec, {})]
     function = next(function for function in FORMULAS if function.__name__ == name)
     settings = "".join(f"{option}={value:g}, " for option, value in options.items())
     formula = FORMULAS[function].replace("{at}", settings + "{at}")
@@ -146,17 +159,23 @@ def _mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
     if not 0 < share < 1:
         return log_p if share == 1 else log_q
     never = log_p.isneginf() & log_q.isneginf()  # logaddexp's gradient is nan there
-    mixed = torch.logaddexp((log_p + math.log(share)).masked_fill(never, 0.0), (log_q + math.log1p(-share)).masked_fill(never, 0.0))
+    mixed = torch.logaddexp(
+        (log_p + math.log(share)).masked_fill(never, 0.0),
+        (log_q + math.log1p(-share)).masked_fill(never, 0.0),
+    )
     return mixed.masked_fill(never, -math.inf)
 
 
 def _likeliest(log_probs: Tensor, mass: float) -> Tensor:
-    """[N, V] True for the fewest likeliest tokens that hold this mass: by bisection of the threshold, as a sort of V costs more.
+    """[N, V] True for the fewest likeliest tokens that hold this mass: by bisection of the threshold, as a
+    sort of V costs more.
 
     Tokens whose log-probabilities differ by less than 3e-4 may count as equally likely.
     """
     probs = log_probs.exp()
-    low = torch.full_like(log_probs[..., :1], math.log((1 - mass) / log_probs.shape[-1]) - 1 if mass < 1 else -math.inf)
+    low = torch.full_like(
+        log_probs[..., :1], math.log((1 - mass) / log_probs.shape[-1]) - 1 if mass < 1 else -math.inf
+    )
     high = torch.zeros_like(low)
     for _ in range(16):  # > low holds the mass, > high does not
         middle = (low + high) / 2
@@ -168,6 +187,8 @@ def _likeliest(log_probs: Tensor, mass: float) -> Tensor:
 def _check_shapes(student_log_probs: Tensor, teacher_log_probs: Tensor) -> None:
     if student_log_probs.shape != teacher_log_probs.shape:
         raise ValueError(
-            f"student has log-probs {tuple(student_log_probs.shape)}, teacher {tuple(teacher_log_probs.shape)}; a divergence needs "
-            "one vocabulary and the same tokens: slice both heads to the tokenizer's size, or use a tokenizer-free term"
+            f"student has log-probs {tuple(student_log_probs.shape)}, teacher "
+            f"{tuple(teacher_log_probs.shape)}; a divergence needs "
+            "one vocabulary and the same tokens: slice both heads to the tokenizer's size, or use a "
+            "tokenizer-free term"
         )

@@ -1,6 +1,8 @@
-"""What goes on inside: hidden states and attention maps of chosen layers, student's against teacher's, token by token.
+"""What goes on inside: hidden states and attention maps of chosen layers, student's against teacher's, token
+by token.
 
-Axes: N kept tokens, H hidden, A heads, T positions.  Every function returns [N] in float32 (float64 for float64 inputs), sums
+Axes: N kept tokens, H hidden, A heads, T positions.  Every function returns [N] in float32 (float64 for
+    float64 inputs), sums
 no tokens and knows no weight, so that a feature term is masked and normalised as every other term is.
 """
 
@@ -16,12 +18,13 @@ LayerPairs = Sequence[tuple[int, int]]  # (student's layer, teacher's layer), co
 
 
 def hidden_distance(student: Tensor, teacher: Tensor, *, normalise: bool = True) -> Tensor:
-    """How far apart two hidden states are; 0 where they are equal (normalised: where they point the same way).
+    """How far apart two hidden states are; 0 where they are equal (normalised: where they point the same
+    way).
 
     Args:
         student, teacher: [N, H].
-        normalise: compare directions, |u - v|^2 of unit vectors = 2 - 2 cos, from 0 to 4.  Otherwise the mean squared
-            difference per dimension, which the few largest dimensions of a language model dominate.
+        normalise: compare directions, |u - v|^2 of unit vectors = 2 - 2 cos, from 0 to 4.  Otherwise the mean
+            squared difference per dimension, which the few largest dimensions of a language model dominate.
 
     Reference: Jiao et al. 2020 (TinyBERT), https://arxiv.org/abs/1909.10351
     """
@@ -32,16 +35,19 @@ def hidden_distance(student: Tensor, teacher: Tensor, *, normalise: bool = True)
 
 
 def attention_divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """How differently two attention layers look back from a token: nats, the mean over the student's heads; 0 where they agree.
+    """How differently two attention layers look back from a token: nats, the mean over the student's heads; 0
+    where they agree.
 
-    KL(teacher || 0.1 teacher + 0.9 student) and not the KL itself, as attention rounds to an exact 0 in places.
-    Where head counts differ, each student head is held against the mean of the teacher's heads at its place in the order.
+    KL(teacher || 0.1 teacher + 0.9 student) and not the KL itself, as attention rounds to an exact 0 in
+    places. Where head counts differ, each student head is held against the mean of the teacher's heads at its
+    place in the order.
 
     Args:
         student: [N, A, T] attention probabilities.
         teacher: [N, A', T] likewise.
 
-    Reference: Wang et al. 2020 (MiniLM), https://arxiv.org/abs/2002.10957, with a skewed divergence and every head
+    Reference: Wang et al. 2020 (MiniLM), https://arxiv.org/abs/2002.10957, with a skewed divergence and every
+        head
     """
     student, teacher = _wide(student), _wide(teacher)
     if teacher.shape[1] != student.shape[1]:
@@ -50,16 +56,19 @@ def attention_divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def relational_distance(student: Tensor, teacher: Tensor, rows: Tensor) -> Tensor:
-    """How differently two models relate a token to the others of its row: mean squared difference of cosines, from 0 to 4.
+    """How differently two models relate a token to the others of its row: mean squared difference of cosines,
+    from 0 to 4.
 
     Needs no projection, as only angles within one model are compared.  0 where a row has one kept token.
 
     Args:
         student: [N, H].
         teacher: [N, H'].
-        rows: [N] rising row numbers; tokens of other rows are not compared, so that batches may be cut anywhere.
+        rows: [N] rising row numbers; tokens of other rows are not compared, so that batches may be cut
+            anywhere.
 
-    Reference: Park et al. 2019 (RKD), https://arxiv.org/abs/1904.05068; Tung & Mori 2019, https://arxiv.org/abs/1907.09682
+    Reference: Park et al. 2019 (RKD), https://arxiv.org/abs/1904.05068; Tung & Mori 2019,
+        https://arxiv.org/abs/1907.09682
     """
     values = []
     for ours, theirs in _row_by_row(student, teacher, rows):
@@ -69,7 +78,8 @@ def relational_distance(student: Tensor, teacher: Tensor, rows: Tensor) -> Tenso
 
 
 def contrastive_loss(student: Tensor, teacher: Tensor, rows: Tensor, *, temperature: float = 0.1) -> Tensor:
-    """-log of the chance to pick the teacher's state of the same token among those of its row, by likeness: InfoNCE, in nats.
+    """-log of the chance to pick the teacher's state of the same token among those of its row, by likeness:
+    InfoNCE, in nats.
 
     Not 0 where the two agree, as other tokens of a row are alike too; 0 where a row has one kept token.
 
@@ -78,19 +88,26 @@ def contrastive_loss(student: Tensor, teacher: Tensor, rows: Tensor, *, temperat
         rows: [N] rising row numbers.
         temperature: of the softmax over cosines; smaller looks at the nearest wrong token more.
 
-    Reference: Tian et al. 2020 (CRD), https://arxiv.org/abs/1910.10699, with the negatives of the token's own row
+    Reference: Tian et al. 2020 (CRD), https://arxiv.org/abs/1910.10699, with the negatives of the token's own
+        row
     """
-    values = [F.cross_entropy(ours @ theirs.T / temperature, torch.arange(len(ours), device=ours.device), reduction="none")
-              for ours, theirs in _row_by_row(student, teacher, rows)]
+    values = [
+        F.cross_entropy(
+            ours @ theirs.T / temperature, torch.arange(len(ours), device=ours.device), reduction="none"
+        )
+        for ours, theirs in _row_by_row(student, teacher, rows)
+    ]
     return torch.cat(values) if values else _wide(student).sum(-1)
 
 
-def layer_pairs(spec: str | Mapping[str, int] | Sequence[Sequence[int]], student_layers: int, teacher_layers: int) -> LayerPairs:
+def layer_pairs(
+    spec: str | Mapping[str, int] | Sequence[Sequence[int]], student_layers: int, teacher_layers: int
+) -> LayerPairs:
     """Which layers are compared, counted from 0.
 
     Args:
-        spec: `even`: every student layer with the teacher's at the same depth; `{last: k}`: the last k with the last k;
-            or a list of [student's, teacher's].
+        spec: `even`: every student layer with the teacher's at the same depth; `{last: k}`: the last k with
+            the last k; or a list of [student's, teacher's].
 
     Raises:
         ValueError: a model has no such layer.
@@ -102,16 +119,21 @@ def layer_pairs(spec: str | Mapping[str, int] | Sequence[Sequence[int]], student
         pairs = [(student_layers - last + i, teacher_layers - last + i) for i in range(last)]
     else:
         pairs = [tuple(pair) for pair in spec]
-    if wrong := [pair for pair in pairs if not (0 <= pair[0] < student_layers and 0 <= pair[1] < teacher_layers)]:
+    if wrong := [
+        pair for pair in pairs if not (0 <= pair[0] < student_layers and 0 <= pair[1] < teacher_layers)
+    ]:
         raise ValueError(
-            f"loss.features.layers {spec}: there is no pair {list(wrong[0])}; the student has layers 0 to {student_layers - 1}, "
+            f"loss.features.layers {spec}: there is no pair {list(wrong[0])}; the student has layers 0 to "
+            f"{student_layers - 1}, "
             f"the teacher 0 to {teacher_layers - 1}"
         )
     return pairs
 
 
 def projections(pairs: LayerPairs, student_size: int, teacher_size: int) -> nn.ModuleList | None:
-    """One matrix per pair of layers from the student's size to the teacher's; None where the sizes are equal."""
+    """One matrix per pair of layers from the student's size to the teacher's; None where the sizes are
+    equal.
+    """
     if student_size == teacher_size:
         return None
     return nn.ModuleList(nn.Linear(student_size, teacher_size, bias=False) for _ in pairs)

@@ -21,7 +21,8 @@ class Entry:
     @property
     def mean(self) -> Tensor:
         """Unweighted nats per token; 0 where nothing was kept."""
-        return self.sum / torch.as_tensor(self.count, device=self.sum.device).clamp(min=1)  # no wait for the device
+        # no wait for the device
+        return self.sum / torch.as_tensor(self.count, device=self.sum.device).clamp(min=1)
 
     @property
     def share(self) -> Tensor:
@@ -48,8 +49,9 @@ class Ledger:
 class LedgerWindow:
     """Sums the ledgers of the optimizer steps between two log lines, without waiting for the device.
 
-    A term's logged value is its mean over the steps in which it was active, and its logged weight the one that makes
-    value x weight its mean share over all steps: so the logged terms add up to the logged loss even while a weight moves.
+    A term's logged value is its mean over the steps in which it was active, and its logged weight the one
+    that makes value x weight its mean share over all steps: so the logged terms add up to the logged loss
+    even while a weight moves.
     """
 
     def __init__(self) -> None:
@@ -59,7 +61,9 @@ class LedgerWindow:
         self.steps: set[int] = set()
 
     def add(self, ledger: Ledger, step: int) -> None:
-        """Take in one micro-batch of an optimizer step; its entries are already divided by the whole step's count."""
+        """Take in one micro-batch of an optimizer step; its entries are already divided by the whole
+        step's count.
+        """
         self.steps.add(step)
         for name, entry in ledger.detach().entries.items():
             self.means[name] = self.means.get(name, 0.0) + entry.mean
@@ -71,16 +75,21 @@ class LedgerWindow:
         figures = {}
         for name, total in self.means.items():
             weights = list(self.weights[name].values())
-            value, share = float(reduce(total)) / len(weights), float(reduce(self.shares[name])) / len(self.steps)
+            value, share = (
+                float(reduce(total)) / len(weights),
+                float(reduce(self.shares[name])) / len(self.steps),
+            )
             unmoved = len(weights) == len(self.steps) and min(weights) == max(weights)
             figures[name] = (value, weights[0] if unmoved or value == 0 else share / value)
         return figures
 
 
 def breach(figures: Mapping[str, tuple[float, float]], loss: float) -> str | None:
-    """How the logged terms fail to sum to the loss that was back-propagated, and the term that explains it; None where they do sum.
+    """How the logged terms fail to sum to the loss that was back-propagated, and the term that explains it;
+    None where they do sum.
 
-    A sum cannot prove whose fault it is: a term is named where one of the usual mistakes with it alone explains the gap.
+    A sum cannot prove whose fault it is: a term is named where one of the usual mistakes with it alone
+    explains the gap.
 
     Args:
         figures: {term: (value, weight)}.
@@ -93,12 +102,20 @@ def breach(figures: Mapping[str, tuple[float, float]], loss: float) -> str | Non
     reasons = []
     for name, share in shares.items():
         weight = figures[name][1]
-        mistakes = {"was left out": 0.0, "was counted twice": 2.0, f"was weighted by {weight:g} twice": weight}
+        mistakes = {
+            "was left out": 0.0,
+            "was counted twice": 2.0,
+            f"was weighted by {weight:g} twice": weight,
+        }
         mistakes |= {f"was taken without its weight {weight:g}": 1 / weight} if weight else {}
         factor = 1 + gap / share if share else 1.0  # with which it would have entered, were all others right
-        reasons += [(abs(factor - found), f"{name} {words}") for words, found in mistakes.items() if found != 1]
+        reasons += [
+            (abs(factor - found), f"{name} {words}") for words, found in mistakes.items() if found != 1
+        ]
     miss, reason = min(reasons, default=(float("inf"), ""))
     alike = f": the loss is {loss / total:g} x the sum" if total else ""
     why = f"as if {reason}" if miss <= EXPLAINED else f"no usual mistake with one term explains it{alike}"
-    terms = ", ".join(f"{name}: {value} x {weight} = {shares[name]}" for name, (value, weight) in figures.items())
+    terms = ", ".join(
+        f"{name}: {value} x {weight} = {shares[name]}" for name, (value, weight) in figures.items()
+    )
     return f"the terms sum to {total}, but {loss} was back-propagated, {gap:+g}: {why} ({terms})"

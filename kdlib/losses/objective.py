@@ -24,26 +24,35 @@ class SoftTargets:
 
     divergence: Divergence = forward_kl
 
-    def __call__(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: Tensor | float) -> Tensor:
+    def __call__(
+        self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: Tensor | float
+    ) -> Tensor:
         student_log_probs = log_probs(student_logits, temperature)
         return temperature**2 * self.divergence(student_log_probs, log_probs(teacher_logits, temperature))
 
 
-def cross_entropy(student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
+def cross_entropy(
+    student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, temperature: Tensor | float = 1.0
+) -> Tensor:
     """-log p(the token that came), always at T = 1; [n] nats."""
     logs = log_probs(student_logits)
     if not torch.compiler.is_compiling():
         return -logs.gather(-1, targets[:, None])[:, 0]
-    came = torch.arange(logs.shape[-1], device=logs.device) == targets[:, None]  # fuses; gather's gradient is an [n, V] of its own
+    # fuses; gather's gradient is an [n, V] of its own
+    came = torch.arange(logs.shape[-1], device=logs.device) == targets[:, None]
     return -logs.masked_fill(~came, 0.0).sum(-1)
 
 
-def accuracy(student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
+def accuracy(
+    student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, temperature: Tensor | float = 1.0
+) -> Tensor:
     """1 where the student's first choice is the token that came."""
     return (student_logits.argmax(-1) == targets).to(log_probs_dtype(student_logits))
 
 
-def agreement(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
+def agreement(
+    student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: Tensor | float = 1.0
+) -> Tensor:
     """1 where student and teacher have the same first choice."""
     return (student_logits.argmax(-1) == teacher_logits.argmax(-1)).to(log_probs_dtype(student_logits))
 
@@ -53,7 +62,8 @@ def log_probs(logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
     logits = logits.to(log_probs_dtype(logits))
     if not torch.compiler.is_compiling():
         return F.log_softmax(logits * (1 / temperature), dim=-1)
-    top = logits.detach().amax(-1, keepdim=True)  # written out it fuses with its surroundings, and terms share it whatever their T
+    # written out it fuses with its surroundings, and terms share it whatever their T
+    top = logits.detach().amax(-1, keepdim=True)
     scaled = (logits - top) * (1 / temperature)
     return scaled - scaled.exp().sum(-1, keepdim=True).log()
 
@@ -73,30 +83,46 @@ class FeatureTerm:
 
     def values(self, student: Features, teacher: Features, *, temperature: float, normalise: bool) -> Tensor:
         """[N] per-token values."""
-        ours = student.attention if self.attention else student.projected if self.projected else student.hidden
+        ours = (
+            student.attention if self.attention else student.projected if self.projected else student.hidden
+        )
         theirs = teacher.attention if self.attention else teacher.hidden
-        pairs = [self.per_pair(a, b, student.rows, temperature, normalise) for a, b in zip(ours, theirs, strict=True)]
+        pairs = [
+            self.per_pair(a, b, student.rows, temperature, normalise)
+            for a, b in zip(ours, theirs, strict=True)
+        ]
         return torch.stack(pairs).mean(0)
 
 
 FEATURE_TERMS = {
-    "hidden": FeatureTerm(lambda s, t, rows, temperature, normalise: hidden_distance(s, t, normalise=normalise), projected=True),
-    "attention": FeatureTerm(lambda s, t, rows, temperature, normalise: attention_divergence(s, t), attention=True),
+    "hidden": FeatureTerm(
+        lambda s, t, rows, temperature, normalise: hidden_distance(s, t, normalise=normalise), projected=True
+    ),
+    "attention": FeatureTerm(
+        lambda s, t, rows, temperature, normalise: attention_divergence(s, t), attention=True
+    ),
     "relational": FeatureTerm(lambda s, t, rows, temperature, normalise: relational_distance(s, t, rows)),
     "contrastive": FeatureTerm(
-        lambda s, t, rows, temperature, normalise: contrastive_loss(s, t, rows, temperature=temperature), projected=True
+        lambda s, t, rows, temperature, normalise: contrastive_loss(s, t, rows, temperature=temperature),
+        projected=True,
     ),
 }
+
+
 def feature_terms(names: Iterable[str]) -> list[FeatureTerm]:
     """Those of these terms that look inside the models."""
     return [FEATURE_TERMS[name] for name in names if name in FEATURE_TERMS]
 
 
 TERMS = ("kd", "ce", *(divergence.__name__ for divergence in FORMULAS), *FEATURE_TERMS)
-"""The terms that a config may weight: kd is the divergence that it names, the others are what their names say."""
+"""The terms that a config may weight: kd is the divergence that it names, the others are what their names
+say.
+"""
 
 MEASURES = {
-    "ce": Weighted(cross_entropy), "kl_to_teacher": Weighted(SoftTargets()), "agreement": Weighted(agreement),
+    "ce": Weighted(cross_entropy),
+    "kl_to_teacher": Weighted(SoftTargets()),
+    "agreement": Weighted(agreement),
     "accuracy": Weighted(accuracy),
 }
 """What evaluation measures beside the objective: independent of weights and temperature."""
@@ -107,7 +133,8 @@ class Objective:
     """Which terms, with which weight and temperature, at which moment of training."""
 
     weights: Mapping[str, Schedule]
-    temperature: Schedule | Mapping[str, Schedule] = constant(2.0)  # one for all soft targets, or term by term
+    # one for all soft targets, or term by term
+    temperature: Schedule | Mapping[str, Schedule] = constant(2.0)
     divergence: str | Mapping[str, Mapping[str, float]] = "forward_kl"  # of the kd term
     top_k: Schedule | int | None = None  # of the teacher's tokens, in kd; the whole vocabulary where None
     renormalise: bool = False  # the top k, rather than keep a bucket for the tail
@@ -119,8 +146,8 @@ class Objective:
         """The objective at this fraction of training, 0 to 1.  Terms of weight 0 are gone, not computed.
 
         Args:
-            sampled: False gives the expectation in place of an estimate from samples: for evaluation, which then neither
-                adds noise nor moves the random numbers of the training.
+            sampled: False gives the expectation in place of an estimate from samples: for evaluation, which
+                then neither adds noise nor moves the random numbers of the training.
         """
         weights = {name: schedule(fraction) for name, schedule in self.weights.items()}
         active = {name: weight for name, weight in weights.items() if weight != 0}
@@ -128,7 +155,9 @@ class Objective:
         if self.top_k:
             k = round(self.top_k(fraction)) if callable(self.top_k) else self.top_k
             divergence = OnTopK(divergence, k, self.renormalise)
-            formula = formula.replace("{at}", f"{{at}}, top-{k} {'renormalised' if self.renormalise else '+ tail'}")
+            formula = formula.replace(
+                "{at}", f"{{at}}, top-{k} {'renormalised' if self.renormalise else '+ tail'}"
+            )
         if self.samples:
             divergence = OnSamples(divergence, self.samples) if sampled else divergence
             formula = formula.replace("{at}", f"{{at}}, from {self.samples} samples" if sampled else "{at}")
@@ -146,10 +175,15 @@ class Objective:
         if not isinstance(self.temperature, Mapping):
             return {"temperature": self.temperature}
         main = self.temperature.get("kd", next(iter(self.temperature.values()), constant(1.0)))
-        return {"temperature": main, **{f"{name}_temperature": course for name, course in self.temperature.items()}}
+        return {
+            "temperature": main,
+            **{f"{name}_temperature": course for name, course in self.temperature.items()},
+        }
 
     def temperature_of(self, name: str) -> Schedule:
-        """The course of a term's temperature; the one given for all is not meant for a contrastive term's similarities."""
+        """The course of a term's temperature; the one given for all is not meant for a contrastive term's
+        similarities.
+        """
         if isinstance(self.temperature, Mapping):
             return self.temperature[name]
         return constant(TEMPERATURES[name]) if name == "contrastive" else self.temperature
@@ -191,22 +225,31 @@ class Moment:
         """The terms that are made from logits."""
         return {
             name: Weighted(self._function(name), weight, self.temperatures.get(name, 1.0))
-            for name, weight in self.weights.items() if name not in FEATURE_TERMS
+            for name, weight in self.weights.items()
+            if name not in FEATURE_TERMS
         }
 
     def feature_values(self, student: Signal, teacher: Signal | None) -> dict[str, Tensor]:
-        """{term: [N] unweighted values} of the terms on features; none are asked of the models where there is no such term."""
+        """{term: [N] unweighted values} of the terms on features; none are asked of the models where
+        there is no such term.
+        """
         return {
             name: FEATURE_TERMS[name].values(
-                student.features, teacher.features, temperature=self.temperatures.get(name, 1.0), normalise=self.normalise
+                student.features,
+                teacher.features,
+                temperature=self.temperatures.get(name, 1.0),
+                normalise=self.normalise,
             )
-            for name in self.weights if name in FEATURE_TERMS
+            for name in self.weights
+            if name in FEATURE_TERMS
         }
 
     @property
     def formula(self) -> str:
         """`loss = 0.7·T²·KL(teacher ‖ student; T=2) + 0.3·CE`"""
-        return "loss = " + (" + ".join(f"{weight:g}·{self._written(name)}" for name, weight in self.weights.items()) or "0")
+        return "loss = " + (
+            " + ".join(f"{weight:g}·{self._written(name)}" for name, weight in self.weights.items()) or "0"
+        )
 
     def _function(self, name: str) -> TokenFunction:
         if name == "ce":
@@ -225,21 +268,32 @@ class Moment:
 
 
 def ledger(
-    student: Signal, teacher: Signal | None, targets: Tensor, *, moment: Moment, count: Tensor | int, workspace: Workspace | None = None
+    student: Signal,
+    teacher: Signal | None,
+    targets: Tensor,
+    *,
+    moment: Moment,
+    count: Tensor | int,
+    workspace: Workspace | None = None,
 ) -> Ledger:
     """What these kept tokens cost: the ledger whose `total` is back-propagated.
 
     Args:
-        student, teacher: signals of the same N kept tokens; the teacher may be None if `moment.needs_teacher` is False.
+        student, teacher: signals of the same N kept tokens; the teacher may be None if `moment.needs_teacher`
+            is False.
         targets: [N] token ids.
         count: kept tokens of the whole optimizer step: all micro-batches, all ranks.
         workspace: what is kept between steps.
     """
     if not moment.weights:
-        raise ValueError("every weight is 0 at this moment, so there is nothing to learn from; give one term a weight")
+        raise ValueError(
+            "every weight is 0 at this moment, so there is nothing to learn from; give one term a weight"
+        )
     sums = {name: values.sum() for name, values in moment.feature_values(student, teacher).items()}
     if terms := moment.logit_terms:
-        made = term_sums(student, teacher, targets, terms=list(terms.values()), count=count, workspace=workspace)
+        made = term_sums(
+            student, teacher, targets, terms=list(terms.values()), count=count, workspace=workspace
+        )
         sums |= dict(zip(terms, made, strict=True))
     return Ledger({name: Entry(sums[name], count, weight) for name, weight in moment.weights.items()})
 
@@ -256,13 +310,20 @@ def row_sums(
     moment: Moment | None = None,
     chunk: int | None = 128,
 ) -> dict[str, Tensor]:
-    """{measure or term of the moment: [row_count] unweighted sums of the tokens of each row; tokens: their number}.
+    """{measure or term of the moment: [row_count] unweighted sums of the tokens of each row; tokens: their
+    number}.
 
-    Row by row, so that ranks can drop the rows that a sampler repeated, and comparisons can resample rows.  A measure that is
-    also a term is made once.
+    Row by row, so that ranks can drop the rows that a sampler repeated, and comparisons can resample rows.  A
+    measure that is also a term is made once.
     """
     terms = {**(moment.logit_terms if moment else {}), **measures}
-    values = dict(zip(terms, token_values(student, teacher, targets, terms=list(terms.values()), chunk=chunk), strict=True))
+    values = dict(
+        zip(
+            terms,
+            token_values(student, teacher, targets, terms=list(terms.values()), chunk=chunk),
+            strict=True,
+        )
+    )
     values |= moment.feature_values(student, teacher) if moment else {}
     values["tokens"] = next(iter(values.values())).new_ones(len(targets))
     return {name: value.new_zeros(row_count).index_add_(0, rows, value) for name, value in values.items()}

@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-BINS = 15  # of equal width from 0 to 1, each without its lower edge and with its upper one, as in the reference below
+# of equal width from 0 to 1, each without its lower edge and with its upper one, as in the reference below
+BINS = 15
 
 
 def bin_of(confidence: np.ndarray, bins: int = BINS) -> np.ndarray:
@@ -24,19 +25,34 @@ def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> 
     for number in range(bins):
         inside = place == number
         count = int(inside.sum())
-        means = {"confidence": float(confidence[inside].mean()), "accuracy": float(right[inside].mean())} if count else {}
-        found.append({"low": float(edges[number]), "high": float(edges[number + 1]), "count": count,
-                      "confidence": None, "accuracy": None, **means})
+        means = (
+            {"confidence": float(confidence[inside].mean()), "accuracy": float(right[inside].mean())}
+            if count
+            else {}
+        )
+        found.append(
+            {
+                "low": float(edges[number]),
+                "high": float(edges[number + 1]),
+                "count": count,
+                "confidence": None,
+                "accuracy": None,
+                **means,
+            }
+        )
     return found
 
 
 def calibration_gaps(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> np.ndarray:
-    """[N, bins] right minus confidence, in the column of the item's bin and 0 elsewhere: what the error below is a sum of."""
+    """[N, bins] right minus confidence, in the column of the item's bin and 0 elsewhere: what the error
+    below is a sum of.
+    """
     return np.equal.outer(bin_of(confidence, bins), np.arange(bins)) * (right - confidence)[:, None]
 
 
 def expected_calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> float:
-    """How far accuracy is from confidence within a bin, on average over the items: 0 (as right as it is sure) to 1.
+    """How far accuracy is from confidence within a bin, on average over the items: 0 (as right as it is sure)
+    to 1.
 
     Of few items it is too high rather than too low, as chance parts the two in every bin.
 

@@ -1,4 +1,5 @@
-"""What a model answered, as probabilities, and how good that is: by itself, and beside its teacher.  Imports no torch.
+"""What a model answered, as probabilities, and how good that is: by itself, and beside its teacher.  Imports
+no torch.
 
 Axes: N items, C classes, or choices of an item.
 """
@@ -12,7 +13,8 @@ import numpy as np
 
 from kdlib.metrics.calibration import calibration_gaps, expected_calibration_error, reliability
 
-SMALLEST = np.finfo(float).eps  # a probability below it counts as this, as scikit-learn's log_loss has it: 36 nats at most
+# a probability below it counts as this, as scikit-learn's log_loss has it: 36 nats at most
+SMALLEST = np.finfo(float).eps
 
 
 @dataclass(frozen=True)
@@ -31,15 +33,27 @@ class Answers:
     labels: np.ndarray
 
     def __post_init__(self) -> None:
-        probabilities, labels = np.asarray(self.probabilities, dtype=float), np.asarray(self.labels, dtype=int)
+        probabilities, labels = (
+            np.asarray(self.probabilities, dtype=float),
+            np.asarray(self.labels, dtype=int),
+        )
         if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1] or not len(labels):
-            raise ValueError(f"answers: found probabilities {probabilities.shape} and labels {labels.shape}; needed [N, C] and [N], N > 0")
+            raise ValueError(
+                f"answers: found probabilities {probabilities.shape} and labels {labels.shape}; needed [N, "
+                "C] and [N], N > 0"
+            )
         sums = probabilities.sum(axis=1)
         broken = np.flatnonzero(~(np.abs(sums - 1) < 1e-3) | (probabilities < 0).any(axis=1))
         if len(broken):
-            raise ValueError(f"answers: {len(broken)} rows are no distribution, first {broken[0]}: {probabilities[broken[0]]}")
+            raise ValueError(
+                f"answers: {len(broken)} rows are no distribution, first {broken[0]}: "
+                f"{probabilities[broken[0]]}"
+            )
         if len(outside := np.flatnonzero((labels < 0) | (labels >= probabilities.shape[1]))):
-            raise ValueError(f"answers: row {outside[0]} has the label {labels[outside[0]]}; it must be 0 to {probabilities.shape[1] - 1}")
+            raise ValueError(
+                f"answers: row {outside[0]} has the label {labels[outside[0]]}; it must be 0 to "
+                f"{probabilities.shape[1] - 1}"
+            )
         object.__setattr__(self, "probabilities", probabilities / sums[:, None])
         object.__setattr__(self, "labels", labels)
 
@@ -79,7 +93,8 @@ def values(answers: Answers, teacher: Answers, *, classes: bool) -> dict[str, fl
     Args:
         classes: the choices mean the same for every item, so that F1 means something.
     """
-    from sklearn.metrics import accuracy_score, f1_score, log_loss  # takes two seconds, and not every process compares
+    # takes two seconds, and not every process compares
+    from sklearn.metrics import accuracy_score, f1_score, log_loss
 
     found = {"accuracy": accuracy_score(answers.labels, answers.said)}
     if classes:
@@ -97,17 +112,28 @@ def values(answers: Answers, teacher: Answers, *, classes: bool) -> dict[str, fl
 
 
 def details(answers: Answers, labels: Sequence[str]) -> dict[str, Any]:
-    """What lies behind the measures: the reliability bins, and of named classes precision, recall, F1 and the confusion matrix."""
-    found: dict[str, Any] = {"reliability": reliability(answers.confidence, answers.right),
-                             "confidence": float(answers.confidence.mean())}
+    """What lies behind the measures: the reliability bins, and of named classes precision, recall, F1 and
+    the confusion matrix.
+    """
+    found: dict[str, Any] = {
+        "reliability": reliability(answers.confidence, answers.right),
+        "confidence": float(answers.confidence.mean()),
+    }
     if labels:
         from sklearn.metrics import confusion_matrix, precision_recall_fscore_support  # as in `values`
 
         every = range(len(labels))
-        columns = precision_recall_fscore_support(answers.labels, answers.said, labels=every, zero_division=0.0)
+        columns = precision_recall_fscore_support(
+            answers.labels, answers.said, labels=every, zero_division=0.0
+        )
         names = ("precision", "recall", "f1", "support")
-        found["per_class"] = [{"class": label, **{name: column[number].item() for name, column in zip(names, columns, strict=True)}}
-                              for number, label in enumerate(labels)]
+        found["per_class"] = [
+            {
+                "class": label,
+                **{name: column[number].item() for name, column in zip(names, columns, strict=True)},
+            }
+            for number, label in enumerate(labels)
+        ]
         found["confusion"] = confusion_matrix(answers.labels, answers.said, labels=every).tolist()
     return found
 
@@ -122,14 +148,24 @@ class ItemFigures:
     def of(cls, answers: Answers, teacher: Answers, *, classes: bool) -> "ItemFigures":
         """These answers', beside the teacher's."""
         agrees, missed = answers.said == teacher.said, ~teacher.right
-        single = {"one": np.ones(len(answers)), "right": answers.right, "nats": answers.nats, "kl": answers.kl_from(teacher),
-                  "agrees": agrees, "teacher_right": teacher.right, "missed": missed, "repeated": missed & agrees,
-                  "mended": missed & answers.right}
+        single = {
+            "one": np.ones(len(answers)),
+            "right": answers.right,
+            "nats": answers.nats,
+            "kl": answers.kl_from(teacher),
+            "agrees": agrees,
+            "teacher_right": teacher.right,
+            "missed": missed,
+            "repeated": missed & agrees,
+            "mended": missed & answers.right,
+        }
         columns = {name: column[:, None].astype(float) for name, column in single.items()}
         columns["gaps"] = calibration_gaps(answers.confidence, answers.right)
         if classes:
             every = np.arange(answers.probabilities.shape[1])
-            true, said = (np.equal.outer(column, every).astype(float) for column in (answers.labels, answers.said))
+            true, said = (
+                np.equal.outer(column, every).astype(float) for column in (answers.labels, answers.said)
+            )
             columns |= {"true": true, "said": said, "hit": true * said}
         return cls(columns)
 
@@ -139,7 +175,8 @@ class ItemFigures:
         return np.concatenate(list(self.columns.values()), axis=1)
 
     def measures(self, sums: np.ndarray) -> dict[str, np.ndarray]:
-        """[R, all columns] sums over R draws of items to each measure, [R]; nan where a draw has nothing to make it of.
+        """[R, all columns] sums over R draws of items to each measure, [R]; nan where a draw has nothing to
+        make it of.
 
         Beside those of `values`: `repeated` and `mended`, shares of the teacher's mistakes, and `f1`, [R, C].
         """
@@ -151,11 +188,18 @@ class ItemFigures:
             found = {"accuracy": one["right"] / count}
             if "hit" in drawn:
                 f1 = 2 * drawn["hit"] / (drawn["true"] + drawn["said"])
-                found |= {"macro_f1": np.nanmean(f1, axis=1), "f1": f1}  # over the classes that occur, as scikit-learn's
+                # over the classes that occur, as scikit-learn's
+                found |= {"macro_f1": np.nanmean(f1, axis=1), "f1": f1}
             found |= {
-                "log_loss": one["nats"] / count, "ece": np.abs(drawn["gaps"]).sum(axis=1) / count, "kl_to_teacher": one["kl"] / count,
+                "log_loss": one["nats"] / count,
+                "ece": np.abs(drawn["gaps"]).sum(axis=1) / count,
+                "kl_to_teacher": one["kl"] / count,
                 "agreement": one["agrees"] / count,
-                "retention": 100 * one["right"] / np.where(one["teacher_right"], one["teacher_right"], np.nan),  # nan: no such draw
-                "repeated": one["repeated"] / one["missed"], "mended": one["mended"] / one["missed"],
+                # nan: no such draw
+                "retention": 100
+                * one["right"]
+                / np.where(one["teacher_right"], one["teacher_right"], np.nan),
+                "repeated": one["repeated"] / one["missed"],
+                "mended": one["mended"] / one["missed"],
             }
         return found

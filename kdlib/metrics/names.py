@@ -1,4 +1,6 @@
-"""What a comparison measures: how each measure is called, its unit, whether more is better, and which a task shows.  Imports no torch."""
+"""What a comparison measures: how each measure is called, its unit, whether more is better, and which a
+task shows.  Imports no torch.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,25 +35,48 @@ MEASURES = {
     "macro_f1": Measure("macro-F1", "mean over the classes", "macro-F1", True),
     "log_loss": Measure("log-loss", "nats per {item}", "log-loss", False),
     "ece": Measure("calibration error", "expected; 15 bins", "calibration error", False),
-    "retention": Measure("retention, %", "of the teacher's accuracy", "retention of the teacher's accuracy", True),
+    "retention": Measure(
+        "retention, %", "of the teacher's accuracy", "retention of the teacher's accuracy", True
+    ),
     "choice_accuracy": Measure("right choices", "likeliest per character", "right choices", True),
-    "choice_accuracy_raw": Measure("right choices, raw", "likeliest as a whole", "right choices by raw likelihood", True),
+    "choice_accuracy_raw": Measure(
+        "right choices, raw", "likeliest as a whole", "right choices by raw likelihood", True
+    ),
     "choice_agreement": Measure("the teacher's choices", "right or wrong", "agreement on choices", True),
-    "choice_retention": Measure("retention, %", "of the teacher's right choices", "retention of the teacher's right choices", True),
+    "choice_retention": Measure(
+        "retention, %", "of the teacher's right choices", "retention of the teacher's right choices", True
+    ),
 }
 ITEMS = {"causal-lm": "token", "sequence-classification": "row", "question-answering": "token"}
 TABLE = {  # in the order of tables; the first four are drawn
     "causal-lm": ("kl_to_teacher", "agreement", "perplexity", "bits_per_byte"),
-    "sequence-classification": ("accuracy", "macro_f1", "log_loss", "ece", "kl_to_teacher", "agreement", "retention"),
-    "question-answering": ("choice_accuracy", "choice_retention", "choice_agreement", "kl_to_teacher", "choice_accuracy_raw", "agreement",
-                           "perplexity", "bits_per_byte"),
+    "sequence-classification": (
+        "accuracy",
+        "macro_f1",
+        "log_loss",
+        "ece",
+        "kl_to_teacher",
+        "agreement",
+        "retention",
+    ),
+    "question-answering": (
+        "choice_accuracy",
+        "choice_retention",
+        "choice_agreement",
+        "kl_to_teacher",
+        "choice_accuracy_raw",
+        "agreement",
+        "perplexity",
+        "bits_per_byte",
+    ),
 }
 KEYS = {  # told first: in the sentence that opens a report, in the table over all runs
     "causal-lm": ("kl_to_teacher", "agreement", "perplexity"),
     "sequence-classification": ("accuracy", "macro_f1", "log_loss", "ece"),
     "question-answering": ("choice_accuracy", "choice_agreement", "kl_to_teacher", "perplexity"),
 }
-TO_TEACHER = ("kl_to_teacher", "agreement", "retention", "choice_agreement", "choice_retention")  # of no meaning for the teacher itself
+# of no meaning for the teacher itself
+TO_TEACHER = ("kl_to_teacher", "agreement", "retention", "choice_agreement", "choice_retention")
 DRAWN = 4
 
 
@@ -67,7 +92,11 @@ def task_of(results: Mapping[str, Any]) -> str:
 
 def shown_in(results: Mapping[str, Any], choice: Mapping[str, tuple[str, ...]] = TABLE) -> list[str]:
     """The measures of a comparison, in the order of its task, as far as all its models have them."""
-    return [name for name in choice[task_of(results)] if all(name in facts for facts in results["models"].values())]
+    return [
+        name
+        for name in choice[task_of(results)]
+        if all(name in facts for facts in results["models"].values())
+    ]
 
 
 def student_of(results: Mapping[str, Any]) -> str:
@@ -75,23 +104,39 @@ def student_of(results: Mapping[str, Any]) -> str:
     return results.get("student", "distilled")
 
 
-def differing(results: Mapping[str, Any], rival: str, choice: Mapping[str, tuple[str, ...]] = TABLE) -> list[str]:
-    """The measures in which the student is held against this rival: what only says how near it is to the teacher tells nothing of it."""
+def differing(
+    results: Mapping[str, Any], rival: str, choice: Mapping[str, tuple[str, ...]] = TABLE
+) -> list[str]:
+    """The measures in which the student is held against this rival: what only says how near it is to the
+    teacher tells nothing of it.
+    """
     return [name for name in shown_in(results, choice) if rival != "teacher" or name not in TO_TEACHER]
 
 
 def rivals_of(results: Mapping[str, Any]) -> list[str]:
-    """Whom that student is held against, the hardest first: other students, the untrained one, the teacher."""
+    """Whom that student is held against, the hardest first: other students, the untrained one, the
+    teacher.
+    """
     order = {"untrained": 1, "teacher": 2}
-    return sorted((name for name in results["models"] if name != student_of(results)), key=lambda name: order.get(name, 0))
+    return sorted(
+        (name for name in results["models"] if name != student_of(results)),
+        key=lambda name: order.get(name, 0),
+    )
 
 
 def difference(results: Mapping[str, Any], model: str, against: str, metric: str) -> dict[str, Any]:
     """The paired difference of two models in one metric, with its interval."""
-    return next(d for d in results["differences"] if (d["model"], d["against"], d["metric"]) == (model, against, metric))
+    return next(
+        d
+        for d in results["differences"]
+        if (d["model"], d["against"], d["metric"]) == (model, against, metric)
+    )
 
 
 def with_interval(figures: Mapping[str, float], sign: str = "") -> str:
     """`1.22 [1.13, 1.33]`: three digits each, whole numbers from 1,000 on; `sign` is + for differences."""
-    three = [f"{x:{sign},.0f}" if abs(x) >= 1000 else f"{x:{sign}#.3g}".rstrip(".") for x in map(figures.get, ("value", "low", "high"))]
+    three = [
+        f"{x:{sign},.0f}" if abs(x) >= 1000 else f"{x:{sign}#.3g}".rstrip(".")
+        for x in map(figures.get, ("value", "low", "high"))
+    ]
     return "{} [{}, {}]".format(*three)

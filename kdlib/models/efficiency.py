@@ -1,4 +1,6 @@
-"""What a model takes to keep and to run, measured here: time to load, memory, bytes on disk, time for an answer."""
+"""What a model takes to keep and to run, measured here: time to load, memory, bytes on disk, time for an
+answer.
+"""
 
 import json
 import statistics
@@ -24,7 +26,8 @@ WARM_UP = 3  # answers that are not timed
 def peak_memory(device: torch.device, interval: float = 0.01) -> Iterator[list[float]]:
     """Bytes above what was held at the start, at the highest point: [peak], filled at the end.
 
-    On CUDA the allocator's own peak; on the CPU the process's resident memory, sampled every `interval` seconds.
+    On CUDA the allocator's own peak; on the CPU the process's resident memory, sampled every `interval`
+    seconds.
     """
     peak = [0.0]
     if device.type == "cuda":
@@ -64,8 +67,12 @@ def seconds_of(action: Callable[[], object], device: torch.device) -> float:
     return perf_counter() - started
 
 
-def latency_ms(ask: Callable[[Batch], object], batches: Sequence[Batch], device: torch.device) -> dict[str, float]:
-    """Milliseconds for one row by itself, its inputs at hand on the device: the median over these rows, with the middle half of them."""
+def latency_ms(
+    ask: Callable[[Batch], object], batches: Sequence[Batch], device: torch.device
+) -> dict[str, float]:
+    """Milliseconds for one row by itself, its inputs at hand on the device: the median over these rows,
+    with the middle half of them.
+    """
     for batch in batches[:WARM_UP]:
         ask(batch)
     times = [1e3 * seconds_of(lambda batch=batch: ask(batch), device) for batch in batches]
@@ -74,7 +81,9 @@ def latency_ms(ask: Callable[[Batch], object], batches: Sequence[Batch], device:
 
 
 def stored_bytes(source: str) -> int | None:
-    """Bytes of a model's weights as they are stored, in its folder or the hub's cache; None where they are in neither."""
+    """Bytes of a model's weights as they are stored, in its folder or the hub's cache; None where they
+    are in neither.
+    """
     try:
         folder = folder_of(source)
         path = Path(folder if Path(folder).is_dir() else snapshot_download(source, local_files_only=True))

@@ -1,7 +1,7 @@
 """What passes inside a model while it runs: hooks that keep the states asked for, and no others.
 
-Hooks rather than `output_hidden_states`, so that they work through DDP, keep no other layer, and leave states in the dtype in
-which the model computed.
+Hooks rather than `output_hidden_states`, so that they work through DDP, keep no other layer, and leave states
+in the dtype in which the model computed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,9 @@ from kdlib.errors import ModelError
 
 @contextmanager
 def captured_hidden(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Collects the last hidden states [B, T, H], those that the head reads, of each forward pass made inside."""
+    """Collects the last hidden states [B, T, H], those that the head reads, of each forward pass made
+    inside.
+    """
     states: list[Tensor] = []
     handle = model.base_model.register_forward_hook(lambda module, args, output: states.append(output[0]))
     try:
@@ -34,20 +36,26 @@ class Captured:
 
 
 @contextmanager
-def captured_layers(model: PreTrainedModel, numbers: Sequence[int], *, hidden: bool, attention: bool) -> Iterator[Captured]:
+def captured_layers(
+    model: PreTrainedModel, numbers: Sequence[int], *, hidden: bool, attention: bool
+) -> Iterator[Captured]:
     """Collects these layers' outputs and attention maps of one forward pass made inside.
 
     Raises:
-        ModelError: a layer showed no attention map: the model's attention does not make them (see `attend_eagerly`).
+        ModelError: a layer showed no attention map: the model's attention does not make them (see
+            `attend_eagerly`).
     """
     captured, handles = Captured(), []
     layers = layers_of(model) if hidden or attention else []
 
     def keep_output(number):
-        return lambda module, args, output: captured.hidden.update({number: output[0] if isinstance(output, tuple) else output})
+        return lambda module, args, output: captured.hidden.update(
+            {number: output[0] if isinstance(output, tuple) else output}
+        )
 
     def keep_map(number):
-        def look(module, args, output):  # the innermost module that returns (states, [B, A, T, T]); found by its looks
+        # the innermost module that returns (states, [B, A, T, T]); found by its looks
+        def look(module, args, output):
             second = output[1] if isinstance(output, tuple) and len(output) > 1 else None
             if isinstance(second, Tensor) and second.ndim == 4 and number not in captured.attention:
                 captured.attention[number] = second
@@ -58,7 +66,11 @@ def captured_layers(model: PreTrainedModel, numbers: Sequence[int], *, hidden: b
         if hidden:
             handles.append(layers[number].register_forward_hook(keep_output(number)))
         if attention:
-            handles += [part.register_forward_hook(keep_map(number)) for part in layers[number].modules() if part is not layers[number]]
+            handles += [
+                part.register_forward_hook(keep_map(number))
+                for part in layers[number].modules()
+                if part is not layers[number]
+            ]
     try:
         yield captured
     finally:
@@ -66,15 +78,18 @@ def captured_layers(model: PreTrainedModel, numbers: Sequence[int], *, hidden: b
             handle.remove()
     if attention and (silent := [number for number in numbers if number not in captured.attention]):
         raise ModelError(
-            f"{type(model).__name__} with {model.config._attn_implementation} attention shows no attention maps in layers {silent}; "
+            f"{type(model).__name__} with {model.config._attn_implementation} attention shows no attention "
+            f"maps in layers {silent}; "
             "the attention term needs a model whose eager attention returns them: leave that term out"
         )
 
 
 def attend_eagerly(model: PreTrainedModel, eager: bool) -> None:
-    """Let the model make its attention maps, [B, A, T, T] per layer in memory, or go back to what it was loaded with.
+    """Let the model make its attention maps, [B, A, T, T] per layer in memory, or go back to what it was
+    loaded with.
 
-    Eager attention is slower than SDPA, and its memory grows with T squared: asked for only while an attention term is active.
+    Eager attention is slower than SDPA, and its memory grows with T squared: asked for only while an
+    attention term is active.
     """
     if not hasattr(model, "_loaded_attention"):
         model._loaded_attention = model.config._attn_implementation
@@ -93,4 +108,6 @@ def layers_name(model: PreTrainedModel) -> str:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
             return name
-    raise ModelError(f"{type(model).__name__}: found no list of {model.config.num_hidden_layers} layers to choose from")
+    raise ModelError(
+        f"{type(model).__name__}: found no list of {model.config.num_hidden_layers} layers to choose from"
+    )

@@ -1,4 +1,6 @@
-"""Loading teacher, student and tokenizer; making a student from a teacher; checking that the two speak one vocabulary."""
+"""Loading teacher, student and tokenizer; making a student from a teacher; checking that the two speak
+one vocabulary.
+"""
 
 import inspect
 from collections.abc import Iterator, Sequence
@@ -28,16 +30,20 @@ from kdlib.models.hooks import captured_hidden, layers_name, layers_of
 
 
 def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
-    """The one by which rows are made and with which the student is saved: the teacher's, whose vocabulary both share.
+    """The one by which rows are made and with which the student is saved: the teacher's, whose vocabulary
+    both share.
 
-    Where rows are classified the student has its own; the teacher may read otherwise (kdlib.data.classification).
+    Where rows are classified the student has its own; the teacher may read otherwise
+    (kdlib.data.classification).
     """
     is_own = config.task == "sequence-classification" and config.student.source != "teacher"
     return load_tokenizer(config.student.source if is_own else config.teacher.model)
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model named as in `load_model`; a missing pad token becomes EOS, as padding is masked anyway."""
+    """The tokenizer of a model named as in `load_model`; a missing pad token becomes EOS, as padding is
+    masked anyway.
+    """
     with explained(model, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder_of(model))
     if tokenizer.pad_token_id is None:
@@ -46,17 +52,23 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(model: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal language model by hub id, local folder, .gguf file or built-in name; safetensors only, no remote code.
+    """A causal language model by hub id, local folder, .gguf file or built-in name; safetensors only, no
+    remote code.
 
     Raises:
-        ModelError: there is no such model, it cannot be loaded so, or some of its weights are not in its files.
+        ModelError: there is no such model, it cannot be loaded so, or some of its weights are not in its
+            files.
     """
     with explained(model, "model"):
-        made, info = AutoModelForCausalLM.from_pretrained(folder_of(model), dtype=dtype, use_safetensors=True, output_loading_info=True)
+        made, info = AutoModelForCausalLM.from_pretrained(
+            folder_of(model), dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
     if absent := sorted(info["missing_keys"]):
         raise ModelError(
-            f"{model}: {len(absent)} of its weights as a language model are not in its files and would be random ({', '.join(absent[:3])}"
-            f"{', …' * (len(absent) > 3)}); it was trained for something else (an encoder, a classifier?): name a causal language model"
+            f"{model}: {len(absent)} of its weights as a language model are not in its files and would be "
+            f"random ({', '.join(absent[:3])}"
+            f"{', …' * (len(absent) > 3)}); it was trained for something else (an encoder, a classifier?): "
+            "name a causal language model"
         )
     return made.eval()
 
@@ -68,29 +80,40 @@ def load_config(model: str):
 
 
 def check_pair(config: Config, teacher: PreTrainedTokenizerBase) -> None:
-    """Refuse a student that the teacher cannot teach: layers it lacks, or a tokenizer whose ids mean other things.
+    """Refuse a student that the teacher cannot teach: layers it lacks, or a tokenizer whose ids mean other
+    things.
 
     Raises:
         ModelError: names the layers, or the first tokens that differ.
     """
-    configs = {name: load_config(name) for name in {config.teacher.model, config.student.source} - {"teacher"}}
+    configs = {
+        name: load_config(name) for name in {config.teacher.model, config.student.source} - {"teacher"}
+    }
     for name, each in configs.items():
         positions = getattr(each, "max_position_embeddings", None)
         if positions and config.data.max_length > positions:
-            raise ModelError(f"data.max_length is {config.data.max_length}, but {name} has {positions} positions; lower it")
+            raise ModelError(
+                f"data.max_length is {config.data.max_length}, but {name} has {positions} positions; lower it"
+            )
     if config.student.source == "teacher":
         check_layers(config, configs[config.teacher.model].num_hidden_layers)
         return
-    if config.task == "sequence-classification":  # each reads the rows in its own way; what they share is the classes
+    # each reads the rows in its own way; what they share is the classes
+    if config.task == "sequence-classification":
         return
     student, ours = load_tokenizer(config.student.source).get_vocab(), teacher.get_vocab()
     if student != ours:
         differing = [token for token in {**student, **ours} if student.get(token) != ours.get(token)]
-        shown = ", ".join(f"{t!r}: {student.get(t, 'absent')} / {ours.get(t, 'absent')}" for t in sorted(differing)[:3])
+        shown = ", ".join(
+            f"{t!r}: {student.get(t, 'absent')} / {ours.get(t, 'absent')}" for t in sorted(differing)[:3]
+        )
         raise ModelError(
-            f"student {config.student.source} ({len(student)} tokens) and teacher {config.teacher.model} ({len(ours)}) have "
-            f"different vocabularies: {len(differing)} tokens differ, e.g. {shown} (student / teacher id). The kd term compares "
-            "token by token and needs one vocabulary: use a student of the teacher's family, or `student: {from: teacher}`"
+            f"student {config.student.source} ({len(student)} tokens) and teacher {config.teacher.model} "
+            f"({len(ours)}) have "
+            f"different vocabularies: {len(differing)} tokens differ, e.g. {shown} (student / teacher id). "
+            "The kd term compares "
+            "token by token and needs one vocabulary: use a student of the teacher's family, or `student: "
+            "{from: teacher}`"
         )
 
 
@@ -142,8 +165,12 @@ def layer_influence(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """
     influence = []
 
-    def measure(layer, args, kwargs, output):  # on the layers themselves: `hidden_states` ends with the final norm's output
-        before, after = args[0] if args else kwargs["hidden_states"], output[0] if isinstance(output, tuple) else output
+    # on the layers themselves: `hidden_states` ends with the final norm's output
+    def measure(layer, args, kwargs, output):
+        before, after = (
+            args[0] if args else kwargs["hidden_states"],
+            output[0] if isinstance(output, tuple) else output,
+        )
         influence.append(1 - F.cosine_similarity(before.float(), after.float(), dim=-1).mean())
 
     layers = layers_of(model)
@@ -174,7 +201,8 @@ def shallower(teacher: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
             state[name] = value
     student.load_state_dict(state)
     if student.can_generate():
-        student.generation_config = GenerationConfig.from_model_config(config)  # without the teacher's sampling habits
+        # without the teacher's sampling habits
+        student.generation_config = GenerationConfig.from_model_config(config)
     return student.float().eval()
 
 
@@ -200,10 +228,11 @@ def blank_model(name: str, config: PreTrainedConfig, dtype: torch.dtype = torch.
 
 @torch.no_grad()
 def head_form(model: PreTrainedModel) -> Form | None:
-    """How logits follow from head(last hidden states): as they are, scaled or soft-capped by the model's config.
+    """How logits follow from head(last hidden states): as they are, scaled or soft-capped by the model's
+    config.
 
-    None for a model whose logits are made otherwise, or computed all at once whether asked or not: seen on four tokens, not
-    guessed from the model's name.
+    None for a model whose logits are made otherwise, or computed all at once whether asked or not: seen on
+    four tokens, not guessed from the model's name.
     """
     head, form, training = model.get_output_embeddings(), stated_form(model), model.training
     if form is None:
@@ -212,29 +241,41 @@ def head_form(model: PreTrainedModel) -> Form | None:
     with captured_hidden(model) as states:
         logits = model(input_ids=torch.arange(4, device=model.device)[None], use_cache=False).logits
     model.train(training)
-    return form if torch.allclose(form.logits(head(states[0])).to(logits.dtype), logits, rtol=1e-3, atol=1e-3) else None
+    return (
+        form
+        if torch.allclose(form.logits(head(states[0])).to(logits.dtype), logits, rtol=1e-3, atol=1e-3)
+        else None
+    )
 
 
 def stated_form(model: PreTrainedModel) -> Form | None:
     """What the structure and config of a model say of `head_form`, without a look at what it computes."""
     config = model.config.get_text_config()
-    if not isinstance(model.get_output_embeddings(), nn.Linear) or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+    if (
+        not isinstance(model.get_output_embeddings(), nn.Linear)
+        or "logits_to_keep" not in inspect.signature(model.forward).parameters
+    ):
         return None
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     return Form(float(scale), getattr(config, "final_logit_softcapping", None))
 
 
 def device_of(config: Config) -> torch.device:
-    """Where the run computes: CUDA, else Apple's MPS, else the CPU; `device:` and `training.use_cpu` have their way.
+    """Where the run computes: CUDA, else Apple's MPS, else the CPU; `device:` and `training.use_cpu` have
+    their way.
 
     Raises:
         ModelError: the device that is asked for is not there.
     """
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    found = (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    )
     if config.training.get("use_cpu") or config.device == "cpu":
         return torch.device("cpu")
     if config.device not in ("auto", found.type):
-        raise ModelError(f"device: found {config.device}, but this machine has {found.type}; write {found.type}, or auto")
+        raise ModelError(
+            f"device: found {config.device}, but this machine has {found.type}; write {found.type}, or auto"
+        )
     return found
 
 
@@ -248,9 +289,13 @@ def precision_of(config: Config) -> tuple[torch.dtype, str]:
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
         name = torch.cuda.get_device_name()
-        return (torch.bfloat16 if major >= 8 else torch.float32), f"{name} has compute capability {major}.{minor}; bf16 gains from 8.0 on"
+        return (
+            torch.bfloat16 if major >= 8 else torch.float32
+        ), f"{name} has compute capability {major}.{minor}; bf16 gains from 8.0 on"
     capable = bool(cpu.bf16_instructions())
-    return (torch.bfloat16 if capable else torch.float32), f"this CPU has {'' if capable else 'no '}avx512_bf16 or amx_bf16"
+    return (
+        torch.bfloat16 if capable else torch.float32
+    ), f"this CPU has {'' if capable else 'no '}avx512_bf16 or amx_bf16"
 
 
 def parameters(model: nn.Module) -> int:
@@ -259,7 +304,9 @@ def parameters(model: nn.Module) -> int:
 
 
 def folder_of(model: str) -> str:
-    """What `from_pretrained` takes for a model named as in `load_model`; a GGUF file is unpacked once into the cache."""
+    """What `from_pretrained` takes for a model named as in `load_model`; a GGUF file is unpacked once
+    into the cache.
+    """
     if model in BUILT_IN:
         return str(built_in_folder(model))
     if model.endswith(".gguf"):
@@ -273,11 +320,14 @@ def folder_of(model: str) -> str:
 
 @contextmanager
 def explained(model: str, what: str) -> Iterator[None]:
-    """transformers' own errors as ModelErrors that say what may be given; `what` was looked for under this name."""
+    """transformers' own errors as ModelErrors that say what may be given; `what` was looked for under
+    this name.
+    """
     try:
         yield
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{model}: no {what} to be had by this name{nearest(model, BUILT_IN)}. It may be a hub id, a local folder, a .gguf "
+            f"{model}: no {what} to be had by this name{nearest(model, BUILT_IN)}. It may be a hub id, a "
+            "local folder, a .gguf "
             f"file or a built-in name ({', '.join(BUILT_IN)}). transformers says: {error}"
         ) from error

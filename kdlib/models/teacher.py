@@ -14,7 +14,8 @@ from kdlib.losses.signals import DenseSignal, Features, Form, Kept, LinearSignal
 from kdlib.models.hooks import attend_eagerly, captured_hidden, captured_layers
 from kdlib.models.loading import head_form
 
-PROJECTIONS = "distillation_projections"  # the student's submodule that maps its hidden states to the teacher's size
+# the student's submodule that maps its hidden states to the teacher's size
+PROJECTIONS = "distillation_projections"
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class Inside:
 
 
 def insides(moment: Moment, pairs: LayerPairs, student: PreTrainedModel) -> tuple[Inside, Inside]:
-    """What student and teacher are listened to for, at a moment of the training; the student with its projections."""
+    """What student and teacher are listened to for, at a moment of the training; the student with its
+    projections.
+    """
     ours, theirs = zip(*pairs, strict=True) if pairs else ((), ())
     wanted = {"hidden": moment.needs_hidden, "attention": moment.needs_attention}
     projections = getattr(student, PROJECTIONS, None) if moment.needs_projection else None
@@ -36,15 +39,24 @@ def insides(moment: Moment, pairs: LayerPairs, student: PreTrainedModel) -> tupl
 
 
 def signal_of(
-    model, batch: Mapping[str, Tensor], kept: Kept, *, vocabulary: int, form: Form | None, unwrapped: PreTrainedModel | None = None,
-    inside: Inside | None = None, reads: str = "",
+    model,
+    batch: Mapping[str, Tensor],
+    kept: Kept,
+    *,
+    vocabulary: int,
+    form: Form | None,
+    unwrapped: PreTrainedModel | None = None,
+    inside: Inside | None = None,
+    reads: str = "",
 ) -> Signal:
     """What a model says about the kept tokens of a batch.
 
     Args:
         model: called once with input_ids and attention_mask; may be a wrapper (DDP) of `unwrapped`.
-        vocabulary: the tokenizer's size, or the number of classes; rows that pad the head beyond it are left out.
-        form: `head_form` of the model gives a LinearSignal (the head is applied later, chunk by chunk), None a DenseSignal.
+        vocabulary: the tokenizer's size, or the number of classes; rows that pad the head beyond it are left
+            out.
+        form: `head_form` of the model gives a LinearSignal (the head is applied later, chunk by chunk), None
+            a DenseSignal.
         inside: what the features are made of, where a term needs them.
         reads: "teacher_" for a model that reads those of the batch's inputs.
     """
@@ -55,7 +67,9 @@ def signal_of(
     inputs |= {"use_cache": False} | ({} if form is None else {"logits_to_keep": none})
     with (
         captured_hidden(unwrapped) as last,
-        captured_layers(unwrapped, inside.layers, hidden=inside.hidden, attention=inside.attention) as captured,
+        captured_layers(
+            unwrapped, inside.layers, hidden=inside.hidden, attention=inside.attention
+        ) as captured,
     ):
         output = model(**inputs)
     features = _features(captured, kept, inside) if inside.hidden or inside.attention else None
@@ -86,24 +100,42 @@ class LiveTeacher:
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor], kept: Kept, inside: Inside | None = None) -> Signal:
         """The teacher's signal for the kept tokens; without gradient."""
-        return signal_of(self.model, batch, kept, vocabulary=self.vocabulary, form=self.form, inside=inside, reads=self.reads)
+        return signal_of(
+            self.model,
+            batch,
+            kept,
+            vocabulary=self.vocabulary,
+            form=self.form,
+            inside=inside,
+            reads=self.reads,
+        )
 
 
 def _features(captured, kept: Kept, inside: Inside) -> Features:
     hidden = [kept.select(captured.hidden[number]) for number in inside.layers] if inside.hidden else []
-    maps = [kept.select(captured.attention[number].transpose(1, 2)) for number in inside.layers] if inside.attention else []
+    maps = (
+        [kept.select(captured.attention[number].transpose(1, 2)) for number in inside.layers]
+        if inside.attention
+        else []
+    )
     if torch.is_grad_enabled() and not all(state.requires_grad for state in [*hidden, *maps]):
         raise RuntimeError(
-            "the student's inner states carry no gradient, so feature terms would teach nothing; with gradient checkpointing "
+            "the student's inner states carry no gradient, so feature terms would teach nothing; with "
+            "gradient checkpointing "
             "use `activation_checkpointing_kwargs: {use_reentrant: false}`"
         )
     matrices = inside.projections or [nn.Identity()] * len(hidden)
-    projected = [matrix(state.to(getattr(matrix, "weight", state).dtype)) for matrix, state in zip(matrices, hidden, strict=False)]
+    projected = [
+        matrix(state.to(getattr(matrix, "weight", state).dtype))
+        for matrix, state in zip(matrices, hidden, strict=False)
+    ]
     return Features(kept.rows, hidden, maps, projected)
 
 
 def _whole(parameter: nn.Parameter | None, vocabulary: int) -> Tensor | None:
-    """The first `vocabulary` rows; gathered from all ranks where FSDP2 shards them, and the gradient averaged as it does."""
+    """The first `vocabulary` rows; gathered from all ranks where FSDP2 shards them, and the gradient
+    averaged as it does.
+    """
     if isinstance(parameter, DTensor):
         parameter = parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
     return parameter if parameter is None or len(parameter) == vocabulary else parameter[:vocabulary]

@@ -1,4 +1,5 @@
-"""Axes that keep their lines and give them new data, over a background that is drawn again only when a limit moves.
+"""Axes that keep their lines and give them new data, over a background that is drawn again only when a limit
+moves.
 
 Nine axes made anew for each picture, with all their words, take some ten times as long.  Imports no torch.
 """
@@ -13,14 +14,27 @@ from matplotlib.axes import Axes
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-TERM_COLOURS = {"kd": "#0072b2", "ce": "#e69f00", "hidden": "#009e73", "attention": "#cc79a7", "relational": "#d55e00",
-                "contrastive": "#56b4e9"}  # Okabe and Ito's, safe for colour-blind eyes
-SPARE = ("#332288", "#117733", "#882255", "#999933", "#aa4499", "#d55e00", "#56b4e9", "#cc79a7")  # Tol's, and theirs
+TERM_COLOURS = {
+    "kd": "#0072b2",
+    "ce": "#e69f00",
+    "hidden": "#009e73",
+    "attention": "#cc79a7",
+    "relational": "#d55e00",
+    "contrastive": "#56b4e9",
+}  # Okabe and Ito's, safe for colour-blind eyes
+# Tol's, and theirs
+SPARE = ("#332288", "#117733", "#882255", "#999933", "#aa4499", "#d55e00", "#56b4e9", "#cc79a7")
 INK, SOFT, SHADE, BROKEN = "#1f2328", "#6e6e6e", "#f1f1ee", "#cc0000"
 
 COLOURS = {"teacher": "#6e6e6e", "untrained": "#bdbdbd", "baseline": "#e69f00", "distilled": "#0072b2"}
-LABELS = {"teacher": "teacher", "untrained": "untrained student", "baseline": "CE-only baseline", "distilled": "distilled student"}
-OTHERS = ("#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#882255", "#999933")  # of models with names of their own
+LABELS = {
+    "teacher": "teacher",
+    "untrained": "untrained student",
+    "baseline": "CE-only baseline",
+    "distilled": "distilled student",
+}
+# of models with names of their own
+OTHERS = ("#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#882255", "#999933")
 
 
 def colours_of_models(names: Iterable[str]) -> dict[str, str]:
@@ -54,13 +68,22 @@ def colours_of(terms: Iterable[str]) -> dict[str, str]:
 class Panel:
     """One set of axes whose lines are kept from one drawing to the next."""
 
-    def __init__(self, axes: Axes, title: Text, unit: str, form: Callable[[float], str] = "{:g}".format, *, label_at: float) -> None:
+    def __init__(
+        self,
+        axes: Axes,
+        title: Text,
+        unit: str,
+        form: Callable[[float], str] = "{:g}".format,
+        *,
+        label_at: float,
+    ) -> None:
         """
         Args:
             title: where the panel's title goes.
             unit: of the y axis.
             form: how its ticks are written.
-            label_at: where its label stands, in widths of the axes; the same for all panels, so that labels are aligned.
+            label_at: where its label stands, in widths of the axes; the same for all panels, so that labels
+                are aligned.
         """
         self.axes, self.title, self.form, self.artists = axes, title, form, {}
         self.is_log, self.is_placed = None, False
@@ -94,8 +117,21 @@ class Panel:
         """Crosses at the upper edge: there a value was nan or infinite."""
         if len(x):
             top = self.axes.get_xaxis_transform()
-            artist = self._kept(key, lambda: self.axes.plot([], [], transform=top, clip_on=False, zorder=9, linestyle="", marker="x",
-                                                            color=BROKEN, markersize=6, markeredgewidth=1.6)[0])
+            artist = self._kept(
+                key,
+                lambda: self.axes.plot(
+                    [],
+                    [],
+                    transform=top,
+                    clip_on=False,
+                    zorder=9,
+                    linestyle="",
+                    marker="x",
+                    color=BROKEN,
+                    markersize=6,
+                    markeredgewidth=1.6,
+                )[0],
+            )
             artist.set_data(x, np.full(len(x), 0.97))
 
     def reach(self, values: np.ndarray) -> None:
@@ -106,14 +142,18 @@ class Panel:
             self.lowest_positive = min(self.lowest_positive, finite[finite > 0].min(initial=math.inf))
 
     def end(self, title: str, *, log: bool = False, floor: float | None = None) -> None:
-        """Title and limits; log only where there is something above 0 to show, and `floor` in sight where not."""
+        """Title and limits; log only where there is something above 0 to show, and `floor` in sight where
+        not.
+        """
         for key, artist in self.artists.items():
             artist.set_visible(key in self.used)
         self.title.set_text(title)
         log = log and math.isfinite(self.lowest_positive)
         if log is not self.is_log:
             self._scale(log)
-        low, high = (self.lowest_positive, max(self.high, self.lowest_positive)) if log else (self.low, self.high)
+        low, high = (
+            (self.lowest_positive, max(self.high, self.lowest_positive)) if log else (self.low, self.high)
+        )
         if math.isfinite(low) and math.isfinite(high):
             self._limit(low if floor is None or log else min(low, floor), high)
 
@@ -136,7 +176,9 @@ class Panel:
             self.is_placed = True
             count = max(2, round(self.axes.get_position().height * self.axes.figure.get_figheight() / 0.28))
             wide = self.is_log and high > 5 * low
-            self.axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=count) if wide else MaxNLocator(min(count, 5)))
+            self.axes.yaxis.set_major_locator(
+                LogLocator(subs=(1, 2, 5), numticks=count) if wide else MaxNLocator(min(count, 5))
+            )
 
     def _scale(self, log: bool) -> None:
         self.is_log, self.is_placed = log, False

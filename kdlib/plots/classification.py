@@ -1,4 +1,5 @@
-"""Figures of classifiers: what is taken for what, how sure against how right, F1 of each class.  Imports no torch.
+"""Figures of classifiers: what is taken for what, how sure against how right, F1 of each class.  Imports no
+torch.
 
 One message each, stated in the title from the figures themselves.
 """
@@ -37,20 +38,25 @@ def answer_figures(results: Mapping[str, Any]) -> dict[str, Figure]:
 
 
 def confusion(results: Mapping[str, Any]) -> Figure:
-    """For each true class, what it is taken for: shares of its row as colour, counts as numbers; a matrix for each trained model."""
+    """For each true class, what it is taken for: shares of its row as colour, counts as numbers; a matrix
+    for each trained model.
+    """
     labels, models = results["labels"], _trained(results)
     columns = len(models) if len(labels) <= 6 else 2 if len(labels) <= COUNTED else 1
     rows, size = math.ceil(len(models) / columns), min(max(1.2 + 0.42 * len(labels), 3.2), 11)
     figure = Figure(figsize=(size * columns + 0.6, size * rows + 0.9), layout="constrained")
     every = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes in every[len(models):]:
+    for axes in every[len(models) :]:
         axes.set_axis_off()
     for axes, name in zip(every, models, strict=False):
         counts = np.array(results["models"][name]["confusion"])
         _matrix(axes, counts, labels)
         right = counts.trace() / counts.sum()
         axes.set_title(f"{label_of(name)}: {right:.1%} right", fontsize=9, loc="left", parse_math=False)
-    return _titled(figure, f"{_most_confused(results)}\nColour: share of the true class; numbers: rows; n = {results['rows']:,}")
+    return _titled(
+        figure,
+        f"{_most_confused(results)}\nColour: share of the true class; numbers: rows; n = {results['rows']:,}",
+    )
 
 
 def _matrix(axes: Axes, counts: np.ndarray, labels: Sequence[str]) -> None:
@@ -77,12 +83,17 @@ def _most_confused(results: Mapping[str, Any]) -> str:
     if not wrong.any():
         return f"{called(student, 'The')} takes no row for another class"
     true, said = np.unravel_index(wrong.argmax(), wrong.shape)
-    return (f"{called(student, 'The')} most often takes {_short(labels[true], 40)} for {_short(labels[said], 40)}: "
-            f"{wrong[true, said]:,} of {counts[true].sum():,} rows")
+    return (
+        f"{called(student, 'The')} most often takes {_short(labels[true], 40)} for "
+        f"{_short(labels[said], 40)}: "
+        f"{wrong[true, said]:,} of {counts[true].sum():,} rows"
+    )
 
 
 def reliability(results: Mapping[str, Any]) -> Figure:
-    """How often each model is right where it is so sure; on the diagonal it is as right as it is sure.  Below: how often it is so sure."""
+    """How often each model is right where it is so sure; on the diagonal it is as right as it is sure.
+    Below: how often it is so sure.
+    """
     models = _trained(results)
     colours = colours_of_models(results["models"])
     figure = Figure(figsize=(7, 5.6), layout="constrained")
@@ -104,7 +115,11 @@ def reliability(results: Mapping[str, Any]) -> Figure:
 
 def _reliability_lines(upper: Axes, lower: Axes, results: Mapping[str, Any], name: str, colour: str) -> None:
     facts = results["models"][name]
-    look = {"color": colour, "linestyle": "--" if name == "teacher" else "-", "linewidth": 1 if name == "baseline" else 2}
+    look = {
+        "color": colour,
+        "linestyle": "--" if name == "teacher" else "-",
+        "linewidth": 1 if name == "baseline" else 2,
+    }
     filled = [each for each in facts["reliability"] if each["count"]]
     sure, right = ([each[key] for each in filled] for key in ("confidence", "accuracy"))
     upper.plot(sure, right, label=f"{label_of(name)}: error {with_interval(facts['ece'])}", **look)
@@ -125,39 +140,69 @@ def _sureness(results: Mapping[str, Any]) -> str:
 
 
 def f1_per_class(results: Mapping[str, Any]) -> Figure:
-    """F1 of each class that has rows, for the trained models, with intervals; the student's worst class at the top."""
+    """F1 of each class that has rows, for the trained models, with intervals; the student's worst class
+    at the top.
+    """
     models, student = _trained(results), student_of(results)
     colours = colours_of_models(results["models"])
     of_student = results["models"][student]["per_class"]
-    order = sorted((number for number, each in enumerate(of_student) if each["support"]),
-                   key=lambda number: of_student[number]["f1"]["value"])
+    order = sorted(
+        (number for number, each in enumerate(of_student) if each["support"]),
+        key=lambda number: of_student[number]["f1"]["value"],
+    )
     figure = Figure(figsize=(8, 1.5 + (0.12 + 0.13 * len(models)) * len(order)), layout="constrained")
     axes = figure.subplots()
     for place, name in enumerate(models):
         entries = [results["models"][name]["per_class"][number]["f1"] for number in order]
         height = [position + 0.7 * ((place + 0.5) / len(models) - 0.5) for position in range(len(order))]
         value, low, high = (np.array([each[key] for each in entries]) for key in ("value", "low", "high"))
-        axes.errorbar(value, height, xerr=[np.maximum(value - low, 0), np.maximum(high - value, 0)], color=colours[name], capsize=2,
-                      fmt="D" if name == "teacher" else "o", markersize=4, elinewidth=1, linestyle="none", label=label_of(name))
+        axes.errorbar(
+            value,
+            height,
+            xerr=[np.maximum(value - low, 0), np.maximum(high - value, 0)],
+            color=colours[name],
+            capsize=2,
+            fmt="D" if name == "teacher" else "o",
+            markersize=4,
+            elinewidth=1,
+            linestyle="none",
+            label=label_of(name),
+        )
     support = [of_student[number]["support"] for number in order]
-    names = [f"{_short(results['labels'][number])} ({count:,})" for number, count in zip(order, support, strict=True)]
+    names = [
+        f"{_short(results['labels'][number])} ({count:,})"
+        for number, count in zip(order, support, strict=True)
+    ]
     axes.set_yticks(range(len(order)), names, fontsize=8, parse_math=False)
     axes.set(xlabel="F1 (in brackets: rows of the class)", ylim=(len(order) - 0.4, -0.6), xlim=(None, 1.02))
     axes.grid(axis="y", color="#eeeeee")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=len(models))
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        frameon=False,
+        fontsize=8,
+        loc="outside lower center",
+        ncols=len(models),
+    )
     return _titled(figure, f"{_hardest(results, order)}\nn = {results['rows']:,}; {results['interval']}")
 
 
 def _hardest(results: Mapping[str, Any], order: Sequence[int]) -> str:
     student = student_of(results)
     ours, theirs = (results["models"][name]["per_class"] for name in (student, "teacher"))
-    gap, furthest = max((theirs[number]["f1"]["value"] - ours[number]["f1"]["value"], -number) for number in order)
-    opening = f"{_short(results['labels'][order[0]], 40)} is {called(student)}'s worst class: F1 {ours[order[0]]['f1']['value']:.2f}"
+    gap, furthest = max(
+        (theirs[number]["f1"]["value"] - ours[number]["f1"]["value"], -number) for number in order
+    )
+    opening = (
+        f"{_short(results['labels'][order[0]], 40)} is {called(student)}'s worst class: F1 "
+        f"{ours[order[0]]['f1']['value']:.2f}"
+    )
     if gap <= 0:
         return f"{opening}; in none is it behind the teacher"
-    return f"{opening};\nfurthest behind the teacher: {_short(results['labels'][-furthest], 40)}, by {gap:.2f}"
+    return (
+        f"{opening};\nfurthest behind the teacher: {_short(results['labels'][-furthest], 40)}, by {gap:.2f}"
+    )
 
 
 def _trained(results: Mapping[str, Any]) -> list[str]:

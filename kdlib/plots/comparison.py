@@ -1,7 +1,8 @@
 """Figures from a run's files: one message each, stated in the title from the figures themselves.
 
 Figures are made from metrics.jsonl, plan.json and comparison_results.json; nothing here imports torch.
-Teacher hatched grey, distilled student blue, baseline thin orange, untrained student light grey; safe for colour-blind eyes.
+Teacher hatched grey, distilled student blue, baseline thin orange, untrained student light grey; safe for
+colour-blind eyes.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kdlib.errors import ConfigError
-from kdlib.metrics.names import DRAWN, KEYS, MEASURES, difference, differing, rivals_of, shown_in, student_of, task_of, with_interval
+from kdlib.metrics.names import (
+    DRAWN,
+    KEYS,
+    MEASURES,
+    difference,
+    differing,
+    rivals_of,
+    shown_in,
+    student_of,
+    task_of,
+    with_interval,
+)
 from kdlib.plots.axes import COLOURS, LABELS, called, colours_of, colours_of_models, label_of, on_axis
 from kdlib.plots.classification import answer_figures
 from kdlib.plots.training import dashboard
@@ -34,9 +46,11 @@ COSTS = {  # what a comparison measures of it: how a column is headed, and its f
 }
 
 BARS = "teacher_student_comparison"  # the figure over all models
-LEARNED = ("choice_accuracy", "accuracy", "macro_f1", "log_loss", "kl_to_teacher", "perplexity")  # over the steps, where measured
+# over the steps, where measured
+LEARNED = ("choice_accuracy", "accuracy", "macro_f1", "log_loss", "kl_to_teacher", "perplexity")
 
-if (shell := get_ipython()) is not None:  # IPython knows what a Figure is only where pyplot is imported, which nothing here does
+# IPython knows what a Figure is only where pyplot is imported, which nothing here does
+if (shell := get_ipython()) is not None:
     select_figure_formats(shell, {"png"})
 
 
@@ -50,7 +64,9 @@ def schedules(table: pd.DataFrame) -> Figure:
     upper.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     peak = table["learning_rate"].idxmax()
     upper.set_title(
-        f"The learning rate peaks at {table['learning_rate'][peak]:.1e} and ends at {table['learning_rate'].iloc[-1]:.1e}", loc="left"
+        f"The learning rate peaks at {table['learning_rate'][peak]:.1e} and ends at "
+        f"{table['learning_rate'].iloc[-1]:.1e}",
+        loc="left",
     )
     for term in terms_in(table):
         lower.plot(table["step"], table[f"{term}_weight"], color=colours[term], label=f"weight of {term}")
@@ -60,19 +76,33 @@ def schedules(table: pd.DataFrame) -> Figure:
 
 
 def learning_curves(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """What was measured on held-out rows while training; none depends on the weights, so the students can be compared."""
+    """What was measured on held-out rows while training; none depends on the weights, so the students can
+    be compared.
+    """
     shown = [name for name in LEARNED if all(name in table for table in tables.values())]
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         for name, table in tables.items():
-            axes.plot(table["step"], table[metric], color=COLOURS[name], marker="o", markersize=4, label=LABELS[name],
-                      linewidth=1 if name == "baseline" else 2)
+            axes.plot(
+                table["step"],
+                table[metric],
+                color=COLOURS[name],
+                marker="o",
+                markersize=4,
+                label=LABELS[name],
+                linewidth=1 if name == "baseline" else 2,
+            )
         last = [f"{table[metric].iloc[-1]:#.3g}".rstrip(".") for table in tables.values()]
         axes.set_title(f"{MEASURES[metric].brief}: {' / '.join(last)}", loc="left", fontsize=10)
         if metric == "kl_to_teacher":
             axes.set_ylim(bottom=0)
         _labelled(figure, axes, "")
-    figure.suptitle(f"On held-out rows, at the end: {' / '.join(LABELS[name] for name in tables)}", fontsize=10, x=0.01, ha="left")
+    figure.suptitle(
+        f"On held-out rows, at the end: {' / '.join(LABELS[name] for name in tables)}",
+        fontsize=10,
+        x=0.01,
+        ha="left",
+    )
     return figure
 
 
@@ -85,9 +115,18 @@ def comparison_bars(results: Mapping[str, Any]) -> Figure:
         for position, name in enumerate(models):
             figures = results["models"][name][metric]
             low, high = figures["value"] - figures["low"], figures["high"] - figures["value"]
-            axes.bar(position, figures["value"], color=colours[name], hatch="//" if name == "teacher" else None,
-                     edgecolor="white", yerr=[[max(low, 0)], [max(high, 0)]], capsize=3)
-            axes.text(position, figures["high"], f" {figures['value']:.3g}", ha="center", va="bottom", fontsize=8)
+            axes.bar(
+                position,
+                figures["value"],
+                color=colours[name],
+                hatch="//" if name == "teacher" else None,
+                edgecolor="white",
+                yerr=[[max(low, 0)], [max(high, 0)]],
+                capsize=3,
+            )
+            axes.text(
+                position, figures["high"], f" {figures['value']:.3g}", ha="center", va="bottom", fontsize=8
+            )
         if metric == "perplexity":
             axes.set_yscale("log")
         axes.set_xticks(range(len(models)), [on_axis(m) for m in models], fontsize=8, parse_math=False)
@@ -125,15 +164,19 @@ def comparison_message(results: Mapping[str, Any]) -> str:
 
 def quality_table(results: Mapping[str, Any]) -> pd.DataFrame:
     """One row per model: each metric with its 95 % interval."""
-    rows = {label_of(name): {MEASURES[m].name: with_interval(facts[m]) for m in shown_in(results)}
-            for name, facts in results["models"].items()}
+    rows = {
+        label_of(name): {MEASURES[m].name: with_interval(facts[m]) for m in shown_in(results)}
+        for name, facts in results["models"].items()
+    }
     return pd.DataFrame(rows).T
 
 
 def cost_table(results: Mapping[str, Any]) -> pd.DataFrame:
     """One row per model: size, speed and memory, as measured in this comparison."""
-    rows = {label_of(name): {label: form(facts[cost]) for cost, (label, form) in COSTS.items() if cost in facts}
-            for name, facts in results["models"].items()}
+    rows = {
+        label_of(name): {label: form(facts[cost]) for cost, (label, form) in COSTS.items() if cost in facts}
+        for name, facts in results["models"].items()
+    }
     return pd.DataFrame(rows).T.fillna("")
 
 
@@ -144,10 +187,14 @@ def difference_table(results: Mapping[str, Any]) -> pd.DataFrame:
     for rival in rivals_of(results):
         for metric in differing(results, rival):
             d = difference(results, student, rival, metric)
-            rows.append({
-                heading: label_of(rival), "metric": MEASURES[metric].name,
-                "difference and 95 % interval": with_interval(d, "+"), "excludes zero": "yes" if d["low"] > 0 or d["high"] < 0 else "no",
-            })
+            rows.append(
+                {
+                    heading: label_of(rival),
+                    "metric": MEASURES[metric].name,
+                    "difference and 95 % interval": with_interval(d, "+"),
+                    "excludes zero": "yes" if d["low"] > 0 or d["high"] < 0 else "no",
+                }
+            )
     return pd.DataFrame(rows).set_index(heading)
 
 
@@ -166,7 +213,9 @@ def run_figures(run: Run, results: Mapping[str, Any] | None) -> dict[str, Figure
             figures["dashboard"] = dashboard(progress(run), others=others)
     if any(name in evaluation for name in LEARNED):
         who = "teacher" if run.manifest.get("teacher_stage") else "distilled"
-        figures["learning_curves"] = learning_curves({who: evaluation} | ({"baseline": baseline} if len(baseline) else {}))
+        figures["learning_curves"] = learning_curves(
+            {who: evaluation} | ({"baseline": baseline} if len(baseline) else {})
+        )
     return figures
 
 

@@ -27,14 +27,21 @@ class RowView:
     def _repr_html_(self) -> str:
         """Text from data is escaped, and stands in `code`, where no notebook looks for formulas."""
         cell = "padding:.1rem .9rem .1rem 0;border:0;text-align:left;background:none"
+        bar = "display:inline-block;height:.8em;background:#8c959f"
         rows = "".join(
-            f'<tr><td style="{cell}">{f"<b>{escape(name)}</b>, its class" if name == self.label else escape(name)}</td><td style="{cell}">'
-            f'<span style="display:inline-block;height:.8em;width:{WIDEST * p:.2f}em;background:#8c959f"></span> {p:.1%}</td></tr>'
+            f'<tr><td style="{cell}">{self._marked(name)}</td><td style="{cell}">'
+            f'<span style="{bar};width:{WIDEST * p:.2f}em"></span> '
+            f"{p:.1%}</td></tr>"
             for name, p in self.lines
         )
         text = f'<code style="white-space:pre-wrap;color:inherit;background:none">{escape(self.text)}</code>'
         return f"<p>{text}</p><p>The teacher says:</p><table>{rows}</table>"
 
+    def _marked(self, name: str) -> str:
+        return f"<b>{escape(name)}</b>, its class" if name == self.label else escape(name)
+
     def __str__(self) -> str:
-        said = "\n".join(f"  {p:6.1%}  {name}{'  (its class)' if name == self.label else ''}" for name, p in self.lines)
+        said = "\n".join(
+            f"  {p:6.1%}  {name}{'  (its class)' if name == self.label else ''}" for name, p in self.lines
+        )
         return f"{self.text}\nclass: {self.label}\nthe teacher says:\n{said}"

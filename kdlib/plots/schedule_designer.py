@@ -1,7 +1,7 @@
 """A training's course as a person designs it: warm-up, phases, weights, temperature; and the YAML to paste.
 
-What is designed is written as YAML, and its curves are drawn from that YAML as a config reads it back (`pasted`,
-`kdlib.plots.schedules.curves`): what is shown is what a run would do.  Imports no torch.
+What is designed is written as YAML, and its curves are drawn from that YAML as a config reads it back
+(`pasted`, `kdlib.plots.schedules.curves`): what is shown is what a run would do.  Imports no torch.
 """
 
 from collections.abc import Mapping
@@ -48,14 +48,21 @@ class Design:
         moving = [name for name in first if len({phase.weights[name] for phase in self.phases}) > 1]
         curriculum = None
         if len(self.phases) > 1:
-            curriculum = [{"until": phase.until, "weights": {name: phase.weights[name] for name in moving}}
-                          | ({"ramp": phase.ramp} if phase.ramp else {}) for phase in self.phases]
+            curriculum = [
+                {"until": phase.until, "weights": {name: phase.weights[name] for name in moving}}
+                | ({"ramp": phase.ramp} if phase.ramp else {})
+                for phase in self.phases
+            ]
         temperature = start if self.shape == "constant" else {self.shape: [start, end]}
         return {"weights": first, "curriculum": curriculum, "temperature": temperature}
 
     def training(self) -> dict[str, Any]:
         """What to write into `training:`."""
-        return {"learning_rate": self.learning_rate, "lr_scheduler_type": warmed(self.warm_up, self.course, self.last), **BESIDE}
+        return {
+            "learning_rate": self.learning_rate,
+            "lr_scheduler_type": warmed(self.warm_up, self.course, self.last),
+            **BESIDE,
+        }
 
 
 def as_yaml(loss: Mapping[str, Any], training: Mapping[str, Any]) -> str:
@@ -78,24 +85,41 @@ def pasted(config: Config, text: str) -> Config:
         ConfigError: they are no sound config; every fault is in the message.
     """
     plain, change = config.as_dict(), yaml.safe_load(text)
-    return parse({**plain, **{section: {**plain[section], **settings} for section, settings in change.items()}}, name="this design")
+    return parse(
+        {**plain, **{section: {**plain[section], **settings} for section, settings in change.items()}},
+        name="this design",
+    )
 
 
 def design_of(config: Config, steps: int | None = None) -> tuple[Design, list[str]]:
-    """Where the designer starts: the config's own course, and a line for each part of it that it cannot hold."""
+    """Where the designer starts: the config's own course, and a line for each part of it that it cannot
+    hold.
+    """
     notes, plain = [], config.loss
     curriculum = plain.curriculum or []
     usual = {name: _level(spec, f"loss.weights.{name}", notes) for name, spec in plain.weights.items()}
     terms = [*plain.weights, *(name for name in plain.schedules if name not in plain.weights)]
     phases = [
-        Phase(phase.until, {name: _level(phase.weights.get(name, usual.get(name, 0.0)), f"loss.curriculum.{number}.weights.{name}", notes)
-                            for name in terms}, phase.ramp or 0.0)
+        Phase(
+            phase.until,
+            {
+                name: _level(
+                    phase.weights.get(name, usual.get(name, 0.0)),
+                    f"loss.curriculum.{number}.weights.{name}",
+                    notes,
+                )
+                for name in terms
+            },
+            phase.ramp or 0.0,
+        )
         for number, phase in enumerate(curriculum)
     ]
     shape, temperature = _two_ends(_one_temperature(config, notes), "loss.temperature", notes)
     warm_up, course, last = _rate(config, steps, notes)
     rate = config.training.get("learning_rate", LEARNING_RATE)
-    return Design(rate, warm_up, course, last, temperature, shape, tuple(phases) or (Phase(1.0, usual),)), notes
+    return Design(
+        rate, warm_up, course, last, temperature, shape, tuple(phases) or (Phase(1.0, usual),)
+    ), notes
 
 
 def _level(spec: Spec, where: str, notes: list[str]) -> float:
@@ -106,17 +130,24 @@ def _level(spec: Spec, where: str, notes: list[str]) -> float:
 
 def _one_temperature(config: Config, notes: list[str]) -> Spec:
     found = config.loss.temperature
-    if not isinstance(found, Mapping) or next(iter(found)) in SHAPES or next(iter(found)) in ("steps", "piecewise", "joined"):
+    if (
+        not isinstance(found, Mapping)
+        or next(iter(found)) in SHAPES
+        or next(iter(found)) in ("steps", "piecewise", "joined")
+    ):
         return found
     notes.append(f"loss.temperature is {_flow(found)}; the designer has one for all terms")
     return found.get("kd", next(iter(found.values())))
 
 
 def _two_ends(spec: Spec, where: str, notes: list[str]) -> tuple[str, tuple[float, float]]:
-    (shape, ends), = spec.items() if isinstance(spec, Mapping) else [("constant", [spec, spec])]
+    ((shape, ends),) = spec.items() if isinstance(spec, Mapping) else [("constant", [spec, spec])]
     if shape in SHAPES:
         return shape, (float(ends[0]), float(ends[1]))
-    notes.append(f"{where} is {_flow(spec)}; the designer has shapes with two ends, and starts from a line between its own")
+    notes.append(
+        f"{where} is {_flow(spec)}; the designer has shapes with two ends, and starts from a line between "
+        "its own"
+    )
     return "linear", (from_spec(spec)(0.0), from_spec(spec)(1.0))
 
 
@@ -131,13 +162,19 @@ def _rate(config: Config, steps: int | None, notes: list[str]) -> tuple[float, s
     if main == 1.0 or main == {"linear": [1.0, 1.0]}:
         return warm_up, "constant", 1.0
     if isinstance(main, Mapping) and next(iter(main)) in COURSES and next(iter(main.values()))[0] == 1:
-        (name, ends), = main.items()
+        ((name, ends),) = main.items()
         return warm_up, name, float(ends[1])
     shown = course if course is not None else config.training["lr_scheduler_type"]
-    notes.append(f"training.lr_scheduler_type is {_flow(shown)}; the designer starts from a warm-up and a cosine")
+    notes.append(
+        f"training.lr_scheduler_type is {_flow(shown)}; the designer starts from a warm-up and a cosine"
+    )
     return 0.1, "cosine", 0.0
 
 
 def _flow(value: Any) -> str:
     """One line of YAML."""
-    return yaml.safe_dump(value, default_flow_style=True, width=float("inf"), sort_keys=False).removesuffix("\n").removesuffix("\n...")
+    return (
+        yaml.safe_dump(value, default_flow_style=True, width=float("inf"), sort_keys=False)
+        .removesuffix("\n")
+        .removesuffix("\n...")
+    )

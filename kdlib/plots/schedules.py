@@ -1,6 +1,8 @@
-"""What a config's schedules do while a student learns: learning rate, weights, temperatures; as a table and a figure.
+"""What a config's schedules do while a student learns: learning rate, weights, temperatures; as a table and a
+figure.
 
-Works from the config alone, in fractions of training; `kdlib.plots.comparison.schedules` draws what a run's own plan says.  Imports no torch.
+Works from the config alone, in fractions of training; `kdlib.plots.comparison.schedules` draws what a run's
+own plan says.  Imports no torch.
 """
 
 import math
@@ -15,7 +17,8 @@ from kdlib.plots.axes import TERM_COLOURS
 from kdlib.schedulers import Spec, from_spec, moments
 
 LEARNING_RATE = 5e-5  # TrainingArguments' own, where a config is silent
-NAMED = ("cosine", "linear", "constant", "constant_with_warmup")  # the Trainer's courses that kdlib.schedulers has words for
+# the Trainer's courses that kdlib.schedulers has words for
+NAMED = ("cosine", "linear", "constant", "constant_with_warmup")
 
 
 def warmed(warm_up: float, course: str, last: float = 0.0) -> Spec:
@@ -27,7 +30,8 @@ def warmed(warm_up: float, course: str, last: float = 0.0) -> Spec:
 
 
 def rate_course(config: Config, steps: int | None = None) -> Spec | None:
-    """The multiple of `learning_rate` over the whole training; None for a course that kdlib.schedulers has no words for.
+    """The multiple of `learning_rate` over the whole training; None for a course that kdlib.schedulers has no
+    words for.
 
     Args:
         steps: optimizer steps of the training: a warm-up is a whole number of them.
@@ -47,7 +51,9 @@ def rate_course(config: Config, steps: int | None = None) -> Spec | None:
 
 
 def warm_up_of(config: Config, steps: int | None) -> float | None:
-    """The warm-up as a fraction of training, rounded to whole steps as the Trainer does; None where that needs `steps`."""
+    """The warm-up as a fraction of training, rounded to whole steps as the Trainer does; None where that
+    needs `steps`.
+    """
     given = config.training.get("warmup_steps") or 0
     if given < 1:
         return math.ceil(steps * given) / steps if steps else float(given)
@@ -55,31 +61,45 @@ def warm_up_of(config: Config, steps: int | None) -> float | None:
 
 
 def curves(config: Config, steps: int | None = None, plan: pd.DataFrame | None = None) -> pd.DataFrame:
-    """Learning rate, weights and temperatures over training: columns as of `metrics.plan_table`, `fraction` in place of step.
+    """Learning rate, weights and temperatures over training: columns as of `metrics.plan_table`, `fraction`
+    in place of step.
 
     Args:
-        plan: of a run, whose learning rate stands in where the config's course has no words in kdlib.schedulers.
+        plan: of a run, whose learning rate stands in where the config's course has no words in
+            kdlib.schedulers.
     """
     loss = config.loss
     specs = {f"{name}_weight": spec for name, spec in loss.schedules.items()}
-    temperatures = {name: spec for name, spec in loss.temperatures(loss.schedules).items() if name != "contrastive"}
-    one = {"temperature": next(iter(temperatures.values()))} if len({str(spec) for spec in temperatures.values()}) == 1 else {}
+    temperatures = {
+        name: spec for name, spec in loss.temperatures(loss.schedules).items() if name != "contrastive"
+    }
+    one = (
+        {"temperature": next(iter(temperatures.values()))}
+        if len({str(spec) for spec in temperatures.values()}) == 1
+        else {}
+    )
     specs |= one or {f"{name}_temperature": spec for name, spec in temperatures.items()}
     course = rate_course(config, steps)
     when = moments(*specs.values(), *[] if course is None else [course])
-    table = {"fraction": when, **{name: [from_spec(spec)(moment) for moment in when] for name, spec in specs.items()}}
+    table = {
+        "fraction": when,
+        **{name: [from_spec(spec)(moment) for moment in when] for name, spec in specs.items()},
+    }
     if course is not None:
         peak, schedule = config.training.get("learning_rate", LEARNING_RATE), from_spec(course)
         table["learning_rate"] = [peak * schedule(moment) for moment in when]
     elif plan is not None and "learning_rate" in plan:
         known = plan.assign(fraction=(plan["step"] - 1) / plan["step"].max())
         rates = pd.Series(known["learning_rate"].values, index=known["fraction"])
-        table["learning_rate"] = rates.reindex(rates.index.union(when)).interpolate("index").loc[when].tolist()
+        table["learning_rate"] = (
+            rates.reindex(rates.index.union(when)).interpolate("index").loc[when].tolist()
+        )
     return pd.DataFrame(table)
 
 
 def course_figure(table: pd.DataFrame, ends: Sequence[float] = (), steps: int | None = None) -> Figure:
-    """Learning rate, weights and temperature, one below the other, over the fraction of training and its steps.
+    """Learning rate, weights and temperature, one below the other, over the fraction of training and its
+    steps.
 
     Args:
         table: by `curves`.
@@ -97,21 +117,40 @@ def course_figure(table: pd.DataFrame, ends: Sequence[float] = (), steps: int | 
         middle.plot(when, table[name], color=TERM_COLOURS.get(term, "#56b4e9"), label=term)
     _shade(middle, ends)
     for number, name in enumerate(name for name in table if name.endswith("temperature")):
-        lower.plot(when, table[name], color="#cc79a7", linestyle=("-", "--", ":", "-.")[number % 4],
-                   label="all terms" if name == "temperature" else name.removesuffix("_temperature"))
-    for axes, ylabel, title in ((upper, "learning rate", _rate_title(table)), (middle, "weight", _weights_title(table)),
-                                (lower, "temperature", _temperature_title(table))):
+        lower.plot(
+            when,
+            table[name],
+            color="#cc79a7",
+            linestyle=("-", "--", ":", "-.")[number % 4],
+            label="all terms" if name == "temperature" else name.removesuffix("_temperature"),
+        )
+    for axes, ylabel, title in (
+        (upper, "learning rate", _rate_title(table)),
+        (middle, "weight", _weights_title(table)),
+        (lower, "temperature", _temperature_title(table)),
+    ):
         _panel(axes, ylabel, title)
     lower.set(xlim=(0, 100), xlabel="training done" + ", and optimizer steps" * bool(steps))
-    lower.set_xticks(range(0, 101, 10), [f"{share} %" + (f"\n{share * steps / 100:.0f}" if steps else "") for share in range(0, 101, 10)])
+    lower.set_xticks(
+        range(0, 101, 10),
+        [f"{share} %" + (f"\n{share * steps / 100:.0f}" if steps else "") for share in range(0, 101, 10)],
+    )
     return figure
 
 
 def _shade(axes: Axes, ends: Sequence[float]) -> None:
     for number, (start, end) in enumerate(zip([0.0, *ends[:-1]], ends, strict=True) if ends else []):
         axes.axvspan(100 * start, 100 * end, color="#6e6e6e", alpha=0.12 if number % 2 else 0.04, linewidth=0)
-        axes.text(50 * (start + end), 0.97, f"phase {number + 1}", ha="center", va="top", fontsize=8, color="#6e6e6e",
-                  transform=axes.get_xaxis_transform())
+        axes.text(
+            50 * (start + end),
+            0.97,
+            f"phase {number + 1}",
+            ha="center",
+            va="top",
+            fontsize=8,
+            color="#6e6e6e",
+            transform=axes.get_xaxis_transform(),
+        )
 
 
 def _panel(axes: Axes, ylabel: str, title: str) -> None:
@@ -125,18 +164,28 @@ def _panel(axes: Axes, ylabel: str, title: str) -> None:
 
 def _rate_title(table: pd.DataFrame) -> str:
     if "learning_rate" not in table:
-        return "The learning rate follows a course of the Trainer's own, known once the dry run has planned it"
-    return f"The learning rate peaks at {table['learning_rate'].max():.1e} and ends at {table['learning_rate'].iloc[-1]:.1e}"
+        return (
+            "The learning rate follows a course of the Trainer's own, known once the dry run has planned it"
+        )
+    return (
+        f"The learning rate peaks at {table['learning_rate'].max():.1e} and ends at "
+        f"{table['learning_rate'].iloc[-1]:.1e}"
+    )
 
 
 def _weights_title(table: pd.DataFrame) -> str:
-    return "Weights: " + ", ".join(f"{name.removesuffix('_weight')} {_turns(table[name])}" for name in table if name.endswith("_weight"))
+    return "Weights: " + ", ".join(
+        f"{name.removesuffix('_weight')} {_turns(table[name])}" for name in table if name.endswith("_weight")
+    )
 
 
 def _turns(values: pd.Series) -> str:
     """`1 → 0.2`, by way of the highest or lowest where that is not an end; one number where nothing moves."""
     start, end = values.iloc[0], values.iloc[-1]
-    far = next((value for value in (values.max(), values.min()) if not min(start, end) <= value <= max(start, end)), end)
+    far = next(
+        (value for value in (values.max(), values.min()) if not min(start, end) <= value <= max(start, end)),
+        end,
+    )
     way = [f"{value:.3g}" for value in (start, far, end)]
     return " → ".join(each for number, each in enumerate(way) if number == 0 or each != way[number - 1])
 

@@ -1,11 +1,13 @@
-"""What temperature and top k do to a teacher's distribution: its entropy, and the mass outside the top k.  Imports no torch.
+"""What temperature and top k do to a teacher's distribution: its entropy, and the mass outside the top k.
+Imports no torch.
 
 Axes: N tokens, V vocabulary, K numbers of top tokens.  A softening is plain data, as explorers.json keeps it:
 
     {"of": "tokens", "sizes": [1, 2, 4, …, V],
      "rows": [{"temperature": 2.0, "entropy": [low, median, high], "outside": [three lists of K]}, …]}
 
-where low, median and high are the quartiles over the tokens of a text; of a classification ("of": "rows") over rows, V its classes.
+where low, median and high are the quartiles over the tokens of a text; of a classification ("of": "rows")
+over rows, V its classes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +23,8 @@ from kdlib.config.run import Config
 from kdlib.schedulers import from_spec
 
 TEMPERATURES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-SHOWN = {1.0: "#9ecae1", 2.0: "#4292c6", 4.0: "#2171b5", 8.0: "#08306b"}  # one line each: the softer, the darker
+# one line each: the softer, the darker
+SHOWN = {1.0: "#9ecae1", 2.0: "#4292c6", 4.0: "#2171b5", 8.0: "#08306b"}
 CHOSEN, TOKEN = "#d55e00", "#009e73"
 QUARTILES = (25, 50, 75)
 ENOUGH = 0.95  # of the mass: the top k that is proposed where the config has none
@@ -30,14 +33,19 @@ FLOOR = 1e-4  # of the mass: where the axis ends
 
 @dataclass(frozen=True)
 class Sight:
-    """A held-out text, and what each model said about each of its tokens, or about each of some rows; in memory only."""
+    """A held-out text, and what each model said about each of its tokens, or about each of some rows; in
+    memory only.
+    """
 
     texts: Sequence[str]  # [N] the tokens that came
-    before: Sequence[str]  # [N] what was read, and not predicted, since the token before: a row's first token, a prompt
+    # [N] what was read, and not predicted, since the token before: a row's first token, a prompt
+    before: Sequence[str]
     targets: np.ndarray  # [N] ids
     logits: Mapping[str, np.ndarray]  # model -> [N, V] float32; the teacher first, then students
     decode: Callable[[int], str]  # an id's text, or a class's name
-    of: str = "tokens"  # or rows, where they are classified: texts are their beginnings, `before` (`tools: `) and targets their classes
+    # or rows, where they are classified: texts are their beginnings, `before` (`tools: `) and targets their
+    # classes
+    of: str = "tokens"
 
     @cached_property
     def ranked(self) -> np.ndarray:
@@ -68,7 +76,8 @@ def softened(ranked: np.ndarray, temperature: float, top: Sequence[int]) -> tupl
     """
     scaled = (ranked - ranked[:, :1]) / np.asarray(temperature, ranked.dtype)
     weights = np.exp(scaled)
-    between = np.add.reduceat(weights, [0, *top[:-1]], axis=-1, dtype=np.float64)  # [N, K] of the tokens from one size to the next
+    # [N, K] of the tokens from one size to the next
+    between = np.add.reduceat(weights, [0, *top[:-1]], axis=-1, dtype=np.float64)
     total = between.sum(-1)
     inner = np.where(weights > 0, scaled, 0) * weights  # a logit of -inf has no share in the entropy
     entropy = np.log(total) - inner.sum(-1, dtype=np.float64) / total
@@ -82,39 +91,59 @@ def softening(ranked: np.ndarray, temperatures: Sequence[float], top: Sequence[i
     rows = []
     for temperature in sorted(set(temperatures)):
         entropy, outside = softened(ranked, temperature, top)
-        rows.append({"temperature": temperature, "entropy": np.percentile(entropy, QUARTILES).tolist(),
-                     "outside": np.percentile(outside, QUARTILES, axis=0).tolist()})
+        rows.append(
+            {
+                "temperature": temperature,
+                "entropy": np.percentile(entropy, QUARTILES).tolist(),
+                "outside": np.percentile(outside, QUARTILES, axis=0).tolist(),
+            }
+        )
     return {"sizes": list(top), "rows": rows}
 
 
 def chosen(config: Config) -> tuple[float, int | None]:
-    """Temperature and top k of kd, or of the first term that has a temperature, as a config's training begins."""
+    """Temperature and top k of kd, or of the first term that has a temperature, as a config's training
+    begins.
+    """
     terms = config.loss.temperatures(["kd", *config.loss.schedules])
     term = next(name for name in (*config.loss.schedules, "kd") if name in terms and name != "contrastive")
-    return from_spec(terms[term])(0.0), None if config.loss.top_k is None else round(from_spec(config.loss.top_k)(0.0))
+    return from_spec(terms[term])(0.0), None if config.loss.top_k is None else round(
+        from_spec(config.loss.top_k)(0.0)
+    )
 
 
 def softening_of(sight: Sight, config: Config) -> dict[str, Any]:
-    """{"temperature": …, "top_k": …, "softening": …}: the config's own choice, and what others would do to this teacher."""
+    """{"temperature": …, "top_k": …, "softening": …}: the config's own choice, and what others would do
+    to this teacher.
+    """
     temperature, top_k = chosen(config)
     vocabulary = sight.ranked.shape[-1]
     top_k = top_k and min(top_k, vocabulary)
-    table = softening(sight.ranked, [*TEMPERATURES, temperature], sizes(vocabulary, *[top_k] if top_k else []))
+    table = softening(
+        sight.ranked, [*TEMPERATURES, temperature], sizes(vocabulary, *[top_k] if top_k else [])
+    )
     return {"temperature": temperature, "top_k": top_k, "softening": {**table, "of": sight.of}}
 
 
 def message(table: Mapping[str, Any], temperature: float, top_k: int | None = None) -> str:
-    """`At T = 2 the top 256 hold 97 % of the teacher's mass`, at the median token; without a top k, the fewest that hold enough.
+    """`At T = 2 the top 256 hold 97 % of the teacher's mass`, at the median token; without a top k, the
+    fewest that hold enough.
 
     Of classes, which are few, the likeliest.
     """
     medians = _row(table, temperature)["outside"][1]
     held = {k: 1 - outside for k, outside in zip(table["sizes"], medians, strict=True)}
     if table.get("of") == "rows" and not top_k:
-        return f"At T = {temperature:g} the likeliest class holds {_percent(held[1])} of the teacher's mass, at the median row"
+        return (
+            f"At T = {temperature:g} the likeliest class holds {_percent(held[1])} of the teacher's mass, "
+            "at the median row"
+        )
     k = min(top_k or next(k for k, mass in held.items() if mass >= ENOUGH), table["sizes"][-1])
     one, _ = words(table)
-    return f"At T = {temperature:g} the top {k:,} hold {_percent(held[k])} of the teacher's mass, at the median {one}"
+    return (
+        f"At T = {temperature:g} the top {k:,} hold {_percent(held[k])} of the teacher's mass, at the "
+        f"median {one}"
+    )
 
 
 def words(table: Mapping[str, Any]) -> tuple[str, str]:
@@ -123,9 +152,13 @@ def words(table: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def softening_figure(
-    table: Mapping[str, Any], temperature: float, top_k: int | None = None, token: Mapping[str, Any] | None = None
+    table: Mapping[str, Any],
+    temperature: float,
+    top_k: int | None = None,
+    token: Mapping[str, Any] | None = None,
 ) -> Figure:
-    """Entropy against the temperature, and the mass outside the top k against k: median and quartiles over a text's tokens.
+    """Entropy against the temperature, and the mass outside the top k against k: median and quartiles over a
+    text's tokens.
 
     Args:
         table: with a row for `temperature`, and a size for `top_k`.
@@ -137,27 +170,50 @@ def softening_figure(
     _entropies(left, table, temperature, token)
     _masses(right, table, temperature, top_k, token)
     for axes, title in ((left, "How soft the teacher is"), (right, "Mass outside the top k")):
-        axes.set_title(title, loc="left", fontsize=9.5, y=1.07)  # a place of its own: finding one costs as much as the drawing
+        # a place of its own: finding one costs as much as the drawing
+        axes.set_title(title, loc="left", fontsize=9.5, y=1.07)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
     figure.suptitle(message(table, temperature, top_k), fontsize=11, x=0.01, y=0.98, ha="left", va="top")
     return figure
 
 
-def _entropies(axes: Axes, table: Mapping[str, Any], temperature: float, token: Mapping[str, Any] | None) -> None:
+def _entropies(
+    axes: Axes, table: Mapping[str, Any], temperature: float, token: Mapping[str, Any] | None
+) -> None:
     at, (one, many) = [row["temperature"] for row in table["rows"]], words(table)
     low, median, high = zip(*(row["entropy"] for row in table["rows"]), strict=True)
-    axes.fill_between(at, low, high, color="#4292c6", alpha=0.2, linewidth=0, label=f"middle half of the {one}s")
+    axes.fill_between(
+        at, low, high, color="#4292c6", alpha=0.2, linewidth=0, label=f"middle half of the {one}s"
+    )
     axes.plot(at, median, color="#2171b5", label=f"median {one}")
-    axes.axhline(np.log(table["sizes"][-1]), color="#6e6e6e", linestyle="--", linewidth=0.8, label=f"all {many} equally likely")
+    axes.axhline(
+        np.log(table["sizes"][-1]),
+        color="#6e6e6e",
+        linestyle="--",
+        linewidth=0.8,
+        label=f"all {many} equally likely",
+    )
     now = _row(table, temperature)["entropy"][1]
     axes.plot([temperature], [now], "o", color=CHOSEN, label=f"T = {temperature:g}: {now:.2f} nats")
     if token:
-        axes.plot([temperature], [token["entropy"]], "D", color=TOKEN, label=f"this {one}: {token['entropy']:.2f} nats")
+        axes.plot(
+            [temperature],
+            [token["entropy"]],
+            "D",
+            color=TOKEN,
+            label=f"this {one}: {token['entropy']:.2f} nats",
+        )
     axes.set(xlabel="temperature T", ylabel="entropy, nats", ylim=(0, None))
 
 
-def _masses(axes: Axes, table: Mapping[str, Any], temperature: float, top_k: int | None, token: Mapping[str, Any] | None) -> None:
+def _masses(
+    axes: Axes,
+    table: Mapping[str, Any],
+    temperature: float,
+    top_k: int | None,
+    token: Mapping[str, Any] | None,
+) -> None:
     top, (one, many) = table["sizes"], words(table)
     below = top[:-1]  # outside the whole vocabulary lies nothing, which has no logarithm
     for other, colour in SHOWN.items():
@@ -167,10 +223,24 @@ def _masses(axes: Axes, table: Mapping[str, Any], temperature: float, top_k: int
     axes.fill_between(below, low, high, color=CHOSEN, alpha=0.18, linewidth=0)
     axes.plot(below, median, color=CHOSEN, linewidth=2, label=f"T = {temperature:g}, and its middle half")
     if token:
-        axes.plot(below, np.maximum(token["outside"][:-1], FLOOR / 10), color=TOKEN, linewidth=1.5, label=f"this {one}")
+        axes.plot(
+            below,
+            np.maximum(token["outside"][:-1], FLOOR / 10),
+            color=TOKEN,
+            linewidth=1.5,
+            label=f"this {one}",
+        )
     if top_k:
         axes.axvline(top_k, color="black", linestyle=":", linewidth=1)
-        axes.text(top_k, 1.02, f"k = {top_k:,}", ha="center", va="bottom", fontsize=8, transform=axes.get_xaxis_transform())
+        axes.text(
+            top_k,
+            1.02,
+            f"k = {top_k:,}",
+            ha="center",
+            va="bottom",
+            fontsize=8,
+            transform=axes.get_xaxis_transform(),
+        )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.minorticks_off()
@@ -184,7 +254,9 @@ def _masses(axes: Axes, table: Mapping[str, Any], temperature: float, top_k: int
 def _row(table: Mapping[str, Any], temperature: float, *, needed: bool = True) -> Mapping[str, Any] | None:
     found = next((row for row in table["rows"] if row["temperature"] == temperature), None)
     if found is None and needed:
-        raise KeyError(f"T = {temperature:g} is not in the table; it has {[row['temperature'] for row in table['rows']]}")
+        raise KeyError(
+            f"T = {temperature:g} is not in the table; it has {[row['temperature'] for row in table['rows']]}"
+        )
     return found
 
 

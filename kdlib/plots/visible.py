@@ -3,4 +3,10 @@
 
 def visible(text: str) -> str:
     """A token with its white space and control characters to be seen."""
-    return "".join({" ": "·", "\n": "⏎", "\t": "→"}.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in text) or "∅"
+    return (
+        "".join(
+            {" ": "·", "\n": "⏎", "\t": "→"}.get(c, c if c.isprintable() else f"\\x{ord(c):02x}")
+            for c in text
+        )
+        or "∅"
+    )

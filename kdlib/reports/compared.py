@@ -1,4 +1,6 @@
-"""A comparison for reading: its tables and figures, its part of a run's report, and the page of `kd compare`.  Imports no torch."""
+"""A comparison for reading: its tables and figures, its part of a run's report, and the page of `kd
+compare`.  Imports no torch.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +19,12 @@ from kdlib.runs.folder import now
 
 def tables_of(results: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     """Every table of a comparison, by name."""
-    return {"quality": plots.quality_table(results), "cost": plots.cost_table(results), "differences": plots.difference_table(results),
-            **answer_tables(results)}
+    return {
+        "quality": plots.quality_table(results),
+        "cost": plots.cost_table(results),
+        "differences": plots.difference_table(results),
+        **answer_tables(results),
+    }
 
 
 def content_of(
@@ -26,20 +32,30 @@ def content_of(
 ) -> dict[str, Any]:
     """What templates/comparison.html.j2 takes; next to nothing where nothing was compared."""
     return {
-        "comparison": pictures.get(plots.BARS), "answer_pictures": [pictures[name] for name in ANSWER_FIGURES if name in pictures],
+        "comparison": pictures.get(plots.BARS),
+        "answer_pictures": [pictures[name] for name in ANSWER_FIGURES if name in pictures],
         **{name: pages.table(tables[name]) for name in ("quality", "cost", "differences") if name in tables},
         "answers": {title: pages.table(tables[name]) for name, title in TITLES.items() if name in tables},
-        "measured_on": _measured_on(results) if results else "", "samples": _samples(results) if results else [],
+        "measured_on": _measured_on(results) if results else "",
+        "samples": _samples(results) if results else [],
     }
 
 
 def render(results: Mapping[str, Any], folder: Path) -> Path:
-    """Write report.html of a comparison by itself, its figures and tables into the folder, and return the page's path."""
-    pictures = {name: pages.picture(figure, name) for name, figure in plots.comparison_figures(results).items()}
+    """Write report.html of a comparison by itself, its figures and tables into the folder, and return the
+    page's path.
+    """
+    pictures = {
+        name: pages.picture(figure, name) for name, figure in plots.comparison_figures(results).items()
+    }
     tables = tables_of(results)
     page = pages.page(
-        "compared.html.j2", student=results["student"], sources=results["sources"], precision=results["precision"],
-        made=now()[:16].replace("T", " "), message=plots.comparison_message(results),
+        "compared.html.j2",
+        student=results["student"],
+        sources=results["sources"],
+        precision=results["precision"],
+        made=now()[:16].replace("T", " "),
+        message=plots.comparison_message(results),
         **content_of(results, pictures, tables),
     )
     return pages.write(folder, page, pictures, tables)
@@ -48,16 +64,25 @@ def render(results: Mapping[str, Any], folder: Path) -> Path:
 def _measured_on(results: Mapping[str, Any]) -> str:
     """Of what the intervals speak, which way is better, and which students were measured."""
     task, rows = task_of(results), f"{results['rows']:,}"
-    what = {"causal-lm": f"{rows} blocks", "question-answering": f"{rows} questions"}.get(task, f"{rows} rows")
+    what = {"causal-lm": f"{rows} blocks", "question-answering": f"{rows} questions"}.get(
+        task, f"{rows} rows"
+    )
     lower = [MEASURES[name].brief for name in shown_in(results) if not MEASURES[name].higher_is_better]
-    notes = {"causal-lm": " Blocks of one document resemble each other, so the intervals are rather too narrow."}.get(task, "")
+    notes = {
+        "causal-lm": " Blocks of one document resemble each other, so the intervals are rather too narrow."
+    }.get(task, "")
     if "groups" in results["interval"]:
         notes = " McNemar's test takes each row by itself."
     rule = f" Measured: {results['rule']}." if "rule" in results else ""
-    return f"Paired on the same {what}; intervals: {results['interval']}. Lower is better: {', '.join(lower)}.{notes}{rule}"
+    return (
+        f"Paired on the same {what}; intervals: {results['interval']}. Lower is better: "
+        f"{', '.join(lower)}.{notes}{rule}"
+    )
 
 
 def _samples(results: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
     """Each prompt with what every model makes of it, by the model's name for reading."""
-    return [(prompt, {plots.label_of(model): texts[i] for model, texts in results["samples"].items()})
-            for i, prompt in enumerate(results.get("prompts", []))]
+    return [
+        (prompt, {plots.label_of(model): texts[i] for model, texts in results["samples"].items()})
+        for i, prompt in enumerate(results.get("prompts", []))
+    ]

@@ -1,4 +1,6 @@
-"""Curves of many runs: one small line each, or all in one drawing of which a page shows those that are chosen.  Imports no torch."""
+"""Curves of many runs: one small line each, or all in one drawing of which a page shows those that are
+chosen.  Imports no torch.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -29,23 +31,40 @@ def small_curve(curves: Mapping[str, pd.Series], words: str) -> Markup:
     if len(every) < 2:
         return Markup("")
     x, y = _scale(every.index.to_numpy(), WIDTH), _scale(-every.to_numpy(), HEIGHT)
-    lines = [Markup('<polyline class="{}" points="{}"/>').format(
-        name, " ".join(f"{x(step):.1f},{y(-value):.1f}" for step, value in values.items())) for name, values in finite.items()]
+    lines = [
+        Markup('<polyline class="{}" points="{}"/>').format(
+            name, " ".join(f"{x(step):.1f},{y(-value):.1f}" for step, value in values.items())
+        )
+        for name, values in finite.items()
+    ]
     broken = [step for values in thinned.values() for step, value in values.items() if not np.isfinite(value)]
-    lines += [Markup('<path class="broken" d="M{0:.1f} {1}v{2}"/>').format(x(step), EDGE, HEIGHT - 2 * EDGE) for step in broken[:1]]
-    return Markup('<svg class="curve" viewBox="0 0 {} {}" width="{}" height="{}" role="img"><title>{}</title>{}</svg>').format(
-        WIDTH, HEIGHT, WIDTH, HEIGHT, words, Markup("").join(lines))
+    lines += [
+        Markup('<path class="broken" d="M{0:.1f} {1}v{2}"/>').format(x(step), EDGE, HEIGHT - 2 * EDGE)
+        for step in broken[:1]
+    ]
+    return Markup(
+        '<svg class="curve" viewBox="0 0 {} {}" width="{}" height="{}" role="img"><title>{}</title>{}</svg>'
+    ).format(WIDTH, HEIGHT, WIDTH, HEIGHT, words, Markup("").join(lines))
 
 
 def overlay(curves: Sequence[tuple[int, pd.Series]], prefix: str, ylabel: str) -> Markup:
-    """All curves in one drawing with one pair of axes: the n-th line has the id `<prefix>n` and the look of `look(n)`."""
+    """All curves in one drawing with one pair of axes: the n-th line has the id `<prefix>n` and the look
+    of `look(n)`.
+    """
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
     for number, values in curves:
         colour, dash = look(number)
         shown = thin(values)
-        axes.plot(shown.index, shown, color=colour, linestyle=dash, linewidth=1.6, marker="." if len(shown) < 10 else None,
-                  gid=f"{prefix}{number}")
+        axes.plot(
+            shown.index,
+            shown,
+            color=colour,
+            linestyle=dash,
+            linewidth=1.6,
+            marker="." if len(shown) < 10 else None,
+            gid=f"{prefix}{number}",
+        )
     finite = np.concatenate([values[np.isfinite(values)] for _, values in curves] or [np.array([])])
     if len(finite) and finite.min() > 0:
         axes.set_yscale("log")
@@ -63,7 +82,9 @@ def look(number: int) -> tuple[str, str]:
 
 
 def thin(values: pd.Series, points: int = POINTS) -> pd.Series:
-    """At most so many points, of which none is lost that is lowest or highest in its stretch, or not finite."""
+    """At most so many points, of which none is lost that is lowest or highest in its stretch, or not
+    finite.
+    """
     if len(values) <= points:
         return values
     kept = {0, len(values) - 1}
@@ -71,7 +92,10 @@ def thin(values: pd.Series, points: int = POINTS) -> pd.Series:
         stretch = values.to_numpy()[part]
         finite = np.isfinite(stretch)
         kept |= {part[np.argmin(finite)]}  # the first that is not, where there is one
-        kept |= {part[np.where(finite, stretch, np.inf).argmin()], part[np.where(finite, stretch, -np.inf).argmax()]}
+        kept |= {
+            part[np.where(finite, stretch, np.inf).argmin()],
+            part[np.where(finite, stretch, -np.inf).argmax()],
+        }
     return values.iloc[sorted(kept)]
 
 

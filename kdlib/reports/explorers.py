@@ -1,6 +1,8 @@
-"""What one explores on real teacher output: temperature and top k, a text token by token, the course of a training.
+"""What one explores on real teacher output: temperature and top k, a text token by token, the course of a
+training.
 
-Each is a widget where a person sits, and a still page where nobody does (`kdlib.runs.folder.headless`) and in reports.  Imports no torch.
+Each is a widget where a person sits, and a still page where nobody does (`kdlib.runs.folder.headless`) and in
+reports.  Imports no torch.
 """
 
 import base64
@@ -20,27 +22,41 @@ from kdlib.plots.softening import Sight, message, softening_figure, softening_of
 from kdlib.plots.tokens import heat_map, of as heat_map_of
 from kdlib.runs import log as metrics
 from kdlib.runs.folder import Run, StudentFolder, headless, read_json
-from kdlib.workbench.explorers import HeatMapExplorer, ScheduleDesigner, TemperatureExplorer, course_picture, png, yaml_html
+from kdlib.workbench.explorers import (
+    HeatMapExplorer,
+    ScheduleDesigner,
+    TemperatureExplorer,
+    course_picture,
+    png,
+    yaml_html,
+)
 
-SETTINGS = {"loss": ("weights", "curriculum", "temperature"),
-            "training": ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")}
+SETTINGS = {
+    "loss": ("weights", "curriculum", "temperature"),
+    "training": ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+}
 """What makes up the course of a training, where a config gives it."""
 
 
 def temperature_and_top_k(sight: Sight, config: Config) -> Widget | HTML:
     """Temperature and top k: the teacher's distribution softened and cut, at one token and over a text."""
-    return HTML(_temperature_page(softening_of(sight, config))) if headless() else TemperatureExplorer(sight, config)
+    return (
+        HTML(_temperature_page(softening_of(sight, config)))
+        if headless()
+        else TemperatureExplorer(sight, config)
+    )
 
 
 def token_heat_map(run: Run) -> Widget | HTML:
-    """A held-out text token by token, or texts row by row: where the students are far from the teacher, and what both say.
+    """A held-out text token by token, or texts row by row: where the students are far from the teacher, and
+    what both say.
 
     Raises:
         RunError: the run has no explorers.json.
     """
     facts = read_json(run.path / "explorers.json")
     if facts is None:
-        raise RunError(f"run {run.name} has no explorers.json yet; call `bench.explore(\"distilled\")` first")
+        raise RunError(f'run {run.name} has no explorers.json yet; call `bench.explore("distilled")` first')
     return HTML(_heat_map_of(facts, _most_trained(facts)[0])) if headless() else HeatMapExplorer(facts)
 
 
@@ -50,13 +66,17 @@ def schedule_designer(run: Run) -> Widget | HTML:
 
 
 def static_html(run: Run) -> dict[str, str]:
-    """The explorers without a person: title → HTML that needs no script; {} where the run has no explorers.json."""
+    """The explorers without a person: title → HTML that needs no script; {} where the run has no
+    explorers.json.
+    """
     facts = read_json(run.path / "explorers.json")
     if facts is None:
         return {}
-    return {"Temperature and top k": _temperature_page(facts),
-            "Row by row" if heat_map_of(facts) == "rows" else "Token by token": _heat_map_page(facts),
-            "Course of the training": _course_page(run)}
+    return {
+        "Temperature and top k": _temperature_page(facts),
+        "Row by row" if heat_map_of(facts) == "rows" else "Token by token": _heat_map_page(facts),
+        "Course of the training": _course_page(run),
+    }
 
 
 def steps_of(run: Run) -> int | None:
@@ -73,7 +93,10 @@ def _temperature_page(facts: Mapping[str, Any]) -> str:
 def _heat_map_page(facts: Mapping[str, Any]) -> str:
     """The map of the student that learned most, and the others' folded away."""
     first, *others = _most_trained(facts)
-    folded = "".join(f"<details><summary>{escape(plots.LABELS[name])}</summary>{heat_map(facts, name)}</details>" for name in others)
+    folded = "".join(
+        f"<details><summary>{escape(plots.LABELS[name])}</summary>{heat_map(facts, name)}</details>"
+        for name in others
+    )
     return _heat_map_of(facts, first) + folded
 
 
@@ -87,10 +110,18 @@ def _most_trained(facts: Mapping[str, Any]) -> list[str]:
 
 def _course_page(run: Run) -> str:
     """A run's own course: its curves, and the lines of its config that make it."""
-    own, plans = run.config.as_dict(), [metrics.plan_table(folder) for folder in (run, StudentFolder(run.path / "dry_run"))]
-    settings = {section: {name: own[section][name] for name in names if name in own[section]} for section, names in SETTINGS.items()}
+    own, plans = (
+        run.config.as_dict(),
+        [metrics.plan_table(folder) for folder in (run, StudentFolder(run.path / "dry_run"))],
+    )
+    settings = {
+        section: {name: own[section][name] for name in names if name in own[section]}
+        for section, names in SETTINGS.items()
+    }
     figure = course_picture(run.config, steps_of(run), next((plan for plan in plans if len(plan)), None))
-    return _picture(figure, "Learning rate, weights and temperature over the training") + yaml_html(as_yaml(**settings))
+    return _picture(figure, "Learning rate, weights and temperature over the training") + yaml_html(
+        as_yaml(**settings)
+    )
 
 
 def _picture(figure: Figure, words: str) -> str:

@@ -1,6 +1,7 @@
 """What all pages share: template and style, tables, and pictures.  Imports no torch.
 
-A page is one file.  Text is escaped, and a content-security policy (templates/page.html.j2) forbids scripts and outside requests besides.
+A page is one file.  Text is escaped, and a content-security policy (templates/page.html.j2) forbids scripts
+and outside requests besides.
 """
 
 import base64
@@ -47,21 +48,31 @@ class Picture:
 
 def page(template: str, **content: Any) -> str:
     """The template filled in; text in `content` is escaped, Markup is not."""
-    environment = Environment(loader=PackageLoader("kdlib"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("kdlib"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     return environment.get_template(template).render(style=Markup(_style()), **content)
 
 
 def table(frame: pd.DataFrame) -> Markup:
-    """A table that scrolls by itself where it is too wide; its text is escaped, and broken into lines where it is long."""
+    """A table that scrolls by itself where it is too wide; its text is escaped, and broken into lines
+    where it is long.
+    """
     words = "words" if frame.astype(str).map(len).to_numpy().max(initial=0) > LONG else None
     html = frame.rename_axis(None).to_html(border=0, escape=True, justify="left", classes=words)
     return Markup('<div class="wide">{}</div>').format(Markup(html))
 
 
 def write(
-    folder: Path, text: str, pictures: Mapping[str, Picture], tables: Mapping[str, pd.DataFrame], *, index: bool = True
+    folder: Path,
+    text: str,
+    pictures: Mapping[str, Picture],
+    tables: Mapping[str, pd.DataFrame],
+    *,
+    index: bool = True,
 ) -> Path:
-    """Write report.html with its pictures and tables as files beside it, and return its path; `index` keeps the tables' row names.
+    """Write report.html with its pictures and tables as files beside it, and return its path; `index` keeps
+    the tables' row names.
 
     Raises:
         RunError: the disk refuses.
@@ -89,21 +100,31 @@ def picture(figure: Figure, name: str = "") -> Picture:
 
 
 def drawing(figure: Figure) -> Markup:
-    """A figure as <svg>, whose lines a page can style by their gid.  Only for figures without text from data."""
+    """A figure as <svg>, whose lines a page can style by their gid.  Only for figures without text from
+    data.
+    """
     text = _saved(figure, "svg").decode()
-    return Markup(text[text.index("<svg"):])
+    return Markup(text[text.index("<svg") :])
 
 
 def take_literally(figure: Figure) -> None:
-    """Read a `$` as a dollar, as text may come from data and hold half a formula; except in tick labels that matplotlib writes itself."""
-    written = {id(text) for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for text in _own_text(axis)}
+    """Read a `$` as a dollar, as text may come from data and hold half a formula; except in tick labels
+    that matplotlib writes itself.
+    """
+    written = {
+        id(text) for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for text in _own_text(axis)
+    }
     for text in figure.findobj(Text):
         if id(text) not in written:
             text.set_parse_math(False)
 
 
 def _own_text(axis: Axis) -> list[Text]:
-    labels = [] if isinstance(axis.get_major_formatter(), (FixedFormatter, FuncFormatter)) else axis.get_ticklabels(which="both")
+    labels = (
+        []
+        if isinstance(axis.get_major_formatter(), (FixedFormatter, FuncFormatter))
+        else axis.get_ticklabels(which="both")
+    )
     return [*labels, axis.get_offset_text()]
 
 
@@ -115,8 +136,12 @@ def _saved(figure: Figure, kind: str) -> bytes:
 
 
 def _style() -> str:
-    """All style sheets: a notebook's own are not taken over into a page, so the page has what they show ours with."""
+    """All style sheets: a notebook's own are not taken over into a page, so the page has what they show
+    ours with.
+    """
     sheets = sorted(TEMPLATES.glob("*.css"), key=lambda sheet: sheet.name != "style.css")
-    light, dark = (HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("default", "github-dark"))
+    light, dark = (
+        HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("default", "github-dark")
+    )
     coloured = f"{light}\n@media screen and (prefers-color-scheme: dark) {{\n{dark}\n}}"
     return "\n".join([*(sheet.read_text(encoding="utf-8") for sheet in sheets), coloured])

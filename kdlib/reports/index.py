@@ -1,6 +1,7 @@
 """All runs on one page, sorted and filtered by what a browser can do without scripts.  Imports no torch.
 
-Every sortable column gives every row its place, upwards and downwards; a ticked heading makes that place the row's `order`.
+Every sortable column gives every row its place, upwards and downwards; a ticked heading makes that place the
+row's `order`.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,10 +17,14 @@ from kdlib.runs.folder import write_error, write_text
 
 STATES = ("running", "created", "done", "stopped", "failed", "died", "unreadable")
 COLUMNS: dict[str, Callable[[Summary], Any]] = {
-    "run": lambda s: s.name, "made": lambda s: s.created or None, "state": lambda s: STATES.index(s.state) if s.state in STATES else None,
+    "run": lambda s: s.name,
+    "made": lambda s: s.created or None,
+    "state": lambda s: STATES.index(s.state) if s.state in STATES else None,
     "progress": lambda s: s.progress,
 }
-"""Heading → what the rows are sorted by, the key figures of the runs besides; None comes last, upwards and downwards."""
+"""Heading → what the rows are sorted by, the key figures of the runs besides; None comes last, upwards
+and downwards.
+"""
 
 
 def render_index(runs: Path, reports: Path) -> Path:
@@ -35,27 +40,53 @@ def render_index(runs: Path, reports: Path) -> Path:
 
 
 def _content(found: Sequence[Summary], reports: Path) -> dict[str, Any]:
-    states = sorted({each.state for each in found}, key=lambda state: (STATES.index(state) if state in STATES else len(STATES), state))
-    configs, sweeps = (sorted({name for each in found if (name := of(each))}) for of in (_config, lambda each: each.sweep))
+    states = sorted(
+        {each.state for each in found},
+        key=lambda state: (STATES.index(state) if state in STATES else len(STATES), state),
+    )
+    configs, sweeps = (
+        sorted({name for each in found if (name := of(each))}) for of in (_config, lambda each: each.sweep)
+    )
     keys = keys_of(found)
-    columns = {**COLUMNS, **{heading: lambda s, m=metric: s.keys.get(m, {}).get("value") for metric, heading in keys.items()}}
+    columns = {
+        **COLUMNS,
+        **{heading: lambda s, m=metric: s.keys.get(m, {}).get("value") for metric, heading in keys.items()},
+    }
     places = [_places([of(each) for each in found]) for of in columns.values()]
-    rows = [{
-        "run": each, "link": report_link(each.name, reports), "curve": _curve(each), "keys": [_parts(each.key(metric)) for metric in keys],
-        "places": [place[i] for place in places], "reached": _reached(each),
-        "groups": [f"state{states.index(each.state)}", *([f"config{configs.index(_config(each))}"] if _config(each) else []),
-                   *([f"sweep{sweeps.index(each.sweep)}"] if each.sweep else [])],
-    } for i, each in enumerate(found)]
+    rows = [
+        {
+            "run": each,
+            "link": report_link(each.name, reports),
+            "curve": _curve(each),
+            "keys": [_parts(each.key(metric)) for metric in keys],
+            "places": [place[i] for place in places],
+            "reached": _reached(each),
+            "groups": [
+                f"state{states.index(each.state)}",
+                *([f"config{configs.index(_config(each))}"] if _config(each) else []),
+                *([f"sweep{sweeps.index(each.sweep)}"] if each.sweep else []),
+            ],
+        }
+        for i, each in enumerate(found)
+    ]
     groups = {"state": states, "config": configs, "sweep": sweeps}
-    return {"rows": rows, "columns": list(columns), "groups": {kind: names for kind, names in groups.items() if names},
-            "links": {name: report_link(name, reports) for name in sweeps}, "count": len([s for s in found if not s.is_benchmark])}
+    return {
+        "rows": rows,
+        "columns": list(columns),
+        "groups": {kind: names for kind, names in groups.items() if names},
+        "links": {name: report_link(name, reports) for name in sweeps},
+        "count": len([s for s in found if not s.is_benchmark]),
+    }
 
 
 def _places(values: Sequence[Any]) -> list[tuple[int, int]]:
     """Each value's place in rising and in falling order; what has none is last in both."""
     known = sorted({value for value in values if value is not None})
     rank = {value: place for place, value in enumerate(known)}
-    return [(len(known), len(known)) if value is None else (rank[value], len(known) - 1 - rank[value]) for value in values]
+    return [
+        (len(known), len(known)) if value is None else (rank[value], len(known) - 1 - rank[value])
+        for value in values
+    ]
 
 
 def _config(each: Summary) -> str:
@@ -77,7 +108,9 @@ def _parts(text: str) -> tuple[str, str]:
 
 
 def _curve(each: Summary):
-    """The distance to the teacher on held-out text, with the baseline's; before there are two, the training loss."""
+    """The distance to the teacher on held-out text, with the baseline's; before there are two, the
+    training loss.
+    """
     if "kl_to_teacher" in each.evaluation and len(each.evaluation) > 1:
         table, column, words = each.evaluation, "kl_to_teacher", "held-out KL to the teacher"
     elif len(each.train) > 1:
@@ -87,5 +120,10 @@ def _curve(each: Summary):
     curves = {"distilled": table.set_index("step")[column]}
     if column in each.baseline:
         curves = {"baseline": each.baseline.set_index("step")[column], **curves}
-    course = "; ".join(f"{plots.LABELS[name]} {number(values.iloc[0])} → {number(values.iloc[-1])}" for name, values in curves.items())
-    return small_curve(curves, f"{words}, steps {table['step'].iloc[0]} to {table['step'].iloc[-1]}: {course}")
+    course = "; ".join(
+        f"{plots.LABELS[name]} {number(values.iloc[0])} → {number(values.iloc[-1])}"
+        for name, values in curves.items()
+    )
+    return small_curve(
+        curves, f"{words}, steps {table['step'].iloc[0]} to {table['step'].iloc[-1]}: {course}"
+    )

@@ -1,7 +1,8 @@
 """An executed notebook as the inside of a page: prose and results, code folded away.  Imports no torch.
 
-What a cell displays may come out of data, as HTML, Markdown or a picture.  So of the finished HTML only what can neither act nor
-fetch is kept, and a notebook's outputs together have a limit, as the page they go into is to be sent on.
+What a cell displays may come out of data, as HTML, Markdown or a picture.  So of the finished HTML only what
+can neither act nor fetch is kept, and a notebook's outputs together have a limit, as the page they go into is
+to be sent on.
 """
 
 import json
@@ -26,21 +27,121 @@ LARGEST = 600_000  # characters of all outputs of a notebook
 LONGEST = 20_000  # characters of one text
 ACTIVE = ("application/javascript", "application/vnd.jupyter.widget-view+json")
 DROPPED = {
-    "iframe", "noembed", "noframes", "noscript", "object", "plaintext", "script", "select", "style", "template", "textarea", "title", "xmp",
+    "iframe",
+    "noembed",
+    "noframes",
+    "noscript",
+    "object",
+    "plaintext",
+    "script",
+    "select",
+    "style",
+    "template",
+    "textarea",
+    "title",
+    "xmp",
 }
 TAGS = {
-    "a", "abbr", "b", "blockquote", "br", "caption", "code", "col", "colgroup", "dd", "del", "details", "div", "dl", "dt", "em",
-    "figcaption", "figure", "form", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "i", "img", "input", "kbd", "label", "li", "mark", "ol", "p",
-    "pre", "s", "samp", "section", "small", "span", "strong", "sub", "summary", "sup", "table", "tbody", "td", "tfoot", "th", "thead", "tr",
-    "u", "ul",
+    "a",
+    "abbr",
+    "b",
+    "blockquote",
+    "br",
+    "caption",
+    "code",
+    "col",
+    "colgroup",
+    "dd",
+    "del",
+    "details",
+    "div",
+    "dl",
+    "dt",
+    "em",
+    "figcaption",
+    "figure",
+    "form",
+    "h1",
+    "h2",
+    "h3",
+    "h4",
+    "h5",
+    "h6",
+    "hr",
+    "i",
+    "img",
+    "input",
+    "kbd",
+    "label",
+    "li",
+    "mark",
+    "ol",
+    "p",
+    "pre",
+    "s",
+    "samp",
+    "section",
+    "small",
+    "span",
+    "strong",
+    "sub",
+    "summary",
+    "sup",
+    "table",
+    "tbody",
+    "td",
+    "tfoot",
+    "th",
+    "thead",
+    "tr",
+    "u",
+    "ul",
 }
 STYLES = [
-    "background", "background-color", "border", "border-bottom", "border-collapse", "border-left", "border-radius", "border-right",
-    "border-top", "color", "display", "font-family", "font-size", "font-style", "font-weight", "line-height", "margin", "max-width",
-    "min-width", "opacity", "padding", "text-align", "text-decoration", "vertical-align", "white-space", "width",
-    "--ce", "--differs", "--kl",  # a heat map's
+    "background",
+    "background-color",
+    "border",
+    "border-bottom",
+    "border-collapse",
+    "border-left",
+    "border-radius",
+    "border-right",
+    "border-top",
+    "color",
+    "display",
+    "font-family",
+    "font-size",
+    "font-style",
+    "font-weight",
+    "line-height",
+    "margin",
+    "max-width",
+    "min-width",
+    "opacity",
+    "padding",
+    "text-align",
+    "text-decoration",
+    "vertical-align",
+    "white-space",
+    "width",
+    "--ce",
+    "--differs",
+    "--kl",  # a heat map's
 ]
-ATTRIBUTES = {"alt", "checked", "class", "colspan", "dir", "height", "lang", "open", "rowspan", "start", "title", "width"}
+ATTRIBUTES = {
+    "alt",
+    "checked",
+    "class",
+    "colspan",
+    "dir",
+    "height",
+    "lang",
+    "open",
+    "rowspan",
+    "start",
+    "title",
+    "width",
+}
 
 
 def notebook_html(path: Path) -> Markup:
@@ -55,20 +156,34 @@ def notebook_html(path: Path) -> Markup:
 
 @cache
 def _exporter() -> HTMLExporter:
-    """nbconvert's, with `harmless` where it cleans HTML: of code, prose and outputs, each on its own, so that none leaves anything open."""
+    """nbconvert's, with `harmless` where it cleans HTML: of code, prose and outputs, each on its own, so
+    that none leaves anything open.
+    """
     exporter = HTMLExporter(
-        template_name="notebook", extra_template_basedirs=[str(TEMPLATES)], exclude_anchor_links=True, sanitize_html=True
+        template_name="notebook",
+        extra_template_basedirs=[str(TEMPLATES)],
+        exclude_anchor_links=True,
+        sanitize_html=True,
     )
     exporter.register_filter("clean_html", harmless)
-    exporter.register_preprocessor(CoalesceStreamsPreprocessor(), enabled=True)  # lines printed one after another are one text
+    # lines printed one after another are one text
+    exporter.register_preprocessor(CoalesceStreamsPreprocessor(), enabled=True)
     return exporter
 
 
 def harmless(html: str) -> str:
-    """HTML with nothing in it that could act, fetch, or reach what surrounds it: no script, frame, id, outside picture, foreign style."""
+    """HTML with nothing in it that could act, fetch, or reach what surrounds it: no script, frame, id,
+    outside picture, foreign style.
+    """
     # the dropped ones are allowed at first, so that the filter sees where they begin and end
-    cleaner = Cleaner(tags=TAGS | DROPPED, attributes=_is_allowed, protocols={"http", "https", "mailto", "data"}, strip=True,
-                      css_sanitizer=CSSSanitizer(allowed_css_properties=STYLES), filters=[_WithoutDropped])
+    cleaner = Cleaner(
+        tags=TAGS | DROPPED,
+        attributes=_is_allowed,
+        protocols={"http", "https", "mailto", "data"},
+        strip=True,
+        css_sanitizer=CSSSanitizer(allowed_css_properties=STYLES),
+        filters=[_WithoutDropped],
+    )
     return cleaner.clean(html)
 
 
@@ -106,7 +221,10 @@ def _within(outputs: list[NotebookNode], left: int, name: str) -> tuple[list[Not
         else:
             kept, left = [*kept, output], left - size
     if missing:
-        text = f"{missing} output{'s are' if missing > 1 else ' is'} left out here for the size; notebooks/{name} has all"
+        text = (
+            f"{missing} output{'s are' if missing > 1 else ' is'} left out here for the size; "
+            f"notebooks/{name} has all"
+        )
         kept.append(new_output("stream", name="stderr", text=text))
     return kept, left
 
@@ -118,7 +236,9 @@ def _shortened(output: NotebookNode) -> NotebookNode:
         output.traceback = [_cut("\n".join(output.traceback))]
     else:
         data = {kind: content for kind, content in output.data.items() if kind not in ACTIVE}
-        output.data = data | {"text/plain": _cut(data.get("text/plain", "a widget, which needs a running kernel"))}
+        output.data = data | {
+            "text/plain": _cut(data.get("text/plain", "a widget, which needs a running kernel"))
+        }
         output.metadata = NotebookNode()
     return output
 

@@ -1,4 +1,6 @@
-"""Reports: one self-contained HTML page per run.  They read files; nothing calls into them, and nothing here imports torch."""
+"""Reports: one self-contained HTML page per run.  They read files; nothing calls into them, and nothing
+here imports torch.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,27 +24,46 @@ from kdlib.reports.summary import card, costs, flat, keys_of, number, summary
 from kdlib.runs.folder import Run, now, read_json
 from kdlib.runs.log import eval_table, training_table
 
-SECTIONS = {"summary": "Summary", "scorecard": "Scorecard", "training": "Training", "figures": "Figures", "measurements": "Measurements",
-            "comparison": "Comparison", "samples": "Continuations", "explorers": "Explorers", "config": "Config", "formula": "Formula",
-            "environment": "Environment and data", "reproduce": "How to reproduce", "notebooks": "Notebooks as they ran"}
+SECTIONS = {
+    "summary": "Summary",
+    "scorecard": "Scorecard",
+    "training": "Training",
+    "figures": "Figures",
+    "measurements": "Measurements",
+    "comparison": "Comparison",
+    "samples": "Continuations",
+    "explorers": "Explorers",
+    "config": "Config",
+    "formula": "Formula",
+    "environment": "Environment and data",
+    "reproduce": "How to reproduce",
+    "notebooks": "Notebooks as they ran",
+}
 OWN_PLACE = ("dashboard", plots.BARS, *ANSWER_FIGURES)  # figures that stand by themselves
 
 
 def render(run: Run, reports: Path) -> Path:
-    """Write reports/<run>/report.html, its figures and tables from whatever the run has left, and return the page's path."""
+    """Write reports/<run>/report.html, its figures and tables from whatever the run has left, and return
+    the page's path.
+    """
     if not (run.path / "config.yaml").exists():
         raise RunError(f"{run.path}: no run there, since there is no config.yaml")
     results, benchmark = read_json(run.path / "comparison_results.json"), reading.results_of(run)
     figures = benchmark_figures.run_figures(benchmark) if benchmark else plots.run_figures(run, results)
     pictures = {name: pages.picture(figure, name) for name, figure in figures.items()}
-    students = {"teacher" if run.manifest.get("teacher_stage") else "distilled student": run, "baseline": run.baseline}
+    students = {
+        "teacher" if run.manifest.get("teacher_stage") else "distilled student": run,
+        "baseline": run.baseline,
+    }
     cards = {name: lines for name, student in students.items() if (lines := card(run, student))}
     tables = _tables(run, results, benchmark, cards)
     page = pages.page("report.html.j2", **_content(run, results, benchmark, pictures, tables, cards))
     return pages.write(reports / run.name, page, pictures, tables)
 
 
-def _tables(run: Run, results: Mapping | None, benchmark: Mapping | None, cards: Mapping[str, list[Line]]) -> dict[str, pd.DataFrame]:
+def _tables(
+    run: Run, results: Mapping | None, benchmark: Mapping | None, cards: Mapping[str, list[Line]]
+) -> dict[str, pd.DataFrame]:
     if benchmark:
         return {"targets": target_table(benchmark), **reading.run_tables(benchmark)}
     tables = {"metrics": training_table(run), "evaluation": eval_table(run)}
@@ -54,26 +75,46 @@ def _tables(run: Run, results: Mapping | None, benchmark: Mapping | None, cards:
 
 
 def _content(
-    run: Run, results: Mapping[str, Any] | None, benchmark: Mapping[str, Any] | None, pictures: Mapping[str, Picture],
-    tables: Mapping[str, pd.DataFrame], cards: Mapping[str, list[Line]],
+    run: Run,
+    results: Mapping[str, Any] | None,
+    benchmark: Mapping[str, Any] | None,
+    pictures: Mapping[str, Picture],
+    tables: Mapping[str, pd.DataFrame],
+    cards: Mapping[str, list[Line]],
 ) -> dict[str, Any]:
     manifest, status = run.manifest, run.status
-    facts = {k: v for k, v in manifest.items() if k not in ("formula", "command", "stages")} | (benchmark or {}).get("machine", {})
+    facts = {k: v for k, v in manifest.items() if k not in ("formula", "command", "stages")} | (
+        benchmark or {}
+    ).get("machine", {})
     others = [image for name, image in pictures.items() if name not in OWN_PLACE]
     content = {
-        **compared.content_of(results, pictures, tables), "cards": cards, "dashboard": pictures.get("dashboard"), "pictures": others,
-        "measured": {name: pages.table(reading.shown(table)) for name, table in tables.items()} if benchmark else {},
+        **compared.content_of(results, pictures, tables),
+        "cards": cards,
+        "dashboard": pictures.get("dashboard"),
+        "pictures": others,
+        "measured": {name: pages.table(reading.shown(table)) for name, table in tables.items()}
+        if benchmark
+        else {},
         "explorers": {title: Markup(html) for title, html in static_html(run).items()},
         "notebooks": {path.stem: notebook_html(path) for path in sorted(run.notebooks.glob("*.ipynb"))},
     }
     present = {
-        "scorecard": cards, "training": not benchmark and (content["dashboard"] or others), "figures": benchmark and others,
-        "measurements": benchmark, "comparison": results, "samples": content["samples"], "explorers": content["explorers"],
-        "formula": manifest.get("formula"), "notebooks": content["notebooks"],
+        "scorecard": cards,
+        "training": not benchmark and (content["dashboard"] or others),
+        "figures": benchmark and others,
+        "measurements": benchmark,
+        "comparison": results,
+        "samples": content["samples"],
+        "explorers": content["explorers"],
+        "formula": manifest.get("formula"),
+        "notebooks": content["notebooks"],
     }
     return content | {
-        "run": run, "manifest": manifest, "compared": bool(results),
-        "status": {**status, "message": strip_ansi(status.get("message", ""))}, "partial": _partial(status["state"]),
+        "run": run,
+        "manifest": manifest,
+        "compared": bool(results),
+        "status": {**status, "message": strip_ansi(status.get("message", ""))},
+        "partial": _partial(status["state"]),
         "sections": {id: name for id, name in SECTIONS.items() if present.get(id, True)},
         "message": plots.comparison_message(results) if results else verdict(benchmark) if benchmark else "",
         "strip": [] if benchmark else _strip(run, results, cards),
@@ -87,21 +128,38 @@ def _partial(state: str) -> str:
     """What is to be known of a page about a run that is not at its end."""
     if state == "done":
         return ""
-    doing = {"running": "is running", "created": "is not at its end", "stopped": "was stopped"}.get(state, state)
-    return f"This report is partial: the run {doing}. It shows what there was on {now()[:16].replace('T', ' at ')}."
+    doing = {"running": "is running", "created": "is not at its end", "stopped": "was stopped"}.get(
+        state, state
+    )
+    return (
+        f"This report is partial: the run {doing}. It shows what there was on "
+        f"{now()[:16].replace('T', ' at ')}."
+    )
 
 
-def _strip(run: Run, results: Mapping[str, Any] | None, cards: Mapping[str, list[Line]]) -> list[tuple[str, str, list[str]]]:
+def _strip(
+    run: Run, results: Mapping[str, Any] | None, cards: Mapping[str, list[Line]]
+) -> list[tuple[str, str, list[str]]]:
     """Key figures: what, how much, and what to hold it against."""
     brief, strip = summary(run), []
     for metric, label in keys_of([brief]).items():
         value, _, interval = brief.key(metric).partition(" ")
         if value:
-            where = f"held-out, at step {brief.evaluation['step'].iloc[-1]}" if not results else _rival(results, metric)
+            where = (
+                f"held-out, at step {brief.evaluation['step'].iloc[-1]}"
+                if not results
+                else _rival(results, metric)
+            )
             strip.append((label, value, [interval, where]))
     if results:
         student, teacher = (results["models"][name]["parameters"] / 1e6 for name in ("distilled", "teacher"))
-        strip.append(("parameters", f"{number(student)} M", [f"{student / teacher:.0%} of the teacher's {number(teacher)} M"]))
+        strip.append(
+            (
+                "parameters",
+                f"{number(student)} M",
+                [f"{student / teacher:.0%} of the teacher's {number(teacher)} M"],
+            )
+        )
     if brief.step is not None:
         strip.append(("steps", f"{brief.step:,}", [f"of {brief.steps:,}"] if brief.steps else []))
     strip += [(name, value, []) for name, value in costs(None, brief.train).items()]
@@ -120,4 +178,7 @@ def _rival(results: Mapping[str, Any], metric: str) -> str:
 def _reproduce(run: Run, manifest: Mapping[str, Any], verb: str) -> str:
     commit = f"git checkout {manifest['commit']}\n" if manifest.get("commit") else ""
     command = manifest.get("command", f"kd {verb} runs/{run.name}/config.yaml")
-    return f"{commit}{command}\n# the config above holds every setting: kd {verb} runs/{run.name}/config.yaml does the same"
+    return (
+        f"{commit}{command}\n# the config above holds every setting: kd {verb} "
+        f"runs/{run.name}/config.yaml does the same"
+    )

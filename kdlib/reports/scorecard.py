@@ -1,4 +1,5 @@
-"""The scorecard: did a training go as a training should?  Each line has its figure, the threshold, and pass or fail.
+"""The scorecard: did a training go as a training should?  Each line has its figure, the threshold, and pass
+or fail.
 
 Works from a run's files alone and imports no torch.
 """
@@ -36,7 +37,8 @@ class Line:
 
 
 def scorecard(run: Run, folder: StudentFolder | None = None, tail: Tail | None = None) -> list[Line]:
-    """The distilled student's scorecard, or that of another folder of the run: the baseline's.  [] before anything is logged.
+    """The distilled student's scorecard, or that of another folder of the run: the baseline's.  [] before
+    anything is logged.
 
     Args:
         tail: the folder's, where it is at hand and need not be read again.
@@ -60,7 +62,10 @@ def scorecard(run: Run, folder: StudentFolder | None = None, tail: Tail | None =
 
 def scorecard_table(lines: list[Line]) -> pd.DataFrame:
     """check → found, needed, result."""
-    rows = [{"check": line.check, "found": line.found, "needed": line.needed, "result": line.result} for line in lines]
+    rows = [
+        {"check": line.check, "found": line.found, "needed": line.needed, "result": line.result}
+        for line in lines
+    ]
     return pd.DataFrame(rows, columns=["check", "found", "needed", "result"]).set_index("check")
 
 
@@ -77,7 +82,9 @@ def _learning(train: pd.DataFrame) -> Line:
 
 
 def _trend(steps: np.ndarray, logs: np.ndarray) -> tuple[float, float, float]:
-    """The relative change from the first step to the last along a straight line through the logs, with its 95 % interval."""
+    """The relative change from the first step to the last along a straight line through the logs, with
+    its 95 % interval.
+    """
     x = steps - steps.mean()
     slope = (x * logs).sum() / (x**2).sum()
     residuals = logs - logs.mean() - slope * x
@@ -90,19 +97,28 @@ def _evaluation(evaluation: pd.DataFrame, metric: str) -> Line:
     check, needed = f"held-out {metric.replace('_', ' ')} moves", "better than at the first evaluation"
     values = evaluation[metric].dropna() if metric in evaluation else pd.Series(dtype=float)
     if len(values) < 2:
-        return Line(check, f"{len(values)} evaluation{'s' * (len(values) != 1)}; a change needs 2", needed, None)
+        return Line(
+            check, f"{len(values)} evaluation{'s' * (len(values) != 1)}; a change needs 2", needed, None
+        )
     first, sign = values.iloc[0], 1 if HIGHER_IS_BETTER[metric] else -1
     best = sign * (sign * values.iloc[1:]).max()
     return Line(check, f"{first:.4g} → {best:.4g} at best", needed, bool(sign * (best - first) > 0))
 
 
 def _gap(train: pd.DataFrame, evaluation: pd.DataFrame) -> Line:
-    check, needed = "training and held-out loss are near, under the same weights", f"a ratio from {1 / GAP:g} to {GAP:g}"
+    check, needed = (
+        "training and held-out loss are near, under the same weights",
+        f"a ratio from {1 / GAP:g} to {GAP:g}",
+    )
     if not len(evaluation):
         return Line(check, "no evaluation", needed, None)
     last = evaluation.iloc[-1]
     near = _late(train[train["step"] <= last["step"]])
-    weights = {term: last[f"{term}_weight"] for term in terms_in(evaluation) if f"{term}_loss" in near and last[f"{term}_weight"] > 0}
+    weights = {
+        term: last[f"{term}_weight"]
+        for term in terms_in(evaluation)
+        if f"{term}_loss" in near and last[f"{term}_weight"] > 0
+    }
     if not len(near) or not weights:
         return Line(check, "no training line before the last evaluation", needed, None)
     held_out = sum(weight * last[f"{term}_loss"] for term, weight in weights.items())
@@ -119,30 +135,45 @@ def _learning_rate(train: pd.DataFrame, plan: pd.DataFrame, configured: float) -
     peak = plan["learning_rate"].max()
     planned = np.interp(train["step"], plan["step"], plan["learning_rate"])
     off = np.abs(train["learning_rate"] - planned).max() / peak if peak > 0 else 0.0
-    found = f"planned peak {peak:.1e}, used {train['learning_rate'].max():.1e} so far; off the plan by {off:.1%} of the peak at most"
+    found = (
+        f"planned peak {peak:.1e}, used {train['learning_rate'].max():.1e} so far; off the plan by "
+        f"{off:.1%} of the peak at most"
+    )
     return Line(check, found, needed, bool(peak >= PEAK * configured and off <= OFF_PLAN))
 
 
 def _finite(folder: StudentFolder, tail: Tail) -> Line:
     broken = len(tail.broken)
     report = (folder.path / "nan_report").exists()
-    found = f"{broken} of {tail.figures} logged figures are not; {'see nan_report/' if report else 'no step was stopped for one'}"
+    found = (
+        f"{broken} of {tail.figures} logged figures are not; "
+        f"{'see nan_report/' if report else 'no step was stopped for one'}"
+    )
     return Line("every figure is finite", found, "0", broken == 0 and not report)
 
 
 def _balance(train: pd.DataFrame) -> Line:
-    check, needed = "the terms are balanced", f"the largest weighted share less than {BALANCE:g} × the smallest"
+    check, needed = (
+        "the terms are balanced",
+        f"the largest weighted share less than {BALANCE:g} × the smallest",
+    )
     shares = {term: (train[f"{term}_weight"] * train[f"{term}_loss"]).mean() for term in terms_in(train)}
     shares = {term: share for term, share in shares.items() if share > 0}
     found = ", ".join(f"{term} {share:.3g}" for term, share in shares.items())
-    return Line(check, found or "no term has a share", needed,
-                bool(shares and max(shares.values()) < BALANCE * min(shares.values())))
+    return Line(
+        check,
+        found or "no term has a share",
+        needed,
+        bool(shares and max(shares.values()) < BALANCE * min(shares.values())),
+    )
 
 
 def _memory(train: pd.DataFrame, device_gib: float | None) -> Line:
     check, needed = "memory suffices", f"less than {MEMORY:.0%} of the device's"
     if device_gib is None or "memory_gib" not in train:
-        return Line(check, "the device's memory is not known: the run was not set up by 00_setup", needed, None)
+        return Line(
+            check, "the device's memory is not known: the run was not set up by 00_setup", needed, None
+        )
     peak = train["memory_gib"].max()
     return Line(check, f"{peak:.2f} of {device_gib:.1f} GiB", needed, bool(peak < MEMORY * device_gib))
 

@@ -1,4 +1,6 @@
-"""A run in brief, from its files: how far it came, its key figures, its settings, its cost.  Imports no torch."""
+"""A run in brief, from its files: how far it came, its key figures, its settings, its cost.  Imports no
+torch.
+"""
 
 import json
 import os
@@ -35,7 +37,8 @@ class Summary:
     step: int | None = None
     steps: int | None = None  # planned
     stage: str = ""
-    keys: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # metric → value, and low, high where it was compared
+    # metric → value, and low, high where it was compared
+    keys: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     against: Mapping[str, float] | None = None  # the baseline: the paired difference in KL to the teacher
     train: pd.DataFrame = field(default_factory=pd.DataFrame)
     evaluation: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -52,7 +55,13 @@ class Summary:
     def key(self, metric: str) -> str:
         """`0.958 [0.904, 1.01]`; of the last evaluation, which has no interval, `0.958`."""
         figures = self.keys.get(metric)
-        return "" if figures is None else plots.with_interval(figures) if "low" in figures else number(figures["value"])
+        return (
+            ""
+            if figures is None
+            else plots.with_interval(figures)
+            if "low" in figures
+            else number(figures["value"])
+        )
 
 
 def summaries(root: Path) -> list[Summary]:
@@ -63,15 +72,23 @@ def summaries(root: Path) -> list[Summary]:
 
 def keys_of(found: Sequence[Summary]) -> dict[str, str]:
     """Metric → heading of every key figure that one of the runs has; a run has those of its task."""
-    return {metric: measure.brief for metric, measure in MEASURES.items() if any(metric in each.keys for each in found)}
+    return {
+        metric: measure.brief
+        for metric, measure in MEASURES.items()
+        if any(metric in each.keys for each in found)
+    }
 
 
 def summary(run: Run) -> Summary:
-    """What the run's files say; where they are torn or of another shape, a summary whose state and message say so."""
+    """What the run's files say; where they are torn or of another shape, a summary whose state and
+    message say so.
+    """
     try:
         return _read(run)
     except (KdlibError, OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
-        return Summary(run.name, "unreadable", f"{type(error).__name__}: {error}".replace(f"{run.path}{os.sep}", ""))
+        return Summary(
+            run.name, "unreadable", f"{type(error).__name__}: {error}".replace(f"{run.path}{os.sep}", "")
+        )
 
 
 def number(value: float) -> str:
@@ -129,26 +146,51 @@ def _read(run: Run) -> Summary:
     settings = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8")) or {}
     train, evaluation = metrics.training_table(run), metrics.eval_table(run)
     steps = [int(table["step"].iloc[-1]) for table in (train, evaluation) if len(table)]
-    against = plots.difference(results, "distilled", "baseline", "kl_to_teacher") if results and "baseline" in results["models"] else None
+    against = (
+        plots.difference(results, "distilled", "baseline", "kl_to_teacher")
+        if results and "baseline" in results["models"]
+        else None
+    )
     return Summary(
-        run.name, status["state"], status.get("message", ""), created=manifest.get("created", "")[:16].replace("T", " "),
-        config=Path(manifest.get("config_file") or "").stem, sweep=str(manifest.get("sweep") or ""),
+        run.name,
+        status["state"],
+        status.get("message", ""),
+        created=manifest.get("created", "")[:16].replace("T", " "),
+        config=Path(manifest.get("config_file") or "").stem,
+        sweep=str(manifest.get("sweep") or ""),
         is_benchmark=reading.results_of(run) is not None or "task" not in settings,
         is_teacher=bool(manifest.get("teacher_stage")),
-        step=max(steps, default=None), steps=planned_steps(run), stage=_stage(run, results, steps),
-        keys=_keys(settings.get("task", "causal-lm"), results, evaluation), against=against,
-        train=train, evaluation=evaluation, baseline=metrics.eval_table(run.baseline),
-        costs=costs(results, train), settings={name: _as_text(value) for name, value in flat(settings)}, card=tuple(card(run)),
+        step=max(steps, default=None),
+        steps=planned_steps(run),
+        stage=_stage(run, results, steps),
+        keys=_keys(settings.get("task", "causal-lm"), results, evaluation),
+        against=against,
+        train=train,
+        evaluation=evaluation,
+        baseline=metrics.eval_table(run.baseline),
+        costs=costs(results, train),
+        settings={name: _as_text(value) for name, value in flat(settings)},
+        card=tuple(card(run)),
     )
 
 
 def _stage(run: Run, results: Mapping | None, steps: list[int]) -> str:
     if results:
         return "compared"
-    return "trained" if run.is_trained else "training" if steps else "set up" if "formula" in run.manifest else ""
+    return (
+        "trained"
+        if run.is_trained
+        else "training"
+        if steps
+        else "set up"
+        if "formula" in run.manifest
+        else ""
+    )
 
 
-def _keys(task: str, results: Mapping[str, Any] | None, evaluation: pd.DataFrame) -> dict[str, dict[str, float]]:
+def _keys(
+    task: str, results: Mapping[str, Any] | None, evaluation: pd.DataFrame
+) -> dict[str, dict[str, float]]:
     named = KEYS.get(task, ())
     if results:
         distilled = results["models"].get("distilled", {})

@@ -1,7 +1,7 @@
 """Run folders: what a run made, in files that people and programs read.  Imports no torch.
 
-    runs/<run>/  config.yaml  manifest.json  status.json  plan.json  metrics.jsonl  history.json
-                 best_model/  final_model/  checkpoints/  notebooks/  baseline/ (a student's folder again)
+runs/<run>/  config.yaml  manifest.json  status.json  plan.json  metrics.jsonl  history.json
+             best_model/  final_model/  checkpoints/  notebooks/  baseline/ (a student's folder again)
 """
 
 import datetime
@@ -23,11 +23,14 @@ from kdlib.config.run import Config, differences, parse
 from kdlib.errors import RunError, nearest
 from kdlib.keys import refuse_keys
 
-PARENT = "KDLIB_RUN_BY"  # set by the command that runs the notebooks: it keeps status.json, and nobody watches the cells
+# set by the command that runs the notebooks: it keeps status.json, and nobody watches the cells
+PARENT = "KDLIB_RUN_BY"
 
 
 def project_root() -> Path:
-    """The folder that holds notebooks/ and configs/: this one or the nearest above (JupyterLab starts in notebooks/)."""
+    """The folder that holds notebooks/ and configs/: this one or the nearest above (JupyterLab starts in
+    notebooks/).
+    """
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / "notebooks").is_dir() and (folder / "configs").is_dir():
@@ -115,9 +118,16 @@ class Run(StudentFolder):
 
     def set_status(self, state: str, message: str = "") -> None:
         started = _process_start(os.getpid())
-        write_json(self.path / "status.json", {
-            "state": state, "message": message, "since": now(), "pid": os.getpid(), "pid_started": started,
-        })
+        write_json(
+            self.path / "status.json",
+            {
+                "state": state,
+                "message": message,
+                "since": now(),
+                "pid": os.getpid(),
+                "pid_started": started,
+            },
+        )
 
     def add_to_manifest(self, **entries: Any) -> None:
         """Merge these entries into manifest.json."""
@@ -163,7 +173,9 @@ def check_new(root: Path, name: str) -> None:
     if not re.fullmatch(r"[\w.+=-]+", name) or name.startswith("."):
         raise RunError(f"run name {name!r}: use letters, digits and . _ - + = only, and no leading dot")
     if (root / name).exists():
-        raise RunError(f"run {name!r} exists already; choose another --name, or go on with it by --resume {name}")
+        raise RunError(
+            f"run {name!r} exists already; choose another --name, or go on with it by --resume {name}"
+        )
 
 
 def open_run(root: Path, name: str, config: Config | None = None) -> Run:
@@ -177,7 +189,8 @@ def open_run(root: Path, name: str, config: Config | None = None) -> Run:
         raise RunError(f"no run {name!r} in {root}{nearest(name, (r.name for r in all_runs(root)))}")
     if config and (lines := differences(run.config.as_dict(), config.as_dict())):
         raise RunError(
-            f"run {name!r} was made with other settings, so it cannot go on with these:\n  " + "\n  ".join(lines)
+            f"run {name!r} was made with other settings, so it cannot go on with these:\n  "
+            + "\n  ".join(lines)
             + "\ngive the settings it was made with, or start a new run"
         )
     return run
@@ -189,7 +202,9 @@ def default_root() -> Path:
 
 
 def locate(run: str, root: Path | None = None) -> tuple[Path, str]:
-    """A run's name, or its folder as seen from here, as (the folder of runs, name); `root` is where a mere name is sought."""
+    """A run's name, or its folder as seen from here, as (the folder of runs, name); `root` is where a
+    mere name is sought.
+    """
     if os.sep not in run:
         return root or default_root(), run
     path = Path(run).absolute()
@@ -225,15 +240,29 @@ def write_text(path: Path, text: str) -> None:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """True for a disk that refuses: full, over quota, read-only, not ours; not for a tracker's lost connection."""
-    refusals = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR)
+    """True for a disk that refuses: full, over quota, read-only, not ours; not for a tracker's lost
+    connection.
+    """
+    refusals = (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EFBIG,
+        errno.ENOTDIR,
+    )
     return isinstance(error, OSError) and error.errno in refusals
 
 
 def write_error(path: Path, error: Exception) -> RunError:
     """The RunError for a disk that refuses: full, read-only, or not ours."""
     refused = isinstance(error, OSError) and error.errno != errno.ENOSPC
-    advice = "choose a folder you can write to with --runs" if refused else "free some space, then go on with --resume"
+    advice = (
+        "choose a folder you can write to with --runs"
+        if refused
+        else "free some space, then go on with --resume"
+    )
     return RunError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; {advice}")
 
 
@@ -247,7 +276,9 @@ def _resolved(path: Path, changed: int) -> Config:
 
 
 def _commit() -> str | None:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=project_root(), check=False)
+    done = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=project_root(), check=False
+    )
     return done.stdout.strip() if done.returncode == 0 else None
 
 
@@ -256,7 +287,9 @@ def _alive(pid: int | None, started: float | None) -> bool:
 
 
 def _process_start(pid: int) -> float | None:
-    """When this process began, which tells it from a later one of the same number; None where there is none that lives."""
+    """When this process began, which tells it from a later one of the same number; None where there is
+    none that lives.
+    """
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()

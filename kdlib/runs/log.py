@@ -59,17 +59,24 @@ def history(folder: StudentFolder) -> list[dict[str, float]]:
             if isinstance(value, (int, float)):
                 figures.setdefault(name, []).append(value)
     last = ("train/step", "train/epoch")
-    return [{name: sum(v) / len(v) if name.startswith("train/") and name not in last else v[-1] for name, v in figures.items()}
-            for figures in epochs.values()]
+    return [
+        {
+            name: sum(v) / len(v) if name.startswith("train/") and name not in last else v[-1]
+            for name, v in figures.items()
+        }
+        for figures in epochs.values()
+    ]
 
 
 class Tail:
-    """metrics.jsonl as tables, read on as it grows: a call of `read` takes in the lines written since the last one.
+    """metrics.jsonl as tables, read on as it grows: a call of `read` takes in the lines written since the
+    last one.
 
     Attributes:
         train: one row per log, without the train/ prefix; empty at first.
         evaluation: one row per evaluation, with step and epoch, without the eval/ prefix.
-        broken: step and name of each logged figure that is nan or infinite, and whether it was of an evaluation.
+        broken: step and name of each logged figure that is nan or infinite, and whether it was of an
+            evaluation.
         figures: how many figures were logged.
     """
 
@@ -86,7 +93,8 @@ class Tail:
     def read(self) -> bool:
         """Take in what was written since; True where anything was.  A torn last line waits for its rest.
 
-        A file whose last known line is no longer where it was has been cut for a training that goes on: it is read anew.
+        A file whose last known line is no longer where it was has been cut for a training that goes on: it is
+        read anew.
 
         Raises:
             RunError: a line is no JSON.
@@ -111,7 +119,10 @@ class Tail:
         try:
             return pyarrow.json.read_json(io.BytesIO(lines), **FORM)
         except pa.ArrowInvalid as error:
-            raise RunError(f"{self.folder.metrics}: found a line that is no JSON ({error}); each must be an object; delete it") from error
+            raise RunError(
+                f"{self.folder.metrics}: found a line that is no JSON ({error}); each must be an object; "
+                "delete it"
+            ) from error
 
     def _take(self, lines: pa.Table) -> None:
         for name in lines.column_names:
@@ -119,7 +130,9 @@ class Tail:
                 self.figures += len(lines) - lines[name].null_count
                 steps = lines["train/step"].filter(pc.invert(pc.is_finite(lines[name]))).to_numpy()
                 if len(steps):
-                    found = pd.DataFrame({"step": steps, "name": name.split("/")[1], "evaluation": name.startswith("eval/")})
+                    found = pd.DataFrame(
+                        {"step": steps, "name": name.split("/")[1], "evaluation": name.startswith("eval/")}
+                    )
                     self.broken = _joined(self.broken, found)
         self.train = _joined(self.train, _of(lines, "train/"))
         self.evaluation = _joined(self.evaluation, _of(lines, "eval/"))
@@ -129,13 +142,20 @@ def _of(lines: pa.Table, prefix: str) -> pd.DataFrame:
     if f"{prefix}loss" not in lines.column_names:
         return pd.DataFrame()
     own = lines.filter(lines[f"{prefix}loss"].is_valid())
-    names = sorted((name for name in own.column_names if own[name].null_count < len(own)), key="time".__eq__)  # as logged, time last
+    # as logged, time last
+    names = sorted((name for name in own.column_names if own[name].null_count < len(own)), key="time".__eq__)
     table = own.select(names).to_pandas()
     return table.rename(columns=lambda name: name.removeprefix(prefix).removeprefix("train/"))
 
 
 def _joined(table: pd.DataFrame, more: pd.DataFrame) -> pd.DataFrame:
-    return pd.concat([table, more], ignore_index=True) if len(table) and len(more) else more if len(more) else table
+    return (
+        pd.concat([table, more], ignore_index=True)
+        if len(table) and len(more)
+        else more
+        if len(more)
+        else table
+    )
 
 
 def training_table(folder: StudentFolder) -> pd.DataFrame:
@@ -149,7 +169,9 @@ def eval_table(folder: StudentFolder) -> pd.DataFrame:
 
 
 def plan_table(folder: StudentFolder) -> pd.DataFrame:
-    """Learning rate, weights and temperatures over the whole training as plan.json has them: columns as of `training_table`."""
+    """Learning rate, weights and temperatures over the whole training as plan.json has them: columns as
+    of `training_table`.
+    """
     return pd.DataFrame(read_json(folder.plan, []))
 
 
@@ -159,11 +181,12 @@ def terms_in(table: pd.DataFrame) -> list[str]:
 
 
 def thinned(curves: np.ndarray, *, points: int = POINTS) -> np.ndarray:
-    """Which positions of a long curve to draw so that no spike is lost: first, last, and of each bucket the extremes.
+    """Which positions of a long curve to draw so that no spike is lost: first, last, and of each bucket the
+    extremes.
 
     Args:
-        curves: [N], or [C, N] for curves that are drawn at the same positions.  Where nan or infinite values begin or end
-            is kept too, as a gap, unless there are too many.
+        curves: [N], or [C, N] for curves that are drawn at the same positions.  Where nan or infinite values
+            begin or end is kept too, as a gap, unless there are too many.
         points: about so many are kept, or 100 for each curve if that is more.
 
     Returns:
@@ -177,7 +200,10 @@ def thinned(curves: np.ndarray, *, points: int = POINTS) -> np.ndarray:
     width = math.ceil(length / buckets)
     starts = np.arange(0, length, width)
     kept = [np.array([0, length - 1])]
-    is_finite, filled = np.isfinite(curves), np.pad(curves, ((0, 0), (0, len(starts) * width - length)), mode="edge")
+    is_finite, filled = (
+        np.isfinite(curves),
+        np.pad(curves, ((0, 0), (0, len(starts) * width - length)), mode="edge"),
+    )
     for extreme, worst in ((np.argmin, np.inf), (np.argmax, -np.inf)):
         if not is_finite.all():
             filled[:, :length][~is_finite] = worst

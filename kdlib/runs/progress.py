@@ -1,4 +1,6 @@
-"""How a training stands: everything that its figures are made of, read from its folder's files.  Imports no torch."""
+"""How a training stands: everything that its figures are made of, read from its folder's files.  Imports
+no torch.
+"""
 
 import time
 from collections.abc import Mapping
@@ -16,8 +18,13 @@ QUIET_S = 60.0  # without a line, after which a training that nobody keeps a sta
 RECENT = 50  # lines that a forecast goes by
 PAUSE = 10.0  # times the usual time between two lines: the training stood still
 FINAL = ("done", "stopped", "failed", "died")
-MEASURES = {"kl_to_teacher": "KL to teacher", "perplexity": "perplexity", "log_loss": "log-loss", "choice_accuracy": "right choices",
-            "agreement": "agreement"}
+MEASURES = {
+    "kl_to_teacher": "KL to teacher",
+    "perplexity": "perplexity",
+    "log_loss": "log-loss",
+    "choice_accuracy": "right choices",
+    "agreement": "agreement",
+}
 
 
 @dataclass(frozen=True)
@@ -63,16 +70,26 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        """By the pace of the last lines, evaluations and checkpoints included; a night between two of them is not counted."""
-        if self.state not in ("running", "quiet") or len(self.tail.train) < 2 or "time" not in self.tail.train:
+        """By the pace of the last lines, evaluations and checkpoints included; a night between two of
+        them is not counted.
+        """
+        if (
+            self.state not in ("running", "quiet")
+            or len(self.tail.train) < 2
+            or "time" not in self.tail.train
+        ):
             return None
         recent = self.tail.train[["step", "time"]].iloc[-RECENT:]
         seconds = np.diff([datetime.fromisoformat(moment).timestamp() for moment in recent["time"]])
         seconds = seconds.clip(max=PAUSE * np.median(seconds) + 1)
-        return float(seconds.sum() / (recent["step"].iloc[-1] - recent["step"].iloc[0]) * (self.steps - self.step))
+        return float(
+            seconds.sum() / (recent["step"].iloc[-1] - recent["step"].iloc[0]) * (self.steps - self.step)
+        )
 
     def measured(self, measure: str) -> tuple[float, int, float] | None:
-        """(best value, its step, last value) of a measure on held-out text; None where it was not evaluated."""
+        """(best value, its step, last value) of a measure on held-out text; None where it was not
+        evaluated.
+        """
         table = self.tail.evaluation
         if measure not in table or not np.isfinite(table[measure]).any():
             return None
@@ -93,9 +110,14 @@ def progress(run: Run, folder: StudentFolder | None = None, tail: Tail | None = 
     own = folder.path == run.path
     phases = [(phase.until, _words(phase.weights)) for phase in config.loss.curriculum or []] if own else []
     return Progress(
-        name=run.name if own else f"{run.name}, {folder.path.name}", state=state, tail=tail, plan=plan, phases=tuple(phases),
+        name=run.name if own else f"{run.name}, {folder.path.name}",
+        state=state,
+        tail=tail,
+        plan=plan,
+        phases=tuple(phases),
         best_by=config.training["metric_for_best_model"].removeprefix("eval_"),
-        message=run.status.get("message", "") if state in ("stopped", "failed", "died") else "", quiet_s=quiet_s,
+        message=run.status.get("message", "") if state in ("stopped", "failed", "died") else "",
+        quiet_s=quiet_s,
         of="row" if config.task == "sequence-classification" else "token",
     )
 
@@ -108,7 +130,10 @@ def headline(course: Progress) -> str:
 def where_line(course: Progress) -> str:
     """The step of all steps, and the time that is left."""
     if not len(course.tail.train):
-        return "Loss terms, weights, temperature, learning rate and gradient norms are drawn here as soon as a step is logged."
+        return (
+            "Loss terms, weights, temperature, learning rate and gradient norms are drawn here as soon as "
+            "a step is logged."
+        )
     left = course.seconds_left
     of = f" of {course.steps:,}" if course.steps > course.step else ""
     return f"step {course.step:,}{of}" + (f"  ·  {_duration(left)} left" if left is not None else "")
@@ -127,14 +152,22 @@ def held_out_line(course: Progress) -> str:
     """The last figure of each measure on held-out text, and the best of the one that chooses the model."""
     usual = ("accuracy", "log_loss", "kl_to_teacher") if course.of == "row" else MEASURES
     measures = dict.fromkeys([course.best_by, *usual])
-    found = {MEASURES.get(measure, measure): figures for measure in measures if (figures := course.measured(measure))}
-    parts = [f"{name} {last:.3g}" + (f" (best {best:.3g} at step {step:,})" if i == 0 else "")
-             for i, (name, (best, step, last)) in enumerate(found.items())]
+    found = {
+        MEASURES.get(measure, measure): figures
+        for measure in measures
+        if (figures := course.measured(measure))
+    }
+    parts = [
+        f"{name} {last:.3g}" + (f" (best {best:.3g} at step {step:,})" if i == 0 else "")
+        for i, (name, (best, step, last)) in enumerate(found.items())
+    ]
     return "held-out: " + "  ·  ".join(parts) if parts else "no evaluation yet"
 
 
 def _state(run: Run, folder: StudentFolder) -> tuple[str, float]:
-    """The state, and the seconds since something was logged.  A training by hand keeps no status: its files tell."""
+    """The state, and the seconds since something was logged.  A training by hand keeps no status: its
+    files tell.
+    """
     status, is_begun = run.status, folder.metrics.exists()
     logged = folder.metrics.stat().st_mtime if is_begun else 0.0
     quiet_s = time.time() - logged if is_begun else 0.0
@@ -149,8 +182,10 @@ def _state(run: Run, folder: StudentFolder) -> tuple[str, float]:
 
 
 def _words(weights: Mapping[str, object]) -> str:
-    return ", ".join(f"{term} {weight:g}" if isinstance(weight, (int, float)) else f"{term} {next(iter(weight))}"
-                     for term, weight in weights.items())
+    return ", ".join(
+        f"{term} {weight:g}" if isinstance(weight, (int, float)) else f"{term} {next(iter(weight))}"
+        for term, weight in weights.items()
+    )
 
 
 def _duration(seconds: float) -> str:

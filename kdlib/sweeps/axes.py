@@ -27,7 +27,9 @@ class Places:
         if self.numbers:
             scaled(axes, side, self.levels)
         else:
-            getattr(axes, f"set_{side}ticks")(range(len(self.levels)), [plain(value) for value in self.levels], fontsize=8, **LITERAL)
+            getattr(axes, f"set_{side}ticks")(
+                range(len(self.levels)), [plain(value) for value in self.levels], fontsize=8, **LITERAL
+            )
 
     def of(self, trials: pd.DataFrame) -> list[float]:
         if self.numbers:
@@ -56,8 +58,16 @@ def upright(axes: Axes, place: int, ticks: Sequence[tuple[float, str]], name: st
     """An axis among others side by side, with its name above it."""
     axes.plot([place, place], [0, 1], color="black", linewidth=1, zorder=4)
     for height, text in ticks:
-        axes.text(place + 0.04, height, text, fontsize=8, va="center", zorder=5, **LITERAL,
-                  bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1})
+        axes.text(
+            place + 0.04,
+            height,
+            text,
+            fontsize=8,
+            va="center",
+            zorder=5,
+            **LITERAL,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1},
+        )
     axes.text(place, 1.06, name, ha="center", va="bottom", fontsize=9, fontweight="bold", **LITERAL)
 
 

@@ -1,14 +1,16 @@
-"""One sweep as typed, frozen, checked objects: a base config, and what its trials change in it.  Imports no torch.
+"""One sweep as typed, frozen, checked objects: a base config, and what its trials change in it.  Imports no
+torch.
 
 What is changed stands in one of four forms:
 
     grid:   {loss.temperature: [1, 2, 4], seed: [0, 1]}                every combination
     list:   [{loss.temperature: 1}, {loss.temperature: 4, seed: 1}]    these and no others
     random: {trials: 8, seed: 0, from: SPACE}                          drawn, the same ones each time
-    search: {trials: 8, seed: 0, from: SPACE}                          chosen by optuna from how the earlier ones did
+    search: {trials: 8, seed: 0, from: SPACE}                          chosen by optuna from how the earlier
+        ones did
 
-A SPACE says for each setting {uniform: [1, 6]}, {log_uniform: [1e-5, 1e-3]}, {integer: [2, 8]} or {choice: [a, b]}.
-`loss.weights.kd:ce` is a setting of two weights: 0.7 makes the first 0.7, and the second 0.3.
+A SPACE says for each setting {uniform: [1, 6]}, {log_uniform: [1e-5, 1e-3]}, {integer: [2, 8]} or {choice:
+[a, b]}. `loss.weights.kd:ce` is a setting of two weights: 0.7 makes the first 0.7, and the second 0.3.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,8 +25,12 @@ from kdlib.metrics.names import MEASURES
 
 METRICS = {name: measure.higher_is_better for name, measure in MEASURES.items()}
 """What a sweep may be judged by: the figures of comparison_results.json, and whether more is better."""
-DRAWS = {"uniform": "[low, high]", "log_uniform": "[low, high], both above 0", "integer": "[low, high], whole numbers",
-         "choice": "a list of values"}
+DRAWS = {
+    "uniform": "[low, high]",
+    "log_uniform": "[low, high], both above 0",
+    "integer": "[low, high], whole numbers",
+    "choice": "a list of values",
+}
 WEIGHTS = "loss.weights."
 
 
@@ -36,14 +42,27 @@ def _settings(names: Sequence[Any]) -> list[str]:
             faults.append(f"found {name!r} as a setting; write its dotted name, as loss.temperature")
         elif ":" in name:
             terms = name.removeprefix(WEIGHTS).split(":")
-            if not name.startswith(WEIGHTS) or len(terms) != 2 or not set(terms) <= set(TERM_NAMES) or terms[0] == terms[1]:
-                faults.append(f"{printable(name)}: with a colon only two weights can be named, as {WEIGHTS}kd:ce")
+            if (
+                not name.startswith(WEIGHTS)
+                or len(terms) != 2
+                or not set(terms) <= set(TERM_NAMES)
+                or terms[0] == terms[1]
+            ):
+                faults.append(
+                    f"{printable(name)}: with a colon only two weights can be named, as {WEIGHTS}kd:ce"
+                )
     return faults
 
 
 def _grid(grid: Mapping[str, list]) -> Mapping[str, list]:
-    empty = [f"{printable(name)}: the list is empty; it needs a value at least" for name, values in grid.items() if not values]
-    refuse([*_settings(list(grid)), *empty, *([] if grid else ["found {}; it needs a setting with its values"])])
+    empty = [
+        f"{printable(name)}: the list is empty; it needs a value at least"
+        for name, values in grid.items()
+        if not values
+    ]
+    refuse(
+        [*_settings(list(grid)), *empty, *([] if grid else ["found {}; it needs a setting with its values"])]
+    )
     return {name: [_value(value) for value in values] for name, values in grid.items()}
 
 
@@ -53,7 +72,11 @@ def _value(value: Any) -> Any:
 
 
 def _list(trials: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    refuse([fault for trial in trials for fault in _settings(list(trial))] if trials else ["the list is empty; it needs a trial at least"])
+    refuse(
+        [fault for trial in trials for fault in _settings(list(trial))]
+        if trials
+        else ["the list is empty; it needs a trial at least"]
+    )
     return [{name: _value(value) for name, value in trial.items()} for trial in trials]
 
 
@@ -77,7 +100,10 @@ def _draw(draw: Any) -> dict[str, list]:
     kind, values = next(iter(draw.items())) if isinstance(draw, Mapping) and len(draw) == 1 else (None, None)
     if kind not in DRAWS or not isinstance(values, list):
         hint = nearest(str(kind), DRAWS) if kind else ""
-        raise ValueError(f"found {draw!r}{hint}; it is one of " + ", ".join(f"{{{name}: {what}}}" for name, what in DRAWS.items()))
+        raise ValueError(
+            f"found {draw!r}{hint}; it is one of "
+            + ", ".join(f"{{{name}: {what}}}" for name, what in DRAWS.items())
+        )
     if kind == "choice":
         if not values:
             raise ValueError("choice is empty; it needs a value at least")
@@ -127,9 +153,15 @@ class SweepConfig(Section):
         forms = {"grid": self.grid, "list": self.listed, "random": self.random, "search": self.search}
         given = [name for name, value in forms.items() if value is not None]
         if len(given) != 1:
-            raise ValueError(f"found {' and '.join(given) or 'none'} of grid, list, random, search; a sweep has exactly one of them")
+            raise ValueError(
+                f"found {' and '.join(given) or 'none'} of grid, list, random, search; a sweep has exactly "
+                "one of them"
+            )
         if clash := sorted(set(self.overrides) & set(self.parameters)):
-            raise ValueError(f"{', '.join(clash)}: both in `overrides`, which all trials share, and among what differs; leave one out")
+            raise ValueError(
+                f"{', '.join(clash)}: both in `overrides`, which all trials share, and among what differs; "
+                "leave one out"
+            )
         return self
 
     @property

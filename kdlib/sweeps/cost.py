@@ -1,4 +1,6 @@
-"""What a sweep will cost before it starts: time, memory side by side, disk; each distinct cost is forecast once."""
+"""What a sweep will cost before it starts: time, memory side by side, disk; each distinct cost is
+forecast once.
+"""
 
 import json
 import shutil
@@ -15,15 +17,29 @@ from kdlib.sweeps.clock import Clock, Cost, duration
 from kdlib.sweeps.trials import Trial
 
 BUDGET = 180.0  # s for all forecasts together; the runs that are left then count as the mean of the others
-NEUTRAL = {"loss": ("temperature",),
-           "training": ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2",
-                        "adam_epsilon", "metric_for_best_model", "report_to")}
+NEUTRAL = {
+    "loss": ("temperature",),
+    "training": (
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "weight_decay",
+        "max_grad_norm",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "metric_for_best_model",
+        "report_to",
+    ),
+}
 """What changes neither memory nor time."""
 BYTES = 4  # of a weight on disk
 
 
 def clock_of(trials: Sequence[Trial]) -> Clock:
-    """Forecast every distinct cost among the trials once, the commonest first, for as long as BUDGET allows."""
+    """Forecast every distinct cost among the trials once, the commonest first, for as long as BUDGET
+    allows.
+    """
     kinds: dict[str, list[Trial]] = {}
     for trial in trials:
         kinds.setdefault(kind(trial.config), []).append(trial)
@@ -36,7 +52,10 @@ def clock_of(trials: Sequence[Trial]) -> Clock:
         except KdlibError as error:
             clock.errors |= {trial.run: str(error) for trial in alike}
             continue
-        clock.free, clock.others = found.free, max(clock.others, (found.time or {}).get("cores_of_others", 0.0))
+        clock.free, clock.others = (
+            found.free,
+            max(clock.others, (found.time or {}).get("cores_of_others", 0.0)),
+        )
         clock.costs |= {trial.run: _cost(trial.config, found) for trial in alike}
     return clock
 
@@ -55,20 +74,31 @@ def _cost(config: Config, found: Forecast) -> Cost:
     once = None if timing.get("train_s") is None else timing["train_s"] + (timing.get("evaluation_s") or 0.0)
     weights = students * BYTES * found.parameters["student"]
     kept = 0 if training.get("save_strategy") == "no" else training["save_total_limit"] or 2
-    return Cost(None if once is None else students * once, found.peak, models=2 * weights, checkpoints=3 * weights * kept)
+    return Cost(
+        None if once is None else students * once,
+        found.peak,
+        models=2 * weights,
+        checkpoints=3 * weights * kept,
+    )
 
 
-def described(clock: Clock, trials: Sequence[Trial], *, jobs: int, keep_checkpoints: bool, folder: Path) -> str:
+def described(
+    clock: Clock, trials: Sequence[Trial], *, jobs: int, keep_checkpoints: bool, folder: Path
+) -> str:
     """The forecast of the whole sweep for people, with what does not fit."""
     known = [clock.costs[trial.run] for trial in trials if trial.run in clock.costs]
     if not known:
         return "\n".join(["forecast: none of the runs can be forecast", *_errors(clock)])
     side = f"{jobs} side by side" if jobs > 1 else "one after another"
-    return "\n".join([
-        f"forecast of {len(trials)} runs, {side} (corrected as runs finish):", f"  time    {_time(clock, trials, jobs)}",
-        f"  memory  {_memory(clock, known, jobs)}", f"  disk    {_disk(known, len(trials), jobs, keep_checkpoints, folder)}",
-        *_errors(clock),
-    ])
+    return "\n".join(
+        [
+            f"forecast of {len(trials)} runs, {side} (corrected as runs finish):",
+            f"  time    {_time(clock, trials, jobs)}",
+            f"  memory  {_memory(clock, known, jobs)}",
+            f"  disk    {_disk(known, len(trials), jobs, keep_checkpoints, folder)}",
+            *_errors(clock),
+        ]
+    )
 
 
 def _time(clock: Clock, trials: Sequence[Trial], jobs: int) -> str:
@@ -78,7 +108,10 @@ def _time(clock: Clock, trials: Sequence[Trial], jobs: int) -> str:
     share = "; side by side they share what the machine has" if jobs > 1 else ""
     busy = ""
     if clock.others > BUSY:
-        busy = f"\n          other processes kept {clock.others:.1f} cores busy meanwhile: that is the time on a busy machine"
+        busy = (
+            f"\n          other processes kept {clock.others:.1f} cores busy meanwhile: that is the time "
+            "on a busy machine"
+        )
     return f"{duration(seconds)} of training; setting up and comparing come on top{share}{busy}"
 
 

@@ -1,4 +1,6 @@
-"""All trials of a sweep, some side by side: what is done is not repeated, what failed stops nothing, what stopped goes on."""
+"""All trials of a sweep, some side by side: what is done is not repeated, what failed stops nothing, what
+stopped goes on.
+"""
 
 import contextlib
 import os
@@ -58,12 +60,21 @@ class Listed:
 class Pool:
     """One start of a sweep."""
 
-    def __init__(self, sweep: Sweep, base: Base, crew: Crew, clock: Clock, *, keep_checkpoints: bool = False) -> None:
-        self.sweep, self.base, self.crew, self.clock, self.keep_checkpoints = sweep, base, crew, clock, keep_checkpoints
+    def __init__(
+        self, sweep: Sweep, base: Base, crew: Crew, clock: Clock, *, keep_checkpoints: bool = False
+    ) -> None:
+        self.sweep, self.base, self.crew, self.clock, self.keep_checkpoints = (
+            sweep,
+            base,
+            crew,
+            clock,
+            keep_checkpoints,
+        )
         self.outcomes: list[Outcome] = []
 
     def run(self, supply: Supply) -> Path:
-        """Run what the supply gives, `crew.jobs` at a time, a line for every event; returns the report, which follows each.
+        """Run what the supply gives, `crew.jobs` at a time, a line for every event; returns the report, which
+        follows each.
 
         Raises:
             RunError: runs failed, or the sweep was stopped; the others' results are there.
@@ -78,7 +89,9 @@ class Pool:
                     break
                 for ended in wait(at_work, timeout=1.0, return_when=FIRST_COMPLETED).done:
                     trial = at_work.pop(ended)
-                    value = self._settled(trial, ended.result(), [*supply.ahead(), *(other.run for other in at_work.values())])
+                    value = self._settled(
+                        trial, ended.result(), [*supply.ahead(), *(other.run for other in at_work.values())]
+                    )
                     supply.told(trial, value)
                     bar.update()
         return self._closed()
@@ -92,15 +105,26 @@ class Pool:
         if trial.run not in [each["run"] for each in facts["trials"]]:  # of a search
             facts["trials"].append({"run": trial.run, "parameters": dict(trial.parameters)})
             runs.write_json(self.sweep.path / FILE, facts)
-        if (root / trial.run).exists() and not (root / trial.run / "config.yaml").exists():  # killed before it was whole
+        # killed before it was whole
+        if (root / trial.run).exists() and not (root / trial.run / "config.yaml").exists():
             shutil.rmtree(root / trial.run)
         if (root / trial.run).exists():
             run = runs.open_run(root, trial.run, trial.config)
         else:
-            run = runs.create(root, trial.run, trial.config, config_file=facts["file"], smoke=self.base.smoke, sweep=self.sweep.name,
-                              parameters=dict(trial.parameters), command=self.base.command(trial.parameters))
+            run = runs.create(
+                root,
+                trial.run,
+                trial.config,
+                config_file=facts["file"],
+                smoke=self.base.smoke,
+                sweep=self.sweep.name,
+                parameters=dict(trial.parameters),
+                command=self.base.command(trial.parameters),
+            )
         state = run.status["state"]
-        verb = {"created": "started", "running": "waits for the process that runs it"}.get(state, f"goes on ({state})")
+        verb = {"created": "started", "running": "waits for the process that runs it"}.get(
+            state, f"goes on ({state})"
+        )
         say(f"{verb:8} {run.name}  {described(trial.parameters)}")
         return run
 
@@ -117,14 +141,19 @@ class Pool:
             what, more = outcome.message, f"\n         all it said: {os.path.relpath(run.path / 'log.txt')}"
         if outcome.whole:
             self.clock.learn(run.name, outcome.seconds)
-        say(f"{outcome.state:8} {run.name}  {described(trial.parameters)}: {what}{self._left(outcome, ahead)}{more}")
+        say(
+            f"{outcome.state:8} {run.name}  {described(trial.parameters)}: "
+            f"{what}{self._left(outcome, ahead)}{more}"
+        )
         if outcome.unreported:
             reports.render(run, self.crew.reports)
         page.render(self.sweep, self.crew.reports)
         return value
 
     def _tidy(self, run: Run) -> None:
-        """What remains to do for a run that is done: also where an earlier start of the sweep was killed before it could."""
+        """What remains to do for a run that is done: also where an earlier start of the sweep was killed
+        before it could.
+        """
         if not self.keep_checkpoints:
             for student in (run, run.baseline):
                 shutil.rmtree(student.checkpoints, ignore_errors=True)
@@ -134,12 +163,17 @@ class Pool:
     def _left(self, outcome: Outcome, ahead: Sequence[str]) -> str:
         seconds = self.clock.left(ahead, self.crew.jobs)
         took = f"; took {duration(outcome.seconds)}" if outcome.seconds else ""
-        return took + (f"; {len(ahead)} to go" + (f", about {duration(seconds)}" if seconds else "") if ahead else "")
+        return took + (
+            f"; {len(ahead)} to go" + (f", about {duration(seconds)}" if seconds else "") if ahead else ""
+        )
 
     def _closed(self) -> Path:
         """The last report, and how the sweep ended."""
         failed = [outcome for outcome in self.outcomes if outcome.state not in ("done", "stopped")]
-        names = "".join(f"\n  {outcome.run.name}: {(outcome.message or outcome.state).splitlines()[0]}" for outcome in failed)
+        names = "".join(
+            f"\n  {outcome.run.name}: {(outcome.message or outcome.state).splitlines()[0]}"
+            for outcome in failed
+        )
         message = f"{len(failed)} of the runs failed:{names}" if failed else ""
         if self.crew.stopping.is_set() or any(outcome.state == "stopped" for outcome in self.outcomes):
             message = f"stopped; the same command goes on where it stopped{f'; {message}' if message else ''}"
@@ -149,7 +183,10 @@ class Pool:
                 self._tidy(run)
         made = page.render(self.sweep, self.crew.reports)
         overview.render_index(self.sweep.path.parent, self.crew.reports)
-        print(f"report: {os.path.relpath(made)}    index: {os.path.relpath(self.crew.reports / 'index.html')}", flush=True)
+        print(
+            f"report: {os.path.relpath(made)}    index: {os.path.relpath(self.crew.reports / 'index.html')}",
+            flush=True,
+        )
         if message:
             raise RunError(f"sweep {self.sweep.name}: {message}")
         return made

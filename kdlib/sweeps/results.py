@@ -1,7 +1,8 @@
-"""A sweep's files as tables: every trial, every setting averaged over its seeds, what is best, and the price.  Imports no torch.
+"""A sweep's files as tables: every trial, every setting averaged over its seeds, what is best, and the
+price.  Imports no torch.
 
-    runs/<sweep>/  sweep.json (the settings and the trials, by their runs' names)  status.json
-    runs/<sweep>_<hash>/  each trial, an ordinary run, with log.txt: all that its command said
+runs/<sweep>/  sweep.json (the settings and the trials, by their runs' names)  status.json
+runs/<sweep>_<hash>/  each trial, an ordinary run, with log.txt: all that its command said
 """
 
 import json
@@ -26,14 +27,20 @@ FILE = "sweep.json"
 SEED = "seed"
 WORDS = {name: measure.words for name, measure in MEASURES.items()}
 UNITS = {name: measure.unit.format(item="prediction") for name, measure in MEASURES.items()}
-COSTS = {"parameters": ("student's parameters, millions", False), "tokens_per_s": ("forward pass, tokens/s", True),
-         "rows_per_s": ("forward pass, rows/s", True), "training_s": ("training, s", False)}
+COSTS = {
+    "parameters": ("student's parameters, millions", False),
+    "tokens_per_s": ("forward pass, tokens/s", True),
+    "rows_per_s": ("forward pass, rows/s", True),
+    "training_s": ("training, s", False),
+}
 """Column -> (how figures call it, whether more is better)."""
-SPEEDS = {"tokens_per_s": "forward_tokens_per_s", "rows_per_s": "throughput_rows_per_s"}  # of tokens or of rows, as the task is
+# of tokens or of rows, as the task is
+SPEEDS = {"tokens_per_s": "forward_tokens_per_s", "rows_per_s": "throughput_rows_per_s"}
 MANY = 12  # values, above which a parameter is a range rather than a grid
 ALIKE = 0.1  # costs that differ by less than this share of the lowest are called alike
 CLEAR = 10  # s: logs have the time to the second, so shorter trainings are not told apart
-BREAK = 20  # times the usual time between two logs: more is a break between a stop and a resume, or an evaluation
+# times the usual time between two logs: more is a break between a stop and a resume, or an evaluation
+BREAK = 20
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,9 @@ class Sweep:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """sweep.json: file, base, smoke, settings, parameters, metric, trials, repeated, forecast, command."""
+        """sweep.json: file, base, smoke, settings, parameters, metric, trials, repeated, forecast,
+        command.
+        """
         return read_json(self.path / FILE, {})
 
     @property
@@ -81,21 +90,39 @@ def trial_table(sweep: Sweep) -> pd.DataFrame:
     facts = sweep.facts
     rows = [_row(sweep.run(trial["run"]), trial["parameters"], facts["metric"]) for trial in facts["trials"]]
     numbers = ("value", "low", "high", *COSTS, "minutes")
-    table = pd.DataFrame(rows, columns=["run", *facts["parameters"], *numbers, "state", "message"], dtype=object)
+    table = pd.DataFrame(
+        rows, columns=["run", *facts["parameters"], *numbers, "state", "message"], dtype=object
+    )
     return table.astype(dict.fromkeys(numbers, float))
 
 
 def _row(run: Run, parameters: Mapping[str, Any], metric: str) -> dict[str, Any]:
     distilled = (read_json(run.path / "comparison_results.json") or {}).get("models", {}).get("distilled", {})
     status, done = run.status, distilled if run.status["state"] == "done" else {}
-    costs = {"parameters": done["parameters"] / 1e6, "training_s": training_seconds(run),
-             **{cost: done[fact] for cost, fact in SPEEDS.items() if fact in done}} if done else {}
-    return {"run": run.name, **parameters, **done.get(metric, {}), **costs, "minutes": run.manifest.get("minutes"),
-            "state": "waiting" if status["state"] == "created" else status["state"], "message": status.get("message", "")}
+    costs = (
+        {
+            "parameters": done["parameters"] / 1e6,
+            "training_s": training_seconds(run),
+            **{cost: done[fact] for cost, fact in SPEEDS.items() if fact in done},
+        }
+        if done
+        else {}
+    )
+    return {
+        "run": run.name,
+        **parameters,
+        **done.get(metric, {}),
+        **costs,
+        "minutes": run.manifest.get("minutes"),
+        "state": "waiting" if status["state"] == "created" else status["state"],
+        "message": status.get("message", ""),
+    }
 
 
 def training_seconds(run: Run) -> float:
-    """From the first log of the distilled student to its last; breaks between a stop and a resume are left out."""
+    """From the first log of the distilled student to its last; breaks between a stop and a resume are
+    left out.
+    """
     table = training_table(run)
     if "time" not in table:
         return math.nan
@@ -111,21 +138,30 @@ def varied(sweep: Sweep) -> list[str]:
 
 
 def setting_table(sweep: Sweep, trials: pd.DataFrame) -> pd.DataFrame:
-    """One row per setting, the best first: the mean over its seeds' finished runs, with an interval, n, and the runs.
+    """One row per setting, the best first: the mean over its seeds' finished runs, with an interval, n, and
+    the runs.
 
     One run has the interval of its comparison, over held-out rows; several have Student's over the seeds.
     """
     names, done = varied(sweep), trials[trials["value"].notna()]
     groups: dict[str, list[int]] = {}
     for index, row in done.iterrows():
-        groups.setdefault(json.dumps([row[name] for name in names], sort_keys=True, default=str), []).append(index)
+        groups.setdefault(json.dumps([row[name] for name in names], sort_keys=True, default=str), []).append(
+            index
+        )
     rows = [{**done.loc[members[0], names], **_of_seeds(done.loc[members])} for members in groups.values()]
     columns = [*names, "value", "low", "high", "n", "values", "runs", *COSTS]
-    return pd.DataFrame(rows, columns=columns).sort_values("value", ascending=not METRICS[sweep.facts["metric"]], ignore_index=True)
+    return pd.DataFrame(rows, columns=columns).sort_values(
+        "value", ascending=not METRICS[sweep.facts["metric"]], ignore_index=True
+    )
 
 
 def _of_seeds(runs: pd.DataFrame) -> dict[str, Any]:
-    return {**averaged(runs.to_dict("records")), "runs": list(runs["run"]), **{cost: runs[cost].mean() for cost in COSTS}}
+    return {
+        **averaged(runs.to_dict("records")),
+        "runs": list(runs["run"]),
+        **{cost: runs[cost].mean() for cost in COSTS},
+    }
 
 
 def averaged(seeds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -144,12 +180,19 @@ def averaged(seeds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 
 def student_t(freedom: int) -> float:
-    """The 97.5 % point of Student's t: exact for few degrees of freedom, else the Cornish-Fisher expansion (to 0.1 %)."""
+    """The 97.5 % point of Student's t: exact for few degrees of freedom, else the Cornish-Fisher
+    expansion (to 0.1 %).
+    """
     exact = (12.7062, 4.3027, 3.1824, 2.7764)
     if freedom <= len(exact):
         return exact[freedom - 1]
     z = 1.959964
-    terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
     return sum(term / freedom**power for power, term in enumerate(terms))
 
 
@@ -166,15 +209,23 @@ def verdict(sweep: Sweep, settings: pd.DataFrame) -> str:
         return "No run is done yet"
     best, highest = settings.iloc[0], METRICS[sweep.facts["metric"]]
     if not varied(sweep):
-        return f"{upper(words)} is {with_interval(best)}" + (f" over {best['n']} seeds" if best["n"] > 1 else ", of one seed so far")
-    opening = f"{upper(words)} is {'highest' if highest else 'lowest'} with {described(best[varied(sweep)])}: {with_interval(best)}"
+        return f"{upper(words)} is {with_interval(best)}" + (
+            f" over {best['n']} seeds" if best["n"] > 1 else ", of one seed so far"
+        )
+    opening = (
+        f"{upper(words)} is {'highest' if highest else 'lowest'} with "
+        f"{described(best[varied(sweep)])}: {with_interval(best)}"
+    )
     if len(settings) == 1:
         return f"{opening}, the only setting that is done"
     if count := overlapping(settings):
         others = "the next does" if count == 1 else f"{count} others do"
         return f"{opening}; but {others} as well within the intervals, so there is no clear winner"
     second = settings.iloc[1]
-    return f"{opening}; the next, {described(second[varied(sweep)])}, is worse beyond the intervals: {with_interval(second)}"
+    return (
+        f"{opening}; the next, {described(second[varied(sweep)])}, is worse beyond the intervals: "
+        f"{with_interval(second)}"
+    )
 
 
 def upper(words: str) -> str:
@@ -186,7 +237,9 @@ def pareto(table: pd.DataFrame, cost: str, *, higher_is_better: bool) -> pd.Data
     sign, price = (-1 if higher_is_better else 1), (-1 if COSTS[cost][1] else 1)
     front, best = [], math.inf
     known = table[table[cost].notna()]
-    order = sorted(known.index, key=lambda index: (price * known.loc[index, cost], sign * known.loc[index, "value"]))
+    order = sorted(
+        known.index, key=lambda index: (price * known.loc[index, cost], sign * known.loc[index, "value"])
+    )
     for index in order:
         if sign * known.loc[index, "value"] < best:
             best = sign * known.loc[index, "value"]
@@ -205,13 +258,18 @@ def compared_costs(table: pd.DataFrame) -> list[str]:
 def weights_of(settings: pd.DataFrame, names: Sequence[str]) -> dict[str, float]:
     """How much of the metric's variance each parameter explains by itself, the most first: what matters here.
 
-    By the means of its values, adjusted for their number (as R² is); numbers drawn from a range count by their quarters.
+    By the means of its values, adjusted for their number (as R² is); numbers drawn from a range count by
+    their quarters.
     """
     total, count = settings["value"].var(ddof=0), len(settings)
     shares = {}
     for name in names:
         several = len(levels(list(settings[name]))) > MANY
-        groups = pd.qcut(settings[name].astype(float), 4) if several and settings[name].map(is_number).all() else settings[name].map(plain)
+        groups = (
+            pd.qcut(settings[name].astype(float), 4)
+            if several and settings[name].map(is_number).all()
+            else settings[name].map(plain)
+        )
         means = settings["value"].groupby(groups, observed=True).transform("mean")
         left = 1 - means.var(ddof=0) / total if total else 1.0
         free = count - groups.nunique()
@@ -231,8 +289,14 @@ def is_number(value: Any) -> bool:
 
 def shown_trials(sweep: Sweep, trials: pd.DataFrame) -> pd.DataFrame:
     """For reading: the best first, those without a result last."""
-    ranked = trials.sort_values("value", ascending=not METRICS[sweep.facts["metric"]], na_position="last", kind="stable")
+    ranked = trials.sort_values(
+        "value", ascending=not METRICS[sweep.facts["metric"]], na_position="last", kind="stable"
+    )
     rows = {name: ranked[name].map(plain) for name in sweep.facts["parameters"]}
-    rows[WORDS[sweep.facts["metric"]]] = [with_interval(row) if row["value"] == row["value"] else "" for _, row in ranked.iterrows()]
+    rows[WORDS[sweep.facts["metric"]]] = [
+        with_interval(row) if row["value"] == row["value"] else "" for _, row in ranked.iterrows()
+    ]
     rows["minutes"] = ["" if math.isnan(value) else f"{value:.1f}" for value in ranked["minutes"]]
-    return pd.DataFrame({"run": ranked["run"], "state": ranked["state"], **rows, "message": ranked["message"]})
+    return pd.DataFrame(
+        {"run": ranked["run"], "state": ranked["state"], **rows, "message": ranked["message"]}
+    )

@@ -1,6 +1,8 @@
-"""A search: optuna proposes each trial from how the earlier ones did (pip install "kdlib[sweep]").  Imports no torch.
+"""A search: optuna proposes each trial from how the earlier ones did (pip install "kdlib[sweep]").  Imports
+no torch.
 
-The runs' files are what it remembers: a search started again is told all finished trials, and goes on from there.
+The runs' files are what it remembers: a search started again is told all finished trials, and goes on from
+there.
 """
 
 import json
@@ -16,10 +18,13 @@ from kdlib.sweeps.trials import Base, Trial, described, short
 class Search:
     """The trials to come, one at a time."""
 
-    def __init__(self, settings: SweepConfig, base: Base, earlier: Sequence[tuple[Mapping[str, Any], float | None]]) -> None:
+    def __init__(
+        self, settings: SweepConfig, base: Base, earlier: Sequence[tuple[Mapping[str, Any], float | None]]
+    ) -> None:
         """
         Args:
-            earlier: parameters and metric of the trials of an earlier start; without a metric where they are to be run again.
+            earlier: parameters and metric of the trials of an earlier start; without a metric where they are
+                to be run again.
 
         Raises:
             ConfigError: optuna is not installed.
@@ -30,7 +35,9 @@ class Search:
         self.space = settings.search.space
         self.study = self.optuna.create_study(
             direction="maximize" if settings.higher_is_better else "minimize",
-            sampler=self.optuna.samplers.TPESampler(seed=settings.search.seed + len(earlier), constant_liar=True),
+            sampler=self.optuna.samplers.TPESampler(
+                seed=settings.search.seed + len(earlier), constant_liar=True
+            ),
         )
         self.again = deque(base.trial(parameters) for parameters, value in earlier if value is None)
         self.asked: dict[str, Any] = {}
@@ -47,7 +54,9 @@ class Search:
         while self.left > 0:
             self.left -= 1
             asked = self.study.ask(self.draws)
-            trial = self.base.trial({name: _value(draw, asked.params[name]) for name, draw in self.space.items()})
+            trial = self.base.trial(
+                {name: _value(draw, asked.params[name]) for name, draw in self.space.items()}
+            )
             if trial.run not in self.asked and trial.run not in self.values:
                 self.asked[trial.run] = asked
                 return trial
@@ -72,12 +81,16 @@ class Search:
 
     def _remember(self, trial: Trial, value: float) -> None:
         self.values[trial.run] = value
-        params = {name: json.dumps(trial.parameters[name]) if "choice" in draw else trial.parameters[name]
-                  for name, draw in self.space.items()}
-        self.study.add_trial(self.optuna.trial.create_trial(params=params, distributions=self.draws, value=value))
+        params = {
+            name: json.dumps(trial.parameters[name]) if "choice" in draw else trial.parameters[name]
+            for name, draw in self.space.items()
+        }
+        self.study.add_trial(
+            self.optuna.trial.create_trial(params=params, distributions=self.draws, value=value)
+        )
 
     def _distribution(self, draw: Mapping[str, Sequence]) -> Any:
-        (kind, values), = draw.items()
+        ((kind, values),) = draw.items()
         of = self.optuna.distributions
         if kind == "choice":
             return of.CategoricalDistribution([json.dumps(value) for value in values])
@@ -88,7 +101,7 @@ class Search:
 
 def _value(draw: Mapping[str, Sequence], proposed: Any) -> Any:
     """What optuna proposed, as a setting: short numbers within the range, choices out of their JSON."""
-    (kind, values), = draw.items()
+    ((kind, values),) = draw.items()
     if kind == "choice":
         return json.loads(proposed)
     return proposed if kind == "integer" else min(max(short(proposed), values[0]), values[1])
@@ -98,6 +111,8 @@ def _optuna() -> Any:
     try:
         import optuna
     except ImportError:
-        raise ConfigError('a sweep with `search` needs optuna; run: pip install "kdlib[sweep]", or take `random`') from None
+        raise ConfigError(
+            'a sweep with `search` needs optuna; run: pip install "kdlib[sweep]", or take `random`'
+        ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

@@ -1,4 +1,6 @@
-"""A sweep's trials: each some settings, the whole config that they resolve to, and a run's name made from it.  Imports no torch."""
+"""A sweep's trials: each some settings, the whole config that they resolve to, and a run's name made from
+it.  Imports no torch.
+"""
 
 import hashlib
 import itertools
@@ -32,7 +34,9 @@ class Trial:
 
 @dataclass(frozen=True)
 class Base:
-    """What all trials start from: the base config as it stands in its file, and what the sweep changes in all of them."""
+    """What all trials start from: the base config as it stands in its file, and what the sweep changes in
+    all of them.
+    """
 
     sweep: str
     file: str
@@ -47,22 +51,47 @@ class Base:
         Raises:
             ConfigError: they make no sound config.
         """
-        resolved = configs.parse(self.raw, spelt_out({**self.overrides, **parameters}), smoke=self.smoke, name=self.file)
-        every = {name: parameters.get(name, found(resolved, name)) for name in dict.fromkeys([*self.parameters, *parameters])}
+        resolved = configs.parse(
+            self.raw, spelt_out({**self.overrides, **parameters}), smoke=self.smoke, name=self.file
+        )
+        every = {
+            name: parameters.get(name, found(resolved, name))
+            for name in dict.fromkeys([*self.parameters, *parameters])
+        }
         return Trial(f"{self.sweep}_{digest(resolved)}", every, resolved)
 
     def command(self, parameters: Mapping[str, Any]) -> str:
         """The `kd run` that makes the same run by itself."""
         changes = spelt_out({**self.overrides, **parameters})
-        words = [word for name, value in changes.items() for word in ("-o", f"{name}={json.dumps(value, ensure_ascii=False)}")]
+        words = [
+            word
+            for name, value in changes.items()
+            for word in ("-o", f"{name}={json.dumps(value, ensure_ascii=False)}")
+        ]
         return shlex.join(["kd", "run", self.file, *["--smoke"] * self.smoke, *words])
 
 
-def base_of(settings: SweepConfig, sweep: str, root: Path, *, smoke: bool = False, overrides: Mapping[str, Any] | None = None) -> Base:
-    """Read the base config; a relative path means the same as in every config: seen from the project's folder, `root`."""
+def base_of(
+    settings: SweepConfig,
+    sweep: str,
+    root: Path,
+    *,
+    smoke: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+) -> Base:
+    """Read the base config; a relative path means the same as in every config: seen from the project's
+    folder, `root`.
+    """
     file = root / settings.base
     raw = read_yaml(configs.read_text(file), settings.base)
-    return Base(sweep, settings.base, raw, settings.small or smoke, {**settings.overrides, **(overrides or {})}, settings.parameters)
+    return Base(
+        sweep,
+        settings.base,
+        raw,
+        settings.small or smoke,
+        {**settings.overrides, **(overrides or {})},
+        settings.parameters,
+    )
 
 
 def found(config: Config, name: str) -> Any:
@@ -90,7 +119,10 @@ def spelt_out(parameters: Mapping[str, Any]) -> dict[str, Any]:
             overrides[name] = value
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise ConfigError(f"{name}: found {value!r}; it is the first weight, a number from 0 to 1, and the second is what remains")
+            raise ConfigError(
+                f"{name}: found {value!r}; it is the first weight, a number from 0 to 1, and the second is "
+                "what remains"
+            )
         first, second = name.removeprefix(WEIGHTS).split(":")
         overrides |= {WEIGHTS + first: value, WEIGHTS + second: round(1 - value, 10)}
     return overrides
@@ -99,18 +131,24 @@ def spelt_out(parameters: Mapping[str, Any]) -> dict[str, Any]:
 def combinations(settings: SweepConfig) -> list[dict[str, Any]]:
     """The settings of every trial, but of a search: there the first is known only when the sweep begins."""
     if settings.grid:
-        return [dict(zip(settings.grid, values, strict=True)) for values in itertools.product(*settings.grid.values())]
+        return [
+            dict(zip(settings.grid, values, strict=True))
+            for values in itertools.product(*settings.grid.values())
+        ]
     if settings.listed:
         return [dict(parameters) for parameters in settings.listed]
     if settings.random:
         generator = random.Random(settings.random.seed)
-        return [{name: drawn(generator, draw) for name, draw in settings.random.space.items()} for _ in range(settings.random.trials)]
+        return [
+            {name: drawn(generator, draw) for name, draw in settings.random.space.items()}
+            for _ in range(settings.random.trials)
+        ]
     return []
 
 
 def drawn(generator: random.Random, draw: Mapping[str, Sequence]) -> Any:
     """One value of a setting of the space."""
-    (kind, values), = draw.items()
+    ((kind, values),) = draw.items()
     if kind == "choice":
         return generator.choice(values)
     if kind == "integer":
@@ -139,11 +177,17 @@ def expanded(settings: SweepConfig, base: Base) -> tuple[list[Trial], list[str]]
             faults.append(f"{described(parameters)}: {error}")
             continue
         if trial.run in trials:
-            repeated.append(f"{described(parameters)}: the same config as {described(trials[trial.run].parameters)}; run once")
+            repeated.append(
+                f"{described(parameters)}: the same config as {described(trials[trial.run].parameters)}; run "
+                "once"
+            )
         trials.setdefault(trial.run, trial)
         if settings.metric not in held_by(trial.config.task):
-            faults.append(f"{described(parameters)}: metric: found {settings.metric}, which a comparison of {trial.config.task} has not; "
-                          f"it is one of {', '.join(held_by(trial.config.task))}")
+            faults.append(
+                f"{described(parameters)}: metric: found {settings.metric}, which a comparison of "
+                f"{trial.config.task} has not; "
+                f"it is one of {', '.join(held_by(trial.config.task))}"
+            )
     faults += [f"{described(corner)}: {error}" for corner, error in _unsound_corners(settings, base)]
     if faults:
         raise ConfigError(f"{len(faults)} of the trials cannot be run:\n" + "\n".join(faults))

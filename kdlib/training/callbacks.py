@@ -1,4 +1,6 @@
-"""What happens around training steps: a line per log, a line per file, throughput, and a stop that loses nothing."""
+"""What happens around training steps: a line per log, a line per file, throughput, and a stop that loses
+nothing.
+"""
 
 import math
 import signal
@@ -17,17 +19,29 @@ from kdlib.losses.objective import Objective
 from kdlib.runs.folder import StudentFolder, now, write_json
 from kdlib.runs.log import append_metrics
 
-HELD_OUT = {"eval_loss": ("loss", ".3f"), "eval_perplexity": ("perplexity", ".1f"), "eval_log_loss": ("log-loss", ".3f"),
-            "eval_accuracy": ("accuracy", ".3f"), "eval_macro_f1": ("macro-F1", ".3f"), "eval_choice_accuracy": ("right choices", ".3f"),
-            "eval_kl_to_teacher": ("KL to teacher", ".3f")}  # of an evaluation, as they are printed
+HELD_OUT = {
+    "eval_loss": ("loss", ".3f"),
+    "eval_perplexity": ("perplexity", ".1f"),
+    "eval_log_loss": ("log-loss", ".3f"),
+    "eval_accuracy": ("accuracy", ".3f"),
+    "eval_macro_f1": ("macro-F1", ".3f"),
+    "eval_choice_accuracy": ("right choices", ".3f"),
+    "eval_kl_to_teacher": ("KL to teacher", ".3f"),
+}  # of an evaluation, as they are printed
 PLANNED = 400  # moments at which a plan is written down, at most twice as many
 
 
 def figures_of(logs: Mapping[str, float], state: TrainerState) -> dict[str, float]:
-    """A log under the names that files and trackers get, train/… and eval/…; nothing where it is no log of losses."""
+    """A log under the names that files and trackers get, train/… and eval/…; nothing where it is no log
+    of losses.
+    """
     if "loss" not in logs and "eval_loss" not in logs:
         return {}
-    return {"train/step": state.global_step, "train/epoch": logs["epoch"], **rewrite_logs({k: v for k, v in logs.items() if k != "epoch"})}
+    return {
+        "train/step": state.global_step,
+        "train/epoch": logs["epoch"],
+        **rewrite_logs({k: v for k, v in logs.items() if k != "epoch"}),
+    }
 
 
 class MetricsFile(TrainerCallback):
@@ -42,7 +56,9 @@ class MetricsFile(TrainerCallback):
 
 
 class PlanFile(TrainerCallback):
-    """Writes plan.json when training begins: learning rate, weights and temperatures over the whole of it, as they will be logged."""
+    """Writes plan.json when training begins: learning rate, weights and temperatures over the whole of
+    it, as they will be logged.
+    """
 
     def __init__(self, folder: StudentFolder, objective: Objective) -> None:
         self.folder, self.objective = folder, objective
@@ -51,13 +67,21 @@ class PlanFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         stride = max(state.max_steps // PLANNED, 1)
-        lines = [{"step": step, **self._rate(lr_scheduler, step), **self.objective.planned((step - 1) / state.max_steps)}
-                 for step in sorted({*range(1, state.max_steps + 1, stride), state.max_steps})]
+        lines = [
+            {
+                "step": step,
+                **self._rate(lr_scheduler, step),
+                **self.objective.planned((step - 1) / state.max_steps),
+            }
+            for step in sorted({*range(1, state.max_steps + 1, stride), state.max_steps})
+        ]
         write_json(self.folder.plan, lines)
 
     @staticmethod
     def _rate(scheduler, step: int) -> dict[str, float]:
-        """Of this optimizer step, counted from 1; nothing where it depends on the course of the training (plateau)."""
+        """Of this optimizer step, counted from 1; nothing where it depends on the course of the training
+        (plateau).
+        """
         if not isinstance(scheduler, LambdaLR):
             return {}
         return {"learning_rate": scheduler.base_lrs[0] * scheduler.lr_lambdas[0](step - 1)}
@@ -80,20 +104,33 @@ class PrintedLines(TrainerCallback):
             return
         at = f"{self.label} step {state.global_step}/{self.last_step or state.max_steps}"
         if "loss" in logs:
-            terms = "  ".join(f"{n.removesuffix('_loss')} {v:.3f}" for n, v in logs.items() if n.endswith("_loss"))
-            print(f"{at}  loss {logs['loss']:.3f} = {terms}  "
-                  f"lr {logs['learning_rate']:.1e}  {_pace(logs)}{self._left(state)}", flush=True)
+            terms = "  ".join(
+                f"{n.removesuffix('_loss')} {v:.3f}" for n, v in logs.items() if n.endswith("_loss")
+            )
+            print(
+                f"{at}  loss {logs['loss']:.3f} = {terms}  "
+                f"lr {logs['learning_rate']:.1e}  {_pace(logs)}{self._left(state)}",
+                flush=True,
+            )
         elif "eval_loss" in logs:
-            figures = [f"{words} {logs[name]:{form}}" for name, (words, form) in HELD_OUT.items() if name in logs]
+            figures = [
+                f"{words} {logs[name]:{form}}" for name, (words, form) in HELD_OUT.items() if name in logs
+            ]
             print(f"{at}  held-out: {'  '.join(figures)}", flush=True)
 
     def _left(self, state) -> str:
         seconds, steps = time.perf_counter() - self.started[0], state.global_step - self.started[1]
-        return f"{seconds / steps * ((self.last_step or state.max_steps) - state.global_step):.0f} s left" if steps else ""
+        return (
+            f"{seconds / steps * ((self.last_step or state.max_steps) - state.global_step):.0f} s left"
+            if steps
+            else ""
+        )
 
 
 def _pace(logs: Mapping[str, float]) -> str:
-    return "".join(f"{logs[f'{what}_per_s']:.0f} {what}/s  " for what in ("tokens", "rows") if f"{what}_per_s" in logs)
+    return "".join(
+        f"{logs[f'{what}_per_s']:.0f} {what}/s  " for what in ("tokens", "rows") if f"{what}_per_s" in logs
+    )
 
 
 class Throughput(TrainerCallback):
@@ -119,7 +156,9 @@ class Throughput(TrainerCallback):
 
 
 class LogBeforeSave(TrainerCallback):
-    """A checkpoint never falls between two log lines, so that a resumed run's lines are those of an unbroken one."""
+    """A checkpoint never falls between two log lines, so that a resumed run's lines are those of an
+    unbroken one.
+    """
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_save:
@@ -129,7 +168,8 @@ class LogBeforeSave(TrainerCallback):
 
 
 class StopRequest(TrainerCallback):
-    """Turns an interrupt, or a file named STOP in one of the folders, into: finish the step, save a checkpoint, stop.
+    """Turns an interrupt, or a file named STOP in one of the folders, into: finish the step, save a
+    checkpoint, stop.
 
     A second interrupt stops at once.
     """
@@ -159,7 +199,8 @@ class StopRequest(TrainerCallback):
             if file.exists():
                 file.unlink(missing_ok=True)
                 self.requested = True
-        if args.world_size > 1:  # the ranks see an interrupt or the file at different steps; all must stop at the same
+        # the ranks see an interrupt or the file at different steps; all must stop at the same
+        if args.world_size > 1:
             flag = torch.tensor(float(self.requested), device=args.device)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
             self.requested = bool(flag)
@@ -168,17 +209,21 @@ class StopRequest(TrainerCallback):
 
 
 class EarlyStop(TrainerCallback):
-    """Stops when the metric that chooses best_model/ has not improved by more than `min_delta` in `patience` evaluations.
+    """Stops when the metric that chooses best_model/ has not improved by more than `min_delta` in `patience`
+    evaluations.
 
-    Counted in the logged evaluations: so a resumed training goes on counting, which transformers' own callback does not, and gains
-    that are small one by one add up.
+    Counted in the logged evaluations: so a resumed training goes on counting, which transformers' own
+    callback does not, and gains that are small one by one add up.
     """
 
     def __init__(self, patience: int, min_delta: float) -> None:
         self.patience, self.min_delta = patience, min_delta
 
     def on_evaluate(self, args, state, control, **kwargs):
-        key, sign = "eval_" + args.metric_for_best_model.removeprefix("eval_"), 1 if args.greater_is_better else -1
+        key, sign = (
+            "eval_" + args.metric_for_best_model.removeprefix("eval_"),
+            1 if args.greater_is_better else -1,
+        )
         best, since = -math.inf, 0
         for value in (sign * line[key] for line in state.log_history if key in line):
             best, since = (value, 0) if value > best + self.min_delta else (best, since + 1)

@@ -46,19 +46,24 @@ def check_disk(folder: StudentFolder, *, weights: int, args: TrainingArguments) 
     free = shutil.disk_usage(next(p for p in (folder.path, *folder.path.parents) if p.exists())).free
     if free < needed:
         raise RunError(
-            f"{folder.path}: {free / 2**30:.1f} GiB free, but models and checkpoints of this run need {needed / 2**30:.1f} GiB; "
+            f"{folder.path}: {free / 2**30:.1f} GiB free, but models and checkpoints of this run need "
+            f"{needed / 2**30:.1f} GiB; "
             "free some space, lower training.save_total_limit, or choose another folder with --runs"
         )
 
 
 def clean(run: Run) -> int:
-    """Delete the checkpoints of a run that is done, which only serve to go on, and return how many bytes that frees.
+    """Delete the checkpoints of a run that is done, which only serve to go on, and return how many bytes that
+    frees.
 
     Raises:
         RunError: the run is not done.
     """
     if (state := run.status["state"]) != "done":
-        raise RunError(f"run {run.name} is {state}, not done: it may go on from its checkpoints with --resume; or delete them by hand")
+        raise RunError(
+            f"run {run.name} is {state}, not done: it may go on from its checkpoints with --resume; or "
+            "delete them by hand"
+        )
     folders = [student.checkpoints for student in (run, run.baseline)]
     freed = sum(file.stat().st_size for folder in folders for file in folder.rglob("*"))
     for folder in folders:

@@ -1,4 +1,6 @@
-"""Which term drives the student, and which fight each other: each term's gradient on its own, off the step's own gradients."""
+"""Which term drives the student, and which fight each other: each term's gradient on its own, off the
+step's own gradients.
+"""
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -12,12 +14,19 @@ from kdlib.losses.signals import Kept, Signal
 
 
 def term_gradients(
-    student: Signal, teacher: Signal | None, tokens: Kept, *, moment: Moment, parameters: Sequence[nn.Parameter], chunk: int | None = None,
+    student: Signal,
+    teacher: Signal | None,
+    tokens: Kept,
+    *,
+    moment: Moment,
+    parameters: Sequence[nn.Parameter],
+    chunk: int | None = None,
 ) -> dict[str, list[Tensor]]:
-    """Each active term's gradient on these parameters: of weight x mean over these tokens, what the optimizer sees of it.
+    """Each active term's gradient on these parameters: of weight x mean over these tokens, what the optimizer
+    sees of it.
 
-    One more backward pass per term; memory for terms x parameters.  No `.grad` is touched, and no hook of DDP is called.
-    The sum over terms is the gradient of the loss of these tokens.
+    One more backward pass per term; memory for terms x parameters.  No `.grad` is touched, and no hook of DDP
+    is called. The sum over terms is the gradient of the loss of these tokens.
 
     Args:
         student, teacher: signals of the N kept tokens, the student's with its graph, which is kept.
@@ -25,16 +34,26 @@ def term_gradients(
     """
     found = {}
     for name in moment.weights:
-        alone, workspace = moment.alone(name), Workspace(chunk)  # a workspace of its own, as nothing is to be compiled for this
-        loss = ledger(student, teacher, tokens.targets, moment=alone, count=len(tokens.targets), workspace=workspace).total
-        found[name] = [torch.zeros_like(weight) if grad is None else grad for weight, grad in zip(
-            parameters, torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True), strict=True)]
+        # a workspace of its own, as nothing is to be compiled for this
+        alone, workspace = moment.alone(name), Workspace(chunk)
+        loss = ledger(
+            student, teacher, tokens.targets, moment=alone, count=len(tokens.targets), workspace=workspace
+        ).total
+        found[name] = [
+            torch.zeros_like(weight) if grad is None else grad
+            for weight, grad in zip(
+                parameters,
+                torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True),
+                strict=True,
+            )
+        ]
     return found
 
 
 @torch.no_grad()
 def gradient_figures(gradients: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
-    """`<term>_grad_norm` of each term, and `<a>_<b>_grad_cosine` of each pair: 1 they pull the same way, -1 they undo each other.
+    """`<term>_grad_norm` of each term, and `<a>_<b>_grad_cosine` of each pair: 1 they pull the same way, -1
+    they undo each other.
 
     A pair of which one norm is 0 has no cosine, and is left out.
     """
@@ -52,4 +71,6 @@ def gradient_figures(gradients: Mapping[str, Sequence[Tensor]]) -> dict[str, flo
 def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
     """The product of two gradients as vectors, in float32 at least."""
     wide = torch.promote_types(one[0].dtype, torch.float32)
-    return torch.stack([torch.dot(a.flatten().to(wide), b.flatten().to(wide)) for a, b in zip(one, other, strict=True)]).sum()
+    return torch.stack(
+        [torch.dot(a.flatten().to(wide), b.flatten().to(wide)) for a, b in zip(one, other, strict=True)]
+    ).sum()

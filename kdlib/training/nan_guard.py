@@ -1,8 +1,10 @@
-"""The guard: at the first value that is not finite training stops, before the optimizer takes it in, and says whose it is.
+"""The guard: at the first value that is not finite training stops, before the optimizer takes it in, and says
+whose it is.
 
-While all is well it costs one look per optimizer step, at the sum of the step's loss and the gradient norm that the Trainer
-makes anyway: a few scalar operations and one wait for the device.  It keeps references to the step's micro-batches, and the state
-of the random numbers before each, so that what went wrong can be asked once more, dropout and all.
+While all is well it costs one look per optimizer step, at the sum of the step's loss and the gradient norm
+that the Trainer makes anyway: a few scalar operations and one wait for the device.  It keeps references to
+the step's micro-batches, and the state of the random numbers before each, so that what went wrong can be
+asked once more, dropout and all.
 """
 
 from collections import deque
@@ -30,7 +32,10 @@ class MicroBatch:
     @classmethod
     def of(cls, inputs: Mapping[str, Tensor]) -> "MicroBatch":
         """With the random numbers that it is about to meet."""
-        return cls(inputs, [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if inputs["input_ids"].is_cuda else [])])
+        return cls(
+            inputs,
+            [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if inputs["input_ids"].is_cuda else [])],
+        )
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
@@ -56,11 +61,15 @@ class NanGuard:
         return len(self.micro_batches) == 1
 
     def end(self, loss: Tensor, count: Tensor | int) -> None:
-        """What the micro-batch cost; `count` is the kept tokens of the whole step.  No wait for the device."""
+        """What the micro-batch cost; `count` is the kept tokens of the whole step.  No wait for the
+        device.
+        """
         self.loss, self.count = self.loss + loss.detach(), count
 
     def faults(self, norm: Tensor | float) -> Tensor:
-        """[3] on the device, 1 where so: the loss is not finite; the gradient norm is not; the step has no kept token."""
+        """[3] on the device, 1 where so: the loss is not finite; the gradient norm is not; the step has
+        no kept token.
+        """
         norm, count = (torch.as_tensor(number, device=self.loss.device) for number in (norm, self.count))
         return torch.stack([~self.loss.isfinite(), ~norm.isfinite(), count == 0]).float()
 
@@ -84,7 +93,8 @@ class Scene:
 def culprit_of(scene: Scene, micro_batches: Sequence[MicroBatch], *, with_gradients: bool) -> Culprit:
     """The culprit of these micro-batches: whatever a model computed first, in the first of them.
 
-    So a row of an embedding is found at its own token even where it is a row of the head too, which spoils all tokens alike.
+    So a row of an embedding is found at its own token even where it is a row of the head too, which spoils
+    all tokens alike.
 
     Args:
         with_gradients: look at the gradients that are there, not clipped yet, where every term is finite.
@@ -92,8 +102,14 @@ def culprit_of(scene: Scene, micro_batches: Sequence[MicroBatch], *, with_gradie
     found = []
     for number, micro_batch in enumerate(micro_batches):  # all of them: sharded models wait for each other
         with micro_batch.replayed():
-            culprit = examined(micro_batch.inputs, scene.ask, models=scene.models, moment=scene.moment, measures=scene.measures,
-                               chunk=scene.chunk)
+            culprit = examined(
+                micro_batch.inputs,
+                scene.ask,
+                models=scene.models,
+                moment=scene.moment,
+                measures=scene.measures,
+                chunk=scene.chunk,
+            )
         found += [replace(culprit, micro_batch=number)] if culprit else []
     if found:
         return min(found, key=lambda culprit: (WHO.index(culprit.who), culprit.depth))

@@ -1,4 +1,6 @@
-"""One training from a config: its arguments and objective, resumed where it stopped, its files left behind."""
+"""One training from a config: its arguments and objective, resumed where it stopped, its files left
+behind.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -33,7 +35,9 @@ WORTH_COMPILING = 4e9  # logits of a training; below it the compiler takes longe
 
 @dataclass(frozen=True)
 class Extent:
-    """How long a training is, counted as the Trainer counts; None where it depends on the rows and they are not known."""
+    """How long a training is, counted as the Trainer counts; None where it depends on the rows and they
+    are not known.
+    """
 
     rows: int | None  # of the training text
     batches: int | None  # of one pass over the text, on one device
@@ -49,7 +53,9 @@ def extent(args: TrainingArguments, rows: int | None, *, devices: int | None = N
         share = rows / (args.train_batch_size * (devices or args.world_size))
         batches = math.floor(share) if args.dataloader_drop_last else math.ceil(share)
         per_pass = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
-    steps = args.max_steps if args.max_steps >= 0 or not per_pass else math.ceil(args.num_train_epochs * per_pass)
+    steps = (
+        args.max_steps if args.max_steps >= 0 or not per_pass else math.ceil(args.num_train_epochs * per_pass)
+    )
     if steps < 0:
         return Extent(rows, batches, None, None, None)
     if per_pass:
@@ -58,7 +64,9 @@ def extent(args: TrainingArguments, rows: int | None, *, devices: int | None = N
 
 
 def _evaluations(args: TrainingArguments, steps: int, passes: float | None) -> int | None:
-    """How often a training evaluates; one that ends within a pass evaluates at that end too, if it does so by the epoch."""
+    """How often a training evaluates; one that ends within a pass evaluates at that end too, if it does
+    so by the epoch.
+    """
     if args.eval_strategy.value == "epoch":
         return None if passes is None else math.ceil(passes) + bool(args.eval_on_start)
     if args.eval_strategy.value == "no":
@@ -76,11 +84,20 @@ def training_arguments(config: Config, output: Path, **changes: Any) -> Training
     dtype, _ = precision_of(config)
     metric = config.training["metric_for_best_model"].removeprefix("eval_")
     fixed = {
-        "output_dir": str(output), "seed": config.seed, "data_seed": config.seed, "logging_nan_inf_filter": False,
-        "remove_unused_columns": False, "label_names": ["labels"], "disable_tqdm": True,
-        "greater_is_better": HIGHER_IS_BETTER[metric], "use_cpu": device_of(config).type == "cpu",
-        "dataloader_pin_memory": config.training.get("dataloader_pin_memory", device_of(config).type == "cuda"),
-        "bf16": dtype is torch.bfloat16, "fp16": dtype is torch.float16,
+        "output_dir": str(output),
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "logging_nan_inf_filter": False,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "disable_tqdm": True,
+        "greater_is_better": HIGHER_IS_BETTER[metric],
+        "use_cpu": device_of(config).type == "cpu",
+        "dataloader_pin_memory": config.training.get(
+            "dataloader_pin_memory", device_of(config).type == "cuda"
+        ),
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
     }
     if isinstance(config.training.get("lr_scheduler_type"), Mapping):
         fixed["lr_scheduler_type"] = "constant"  # the trainer follows the schedule itself
@@ -99,15 +116,22 @@ def objective_of(config: Config, weights: Mapping[str, Any] | None = None) -> Ob
     one = isinstance(loss.temperature, float) or next(iter(loss.temperature)) in SHAPES
     return Objective(
         weights={name: from_spec(spec) for name, spec in specs.items()},
-        temperature=from_spec(loss.temperature) if one else {n: from_spec(spec) for n, spec in loss.temperatures(specs).items()},
-        divergence=loss.divergence, top_k=None if loss.top_k is None else from_spec(loss.top_k),
-        renormalise=loss.top_k_tail == "renormalise", samples=loss.samples, normalise=loss.features.normalise,
+        temperature=from_spec(loss.temperature)
+        if one
+        else {n: from_spec(spec) for n, spec in loss.temperatures(specs).items()},
+        divergence=loss.divergence,
+        top_k=None if loss.top_k is None else from_spec(loss.top_k),
+        renormalise=loss.top_k_tail == "renormalise",
+        samples=loss.samples,
+        normalise=loss.features.normalise,
         layers=f"layers {loss.features.layers}",
     )
 
 
 def workspace_of(config: Config, args: TrainingArguments, rows: int, vocabulary: int) -> Workspace:
-    """The losses' workspace; `compile: auto` compiles the row arithmetic where the training is long enough to repay it."""
+    """The losses' workspace; `compile: auto` compiles the row arithmetic where the training is long
+    enough to repay it.
+    """
     predicted = 1 if config.task == "sequence-classification" else config.data.max_length  # in a row
     tokens = args.per_device_train_batch_size * args.gradient_accumulation_steps * predicted
     repays = extent(args, rows).steps * tokens * vocabulary > WORTH_COMPILING
@@ -115,8 +139,11 @@ def workspace_of(config: Config, args: TrainingArguments, rows: int, vocabulary:
     return Workspace(None if chunk == "auto" else chunk, compiled=repays if compiled == "auto" else compiled)
 
 
-def listen(config: Config, student: PreTrainedModel, teacher: PreTrainedModel, objective: Objective) -> LayerPairs:
-    """The layers that feature terms compare; the student gets the projections that they need, trained with it, never saved in it.
+def listen(
+    config: Config, student: PreTrainedModel, teacher: PreTrainedModel, objective: Objective
+) -> LayerPairs:
+    """The layers that feature terms compare; the student gets the projections that they need, trained with
+    it, never saved in it.
 
     Raises:
         ConfigError: a model has no such layer.
@@ -133,14 +160,25 @@ def listen(config: Config, student: PreTrainedModel, teacher: PreTrainedModel, o
     with student.device:
         made = projections(pairs, ours.hidden_size, theirs.hidden_size)
     if made and any(term.projected for term in terms):
-        student.add_module(PROJECTIONS, made if student.dtype is torch.float32 else made.to(student.dtype))  # no data, no conversion
+        # no data, no conversion
+        student.add_module(PROJECTIONS, made if student.dtype is torch.float32 else made.to(student.dtype))
     return pairs
 
 
 def train(
-    config: Config, folder: StudentFolder, *, student: PreTrainedModel, teacher: LiveTeacher | None, tokenizer: PreTrainedTokenizerBase,
-    prepared: Prepared, weights: Mapping[str, Any] | None = None, label: str = "", stop_after: int | None = None,
-    dense: bool = False, callbacks: Sequence[TrainerCallback] = (), asked_by: StudentFolder | None = None,
+    config: Config,
+    folder: StudentFolder,
+    *,
+    student: PreTrainedModel,
+    teacher: LiveTeacher | None,
+    tokenizer: PreTrainedTokenizerBase,
+    prepared: Prepared,
+    weights: Mapping[str, Any] | None = None,
+    label: str = "",
+    stop_after: int | None = None,
+    dense: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    asked_by: StudentFolder | None = None,
 ) -> DistillationTrainer:
     """Train one student into its folder, from its last checkpoint where there is one.
 
@@ -159,10 +197,12 @@ def train(
         NonFiniteLoss: a value became nan or infinite; nan_report/ says which.
     """
     resume = last_checkpoint(folder)
-    changes = DRY_RUN if stop_after else {"eval_on_start": False} if resume else {}  # that evaluation is in metrics.jsonl already
+    # that evaluation is in metrics.jsonl already
+    changes = DRY_RUN if stop_after else {"eval_on_start": False} if resume else {}
     args = training_arguments(config, folder.checkpoints, **changes)
     told = [name for name in args.report_to if name in trackers.TRACKERS]
-    args.report_to = [name for name in args.report_to if name not in told]  # transformers' own callbacks serve the others
+    # transformers' own callbacks serve the others
+    args.report_to = [name for name in args.report_to if name not in told]
     trackers.check_key(told)
     if not stop_after:
         check_disk(folder, weights=4 * parameters(student), args=args)
@@ -174,15 +214,29 @@ def train(
         objective = objective_of(config, weights)
         pairs = listen(config, student, teacher.model, objective) if teacher else ()
         if hasattr(student, PROJECTIONS) and args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = False  # DDP sees only its forward, and would take the projections for unused
+            # DDP sees only its forward, and would take the projections for unused
+            args.ddp_find_unused_parameters = False
         course = config.training.get("lr_scheduler_type")
         trainer = DistillationTrainer(
-            model=student, args=args, train_dataset=prepared.train, eval_dataset=prepared.validation, processing_class=tokenizer,
-            data_collator=prepared.collate, objective=objective, teacher=teacher, vocabulary=prepared.vocabulary, layer_pairs=pairs,
+            model=student,
+            args=args,
+            train_dataset=prepared.train,
+            eval_dataset=prepared.validation,
+            processing_class=tokenizer,
+            data_collator=prepared.collate,
+            objective=objective,
+            teacher=teacher,
+            vocabulary=prepared.vocabulary,
+            layer_pairs=pairs,
             workspace=workspace_of(config, args, len(prepared.train), prepared.vocabulary),
             learning_rate_schedule=from_spec(course) if isinstance(course, Mapping) else None,
-            folder=folder, label=label, last_step=stop_after, grad_norms_every=config.diagnostics.grad_norms_every, dense=dense,
-            choices=prepared.choices.get("validation"), callbacks=[*callbacks],
+            folder=folder,
+            label=label,
+            last_step=stop_after,
+            grad_norms_every=config.diagnostics.grad_norms_every,
+            dense=dense,
+            choices=prepared.choices.get("validation"),
+            callbacks=[*callbacks],
         )
         if (stops := config.early_stopping) and not stop_after:
             trainer.add_callback(EarlyStop(stops.patience, stops.min_delta))
@@ -196,9 +250,13 @@ def train(
         if stop_after:
             return trainer
         if stop.requested and trainer.state.global_step < trainer.state.max_steps:
-            raise Stopped(f"stopped at step {trainer.state.global_step} with a checkpoint; go on with --resume, or run this cell again")
+            raise Stopped(
+                f"stopped at step {trainer.state.global_step} with a checkpoint; go on with --resume, or run "
+                "this cell again"
+            )
         _finish(trainer, folder)
-    except Exception as error:  # a full disk: torch, safetensors and tokenizers (a bare Exception) each have errors of their own
+    except Exception as error:
+        # a full disk: torch, safetensors and tokenizers (a bare Exception) each have errors of their own
         if not isinstance(error, KdlibError) and (is_refusal(error) or disk_is_full(folder)):
             raise write_error(folder.path, error) from error
         raise
@@ -221,7 +279,8 @@ def _finish(trainer: DistillationTrainer, folder: StudentFolder) -> None:
 
 def _run(trainer: DistillationTrainer, resume: str | None) -> None:
     state = read_json(Path(resume) / "trainer_state.json") if resume else None
-    if state and state["global_step"] >= state["max_steps"]:  # killed after the last step: the Trainer would make one more
+    # killed after the last step: the Trainer would make one more
+    if state and state["global_step"] >= state["max_steps"]:
         trainer._load_from_checkpoint(resume)
     else:
         trainer.train(resume_from_checkpoint=resume)

@@ -1,7 +1,9 @@
-"""What a training tells wandb, tensorboard and trackio: the lines of metrics.jsonl, figure for figure, under the same names.
+"""What a training tells wandb, tensorboard and trackio: the lines of metrics.jsonl, figure for figure, under
+the same names.
 
-Each student is a run of the tracker's own, `<run>/kd` or `<run>/baseline`, in a group named like the run.  It ends when its training
-does, and goes on when that is resumed.  A tracker that fails is left behind, aloud: no training is lost for its sake.
+Each student is a run of the tracker's own, `<run>/kd` or `<run>/baseline`, in a group named like the run.  It
+ends when its training does, and goes on when that is resumed.  A tracker that fails is left behind, aloud: no
+training is lost for its sake.
 """
 
 import contextlib
@@ -48,7 +50,9 @@ class Subject:
 
 
 class Tracker(Protocol):
-    """One training's run in one tracker; made with the optimizer step that it goes on from, 0 for a new one."""
+    """One training's run in one tracker; made with the optimizer step that it goes on from, 0 for a new
+    one.
+    """
 
     where: str  # it can be looked at, in words
 
@@ -60,7 +64,9 @@ class Tracker(Protocol):
 
 
 class WandbRun:
-    """WANDB_MODE, WANDB_PROJECT, WANDB_DIR and the rest mean what they always do; where it cannot be reached it records offline."""
+    """WANDB_MODE, WANDB_PROJECT, WANDB_DIR and the rest mean what they always do; where it cannot be
+    reached it records offline.
+    """
 
     def __init__(self, subject: Subject, step: int) -> None:
         import wandb
@@ -70,12 +76,22 @@ class WandbRun:
             write_text(known, uuid.uuid4().hex[:8])
         mine = wandb.setup().settings
         settings = wandb.Settings(  # neither draws into a notebook nor captures what is printed there
-            silent=True, console="off", finish_timeout=mine.finish_timeout or PATIENCE, finish_timeout_raises=True,
+            silent=True,
+            console="off",
+            finish_timeout=mine.finish_timeout or PATIENCE,
+            finish_timeout_raises=True,
         )
         options = {
-            "project": subject.project, "name": subject.name, "group": subject.run.name, "job_type": subject.label or None,
-            "id": known.read_text(), "resume": "allow", "config": dict(subject.facts), "reinit": "create_new",
-            "dir": os.environ.get("WANDB_DIR") or str(subject.run), "settings": settings,
+            "project": subject.project,
+            "name": subject.name,
+            "group": subject.run.name,
+            "job_type": subject.label or None,
+            "id": known.read_text(),
+            "resume": "allow",
+            "config": dict(subject.facts),
+            "reinit": "create_new",
+            "dir": os.environ.get("WANDB_DIR") or str(subject.run),
+            "settings": settings,
         }
         try:
             self.run = wandb.init(**options)
@@ -83,7 +99,11 @@ class WandbRun:
             print(f"wandb: cannot be reached ({str(error).splitlines()[0]}); recording offline", flush=True)
             wandb.teardown()  # it would hold the id for in use
             self.run = wandb.init(**options, mode="offline")
-        self.where = f"send it with: wandb sync {os.path.relpath(Path(self.run.dir).parent)}" if self.run.offline else str(self.run.url)
+        self.where = (
+            f"send it with: wandb sync {os.path.relpath(Path(self.run.dir).parent)}"
+            if self.run.offline
+            else str(self.run.url)
+        )
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         self.run.log(dict(figures), step=step)
@@ -93,7 +113,9 @@ class WandbRun:
 
 
 class TensorboardRun:
-    """Event files below runs/<run>/tensorboard; what was logged after the checkpoint that a training goes on from is purged."""
+    """Event files below runs/<run>/tensorboard; what was logged after the checkpoint that a training goes
+    on from is purged.
+    """
 
     def __init__(self, subject: Subject, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -101,7 +123,9 @@ class TensorboardRun:
         folder = subject.run / "tensorboard" / (subject.label or subject.folder.path.name)
         self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
         if not step:
-            self.writer.add_text("facts", f"```\n{json.dumps(subject.facts, indent=2, ensure_ascii=False)}\n```")
+            self.writer.add_text(
+                "facts", f"```\n{json.dumps(subject.facts, indent=2, ensure_ascii=False)}\n```"
+            )
         self.where = f"look at it with: tensorboard --logdir {os.path.relpath(folder.parent)}"
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
@@ -123,8 +147,13 @@ class TrackioRun:
         spaces = {name: training.get(f"trackio_{name}") for name in ("space_id", "bucket_id")}
         with contextlib.redirect_stdout(io.StringIO()):  # it says where its folder is: a path of this machine
             self.run = trackio.init(
-                subject.project, name=subject.name, group=subject.run.name, config=dict(subject.facts),
-                resume="allow" if step else "never", embed=False, **spaces,
+                subject.project,
+                name=subject.name,
+                group=subject.run.name,
+                config=dict(subject.facts),
+                resume="allow" if step else "never",
+                embed=False,
+                **spaces,
             )
         self.where = f"look at it with: trackio show --project {subject.project}"
 
@@ -154,7 +183,9 @@ def check_key(names: Iterable[str]) -> None:
     from requests.utils import get_netrc_auth
 
     mine = wandb.setup().settings
-    if mine.mode not in OFFLINE and not (mine.api_key or mine.identity_token_file or get_netrc_auth(mine.base_url)):
+    if mine.mode not in OFFLINE and not (
+        mine.api_key or mine.identity_token_file or get_netrc_auth(mine.base_url)
+    ):
         wandb.teardown()  # else it would not see a WANDB_MODE or a key that is set now, in the same kernel
         raise ConfigError(
             "training.report_to: wandb is online and has no API key; run `wandb login` or set WANDB_API_KEY, "
@@ -163,7 +194,9 @@ def check_key(names: Iterable[str]) -> None:
 
 
 class Tracking(TrainerCallback):
-    """Tells the trackers of these names what metrics.jsonl is told; on leaving, their runs end with the training."""
+    """Tells the trackers of these names what metrics.jsonl is told; on leaving, their runs end with the
+    training.
+    """
 
     def __init__(self, names: Iterable[str], subject: Subject) -> None:
         self.names, self.subject = tuple(names), subject
@@ -194,6 +227,11 @@ class Tracking(TrainerCallback):
     def _guarded(self, name: str, act: Callable[..., None], *given: Any) -> None:
         try:
             act(*given)
-        except Exception as error:  # of another's software, anything from a lost network to a full disk: none is worth a training
+        except Exception as error:
+            # of another's software, anything from a lost network to a full disk: none is worth a training
             self.open.pop(name, None)
-            print(f"{name}: {type(error).__name__}: {error}; going on without it, metrics.jsonl has every figure", flush=True)
+            print(
+                f"{name}: {type(error).__name__}: {error}; going on without it, metrics.jsonl has every "
+                "figure",
+                flush=True,
+            )

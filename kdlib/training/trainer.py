@@ -26,7 +26,14 @@ from kdlib.models.teacher import PROJECTIONS, LiveTeacher, insides, signal_of
 from kdlib.runs.folder import StudentFolder
 from kdlib.schedulers import Schedule
 from kdlib.tasks import question_answering as scoring
-from kdlib.training.callbacks import LogBeforeSave, MetricsFile, PrintedLines, Throughput, is_better, memory_gib
+from kdlib.training.callbacks import (
+    LogBeforeSave,
+    MetricsFile,
+    PrintedLines,
+    Throughput,
+    is_better,
+    memory_gib,
+)
 from kdlib.training.gradients import gradient_figures, term_gradients
 from kdlib.training.guarded_trainer import UNSHARDED, GuardedTrainer
 from kdlib.training.nan_guard import Scene
@@ -35,35 +42,51 @@ from kdlib.training.nan_guard import Scene
 class DistillationTrainer(GuardedTrainer):
     """A Trainer whose loss is an Objective's ledger, in training and in evaluation.
 
-    Every term is divided by the kept tokens of the whole optimizer step, all micro-batches and ranks, which is what makes
-    batch 8 x accumulation 1 equal 1 x 8, and one rank equal two.
+    Every term is divided by the kept tokens of the whole optimizer step, all micro-batches and ranks, which
+    is what makes batch 8 x accumulation 1 equal 1 x 8, and one rank equal two.
     """
 
     loss_is_scaled_for_ga = True
 
     def __init__(
-        self, *, objective: Objective, teacher: LiveTeacher | None, vocabulary: int, folder: StudentFolder,
-        workspace: Workspace | None = None, layer_pairs: LayerPairs = (), learning_rate_schedule: Schedule | None = None,
-        label: str = "", dense: bool = False, last_step: int | None = None, grad_norms_every: int | None = None,
-        choices: Dataset | None = None, **options: Any,
+        self,
+        *,
+        objective: Objective,
+        teacher: LiveTeacher | None,
+        vocabulary: int,
+        folder: StudentFolder,
+        workspace: Workspace | None = None,
+        layer_pairs: LayerPairs = (),
+        learning_rate_schedule: Schedule | None = None,
+        label: str = "",
+        dense: bool = False,
+        last_step: int | None = None,
+        grad_norms_every: int | None = None,
+        choices: Dataset | None = None,
+        **options: Any,
     ) -> None:
         """
         Args:
             teacher: None where no term needs it.
             workspace: what the losses keep between steps.
             layer_pairs: the layers that feature terms compare, (student's, teacher's).
-            learning_rate_schedule: multiplier of the learning rate over training, in place of `lr_scheduler_type`.
+            learning_rate_schedule: multiplier of the learning rate over training, in place of
+                `lr_scheduler_type`.
             dense: compute all logits at once: the slow reference.
             last_step: shown as the end where training will be stopped before the schedule's.
-            grad_norms_every: so many optimizer steps apart, measure each term's gradient on its own, on the first micro-batch
-                (of the first rank): one more forward pass, a backward pass per term, and memory for terms x parameters.
-            choices: of the held-out questions, scored at every evaluation (kdlib.tasks.question_answering.choice_rows).
+            grad_norms_every: so many optimizer steps apart, measure each term's gradient on its own, on the
+                first micro-batch (of the first rank): one more forward pass, a backward pass per term, and
+                memory for terms x parameters.
+            choices: of the held-out questions, scored at every evaluation
+                (kdlib.tasks.question_answering.choice_rows).
         """
         super().__init__(folder=folder, **options)
         if self.args.n_gpu > 1:
             raise RunError(
-                f"{self.args.n_gpu} GPUs in one process would train by DataParallel, which divides the loss by the wrong "
-                "count; use `torchrun --nproc_per_node N -m kdlib train RUN`, or show one GPU by CUDA_VISIBLE_DEVICES=0"
+                f"{self.args.n_gpu} GPUs in one process would train by DataParallel, which divides the loss "
+                "by the wrong "
+                "count; use `torchrun --nproc_per_node N -m kdlib train RUN`, or show one GPU by "
+                "CUDA_VISIBLE_DEVICES=0"
             )
         if grad_norms_every and self.accelerator.distributed_type not in UNSHARDED:
             raise RunError(
@@ -72,8 +95,13 @@ class DistillationTrainer(GuardedTrainer):
             )
         self.remove_callback(PrinterCallback)
         self.objective, self.teacher, self.vocabulary = objective, teacher, vocabulary
-        self.workspace, self.layer_pairs, self.learning_rate_schedule = workspace or Workspace(), layer_pairs, learning_rate_schedule
-        flattened = self.is_fsdp_enabled and not self.accelerator.is_fsdp2  # FSDP1: no weight of its own shape is left
+        self.workspace, self.layer_pairs, self.learning_rate_schedule = (
+            workspace or Workspace(),
+            layer_pairs,
+            learning_rate_schedule,
+        )
+        # FSDP1: no weight of its own shape is left
+        flattened = self.is_fsdp_enabled and not self.accelerator.is_fsdp2
         self.form = None if dense or flattened else head_form(self.model)
         self.window, self.throughput, self.tokens, self.counted = LedgerWindow(), Throughput(), 0, "tokens"
         self.grad_norms_every, self.gradients, self.choices = grad_norms_every, {}, choices
@@ -96,48 +124,83 @@ class DistillationTrainer(GuardedTrainer):
         """The fraction of training done before this optimizer step, counted from 0."""
         return step / max(self.state.max_steps, 1)
 
-    def signals(self, model, batch: Mapping[str, Tensor], moment: Moment, *, with_teacher: bool) -> tuple[Kept, Signal, Signal | None]:
-        """The kept tokens of a batch and what student and teacher said about them, and felt where a term of the moment asks."""
+    def signals(
+        self, model, batch: Mapping[str, Tensor], moment: Moment, *, with_teacher: bool
+    ) -> tuple[Kept, Signal, Signal | None]:
+        """The kept tokens of a batch and what student and teacher said about them, and felt where a term
+        of the moment asks.
+        """
         tokens, unwrapped = kept(batch["labels"]), self.accelerator.unwrap_model(model)
         ours, theirs = insides(moment, self.layer_pairs, unwrapped)
-        student = signal_of(model, batch, tokens, vocabulary=self.vocabulary, form=self.form, unwrapped=unwrapped, inside=ours)
+        student = signal_of(
+            model, batch, tokens, vocabulary=self.vocabulary, form=self.form, unwrapped=unwrapped, inside=ours
+        )
         return tokens, student, self.teacher(batch, tokens, theirs) if with_teacher else None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The ledger's total for one micro-batch; `num_items_in_batch` is the whole optimizer step's token count."""
+        """The ledger's total for one micro-batch; `num_items_in_batch` is the whole optimizer step's
+        token count.
+        """
         if num_items_in_batch is None:
             raise RunError(
-                "the Trainer gave no num_items_in_batch, so the loss cannot be divided by the step's tokens. It does so for "
-                f"models whose forward takes **kwargs, and {type(self.accelerator.unwrap_model(model)).__name__}'s does not: "
+                "the Trainer gave no num_items_in_batch, so the loss cannot be divided by the step's tokens. "
+                "It does so for "
+                "models whose forward takes **kwargs, and "
+                f"{type(self.accelerator.unwrap_model(model)).__name__}'s does not: "
                 "use a model that does"
             )
         moment = self.objective.at(self._done(self.state.global_step))
         is_first, every = self.guard.begin(inputs, self.state.global_step), self.grad_norms_every
         if is_first and every and (self.state.global_step + 1) % every == 0 and self.is_world_process_zero():
             self.gradients = self._gradient_figures(moment)
-        with self.accelerator.autocast():  # accelerate wraps the model's forward only; the heads' products happen here
+        # accelerate wraps the model's forward only; the heads' products happen here
+        with self.accelerator.autocast():
             tokens, student, teacher = self.signals(model, inputs, moment, with_teacher=moment.needs_teacher)
-            book = ledger(student, teacher, tokens.targets, moment=moment, count=num_items_in_batch, workspace=self.workspace)
+            book = ledger(
+                student,
+                teacher,
+                tokens.targets,
+                moment=moment,
+                count=num_items_in_batch,
+                workspace=self.workspace,
+            )
         total = book.total
         self.window.add(book, self.state.global_step)
         self.guard.end(total, num_items_in_batch)
         self.tokens += len(tokens.targets)
         self.counted = "tokens" if inputs["labels"].ndim == 2 else "rows"
-        idle = [] if moment.needs_projection else getattr(self.accelerator.unwrap_model(model), PROJECTIONS, [])
-        unused = sum(0 * matrix.weight.sum() for matrix in idle)  # DDP waits for a gradient of every parameter
-        return total * self.accelerator.num_processes + unused  # DDP averages the ranks' gradients; their sum is meant
+        idle = (
+            [] if moment.needs_projection else getattr(self.accelerator.unwrap_model(model), PROJECTIONS, [])
+        )
+        # DDP waits for a gradient of every parameter
+        unused = sum(0 * matrix.weight.sum() for matrix in idle)
+        # DDP averages the ranks' gradients; their sum is meant
+        return total * self.accelerator.num_processes + unused
 
     def _gradient_figures(self, moment: Moment) -> dict[str, float]:
-        """Each term's gradient norm and their cosines, on the micro-batch that has just begun; nothing of the step is changed."""
-        model, micro_batch = self.accelerator.unwrap_model(self.model), self.guard.micro_batches[-1]  # unwrapped: DDP is not to know
-        parameters = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith(PROJECTIONS)]
+        """Each term's gradient norm and their cosines, on the micro-batch that has just begun; nothing of
+        the step is changed.
+        """
+        # unwrapped: DDP is not to know
+        model, micro_batch = self.accelerator.unwrap_model(self.model), self.guard.micro_batches[-1]
+        parameters = [
+            p for name, p in model.named_parameters() if p.requires_grad and not name.startswith(PROJECTIONS)
+        ]
         with micro_batch.replayed(), self.accelerator.autocast():
-            tokens, student, teacher = self.signals(model, micro_batch.inputs, moment, with_teacher=moment.needs_teacher)
-            return gradient_figures(term_gradients(student, teacher, tokens, moment=moment, parameters=parameters,
-                                                   chunk=self.workspace.chunk))
+            tokens, student, teacher = self.signals(
+                model, micro_batch.inputs, moment, with_teacher=moment.needs_teacher
+            )
+            return gradient_figures(
+                term_gradients(
+                    student, teacher, tokens, moment=moment, parameters=parameters, chunk=self.workspace.chunk
+                )
+            )
 
     def scene(self, moment: Moment | None = None, measures: Mapping[str, Weighted] | None = None) -> Scene:
-        moment, model = moment or self.objective.at(self._done(self.state.global_step)), self.accelerator.unwrap_model(self.model)
+        moment, model = (
+            moment or self.objective.at(self._done(self.state.global_step)),
+            self.accelerator.unwrap_model(self.model),
+        )
         with_teacher = self.teacher is not None and (measures is not None or moment.needs_teacher)
         models = {"student": model} | ({"teacher": self.teacher.model} if with_teacher else {})
         ask = partial(self.signals, model, moment=moment, with_teacher=with_teacher)
@@ -166,11 +229,15 @@ class DistillationTrainer(GuardedTrainer):
             "memory_gib": memory_gib(self.args.device),
         }
 
-    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
         """The same objective with the weights of this step, and the measures that do not depend on them."""
         model, rows = self.accelerator.unwrap_model(self.model), []
         moment = self.objective.at(self._done(self.state.global_step), sampled=False)
-        measures = {name: f for name, f in MEASURES.items() if self.teacher is not None or name in ("ce", "accuracy")}
+        measures = {
+            name: f for name, f in MEASURES.items() if self.teacher is not None or name in ("ce", "accuracy")
+        }
         said = []  # of rows with a class: (answer, right answer)
         model.eval()
         for batch in dataloader:
@@ -178,18 +245,36 @@ class DistillationTrainer(GuardedTrainer):
                 tokens, student, teacher = self.signals(
                     model, self._prepare_inputs(batch), moment, with_teacher=self.teacher is not None
                 )
-                sums = row_sums(student, teacher, tokens.targets, tokens.rows, row_count=len(batch["labels"]), measures=measures,
-                                moment=moment, chunk=self.workspace.chunk_for(student))
-            rows.append(self.accelerator.gather_for_metrics(torch.stack(list(sums.values()), dim=1)))  # drops repeated rows
+                sums = row_sums(
+                    student,
+                    teacher,
+                    tokens.targets,
+                    tokens.rows,
+                    row_count=len(batch["labels"]),
+                    measures=measures,
+                    moment=moment,
+                    chunk=self.workspace.chunk_for(student),
+                )
+            # drops repeated rows
+            rows.append(self.accelerator.gather_for_metrics(torch.stack(list(sums.values()), dim=1)))
             if batch["labels"].ndim == 1:
-                said.append(self.accelerator.gather_for_metrics(torch.stack([student.logits().argmax(-1), tokens.targets], dim=1)))
+                said.append(
+                    self.accelerator.gather_for_metrics(
+                        torch.stack([student.logits().argmax(-1), tokens.targets], dim=1)
+                    )
+                )
         rows = torch.cat(rows).cpu()
         *totals, count = rows.double().sum(0).tolist()
         means = {name: total / max(count, 1) for name, total in zip(sums, totals, strict=False)}
         if not all(map(math.isfinite, means.values())):
             row = int((~rows.isfinite()).any(1).nonzero()[0, 0])
-            self.stop(self.scene(moment, measures), [self.asked(dataloader.dataset[row])], step=self.state.global_step,
-                      stage="evaluation", rows=dataloader.dataset)
+            self.stop(
+                self.scene(moment, measures),
+                [self.asked(dataloader.dataset[row])],
+                step=self.state.global_step,
+                stage="evaluation",
+                rows=dataloader.dataset,
+            )
         figures = {"loss": sum(weight * means[name] for name, weight in moment.weights.items())}
         figures |= {f"{name}_loss": means[name] for name in moment.weights}
         figures |= {f"{name}_weight": weight for name, weight in moment.weights.items()}
@@ -198,10 +283,15 @@ class DistillationTrainer(GuardedTrainer):
             from sklearn.metrics import f1_score  # takes a second, and rows with a class alone need it
 
             answers, right = torch.cat(said).T.cpu().numpy()
-            figures |= {"log_loss": means["ce"], "macro_f1": float(f1_score(right, answers, average="macro", zero_division=0.0))}
+            figures |= {
+                "log_loss": means["ce"],
+                "macro_f1": float(f1_score(right, answers, average="macro", zero_division=0.0)),
+            }
         else:
             figures["perplexity"] = math.exp(min(means["ce"], 700.0))
-        figures |= {} if self.choices is None else {"choice_accuracy": self._choice_accuracy(model, self.choices)}
+        figures |= (
+            {} if self.choices is None else {"choice_accuracy": self._choice_accuracy(model, self.choices)}
+        )
         past = [line["eval_loss"] for line in self.state.log_history if "eval_loss" in line]
         figures["min_loss"] = min([*past, figures["loss"]])
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
@@ -212,18 +302,35 @@ class DistillationTrainer(GuardedTrainer):
         parts, plain = [], Moment({}, {})
         for batch in self.get_test_dataloader(rows):  # in the order of the rows; repeated ones are dropped
             with torch.no_grad(), self.accelerator.autocast():
-                tokens, student, _ = self.signals(model, self._prepare_inputs(batch), plain, with_teacher=False)
-                sums = row_sums(student, None, tokens.targets, tokens.rows, row_count=len(batch["labels"]), measures=scoring.SCORE,
-                                chunk=self.workspace.chunk_for(student))
+                tokens, student, _ = self.signals(
+                    model, self._prepare_inputs(batch), plain, with_teacher=False
+                )
+                sums = row_sums(
+                    student,
+                    None,
+                    tokens.targets,
+                    tokens.rows,
+                    row_count=len(batch["labels"]),
+                    measures=scoring.SCORE,
+                    chunk=self.workspace.chunk_for(student),
+                )
             parts.append(self.accelerator.gather_for_metrics(-sums["ce"]))
         scores = torch.cat(parts).double().cpu()
         if not scores.isfinite().all():
             row = rows[int((~scores.isfinite()).nonzero()[0, 0])]
-            self.stop(self.scene(plain, scoring.SCORE), [self.asked(row)], step=self.state.global_step, stage="evaluation", rows=rows)
+            self.stop(
+                self.scene(plain, scoring.SCORE),
+                [self.asked(row)],
+                step=self.state.global_step,
+                stage="evaluation",
+                rows=rows,
+            )
         return scoring.accuracy(rows, scores.numpy())
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
-        """Evaluates, and keeps the student in best_model/ when its metric beats all earlier ones of this training."""
+        """Evaluates, and keeps the student in best_model/ when its metric beats all earlier ones of this
+        training.
+        """
         metrics = super().evaluate(*args, **options)
         key = "eval_" + self.args.metric_for_best_model.removeprefix("eval_")
         if self.is_in_train:

@@ -14,10 +14,22 @@ from kdlib.config.overrides import pairs
 from kdlib.errors import ConfigError, KdlibError
 from kdlib.runs import folder as runs
 from kdlib.workbench.cli_checks import checks
-from kdlib.workbench.cli_options import ConfigFile, Overrides, ReportsFolder, RunName, RunsFolder, Smoke, folders
+from kdlib.workbench.cli_options import (
+    ConfigFile,
+    Overrides,
+    ReportsFolder,
+    RunName,
+    RunsFolder,
+    Smoke,
+    folders,
+)
 
-app = typer.Typer(help="kdlib: knowledge distillation of language models, seen term by term.", no_args_is_help=True,
-                  add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="kdlib: knowledge distillation of language models, seen term by term.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 app.add_typer(checks)
 
 
@@ -30,11 +42,17 @@ def kd() -> None:
 def run(
     config: ConfigFile,
     smoke: Smoke = False,
-    resume: Annotated[str | None, typer.Option("--resume", help="Go on with this run from its last checkpoint.")] = None,
+    resume: Annotated[
+        str | None, typer.Option("--resume", help="Go on with this run from its last checkpoint.")
+    ] = None,
     name: RunName = None,
     override: Overrides = None,
-    parameter: Annotated[list[str] | None, typer.Option("-p", "--parameter", help="name=value for the notebooks.")] = None,
-    without: Annotated[list[str] | None, typer.Option("--without", help="Leave this notebook out, e.g. 01_dry_run.")] = None,
+    parameter: Annotated[
+        list[str] | None, typer.Option("-p", "--parameter", help="name=value for the notebooks.")
+    ] = None,
+    without: Annotated[
+        list[str] | None, typer.Option("--without", help="Leave this notebook out, e.g. 01_dry_run.")
+    ] = None,
     runs_folder: RunsFolder = None,
     reports_folder: ReportsFolder = None,
 ) -> None:
@@ -74,7 +92,9 @@ def bench(
     runs_folder: RunsFolder = None,
     reports_folder: ReportsFolder = None,
 ) -> None:
-    """Measure losses and training steps beside other packages' by the benchmark notebook, and render the report."""
+    """Measure losses and training steps beside other packages' by the benchmark notebook, and render the
+    report.
+    """
     from kdlib.benchmarks.settings import BenchmarkConfig
 
     root, reports = folders(runs_folder, reports_folder)
@@ -98,7 +118,9 @@ def dry_run(
     override: Overrides = None,
     runs_folder: RunsFolder = None,
 ) -> None:
-    """Try CONFIG, in the terminal: the doctor, shapes, what is learned from, the self-test, five steps, forecast and plan."""
+    """Try CONFIG, in the terminal: the doctor, shapes, what is learned from, the self-test, five steps,
+    forecast and plan.
+    """
     root, _ = folders(runs_folder, None)
     resolved = configs.load(config, override or [], smoke=smoke)
     name = _free_name(root, name, config, smoke=smoke)
@@ -108,15 +130,38 @@ def dry_run(
     workbench.preflight(resolved)
     opened = _created(root, name, resolved, given)
     bench = workbench.Workbench(opened)
-    for part in (bench.setup, bench.doctor, bench.shapes, bench.example, bench.selftest, bench.dry_run, bench.forecast, bench.plan):
+    for part in (
+        bench.setup,
+        bench.doctor,
+        bench.shapes,
+        bench.example,
+        bench.selftest,
+        bench.dry_run,
+        bench.forecast,
+        bench.plan,
+    ):
         made = part()  # or it has printed what it found
-        print("" if made is None else f"{made.to_string() if hasattr(made, 'to_string') else made}\n", flush=True)
-    words = [given["config"], *(f"--override={text}" for text in override or []), *["--smoke"] * smoke, "--resume", opened.name]
-    print(f"all of it, from here: kd run {shlex.join(words)}{f' --runs {os.path.relpath(root)}' if runs_folder else ''}")
+        print(
+            "" if made is None else f"{made.to_string() if hasattr(made, 'to_string') else made}\n",
+            flush=True,
+        )
+    words = [
+        given["config"],
+        *(f"--override={text}" for text in override or []),
+        *["--smoke"] * smoke,
+        "--resume",
+        opened.name,
+    ]
+    print(
+        "all of it, from here: kd run "
+        f"{shlex.join(words)}{f' --runs {os.path.relpath(root)}' if runs_folder else ''}"
+    )
 
 
 @app.command()
-def train(run: Annotated[str, typer.Argument(help="A run's name, or its folder; 00_setup has prepared it.")]) -> None:
+def train(
+    run: Annotated[str, typer.Argument(help="A run's name, or its folder; 00_setup has prepared it.")],
+) -> None:
     """Train the students of RUN without notebooks; under torchrun (-m kdlib train RUN) on several GPUs."""
     from kdlib.workbench import session as workbench
 
@@ -131,25 +176,46 @@ def train(run: Annotated[str, typer.Argument(help="A run's name, or its folder; 
 def sweep(
     file: Annotated[str, typer.Argument(help="The sweep: a YAML file.")],
     smoke: Smoke = False,
-    jobs: Annotated[int | None, typer.Option("--jobs", help="Runs side by side; as the file says unless given.", min=1)] = None,
-    name: Annotated[str | None, typer.Option("--name", help="The sweep's name; that of its file unless given.")] = None,
-    override: Annotated[list[str] | None, typer.Option("-o", "--override", help="key=value in all runs, e.g. seed=1.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and the forecast, and run nothing.")] = False,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", help="Runs side by side; as the file says unless given.", min=1)
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="The sweep's name; that of its file unless given.")
+    ] = None,
+    override: Annotated[
+        list[str] | None, typer.Option("-o", "--override", help="key=value in all runs, e.g. seed=1.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the runs and the forecast, and run nothing.")
+    ] = False,
     no_forecast: Annotated[bool, typer.Option("--no-forecast", help="Start at once.")] = False,
     runs_folder: RunsFolder = None,
     reports_folder: ReportsFolder = None,
 ) -> None:
-    """Run what FILE lists over its base config, some side by side, and render their report; again: go on where it stopped."""
+    """Run what FILE lists over its base config, some side by side, and render their report; again: go on
+    where it stopped.
+    """
     from kdlib.sweeps import config as settings, run as conduct
 
     root, reports = folders(runs_folder, reports_folder)
     found = configs.load(file, kind=settings.SweepConfig)
     file, _ = os.path.relpath(file, runs.project_root()), os.chdir(runs.project_root())
     command = shlex.join(["kd", *sys.argv[1:]])
-    conduct.conduct(found, conduct.Order(
-        name=name or Path(file).stem + "-smoke" * (smoke and not found.small), file=file, command=command, smoke=smoke,
-        overrides=dict(pairs(override or [])), jobs=jobs or found.jobs, root=root, reports=reports, forecast=not no_forecast,
-    ), dry_run=dry_run)
+    conduct.conduct(
+        found,
+        conduct.Order(
+            name=name or Path(file).stem + "-smoke" * (smoke and not found.small),
+            file=file,
+            command=command,
+            smoke=smoke,
+            overrides=dict(pairs(override or [])),
+            jobs=jobs or found.jobs,
+            root=root,
+            reports=reports,
+            forecast=not no_forecast,
+        ),
+        dry_run=dry_run,
+    )
 
 
 @app.command()
@@ -165,13 +231,19 @@ def report(
     root, folder = folders(runs_folder, reports_folder)
     root, name = runs.locate(run, root)
     is_sweep = reading.exists(root, name)
-    page = sweep_page.render(reading.Sweep(root / name), folder) if is_sweep else reports.render(runs.open_run(root, name), folder)
+    page = (
+        sweep_page.render(reading.Sweep(root / name), folder)
+        if is_sweep
+        else reports.render(runs.open_run(root, name), folder)
+    )
     overview.render_index(root, folder)
     print(f"report: {os.path.relpath(page)}")
 
 
 @app.command()
-def clean(run: Annotated[str, typer.Argument(help="A run's name, or its folder.")], runs_folder: RunsFolder = None) -> None:
+def clean(
+    run: Annotated[str, typer.Argument(help="A run's name, or its folder.")], runs_folder: RunsFolder = None
+) -> None:
     """Delete the checkpoints of RUN, which is done: models, figures and reports stay."""
     from kdlib.training import checkpoints
 
@@ -197,8 +269,14 @@ def _free_name(root: Path, name: str | None, config: str, *, smoke: bool) -> str
 
 
 def _entered(config: str, override: list[str] | None, *, smoke: bool) -> dict[str, Any]:
-    """Goes to the project's folder, as relative paths in a config mean the same everywhere; the notebooks' parameters, seen from there."""
-    given = {"config": os.path.relpath(config, runs.project_root()), "overrides": override or [], "smoke": smoke}
+    """Goes to the project's folder, as relative paths in a config mean the same everywhere; the
+    notebooks' parameters, seen from there.
+    """
+    given = {
+        "config": os.path.relpath(config, runs.project_root()),
+        "overrides": override or [],
+        "smoke": smoke,
+    }
     os.chdir(runs.project_root())
     return given
 
@@ -208,12 +286,16 @@ def _created(root: Path, name: str, config: Any, given: Mapping[str, Any]) -> ru
     return runs.create(root, name, config, config_file=given["config"], smoke=given["smoke"], command=command)
 
 
-def _through(notebooks: Sequence[str], run: runs.Run, given: Mapping[str, Any], reports: Path, kernels: Any) -> None:
+def _through(
+    notebooks: Sequence[str], run: runs.Run, given: Mapping[str, Any], reports: Path, kernels: Any
+) -> None:
     """The notebooks through papermill, in fresh kernels, and the report."""
     from kdlib.workbench import runner
 
     folder = os.path.join(".", os.path.relpath(run.path))  # with a separator: a folder, not a name
-    page = runner.run_notebooks(run, {**given, "run": folder}, reports_folder=reports, kernels=kernels, names=notebooks)
+    page = runner.run_notebooks(
+        run, {**given, "run": folder}, reports_folder=reports, kernels=kernels, names=notebooks
+    )
     print(f"report: {os.path.relpath(page)}    index: {os.path.relpath(reports / 'index.html')}")
 
 
@@ -222,7 +304,9 @@ def _parameters(texts: list[str]) -> dict:
     given = dict(pairs(texts))
     for name in given:
         if name in ("config", "run", "overrides", "smoke"):
-            raise ConfigError(f"-p {name}: this parameter has a way of its own: CONFIG, --resume, -o, --smoke")
+            raise ConfigError(
+                f"-p {name}: this parameter has a way of its own: CONFIG, --resume, -o, --smoke"
+            )
     return given
 
 

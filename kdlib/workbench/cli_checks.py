@@ -36,16 +36,28 @@ def selftest(
 @checks.command()
 def doctor(
     config: ConfigFile,
-    fix: Annotated[bool, typer.Option("--fix", help="Write the fixes that are unambiguous, and the overrides, into --output.")] = False,
-    output: Annotated[Path | None, typer.Option("--output", help="The file that --fix writes; may be CONFIG itself.")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with status 1 where there are warnings.")] = False,
+    fix: Annotated[
+        bool,
+        typer.Option("--fix", help="Write the fixes that are unambiguous, and the overrides, into --output."),
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="The file that --fix writes; may be CONFIG itself.")
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with status 1 where there are warnings.")
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out what needs the models' weights.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     override: Overrides = None,
 ) -> None:
-    """Say what is wrong with CONFIG before it trains.  Exit status 2 with critical findings, else 0; see --strict."""
+    """Say what is wrong with CONFIG before it trains.  Exit status 2 with critical findings, else 0; see
+    --strict.
+    """
     if fix != (output is not None):
-        raise ConfigError("--fix and --output go together: --fix --output FILE writes the mended config, and nothing is written without")
+        raise ConfigError(
+            "--fix and --output go together: --fix --output FILE writes the mended config, and nothing is "
+            "written without"
+        )
     from kdlib.diagnostics import doctor
 
     path, target = Path(config).absolute(), output and output.absolute()
@@ -63,27 +75,57 @@ def doctor(
 def forecast(
     config: ConfigFile,
     override: Overrides = None,
-    memory: Annotated[float | None, typer.Option("--memory", help="GiB of the device; what is here unless given.", min=0.1)] = None,
-    devices: Annotated[int | None, typer.Option("--devices", help="Devices that share the training.", min=1)] = None,
-    rows: Annotated[int | None, typer.Option("--rows", help="Training rows, for the time of so many epochs.", min=1)] = None,
-    no_time: Annotated[bool, typer.Option("--no-time", help="Memory alone: seconds, and nothing is computed.")] = False,
-    measure: Annotated[bool, typer.Option("--measure", help="Also train a few steps in processes of their own, and compare.")] = False,
-    cards: Annotated[bool, typer.Option("--cards", help="Also which of the usual cards would do, and with which change.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON, in bytes and seconds.")] = False,
+    memory: Annotated[
+        float | None, typer.Option("--memory", help="GiB of the device; what is here unless given.", min=0.1)
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option("--devices", help="Devices that share the training.", min=1)
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option("--rows", help="Training rows, for the time of so many epochs.", min=1)
+    ] = None,
+    no_time: Annotated[
+        bool, typer.Option("--no-time", help="Memory alone: seconds, and nothing is computed.")
+    ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also train a few steps in processes of their own, and compare.")
+    ] = False,
+    cards: Annotated[
+        bool, typer.Option("--cards", help="Also which of the usual cards would do, and with which change.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Everything as JSON, in bytes and seconds.")
+    ] = False,
 ) -> None:
-    """Say how much memory CONFIG will take, moment by moment, what would make it fit, and how long it takes."""
+    """Say how much memory CONFIG will take, moment by moment, what would make it fit, and how long it
+    takes.
+    """
     resolved = configs.load(config, override or [])
     from kdlib.diagnostics import outlook
 
-    data = outlook.outlook(resolved, memory=memory, devices=devices, rows=rows, timed=not no_time, measure=measure, every_card=cards)
+    data = outlook.outlook(
+        resolved,
+        memory=memory,
+        devices=devices,
+        rows=rows,
+        timed=not no_time,
+        measure=measure,
+        every_card=cards,
+    )
     print(json.dumps(data, indent=1) if as_json else outlook.described(data))
 
 
 @checks.command("import")
 def migrate(
-    file: Annotated[str, typer.Argument(help="Another project's settings: JSON, YAML, or a text with command-line flags.")],
-    alpha_on: Annotated[str | None, typer.Option("--alpha-on", help="kd or ce: the term that its `alpha` weights.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", help="A new YAML file; printed unless given.")] = None,
+    file: Annotated[
+        str, typer.Argument(help="Another project's settings: JSON, YAML, or a text with command-line flags.")
+    ],
+    alpha_on: Annotated[
+        str | None, typer.Option("--alpha-on", help="kd or ce: the term that its `alpha` weights.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="A new YAML file; printed unless given.")
+    ] = None,
     teacher: Annotated[str | None, typer.Option("--teacher", help="Where FILE does not name it.")] = None,
     student: Annotated[str | None, typer.Option("--student", help="Likewise.")] = None,
     data: Annotated[str | None, typer.Option("--data", help="Likewise.")] = None,
@@ -105,25 +147,43 @@ def migrate(
 
 @checks.command()
 def compare(
-    teacher: Annotated[str, typer.Option("--teacher", help="A hub id, a folder, a .gguf file or a built-in name.")],
-    student: Annotated[list[str], typer.Option("--student", help="Likewise, or name=MODEL; several: the comparison is about the first.")],
+    teacher: Annotated[
+        str, typer.Option("--teacher", help="A hub id, a folder, a .gguf file or a built-in name.")
+    ],
+    student: Annotated[
+        list[str],
+        typer.Option(
+            "--student", help="Likewise, or name=MODEL; several: the comparison is about the first."
+        ),
+    ],
     data: Annotated[str, typer.Option("--data", help="Rows: a file, a folder, a hub id or a built-in name.")],
-    task: Annotated[str, typer.Option("--task", help="Or causal-lm, question-answering.")] = "sequence-classification",
-    override: Annotated[list[str] | None, typer.Option("-o", "--override", help="key=value of a config, e.g. data.text=content.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", help="Folder; reports/compare_<student> in the project unless given.")] = None,
+    task: Annotated[
+        str, typer.Option("--task", help="Or causal-lm, question-answering.")
+    ] = "sequence-classification",
+    override: Annotated[
+        list[str] | None,
+        typer.Option("-o", "--override", help="key=value of a config, e.g. data.text=content."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="Folder; reports/compare_<student> in the project unless given."),
+    ] = None,
 ) -> None:
-    """Compare models that were trained elsewhere, on the same rows: quality with intervals, cost, paired differences.
+    """Compare models that were trained elsewhere, on the same rows: quality with intervals, cost, paired
+    differences.
 
-    Measured are the rows of the source's own test split (of text: validation split), else of its validation split, else all its rows.
-    Students of a run on the run's own data: give its split, -o data.test=0.2 -o data.split_seed=0, so that what they were trained on
-    stays out; kd compare cannot know.
-    Columns by other names: -o data.text=content -o data.label=topic.  What is written: report.html with figures and tables.
+    Measured are the rows of the source's own test split (of text: validation split), else of its validation
+    split, else all its rows. Students of a run on the run's own data: give its split, -o data.test=0.2 -o
+    data.split_seed=0, so that what they were trained on stays out; kd compare cannot know. Columns by other
+    names: -o data.text=content -o data.label=topic.  What is written: report.html with figures and tables.
     """
     from kdlib.evaluation import elsewhere
     from kdlib.plots import comparison as plots
 
     students = elsewhere.named_students(student)
-    folder = elsewhere.folder_for(output or runs.project_root() / "reports" / f"compare_{next(iter(students))}")
+    folder = elsewhere.folder_for(
+        output or runs.project_root() / "reports" / f"compare_{next(iter(students))}"
+    )
     results = elsewhere.compare(teacher, students, data, task=task, overrides=override or [])
     elsewhere.write(results, folder)
     for table in (plots.quality_table(results), plots.cost_table(results), plots.difference_table(results)):

@@ -1,8 +1,9 @@
-"""A training seen live, in the notebook that trains or in any other: it reads the run's files and nothing else.  Imports no torch.
+"""A training seen live, in the notebook that trains or in any other: it reads the run's files and nothing
+else.  Imports no torch.
 
-    with dashboard.watch(bench.run):       # the picture moves while the cell trains
-        bench.train()
-    dashboard.watch("runs/<run>")          # as a last line: a run that goes on elsewhere, or is over
+with dashboard.watch(bench.run):       # the picture moves while the cell trains
+    bench.train()
+dashboard.watch("runs/<run>")          # as a last line: a run that goes on elsewhere, or is over
 """
 
 import contextvars
@@ -61,7 +62,11 @@ class Picture:
     @cached_property
     def candidates(self) -> dict[str, tuple[Run, StudentFolder]]:
         """What this run can be compared with: its baseline, and the other runs of its folder."""
-        others = {run.name: (run, run) for run in runs.all_runs(self.run.path.parent) if run.name != self.run.name and run.metrics.exists()}
+        others = {
+            run.name: (run, run)
+            for run in runs.all_runs(self.run.path.parent)
+            if run.name != self.run.name and run.metrics.exists()
+        }
         return {"baseline": (self.run, self.run.baseline), **others} if self.run.config.baseline else others
 
     @property
@@ -72,7 +77,10 @@ class Picture:
     def read(self) -> bool:
         """Read on; True where there is something new to show."""
         before = getattr(self, "words", None)
-        is_new = [self._tail("", self.run).read(), *(self._tail(name, folder).read() for name, (_, folder) in self._chosen().items())]
+        is_new = [
+            self._tail("", self.run).read(),
+            *(self._tail(name, folder).read() for name, (_, folder) in self._chosen().items()),
+        ]
         self.course = progress(self.run, tail=self.tails[""])
         if self.has_ended and self.course.state in ("running", "quiet"):
             self.course = replace(self.course, state="stopped")
@@ -83,7 +91,9 @@ class Picture:
         """The picture as it stands."""
         if self.sheet is None or not self.sheet.fits(self.course):
             self.sheet = Sheet(self.course)
-        others = [progress(run, folder, self._tail(name, folder)) for name, (run, folder) in self._chosen().items()]
+        others = [
+            progress(run, folder, self._tail(name, folder)) for name, (run, folder) in self._chosen().items()
+        ]
         self.sheet.draw(self.course, self.view, [other for other in others if len(other.tail.train)])
         return self.sheet.png()
 
@@ -129,7 +139,9 @@ class Dashboard:
         self.refresh(always=True)
 
     def refresh(self, *, always: bool = False) -> bool:
-        """Read on and draw what is new; True where anything was.  A fault in a file is said; the next look may find it mended."""
+        """Read on and draw what is new; True where anything was.  A fault in a file is said; the next
+        look may find it mended.
+        """
         with self.drawing:
             try:
                 is_new = self.picture.read()
@@ -150,7 +162,8 @@ class Dashboard:
     def _show(self) -> None:
         self.ended.clear()
         if runs.headless():  # widgets would stay blank, and Output or @interact would hang
-            self.controls, self.context = None, contextvars.copy_context()  # the cell's: its output is the one to update
+            # the cell's: its output is the one to update
+            self.controls, self.context = None, contextvars.copy_context()
             self.handle = display(self._static(self.picture.png()), display_id=True)
         else:
             self.context = _beside_cells()
@@ -159,7 +172,9 @@ class Dashboard:
             display(self.controls.box)
 
     def _follow(self) -> None:
-        self.thread = threading.Thread(target=self.context.run, args=(self._watch,), name="dashboard", daemon=True)
+        self.thread = threading.Thread(
+            target=self.context.run, args=(self._watch,), name="dashboard", daemon=True
+        )
         self.thread.start()
 
     def _watch(self) -> None:
@@ -190,26 +205,62 @@ class Controls:
     def __init__(self, board: Dashboard) -> None:
         self.board, self.picture = board, board.picture
         view, terms = self.picture.view, list(board.run.config.loss.schedules)
-        self.image = ipywidgets.Image(format="png", layout={"flex": "1 1 560px", "min_width": "0", "max_width": "800px",
-                                                            "object_fit": "contain", "align_self": "flex-start"})
+        self.image = ipywidgets.Image(
+            format="png",
+            layout={
+                "flex": "1 1 560px",
+                "min_width": "0",
+                "max_width": "800px",
+                "object_fit": "contain",
+                "align_self": "flex-start",
+            },
+        )
         self.card = ipywidgets.HTML(layout={"flex": "0 1 290px", "margin": "0 0 0 12px"})
-        self.terms = [ipywidgets.ToggleButton(value=view.terms is None or term in view.terms, description=term,
-                                              tooltip=f"show {term}", layout={"width": "auto"}) for term in terms]
-        self.log = ipywidgets.ToggleButton(value=view.log, description="log scale", tooltip="raw values and gradient norms on a log scale",
-                                           layout={"width": "auto"})
-        self.smoothing = ipywidgets.FloatSlider(value=view.smoothing, min=0, max=0.3, step=0.01, description="smoothing",
-                                                readout_format=".0%", continuous_update=False)
-        self.steps = ipywidgets.IntRangeSlider(value=(0, 100), description="steps, %", continuous_update=False)
-        self.rivals = ipywidgets.SelectMultiple(options=list(self.picture.candidates), value=self.picture.rivals, rows=3,
-                                                description="compare")
-        self.stop = ipywidgets.Button(description="Stop", icon="stop", button_style="danger", layout={"width": "auto"},
-                                      tooltip="finish the step, save a checkpoint, stop")
+        self.terms = [
+            ipywidgets.ToggleButton(
+                value=view.terms is None or term in view.terms,
+                description=term,
+                tooltip=f"show {term}",
+                layout={"width": "auto"},
+            )
+            for term in terms
+        ]
+        self.log = ipywidgets.ToggleButton(
+            value=view.log,
+            description="log scale",
+            tooltip="raw values and gradient norms on a log scale",
+            layout={"width": "auto"},
+        )
+        self.smoothing = ipywidgets.FloatSlider(
+            value=view.smoothing,
+            min=0,
+            max=0.3,
+            step=0.01,
+            description="smoothing",
+            readout_format=".0%",
+            continuous_update=False,
+        )
+        self.steps = ipywidgets.IntRangeSlider(
+            value=(0, 100), description="steps, %", continuous_update=False
+        )
+        self.rivals = ipywidgets.SelectMultiple(
+            options=list(self.picture.candidates), value=self.picture.rivals, rows=3, description="compare"
+        )
+        self.stop = ipywidgets.Button(
+            description="Stop",
+            icon="stop",
+            button_style="danger",
+            layout={"width": "auto"},
+            tooltip="finish the step, save a checkpoint, stop",
+        )
         self.said = ipywidgets.HTML()
         for control in (*self.terms, self.log, self.smoothing, self.steps, self.rivals):
             control.observe(self._changed, "value")
         self.stop.on_click(self._stop)
         wrapped = {"flex_flow": "row wrap", "align_items": "center"}
-        shown = ipywidgets.HBox([*self.terms, self.log, self.smoothing, self.steps, self.rivals, self.stop], layout=wrapped)
+        shown = ipywidgets.HBox(
+            [*self.terms, self.log, self.smoothing, self.steps, self.rivals, self.stop], layout=wrapped
+        )
         sight = ipywidgets.HBox([self.image, self.card], layout={"flex_flow": "row wrap"})
         self.box = ipywidgets.VBox([shown, self.said, sight])
 
@@ -222,7 +273,9 @@ class Controls:
         low, high = (share / 100 * self.picture.course.step for share in self.steps.value)
         with self.board.drawing:
             self.picture.view = View(
-                terms=None if len(chosen) == len(self.terms) else chosen, smoothing=self.smoothing.value, log=self.log.value,
+                terms=None if len(chosen) == len(self.terms) else chosen,
+                smoothing=self.smoothing.value,
+                log=self.log.value,
                 steps=None if self.steps.value == (0, 100) or low == high else (low, high),
             )
             self.picture.rivals = self.rivals.value
@@ -235,26 +288,35 @@ class Controls:
             return
         (self.board.run.path / "STOP").touch()
         folder = os.path.relpath(self.board.run.path, runs.project_root())
-        self.board.say(f"It stops after this step, with a checkpoint. To go on, run the training cell again, or in a terminal: "
-                       f"kd run {folder}/config.yaml --resume {self.board.run.name}")
+        self.board.say(
+            "It stops after this step, with a checkpoint. To go on, run the training cell again, or in a "
+            "terminal: "
+            f"kd run {folder}/config.yaml --resume {self.board.run.name}"
+        )
 
 
 def card_html(lines: list[Line]) -> str:
     """The scorecard as a narrow table in the notebook's own colours; every text in it is escaped."""
     rows = Markup("").join(
-        Markup('<tr><td style="color:{};font-weight:bold;padding:0 .5em 0 0;vertical-align:top">{}</td><td style="padding:0 0 .6em">{}<br>'
-               '<span style="opacity:.7">{}</span></td></tr>').format(MARKS[line.result][1], MARKS[line.result][0], line.check, line.found)
+        Markup(
+            '<tr><td style="color:{};font-weight:bold;padding:0 .5em 0 0;vertical-align:top">{}</td><td '
+            'style="padding:0 0 .6em">{}<br>'
+            '<span style="opacity:.7">{}</span></td></tr>'
+        ).format(MARKS[line.result][1], MARKS[line.result][0], line.check, line.found)
         for line in lines
     )
-    table = Markup('<div style="line-height:1.35"><b>Scorecard</b><table style="margin-top:.4em">{}</table></div>').format(rows)
+    table = Markup(
+        '<div style="line-height:1.35"><b>Scorecard</b><table style="margin-top:.4em">{}</table></div>'
+    ).format(rows)
     return str(table) if lines else ""
 
 
 def _beside_cells() -> contextvars.Context:
     """A context in which widgets belong to no cell.
 
-    ipykernel 7 answers a widget where it was last spoken to from: one that a cell made waits until that cell is done, which for
-    a training is too late.  One that no cell made is answered beside it, on the subshell that JupyterLab asks for.
+    ipykernel 7 answers a widget where it was last spoken to from: one that a cell made waits until that cell
+    is done, which for a training is too late.  One that no cell made is answered beside it, on the subshell
+    that JupyterLab asks for.
     """
     context, kernel = contextvars.copy_context(), getattr(get_ipython(), "kernel", None)
     if hasattr(kernel, "_shell_parent"):  # ipykernel 7

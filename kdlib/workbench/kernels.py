@@ -1,4 +1,6 @@
-"""Kernels for notebooks that run in turn: while one is at work, the next starts and imports what it will need."""
+"""Kernels for notebooks that run in turn: while one is at work, the next starts and imports what it will
+need.
+"""
 
 import contextlib
 import os
@@ -10,7 +12,9 @@ from jupyter_core.utils import run_sync
 
 from kdlib.runs.folder import PARENT
 
-WARM_UP = (  # nine seconds of one core: torch, transformers, matplotlib; what they make stays, and no collection need look at it
+# nine seconds of one core: torch, transformers, matplotlib; what they make stays, and no collection need look
+# at it
+WARM_UP = (
     "import gc; gc.disable()",
     "import kdlib.workbench.dashboard, kdlib.reports.explorers, kdlib.workbench.session",
     "gc.freeze(); gc.enable()",
@@ -18,7 +22,8 @@ WARM_UP = (  # nine seconds of one core: torch, transformers, matplotlib; what t
 
 
 class Kernels:
-    """Hands out fresh kernels; one waits from the start, and at most one beside the one in use, at some 0.5 GiB.
+    """Hands out fresh kernels; one waits from the start, and at most one beside the one in use, at some 0.5
+    GiB.
 
     An import that fails is left to the notebook, whose own import says so.
     """
@@ -53,7 +58,9 @@ class Kernels:
         self.waiting = AsyncKernelManager(kernel_name="python3")
         lines = [f"--IPKernelApp.exec_lines={line}" for line in WARM_UP]
         options = ["--log-level=ERROR", "--HistoryManager.hist_file=:memory:", *lines]
-        run_sync(self.waiting.start_kernel)(extra_arguments=options, cwd=str(self.folder), env={**os.environ, PARENT: "kd"})
+        run_sync(self.waiting.start_kernel)(
+            extra_arguments=options, cwd=str(self.folder), env={**os.environ, PARENT: "kd"}
+        )
 
 
 def _end(kernel: AsyncKernelManager) -> None:

@@ -1,4 +1,6 @@
-"""Running notebooks headless: papermill, one notebook after another, with a status that survives a dead kernel."""
+"""Running notebooks headless: papermill, one notebook after another, with a status that survives a dead
+kernel.
+"""
 
 import contextlib
 import os
@@ -32,18 +34,28 @@ def without(names: Sequence[str]) -> tuple[str, ...]:
     """
     for name in names:
         if name not in NOTEBOOKS[1:]:
-            why = "the others need it" if name in NOTEBOOKS else f"there is none of this name{nearest(name, NOTEBOOKS)}"
+            why = (
+                "the others need it"
+                if name in NOTEBOOKS
+                else f"there is none of this name{nearest(name, NOTEBOOKS)}"
+            )
             raise RunError(f"--without {name}: {why}; it is one of {', '.join(NOTEBOOKS[1:])}")
     return tuple(name for name in NOTEBOOKS if name not in names)
 
 
 def run_notebooks(
-    run: Run, parameters: Mapping[str, Any], *, reports_folder: Path, kernels: Kernels, names: Sequence[str] = NOTEBOOKS
+    run: Run,
+    parameters: Mapping[str, Any],
+    *,
+    reports_folder: Path,
+    kernels: Kernels,
+    names: Sequence[str] = NOTEBOOKS,
 ) -> Path:
-    """Execute the numbered notebooks for a run, then render its report and the index; returns the report's path.
+    """Execute the numbered notebooks for a run, then render its report and the index; returns the report's
+    path.
 
-    Finished notebooks of an earlier try are not repeated.  Whatever happens, status.json says how it ended and a report,
-    if only a partial one, is written.
+    Finished notebooks of an earlier try are not repeated.  Whatever happens, status.json says how it ended
+    and a report, if only a partial one, is written.
 
     Raises:
         ConfigError: a parameter holds a key.
@@ -51,7 +63,10 @@ def run_notebooks(
         RunError: a notebook failed, or its kernel died; or one does not declare a parameter it is given.
     """
     if run.status["state"] == "running":
-        raise RunError(f"run {run.name} is running already, in process {run.status['pid']}; wait for it, or stop it first")
+        raise RunError(
+            f"run {run.name} is running already, in process {run.status['pid']}; wait for it, or stop it "
+            "first"
+        )
     refuse_keys(str(parameters))  # they stand in the executed notebooks
     run.set_status("running")
     try:
@@ -82,7 +97,12 @@ def _run_in_turn(run: Run, parameters: Mapping[str, Any], names: Sequence[str], 
             raise Stopped(f"stopped before {name}; go on with --resume {run.name}")
         print(f"— {name}", flush=True)
         with kernels.taken(another=name != names[-1]) as kernel:
-            execute(project_root() / "notebooks" / f"{name}.ipynb", run.notebooks / f"{name}.ipynb", parameters, kernel)
+            execute(
+                project_root() / "notebooks" / f"{name}.ipynb",
+                run.notebooks / f"{name}.ipynb",
+                parameters,
+                kernel,
+            )
         done = [*done, name]
         run.add_to_manifest(stages=done)
 
@@ -93,7 +113,9 @@ def _render(run: Run, reports_folder: Path) -> Path:
     return page
 
 
-def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], kernel: KernelManager | None = None) -> None:
+def execute(
+    notebook: Path, output: Path, parameters: Mapping[str, Any], kernel: KernelManager | None = None
+) -> None:
     """Execute one notebook in a kernel of its own; what its cells print appears here as it comes.
 
     Args:
@@ -101,7 +123,8 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], kernel:
 
     Raises:
         Stopped: its training was asked to.
-        RunError: it does not declare one of the parameters; or a cell failed or the kernel died: the executed copy is kept.
+        RunError: it does not declare one of the parameters; or a cell failed or the kernel died: the executed
+            copy is kept.
     """
     check_parameters(notebook, parameters)
     root = project_root()
@@ -109,8 +132,15 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], kernel:
     try:
         with contextlib.chdir(root):
             papermill.execute_notebook(
-                *paths, parameters=dict(parameters), progress_bar=False, log_output=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
-                extra_arguments=["--log-level=ERROR"], km=kernel, start_timeout=START_TIMEOUT,
+                *paths,
+                parameters=dict(parameters),
+                progress_bar=False,
+                log_output=False,
+                stdout_file=sys.stdout,
+                stderr_file=sys.stderr,
+                extra_arguments=["--log-level=ERROR"],
+                km=kernel,
+                start_timeout=START_TIMEOUT,
             )
     except PapermillExecutionError as error:
         if error.ename == Stopped.__name__:
@@ -120,7 +150,8 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], kernel:
         raise write_error(output, error) from error
     except DeadKernelError as error:
         raise RunError(
-            f"{notebook.stem}: its kernel died (killed, or out of memory); go on from the last checkpoint with --resume"
+            f"{notebook.stem}: its kernel died (killed, or out of memory); go on from the last checkpoint "
+            "with --resume"
         ) from error
 
 
@@ -131,7 +162,10 @@ def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
     declared = papermill.inspect_notebook(str(notebook))
     for name in parameters:
         if name not in declared:
-            raise RunError(f"{notebook.name} declares no parameter {name!r}{nearest(name, declared)}; it has {', '.join(declared)}")
+            raise RunError(
+                f"{notebook.name} declares no parameter {name!r}{nearest(name, declared)}; it has "
+                f"{', '.join(declared)}"
+            )
 
 
 def _stop(run: Run) -> Path:
@@ -140,7 +174,9 @@ def _stop(run: Run) -> Path:
 
 @contextlib.contextmanager
 def _stop_file(run: Run):
-    """Ctrl-C asks the training kernel for a checkpoint by a file named STOP; a second Ctrl-C ends everything."""
+    """Ctrl-C asks the training kernel for a checkpoint by a file named STOP; a second Ctrl-C ends
+    everything.
+    """
     previous_parent, stop = os.environ.get(PARENT), _stop(run)
     os.environ[PARENT] = "kd"
     stop.unlink(missing_ok=True)
@@ -152,8 +188,11 @@ def _stop_file(run: Run):
             raise KeyboardInterrupt("interrupted; go on from the last checkpoint with --resume")
         asked = True
         stop.touch()
-        print("a training stops after this step, with a checkpoint; anything else, when its notebook ends; Ctrl-C again to stop at once",
-              flush=True)
+        print(
+            "a training stops after this step, with a checkpoint; anything else, when its notebook ends; "
+            "Ctrl-C again to stop at once",
+            flush=True,
+        )
 
     previous = signal.signal(signal.SIGINT, ask)
     try:

@@ -44,23 +44,33 @@ DRY_STEPS = 5
 
 
 def open_run(
-    config: str, run: str | None = None, overrides: Sequence[str] | Mapping[str, Any] = (), smoke: bool = False, *, new: bool = False
+    config: str,
+    run: str | None = None,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    smoke: bool = False,
+    *,
+    new: bool = False,
 ) -> "Workbench":
     """The run that a notebook works on.
 
     Args:
-        config: YAML file; used for a new run, and to find the newest run made from it when `run` is not given.
+        config: YAML file; used for a new run, and to find the newest run made from it when `run` is not
+            given.
         run: a run's name, or its folder; made from `config` where it does not exist.
         overrides, smoke: of a new run.  For an existing one, overrides must agree with what it was made with.
-        new: start a new run when `run` is not given (the setup notebook); otherwise take the newest of this config.
+        new: start a new run when `run` is not given (the setup notebook); otherwise take the newest of this
+            config.
     """
-    os.chdir(runs.project_root())  # relative paths in a config mean the same in JupyterLab, which starts in notebooks/
+    # relative paths in a config mean the same in JupyterLab, which starts in notebooks/
+    os.chdir(runs.project_root())
     root, name = runs.locate(run) if run else (runs.default_root(), None)
     if name is None and not new:
         origin = {"config_file": str(config), "smoke": smoke}
         found = [r.name for r in runs.all_runs(root) if origin.items() <= r.manifest.items()]
         if not found:
-            raise RunError(f"there is no {'smoke ' * smoke}run of {config} yet; run 00_setup first, or name one in `run`")
+            raise RunError(
+                f"there is no {'smoke ' * smoke}run of {config} yet; run 00_setup first, or name one in `run`"
+            )
         name = found[0]
     if name is not None and (root / name).exists():
         opened = runs.open_run(root, name)
@@ -68,7 +78,9 @@ def open_run(
             opened = runs.open_run(root, name, configs.parse(opened.config.as_dict(), overrides))
     else:
         resolved = configs.load(config, overrides, smoke=smoke)
-        opened = runs.create(root, name or runs.new_name(config, smoke=smoke), resolved, config_file=str(config), smoke=smoke)
+        opened = runs.create(
+            root, name or runs.new_name(config, smoke=smoke), resolved, config_file=str(config), smoke=smoke
+        )
     print(f"run: {opened.name} ({opened.status['state']})")
     return Workbench(opened)
 
@@ -87,7 +99,8 @@ class Workbench:
     def __init__(self, run: Run) -> None:
         self.run, self.config = run, teacher_stage.resolved(run.config, run.path.parent)
         pd.options.display.max_colwidth = None  # a formula is read whole
-        transformers.utils.logging.disable_progress_bar()  # a bar for each checkpoint is noise; training prints its own lines
+        # a bar for each checkpoint is noise; training prints its own lines
+        transformers.utils.logging.disable_progress_bar()
         if runs.headless():  # and a frozen bar is noise in a log
             datasets.disable_progress_bars()
 
@@ -115,7 +128,8 @@ class Workbench:
         return training.objective_of(self.config, weights).at(fraction)
 
     def setup(self) -> pd.DataFrame:
-        """Load everything once, choose the student's layers, write the manifest; returns what was found, for reading.
+        """Load everything once, choose the student's layers, write the manifest; returns what was found, for
+        reading.
 
         A teacher that has a stage of its own to go through does so first.
         """
@@ -123,25 +137,42 @@ class Workbench:
         dtype, reason = models.precision_of(self.config)
         layers = tasks.layers_for_student(self.config, self.teacher.model, self.prepared)
         self.run.add_to_manifest(
-            student_layers=layers, formula=self.formula(), seed=self.config.seed, precision=f"{dtype} ({reason})".replace("torch.", ""),
-            data=self.prepared.notes, versions={name: version(name) for name in PACKAGES},
-            machine={"python": platform.python_version(), "system": platform.system(), "processor": platform.machine(),
-                     "threads": torch.get_num_threads(), "memory_gib": round(device_memory(models.device_of(self.config))[0] / 2**30, 1),
-                     "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
+            student_layers=layers,
+            formula=self.formula(),
+            seed=self.config.seed,
+            precision=f"{dtype} ({reason})".replace("torch.", ""),
+            data=self.prepared.notes,
+            versions={name: version(name) for name in PACKAGES},
+            machine={
+                "python": platform.python_version(),
+                "system": platform.system(),
+                "processor": platform.machine(),
+                "threads": torch.get_num_threads(),
+                "memory_gib": round(device_memory(models.device_of(self.config))[0] / 2**30, 1),
+                "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            },
         )
         student = self.student()
-        return _facts({
-            "teacher": f"{self.config.teacher.model}: {models.parameters(self.teacher.model) / 1e6:.1f} M parameters, "
-                       f"{self.teacher.model.config.num_hidden_layers} layers",
-            "student": f"{models.parameters(student) / 1e6:.1f} M parameters, {student.config.num_hidden_layers} layers"
-                       + (f": the teacher's {layers}" if layers else ""),
-            **self._choices(),
-            **_texts(self.prepared.notes),
-            "fingerprint": self.prepared.notes["fingerprint"],
-            "precision": self.run.manifest["precision"],
-            "objective": self.formula(),
-            "baseline": self.moment(self.config.baseline.weights).formula if self.config.baseline else "none",
-        })
+        return _facts(
+            {
+                "teacher": f"{self.config.teacher.model}: {models.parameters(self.teacher.model) / 1e6:.1f} "
+                "M parameters, "
+                f"{self.teacher.model.config.num_hidden_layers} layers",
+                "student": (
+                    f"{models.parameters(student) / 1e6:.1f} M parameters, "
+                    f"{student.config.num_hidden_layers} layers"
+                )
+                + (f": the teacher's {layers}" if layers else ""),
+                **self._choices(),
+                **_texts(self.prepared.notes),
+                "fingerprint": self.prepared.notes["fingerprint"],
+                "precision": self.run.manifest["precision"],
+                "objective": self.formula(),
+                "baseline": self.moment(self.config.baseline.weights).formula
+                if self.config.baseline
+                else "none",
+            }
+        )
 
     def _choices(self) -> dict[str, str]:
         """What both models choose among."""
@@ -162,24 +193,36 @@ class Workbench:
         batch = self._two_rows()
         tokens = kept(batch["labels"])
         columns, is_of_rows = {}, bool(self.prepared.labels)
-        for name, model in (("teacher", self.teacher), ("student", tasks.voice_of(self.student(), self.prepared))):
+        for name, model in (
+            ("teacher", self.teacher),
+            ("student", tasks.voice_of(self.student(), self.prepared)),
+        ):
             signal = model(batch, tokens)
             columns[name] = {
                 "input_ids [B, T]": list(batch[f"{model.reads}input_ids"].shape),
                 "kept rows N" if is_of_rows else "kept tokens N": len(tokens.targets),
-                "layers, hidden size": f"{model.model.config.num_hidden_layers}, {model.model.config.hidden_size}",
+                "layers, hidden size": (
+                    f"{model.model.config.num_hidden_layers}, {model.model.config.hidden_size}"
+                ),
                 "logits [N, V]": [len(signal), signal.logits(slice(0, 1)).shape[-1]],
-                "head": "applied in chunks" if model.form else f"all logits at once: {'classes' if is_of_rows else 'no plain head'}",
+                "head": "applied in chunks"
+                if model.form
+                else f"all logits at once: {'classes' if is_of_rows else 'no plain head'}",
             }
         return pd.DataFrame(columns)
 
     def example(self) -> TokenView | RowView:
-        """The first training row, token by token, coloured by what is learned from it; or its class, and what the teacher says of it."""
+        """The first training row, token by token, coloured by what is learned from it; or its class, and
+        what the teacher says of it.
+        """
         if self.prepared.labels:
             batch, row = self._two_rows(), self.prepared.train[0]
             said = self.teacher(batch, kept(batch["labels"])).logits().float().softmax(-1)[0].tolist()
-            return RowView(sights.text_of(row, self.tokenizer), self.prepared.labels[row["label"]],
-                           list(zip(self.prepared.labels, said, strict=True)))
+            return RowView(
+                sights.text_of(row, self.tokenizer),
+                self.prepared.labels[row["label"]],
+                list(zip(self.prepared.labels, said, strict=True)),
+            )
         return token_view(self._two_rows(), 0, self.tokenizer)
 
     def _two_rows(self) -> dict[str, torch.Tensor]:
@@ -192,43 +235,82 @@ class Workbench:
         return StudentFolder(self.run.path / "dry_run")
 
     def doctor(self) -> None:
-        """Say what is wrong with this config, data and models before they train; `kd doctor --fix` mends what is unambiguous."""
-        made = {"tokenizer": self.tokenizer, "prepared": self.prepared, "teacher": self.teacher, "student": self.student()}
+        """Say what is wrong with this config, data and models before they train; `kd doctor --fix` mends
+        what is unambiguous.
+        """
+        made = {
+            "tokenizer": self.tokenizer,
+            "prepared": self.prepared,
+            "teacher": self.teacher,
+            "student": self.student(),
+        }
         print(f"the doctor: {findings.text(doctor.diagnose(self.config, made=made))}")
 
     def selftest(self) -> pd.DataFrame:
-        """What must be equal on this config, these models and this text, compared: a line each, pass or fail."""
-        return parity.parity(self.config, student=self.student(), teacher=self.teacher, tokenizer=self.tokenizer, prepared=self.prepared)
+        """What must be equal on this config, these models and this text, compared: a line each, pass or
+        fail.
+        """
+        return parity.parity(
+            self.config,
+            student=self.student(),
+            teacher=self.teacher,
+            tokenizer=self.tokenizer,
+            prepared=self.prepared,
+        )
 
     def dry_run(self) -> pd.DataFrame:
-        """Five optimizer steps of the real schedule and one evaluation; returns the component table, step by step."""
+        """Five optimizer steps of the real schedule and one evaluation; returns the component table, step
+        by step.
+        """
         folder = self.trial
         shutil.rmtree(folder.path, ignore_errors=True)
         trial = self._train(folder, None, label="dry run", stop_after=DRY_STEPS)
         metrics = trial.evaluate()
         seconds = statistics.median(trial.throughput.durations)
         self.run.add_to_manifest(
-            optimizer_steps=trial.state.max_steps, warmup_steps=trial.args.get_warmup_steps(trial.state.max_steps),
+            optimizer_steps=trial.state.max_steps,
+            warmup_steps=trial.args.get_warmup_steps(trial.state.max_steps),
             seconds_per_step=round(seconds, 3),
         )
         args, table = training.training_arguments(self.config, folder.checkpoints), training_table(folder)
         evaluations = training.extent(args, len(self.prepared.train)).evaluations
         print(f"held-out: loss {metrics['eval_loss']:.3f}, evaluated in {metrics['eval_runtime']:.0f} s")
         minutes = (trial.state.max_steps * seconds + evaluations * metrics["eval_runtime"]) / 60
-        print(f"forecast for the distilled student, from these steps: {trial.state.max_steps} steps of {seconds:.1f} s and {evaluations} "
-              f"evaluations, so {minutes:.1f} minutes; memory in use {table['memory_gib'].max():.1f} GiB")
+        print(
+            f"forecast for the distilled student, from these steps: {trial.state.max_steps} steps of "
+            f"{seconds:.1f} s and {evaluations} "
+            f"evaluations, so {minutes:.1f} minutes; memory in use {table['memory_gib'].max():.1f} GiB"
+        )
         return _step_table(table)
 
     def forecast(self) -> None:
-        """Say what the whole run will hold in memory, moment by moment; its time is what the dry run's steps foretell."""
-        print(outlook.described(outlook.outlook(
-            self.config, rows=len(self.prepared.train), classes=len(self.prepared.labels) or None, timed=False)))
+        """Say what the whole run will hold in memory, moment by moment; its time is what the dry run's
+        steps foretell.
+        """
+        print(
+            outlook.described(
+                outlook.outlook(
+                    self.config,
+                    rows=len(self.prepared.train),
+                    classes=len(self.prepared.labels) or None,
+                    timed=False,
+                )
+            )
+        )
 
     def plan(self) -> pd.DataFrame:
         """Learning rate, weights and temperature at every tenth of the training that the dry run began."""
         table = plan_table(self.trial)
-        shown = table.iloc[[round(i * (len(table) - 1) / 10) for i in range(11)]].drop_duplicates().set_index("step")
-        return shown.assign(learning_rate=shown["learning_rate"].map("{:.1e}".format)) if "learning_rate" in shown else shown
+        shown = (
+            table.iloc[[round(i * (len(table) - 1) / 10) for i in range(11)]]
+            .drop_duplicates()
+            .set_index("step")
+        )
+        return (
+            shown.assign(learning_rate=shown["learning_rate"].map("{:.1e}".format))
+            if "learning_rate" in shown
+            else shown
+        )
 
     def train(self) -> None:
         """The distilled student, from its last checkpoint where there is one."""
@@ -240,20 +322,26 @@ class Workbench:
             self._train(self.run.baseline, self.config.baseline.weights, label="baseline")
 
     def compare(self) -> dict[str, Any]:
-        """All models on the held-out rows; writes comparison_results.json and teacher_student_comparison.png."""
+        """All models on the held-out rows; writes comparison_results.json and
+        teacher_student_comparison.png.
+        """
         results = compare.compare_run(self.run, self.config, self.tokenizer, self.prepared)
         plots.comparison_bars(results).savefig(self.run.path / "teacher_student_comparison.png", dpi=130)
         return results
 
     def explore(self, *students: str) -> Sight:
-        """What the teacher and these students ("distilled", "baseline", "untrained") say about a held-out text, token by token.
+        """What the teacher and these students ("distilled", "baseline", "untrained") say about a held-out
+        text, token by token.
 
-        A summary goes into explorers.json, for `kdlib.reports.explorers` and the report.  A baseline that the config has not is left out.
+        A summary goes into explorers.json, for `kdlib.reports.explorers` and the report.  A baseline that the
+        config has not is left out.
         """
         folders = {"distilled": self.run, "baseline": self.run.baseline}
         known = (*folders, "untrained")
         for name in set(students).difference(known):
-            raise RunError(f"there is no student {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+            raise RunError(
+                f"there is no student {name!r}{nearest(name, known)}; there are {', '.join(known)}"
+            )
         dtype, _ = models.precision_of(self.config)
 
         def voice(name: str) -> LiveTeacher:
@@ -261,23 +349,43 @@ class Workbench:
             if name == "teacher":
                 return self.teacher
             compared = name in folders and student_in(folders[name], self.prepared)
-            return tasks.voice_of(tasks.load(compared, self.prepared, dtype) if compared else self.student().to(dtype), self.prepared)
+            return tasks.voice_of(
+                tasks.load(compared, self.prepared, dtype) if compared else self.student().to(dtype),
+                self.prepared,
+            )
 
         names = ["teacher", *(name for name in students if name != "baseline" or self.config.baseline)]
         voices = {name: partial(voice, name) for name in names}
-        sight = (sights.look_at_rows(voices, self.prepared, self.tokenizer) if self.prepared.labels
-                 else sights.look(voices, self.prepared.validation, self.tokenizer))
+        sight = (
+            sights.look_at_rows(voices, self.prepared, self.tokenizer)
+            if self.prepared.labels
+            else sights.look(voices, self.prepared.validation, self.tokenizer)
+        )
         sights.write(self.run, sight)
         return sight
 
-    def _train(self, folder: StudentFolder, weights: Mapping[str, Any] | None, *, label: str, stop_after: int | None = None):
+    def _train(
+        self,
+        folder: StudentFolder,
+        weights: Mapping[str, Any] | None,
+        *,
+        label: str,
+        stop_after: int | None = None,
+    ):
         if folder.is_trained:
             print(f"{label}: trained already")
             return None
         print(f"{label}: {self.moment(weights).formula}")
         return training.train(
-            self.config, folder, student=self.student(), teacher=self.teacher, tokenizer=self.tokenizer, prepared=self.prepared,
-            weights=weights, label=label, stop_after=stop_after,
+            self.config,
+            folder,
+            student=self.student(),
+            teacher=self.teacher,
+            tokenizer=self.tokenizer,
+            prepared=self.prepared,
+            weights=weights,
+            label=label,
+            stop_after=stop_after,
         )
 
 
@@ -288,14 +396,28 @@ def _facts(facts: Mapping[str, Any]) -> pd.DataFrame:
 def _texts(notes: Mapping[str, Any]) -> dict[str, str]:
     """How much text there is to train on, to choose by, and to be compared on."""
     names = {"train": "training text", "validation": "held-out text", "test": "test text"}
-    return {what: f"{notes[f'{name}_documents']} documents, {notes[f'{name}_rows']} rows, {notes[f'{name}_tokens']:,} tokens"
-            for name, what in names.items() if f"{name}_rows" in notes}
+    return {
+        what: (
+            f"{notes[f'{name}_documents']} documents, {notes[f'{name}_rows']} rows, "
+            f"{notes[f'{name}_tokens']:,} tokens"
+        )
+        for name, what in names.items()
+        if f"{name}_rows" in notes
+    }
 
 
 def _step_table(table: pd.DataFrame) -> pd.DataFrame:
     shown = {"step": table["step"]}
     for term in terms_in(table):
-        shown |= {f"{term}, nats": table[f"{term}_loss"].map("{:.4f}".format), f"{term} weight": table[f"{term}_weight"]}
-    shown |= {"loss": table["loss"].map("{:.4f}".format), "T": table["temperature"], "T²": table["temperature"] ** 2,
-              "learning rate": table["learning_rate"].map("{:.1e}".format), "grad norm": table["grad_norm"].map("{:.2f}".format)}
+        shown |= {
+            f"{term}, nats": table[f"{term}_loss"].map("{:.4f}".format),
+            f"{term} weight": table[f"{term}_weight"],
+        }
+    shown |= {
+        "loss": table["loss"].map("{:.4f}".format),
+        "T": table["temperature"],
+        "T²": table["temperature"] ** 2,
+        "learning rate": table["learning_rate"].map("{:.1e}".format),
+        "grad norm": table["grad_norm"].map("{:.2f}".format),
+    }
     return pd.DataFrame(shown).set_index("step")

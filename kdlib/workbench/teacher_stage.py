@@ -1,7 +1,8 @@
-"""The teacher's own training, before it teaches: for a model that has no head yet for the classes of the task.
+"""The teacher's own training, before it teaches: for a model that has no head yet for the classes of the
+task.
 
-It is a run like others, in runs/teacher_<model>_<8 hex digits>/, of which the digits change with every setting that its weights depend
-on; that its rows are still the same is checked.
+It is a run like others, in runs/teacher_<model>_<8 hex digits>/, of which the digits change with every
+setting that its weights depend on; that its rows are still the same is checked.
 """
 
 import hashlib
@@ -23,15 +24,27 @@ from kdlib.training import checkpoints, run as training
 
 
 def own_config(config: Config) -> Config:
-    """The stage as a run of its own: the teacher is the student, there is no teacher, and ce is all there is to learn from."""
+    """The stage as a run of its own: the teacher is the student, there is no teacher, and ce is all there
+    is to learn from.
+    """
     stage, data = config.teacher_stage, config.data
-    seed = config.seed if data.split_seed is None else data.split_seed  # the same rows are held out from the teacher and its students
-    return parse({
-        "task": config.task, "seed": stage.seed, "device": config.device, "precision": config.precision,
-        "teacher": config.teacher.as_dict(), "student": {"from": config.teacher.model}, "data": {**data.as_dict(), "split_seed": seed},
-        "loss": {"weights": {"ce": 1.0}}, "training": stage.training,
-        "early_stopping": stage.early_stopping and stage.early_stopping.as_dict(),
-    }, name="teacher_stage")
+    # the same rows are held out from the teacher and its students
+    seed = config.seed if data.split_seed is None else data.split_seed
+    return parse(
+        {
+            "task": config.task,
+            "seed": stage.seed,
+            "device": config.device,
+            "precision": config.precision,
+            "teacher": config.teacher.as_dict(),
+            "student": {"from": config.teacher.model},
+            "data": {**data.as_dict(), "split_seed": seed},
+            "loss": {"weights": {"ce": 1.0}},
+            "training": stage.training,
+            "early_stopping": stage.early_stopping and stage.early_stopping.as_dict(),
+        },
+        name="teacher_stage",
+    )
 
 
 def run_of(config: Config, root: Path) -> Run:
@@ -42,7 +55,9 @@ def run_of(config: Config, root: Path) -> Run:
 
 
 def resolved(config: Config, root: Path) -> Config:
-    """The config with the trained teacher in place of its stage; as it is where there is none, or it is not trained yet."""
+    """The config with the trained teacher in place of its stage; as it is where there is none, or it is
+    not trained yet.
+    """
     if config.teacher_stage is None or not (run := run_of(config, root)).is_trained:
         return config
     trained = config.teacher.model_copy(update={"model": os.path.relpath(run.best_model)})
@@ -50,10 +65,12 @@ def resolved(config: Config, root: Path) -> Config:
 
 
 def taught(config: Config, asked_by: Run) -> Config:
-    """`resolved`, after the teacher is trained where that is still to do; from its last checkpoint where there is one.
+    """`resolved`, after the teacher is trained where that is still to do; from its last checkpoint where
+    there is one.
 
-    Its run stands beside `asked_by`, and stops when that is asked to.  The best teacher by `metric_for_best_model` on the validation
-    rows is taken.  Of several runs that need the same teacher at the same time, one trains it and the others wait.
+    Its run stands beside `asked_by`, and stops when that is asked to.  The best teacher by
+    `metric_for_best_model` on the validation rows is taken.  Of several runs that need the same teacher at
+    the same time, one trains it and the others wait.
     """
     if config.teacher_stage is None:
         return config
@@ -74,27 +91,42 @@ def taught(config: Config, asked_by: Run) -> Config:
 
 
 def _check_rows(config: Config, run: Run, prepared: Prepared) -> None:
-    """Refuse a teacher that has learned from other rows than there are now: what is held out now may be among them.
+    """Refuse a teacher that has learned from other rows than there are now: what is held out now may be among
+    them.
 
     Raises:
         RunError: says what to do.
     """
     before = run.manifest.get("data", {}).get("fingerprint") if run.path.exists() else None
     if before not in (None, prepared.notes["fingerprint"]):
-        raise RunError(f"{run.name} was trained on other rows than {config.data.source} has now, so rows that are held out now may be "
-                       f"among them; delete {os.path.relpath(run.path)}, and it is trained again (earlier runs of it can then not be "
-                       "compared anew), or give the new rows another name")
+        raise RunError(
+            f"{run.name} was trained on other rows than {config.data.source} has now, so rows that are held "
+            "out now may be "
+            f"among them; delete {os.path.relpath(run.path)}, and it is trained again (earlier runs of it "
+            "can then not be "
+            "compared anew), or give the new rows another name"
+        )
 
 
-def _train(config: Config, run: Run, tokenizer: PreTrainedTokenizerBase, prepared: Prepared, asked_by: Run) -> None:
+def _train(
+    config: Config, run: Run, tokenizer: PreTrainedTokenizerBase, prepared: Prepared, asked_by: Run
+) -> None:
     if not run.path.exists():
         runs.create(run.path.parent, run.name, config, teacher_stage=True)
     run.set_status("running")
     try:
         student = tasks.untrained_student(config, prepared, None)
         run.add_to_manifest(data=prepared.notes, formula=training.objective_of(config).at(0.0).formula)
-        training.train(config, run, student=student, teacher=None, tokenizer=tokenizer, prepared=prepared, label="teacher",
-                       asked_by=asked_by)
+        training.train(
+            config,
+            run,
+            student=student,
+            teacher=None,
+            tokenizer=tokenizer,
+            prepared=prepared,
+            label="teacher",
+            asked_by=asked_by,
+        )
     except BaseException as error:
         stopped = isinstance(error, (Stopped, KeyboardInterrupt))
         run.set_status("stopped" if stopped else "failed", str(error) or type(error).__name__)
