@@ -25,6 +25,7 @@ lab: .venv/installed  ## JupyterLab on the notebooks
 lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 
 # torch first and by itself, so that the CPU build named in constraints.txt is not replaced by a larger one
