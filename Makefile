@@ -4,7 +4,7 @@ BIN := .venv/bin
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 PARALLEL := -n logical --maxprocesses 4 --dist worksteal  # each with one thread: tests/conftest.py
 
-.PHONY: demo test test-fast soak lab lint clean
+.PHONY: demo test test-fast test-random soak lab lint clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed  ## teach a small model, compare, and write reports/<run>/report.html
@@ -15,6 +15,9 @@ test: .venv/installed  ## everything but what needs a GPU
 
 test-fast: .venv/installed  ## without the notebooks and the real models
 	HF_HUB_OFFLINE=1 $(BIN)/pytest $(PARALLEL) -m "not gpu and not slow and not browser"
+
+test-random: .venv/installed  ## everything but the long ones, in another order each time: no test may need what ran before it
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -o addopts= $(PARALLEL) -m "not gpu and not slow and not browser"
 
 soak: .venv/installed  ## each notebook ten times in a row: does any ever stall?
 	HF_HUB_OFFLINE=1 SOAK=10 $(BIN)/pytest tests/test_whole_runs.py
