@@ -4,7 +4,7 @@ import made_answers
 
 from kdlib.plots import comparison as plots
 from kdlib.plots.answer_tables import answer_tables
-from kdlib.plots.axes import called, on_axis
+from kdlib.plots.axes import LABELS, called, on_axis
 from kdlib.plots.classification import answer_figures
 from kdlib.reports import html as pages
 
@@ -14,7 +14,7 @@ def test_mcnemars_table_counts_from_the_students_side():
     table = answer_tables(results)["mcnemar"]
     for test in results["mcnemar"]:
         if test["model"] == "distilled":
-            line = table.loc[plots.LABELS[test["against"]]]
+            line = table.loc[LABELS[test["against"]]]
             assert (line.iloc[0], line.iloc[1]) == (test["only_model_right"], test["only_other_right"])
     assert list(table.index) == ["CE-only baseline", "untrained student", "teacher"]
 

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from kdlib.config.run import parse
+from kdlib.metrics.names import with_interval
 from kdlib.plots import comparison as plots
 from kdlib.reports import html as pages, run as reports
 from kdlib.runs import folder as runs
@@ -210,7 +211,5 @@ def test_the_message_says_better_worse_or_no_clear_difference():
 
 
 def test_figures_have_three_digits_and_their_interval():
-    assert plots.with_interval({"value": 0.42, "low": 0.3961, "high": 0.441}) == "0.420 [0.396, 0.441]"
-    assert (
-        plots.with_interval({"value": -1234.5, "low": -2000.0, "high": 534.2}, "+") == "-1,234 [-2,000, +534]"
-    )
+    assert with_interval({"value": 0.42, "low": 0.3961, "high": 0.441}) == "0.420 [0.396, 0.441]"
+    assert with_interval({"value": -1234.5, "low": -2000.0, "high": 534.2}, "+") == "-1,234 [-2,000, +534]"

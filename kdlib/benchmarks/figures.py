@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from kdlib.benchmarks import reading
 from kdlib.benchmarks.settings import CASES, CONTENDERS
-from kdlib.plots.comparison import COLOURS
+from kdlib.plots.axes import COLOURS
 
 PEER = COLOURS["baseline"]
 

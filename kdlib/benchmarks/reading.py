@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from kdlib.benchmarks.settings import CASES, CONTENDERS
-from kdlib.plots.comparison import with_interval
+from kdlib.metrics.names import with_interval
 from kdlib.runs.folder import Run, read_json
 
 RESULTS = "benchmark_results.json"

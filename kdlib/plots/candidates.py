@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from markupsafe import Markup, escape
 
-from kdlib.plots.comparison import COLOURS, LABELS
+from kdlib.plots.axes import COLOURS, LABELS
 from kdlib.plots.softening import Sight
 from kdlib.plots.visible import visible
 

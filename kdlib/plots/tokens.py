@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup, escape
 
-from kdlib.plots.comparison import LABELS
+from kdlib.plots.axes import LABELS
 from kdlib.plots.visible import visible
 
 MEASURES = {"kl": "KL to the teacher", "ce": "cross-entropy", "differs": "disagreement"}

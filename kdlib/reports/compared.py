@@ -11,6 +11,7 @@ import pandas as pd
 from kdlib.metrics.names import MEASURES, shown_in, task_of
 from kdlib.plots import comparison as plots
 from kdlib.plots.answer_tables import TITLES, answer_tables
+from kdlib.plots.axes import label_of
 from kdlib.plots.classification import ANSWER_FIGURES
 from kdlib.reports import html as pages
 from kdlib.reports.html import Picture
@@ -83,6 +84,6 @@ def _measured_on(results: Mapping[str, Any]) -> str:
 def _samples(results: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
     """Each prompt with what every model makes of it, by the model's name for reading."""
     return [
-        (prompt, {plots.label_of(model): texts[i] for model, texts in results["samples"].items()})
+        (prompt, {label_of(model): texts[i] for model, texts in results["samples"].items()})
         for i, prompt in enumerate(results.get("prompts", []))
     ]

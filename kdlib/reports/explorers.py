@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from kdlib.config.run import Config
 from kdlib.errors import RunError
-from kdlib.plots import comparison as plots
+from kdlib.plots.axes import LABELS
 from kdlib.plots.schedule_designer import as_yaml
 from kdlib.plots.softening import Sight, message, softening_figure, softening_of
 from kdlib.plots.tokens import heat_map, of as heat_map_of
@@ -94,18 +94,18 @@ def _heat_map_page(facts: Mapping[str, Any]) -> str:
     """The map of the student that learned most, and the others' folded away."""
     first, *others = _most_trained(facts)
     folded = "".join(
-        f"<details><summary>{escape(plots.LABELS[name])}</summary>{heat_map(facts, name)}</details>"
+        f"<details><summary>{escape(LABELS[name])}</summary>{heat_map(facts, name)}</details>"
         for name in others
     )
     return _heat_map_of(facts, first) + folded
 
 
 def _heat_map_of(facts: Mapping[str, Any], student: str) -> str:
-    return f"<p>{escape(plots.LABELS[student])}</p>{heat_map(facts, student)}"
+    return f"<p>{escape(LABELS[student])}</p>{heat_map(facts, student)}"
 
 
 def _most_trained(facts: Mapping[str, Any]) -> list[str]:
-    return sorted(facts["students"], key=list(plots.LABELS).index, reverse=True)
+    return sorted(facts["students"], key=list(LABELS).index, reverse=True)
 
 
 def _course_page(run: Run) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdlib.plots import comparison as plots
+from kdlib.plots.axes import LABELS
 from kdlib.reports import side_by_side
 from kdlib.reports.curves import small_curve
 from kdlib.reports.html import page
@@ -121,7 +121,7 @@ def _curve(each: Summary):
     if column in each.baseline:
         curves = {"baseline": each.baseline.set_index("step")[column], **curves}
     course = "; ".join(
-        f"{plots.LABELS[name]} {number(values.iloc[0])} → {number(values.iloc[-1])}"
+        f"{LABELS[name]} {number(values.iloc[0])} → {number(values.iloc[-1])}"
         for name, values in curves.items()
     )
     return small_curve(

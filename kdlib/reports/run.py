@@ -13,7 +13,9 @@ from nbconvert.filters import strip_ansi
 from kdlib.benchmarks import figures as benchmark_figures, reading
 from kdlib.benchmarks.targets import target_table, verdict
 from kdlib.errors import RunError
+from kdlib.metrics.names import with_interval
 from kdlib.plots import comparison as plots
+from kdlib.plots.axes import LABELS
 from kdlib.plots.classification import ANSWER_FIGURES
 from kdlib.reports import compared, html as pages
 from kdlib.reports.explorers import static_html
@@ -172,7 +174,7 @@ def _strip(
 
 def _rival(results: Mapping[str, Any], metric: str) -> str:
     name = "baseline" if "baseline" in results["models"] else "untrained"
-    return f"{plots.LABELS[name]} {plots.with_interval(results['models'][name][metric])}"
+    return f"{LABELS[name]} {with_interval(results['models'][name][metric])}"
 
 
 def _reproduce(run: Run, manifest: Mapping[str, Any], verb: str) -> str:

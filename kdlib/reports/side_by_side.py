@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
-from kdlib.plots import comparison as plots
+from kdlib.metrics.names import with_interval
 from kdlib.reports.curves import look, overlay
 from kdlib.reports.html import page
 from kdlib.reports.summary import Summary, keys_of, report_link
@@ -105,7 +105,7 @@ def _bits(values: Sequence[str]) -> list[list[int]]:
 def _keys(found: Sequence[Summary]) -> list[Row]:
     against = Row(
         "KL, difference to the baseline",
-        [plots.with_interval(each.against, "+") if each.against else "" for each in found],
+        [with_interval(each.against, "+") if each.against else "" for each in found],
     )
     return [
         Row("state", [each.state for each in found], kind="state"),

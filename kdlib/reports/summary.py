@@ -15,8 +15,9 @@ import yaml
 
 from kdlib.benchmarks import reading
 from kdlib.errors import ConfigError, KdlibError
-from kdlib.metrics.names import KEYS, MEASURES
+from kdlib.metrics.names import KEYS, MEASURES, difference, with_interval
 from kdlib.plots import comparison as plots
+from kdlib.plots.axes import LABELS
 from kdlib.reports.scorecard import Line, scorecard
 from kdlib.runs import log as metrics
 from kdlib.runs.folder import Run, StudentFolder, read_json
@@ -58,7 +59,7 @@ class Summary:
         return (
             ""
             if figures is None
-            else plots.with_interval(figures)
+            else with_interval(figures)
             if "low" in figures
             else number(figures["value"])
         )
@@ -128,7 +129,7 @@ def costs(results: Mapping[str, Any] | None, train: pd.DataFrame) -> dict[str, s
         times = pd.to_datetime(train["time"])
         found["minutes, first to last log"] = f"{(times.iloc[-1] - times.iloc[0]).total_seconds() / 60:.1f}"
     if results:
-        found |= plots.cost_table(results).loc[plots.LABELS["distilled"]].to_dict()
+        found |= plots.cost_table(results).loc[LABELS["distilled"]].to_dict()
     return found
 
 
@@ -147,7 +148,7 @@ def _read(run: Run) -> Summary:
     train, evaluation = metrics.training_table(run), metrics.eval_table(run)
     steps = [int(table["step"].iloc[-1]) for table in (train, evaluation) if len(table)]
     against = (
-        plots.difference(results, "distilled", "baseline", "kl_to_teacher")
+        difference(results, "distilled", "baseline", "kl_to_teacher")
         if results and "baseline" in results["models"]
         else None
     )

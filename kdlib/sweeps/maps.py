@@ -13,7 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
 
-from kdlib.plots.comparison import COLOURS
+from kdlib.plots.axes import COLOURS
 from kdlib.sweeps.axes import LITERAL, Places, heights, short, titled, upright
 from kdlib.sweeps.config import METRICS
 from kdlib.sweeps.results import MANY, UNITS, WORDS, levels, upper, weights_of

@@ -16,7 +16,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 from kdlib.errors import RunError
-from kdlib.plots.comparison import with_interval
+from kdlib.metrics.names import with_interval
 from kdlib.reports import index as overview, run as reports
 from kdlib.reports.summary import report_link
 from kdlib.runs import folder as runs

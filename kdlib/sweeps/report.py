@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from kdlib.plots.comparison import with_interval
+from kdlib.metrics.names import with_interval
 from kdlib.reports import html as pages
 from kdlib.reports.html import Picture
 from kdlib.reports.summary import report_link

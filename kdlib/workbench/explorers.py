@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from kdlib.config.run import Config
 from kdlib.errors import ConfigError
+from kdlib.plots.axes import LABELS
 from kdlib.plots.candidates import candidate_bars
-from kdlib.plots.comparison import LABELS
 from kdlib.plots.schedule_designer import COURSES, SHAPES, Design, Phase, as_yaml, design_of, pasted
 from kdlib.plots.schedules import course_figure, curves
 from kdlib.plots.softening import TEMPERATURES, Sight, chosen, sizes, softened, softening, softening_figure
