@@ -1,8 +1,8 @@
-"""Errors that a user can act on: what was found, what is needed, what to do.  The command line prints
-them bare.
-"""
+"""Errors that a user can act on: found, needed, do; the command line prints them bare.  No keys in files."""
 
 import difflib
+import os
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -49,3 +49,28 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """`; did you mean 'temperature'?`, or nothing where no name is near."""
     near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+# Keys and tokens belong in the environment, as a run's config, command and notebooks are kept and shown.
+KEY_NAMES = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$", re.IGNORECASE)
+KEY_FORMS = re.compile(r"\b(hf_[A-Za-z0-9]{30,}|sk-[\w-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16})\b")
+SHORTEST_KEY = 12  # characters; a shorter value may stand in a text by chance
+
+
+def refuse_keys(text: str) -> None:
+    """Raise where the text holds the value of a key in the environment, or what looks like a well-known one.
+
+    Raises:
+        ConfigError: it does; the message names the variable, or the key's first letters.
+    """
+    found = [
+        f"the value of ${name}"
+        for name, value in os.environ.items()
+        if KEY_NAMES.search(name) and len(value) >= SHORTEST_KEY and value in text
+    ]
+    found += [f"what looks like a key, {match[0][:4]}…" for match in KEY_FORMS.finditer(text)]
+    if found:
+        raise ConfigError(
+            f"a setting or parameter holds {found[0]}; what is set there is kept in the run's files and "
+            "shown in its report: leave it out, keys are read from the environment"
+        )

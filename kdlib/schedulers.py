@@ -10,6 +10,18 @@ learns.  In a config a schedule is a number, or a mapping with one key that name
     {steps: {0: 1.0, 0.5: 0.2}}               1.0, and 0.2 from half of training on
     {piecewise: {0: 1.0, 0.3: 0.5, 1: 0.1}}   straight lines from point to point
     {joined: [[0.3, {linear: [0, 1]}], [1.0, 1.0]]}   each shape runs until the fraction before it
+
+A curriculum says the same of many weights at once, phase by phase, and is resolved into such schedules:
+
+    weights: {kd: 0.7, ce: 0.3}
+    curriculum:
+      - {until: 0.3, weights: {hidden: 0}}               # the first 30 % of training
+      - {until: 1.0, weights: {hidden: 0.5}, ramp: 0.1}  # the rest; in its first 10 % from 0 to 0.5
+
+`until` and `ramp` are fractions of the whole training.  A phase's weights stand in for the usual ones
+(`loss.weights`, 0 where that is silent) of the terms that it names.  Without a ramp they hold from the
+phase's start: a jump, and a weight may be a schedule, stretched over the phase.  With one, every weight that
+changes goes in a straight line from where the phase before it ended; in the first phase, from 0.
 """
 
 import contextlib
@@ -17,10 +29,13 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 Schedule = Callable[[float], float]
 Spec = float | Mapping  # as it stands in a config
-SHAPES = ("linear", "cosine", "exponential", "steps", "piecewise", "joined")
+TABLES = ("steps", "piecewise")  # shapes that a mapping from fractions to values describes
+SHAPES = ("linear", "cosine", "exponential", *TABLES, "joined")
+TINY = 1e-9  # fractions of training that differ by less are the same
 
 
 def constant(value: float) -> Schedule:
@@ -34,9 +49,7 @@ def linear(start: float, end: float) -> Schedule:
 
 
 def cosine(start: float, end: float) -> Schedule:
-    """Half a cosine wave: flat at both ends, steepest in the middle (Loshchilov & Hutter 2017, without
-    restarts).
-    """
+    """Half a cosine wave: flat at both ends, steepest in the middle (Loshchilov & Hutter 2017)."""
     return lambda fraction: end + (start - end) * 0.5 * (1 + math.cos(math.pi * _clipped(fraction)))
 
 
@@ -123,43 +136,98 @@ def from_spec(spec: Spec) -> Schedule:
 
 
 def normal(spec: Spec) -> Spec:
-    """A spec that `from_spec` takes, as plain data with all its numbers floats: equal however YAML or
-    JSON wrote them.
-    """
+    """The same spec with all its numbers floats: equal however YAML or JSON wrote them."""
     if not isinstance(spec, Mapping):
         return float(spec)
     ((shape, arguments),) = spec.items()
     if shape == "joined":
         return {shape: [[float(until), normal(part)] for until, part in arguments]}
-    return {
-        shape: _table(arguments) if shape in ("steps", "piecewise") else [float(value) for value in arguments]
-    }
+    return {shape: _table(arguments) if shape in TABLES else list(map(float, arguments))}
 
 
-def moments(*specs: Spec) -> list[float]:
-    """The fractions at which specs are judged: each per cent of training, and both sides of every corner
-    and jump.
-    """
+def breakpoints(*specs: Spec) -> list[float]:
+    """The fractions at which specs are judged: each per cent of training, and both sides of every corner."""
     corners = {corner for spec in specs for corner in _corners(spec)}
-    beside = {_clipped(corner + step) for corner in corners for step in (-1e-9, 0.0, 1e-9)}
+    beside = {_clipped(corner + step) for corner in corners for step in (-TINY, 0.0, TINY)}
     return sorted({i / 100 for i in range(101)} | beside)
 
 
 def sampled(spec: Spec) -> list[float]:
-    """The values at its `moments`: what its range is judged by.
+    """The values at its `breakpoints`: what its range is judged by.
 
     Raises:
         ValueError: it is no schedule, or a value is not finite.
     """
-    schedule = from_spec(spec)
-    values = [schedule(moment) for moment in moments(spec)]
+    values = list(map(from_spec(spec), breakpoints(spec)))
     if not all(map(math.isfinite, values)):
         raise ValueError(f"found {spec}; every value must be finite")
     return values
 
 
-def _shaped(shape: str, arguments) -> Schedule:
-    if shape in ("steps", "piecewise"):
+def with_curriculum(weights: Mapping[str, Spec], curriculum: Sequence[Mapping]) -> dict[str, Spec]:
+    """Every term's weight over the whole training, as the number or the schedule that a config could hold.
+
+    Args:
+        weights: the usual ones, by term.
+        curriculum: phases in order, free of the faults below; none leave the weights as they are.
+    """
+    named = _terms(curriculum)
+    return {
+        term: _over_phases(term, weights.get(term, 0.0), curriculum) if term in named else weights[term]
+        for term in {**weights, **named}
+    }
+
+
+def curriculum_disorder(curriculum: Sequence[Mapping]) -> list[str]:
+    """What is wrong between phases, a line each: ends that do not rise to 1, a ramp longer than its phase."""
+    faults, start = [], 0.0
+    for number, phase in enumerate(curriculum, start=1):
+        until, ramp = phase["until"], phase.get("ramp") or 0.0
+        if until <= start:
+            faults.append(f"phase {number} ends at {until:g}, needs an end after {start:g}, where it begins")
+        elif ramp > until - start + TINY:
+            faults.append(
+                f"phase {number} has a ramp of {ramp:g}, needs one no longer than itself, "
+                f"{until - start:g} of training"
+            )
+        start = until
+    if not curriculum:
+        faults.append("there is no phase; write one, as {until: 1.0, weights: {ce: 1.0}}, or null")
+    elif start != 1:
+        faults.append(f"the last phase ends at {start:g}, needs to end at 1, the end of training")
+    return faults
+
+
+def curriculum_conflicts(weights: Mapping[str, Spec], curriculum: Sequence[Mapping]) -> list[str]:
+    """The terms whose usual weight is a schedule although phases set it: two for one weight; a line each."""
+    faults = []
+    for term in _terms(curriculum):
+        phases = [str(i) for i, phase in enumerate(curriculum, start=1) if term in phase.get("weights", {})]
+        if isinstance(spec := weights.get(term), Mapping):
+            faults.append(
+                f"{term}: found {spec}, but the curriculum sets it too (phase {', '.join(phases)}); "
+                "write a number here, and the schedule as the weight in a phase"
+            )
+    return faults
+
+
+def idle(weights: Mapping[str, Spec], curriculum: Sequence[Mapping]) -> list[str]:
+    """One line, with time, phase and terms, where at some time of training every weight is 0."""
+    specs = with_curriculum(weights, curriculum)
+    schedules, when = [from_spec(spec) for spec in specs.values()], breakpoints(*specs.values())
+    still = [fraction for fraction in when if not any(schedule(fraction) for schedule in schedules)]
+    if not still:
+        return []
+    at = "" if len(still) == len(when) else f" at {100 * still[0]:.4g} % of training"
+    if at and curriculum:
+        ended = sum(phase["until"] <= still[0] for phase in curriculum)
+        at += f", in phase {min(1 + ended, len(curriculum))}"
+    terms = ", ".join(specs) or "no term is given"
+    return [f"all weights are 0{at} ({terms}), so nothing would be learned; give one term a positive weight"]
+
+
+def _shaped(shape: str, arguments: Any) -> Schedule:
+    if shape in TABLES:
         if not isinstance(arguments, Mapping):
             raise TypeError(
                 f"a mapping from fractions to values is needed, as {{{shape}: {{0: 1.0, 0.5: 0.2}}}}"
@@ -178,7 +246,7 @@ def _table(arguments: Mapping) -> dict[float, float]:
     return {_number(start): _number(value) for start, value in arguments.items()}
 
 
-def _number(value) -> float:
+def _number(value: Any) -> float:
     """YAML reads 1e-4 as a string; Python reads true as 1."""
     if isinstance(value, bool):
         raise TypeError("a number is needed, not true or false")
@@ -197,7 +265,7 @@ def _starts(values: Mapping[float, float]) -> list[float]:
 def _corners(spec: Spec) -> list[float]:
     """The fractions at which a spec's line may jump or turn."""
     ((shape, arguments),) = spec.items() if isinstance(spec, Mapping) else [("constant", None)]
-    if shape in ("steps", "piecewise"):
+    if shape in TABLES:
         return list(_table(arguments))
     if shape != "joined":
         return []
@@ -206,6 +274,27 @@ def _corners(spec: Spec) -> list[float]:
     return ends + [
         start + (end - start) * corner for start, end, (_, part) in phases for corner in _corners(part)
     ]
+
+
+def _terms(curriculum: Sequence[Mapping]) -> dict[str, None]:
+    return dict.fromkeys(term for phase in curriculum for term in phase.get("weights", {}))
+
+
+def _over_phases(term: str, usual: Spec, curriculum: Sequence[Mapping]) -> Spec:
+    """One term's weight, phase after phase, as one spec."""
+    pieces, start = [], 0.0
+    before = 0.0 if term in curriculum[0].get("weights", {}) else float(usual)
+    for phase in curriculum:
+        weight, until = normal(phase.get("weights", {}).get(term, usual)), phase["until"]
+        if (ramp := phase.get("ramp")) and weight != before:
+            if (full := start + ramp) < until - TINY:
+                pieces += [[full, {"linear": [before, weight]}], [until, weight]]
+            else:
+                pieces.append([until, {"linear": [before, weight]}])
+        else:
+            pieces.append([until, weight])
+        start, before = until, from_spec(weight)(1.0)
+    return pieces[0][1] if len(pieces) == 1 else {"joined": pieces}
 
 
 def _clipped(fraction: float) -> float:

@@ -14,7 +14,7 @@ from kdlib.models.loading import head_form
 from kdlib.models.teacher import LiveTeacher, signal_of
 from kdlib.schedulers import constant
 
-MOMENT = Objective({"kd": constant(0.7), "ce": constant(0.3)}).at(0)
+AT = Objective({"kd": constant(0.7), "ce": constant(0.3)}).at(0)
 
 
 def student(tied: bool):
@@ -31,7 +31,7 @@ def step(model, form, ids, count: int, scale: int) -> None:
     ours = signal_of(model, batch, tokens, vocabulary=300, form=form)
     theirs = LiveTeacher(tiny_model(), vocabulary=300)(batch, tokens)
     (
-        ledger(ours, theirs, tokens.targets, moment=MOMENT, count=count, workspace=Workspace(5)).total * scale
+        ledger(ours, theirs, tokens.targets, at=AT, count=count, workspace=Workspace(5)).total * scale
     ).backward()
 
 

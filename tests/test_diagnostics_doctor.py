@@ -305,7 +305,7 @@ def test_what_is_measured_is_what_a_training_begins_with(well, made, tmp_path):
     """The first batch of the doctor, in the order of the rows, through the trainer's own objective."""
     config = parse({**well, "loss": {**well["loss"], "weights": {"kd": 0.7, "ce": 0.3, "hidden": 0.5}}})
     subject = Subject(config, made)
-    moment = subject.objective.at(0.0)
+    at = subject.objective.at(0.0)
     batch = collate([made["prepared"].train[i] for i in range(8)], pad_id=0)
     tokens = kept(batch["labels"])
     inside = {"hidden": True, "attention": False}
@@ -314,8 +314,8 @@ def test_what_is_measured_is_what_a_training_begins_with(well, made, tmp_path):
             made["student"], batch, tokens, vocabulary=300, form=None, inside=Inside((0, 1), **inside)
         )
         teacher = made["teacher"](batch, tokens, Inside((1, 3), **inside))
-        book = ledger(student, teacher, tokens.targets, moment=moment, count=len(tokens.targets))
-    assert subject.batch.means(moment) == pytest.approx(
+        book = ledger(student, teacher, tokens.targets, at=at, count=len(tokens.targets))
+    assert subject.batch.means(at) == pytest.approx(
         {name: entry.mean.item() for name, entry in book.entries.items()}, rel=1e-4
     )
 
@@ -324,8 +324,8 @@ def test_a_proposed_weight_makes_shares_equal(well, made):
     raw = {**well, "loss": {**well["loss"], "weights": {"kd": 1e-4, "ce": 0.3}}}
     (finding,) = [each for each in doctor.diagnose(parse(raw), made=made) if each.severity == "warning"]
     subject = Subject(parse(raw, finding.change), made)
-    moment = subject.objective.at(0.0)
-    shares = {name: moment.weights[name] * mean for name, mean in subject.batch.means(moment).items()}
+    at = subject.objective.at(0.0)
+    shares = {name: at.weights[name] * mean for name, mean in subject.batch.means(at).items()}
     assert shares["kd"] == pytest.approx(shares["ce"], rel=0.05)
 
 

@@ -160,7 +160,7 @@ def test_a_rehearsal_without_data_holds_what_the_same_step_holds_with_data(raw, 
                         *rehearsal.teacher.parameters(),
                     ]
                 )
-                rehearsal.train(batch, rehearsal.moments[-1], count=60, phase=watch.phase)
+                rehearsal.train(batch, rehearsal.objectives[-1], count=60, phase=watch.phase)
             peaks.append(
                 [sum(block.bytes for block in watch.held(watch.peak(*span))) for span in watch.spans.values()]
             )

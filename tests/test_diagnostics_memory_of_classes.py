@@ -66,7 +66,7 @@ def test_a_rehearsal_without_data_holds_what_the_same_step_holds_with_data(raws,
             batch = rehearsal.batch(4)
             with Allocations() as watch:
                 watch.hold([*rehearsal.student.parameters(), *rehearsal.teacher.parameters()])
-                rehearsal.train(batch, rehearsal.moments[0], count=4, phase=watch.phase)
+                rehearsal.train(batch, rehearsal.objectives[0], count=4, phase=watch.phase)
         held.append(
             {
                 name: sum(block.bytes for block in watch.held(watch.peak(*span)))

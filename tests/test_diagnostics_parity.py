@@ -149,8 +149,8 @@ def other_weights_in_evaluation(monkeypatch):
     right = Objective.at
 
     def wrong(self, fraction, *, sampled=True):
-        moment = right(self, fraction, sampled=sampled)
-        return moment if sampled else replace(moment, weights=dict.fromkeys(moment.weights, 1.0))
+        at = right(self, fraction, sampled=sampled)
+        return at if sampled else replace(at, weights=dict.fromkeys(at.weights, 1.0))
 
     monkeypatch.setattr(Objective, "at", wrong)
 

@@ -149,11 +149,11 @@ def test_a_projection_is_made_only_where_sizes_differ():
 
 
 def test_a_feature_term_is_normalised_and_written_as_every_term_is():
-    moment = Objective(
+    at = Objective(
         {"hidden": constant(0.5), "contrastive": constant(0.1), "ce": constant(1.0)}, constant(2.0)
     ).at(0)
-    assert moment.formula == "loss = 0.5·hidden(even, normalised) + 0.1·contrastive(even; T=0.1) + 1·CE"
-    assert (moment.needs_hidden, moment.needs_attention) == (True, False)
+    assert at.formula == "loss = 0.5·hidden(even, normalised) + 0.1·contrastive(even; T=0.1) + 1·CE"
+    assert (at.needs_hidden, at.needs_attention) == (True, False)
     student, teacher = ([states(5, 4, seed=i) for i in range(k, k + 2)] for k in (0, 2))
     ours, theirs = Features(ROWS, student, projected=student), Features(ROWS, teacher)
     logits = states(5, 7)
@@ -161,7 +161,7 @@ def test_a_feature_term_is_normalised_and_written_as_every_term_is():
         DenseSignal(logits, ours),
         DenseSignal(logits, theirs),
         torch.zeros(5, dtype=torch.long),
-        moment=moment,
+        at=at,
         count=10,
     )
     hidden = sum(hidden_distance(s, t).sum() for s, t in zip(student, teacher, strict=True)) / 2
@@ -170,12 +170,10 @@ def test_a_feature_term_is_normalised_and_written_as_every_term_is():
 
 
 def test_what_is_not_weighted_is_not_asked_for():
-    moment = Objective({name: constant(0.0) for name in FEATURE_TERMS} | {"ce": constant(1.0)}).at(0)
-    assert (moment.needs_hidden, moment.needs_attention, moment.needs_teacher) == (False, False, False)
+    at = Objective({name: constant(0.0) for name in FEATURE_TERMS} | {"ce": constant(1.0)}).at(0)
+    assert (at.needs_hidden, at.needs_attention, at.needs_teacher) == (False, False, False)
     logits = DenseSignal(states(5, 7))
-    assert list(ledger(logits, None, torch.zeros(5, dtype=torch.long), moment=moment, count=5).entries) == [
-        "ce"
-    ]
+    assert list(ledger(logits, None, torch.zeros(5, dtype=torch.long), at=at, count=5).entries) == ["ce"]
 
 
 def tiny_gpt2():

@@ -7,7 +7,7 @@ import torch
 from kdlib.config.loss import DIVERGENCES, TEMPERATURES, TERM_NAMES
 from kdlib.losses.divergences import FORMULAS, chosen
 from kdlib.losses.ledger import Entry, Ledger, LedgerWindow, breach
-from kdlib.losses.objective import MEASURES, TERMS, Objective, ledger
+from kdlib.losses.objective import EVAL_TERMS, TERMS, Objective, ledger
 from kdlib.losses.signals import DenseSignal
 from kdlib.schedulers import constant, linear
 
@@ -80,11 +80,11 @@ def test_terms_that_sum_to_the_loss_are_no_breach():
 
 def test_a_term_of_weight_zero_is_not_computed():
     objective = Objective({"kd": constant(0.0), "ce": constant(1.0)}, constant(2.0))
-    moment = objective.at(0.5)
-    assert list(moment.weights) == ["ce"]
-    assert not moment.needs_teacher
+    at = objective.at(0.5)
+    assert list(at.weights) == ["ce"]
+    assert not at.needs_teacher
     signal = DenseSignal(torch.randn(3, 5))
-    book = ledger(signal, None, torch.tensor([0, 1, 2]), moment=moment, count=3)  # no teacher is asked
+    book = ledger(signal, None, torch.tensor([0, 1, 2]), at=at, count=3)  # no teacher is asked
     assert list(book.entries) == ["ce"]
 
 
@@ -96,21 +96,21 @@ def test_weights_and_temperature_follow_their_schedules():
 
 
 def test_the_formula_reads_as_it_is_computed():
-    moment = Objective({"kd": constant(0.7), "ce": constant(0.3)}, constant(2.0)).at(0)
-    assert moment.formula == "loss = 0.7·T²·KL(teacher ‖ student; T=2) + 0.3·CE"
+    at = Objective({"kd": constant(0.7), "ce": constant(0.3)}, constant(2.0)).at(0)
+    assert at.formula == "loss = 0.7·T²·KL(teacher ‖ student; T=2) + 0.3·CE"
 
 
 def test_a_moment_without_any_weight_is_refused():
-    moment = Objective({"ce": constant(0.0)}, constant(1.0)).at(0)
+    at = Objective({"ce": constant(0.0)}, constant(1.0)).at(0)
     with pytest.raises(ValueError, match="every weight is 0"):
-        ledger(DenseSignal(torch.zeros(1, 2)), None, torch.tensor([0]), moment=moment, count=1)
+        ledger(DenseSignal(torch.zeros(1, 2)), None, torch.tensor([0]), at=at, count=1)
 
 
 def test_the_config_knows_the_objectives_terms():
     assert set(TERM_NAMES) == set(TERMS)
     assert set(TEMPERATURES) < set(TERMS)
     # made once for both
-    assert MEASURES["ce"].function is Objective({"ce": constant(1.0)}).at(0).logit_terms["ce"].function
+    assert EVAL_TERMS["ce"].function is Objective({"ce": constant(1.0)}).at(0).logit_terms["ce"].function
 
 
 def test_the_config_knows_the_divergences_and_their_options():
@@ -120,11 +120,11 @@ def test_the_config_knows_the_divergences_and_their_options():
 
 @pytest.mark.parametrize(("renormalise", "tail"), [(False, "+ tail"), (True, "renormalised")])
 def test_the_kd_term_takes_the_teachers_top_k(renormalise, tail):
-    moment = Objective({"kd": constant(0.7)}, constant(2.0), "forward_kl", 3, renormalise).at(0)
-    assert moment.formula == f"loss = 0.7·T²·KL(teacher ‖ student; T=2, top-3 {tail})"
+    at = Objective({"kd": constant(0.7)}, constant(2.0), "forward_kl", 3, renormalise).at(0)
+    assert at.formula == f"loss = 0.7·T²·KL(teacher ‖ student; T=2, top-3 {tail})"
     student, teacher = torch.randn(4, 7, dtype=torch.float64), torch.randn(4, 7, dtype=torch.float64)
     book = ledger(
-        DenseSignal(student), DenseSignal(teacher), torch.zeros(4, dtype=torch.long), moment=moment, count=4
+        DenseSignal(student), DenseSignal(teacher), torch.zeros(4, dtype=torch.long), at=at, count=4
     )
     p, q = (teacher / 2).softmax(-1), (student / 2).softmax(-1)
     p3, order = p.topk(3)
@@ -144,11 +144,11 @@ def test_the_kd_term_takes_the_teachers_top_k(renormalise, tail):
     ],
 )
 def test_the_kd_term_takes_the_divergence_chosen(spec, formula):
-    moment = Objective({"kd": constant(1.0)}, constant(3.0), spec).at(0)
-    assert moment.formula == formula
+    at = Objective({"kd": constant(1.0)}, constant(3.0), spec).at(0)
+    assert at.formula == formula
     student, teacher = torch.randn(4, 7, dtype=torch.float64), torch.randn(4, 7, dtype=torch.float64)
     book = ledger(
-        DenseSignal(student), DenseSignal(teacher), torch.zeros(4, dtype=torch.long), moment=moment, count=4
+        DenseSignal(student), DenseSignal(teacher), torch.zeros(4, dtype=torch.long), at=at, count=4
     )
     divergence, _ = chosen(spec)
     by_hand = 9 * divergence((student / 3).log_softmax(-1), (teacher / 3).log_softmax(-1)).mean()

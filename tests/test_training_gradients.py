@@ -34,11 +34,9 @@ def test_each_terms_gradient_is_that_of_plain_autograd():
     ids = torch.randint(300, (3, 11), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     tokens, parameters = kept(ids), list(student.parameters())
-    moment = Objective({"kd": constant(0.7), "ce": constant(0.3)}, constant(2.0)).at(0)
+    at = Objective({"kd": constant(0.7), "ce": constant(0.3)}, constant(2.0)).at(0)
     signal = signal_of(student, batch, tokens, vocabulary=300, form=head_form(student))
-    found = term_gradients(
-        signal, teacher(batch, tokens), tokens, moment=moment, parameters=parameters, chunk=7
-    )
+    found = term_gradients(signal, teacher(batch, tokens), tokens, at=at, parameters=parameters, chunk=7)
     logits, theirs = (tokens.select(model(**batch).logits) for model in (student, teacher.model))
     log_p, log_q = (theirs / 2).log_softmax(-1), (logits / 2).log_softmax(-1)
     terms = {

@@ -284,7 +284,7 @@ def test_an_evaluation_leaves_a_report_too(tiny, tmp_path, monkeypatch):
     spoilt = Weighted(
         lambda s, t, targets, temperature: torch.zeros(len(targets)).masked_fill(targets == RARE, NAN)
     )
-    monkeypatch.setitem(objective.MEASURES, "kl_to_teacher", spoilt)
+    monkeypatch.setitem(objective.EVAL_TERMS, "kl_to_teacher", spoilt)
     with pytest.raises(
         NonFiniteLoss,
         match=r"step 4: on held-out text kl_to_teacher = nan at 1 of .* tokens: teacher and student",

@@ -383,7 +383,7 @@ def test_checkpoints_by_epoch_are_resumed_with_the_same_lines(raw_config, tmp_pa
 
 def test_an_evaluation_that_is_not_finite_stops_the_run(raw_config, tmp_path, monkeypatch):
     monkeypatch.setitem(
-        objective.MEASURES,
+        objective.EVAL_TERMS,
         "kl_to_teacher",
         Weighted(lambda s, t, targets, temperature: targets * float("nan")),
     )

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdlib.losses.buffers import Workspace
-from kdlib.losses.objective import Moment, Objective, ledger, log_probs
+from kdlib.losses.objective import Objective, ObjectiveAt, ledger, log_probs
 from kdlib.losses.signals import IGNORED, DenseSignal, LinearSignal
 from kdlib.schedulers import constant
 
@@ -91,7 +91,7 @@ class Case:
     # its forward KL is the cross-entropy with the teacher: the teacher's entropy more
     adds_entropy: bool = False
 
-    def moment(self, setting: Setting) -> Moment:
+    def objective_at(self, setting: Setting) -> ObjectiveAt:
         """The objective that it computes."""
         weights = {"kd": constant(KD), **({"ce": constant(CE)} if self.ce else {})}
         top_k = setting.top_k if self.top_k else None
@@ -105,14 +105,14 @@ def kept_ledger(chunk: int, *, compiled: bool) -> Callable:
 
 def ours(case: Case, problem: Problem, setting: Setting, *, compiled: bool = True) -> Step:
     """kdlib's own evaluation; of a masked batch it sees the kept tokens only."""
-    evaluate, moment = kept_ledger(setting.chunk, compiled=compiled), case.moment(setting)
+    evaluate, at = kept_ledger(setting.chunk, compiled=compiled), case.objective_at(setting)
 
     def step() -> Tensor:
         rows = [problem.hidden, problem.teacher_hidden, problem.targets]
         if case.masked:
             rows = [tensor.index_select(0, problem.kept) for tensor in rows]
         student, teacher = LinearSignal(rows[0], problem.head), LinearSignal(rows[1], problem.teacher_head)
-        return problem.backward(evaluate(student, teacher, rows[2], moment=moment, count=len(rows[2])).total)
+        return problem.backward(evaluate(student, teacher, rows[2], at=at, count=len(rows[2])).total)
 
     return step
 
@@ -190,7 +190,9 @@ def agreement(case: Case, problem: Problem, setting: Setting) -> dict[str, float
     rows = exact.kept if case.masked else slice(None)
     for hidden, head in ((exact.hidden, exact.head), (exact.teacher_hidden, exact.teacher_head)):
         signals.append(DenseSignal(hidden[rows] @ head.T))
-    expected = ledger(*signals, exact.targets[rows], moment=case.moment(setting), count=len(signals[0])).total
+    expected = ledger(
+        *signals, exact.targets[rows], at=case.objective_at(setting), count=len(signals[0])
+    ).total
     exact.backward(expected)
     if case.adds_entropy:
         teacher = log_probs(signals[1].logits(), TEMPERATURE)

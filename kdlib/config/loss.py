@@ -11,9 +11,17 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo, WrapValidator
 
 from kdlib.config.base import Count, Number, Section, fraction, number, refuse, whole
-from kdlib.curriculum import conflicts, disorder, idle, resolved
 from kdlib.errors import nearest, printable
-from kdlib.schedulers import SHAPES, Spec, normal, sampled
+from kdlib.schedulers import (
+    SHAPES,
+    Spec,
+    curriculum_conflicts,
+    curriculum_disorder,
+    idle,
+    normal,
+    sampled,
+    with_curriculum,
+)
 
 DIVERGENCES = {
     "forward_kl": (),
@@ -71,7 +79,7 @@ def _unfit(weights: Mapping[str, Any]) -> list[str]:
 def _weights(weights: dict, info: ValidationInfo) -> dict:
     """Sound one by one, and together with the curriculum where that is sound in itself."""
     phases = _plain(info.data.get("curriculum"))
-    faults = _unfit(weights) + conflicts(weights, phases)
+    faults = _unfit(weights) + curriculum_conflicts(weights, phases)
     refuse(faults or (idle(weights, phases) if "curriculum" in info.data else []))
     return {name: normal(spec) for name, spec in weights.items()}
 
@@ -210,7 +218,11 @@ def _disorder(value: Any) -> list[str]:
         {"until": fraction(phase.get("until")), "ramp": fraction(phase.get("ramp", 0.0) or 0.0)}
         for phase in value
     ]
-    return [] if any(found is None for phase in plain for found in phase.values()) else disorder(plain)
+    return (
+        []
+        if any(found is None for phase in plain for found in phase.values())
+        else curriculum_disorder(plain)
+    )
 
 
 def _plain(curriculum: "list[PhaseConfig] | None") -> list[dict]:
@@ -218,7 +230,7 @@ def _plain(curriculum: "list[PhaseConfig] | None") -> list[dict]:
 
 
 class PhaseConfig(Section):
-    """One phase of a curriculum (kdlib.curriculum): until which fraction of training, with which weights."""
+    """One phase of a curriculum (kdlib.schedulers): until which fraction of training, with which weights."""
 
     until: Annotated[Number, Field(gt=0, le=1)]
     ramp: Annotated[Number, Field(gt=0, le=1)] | None = None
@@ -253,7 +265,7 @@ class LossConfig(Section):
     @property
     def schedules(self) -> dict[str, Spec]:
         """The weights over the whole training, the curriculum resolved into them."""
-        return resolved(self.weights, _plain(self.curriculum))
+        return with_curriculum(self.weights, _plain(self.curriculum))
 
     def temperatures(self, terms: Iterable[str]) -> dict[str, Spec]:
         """The temperature over training of each of these terms that has one.

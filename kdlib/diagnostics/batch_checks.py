@@ -12,7 +12,7 @@ from kdlib.diagnostics.config_checks import AUTO
 from kdlib.diagnostics.context import Subject
 from kdlib.diagnostics.findings import Finding
 from kdlib.losses.objective import FEATURE_TERMS, log_probs
-from kdlib.schedulers import SHAPES, from_spec, moments
+from kdlib.schedulers import SHAPES, breakpoints, from_spec
 
 UNIFORM = 0.9  # of log V: the entropy above which a teacher says next to nothing
 TELLING = 0.6  # of log V: that of a temperature which is proposed
@@ -25,7 +25,7 @@ def temperature_leaves_something_to_teach(subject: Subject) -> Iterator[Finding]
     """At the highest temperature of each term the teacher is not near uniform on this text."""
     loss, done = subject.config.loss, set()
     for term, spec in loss.temperatures(subject.active).items():
-        highest = max(from_spec(spec)(moment) for moment in moments(spec))
+        highest = max(from_spec(spec)(moment) for moment in breakpoints(spec))
         if term in FEATURE_TERMS or highest in done:
             continue
         done.add(highest)
@@ -35,7 +35,7 @@ def temperature_leaves_something_to_teach(subject: Subject) -> Iterator[Finding]
         better = next((T for T in PROPOSED if highest > T and _flatness(subject, T) <= TELLING), None)
         by_term = isinstance(loss.temperature, Mapping) and not any(key in SHAPES for key in loss.temperature)
         where = f"loss.temperature.{term}" if by_term else "loss.temperature"
-        lowest = min(from_spec(spec)(moment) for moment in moments(spec))
+        lowest = min(from_spec(spec)(moment) for moment in breakpoints(spec))
         always = lowest == highest or _flatness(subject, lowest) > UNIFORM
         yield Finding(
             "critical" if always and better else "warning",
@@ -67,7 +67,7 @@ def terms_are_of_a_size(subject: Subject) -> Iterator[Finding]:
     """
     means, when = (
         cache(lambda at: subject.batch.means(subject.objective.at(at, sampled=False))),
-        moments(*subject.active.values()),
+        breakpoints(*subject.active.values()),
     )
     for term, spec in subject.active.items():
         at = max(when, key=from_spec(spec))

@@ -15,7 +15,7 @@ from kdlib.diagnostics.allocations import Allocations, Block
 from kdlib.diagnostics.fake_step import PHASES, Outline, Rehearsal, at_layers, bytes_of
 from kdlib.hardware import as_asked
 from kdlib.losses.buffers import Workspace
-from kdlib.losses.objective import Moment, feature_terms
+from kdlib.losses.objective import ObjectiveAt, feature_terms
 from kdlib.models.hooks import layers_of
 from kdlib.models.loading import parameters
 from kdlib.training.run import listen, objective_of
@@ -138,8 +138,8 @@ class Charges:
         found: dict[str, dict[str, float]] = {"flops": {}}
         with Allocations():
             self.rehearsal = Rehearsal(plan, dtype=self.dtype, workspace=self.workspace, dense=self.dense)
-        for moment in self.rehearsal.moments:
-            for name, parts in self.step(moment).items():
+        for at in self.rehearsal.objectives:
+            for name, parts in self.step(at).items():
                 found[name] = max(parts, found.get(name, {}), key=lambda parts: sum(parts.values()))
         if str(self.args.eval_strategy.value) != "no" or self.args.eval_on_start:
             found["evaluation"] = self.evaluation()
@@ -181,7 +181,7 @@ class Charges:
     def optimizer(self) -> str:
         return getattr(self.args.optim, "value", self.args.optim)
 
-    def step(self, moment: Moment) -> dict[str, dict[str, float]]:
+    def step(self, at: ObjectiveAt) -> dict[str, dict[str, float]]:
         """The parts at the highest point of each phase of a micro-batch: the second, where gradients
         accumulate.
         """
@@ -190,10 +190,10 @@ class Charges:
         count = batch["labels"].numel() * accumulation
         if accumulation > 1:
             with self.watch():
-                rehearsal.train(batch, moment, count=count)
+                rehearsal.train(batch, at, count=count)
         with self.watch() as watch:
             watch.blocks_of(self.gradients())
-            rehearsal.train(batch, moment, count=count, phase=watch.phase)
+            rehearsal.train(batch, at, count=count, phase=watch.phase)
             kept = self.kept_logits(watch) | {
                 id(block): "gradients" for block in watch.blocks_of(self.gradients())
             }
@@ -264,7 +264,7 @@ class Charges:
     def evaluation(self) -> dict[str, float]:
         batch = self.rehearsal.batch(self.args.per_device_eval_batch_size)
         with self.watch() as watch:
-            self.rehearsal.evaluate(batch, self.rehearsal.moments[-1], watch.phase)
+            self.rehearsal.evaluate(batch, self.rehearsal.objectives[-1], watch.phase)
             kept = self.kept_logits(watch)
         return self.parts(watch, watch.spans["evaluation"], kept)
 

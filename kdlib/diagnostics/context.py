@@ -21,7 +21,7 @@ from kdlib.data.batches import Prepared
 from kdlib.diagnostics.fake_step import outline
 from kdlib.errors import ConfigError, KdlibError
 from kdlib.losses.features import LayerPairs
-from kdlib.losses.objective import MEASURES, Moment, Objective, row_sums
+from kdlib.losses.objective import EVAL_TERMS, Objective, ObjectiveAt, row_sums
 from kdlib.losses.signals import Kept, Signal, kept
 from kdlib.models import loading as models
 from kdlib.models.teacher import LiveTeacher, insides, signal_of
@@ -72,20 +72,20 @@ class FirstBatch:
     teacher: Signal
     rows: int
 
-    def means(self, moment: Moment) -> dict[str, float]:
-        """{term of the moment: unweighted nats per token}."""
+    def means(self, at: ObjectiveAt) -> dict[str, float]:
+        """{term of that objective: unweighted nats per token}."""
         sums = row_sums(
             self.student,
             self.teacher,
             self.tokens.targets,
             self.tokens.rows,
             row_count=self.rows,
-            moment=moment,
-            measures={"ce": MEASURES["ce"]},
+            at=at,
+            terms={"ce": EVAL_TERMS["ce"]},
             chunk=CHUNK,
         )
         count = max(len(self.tokens.targets), 1)
-        return {name: float(sums[name].sum()) / count for name in moment.weights}
+        return {name: float(sums[name].sum()) / count for name in at.weights}
 
     def teacher_logits(self) -> Iterator[Tensor]:
         """[n, V] of each chunk, in float32."""
@@ -270,7 +270,7 @@ class Subject:
         batch = {
             name: values.to(self.teacher.model.device) for name, values in self.prepared.collate(rows).items()
         }
-        tokens, every = kept(batch["labels"]), Moment(dict.fromkeys(self.active, 1.0), {})
+        tokens, every = kept(batch["labels"]), ObjectiveAt(dict.fromkeys(self.active, 1.0), {})
         ours, theirs = insides(every, self.pairs, self.student)
         with torch.no_grad():
             form = models.head_form(self.student)

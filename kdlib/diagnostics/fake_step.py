@@ -28,7 +28,7 @@ from kdlib.data.batches import collate, collate_classes
 from kdlib.errors import ModelError
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.features import LayerPairs
-from kdlib.losses.objective import MEASURES, Moment, Objective, ledger, row_sums
+from kdlib.losses.objective import EVAL_TERMS, Objective, ObjectiveAt, ledger, row_sums
 from kdlib.losses.signals import Form, Kept, Signal, kept
 from kdlib.models.classifier import blank_classifier
 from kdlib.models.loading import (
@@ -231,14 +231,14 @@ class Rehearsal:
         self.student.activation_checkpointing_enable(options, every_n_layers=every, offload=offload)
 
     @cached_property
-    def moments(self) -> list[Moment]:
+    def objectives(self) -> list[ObjectiveAt]:
         """The objective at the moments of training that ask the models for different things."""
-        found: dict[tuple, Moment] = {}
+        found: dict[tuple, ObjectiveAt] = {}
         for number in range(MOMENTS + 1):
-            moment = self.objective.at(number / MOMENTS)
-            asks = (moment.needs_teacher, moment.needs_hidden, moment.needs_attention)
-            if moment.weights and len(moment.weights) > len(getattr(found.get(asks), "weights", ())):
-                found[asks] = moment
+            at = self.objective.at(number / MOMENTS)
+            asks = (at.needs_teacher, at.needs_hidden, at.needs_attention)
+            if at.weights and len(at.weights) > len(getattr(found.get(asks), "weights", ())):
+                found[asks] = at
         return list(found.values())
 
     def batch(self, rows: int) -> dict[str, Tensor]:
@@ -278,7 +278,7 @@ class Rehearsal:
     def train(
         self,
         batch: Mapping[str, Tensor],
-        moment: Moment,
+        at: ObjectiveAt,
         *,
         count: int,
         phase: Phase = lambda name: nullcontext(),
@@ -290,41 +290,41 @@ class Rehearsal:
             phase: entered for each of PHASES.
         """
         self.student.train()
-        total = self._loss(batch, moment, count, phase)
+        total = self._loss(batch, at, count, phase)
         with phase("backward"):
             total.backward()
 
-    def _loss(self, batch: Mapping[str, Tensor], moment: Moment, count: int, phase: Phase) -> Tensor:
+    def _loss(self, batch: Mapping[str, Tensor], at: ObjectiveAt, count: int, phase: Phase) -> Tensor:
         with self._autocast():
-            tokens, student, teacher = self._signals(batch, moment, moment.needs_teacher, phase)
+            tokens, student, teacher = self._signals(batch, at, at.needs_teacher, phase)
             with phase("loss"):
                 return ledger(
-                    student, teacher, tokens.targets, moment=moment, count=count, workspace=self.workspace
+                    student, teacher, tokens.targets, at=at, count=count, workspace=self.workspace
                 ).total
 
     @torch.no_grad()
     def evaluate(
-        self, batch: Mapping[str, Tensor], moment: Moment, phase: Phase = lambda name: nullcontext()
+        self, batch: Mapping[str, Tensor], at: ObjectiveAt, phase: Phase = lambda name: nullcontext()
     ) -> None:
         """One batch of the evaluation."""
         self.student.eval()
         with phase("evaluation"), self._autocast():
-            tokens, student, teacher = self._signals(batch, moment, True, phase)
+            tokens, student, teacher = self._signals(batch, at, True, phase)
             row_sums(
                 student,
                 teacher,
                 tokens.targets,
                 tokens.rows,
                 row_count=len(batch["labels"]),
-                measures=MEASURES,
-                moment=moment,
+                terms=EVAL_TERMS,
+                at=at,
                 chunk=self.workspace.chunk_for(student),
             )
 
     def _signals(
-        self, batch: Mapping[str, Tensor], moment: Moment, with_teacher: bool, phase: Phase
+        self, batch: Mapping[str, Tensor], at: ObjectiveAt, with_teacher: bool, phase: Phase
     ) -> tuple[Kept, Signal, Signal | None]:
-        tokens, (ours, theirs) = kept(batch["labels"]), insides(moment, self.pairs, self.student)
+        tokens, (ours, theirs) = kept(batch["labels"]), insides(at, self.pairs, self.student)
         reads = "teacher_" if "teacher_input_ids" in batch else ""
         with phase("student's forward"):
             student = self._heard(self.student, batch, tokens, self.form, ours)

@@ -31,7 +31,7 @@ from kdlib.models import loading as models
 from kdlib.models.hooks import attend_eagerly
 from kdlib.models.teacher import PROJECTIONS, LiveTeacher
 from kdlib.runs.folder import StudentFolder
-from kdlib.schedulers import from_spec, moments
+from kdlib.schedulers import breakpoints, from_spec
 from kdlib.tasks import base as tasks
 from kdlib.training import run as training
 from kdlib.training.trainer import DistillationTrainer
@@ -156,7 +156,7 @@ def tested_fractions(config: Config) -> list[float]:
     weight is greatest.
     """
     specs, fractions = config.loss.schedules, [0.0]
-    when = moments(*specs.values())
+    when = breakpoints(*specs.values())
     for course in map(from_spec, specs.values()):
         if not any(course(fraction) for fraction in fractions) and course(best := max(when, key=course)):
             fractions.append(best)

@@ -158,9 +158,9 @@ def _seconds_of_others() -> float:
 def _timed(job: Job, rehearsal: Rehearsal) -> Times:
     """One micro-batch, one optimizer step, one batch of the evaluation."""
     times: Times = {}
-    clock, moment = partial(_clock, times, job.device), rehearsal.moments[-1]
+    clock, at = partial(_clock, times, job.device), rehearsal.objectives[-1]
     batch = rehearsal.batch(job.rows)
-    rehearsal.train(batch, moment, count=batch["labels"].numel() * job.accumulation, phase=clock)
+    rehearsal.train(batch, at, count=batch["labels"].numel() * job.accumulation, phase=clock)
     trained = [parameter for parameter in rehearsal.student.parameters() if parameter.grad is not None]
     optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
     optimizer.step()  # makes its state
@@ -176,7 +176,7 @@ def _timed(job: Job, rehearsal: Rehearsal) -> Times:
 def _evaluation(job: Job, rehearsal: Rehearsal, batch: Mapping[str, torch.Tensor]) -> Times:
     """The evaluation of a batch as large as the config's, from one as large as the training's."""
     times: Times = {}
-    rehearsal.evaluate(batch, rehearsal.moments[-1], partial(_clock, times, job.device))
+    rehearsal.evaluate(batch, rehearsal.objectives[-1], partial(_clock, times, job.device))
     each = job.eval_rows / job.rows
     parts = {name: times[name] for name in ("student's forward", "teacher's forward")}
     parts["measures"] = tuple(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdlib.config.run import Config
 from kdlib.data.batches import Prepared
-from kdlib.losses.objective import MEASURES, row_sums
+from kdlib.losses.objective import EVAL_TERMS, row_sums
 from kdlib.losses.signals import IGNORED, Signal, kept
 from kdlib.metrics.bootstrap import Bootstrap, interval
 from kdlib.models.efficiency import Batch, peak_memory, seconds_of
@@ -165,8 +165,8 @@ class Comparison:
     def _figures(self, sums: np.ndarray, draws: np.ndarray) -> dict[str, np.ndarray]:
         """Each metric for each draw of rows, [draws, rows] times each row is drawn: [draws]."""
         drawn = draws @ sums  # [draws, measures + 1]
-        mean = dict(zip(MEASURES, (drawn[:, :-1] / drawn[:, -1:]).T, strict=True))
-        nats, size = drawn[:, list(MEASURES).index("ce")], draws @ self.row_bytes
+        mean = dict(zip(EVAL_TERMS, (drawn[:, :-1] / drawn[:, -1:]).T, strict=True))
+        nats, size = drawn[:, list(EVAL_TERMS).index("ce")], draws @ self.row_bytes
         perplexity, bits_per_byte = np.exp(mean.pop("ce")), nats / math.log(2) / size
         return {"perplexity": perplexity, "bits_per_byte": bits_per_byte, **mean}
 

@@ -10,11 +10,10 @@ from torch import Tensor
 from kdlib.config.loss import TEMPERATURES
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.chunked import TokenFunction, Weighted, term_sums, token_values
-from kdlib.losses.divergences import FORMULAS, Divergence, chosen, forward_kl
+from kdlib.losses.divergences import FORMULAS, Divergence, OnSamples, OnTopK, chosen, forward_kl
 from kdlib.losses.features import attention_divergence, contrastive_loss, hidden_distance, relational_distance
 from kdlib.losses.ledger import Entry, Ledger
 from kdlib.losses.signals import Features, Signal
-from kdlib.losses.subset import OnSamples, OnTopK
 from kdlib.schedulers import Schedule, constant
 
 
@@ -119,7 +118,7 @@ TERMS = ("kd", "ce", *(divergence.__name__ for divergence in FORMULAS), *FEATURE
 say.
 """
 
-MEASURES = {
+EVAL_TERMS = {
     "ce": Weighted(cross_entropy),
     "kl_to_teacher": Weighted(SoftTargets()),
     "agreement": Weighted(agreement),
@@ -142,7 +141,7 @@ class Objective:
     normalise: bool = True  # hidden states, in the hidden term
     layers: str = "even"  # which are compared, in words: for the formula
 
-    def at(self, fraction: float, *, sampled: bool = True) -> "Moment":
+    def at(self, fraction: float, *, sampled: bool = True) -> "ObjectiveAt":
         """The objective at this fraction of training, 0 to 1.  Terms of weight 0 are gone, not computed.
 
         Args:
@@ -162,7 +161,7 @@ class Objective:
             divergence = OnSamples(divergence, self.samples) if sampled else divergence
             formula = formula.replace("{at}", f"{{at}}, from {self.samples} samples" if sampled else "{at}")
         temperatures = {name: self.temperature_of(name)(fraction) for name in active if name in TEMPERATURES}
-        return Moment(active, temperatures, divergence, formula, self.normalise, self.layers)
+        return ObjectiveAt(active, temperatures, divergence, formula, self.normalise, self.layers)
 
     def planned(self, fraction: float) -> dict[str, float]:
         """Weights and temperatures at this fraction of training, by the names under which they are logged."""
@@ -190,7 +189,7 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class Moment:
+class ObjectiveAt:
     """The objective at one moment: plain numbers."""
 
     weights: Mapping[str, float]
@@ -200,7 +199,7 @@ class Moment:
     normalise: bool = True
     layers: str = "even"
 
-    def alone(self, name: str) -> "Moment":
+    def alone(self, name: str) -> "ObjectiveAt":
         """The same with this term only."""
         return replace(self, weights={name: self.weights[name]})
 
@@ -272,30 +271,30 @@ def ledger(
     teacher: Signal | None,
     targets: Tensor,
     *,
-    moment: Moment,
+    at: ObjectiveAt,
     count: Tensor | int,
     workspace: Workspace | None = None,
 ) -> Ledger:
     """What these kept tokens cost: the ledger whose `total` is back-propagated.
 
     Args:
-        student, teacher: signals of the same N kept tokens; the teacher may be None if `moment.needs_teacher`
+        student, teacher: signals of the same N kept tokens; the teacher may be None if `at.needs_teacher`
             is False.
         targets: [N] token ids.
         count: kept tokens of the whole optimizer step: all micro-batches, all ranks.
         workspace: what is kept between steps.
     """
-    if not moment.weights:
+    if not at.weights:
         raise ValueError(
             "every weight is 0 at this moment, so there is nothing to learn from; give one term a weight"
         )
-    sums = {name: values.sum() for name, values in moment.feature_values(student, teacher).items()}
-    if terms := moment.logit_terms:
+    sums = {name: values.sum() for name, values in at.feature_values(student, teacher).items()}
+    if terms := at.logit_terms:
         made = term_sums(
             student, teacher, targets, terms=list(terms.values()), count=count, workspace=workspace
         )
         sums |= dict(zip(terms, made, strict=True))
-    return Ledger({name: Entry(sums[name], count, weight) for name, weight in moment.weights.items()})
+    return Ledger({name: Entry(sums[name], count, weight) for name, weight in at.weights.items()})
 
 
 @torch.no_grad()
@@ -306,17 +305,17 @@ def row_sums(
     rows: Tensor,
     *,
     row_count: int,
-    measures: Mapping[str, Weighted] = MEASURES,
-    moment: Moment | None = None,
+    terms: Mapping[str, Weighted] = EVAL_TERMS,
+    at: ObjectiveAt | None = None,
     chunk: int | None = 128,
 ) -> dict[str, Tensor]:
-    """{measure or term of the moment: [row_count] unweighted sums of the tokens of each row; tokens: their
+    """{term: [row_count] unweighted sums of the tokens of each row; tokens: their
     number}.
 
     Row by row, so that ranks can drop the rows that a sampler repeated, and comparisons can resample rows.  A
-    measure that is also a term is made once.
+    term of the objective that is evaluated anyway is made once.
     """
-    terms = {**(moment.logit_terms if moment else {}), **measures}
+    terms = {**(at.logit_terms if at else {}), **terms}
     values = dict(
         zip(
             terms,
@@ -324,6 +323,6 @@ def row_sums(
             strict=True,
         )
     )
-    values |= moment.feature_values(student, teacher) if moment else {}
+    values |= at.feature_values(student, teacher) if at else {}
     values["tokens"] = next(iter(values.values())).new_ones(len(targets))
     return {name: value.new_zeros(row_count).index_add_(0, rows, value) for name, value in values.items()}

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
 from kdlib.losses.features import LayerPairs
-from kdlib.losses.objective import Moment
+from kdlib.losses.objective import ObjectiveAt
 from kdlib.losses.signals import DenseSignal, Features, Form, Kept, LinearSignal, Signal
 from kdlib.models.hooks import attend_eagerly, captured_hidden, captured_layers
 from kdlib.models.loading import head_form
@@ -28,13 +28,13 @@ class Inside:
     projections: nn.ModuleList | None = None  # the student's, to the teacher's size
 
 
-def insides(moment: Moment, pairs: LayerPairs, student: PreTrainedModel) -> tuple[Inside, Inside]:
+def insides(at: ObjectiveAt, pairs: LayerPairs, student: PreTrainedModel) -> tuple[Inside, Inside]:
     """What student and teacher are listened to for, at a moment of the training; the student with its
     projections.
     """
     ours, theirs = zip(*pairs, strict=True) if pairs else ((), ())
-    wanted = {"hidden": moment.needs_hidden, "attention": moment.needs_attention}
-    projections = getattr(student, PROJECTIONS, None) if moment.needs_projection else None
+    wanted = {"hidden": at.needs_hidden, "attention": at.needs_attention}
+    projections = getattr(student, PROJECTIONS, None) if at.needs_projection else None
     return Inside(ours, **wanted, projections=projections), Inside(theirs, **wanted)
 
 

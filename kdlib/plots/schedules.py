@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from kdlib.config.run import Config
 from kdlib.plots.axes import TERM_COLOURS
-from kdlib.schedulers import Spec, from_spec, moments
+from kdlib.schedulers import Spec, breakpoints, from_spec
 
 LEARNING_RATE = 5e-5  # TrainingArguments' own, where a config is silent
 # the Trainer's courses that kdlib.schedulers has words for
@@ -80,7 +80,7 @@ def curves(config: Config, steps: int | None = None, plan: pd.DataFrame | None =
     )
     specs |= one or {f"{name}_temperature": spec for name, spec in temperatures.items()}
     course = rate_course(config, steps)
-    when = moments(*specs.values(), *[] if course is None else [course])
+    when = breakpoints(*specs.values(), *[] if course is None else [course])
     table = {
         "fraction": when,
         **{name: [from_spec(spec)(moment) for moment in when] for name, spec in specs.items()},

@@ -20,8 +20,7 @@ import psutil
 import yaml
 
 from kdlib.config.run import Config, differences, parse
-from kdlib.errors import RunError, nearest
-from kdlib.keys import refuse_keys
+from kdlib.errors import RunError, nearest, refuse_keys
 
 # set by the command that runs the notebooks: it keeps status.json, and nobody watches the cells
 PARENT = "KDLIB_RUN_BY"

@@ -13,7 +13,7 @@ import numpy as np
 from datasets import Dataset
 
 from kdlib.data.batches import Prepared
-from kdlib.losses.objective import MEASURES, row_sums
+from kdlib.losses.objective import EVAL_TERMS, row_sums
 from kdlib.losses.signals import kept
 from kdlib.metrics.bootstrap import Bootstrap
 from kdlib.metrics.classification import Answers
@@ -21,7 +21,7 @@ from kdlib.metrics.paired import results_of, worst_rows
 from kdlib.models.teacher import LiveTeacher
 
 BATCH = 16  # rows per forward pass
-SCORE = {"ce": MEASURES["ce"]}
+SCORE = {"ce": EVAL_TERMS["ce"]}
 METRICS = ("choice_accuracy", "choice_accuracy_raw", "choice_agreement", "choice_retention")
 """Of a comparison: share of questions right by the normalised scores, by the raw ones, with the teacher's
 choice (normalised); and 100 · accuracy / the teacher's.
@@ -54,7 +54,7 @@ def scores_of(voice: LiveTeacher, prepared: Prepared, rows: Dataset) -> np.ndarr
         }
         tokens = kept(batch["labels"])
         sums = row_sums(
-            voice(batch, tokens), None, tokens.targets, tokens.rows, row_count=len(numbers), measures=SCORE
+            voice(batch, tokens), None, tokens.targets, tokens.rows, row_count=len(numbers), terms=SCORE
         )
         found[numbers] = -sums["ce"].double().cpu().numpy()
     return found

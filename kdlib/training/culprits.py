@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from kdlib.losses.chunked import Weighted, token_values
-from kdlib.losses.objective import Moment
+from kdlib.losses.objective import ObjectiveAt
 from kdlib.losses.signals import Kept, Signal
 
 # a batch to its kept tokens, student, teacher
@@ -60,7 +60,7 @@ def examined(
     ask: Ask,
     *,
     models: Mapping[str, nn.Module],
-    moment: Moment,
+    at: ObjectiveAt,
     measures: Mapping[str, Weighted],
     chunk: int,
 ) -> Culprit | None:
@@ -81,7 +81,7 @@ def examined(
             who: stack.enter_context(_first_broken(model, shapes[who])) for who, model in models.items()
         }
         tokens, student, teacher = ask(batch)
-    logit_terms = {**moment.logit_terms, **measures}
+    logit_terms = {**at.logit_terms, **measures}
     values = (
         dict(
             zip(
@@ -93,7 +93,7 @@ def examined(
         if logit_terms
         else {}
     )
-    values |= moment.feature_values(student, teacher)
+    values |= at.feature_values(student, teacher)
     bad = {name: ~value.isfinite() for name, value in values.items()}
     terms = {
         name: (float(values[name][where][0]), int(where.sum())) for name, where in bad.items() if where.any()

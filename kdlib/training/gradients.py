@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlib.losses.buffers import Workspace
-from kdlib.losses.objective import Moment, ledger
+from kdlib.losses.objective import ObjectiveAt, ledger
 from kdlib.losses.signals import Kept, Signal
 
 
@@ -18,7 +18,7 @@ def term_gradients(
     teacher: Signal | None,
     tokens: Kept,
     *,
-    moment: Moment,
+    at: ObjectiveAt,
     parameters: Sequence[nn.Parameter],
     chunk: int | None = None,
 ) -> dict[str, list[Tensor]]:
@@ -33,11 +33,11 @@ def term_gradients(
         chunk: tokens whose logits exist at a time.
     """
     found = {}
-    for name in moment.weights:
+    for name in at.weights:
         # a workspace of its own, as nothing is to be compiled for this
-        alone, workspace = moment.alone(name), Workspace(chunk)
+        alone, workspace = at.alone(name), Workspace(chunk)
         loss = ledger(
-            student, teacher, tokens.targets, moment=alone, count=len(tokens.targets), workspace=workspace
+            student, teacher, tokens.targets, at=alone, count=len(tokens.targets), workspace=workspace
         ).total
         found[name] = [
             torch.zeros_like(weight) if grad is None else grad

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlib.losses.chunked import Weighted
-from kdlib.losses.objective import Moment
+from kdlib.losses.objective import ObjectiveAt
 from kdlib.training.culprits import WHO, Ask, Culprit, broken_gradients, broken_weights, examined
 
 REMEMBERED = 10  # gradient norms
@@ -85,7 +85,7 @@ class Scene:
 
     models: Mapping[str, nn.Module]  # student, and teacher where it is asked
     ask: Ask
-    moment: Moment
+    at: ObjectiveAt
     chunk: int
     measures: Mapping[str, Weighted] = field(default_factory=dict)
 
@@ -106,7 +106,7 @@ def culprit_of(scene: Scene, micro_batches: Sequence[MicroBatch], *, with_gradie
                 micro_batch.inputs,
                 scene.ask,
                 models=scene.models,
-                moment=scene.moment,
+                at=scene.at,
                 measures=scene.measures,
                 chunk=scene.chunk,
             )

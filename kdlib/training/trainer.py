@@ -19,7 +19,7 @@ from kdlib.losses.buffers import PIECE, Workspace
 from kdlib.losses.chunked import Weighted
 from kdlib.losses.features import LayerPairs
 from kdlib.losses.ledger import LedgerWindow, breach
-from kdlib.losses.objective import MEASURES, Moment, Objective, ledger, row_sums
+from kdlib.losses.objective import EVAL_TERMS, Objective, ObjectiveAt, ledger, row_sums
 from kdlib.losses.signals import Kept, Signal, kept
 from kdlib.models.loading import head_form
 from kdlib.models.teacher import PROJECTIONS, LiveTeacher, insides, signal_of
@@ -125,13 +125,13 @@ class DistillationTrainer(GuardedTrainer):
         return step / max(self.state.max_steps, 1)
 
     def signals(
-        self, model, batch: Mapping[str, Tensor], moment: Moment, *, with_teacher: bool
+        self, model, batch: Mapping[str, Tensor], at: ObjectiveAt, *, with_teacher: bool
     ) -> tuple[Kept, Signal, Signal | None]:
         """The kept tokens of a batch and what student and teacher said about them, and felt where a term
         of the moment asks.
         """
         tokens, unwrapped = kept(batch["labels"]), self.accelerator.unwrap_model(model)
-        ours, theirs = insides(moment, self.layer_pairs, unwrapped)
+        ours, theirs = insides(at, self.layer_pairs, unwrapped)
         student = signal_of(
             model, batch, tokens, vocabulary=self.vocabulary, form=self.form, unwrapped=unwrapped, inside=ours
         )
@@ -149,18 +149,18 @@ class DistillationTrainer(GuardedTrainer):
                 f"{type(self.accelerator.unwrap_model(model)).__name__}'s does not: "
                 "use a model that does"
             )
-        moment = self.objective.at(self._done(self.state.global_step))
+        at = self.objective.at(self._done(self.state.global_step))
         is_first, every = self.guard.begin(inputs, self.state.global_step), self.grad_norms_every
         if is_first and every and (self.state.global_step + 1) % every == 0 and self.is_world_process_zero():
-            self.gradients = self._gradient_figures(moment)
+            self.gradients = self._gradient_figures(at)
         # accelerate wraps the model's forward only; the heads' products happen here
         with self.accelerator.autocast():
-            tokens, student, teacher = self.signals(model, inputs, moment, with_teacher=moment.needs_teacher)
+            tokens, student, teacher = self.signals(model, inputs, at, with_teacher=at.needs_teacher)
             book = ledger(
                 student,
                 teacher,
                 tokens.targets,
-                moment=moment,
+                at=at,
                 count=num_items_in_batch,
                 workspace=self.workspace,
             )
@@ -169,15 +169,13 @@ class DistillationTrainer(GuardedTrainer):
         self.guard.end(total, num_items_in_batch)
         self.tokens += len(tokens.targets)
         self.counted = "tokens" if inputs["labels"].ndim == 2 else "rows"
-        idle = (
-            [] if moment.needs_projection else getattr(self.accelerator.unwrap_model(model), PROJECTIONS, [])
-        )
+        idle = [] if at.needs_projection else getattr(self.accelerator.unwrap_model(model), PROJECTIONS, [])
         # DDP waits for a gradient of every parameter
         unused = sum(0 * matrix.weight.sum() for matrix in idle)
         # DDP averages the ranks' gradients; their sum is meant
         return total * self.accelerator.num_processes + unused
 
-    def _gradient_figures(self, moment: Moment) -> dict[str, float]:
+    def _gradient_figures(self, at: ObjectiveAt) -> dict[str, float]:
         """Each term's gradient norm and their cosines, on the micro-batch that has just begun; nothing of
         the step is changed.
         """
@@ -188,23 +186,23 @@ class DistillationTrainer(GuardedTrainer):
         ]
         with micro_batch.replayed(), self.accelerator.autocast():
             tokens, student, teacher = self.signals(
-                model, micro_batch.inputs, moment, with_teacher=moment.needs_teacher
+                model, micro_batch.inputs, at, with_teacher=at.needs_teacher
             )
             return gradient_figures(
                 term_gradients(
-                    student, teacher, tokens, moment=moment, parameters=parameters, chunk=self.workspace.chunk
+                    student, teacher, tokens, at=at, parameters=parameters, chunk=self.workspace.chunk
                 )
             )
 
-    def scene(self, moment: Moment | None = None, measures: Mapping[str, Weighted] | None = None) -> Scene:
-        moment, model = (
-            moment or self.objective.at(self._done(self.state.global_step)),
+    def scene(self, at: ObjectiveAt | None = None, measures: Mapping[str, Weighted] | None = None) -> Scene:
+        at, model = (
+            at or self.objective.at(self._done(self.state.global_step)),
             self.accelerator.unwrap_model(self.model),
         )
-        with_teacher = self.teacher is not None and (measures is not None or moment.needs_teacher)
+        with_teacher = self.teacher is not None and (measures is not None or at.needs_teacher)
         models = {"student": model} | ({"teacher": self.teacher.model} if with_teacher else {})
-        ask = partial(self.signals, model, moment=moment, with_teacher=with_teacher)
-        return Scene(models, ask, moment, self.workspace.chunk or PIECE, measures or {})
+        ask = partial(self.signals, model, at=at, with_teacher=with_teacher)
+        return Scene(models, ask, at, self.workspace.chunk or PIECE, measures or {})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the terms to the Trainer's own training line, after checking that they sum to its loss."""
@@ -234,16 +232,18 @@ class DistillationTrainer(GuardedTrainer):
     ):
         """The same objective with the weights of this step, and the measures that do not depend on them."""
         model, rows = self.accelerator.unwrap_model(self.model), []
-        moment = self.objective.at(self._done(self.state.global_step), sampled=False)
+        at = self.objective.at(self._done(self.state.global_step), sampled=False)
         measures = {
-            name: f for name, f in MEASURES.items() if self.teacher is not None or name in ("ce", "accuracy")
+            name: f
+            for name, f in EVAL_TERMS.items()
+            if self.teacher is not None or name in ("ce", "accuracy")
         }
         said = []  # of rows with a class: (answer, right answer)
         model.eval()
         for batch in dataloader:
             with torch.no_grad(), self.accelerator.autocast():
                 tokens, student, teacher = self.signals(
-                    model, self._prepare_inputs(batch), moment, with_teacher=self.teacher is not None
+                    model, self._prepare_inputs(batch), at, with_teacher=self.teacher is not None
                 )
                 sums = row_sums(
                     student,
@@ -251,8 +251,8 @@ class DistillationTrainer(GuardedTrainer):
                     tokens.targets,
                     tokens.rows,
                     row_count=len(batch["labels"]),
-                    measures=measures,
-                    moment=moment,
+                    terms=measures,
+                    at=at,
                     chunk=self.workspace.chunk_for(student),
                 )
             # drops repeated rows
@@ -269,15 +269,15 @@ class DistillationTrainer(GuardedTrainer):
         if not all(map(math.isfinite, means.values())):
             row = int((~rows.isfinite()).any(1).nonzero()[0, 0])
             self.stop(
-                self.scene(moment, measures),
+                self.scene(at, measures),
                 [self.asked(dataloader.dataset[row])],
                 step=self.state.global_step,
                 stage="evaluation",
                 rows=dataloader.dataset,
             )
-        figures = {"loss": sum(weight * means[name] for name, weight in moment.weights.items())}
-        figures |= {f"{name}_loss": means[name] for name in moment.weights}
-        figures |= {f"{name}_weight": weight for name, weight in moment.weights.items()}
+        figures = {"loss": sum(weight * means[name] for name, weight in at.weights.items())}
+        figures |= {f"{name}_loss": means[name] for name in at.weights}
+        figures |= {f"{name}_weight": weight for name, weight in at.weights.items()}
         figures |= {name: means[name] for name in measures if name != "ce"}
         if said:
             from sklearn.metrics import f1_score  # takes a second, and rows with a class alone need it
@@ -299,7 +299,7 @@ class DistillationTrainer(GuardedTrainer):
 
     def _choice_accuracy(self, model, rows: Dataset) -> float:
         """The share of questions whose right choice scores highest by the length-normalised likelihood."""
-        parts, plain = [], Moment({}, {})
+        parts, plain = [], ObjectiveAt({}, {})
         for batch in self.get_test_dataloader(rows):  # in the order of the rows; repeated ones are dropped
             with torch.no_grad(), self.accelerator.autocast():
                 tokens, student, _ = self.signals(
@@ -311,7 +311,7 @@ class DistillationTrainer(GuardedTrainer):
                     tokens.targets,
                     tokens.rows,
                     row_count=len(batch["labels"]),
-                    measures=scoring.SCORE,
+                    terms=scoring.SCORE,
                     chunk=self.workspace.chunk_for(student),
                 )
             parts.append(self.accelerator.gather_for_metrics(-sums["ce"]))

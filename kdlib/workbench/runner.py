@@ -15,8 +15,7 @@ from jupyter_client.manager import KernelManager
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from kdlib.errors import RunError, Stopped, nearest
-from kdlib.keys import refuse_keys
+from kdlib.errors import RunError, Stopped, nearest, refuse_keys
 from kdlib.reports import index as overview, run as reports
 from kdlib.runs.folder import PARENT, Run, project_root, write_error
 from kdlib.workbench.kernels import Kernels

@@ -23,7 +23,7 @@ from kdlib.diagnostics import doctor, findings, outlook, parity
 from kdlib.errors import RunError, nearest
 from kdlib.evaluation import compare, predictions as sights
 from kdlib.losses.buffers import device_memory
-from kdlib.losses.objective import Moment
+from kdlib.losses.objective import ObjectiveAt
 from kdlib.losses.signals import kept
 from kdlib.models import loading as models
 from kdlib.models.teacher import LiveTeacher
@@ -124,7 +124,7 @@ class Workbench:
             raise RunError(f"run {self.run.name} is not set up yet; run 00_setup first")
         return tasks.untrained_student(self.config, self.prepared, self.run.manifest["student_layers"])
 
-    def moment(self, weights: Mapping[str, Any] | None = None, fraction: float = 0.0) -> Moment:
+    def objective_at(self, weights: Mapping[str, Any] | None = None, fraction: float = 0.0) -> ObjectiveAt:
         return training.objective_of(self.config, weights).at(fraction)
 
     def setup(self) -> pd.DataFrame:
@@ -168,7 +168,7 @@ class Workbench:
                 "fingerprint": self.prepared.notes["fingerprint"],
                 "precision": self.run.manifest["precision"],
                 "objective": self.formula(),
-                "baseline": self.moment(self.config.baseline.weights).formula
+                "baseline": self.objective_at(self.config.baseline.weights).formula
                 if self.config.baseline
                 else "none",
             }
@@ -185,7 +185,7 @@ class Workbench:
 
     def formula(self) -> str:
         """The resolved objective at the start, and at the end where it moves."""
-        start, end = self.moment().formula, self.moment(fraction=1.0).formula
+        start, end = self.objective_at().formula, self.objective_at(fraction=1.0).formula
         return start if start == end else f"{start}  …  {end}"
 
     def shapes(self) -> pd.DataFrame:
@@ -375,7 +375,7 @@ class Workbench:
         if folder.is_trained:
             print(f"{label}: trained already")
             return None
-        print(f"{label}: {self.moment(weights).formula}")
+        print(f"{label}: {self.objective_at(weights).formula}")
         return training.train(
             self.config,
             folder,

@@ -3,8 +3,7 @@
 import pytest
 
 from kdlib.config.run import parse
-from kdlib.errors import ConfigError
-from kdlib.keys import refuse_keys
+from kdlib.errors import ConfigError, refuse_keys
 from kdlib.runs import folder as runs
 from kdlib.workbench import runner
 
