@@ -134,6 +134,16 @@ def test_a_run_that_is_not_at_its_end_is_said_to_be_so(tmp_path, state, words):
     assert f'class="state {state}"' in page
 
 
+def test_a_night_between_two_sittings_is_no_part_of_the_time_a_training_took(tmp_path):
+    run = made_run(tmp_path / "runs", "a", steps=16, kl=None)
+    text = run.metrics.read_text()
+    for step in range(10, 18, 2):  # eight hours later
+        text = text.replace(f"T10:{step:02d}", f"T18:{step:02d}")
+    run.metrics.write_text(text)
+    page = reports.render(run, tmp_path / "reports").read_text()
+    assert "<dt>training, time</dt><dd>14 min</dd>" in page
+
+
 def test_a_report_of_a_failed_run_shows_what_there_is(tmp_path):
     run = made_run(
         tmp_path / "runs", "a", state="failed", message="02_train: \x1b[31mOutOfMemoryError", steps=4, kl=None

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from kdlib.reports.html import drawing
+from kdlib.runs.log import thinned
 
-POINTS = 120  # of a curve at most
+POINTS = 120  # of a curve, about
 WIDTH, HEIGHT, EDGE = 120, 28, 3  # of a small curve, px
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#6e6e6e", "#a6761d")
 DASHES = ("solid", "dashed", "dotted", "dashdot")
@@ -25,8 +26,8 @@ def small_curve(curves: Mapping[str, pd.Series], words: str) -> Markup:
         curves: student, whose colour style.css has → values, indexed by step.
         words: what is shown; said by the picture when it is pointed at.
     """
-    thinned = {name: thin(values) for name, values in curves.items()}
-    finite = {name: values[np.isfinite(values)] for name, values in thinned.items()}
+    kept = {name: _thin(values) for name, values in curves.items()}
+    finite = {name: values[np.isfinite(values)] for name, values in kept.items()}
     every = pd.concat(list(finite.values())) if finite else pd.Series(dtype=float)
     if len(every) < 2:
         return Markup("")
@@ -37,7 +38,7 @@ def small_curve(curves: Mapping[str, pd.Series], words: str) -> Markup:
         )
         for name, values in finite.items()
     ]
-    broken = [step for values in thinned.values() for step, value in values.items() if not np.isfinite(value)]
+    broken = [step for values in kept.values() for step, value in values.items() if not np.isfinite(value)]
     lines += [
         Markup('<path class="broken" d="M{0:.1f} {1}v{2}"/>').format(x(step), EDGE, HEIGHT - 2 * EDGE)
         for step in broken[:1]
@@ -55,7 +56,7 @@ def overlay(curves: Sequence[tuple[int, pd.Series]], prefix: str, ylabel: str) -
     axes = figure.subplots()
     for number, values in curves:
         colour, dash = look(number)
-        shown = thin(values)
+        shown = _thin(values)
         axes.plot(
             shown.index,
             shown,
@@ -81,22 +82,8 @@ def look(number: int) -> tuple[str, str]:
     return PALETTE[number % len(PALETTE)], DASHES[number // len(PALETTE) % len(DASHES)]
 
 
-def thin(values: pd.Series, points: int = POINTS) -> pd.Series:
-    """At most so many points, of which none is lost that is lowest or highest in its stretch, or not
-    finite.
-    """
-    if len(values) <= points:
-        return values
-    kept = {0, len(values) - 1}
-    for part in np.array_split(np.arange(len(values)), points // 3):
-        stretch = values.to_numpy()[part]
-        finite = np.isfinite(stretch)
-        kept |= {part[np.argmin(finite)]}  # the first that is not, where there is one
-        kept |= {
-            part[np.where(finite, stretch, np.inf).argmin()],
-            part[np.where(finite, stretch, -np.inf).argmax()],
-        }
-    return values.iloc[sorted(kept)]
+def _thin(values: pd.Series) -> pd.Series:
+    return values.iloc[thinned(values.to_numpy(), points=POINTS)]
 
 
 def _scale(values: np.ndarray, length: int):

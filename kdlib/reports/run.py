@@ -164,7 +164,7 @@ def _strip(
         )
     if brief.step is not None:
         strip.append(("steps", f"{brief.step:,}", [f"of {brief.steps:,}"] if brief.steps else []))
-    strip += [(name, value, []) for name, value in costs(None, brief.train).items()]
+    strip += [(name, value, []) for name, value in costs(None, brief.train, brief.evaluation).items()]
     if lines := next(iter(cards.values()), None):
         failed = [line.check for line in lines if line.passed is False]
         passed = f"{sum(line.passed is True for line in lines)} of {len(lines)} pass"

@@ -117,7 +117,7 @@ def planned_steps(run: Run) -> int | None:
     return int(plan["step"].max()) if len(plan) else run.manifest.get("optimizer_steps")
 
 
-def costs(results: Mapping[str, Any] | None, train: pd.DataFrame) -> dict[str, str]:
+def costs(results: Mapping[str, Any] | None, train: pd.DataFrame, evaluation: pd.DataFrame) -> dict[str, str]:
     """What the distilled student cost to train, and costs to keep and to run: name → figure with its unit."""
     found = {}
     for what in ("tokens", "rows"):
@@ -125,9 +125,8 @@ def costs(results: Mapping[str, Any] | None, train: pd.DataFrame) -> dict[str, s
             found[f"training, {what}/s"] = number(train[f"{what}_per_s"].median())
     if "memory_gib" in train:
         found["training, peak GiB"] = f"{train['memory_gib'].max():.2f}"
-    if len(train) > 1 and "time" in train:
-        times = pd.to_datetime(train["time"])
-        found["minutes, first to last log"] = f"{(times.iloc[-1] - times.iloc[0]).total_seconds() / 60:.1f}"
+    if seconds := metrics.seconds_taken(train, evaluation):
+        found["training, time"] = metrics.duration(seconds)
     if results:
         found |= plots.cost_table(results).loc[LABELS["distilled"]].to_dict()
     return found
@@ -169,7 +168,7 @@ def _read(run: Run) -> Summary:
         train=train,
         evaluation=evaluation,
         baseline=metrics.eval_table(run.baseline),
-        costs=costs(results, train),
+        costs=costs(results, train, evaluation),
         settings={name: _as_text(value) for name, value in flat(settings)},
         card=tuple(card(run)),
     )

@@ -19,6 +19,10 @@ from kdlib.errors import RunError
 from kdlib.runs.folder import StudentFolder, read_json, write_error, write_text
 
 POINTS = 1000  # that a curve is drawn from
+PAUSE, PAUSE_S = (
+    10.0,
+    60.0,
+)  # later than so many usual times, and than so many seconds: the training stood still
 FORM = {
     "parse_options": pyarrow.json.ParseOptions(explicit_schema=pa.schema([("time", pa.string())])),
     "read_options": pyarrow.json.ReadOptions(use_threads=False),  # others compute here
@@ -178,6 +182,38 @@ def plan_table(folder: StudentFolder) -> pd.DataFrame:
 def terms_in(table: pd.DataFrame) -> list[str]:
     """The loss terms that a training or evaluation table, or a plan, has."""
     return [name.removesuffix("_weight") for name in table.columns if name.endswith("_weight")]
+
+
+def seconds_taken(train: pd.DataFrame, evaluation: pd.DataFrame | None = None) -> float | None:
+    """How long a training took from the first to the last of its lines; None where they do not tell.
+
+    A pause between two sittings does not count: where a line comes far later after the one before it than
+    lines of its kind usually do, the usual time stands in.
+    """
+    if "time" not in train or len(train) < 2:
+        return None
+    lines = pd.concat(
+        pd.DataFrame({"time": pd.to_datetime(table["time"], utc=True, format="ISO8601"), "kind": kind})
+        for kind, table in enumerate((train, evaluation))
+        if table is not None and "time" in table
+    )
+    own = lines["time"][lines["kind"] == 0]
+    lines = lines[lines["time"].between(own.min(), own.max())].sort_values("time", kind="stable")
+    took = lines["time"].diff().dt.total_seconds().iloc[1:]
+    usual = took.groupby(lines["kind"].iloc[1:]).transform("quantile", 0.5, interpolation="lower")
+    return float(took.where(took <= (PAUSE * usual).clip(lower=PAUSE_S), usual).sum())
+
+
+def time_left(took: float, done: float, ahead: float) -> float | None:
+    """Seconds for what is ahead at the pace of what is done; None before anything is."""
+    return took / done * ahead if done else None
+
+
+def duration(seconds: float) -> str:
+    """45 s, 12 min, 3.5 h"""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def thinned(curves: np.ndarray, *, points: int = POINTS) -> np.ndarray:

@@ -12,11 +12,10 @@ import pandas as pd
 
 from kdlib.config.task_rules import HIGHER_IS_BETTER
 from kdlib.runs.folder import Run, StudentFolder
-from kdlib.runs.log import Tail, plan_table, terms_in
+from kdlib.runs.log import Tail, duration, plan_table, seconds_taken, terms_in, time_left
 
 QUIET_S = 60.0  # without a line, after which a training that nobody keeps a status of may have stopped
 RECENT = 50  # lines that a forecast goes by
-PAUSE = 10.0  # times the usual time between two lines: the training stood still
 FINAL = ("done", "stopped", "failed", "died")
 MEASURES = {
     "kl_to_teacher": "KL to teacher",
@@ -70,21 +69,13 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        """By the pace of the last lines, evaluations and checkpoints included; a night between two of
-        them is not counted.
-        """
-        if (
-            self.state not in ("running", "quiet")
-            or len(self.tail.train) < 2
-            or "time" not in self.tail.train
-        ):
+        """By the pace of the last lines, evaluations and checkpoints included, and pauses not."""
+        recent = self.tail.train.iloc[-RECENT:]
+        if self.state not in ("running", "quiet") or len(recent) < 2:
             return None
-        recent = self.tail.train[["step", "time"]].iloc[-RECENT:]
-        seconds = np.diff([datetime.fromisoformat(moment).timestamp() for moment in recent["time"]])
-        seconds = seconds.clip(max=PAUSE * np.median(seconds) + 1)
-        return float(
-            seconds.sum() / (recent["step"].iloc[-1] - recent["step"].iloc[0]) * (self.steps - self.step)
-        )
+        took = seconds_taken(recent, self.tail.evaluation)
+        made = recent["step"].iloc[-1] - recent["step"].iloc[0]
+        return None if took is None else time_left(took, made, self.steps - self.step)
 
     def measured(self, measure: str) -> tuple[float, int, float] | None:
         """(best value, its step, last value) of a measure on held-out text; None where it was not
@@ -136,13 +127,13 @@ def where_line(course: Progress) -> str:
         )
     left = course.seconds_left
     of = f" of {course.steps:,}" if course.steps > course.step else ""
-    return f"step {course.step:,}{of}" + (f"  ·  {_duration(left)} left" if left is not None else "")
+    return f"step {course.step:,}{of}" + (f"  ·  {duration(left)} left" if left is not None else "")
 
 
 def state_words(course: Progress) -> str:
     """The state as one reads it."""
     if course.state == "quiet":
-        return f"no news for {_duration(course.quiet_s)}"
+        return f"no news for {duration(course.quiet_s)}"
     if course.state in ("created", "running"):
         return "training" if len(course.tail.train) else "nothing logged yet"
     return course.state
@@ -186,9 +177,3 @@ def _words(weights: Mapping[str, object]) -> str:
         f"{term} {weight:g}" if isinstance(weight, (int, float)) else f"{term} {next(iter(weight))}"
         for term, weight in weights.items()
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -17,7 +17,7 @@ from transformers.integrations.integration_utils import rewrite_logs
 
 from kdlib.losses.objective import Objective
 from kdlib.runs.folder import StudentFolder, now, write_json
-from kdlib.runs.log import append_metrics
+from kdlib.runs.log import append_metrics, duration, time_left
 
 HELD_OUT = {
     "eval_loss": ("loss", ".3f"),
@@ -120,11 +120,8 @@ class PrintedLines(TrainerCallback):
 
     def _left(self, state) -> str:
         seconds, steps = time.perf_counter() - self.started[0], state.global_step - self.started[1]
-        return (
-            f"{seconds / steps * ((self.last_step or state.max_steps) - state.global_step):.0f} s left"
-            if steps
-            else ""
-        )
+        left = time_left(seconds, steps, (self.last_step or state.max_steps) - state.global_step)
+        return f"{duration(left)} left" if left is not None else ""
 
 
 def _pace(logs: Mapping[str, float]) -> str:
