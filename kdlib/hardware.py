@@ -1,34 +1,106 @@
-"""What a CPU and its C library do unasked, and how they are asked otherwise: with memory that is freed,
-and with bfloat16.
+"""What there is to run on: device, dtype and memory; and what a CPU and its C library do unasked.
+
+Imports nothing of kdlib, so that everything may ask here.
 """
 
 import ctypes
+import gc
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import psutil
 import torch
 
+GIB = 2**30
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 MOST = 2**31 - 1  # bytes that an int can say
 SHARE = 64  # of the machine's memory, kept at most of one block
-# where glibc's own rule ends, after some large blocks
-USUAL = {M_MMAP_THRESHOLD: 32 * 2**20, M_TRIM_THRESHOLD: 64 * 2**20}
-# of glibc, in the environment
-SWITCHES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_")
+USUAL = {M_MMAP_THRESHOLD: 32 * 2**20, M_TRIM_THRESHOLD: 64 * 2**20}  # where glibc's own rule ends, in time
+SWITCHES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_")  # glibc's environment
+PROCESS = Path("/proc/self")  # Linux only
+SAMPLE_S = 0.002
 
-# whether products are to be made in the dtype asked for, come what may
-_native: ContextVar[bool] = ContextVar("native", default=False)
+_native: ContextVar[bool] = ContextVar("native", default=False)  # products in the dtype that is asked for
+
+
+def accelerator() -> torch.device:
+    """CUDA, else Apple's MPS, else the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+def precision_of(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of matrix products on a device, and the reason for it; `wanted` as in a config, or `auto`."""
+    if wanted != "auto":
+        return getattr(torch, wanted), f"precision: {wanted}"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        capable, name = major >= 8, torch.cuda.get_device_name()
+        reason = f"{name} has compute capability {major}.{minor}; bf16 gains from 8.0 on"
+    elif device.type == "cpu":
+        capable = bool(bf16_instructions())
+        reason = f"this CPU has {'' if capable else 'no '}avx512_bf16 or amx_bf16"
+    else:
+        capable, reason = False, f"{device.type}: bf16 is not tried here"
+    return torch.bfloat16 if capable else torch.float32, reason
+
+
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes in all, and free now, of a device; of the machine where the device has no memory of its own."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info(device)
+        return total, free
+    memory = psutil.virtual_memory()
+    return memory.total, memory.available
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory on the GPU so far, or the process's memory now on the CPU."""
+    cuda = device.type == "cuda"
+    return (torch.cuda.max_memory_allocated() if cuda else psutil.Process().memory_info().rss) / GIB
+
+
+@dataclass
+class Peak:
+    """The most memory taken above that at the start; known at the end."""
+
+    bytes: int = 0
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """The most memory taken inside above that at entry.  One at a time: it sets the high-water mark back.
+
+    CUDA: what the allocator handed out.  Linux: the resident set's own high-water mark.  Elsewhere that mark
+    cannot be set back, so the resident set is looked at every 2 ms, and a shorter peak can be missed.
+    """
+    gc.collect()
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        torch.cuda.synchronize(device)
+        peak.bytes = torch.cuda.max_memory_allocated(device) - before
+    elif _mark_set_back():
+        before = _high_water()
+        yield peak
+        peak.bytes = _high_water() - before
+    else:
+        with _sampled(peak):
+            yield peak
 
 
 @contextmanager
 def memory_kept() -> Iterator[bool]:
-    """Inside, memory that is freed stays with the process for whatever comes next; afterwards all that is
-    free is given back.
+    """Inside, memory that is freed stays with the process; afterwards all that is free is given back.
 
     Left alone, glibc gives each block of over 32 MiB back to the system when it is freed, and the free end of
     its heap with it. The next step asks for them anew, and each of their pages is a page fault: on a virtual
@@ -66,21 +138,17 @@ def bf16_instructions() -> tuple[str, ...] | None:
     """Those that this CPU has for bfloat16 products; None where the system does not say."""
     facts = Path("/proc/cpuinfo")
     words = set(facts.read_text().split()) if facts.exists() else set()
-    # x86 alone has "flags"
-    return tuple(name for name in ("avx512_bf16", "amx_bf16") if name in words) if "flags" in words else None
+    found = tuple(name for name in ("avx512_bf16", "amx_bf16") if name in words)
+    return found if "flags" in words else None  # x86 alone has "flags"
 
 
 def emulates_bf16() -> bool:
-    """Whether this CPU is known to have no instructions for bfloat16 products: in it one is 4 to 100
-    times slower than in float32.
-    """
+    """Whether this CPU surely has no instructions for bfloat16 products, which are 4 to 100 x slower then."""
     return bf16_instructions() == ()
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype in which to make a product for which this one was asked: float32, faster and more exact,
-    where a CPU emulates bfloat16.
-    """
+    """The dtype in which to make a product: float32, faster and more exact, where a CPU emulates bfloat16."""
     emulated = dtype is torch.bfloat16 and device.type == "cpu" and emulates_bf16() and not _native.get()
     return torch.float32 if emulated else dtype
 
@@ -100,3 +168,37 @@ def _glibc() -> ctypes.CDLL | None:
         library = ctypes.CDLL("libc.so.6")
         return library if library.mallopt and library.malloc_trim else None
     return None
+
+
+def _mark_set_back() -> bool:
+    """Sets the resident set's high-water mark back to what is resident now, where the system can."""
+    give_memory_back()  # otherwise it would be used again unseen
+    if not (PROCESS / "clear_refs").exists():
+        return False
+    with suppress(OSError):
+        (PROCESS / "clear_refs").write_text("5")
+        return True
+    return False
+
+
+def _high_water() -> int:
+    line = next(line for line in (PROCESS / "status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+@contextmanager
+def _sampled(peak: Peak) -> Iterator[None]:
+    process, ended = psutil.Process(), threading.Event()
+    before = process.memory_info().rss
+
+    def watch() -> None:
+        while not ended.wait(SAMPLE_S):
+            peak.bytes = max(peak.bytes, process.memory_info().rss - before)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from kdlib.data.batches import Prepared, collate_classes
-from kdlib.models import loading as models
+from kdlib.models.loading import load_tokenizer
 
 LABELS = ("tools", "animals", "weather")
 WORDS = {
@@ -114,7 +114,7 @@ def permuted(source: str, folder: Path, order: Sequence[int]) -> str:
         {name: i for i, name in enumerate(names)},
     )
     model.save_pretrained(folder)
-    models.load_tokenizer(source).save_pretrained(folder)
+    load_tokenizer(source).save_pretrained(folder)
     return str(folder)
 
 
@@ -132,7 +132,7 @@ def source(folder: Path, count: int = 240, seed: int = 3) -> str:
 def taught(folder: Path, kind: str = "bert", *, steps: int = 60, **options) -> str:
     """A classifier that has learned these texts."""
     place = classifier(folder, kind, **options)
-    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(place), models.load_tokenizer(place)
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(place), load_tokenizer(place)
     rows = [
         {"input_ids": tokenizer(text)["input_ids"], "label": model.config.label2id[LABELS[label]]}
         for text, label in texts(320, 4)
@@ -153,7 +153,7 @@ def prepared_rows(
     student: str, teacher: str | None = None, *, count: int = 48, held_out: int = 24
 ) -> Prepared:
     """Rows for a student, and for a teacher that reads otherwise where one is named, made by hand."""
-    ours, theirs = models.load_tokenizer(student), teacher and models.load_tokenizer(teacher)
+    ours, theirs = load_tokenizer(student), teacher and load_tokenizer(teacher)
 
     def rows(seed: int, number: int) -> Dataset:
         found = []

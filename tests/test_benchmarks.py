@@ -11,7 +11,7 @@ import torch
 import yaml
 from conftest import kd_process
 
-from kdlib.benchmarks import heads, machine, peers, reading, rounds, settings, steps, study, targets
+from kdlib.benchmarks import heads, peers, reading, rounds, settings, steps, study, targets
 from kdlib.config.run import load
 from kdlib.errors import ConfigError, RunError
 from kdlib.reports import run as reports
@@ -134,23 +134,6 @@ def test_ratios_are_formed_within_a_round():
     assert found == {"value": 1.0, "low": 0.5, "high": 2.0}
     assert reading.ratio(lines(a=[3.0], b=[1.0], c=[2.0]), "a", ("b", "c"), "wall_s")["value"] == 1.0
     assert reading.ratio(lines(a=[1.0]), "a", "missing", "wall_s") is None
-
-
-def test_a_peak_is_what_was_taken_inside_and_above_what_was_there():
-    kept = torch.ones(10 * 2**20)
-    with machine.peak_memory(CPU) as peak:
-        del kept
-        torch.ones(20 * 2**20).sum()
-        torch.ones(5 * 2**20).sum()
-    assert 35 * 2**20 < peak["bytes"] < 60 * 2**20  # 80 MiB, less the 40 that were given back
-
-
-def test_where_the_high_water_mark_cannot_be_set_back_memory_is_sampled(monkeypatch, tmp_path):
-    monkeypatch.setattr(machine, "PROCESS", tmp_path)
-    with machine.peak_memory(CPU) as peak:
-        for _ in range(20):
-            torch.ones(20 * 2**20).sum()
-    assert peak["bytes"] > 60 * 2**20
 
 
 def test_the_naive_way_needs_more_memory_than_ours_in_processes_of_their_own():

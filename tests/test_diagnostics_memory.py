@@ -18,7 +18,8 @@ from kdlib.diagnostics.measurement import measured
 from kdlib.diagnostics.memory import forecast, verdict
 from kdlib.errors import ModelError
 from kdlib.losses.buffers import Workspace
-from kdlib.models.loading import load_model, parameters, shallower
+from kdlib.models.loading import load_model, parameters
+from kdlib.models.student import shallower
 from kdlib.runs.folder import project_root
 from kdlib.training.run import training_arguments
 from kdlib.workbench import cli

@@ -13,7 +13,7 @@ from kdlib.config.run import parse
 from kdlib.data.batches import Prepared, collate_classes
 from kdlib.diagnostics import parity
 from kdlib.losses.signals import DenseSignal
-from kdlib.models import loading as models
+from kdlib.models.loading import load_tokenizer
 from kdlib.models.teacher import LiveTeacher
 from kdlib.tasks import base as tasks
 from kdlib.training.trainer import DistillationTrainer
@@ -46,7 +46,7 @@ def table(raw: dict, *, collate=collate_classes, own_tokenizer: bool = True):
         config,
         student=tasks.untrained_student(config, prepared, None),
         teacher=tasks.load_teacher(config, prepared),
-        tokenizer=models.load_tokenizer(student),
+        tokenizer=load_tokenizer(student),
         prepared=prepared,
     )
 

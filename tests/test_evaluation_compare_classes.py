@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from kdlib.config.run import EarlyStopping, parse
 from kdlib.errors import ModelError
 from kdlib.evaluation import compare
-from kdlib.models import loading as models
+from kdlib.models.student import tokenizer_of
 from kdlib.runs import folder as runs
 from kdlib.tasks import base as tasks
 from kdlib.tasks.classification import ClassComparison, rule_of
@@ -43,7 +43,7 @@ def config(place):
 
 
 def compared(place, config):
-    tokenizer = models.tokenizer_of(config)
+    tokenizer = tokenizer_of(config)
     prepared = tasks.prepare(config, tokenizer)
     run = runs.Run(place / "run")
     runs.write_json(run.path / "manifest.json", {"student_layers": None})
@@ -143,7 +143,7 @@ def test_what_a_model_takes_is_measured(found, place):
 
 
 def test_a_model_whose_logits_are_not_finite_is_refused(place, config):
-    tokenizer = models.tokenizer_of(config)
+    tokenizer = tokenizer_of(config)
     prepared = tasks.prepare(config, tokenizer)
     comparison = ClassComparison(prepared, tokenizer, resamples=100)
     model = tasks.load(str(place / "teacher"), prepared)

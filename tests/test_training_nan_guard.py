@@ -24,7 +24,8 @@ from kdlib.errors import NonFiniteLoss, RunError
 from kdlib.losses import objective
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.chunked import Weighted
-from kdlib.models import loading as models
+from kdlib.models.loading import load_model, load_tokenizer
+from kdlib.models.student import shallower
 from kdlib.models.teacher import LiveTeacher
 from kdlib.runs.folder import StudentFolder
 from kdlib.training.culprits import Broken, Culprit
@@ -82,8 +83,8 @@ def tiny(raw_config, rows, tmp_path):
     def make(*, collator=collate, tied=True, **training) -> DistillationTrainer:
         config = parse({**raw_config, "training": {**raw_config["training"], **TRAINING, **training}})
         tokenizer, student = (
-            models.load_tokenizer(config.teacher.model),
-            models.shallower(models.load_model(config.teacher.model), [0, 3]),
+            load_tokenizer(config.teacher.model),
+            shallower(load_model(config.teacher.model), [0, 3]),
         )
         if not tied:
             student.lm_head.weight = torch.nn.Parameter(student.lm_head.weight.detach().clone())
@@ -95,7 +96,7 @@ def tiny(raw_config, rows, tmp_path):
             eval_dataset=rows,
             processing_class=tokenizer,
             data_collator=partial(collator, pad_id=tokenizer.pad_token_id),
-            teacher=LiveTeacher(models.load_model(config.teacher.model), len(tokenizer)),
+            teacher=LiveTeacher(load_model(config.teacher.model), len(tokenizer)),
             vocabulary=len(tokenizer),
             objective=objective_of(config),
             workspace=Workspace(7),

@@ -15,7 +15,7 @@ from test_training_nan_guard import At, spoil
 from kdlib.config.run import parse
 from kdlib.data.batches import Prepared, collate_classes
 from kdlib.errors import NonFiniteLoss, RunError
-from kdlib.models import loading as models
+from kdlib.models.loading import load_tokenizer
 from kdlib.runs.folder import StudentFolder
 from kdlib.tasks import base as tasks
 from kdlib.training.nan_report import joined
@@ -54,7 +54,7 @@ def stopped(tmp_path):
                 student=model,
                 teacher=voice,
                 prepared=prepared,
-                tokenizer=models.load_tokenizer(student),
+                tokenizer=load_tokenizer(student),
                 callbacks=[At(3, partial(plant, model, voice.model))],
             )
         place = tmp_path / "run" / "nan_report"
@@ -92,7 +92,7 @@ def test_a_spoilt_token_names_the_row_and_its_text(stopped, tmp_path, plant, who
         ROW,
         None,
     )
-    text = models.load_tokenizer(str(tmp_path / "student")).decode(rows[ROW]["input_ids"])
+    text = load_tokenizer(str(tmp_path / "student")).decode(rows[ROW]["input_ids"])
     assert report["text"] == text
     assert f"first at row 3 (row {ROW} of the data): {text!r}" in message
     assert "at 1 of 2 rows" in message
@@ -127,7 +127,7 @@ def test_a_step_without_a_class_says_which_rows(tmp_path):
             student=tasks.untrained_student(config, prepared, None),
             prepared=prepared,
             teacher=tasks.load_teacher(config, prepared),
-            tokenizer=models.load_tokenizer(teacher),
+            tokenizer=load_tokenizer(teacher),
         )
 
 
@@ -160,5 +160,5 @@ def test_a_held_out_row_that_the_teacher_cannot_read_is_named(tmp_path):
             student=tasks.untrained_student(config, prepared, None),
             teacher=voice,
             prepared=prepared,
-            tokenizer=models.load_tokenizer(teacher),
+            tokenizer=load_tokenizer(teacher),
         )

@@ -11,7 +11,7 @@ from IPython.display import HTML
 from kdlib.config.run import parse
 from kdlib.errors import RunError
 from kdlib.evaluation import predictions as sights
-from kdlib.models.loading import shallower
+from kdlib.models.student import shallower
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots.candidates import candidate_bars, probabilities
 from kdlib.plots.softening import (

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from kdlib.config import run as config
-from kdlib.models import loading as models
+from kdlib.models.loading import load_model, load_tokenizer
 from kdlib.models.teacher import LiveTeacher
 from kdlib.runs import log as metrics
 from kdlib.runs.folder import StudentFolder
@@ -19,8 +19,8 @@ from kdlib.training import run as training
 
 def pieces(settings, *, dtype=torch.float32, layers=(0, 3)):
     """Everything that `train` needs, freshly made and the same each time."""
-    tokenizer = models.load_tokenizer(settings.teacher.model)
-    teacher = models.load_model(settings.teacher.model)
+    tokenizer = load_tokenizer(settings.teacher.model)
+    teacher = load_model(settings.teacher.model)
     prepared = tasks.prepare(settings, tokenizer)
     student = tasks.untrained_student(settings, prepared, layers).to(dtype)
     return {

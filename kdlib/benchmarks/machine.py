@@ -2,16 +2,14 @@
 read on it.
 """
 
-import gc
 import json
 import os
 import platform
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,8 @@ from typing import Any
 import psutil
 import torch
 
-from kdlib import hardware as cpu
 from kdlib.errors import RunError
+from kdlib.hardware import bf16_instructions
 
 PACKAGES = ("kdlib", "torch", "transformers", "accelerate", "trl", "liger-kernel", "torchtune")
 PROCESS = Path("/proc/self")  # Linux only
@@ -88,37 +86,6 @@ def matmul_speed(dtype: torch.dtype, device: torch.device, *, tries: int = 5) ->
     return best
 
 
-@contextmanager
-def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
-    """The most memory taken inside above that at entry, in bytes, as `bytes` of what is yielded.
-
-    CUDA: what the allocator handed out.  Linux: the resident set's own high-water mark, after setting it
-        back.  Elsewhere
-    that mark cannot be set back, so the resident set is looked at every 2 ms, and a shorter peak can be
-    missed.
-    """
-    gc.collect()
-    measured: dict[str, int] = {}
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        yield measured
-        torch.cuda.synchronize(device)
-        measured["bytes"] = torch.cuda.max_memory_allocated(device) - before
-    elif (PROCESS / "clear_refs").exists():
-        cpu.give_memory_back()  # otherwise it would be used again unseen
-        (PROCESS / "clear_refs").write_text("5")
-        before = _high_water()
-        yield measured
-        measured["bytes"] = _high_water() - before
-    else:
-        with _sampled() as highest:
-            before = highest[0]
-            yield measured
-        measured["bytes"] = highest[0] - before
-
-
 def in_fresh_process(
     module: str, asked: Mapping[str, Any], *, what: str, memory: bool = True
 ) -> dict[str, Any]:
@@ -145,29 +112,6 @@ def in_fresh_process(
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@contextmanager
-def _sampled() -> Iterator[list[int]]:
-    process, ended = psutil.Process(), threading.Event()
-    highest = [process.memory_info().rss]
-
-    def watch() -> None:
-        while not ended.wait(SAMPLE_S):
-            highest[0] = max(highest[0], process.memory_info().rss)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield highest
-    finally:
-        ended.set()
-        thread.join()
-
-
-def _high_water() -> int:
-    line = next(line for line in (PROCESS / "status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
 def _processor() -> str:
     """`AMD EPYC 7R13`, and where the maker gives family and model only, those."""
     facts: dict[str, str] = {}
@@ -184,7 +128,7 @@ def _processor() -> str:
 
 
 def _instructions() -> str:
-    found = cpu.bf16_instructions()
+    found = bf16_instructions()
     return "unknown" if found is None else ", ".join(found) or "none"
 
 

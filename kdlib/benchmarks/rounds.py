@@ -12,6 +12,7 @@ import torch
 from kdlib.benchmarks import machine
 from kdlib.benchmarks.heads import Problem, Setting, agreement, problem
 from kdlib.benchmarks.peers import CASES
+from kdlib.hardware import peak_memory
 
 WARMUP_CHUNKS = 1  # tokens of the warm-up, in chunks: what is compiled is compiled for the same shapes
 
@@ -71,10 +72,10 @@ def memory_here(name: str, setting: Setting, **inputs: Any) -> dict[str, int]:
     case.prepare(case, few, setting)()
     del few
     full = problem(**inputs)
-    with machine.peak_memory(full.hidden.device) as peak:
+    with peak_memory(full.hidden.device) as peak:
         case.prepare(case, full, setting)()
     gradients = (full.hidden.numel() + full.head.numel()) * full.head.element_size()
-    return {"peak_bytes": peak["bytes"], "gradient_bytes": gradients}
+    return {"peak_bytes": peak.bytes, "gradient_bytes": gradients}
 
 
 def main() -> None:

@@ -39,7 +39,8 @@ from kdlib.benchmarks.settings import StepsConfig
 from kdlib.data.batches import collate
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.objective import Objective
-from kdlib.models import loading as models
+from kdlib.models.loading import load_model, load_tokenizer
+from kdlib.models.student import even_layers, shallower
 from kdlib.models.teacher import LiveTeacher
 from kdlib.runs.folder import StudentFolder
 from kdlib.schedulers import constant
@@ -152,11 +153,11 @@ class Pair:
 def pair(settings: StepsConfig, *, precision: str, device: torch.device, seed: int) -> Pair:
     """Teacher, student and tokens, the same for the same arguments."""
     torch.manual_seed(seed)
-    teacher, tokenizer = models.load_model(settings.teacher), models.load_tokenizer(settings.teacher)
+    teacher, tokenizer = load_model(settings.teacher), load_tokenizer(settings.teacher)
     total = teacher.config.num_hidden_layers
     count = settings.batch * (settings.warmup + settings.steps)
     rows = Dataset.from_dict({"input_ids": torch.randint(len(tokenizer), (count, settings.length)).tolist()})
-    student = models.shallower(teacher, models.even_layers(settings.student_layers, total))
+    student = shallower(teacher, even_layers(settings.student_layers, total))
     return Pair(
         student,
         teacher.to(device, getattr(torch, precision)).eval(),

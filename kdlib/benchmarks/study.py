@@ -16,7 +16,7 @@ from kdlib.benchmarks.settings import BenchmarkConfig
 from kdlib.benchmarks.targets import target_table
 from kdlib.config import run as configs
 from kdlib.errors import ConfigError, RunError
-from kdlib.models import loading as models
+from kdlib.models.loading import load_config, load_tokenizer
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run
 
@@ -62,8 +62,8 @@ def preflight(config: BenchmarkConfig) -> None:
     if config.device == "cuda" and machine.device_named("auto").type != "cuda":
         raise ConfigError("device: found cuda, but torch sees no CUDA device; use auto or cpu")
     if config.steps:
-        models.load_tokenizer(config.steps.teacher)
-        layers = models.load_config(config.steps.teacher).num_hidden_layers
+        load_tokenizer(config.steps.teacher)
+        layers = load_config(config.steps.teacher).num_hidden_layers
         if config.steps.student_layers > layers:
             raise ConfigError(
                 f"steps.student_layers is {config.steps.student_layers}, but the teacher has {layers}; "

@@ -159,6 +159,11 @@ class Config(Section):
         refuse(misfits(self))
         return self
 
+    @property
+    def wanted_device(self) -> str:
+        """`device`, or cpu where `training.use_cpu` says so."""
+        return "cpu" if self.training.get("use_cpu") else self.device
+
     @classmethod
     def smoke_changes(cls, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         """See kdlib.config.overrides.SMOKE."""

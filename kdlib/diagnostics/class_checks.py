@@ -12,7 +12,8 @@ from kdlib.diagnostics.context import Subject, Unavailable
 from kdlib.diagnostics.findings import Finding
 from kdlib.errors import ModelError
 from kdlib.losses.signals import kept
-from kdlib.models import classifier as classifiers, loading as models
+from kdlib.models import classifier as classifiers
+from kdlib.models.loading import load_tokenizer
 
 LOOKED_AT, AT_ONCE = 128, 16  # training rows that the teacher is asked about
 FEWEST = 8  # rows, below which an accuracy tells nothing
@@ -72,7 +73,7 @@ def both_models_read_their_tokens(subject: Subject) -> Iterator[Finding]:
     config = subject.config
     for name, stated in subject.configs.items():
         source = config.teacher.model if name == "teacher" else config.student.source
-        rows, tokens = stated.get_text_config().vocab_size, len(models.load_tokenizer(source))
+        rows, tokens = stated.get_text_config().vocab_size, len(load_tokenizer(source))
         if rows < tokens:
             yield Finding(
                 "critical",

@@ -18,7 +18,7 @@ AUTO = {"precision": "auto"}
 
 def device_has_the_dtype(subject: Subject) -> Iterator[Finding]:
     """The machine computes in the config's dtype, and gains by it."""
-    precision, device = subject.config.precision, device_of(subject.config).type
+    precision, device = subject.config.precision, device_of(subject.config.wanted_device).type
     if precision == "float16" and device == "cpu":
         yield Finding(
             "critical",

@@ -20,10 +20,12 @@ from kdlib.data import text as data
 from kdlib.data.batches import Prepared
 from kdlib.diagnostics.fake_step import outline
 from kdlib.errors import ConfigError, KdlibError
+from kdlib.hardware import precision_of
 from kdlib.losses.features import LayerPairs
 from kdlib.losses.objective import EVAL_TERMS, Objective, ObjectiveAt, row_sums
 from kdlib.losses.signals import Kept, Signal, kept
-from kdlib.models import loading as models
+from kdlib.models.loading import device_of, head_form, load_config, load_tokenizer, parameters
+from kdlib.models.student import shallower, tokenizer_of
 from kdlib.models.teacher import LiveTeacher, insides, signal_of
 from kdlib.schedulers import Schedule, Spec, from_spec, sampled
 from kdlib.tasks import base as tasks
@@ -140,22 +142,22 @@ class Subject:
 
     @part("teacher.model")
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return models.tokenizer_of(self.config)
+        return tokenizer_of(self.config)
 
     @part("student.from")
     def student_tokenizer(self) -> PreTrainedTokenizerBase:
         """The one that a student of its own was trained with."""
-        return models.load_tokenizer(self.config.student.source)
+        return load_tokenizer(self.config.student.source)
 
     @part("teacher.model")
     def configs(self) -> dict[str, Any]:
         """{"teacher": …, "student": …} the models' own; without a student where that is made from the
         teacher.
         """
-        found = {"teacher": models.load_config(self.config.teacher.model)}
+        found = {"teacher": load_config(self.config.teacher.model)}
         if self.config.student.source != "teacher":
             try:
-                found["student"] = models.load_config(self.config.student.source)
+                found["student"] = load_config(self.config.student.source)
             except KdlibError as error:
                 raise Unavailable("student.from", error) from error
         return found
@@ -165,7 +167,7 @@ class Subject:
         """The student's parameters, counted on a model without weights."""
         _ = self.configs  # a model that cannot be had is named there
         with torch.device("meta"):
-            return models.parameters(outline(self.config).blank_student())
+            return parameters(outline(self.config).blank_student())
 
     @part("data.source")
     def split(self) -> DatasetDict:
@@ -183,9 +185,9 @@ class Subject:
         """In a dtype that the machine is good at, and that has float32's range: what float16 has no
         number for is seen.
         """
-        dtype, _ = models.precision_of(self.config.model_copy(update={"precision": "auto"}))
+        dtype, _ = precision_of("auto", device_of(self.config.wanted_device))
         found = tasks.load_teacher(self.config, self.prepared, dtype)
-        found.model.to(models.device_of(self.config))
+        found.model.to(device_of(self.config.wanted_device))
         return found
 
     @part("student.from")
@@ -195,7 +197,7 @@ class Subject:
         if layers is None:
             made = tasks.untrained_student(self.config, self.prepared, layers)
         else:
-            made = models.shallower(self.teacher.model, layers)
+            made = shallower(self.teacher.model, layers)
         return made.to(self.teacher.model.device)
 
     @property
@@ -273,7 +275,7 @@ class Subject:
         tokens, every = kept(batch["labels"]), ObjectiveAt(dict.fromkeys(self.active, 1.0), {})
         ours, theirs = insides(every, self.pairs, self.student)
         with torch.no_grad():
-            form = models.head_form(self.student)
+            form = head_form(self.student)
             student = signal_of(
                 self.student, batch, tokens, vocabulary=self.prepared.vocabulary, form=form, inside=ours
             )

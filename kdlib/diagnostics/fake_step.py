@@ -31,15 +31,8 @@ from kdlib.losses.features import LayerPairs
 from kdlib.losses.objective import EVAL_TERMS, Objective, ObjectiveAt, ledger, row_sums
 from kdlib.losses.signals import Form, Kept, Signal, kept
 from kdlib.models.classifier import blank_classifier
-from kdlib.models.loading import (
-    blank_model,
-    check_layers,
-    even_layers,
-    load_config,
-    load_tokenizer,
-    stated_form,
-    with_layers,
-)
+from kdlib.models.loading import load_config, load_tokenizer, stated_form
+from kdlib.models.student import blank_model, check_layers, even_layers, with_layers
 from kdlib.models.teacher import Inside, insides, signal_of
 from kdlib.training.run import listen, objective_of
 

@@ -20,7 +20,9 @@ from kdlib.config import run as configs
 from kdlib.config.run import Config
 from kdlib.data.batches import Prepared, collate
 from kdlib.diagnostics.fake_step import kept_layers
-from kdlib.models import loading as models
+from kdlib.hardware import peak_memory, precision_of
+from kdlib.models.loading import device_of, load_tokenizer
+from kdlib.models.student import tokenizer_of
 from kdlib.runs.folder import StudentFolder
 from kdlib.tasks import base as tasks
 from kdlib.training import run as training
@@ -56,16 +58,17 @@ def measured_here(config: Config, *, steps: int, dense: bool) -> dict[str, Any]:
     """What the fresh process does: teacher, student and trainer as in a run; random rows as long as the
     config allows.
     """
-    tokenizer = models.tokenizer_of(config)
+    tokenizer = tokenizer_of(config)
     rows = (
         config.training.get("per_device_train_batch_size", 8)
         * config.training.get("gradient_accumulation_steps", 1)
         * steps
     )
     prepared = (_classified if config.task == "sequence-classification" else _drawn)(config, tokenizer, rows)
-    dtype, _ = models.precision_of(config)
+    device = device_of(config.wanted_device)
+    dtype, _ = precision_of(config.precision, device)
     clock = StepClock()
-    with tempfile.TemporaryDirectory() as folder, machine.peak_memory(models.device_of(config)) as peak:
+    with tempfile.TemporaryDirectory() as folder, peak_memory(device) as peak:
         teacher = tasks.load_teacher(config, prepared, dtype)
         student = tasks.untrained_student(
             config, prepared, kept_layers(config, teacher.model.config.num_hidden_layers)
@@ -81,7 +84,7 @@ def measured_here(config: Config, *, steps: int, dense: bool) -> dict[str, Any]:
             dense=dense,
             callbacks=[clock],
         )
-    return {"peak_bytes": peak["bytes"], **clock.figures(1)}
+    return {"peak_bytes": peak.bytes, **clock.figures(1)}
 
 
 def _drawn(config: Config, tokenizer: PreTrainedTokenizerBase, count: int) -> Prepared:
@@ -98,7 +101,7 @@ def _classified(config: Config, tokenizer: PreTrainedTokenizerBase, count: int) 
         "label": torch.randint(len(real.labels), (count,)).tolist(),
     }
     if "teacher_input_ids" in real.train.column_names:
-        drawn["teacher_input_ids"] = _ids(config, models.load_tokenizer(config.teacher.model), count)
+        drawn["teacher_input_ids"] = _ids(config, load_tokenizer(config.teacher.model), count)
     rows = Dataset.from_dict(drawn)
     return replace(real, train=rows, validation=rows)
 

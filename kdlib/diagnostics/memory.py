@@ -19,9 +19,9 @@ from kdlib.config.run import Config
 from kdlib.diagnostics.charges import GIB, Charges, RehearsedWorkspace, spread
 from kdlib.diagnostics.fake_step import outline
 from kdlib.diagnostics.probe import Job, pace
-from kdlib.hardware import product_dtype
-from kdlib.losses.buffers import chunk_tokens, device_memory
-from kdlib.models.loading import device_of, parameters, precision_of, stated_form
+from kdlib.hardware import device_memory, precision_of, product_dtype
+from kdlib.losses.buffers import chunk_tokens
+from kdlib.models.loading import device_of, parameters, stated_form
 from kdlib.training.run import extent, training_arguments, workspace_of
 
 MARGIN = 0.15  # of the forecast: what it may be wrong by
@@ -113,9 +113,11 @@ def forecast(
         ModelError, ConfigError: models that do not exist or fit each other, arguments that transformers
             refuses.
     """
-    here = "cuda" if device_of(config).type == "cuda" else "cpu"
+    present = device_of(config.wanted_device)
+    here = "cuda" if present.type == "cuda" else "cpu"
     kind = device or here
-    dtype = precision_of(config)[0] if kind == here or config.precision != "auto" else torch.bfloat16
+    known = kind == here or config.precision != "auto"
+    dtype = precision_of(config.precision, present)[0] if known else torch.bfloat16
     total, free = (round(memory * GIB),) * 2 if memory else device_memory(torch.device(kind))
     args = training_arguments(config, Path("unused"))
     plan, devices = outline(config, classes), devices or int(os.environ.get("WORLD_SIZE", 1))
@@ -147,7 +149,7 @@ def forecast(
     job = Job(
         plan=plan,
         dtype=dtype,
-        device=device_of(config),
+        device=present,
         rows=args.per_device_train_batch_size,
         eval_rows=args.per_device_eval_batch_size,
         accumulation=args.gradient_accumulation_steps,

@@ -12,7 +12,7 @@ from kdlib.diagnostics.memory import forecast, verdict
 from kdlib.diagnostics.remedies import remedies
 from kdlib.errors import ModelError
 from kdlib.losses.objective import feature_terms
-from kdlib.models import loading as models
+from kdlib.models.student import check_pair
 
 # with it `check_pair` looks at everything but positions, which have a check of their own
 NO_LENGTH = {"max_length": 2}
@@ -41,7 +41,7 @@ def models_are_a_pair(subject: Subject) -> Iterator[Finding]:
     """The student has layers that the teacher has, or a tokenizer whose ids mean the same."""
     config = subject.config
     try:
-        models.check_pair(
+        check_pair(
             config.model_copy(update={"data": config.data.model_copy(update=NO_LENGTH)}), subject.tokenizer
         )
     except ModelError as error:

@@ -24,11 +24,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdlib.config.run import Config
 from kdlib.data.batches import Prepared
+from kdlib.hardware import precision_of
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.ledger import LedgerWindow
 from kdlib.losses.signals import kept
-from kdlib.models import loading as models
 from kdlib.models.hooks import attend_eagerly
+from kdlib.models.loading import device_of
+from kdlib.models.student import check_pair, tokenizer_of
 from kdlib.models.teacher import PROJECTIONS, LiveTeacher
 from kdlib.runs.folder import StudentFolder
 from kdlib.schedulers import breakpoints, from_spec
@@ -77,8 +79,8 @@ def selftest(config: Config) -> pd.DataFrame:
     run's folder.
     """
     training.training_arguments(config, Path("unused"))  # a fault shows before anything is loaded
-    tokenizer = models.tokenizer_of(config)
-    models.check_pair(config, tokenizer)
+    tokenizer = tokenizer_of(config)
+    check_pair(config, tokenizer)
     prepared = tasks.prepare(config, tokenizer)
     teacher = tasks.load_teacher(config, prepared)
     student = tasks.untrained_student(
@@ -103,7 +105,8 @@ def parity(
     and random numbers are as before (but for the student's gradients, which are cleared); nothing is written
     outside a temporary folder.
     """
-    terms, gradient = TOLERANCES[models.precision_of(config)[0]]
+    dtype, _ = precision_of(config.precision, device_of(config.wanted_device))
+    terms, gradient = TOLERANCES[dtype]
     rows = shortened(prepared.train)
     with (
         _as_before(student, teacher.model),

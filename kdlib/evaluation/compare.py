@@ -12,11 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdlib.config.run import Config
 from kdlib.data.batches import Prepared
+from kdlib.hardware import peak_memory, precision_of
 from kdlib.losses.objective import EVAL_TERMS, row_sums
 from kdlib.losses.signals import IGNORED, Signal, kept
 from kdlib.metrics.bootstrap import Bootstrap, interval
-from kdlib.models.efficiency import Batch, peak_memory, seconds_of
-from kdlib.models.loading import device_of, parameters, precision_of
+from kdlib.models.efficiency import Batch, seconds_of
+from kdlib.models.loading import device_of, parameters
 from kdlib.models.teacher import LiveTeacher
 from kdlib.runs.folder import Run, write_json
 from kdlib.tasks import base as tasks, classification as compare_classes
@@ -92,7 +93,7 @@ class Comparison:
             "parameters": parameters(model),
             "size_on_disk_gib": size / 2**30,
             "forward_tokens_per_s": speed,
-            "peak_memory_gib": peak[0] / 2**30,
+            "peak_memory_gib": peak.bytes / 2**30,
         }
         self.samples[name] = continuations(model, self.tokenizer, prompts, new_tokens) if prompts else []
 
@@ -193,9 +194,10 @@ def compare_run(
 def _compare_tokens(
     run: Run, config: Config, tokenizer: PreTrainedTokenizerBase, prepared: Prepared
 ) -> dict[str, Any]:
-    dtype, _ = precision_of(config)
+    device = device_of(config.wanted_device)
+    dtype, _ = precision_of(config.precision, device)
     comparison = Comparison(
-        prepared, tokenizer, device=device_of(config), resamples=config.compare.resamples, seed=config.seed
+        prepared, tokenizer, device=device, resamples=config.compare.resamples, seed=config.seed
     )
     prompts = prompts_of(config, comparison.rows)
 

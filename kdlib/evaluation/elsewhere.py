@@ -16,8 +16,9 @@ from kdlib.config.run import Config, parse
 from kdlib.data.batches import Prepared
 from kdlib.errors import ConfigError, RunError
 from kdlib.evaluation.compare import Comparison, prompts_of
-from kdlib.models import loading as models
-from kdlib.models.loading import device_of, precision_of
+from kdlib.hardware import precision_of
+from kdlib.models.loading import device_of, load_config, load_tokenizer
+from kdlib.models.student import check_pair, tokenizer_of
 from kdlib.plots.axes import LABELS
 from kdlib.reports import compared
 from kdlib.runs.folder import write_json
@@ -81,9 +82,9 @@ def compare(
         for name in (*others, student)
     }
     for config in configs.values():
-        models.check_pair(config, models.tokenizer_of(config))
+        check_pair(config, tokenizer_of(config))
     config = configs[student]
-    tokenizer = models.tokenizer_of(config)
+    tokenizer = tokenizer_of(config)
     read = _rows if {key for key, _ in pairs(overrides)} & {"data.validation", "data.test"} else _all_rows
     prepared = read(config)
     results = (
@@ -92,6 +93,7 @@ def compare(
         else _compare_tokens(configs, student, tokenizer, prepared)
     )
     split = results["split"]
+    dtype, _ = precision_of(config.precision, device_of(config.wanted_device))
     how = prepared.notes["test" if split == "test" else "split"]
     return {
         **results,
@@ -99,12 +101,12 @@ def compare(
         "student": student,
         "sources": {"teacher": teacher, **students},
         "rule": f"each model as given, on {results['rows']:,} {split} rows of {data} ({split}: {how})",
-        "precision": str(precision_of(config)[0]).removeprefix("torch."),
+        "precision": str(dtype).removeprefix("torch."),
     }
 
 
 def _rows(config: Config) -> Prepared:
-    return tasks.prepare(config, models.tokenizer_of(config))
+    return tasks.prepare(config, tokenizer_of(config))
 
 
 def _all_rows(config: Config) -> Prepared:
@@ -158,10 +160,8 @@ def _config(
     for key, _ in pairs(overrides):
         if key.partition(".")[0] in ("task", "teacher", "student"):
             raise ConfigError(f"-o {key}: this has an option of its own: --task, --teacher, --student")
-    positions = [
-        getattr(models.load_config(model), "max_position_embeddings", None) or LONGEST for model in among
-    ]
-    limits = [models.load_tokenizer(model).model_max_length for model in among]
+    positions = [getattr(load_config(model), "max_position_embeddings", None) or LONGEST for model in among]
+    limits = [load_tokenizer(model).model_max_length for model in among]
     read = {
         "source": data,
         "max_length": min(LONGEST, *positions, *limits),
@@ -189,9 +189,10 @@ def _compare_classes(
     one it is about.
     """
     config = configs[student]
-    dtype, _ = precision_of(config)
+    device = device_of(config.wanted_device)
+    dtype, _ = precision_of(config.precision, device)
     comparison = ClassComparison(
-        prepared, tokenizer, device=device_of(config), resamples=config.compare.resamples, seed=config.seed
+        prepared, tokenizer, device=device, resamples=config.compare.resamples, seed=config.seed
     )
     print("measuring teacher …", flush=True)
     comparison.add(
@@ -210,10 +211,9 @@ def _compare_tokens(
     configs: Mapping[str, Config], student: str, tokenizer: PreTrainedTokenizerBase, prepared: Prepared
 ) -> dict[str, Any]:
     config = configs[student]
-    (dtype, _), chosen = precision_of(config), config.compare
-    comparison = Comparison(
-        prepared, tokenizer, device=device_of(config), resamples=chosen.resamples, seed=config.seed
-    )
+    device, chosen = device_of(config.wanted_device), config.compare
+    dtype, _ = precision_of(config.precision, device)
+    comparison = Comparison(prepared, tokenizer, device=device, resamples=chosen.resamples, seed=config.seed)
     prompts = prompts_of(config, comparison.rows)
     for name, model in {
         "teacher": config.teacher.model,

@@ -6,11 +6,11 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import cache
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdlib.hardware import device_memory
 from kdlib.losses.signals import Form, Signal
 
 PIECE, LEAST = 64, 8  # rows worked on at a time on a CPU, at most and at least; what is compiled
@@ -126,15 +126,6 @@ def chunk_tokens(vocabulary: int, itemsize: int, device: torch.device, *, free: 
         _, free = device_memory(device)
     budget = min(free // 8, BUDGET if device.type == "cuda" else CPU_BUDGET)
     return max(budget // (2 * vocabulary * itemsize) // PIECE, 1) * PIECE
-
-
-def device_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes in all, and free now, of a device; of the machine where the device has no memory of its own."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info(device)
-        return total, free
-    memory = psutil.virtual_memory()
-    return memory.total, memory.available
 
 
 def _by_pieces(arithmetic: Callable, piece: Callable[[Tensor], int]) -> Callable[..., Tensor]:

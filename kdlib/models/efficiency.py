@@ -4,13 +4,10 @@ answer.
 
 import json
 import statistics
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 
-import psutil
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -20,36 +17,6 @@ from kdlib.models.loading import folder_of
 
 Batch = Mapping[str, Tensor]
 WARM_UP = 3  # answers that are not timed
-
-
-@contextmanager
-def peak_memory(device: torch.device, interval: float = 0.01) -> Iterator[list[float]]:
-    """Bytes above what was held at the start, at the highest point: [peak], filled at the end.
-
-    On CUDA the allocator's own peak; on the CPU the process's resident memory, sampled every `interval`
-    seconds.
-    """
-    peak = [0.0]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        start = torch.cuda.memory_allocated()
-        yield peak
-        peak[0] = torch.cuda.max_memory_allocated() - start
-        return
-    process, done = psutil.Process(), threading.Event()
-    start = process.memory_info().rss
-
-    def watch() -> None:
-        while not done.wait(interval):
-            peak[0] = max(peak[0], process.memory_info().rss - start)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        thread.join()
 
 
 def wait_for(device: torch.device) -> None:

@@ -11,20 +11,15 @@ from kdlib.config.run import Config
 from kdlib.data import classification as classes, qa as questions, text as data
 from kdlib.data.batches import Prepared, calibration_rows
 from kdlib.errors import ConfigError
+from kdlib.hardware import precision_of
 from kdlib.models.classifier import load_classifier, named_classes
-from kdlib.models.loading import (
-    chosen_layers,
-    load_config,
-    load_model,
-    load_tokenizer,
-    precision_of,
-    shallower,
-)
+from kdlib.models.loading import device_of, load_config, load_model, load_tokenizer
+from kdlib.models.student import chosen_layers, shallower
 from kdlib.models.teacher import LiveTeacher
 
 
 def prepare(config: Config, tokenizer: PreTrainedTokenizerBase, *, new_head: bool = False) -> Prepared:
-    """The rows of a config; `tokenizer` as `kdlib.models.loading.tokenizer_of` gives it.
+    """The rows of a config; `tokenizer` as `kdlib.models.student.tokenizer_of` gives it.
 
     Args:
         new_head: whatever classes the teacher has are not asked for: it is to learn those of the data.
@@ -66,7 +61,8 @@ def load(
 
 def load_teacher(config: Config, prepared: Prepared, dtype: torch.dtype | None = None) -> LiveTeacher:
     """The teacher, in the precision of the run unless told otherwise."""
-    return teacher_of(_teacher_model(config, prepared, dtype or precision_of(config)[0]), prepared)
+    dtype = dtype or precision_of(config.precision, device_of(config.wanted_device))[0]
+    return teacher_of(_teacher_model(config, prepared, dtype), prepared)
 
 
 def _teacher_model(config: Config, prepared: Prepared, dtype: torch.dtype) -> PreTrainedModel:

@@ -15,11 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kdlib.config.run import Config
 from kdlib.data.batches import Prepared
 from kdlib.errors import ModelError
+from kdlib.hardware import peak_memory, precision_of
 from kdlib.losses.signals import kept
 from kdlib.metrics.classification import Answers
 from kdlib.metrics.paired import results_of, worst_rows
-from kdlib.models.efficiency import Batch, latency_ms, peak_memory, seconds_of, stored_bytes, wait_for
-from kdlib.models.loading import device_of, parameters, precision_of
+from kdlib.models.efficiency import Batch, latency_ms, seconds_of, stored_bytes, wait_for
+from kdlib.models.loading import device_of, parameters
 from kdlib.models.teacher import LiveTeacher
 from kdlib.runs.folder import Run, StudentFolder
 from kdlib.tasks import base as tasks
@@ -135,7 +136,7 @@ class ClassComparison:
             "latency_ms": latency,
             "throughput_rows_per_s": speed,
             **({"load_seconds": loaded} if source else {}),
-            "peak_memory_gib": peak[0] / 2**30,
+            "peak_memory_gib": peak.bytes / 2**30,
         }
 
     def _ask(self, name: str, voice: LiveTeacher, prepared: Prepared) -> tuple[Answers, float]:
@@ -195,9 +196,10 @@ def compare(
     Args:
         config: the run's, with the teacher that taught in it.
     """
-    dtype, _ = precision_of(config)
+    device = device_of(config.wanted_device)
+    dtype, _ = precision_of(config.precision, device)
     comparison = ClassComparison(
-        prepared, tokenizer, device=device_of(config), resamples=config.compare.resamples, seed=config.seed
+        prepared, tokenizer, device=device, resamples=config.compare.resamples, seed=config.seed
     )
 
     def measure(name: str, source: str | None, load: Callable[[], PreTrainedModel] | None = None) -> None:

@@ -16,10 +16,11 @@ from kdlib.config.run import Config
 from kdlib.config.task_rules import HIGHER_IS_BETTER
 from kdlib.data.batches import Prepared
 from kdlib.errors import ConfigError, KdlibError, Stopped
+from kdlib.hardware import precision_of
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.features import LayerPairs, layer_pairs, projections
 from kdlib.losses.objective import Objective, feature_terms
-from kdlib.models.loading import device_of, parameters, precision_of
+from kdlib.models.loading import device_of, parameters
 from kdlib.models.teacher import PROJECTIONS, LiveTeacher
 from kdlib.runs.folder import StudentFolder, is_refusal, read_json, write_error, write_json
 from kdlib.runs.log import cut_metrics, history
@@ -81,7 +82,7 @@ def training_arguments(config: Config, output: Path, **changes: Any) -> Training
     Raises:
         ConfigError: transformers refuses the combination; its own words are in the message.
     """
-    dtype, _ = precision_of(config)
+    dtype, _ = precision_of(config.precision, device_of(config.wanted_device))
     metric = config.training["metric_for_best_model"].removeprefix("eval_")
     fixed = {
         "output_dir": str(output),
@@ -92,9 +93,9 @@ def training_arguments(config: Config, output: Path, **changes: Any) -> Training
         "label_names": ["labels"],
         "disable_tqdm": True,
         "greater_is_better": HIGHER_IS_BETTER[metric],
-        "use_cpu": device_of(config).type == "cpu",
+        "use_cpu": device_of(config.wanted_device).type == "cpu",
         "dataloader_pin_memory": config.training.get(
-            "dataloader_pin_memory", device_of(config).type == "cuda"
+            "dataloader_pin_memory", device_of(config.wanted_device).type == "cuda"
         ),
         "bf16": dtype is torch.bfloat16,
         "fp16": dtype is torch.float16,

@@ -22,10 +22,11 @@ from kdlib.data.classification import class_table
 from kdlib.diagnostics import doctor, findings, outlook, parity
 from kdlib.errors import RunError, nearest
 from kdlib.evaluation import compare, predictions as sights
-from kdlib.losses.buffers import device_memory
+from kdlib.hardware import device_memory, precision_of
 from kdlib.losses.objective import ObjectiveAt
 from kdlib.losses.signals import kept
-from kdlib.models import loading as models
+from kdlib.models.loading import device_of, parameters
+from kdlib.models.student import check_pair, tokenizer_of
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots import comparison as plots
 from kdlib.plots.row_view import RowView
@@ -88,8 +89,8 @@ def open_run(
 def preflight(config: Config) -> None:
     """Everything that can be refused before a run's folder is made: arguments, tokenizers, data."""
     trackers.check_key(training.training_arguments(config, Path("unused")).report_to)
-    tokenizer = models.tokenizer_of(config)
-    models.check_pair(config, tokenizer)
+    tokenizer = tokenizer_of(config)
+    check_pair(config, tokenizer)
     tasks.prepare(config, tokenizer)
 
 
@@ -106,7 +107,7 @@ class Workbench:
 
     @cached_property
     def tokenizer(self):
-        return models.tokenizer_of(self.config)
+        return tokenizer_of(self.config)
 
     @cached_property
     def prepared(self) -> Prepared:
@@ -114,7 +115,7 @@ class Workbench:
 
     @cached_property
     def teacher(self) -> LiveTeacher:
-        models.check_pair(self.config, self.tokenizer)
+        check_pair(self.config, self.tokenizer)
         print(f"loading the teacher, {self.config.teacher.model} …", flush=True)
         return tasks.load_teacher(self.config, self.prepared)
 
@@ -134,7 +135,7 @@ class Workbench:
         A teacher that has a stage of its own to go through does so first.
         """
         self.config = teacher_stage.taught(self.run.config, self.run)
-        dtype, reason = models.precision_of(self.config)
+        dtype, reason = precision_of(self.config.precision, device_of(self.config.wanted_device))
         layers = tasks.layers_for_student(self.config, self.teacher.model, self.prepared)
         self.run.add_to_manifest(
             student_layers=layers,
@@ -148,19 +149,18 @@ class Workbench:
                 "system": platform.system(),
                 "processor": platform.machine(),
                 "threads": torch.get_num_threads(),
-                "memory_gib": round(device_memory(models.device_of(self.config))[0] / 2**30, 1),
+                "memory_gib": round(device_memory(device_of(self.config.wanted_device))[0] / 2**30, 1),
                 "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             },
         )
         student = self.student()
         return _facts(
             {
-                "teacher": f"{self.config.teacher.model}: {models.parameters(self.teacher.model) / 1e6:.1f} "
+                "teacher": f"{self.config.teacher.model}: {parameters(self.teacher.model) / 1e6:.1f} "
                 "M parameters, "
                 f"{self.teacher.model.config.num_hidden_layers} layers",
                 "student": (
-                    f"{models.parameters(student) / 1e6:.1f} M parameters, "
-                    f"{student.config.num_hidden_layers} layers"
+                    f"{parameters(student) / 1e6:.1f} M parameters, {student.config.num_hidden_layers} layers"
                 )
                 + (f": the teacher's {layers}" if layers else ""),
                 **self._choices(),
@@ -342,7 +342,7 @@ class Workbench:
             raise RunError(
                 f"there is no student {name!r}{nearest(name, known)}; there are {', '.join(known)}"
             )
-        dtype, _ = models.precision_of(self.config)
+        dtype, _ = precision_of(self.config.precision, device_of(self.config.wanted_device))
 
         def voice(name: str) -> LiveTeacher:
             print(f"asking the {name} model …", flush=True)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from kdlib.config.run import Config, parse
 from kdlib.data.batches import Prepared
 from kdlib.errors import RunError, Stopped
-from kdlib.models import loading as models
+from kdlib.models.student import tokenizer_of
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run
 from kdlib.tasks import base as tasks
@@ -79,7 +79,7 @@ def taught(config: Config, asked_by: Run) -> Config:
     run.path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(run.path.with_name(f".{run.name}.lock")):
         own = own_config(config)
-        tokenizer = models.tokenizer_of(own)
+        tokenizer = tokenizer_of(own)
         prepared = tasks.prepare(own, tokenizer, new_head=True)
         _check_rows(own, run, prepared)
         if run.is_trained:

@@ -1,0 +1,167 @@
+"""Students: made from a teacher's layers, or blank; and whether a teacher can teach them."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.initialization import no_init_weights
+
+from kdlib.config.run import Config
+from kdlib.errors import ModelError
+from kdlib.models.hooks import layers_name, layers_of
+from kdlib.models.loading import explained, load_config, load_tokenizer, plain_config
+
+
+def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
+    """The one by which rows are made and with which the student is saved: the teacher's, which both share.
+
+    Where rows are classified the student has its own; the teacher may read otherwise
+    (kdlib.data.classification).
+    """
+    is_own = config.task == "sequence-classification" and config.student.source != "teacher"
+    return load_tokenizer(config.student.source if is_own else config.teacher.model)
+
+
+def check_pair(config: Config, teacher: PreTrainedTokenizerBase) -> None:
+    """Refuse a student that the teacher cannot teach: layers it lacks, or token ids that mean other things.
+
+    Raises:
+        ModelError: names the layers, or the first tokens that differ.
+    """
+    configs = {
+        name: load_config(name) for name in {config.teacher.model, config.student.source} - {"teacher"}
+    }
+    for name, each in configs.items():
+        positions = getattr(each, "max_position_embeddings", None)
+        if positions and config.data.max_length > positions:
+            raise ModelError(
+                f"data.max_length is {config.data.max_length}, but {name} has {positions} positions; lower it"
+            )
+    if config.student.source == "teacher":
+        check_layers(config, configs[config.teacher.model].num_hidden_layers)
+        return
+    # each reads the rows in its own way; what they share is the classes
+    if config.task == "sequence-classification":
+        return
+    student, ours = load_tokenizer(config.student.source).get_vocab(), teacher.get_vocab()
+    if student != ours:
+        differing = [token for token in {**student, **ours} if student.get(token) != ours.get(token)]
+        shown = ", ".join(
+            f"{t!r}: {student.get(t, 'absent')} / {ours.get(t, 'absent')}" for t in sorted(differing)[:3]
+        )
+        raise ModelError(
+            f"student {config.student.source} ({len(student)} tokens) and teacher {config.teacher.model} "
+            f"({len(ours)}) have different vocabularies: {len(differing)} tokens differ, e.g. {shown} "
+            "(student / teacher id). The kd term compares token by token and needs one vocabulary: use a "
+            "student of the teacher's family, or `student: {from: teacher}`"
+        )
+
+
+def chosen_layers(config: Config, teacher: PreTrainedModel, calibration: Tensor) -> list[int] | None:
+    """Which of the teacher's layers the student keeps; None for a student that is not made from the teacher.
+
+    Args:
+        calibration: [B, T] token ids of training text, on which influence is measured.
+    """
+    if config.student.source != "teacher":
+        return None
+    total, keep, count = teacher.config.num_hidden_layers, config.student.keep, config.student.layers
+    check_layers(config, total)
+    if isinstance(keep, list):
+        return keep
+    if keep == "first" or count == 1:
+        return list(range(count))
+    if keep == "even":
+        return even_layers(count, total)
+    return sorted(layer_influence(teacher, calibration).topk(count).indices.tolist())
+
+
+def even_layers(count: int, total: int) -> list[int]:
+    """`count` of `total` layers, spread evenly from the first to the last."""
+    return [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
+
+
+def check_layers(config: Config, total: int) -> None:
+    """Refuse layers that a teacher of `total` layers does not have."""
+    keep, count = config.student.keep, config.student.layers
+    if isinstance(keep, list):
+        if not keep or sorted(set(keep)) != keep or keep[0] < 0 or keep[-1] >= total:
+            raise ModelError(f"student.keep {keep}: needs rising layer numbers from 0 to {total - 1}")
+    elif count > total:
+        raise ModelError(f"student.layers is {count}, but the teacher has {total}; choose 1 to {total}")
+
+
+@torch.no_grad()
+def layer_influence(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """How much each layer turns the residual stream: 1 - mean cosine between its input and output.
+
+    Args:
+        input_ids: [B, T] text without padding.
+
+    Returns:
+        [L] from 0 (the layer does nothing) to 2.
+
+    Reference: Men et al. 2024 (ShortGPT, "block influence"), https://arxiv.org/abs/2403.03853
+    """
+    influence = []
+
+    def measure(layer, args, kwargs, output):  # `hidden_states` will not do: it ends with the final norm's
+        before = args[0] if args else kwargs["hidden_states"]
+        after = output[0] if isinstance(output, tuple) else output
+        influence.append(1 - F.cosine_similarity(before.float(), after.float(), dim=-1).mean())
+
+    handles = [layer.register_forward_hook(measure, with_kwargs=True) for layer in layers_of(model)]
+    try:
+        model.base_model(input_ids=input_ids.to(model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.stack(influence)
+
+
+def shallower(teacher: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
+    """A float32 copy of the teacher with only the layers `keep`; embeddings, norms and head come along."""
+    config = with_layers(teacher.config, keep)
+    with no_init_weights():  # every weight is the teacher's; this leaves out the tying too
+        student = type(teacher)(config)
+    student.tie_weights()
+    prefix, place, state = layers_name(teacher) + ".", {str(old): new for new, old in enumerate(keep)}, {}
+    for name, value in teacher.state_dict().items():
+        if not name.startswith(prefix):
+            state[name] = value
+            continue
+        number, rest = name.removeprefix(prefix).split(".", 1)
+        if number in place:
+            state[f"{prefix}{place[number]}.{rest}"] = value
+    student.load_state_dict(state)
+    if student.can_generate():  # without the teacher's sampling habits
+        student.generation_config = GenerationConfig.from_model_config(config)
+    return student.float().eval()
+
+
+def with_layers(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfig:
+    """A copy of a model's config with only the layers `keep`."""
+    changed = plain_config(config)
+    for name, value in config.to_dict().items():  # layer_types, no_rope_layers, …: one entry per layer
+        if isinstance(value, list) and len(value) == config.num_hidden_layers:
+            setattr(changed, name, [value[i] for i in keep])
+    changed.num_hidden_layers = len(keep)
+    return changed
+
+
+def blank_model(name: str, config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A causal language model of this config with random weights; `name` is for the message of an error.
+
+    Raises:
+        ModelError: the config is of no such model.
+    """
+    with explained(name, "causal language model"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
