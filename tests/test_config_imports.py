@@ -10,7 +10,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from kdlib.config.dialects import OURS, read_settings
+from kdlib.config.import_table import OURS, read_settings
 from kdlib.config.imports import TO_FILL_IN, migrated
 from kdlib.config.run import load
 from kdlib.errors import ConfigError

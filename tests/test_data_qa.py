@@ -5,7 +5,8 @@ from datasets import Dataset, DatasetDict
 from made_questions import CHATML, conversations, multiple_choice, pairs, question_tokenizer, written
 from tokenizers.processors import TemplateProcessing
 
-from kdlib.config.run import DataConfig, parse
+from kdlib.config.run import parse
+from kdlib.config.sections import DataConfig
 from kdlib.data.prompts import continued
 from kdlib.data.qa import prepare
 from kdlib.errors import ConfigError, DataError

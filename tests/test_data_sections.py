@@ -9,7 +9,7 @@ import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from kdlib.config.run import DataConfig
+from kdlib.config.sections import DataConfig
 from kdlib.data.classification import split_texts
 from kdlib.data.sections import SECTIONS, SHORTEST, stdlib_sections
 from kdlib.data.sources import read_splits

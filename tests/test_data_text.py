@@ -5,7 +5,7 @@ from conftest import sentences, tiny_tokenizer
 from datasets import Dataset, DatasetDict
 from tokenizers.processors import TemplateProcessing
 
-from kdlib.config.run import DataConfig
+from kdlib.config.sections import DataConfig
 from kdlib.data.batches import collate
 from kdlib.data.text import packed, prepare, read_documents, split_documents
 from kdlib.errors import DataError

@@ -9,7 +9,8 @@ from sklearn import metrics
 from tiny_classifiers import LABELS, bert, llama, raw_config, rows_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from kdlib.config.run import EarlyStopping, parse
+from kdlib.config.run import parse
+from kdlib.config.sections import EarlyStopping
 from kdlib.errors import ModelError
 from kdlib.evaluation import compare
 from kdlib.models.student import tokenizer_of

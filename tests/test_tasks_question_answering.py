@@ -8,7 +8,8 @@ import torch
 from datasets import Dataset
 from made_questions import multiple_choice, question_tokenizer, tiny_gpt2, written
 
-from kdlib.config.run import DataConfig, parse
+from kdlib.config.run import parse
+from kdlib.config.sections import DataConfig
 from kdlib.data.qa import prepare
 from kdlib.diagnostics.doctor import diagnose
 from kdlib.diagnostics.parity import parity, shortened

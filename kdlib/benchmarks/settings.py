@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from kdlib.config.base import Count, Number, Section
+from kdlib.config.sections import Count, Number, Section
 from kdlib.errors import nearest
 
 CASES = {

@@ -13,10 +13,9 @@ from typing import Any
 
 import yaml
 
-from kdlib.config.base import number
-from kdlib.config.dialects import COUNTS, HALVES, OURS, REASONS, STOP_SWITCHES, STOPS, read_settings
-from kdlib.config.overrides import with_override
-from kdlib.config.run import parse
+from kdlib.config.import_table import COUNTS, HALVES, OURS, REASONS, STOP_SWITCHES, STOPS, read_settings
+from kdlib.config.run import parse, with_override
+from kdlib.config.sections import number
 from kdlib.config.training_arguments import RESERVED, problem_with, scheduler_names, training_fields
 from kdlib.errors import ConfigError, printable
 

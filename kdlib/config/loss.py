@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo, WrapValidator
 
-from kdlib.config.base import Count, Number, Section, fraction, number, refuse, whole
+from kdlib.config.sections import Count, Number, Section, fraction, number, refuse, whole
 from kdlib.errors import nearest, printable
 from kdlib.schedulers import (
     SHAPES,

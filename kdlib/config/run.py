@@ -8,87 +8,61 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo, model_validator
+import yaml
+from pydantic import AfterValidator, ValidationError, ValidationInfo, model_validator
 
-from kdlib.config.base import Count, Number, Section, fraction, refuse
 from kdlib.config.loss import BaselineConfig, LossConfig
-from kdlib.config.overrides import merged, overridden, read_yaml, smoke_for
+from kdlib.config.sections import (
+    CompareConfig,
+    DataConfig,
+    DiagnosticsConfig,
+    EarlyStopping,
+    Section,
+    Seed,
+    StudentConfig,
+    TeacherConfig,
+    refuse,
+)
 from kdlib.config.task_rules import METRICS, TASKS, misfits
 from kdlib.config.training_arguments import TRAINING_DEFAULTS, clashes, problem_with, typed
 from kdlib.errors import ConfigError, nearest, printable
 
-
-def _layers_kept(value: Any) -> Any:
-    if value in ("influence", "even", "first") or (
-        isinstance(value, list) and all(type(item) is int for item in value)
-    ):
-        return value
-    raise ValueError(f"found {value!r}; it is influence, even, first, or a list of layer numbers")
-
-
-def _share_or_split(value: Any) -> float | str:
-    """A share of the rows, or the name of one of the source's own splits."""
-    if isinstance(value, str) and fraction(value) is None:
-        return value
-    share = fraction(value)
-    if share is None or not 0 < share < 1:
-        raise ValueError(
-            f"found {value!r}; it is a share of the rows between 0 and 1, or the name of a split that the "
-            "source has"
-        )
-    return share
+SMOKE = {
+    "training": {
+        "max_steps": 4,
+        "warmup_steps": 1,
+        "logging_steps": 1,
+        "eval_steps": 4,
+        "save_steps": 4,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+    },
+    "data": {"max_length": 32, "max_train_rows": 64, "max_eval_rows": 4},
+    "compare": {"resamples": 200, "continuations": 1, "prompt_tokens": 8, "new_tokens": 4},
+}
+"""What `smoke` changes, so that the same config runs through in under two minutes: few steps, short rows."""
 
 
-class TeacherConfig(Section):
-    """Where the teacher comes from: a hub id, a local folder, a .gguf file, or a built-in name."""
-
-    model: str
-
-
-class StudentConfig(Section):
-    """A student made from the teacher's layers (`from: teacher`), or a model of its own (`from:` as for
-    the teacher).
+def smoke_for(raw: Mapping) -> Mapping:
+    """SMOKE for this config: less the warm-up steps where the learning rate is a schedule, which has its
+    own; for its task.
     """
-
-    source: str = Field("teacher", alias="from")
-    layers: Annotated[Count, Field(ge=1)] | None = None
-    keep: Annotated[Any, BeforeValidator(_layers_kept)] = "influence"
-
-    @model_validator(mode="after")
-    def _layers_fit(self):
-        if self.source == "teacher" and self.layers is None and not isinstance(self.keep, list):
-            raise ValueError("a student made from the teacher needs `layers: <how many>`")
-        if self.source != "teacher" and (self.layers is not None or isinstance(self.keep, list)):
-            raise ValueError(
-                "`layers` and `keep` choose among the teacher's layers; they go with `from: teacher` only"
-            )
-        if isinstance(self.keep, list) and self.layers not in (None, len(self.keep)):
-            raise ValueError(
-                f"`layers` is {self.layers}, but `keep` lists {len(self.keep)}; leave `layers` out"
-            )
-        return self
+    changes = {**SMOKE, "training": _steps(raw.get("training"))}
+    if raw.get("task") == "sequence-classification":  # some rows of each class
+        changes["data"] = {**SMOKE["data"], "max_train_rows": 256, "max_eval_rows": 64}
+    if raw.get("task") == "question-answering":  # a shorter row would lose its answer
+        changes["data"] = {name: value for name, value in SMOKE["data"].items() if name != "max_length"}
+    if isinstance(stage := raw.get("teacher_stage"), Mapping):
+        changes["teacher_stage"] = {"training": _steps(stage.get("training"))}
+    return changes
 
 
-class DataConfig(Section):
-    """The text: where it is, how it is split and cut."""
-
-    source: str
-    subset: str | None = None
-    text: str | list[str] = "text"  # of a classification, several columns make one text, a line each
-    label: str = "label"
-    labels: list[str] | None = None  # the classes' names, where the source gives numbers alone
-    # of a classification, the column of what must not be divided: an author, a patient, a page
-    group: str | None = None
-    question: str = "question"
-    choices: str = "choices"
-    answer: str = "answer"
-    validation: Annotated[Any, AfterValidator(_share_or_split)] = 0.1
-    test: Annotated[Any, AfterValidator(_share_or_split)] | None = None
-    split_seed: Annotated[Count, Field(ge=0, lt=2**32)] | None = None
-    packing: bool = True
-    max_length: Annotated[Count, Field(ge=2)] = 1024
-    max_train_rows: Annotated[Count, Field(ge=1)] | None = None
-    max_eval_rows: Annotated[Count, Field(ge=1)] | None = None
+def _steps(training: Any) -> Mapping[str, Any]:
+    is_course = isinstance(training, Mapping) and isinstance(training.get("lr_scheduler_type"), Mapping)
+    return {
+        name: value for name, value in SMOKE["training"].items() if not (is_course and name == "warmup_steps")
+    }
 
 
 def _training(training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
@@ -104,43 +78,21 @@ def _training(training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
     return {**TRAINING_DEFAULTS, "metric_for_best_model": f"eval_{metrics[0]}", **sound}
 
 
-class CompareConfig(Section):
-    """How teacher and students are compared on the validation text."""
-
-    resamples: Annotated[Count, Field(ge=100)] = 2000
-    continuations: Annotated[Count, Field(ge=0)] = 3
-    prompt_tokens: Annotated[Count, Field(ge=1)] = 32
-    new_tokens: Annotated[Count, Field(ge=1)] = 32
-
-
-class EarlyStopping(Section):
-    """Training ends when `metric_for_best_model` has not improved for so many evaluations."""
-
-    patience: Annotated[Count, Field(ge=1)]
-    min_delta: Annotated[Number, Field(ge=0)] = 0.0  # what counts as an improvement
-
-
 class TeacherStage(Section):
     """The teacher learns the task first, with ce alone; its run folder is used again while nothing of
     this changes.
     """
 
-    seed: Annotated[Count, Field(ge=0, lt=2**32)] = 0
+    seed: Seed = 0
     training: Annotated[dict[str, Any], AfterValidator(_training)]
     early_stopping: EarlyStopping | None = None
-
-
-class DiagnosticsConfig(Section):
-    """What is measured beside the losses while a student trains."""
-
-    grad_norms_every: Annotated[Count, Field(ge=1)] | None = None  # optimizer steps
 
 
 class Config(Section):
     """One complete run."""
 
     task: Literal[TASKS] = "causal-lm"
-    seed: Annotated[Count, Field(ge=0, lt=2**32)] = 0
+    seed: Seed = 0
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     teacher: TeacherConfig
@@ -166,7 +118,7 @@ class Config(Section):
 
     @classmethod
     def smoke_changes(cls, raw: Mapping[str, Any]) -> Mapping[str, Any]:
-        """See kdlib.config.overrides.SMOKE."""
+        """See SMOKE."""
         return smoke_for(raw)
 
 
@@ -238,6 +190,69 @@ def read_text(path: Path) -> str:
         raise ConfigError(f"{path}: no such file{nearest(path.name, others)}") from None
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name that no file can have
         raise ConfigError(f"{path}: cannot be read as a text file: {error}") from None
+
+
+def overridden(raw: dict, overrides: Sequence[str] | Mapping[str, Any], name: str) -> dict:
+    """`raw`, the config of this name, with every override put in, the last one winning."""
+    for key, value in pairs(overrides):
+        raw = with_override(raw, key, value, name)
+    return raw
+
+
+def pairs(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """`["loss.temperature=3"]` or `{"loss.temperature": 3}` as [("loss.temperature", 3)]."""
+    if isinstance(overrides, Mapping):
+        return [(str(key), value) for key, value in overrides.items()]
+    if isinstance(overrides, str) or not all(isinstance(text, str) for text in overrides):
+        raise ConfigError(
+            f'overrides are a list like ["loss.temperature=3"] or a mapping; found {overrides!r}'
+        )
+    pairs = []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"override {text!r}: write it as key=value, e.g. loss.temperature=3")
+        pairs.append((key.strip(), read_yaml(value, f"override {text!r}")))
+    return pairs
+
+
+def read_yaml(text: str, name: str) -> Any:
+    """Plain data from YAML.
+
+    Raises:
+        ConfigError: it is none; `name` says in the message where the text stood.
+    """
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ConfigError(f"{name}: not valid YAML: nested too deeply") from None
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
+        # PyYAML's own conversions: 2026-13-45, !!bool x
+        raise ConfigError(f"{name}: not valid YAML: {error}") from None
+
+
+def with_override(raw: dict, key: str, value: Any, name: str) -> dict:
+    """`raw` with the value at this dotted path; sections on the way are made where they are missing."""
+    head, dot, rest = key.partition(".")
+    if not dot:
+        return {**raw, head: value}
+    inner = raw.get(head)
+    if inner is not None and not isinstance(inner, dict):
+        raise ConfigError(f"{name}: override {key}: `{head}` is {inner!r}, it has no `{rest}`")
+    return {**raw, head: with_override(inner or {}, rest, value, name)}
+
+
+def merged(raw: dict, change: Mapping) -> dict:
+    """`raw` with the leaves of `change` put in; a section that is no mapping is left for the checks to
+    refuse.
+    """
+    result = dict(raw)
+    for key, value in change.items():
+        if not isinstance(value, Mapping):
+            result[key] = value
+        elif isinstance(raw.get(key, {}), dict):
+            result[key] = merged(raw.get(key, {}), value)
+    return result
 
 
 def differences(one: Mapping, other: Mapping, prefix: str = "") -> list[str]:

@@ -12,7 +12,7 @@ import pandas as pd
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from kdlib.config.run import DataConfig
+from kdlib.config.sections import DataConfig
 from kdlib.data.batches import Prepared, collate_classes, fingerprint
 from kdlib.data.labelled_rows import Texts, read_texts, shown, unique
 from kdlib.data.strata import held_out, sample

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 from datasets import Dataset, DatasetDict
 
-from kdlib.config.run import DataConfig
+from kdlib.config.sections import DataConfig
 from kdlib.data.sources import BUILT_IN, check_column, read_splits
 from kdlib.errors import DataError, listed, nearest
 

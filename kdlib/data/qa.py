@@ -15,7 +15,7 @@ import datasets
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from kdlib.config.run import DataConfig
+from kdlib.config.sections import DataConfig
 from kdlib.data.batches import Prepared, collate, fingerprint
 from kdlib.data.prompts import Encoded, encoded_choices, encoded_response
 from kdlib.data.qa_rows import Item, collected, form_of, read_items, refusal

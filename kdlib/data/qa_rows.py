@@ -15,7 +15,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from kdlib.config.run import DataConfig
+from kdlib.config.sections import DataConfig
 from kdlib.errors import DataError, listed, nearest
 
 ROLES = ("system", "user", "assistant", "tool")

@@ -11,7 +11,7 @@ import datasets
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetGenerationError
 
-from kdlib.config.run import DataConfig
+from kdlib.config.sections import DataConfig
 from kdlib.data.sections import stdlib_sections
 from kdlib.errors import DataError, listed, nearest
 

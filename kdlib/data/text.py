@@ -13,7 +13,7 @@ import datasets
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from kdlib.config.run import DataConfig
+from kdlib.config.sections import DataConfig
 from kdlib.data.batches import Prepared, collate, fingerprint, token_lists
 from kdlib.data.sources import check_column, read_splits
 from kdlib.errors import DataError

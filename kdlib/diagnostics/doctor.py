@@ -13,8 +13,7 @@ import transformers
 import yaml
 
 from kdlib.config import run as configs
-from kdlib.config.overrides import pairs
-from kdlib.config.run import Config
+from kdlib.config.run import Config, pairs
 from kdlib.diagnostics.batch_checks import BATCH_CHECKS
 from kdlib.diagnostics.class_checks import CLASS_BATCH_CHECKS, CLASS_CHECKS
 from kdlib.diagnostics.config_checks import CONFIG_CHECKS

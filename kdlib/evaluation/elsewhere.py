@@ -11,8 +11,7 @@ from typing import Any
 from datasets import concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from kdlib.config.overrides import pairs
-from kdlib.config.run import Config, parse
+from kdlib.config.run import Config, pairs, parse
 from kdlib.data.batches import Prepared
 from kdlib.errors import ConfigError, RunError
 from kdlib.evaluation.compare import Comparison, prompts_of

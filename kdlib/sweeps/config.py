@@ -18,8 +18,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from kdlib.config.base import Count, Number, Section, number, refuse
 from kdlib.config.loss import TERM_NAMES
+from kdlib.config.sections import Count, Number, Section, number, refuse
 from kdlib.errors import nearest, printable
 from kdlib.metrics.names import MEASURES
 

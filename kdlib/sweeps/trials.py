@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kdlib.config import run as configs
-from kdlib.config.overrides import read_yaml
-from kdlib.config.run import Config
+from kdlib.config.run import Config, read_yaml
 from kdlib.errors import ConfigError
 from kdlib.metrics.names import held_by
 from kdlib.sweeps.config import WEIGHTS, SweepConfig

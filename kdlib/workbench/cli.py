@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from kdlib.config import run as configs
-from kdlib.config.overrides import pairs
+from kdlib.config.run import pairs
 from kdlib.errors import ConfigError, KdlibError
 from kdlib.runs import folder as runs
 from kdlib.workbench.cli_checks import checks

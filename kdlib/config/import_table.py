@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kdlib.config.overrides import read_yaml
-from kdlib.config.run import read_text
+from kdlib.config.run import read_text, read_yaml
 from kdlib.config.training_arguments import RESERVED
 from kdlib.errors import ConfigError
 

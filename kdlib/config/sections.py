@@ -1,0 +1,153 @@
+"""What a config is made of: the strict base class, numbers as YAML writes them, and the simple sections."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A part of a config, or all of one: frozen, and no key that it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    smoke: ClassVar[Mapping[str, Any]] = {}  # what `smoke` changes
+
+    @classmethod
+    def smoke_changes(cls, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What `smoke` changes in this config, as it stands in the YAML."""
+        return cls.smoke
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, as it would stand in the YAML."""
+        return self.model_dump(by_alias=True)
+
+    def as_yaml(self) -> str:
+        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+
+
+def number(value: Any) -> Any:
+    """Takes 1e-4 and 1e3, which YAML reads as strings, and refuses true, which pydantic reads as 1."""
+    if isinstance(value, bool):
+        raise ValueError("a number is needed, not true or false")
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
+def whole(value: Any) -> int | None:
+    """The value as a whole number of 1 or more, or None where it is none."""
+    found = None if isinstance(value, bool) else number(value)
+    return int(found) if isinstance(found, (int, float)) and found >= 1 and found % 1 == 0 else None
+
+
+def fraction(value: Any) -> float | None:
+    """The value as a number from 0 to 1, or None where it is none."""
+    found = None if isinstance(value, bool) else number(value)
+    return float(found) if isinstance(found, (int, float)) and 0 <= found <= 1 else None
+
+
+def refuse(faults: Sequence[str]) -> None:
+    """Raises all faults as one ValueError, a line each; nothing where there are none."""
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+Number = Annotated[float, BeforeValidator(number), Field(allow_inf_nan=False)]
+Count = Annotated[int, BeforeValidator(number)]
+Positive = Annotated[Count, Field(ge=1)]
+Seed = Annotated[Count, Field(ge=0, lt=2**32)]
+
+
+def _layers_kept(value: Any) -> Any:
+    is_list = isinstance(value, list) and all(type(item) is int for item in value)
+    if value in ("influence", "even", "first") or is_list:
+        return value
+    raise ValueError(f"found {value!r}; it is influence, even, first, or a list of layer numbers")
+
+
+def _share_or_split(value: Any) -> float | str:
+    """A share of the rows, or the name of one of the source's own splits."""
+    share = fraction(value)
+    if share is None and isinstance(value, str):
+        return value
+    if share is None or not 0 < share < 1:
+        raise ValueError(
+            f"found {value!r}; it is a share of the rows between 0 and 1, or the name of a split that the "
+            "source has"
+        )
+    return share
+
+
+class TeacherConfig(Section):
+    """Where the teacher comes from: a hub id, a local folder, a .gguf file, or a built-in name."""
+
+    model: str
+
+
+class StudentConfig(Section):
+    """A student made from the teacher's layers (`from: teacher`), or a model of its own (`from:` a model)."""
+
+    source: str = Field("teacher", alias="from")
+    layers: Positive | None = None
+    keep: Annotated[Any, BeforeValidator(_layers_kept)] = "influence"
+
+    @model_validator(mode="after")
+    def _layers_fit(self) -> "StudentConfig":
+        listed = isinstance(self.keep, list)
+        if self.source == "teacher" and self.layers is None and not listed:
+            raise ValueError("a student made from the teacher needs `layers: <how many>`")
+        if self.source != "teacher" and (self.layers is not None or listed):
+            raise ValueError(
+                "`layers` and `keep` choose among the teacher's layers; they go with `from: teacher` only"
+            )
+        if listed and self.layers not in (None, len(self.keep)):
+            raise ValueError(
+                f"`layers` is {self.layers}, but `keep` lists {len(self.keep)}; leave `layers` out"
+            )
+        return self
+
+
+class DataConfig(Section):
+    """The text: where it is, how it is split and cut."""
+
+    source: str
+    subset: str | None = None
+    text: str | list[str] = "text"  # of a classification, several columns make one text, a line each
+    label: str = "label"
+    labels: list[str] | None = None  # the classes' names, where the source gives numbers alone
+    group: str | None = None  # of a classification, what must not be divided: an author, a patient, a page
+    question: str = "question"
+    choices: str = "choices"
+    answer: str = "answer"
+    validation: Annotated[Any, AfterValidator(_share_or_split)] = 0.1
+    test: Annotated[Any, AfterValidator(_share_or_split)] | None = None
+    split_seed: Seed | None = None
+    packing: bool = True
+    max_length: Annotated[Count, Field(ge=2)] = 1024
+    max_train_rows: Positive | None = None
+    max_eval_rows: Positive | None = None
+
+
+class CompareConfig(Section):
+    """How teacher and students are compared on the validation text."""
+
+    resamples: Annotated[Count, Field(ge=100)] = 2000
+    continuations: Annotated[Count, Field(ge=0)] = 3
+    prompt_tokens: Positive = 32
+    new_tokens: Positive = 32
+
+
+class EarlyStopping(Section):
+    """Training ends when `metric_for_best_model` has not improved for so many evaluations."""
+
+    patience: Positive
+    min_delta: Annotated[Number, Field(ge=0)] = 0.0  # what counts as an improvement
+
+
+class DiagnosticsConfig(Section):
+    """What is measured beside the losses while a student trains."""
+
+    grad_norms_every: Positive | None = None  # optimizer steps
