@@ -8,13 +8,12 @@ from conftest import tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM
 
-from kdlib.benchmarks import machine
 from kdlib.config import run as configs
 from kdlib.diagnostics import remedies
 from kdlib.diagnostics.allocations import Allocations
 from kdlib.diagnostics.charges import GIB, Charges, RehearsedWorkspace, spread
-from kdlib.diagnostics.fake_step import PHASES, Rehearsal, at_layers, outline
-from kdlib.diagnostics.measurement import measured
+from kdlib.diagnostics.fake_step import Rehearsal, at_layers, outline
+from kdlib.diagnostics.measurement import measured, measured_peak
 from kdlib.diagnostics.memory import forecast, verdict
 from kdlib.errors import ModelError
 from kdlib.losses.buffers import Workspace
@@ -330,11 +329,11 @@ def test_cards_are_judged_each_with_its_cheapest_change(raw):
 
 
 def test_the_command_says_what_is_held_when_and_whether_it_fits(config_file, capsys):
-    cli.app(["forecast", str(config_file), "--no-time", "--memory", "16"], standalone_mode=False)
+    cli.app(["forecast", str(config_file), "--memory", "16"], standalone_mode=False)
     said = capsys.readouterr().out
     assert "optimizer state" in said
     assert "16.00 GiB: fits" in said
-    assert "time: not forecast" in said
+    assert "time: measure it with --measure" in said
 
 
 def test_a_model_that_is_not_there_is_named_without_a_traceback(config_file, monkeypatch, capsys):
@@ -367,30 +366,15 @@ def test_compiled_arithmetic_is_charged_and_not_run():
     assert sums.tolist() == [0.0]
 
 
-def test_time_is_probed_for_a_step_and_follows_for_the_run(raw, monkeypatch):
-    monkeypatch.setattr(machine, "matmul_speed", lambda dtype, device: 1e10)
-    config = parsed(
-        raw,
-        training__eval_strategy="steps",
-        training__eval_steps=4,
-        data__max_eval_rows=10,
-        training__eval_on_start=True,
+def test_time_is_that_of_a_few_real_steps_and_follows_for_the_run(config_file):
+    config = configs.load(
+        config_file, ["training.eval_strategy=steps", "training.eval_steps=4", "training.eval_on_start=true"]
     )
-    found = forecast(config, timed=True).time
-    assert found["step_s"] == pytest.approx(sum(found["phases"][name] for name in (*PHASES, "optimizer")))
-    assert found["train_s"] == pytest.approx(12 * found["step_s"] + found["first_s"])
-    assert found["evaluations"] == 4  # at the start and every 4 of 12 steps
-    assert found["evaluation_s"] == pytest.approx(4 * 2 * found["eval_batch_s"])  # 10 rows, 8 at a time
-    assert "2 of 2 and 4 of 4 layers" in found["how"]
-
-
-def test_a_step_too_large_for_a_probe_is_reckoned_from_its_products(raw, monkeypatch):
-    monkeypatch.setattr(machine, "matmul_speed", lambda dtype, device: 1e6)
-    found = forecast(parsed(raw, training__max_steps=-1, training__num_train_epochs=2), timed=True, rows=13)
-    assert found.time["step_s"] == pytest.approx(2 * found.flops / 1e6)
-    assert "50% of the 0 GFLOP/s" in found.time["how"]
-    assert found.time["steps"] == 8  # 2 epochs of 4 batches
-    assert forecast(parsed(raw, training__max_steps=-1), timed=True).time["train_s"] is None  # how many rows?
+    took = measured(config)
+    assert took.step_s > 0
+    assert took.steps == 12
+    assert took.evaluations == 4  # at the start and every 4 of 12 steps
+    assert took.seconds == pytest.approx(12 * took.step_s + 4 * took.evaluation_s)
 
 
 def test_a_quantity_follows_its_own_models_layers():
@@ -411,6 +395,6 @@ def test_the_peak_of_a_real_training_is_within_15_percent(dense, checkpointing):
             "training.eval_strategy": "no",
         },
     )
-    ahead, found = forecast(config, dense=dense), measured(config, dense=dense, what=["memory"])
-    print(f"forecast {ahead.peak_in_training / GIB:.2f} GiB, measured {found['peak_bytes'] / GIB:.2f}")
-    assert ahead.peak_in_training == pytest.approx(found["peak_bytes"], rel=0.15)
+    ahead, found = forecast(config, dense=dense), measured_peak(config, dense=dense)
+    print(f"forecast {ahead.peak_in_training / GIB:.2f} GiB, measured {found / GIB:.2f}")
+    assert ahead.peak_in_training == pytest.approx(found, rel=0.15)

@@ -4,21 +4,22 @@ peak that real steps reach.
 
 import pytest
 import torch
-from made_classifiers import LABELS, classification, classifier
+from made_classifiers import LABELS, classification, classifier, source
 from test_diagnostics_memory import parsed
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPConfig
 
-from kdlib.benchmarks import machine
-from kdlib.diagnostics import probe
 from kdlib.diagnostics.allocations import Allocations
 from kdlib.diagnostics.fake_step import Rehearsal, outline
+from kdlib.diagnostics.measurement import filled, measured_here
 from kdlib.diagnostics.memory import forecast
 from kdlib.diagnostics.outlook import described, outlook
 from kdlib.errors import ModelError
 from kdlib.losses.buffers import Workspace
 from kdlib.models.classifier import load_classifier
 from kdlib.models.loading import parameters
+from kdlib.models.student import tokenizer_of
+from kdlib.tasks import base as tasks
 from kdlib.training.run import training_arguments, workspace_of
 
 
@@ -109,20 +110,19 @@ def test_a_longer_row_and_a_larger_batch_take_more(raws):
 
 
 def test_bfloat16_is_forecast_and_said_in_words(raws):
-    said = described(
-        outlook(parsed(raws["llama to bert"], precision="bfloat16"), classes=3, rows=48, timed=False)
-    )
+    said = described(outlook(parsed(raws["llama to bert"], precision="bfloat16"), classes=3, rows=48))
     assert "bfloat16 on cpu; all logits at once" in said
     assert "note: each row is taken to have" in said
 
 
-def test_the_time_of_a_step_is_probed(raws, monkeypatch):
-    monkeypatch.setattr(machine, "matmul_speed", lambda *given: 1e9)
-    monkeypatch.setattr(probe, "LAYER_SECONDS", 0.0)
-    found = forecast(parsed(raws["llama to bert"]), classes=3, rows=48, timed=True).time
-    assert found["step_s"] > 0
-    assert {"student's forward", "teacher's forward", "loss", "backward", "optimizer"} <= set(found["phases"])
-    assert found["steps"] == 6
+def test_memory_is_measured_on_rows_as_long_as_the_config_allows(raws, tmp_path):
+    config = parsed(raws["llama to bert"], data__source=source(tmp_path))
+    prepared = tasks.prepare(config, tokenizer_of(config))
+    rows = [filled(prepared.train, 32)[i] for i in (0, 1)]
+    batch = prepared.collate(rows)
+    assert batch["input_ids"].shape == batch["teacher_input_ids"].shape == (2, 32)
+    assert [row["label"] for row in rows] == prepared.train["label"][:2]
+    assert measured_here(config, memory=True, dense=False)["bytes"] >= 0
 
 
 def test_a_model_that_classifies_nothing_is_refused(raws, tmp_path):

@@ -20,6 +20,7 @@ import yaml
 from conftest import kd_process
 
 from kdlib.config import run as configs
+from kdlib.diagnostics.measurement import Measured
 from kdlib.errors import ConfigError, RunError
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run
@@ -279,9 +280,8 @@ def test_the_forecast_corrects_itself_as_runs_finish():
 
 def test_each_distinct_cost_is_forecast_once(config_file, tmp_path, monkeypatch):
     asked, forecast = [], cost.forecast
-    monkeypatch.setattr(
-        cost, "forecast", lambda config, timed: asked.append(config) or forecast(config, timed=False)
-    )
+    monkeypatch.setattr(cost, "forecast", lambda config: asked.append(config) or forecast(config))
+    monkeypatch.setattr(cost, "measured", lambda config: Measured(2.0, 3.0, steps=12, evaluations=4))
     grid = {
         "loss.temperature": [1, 2],
         "loss.weights.kd:ce": [0.5, 0.9, 1],

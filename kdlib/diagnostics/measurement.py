@@ -1,119 +1,171 @@
-"""What a config's training really takes: a few steps in a process of its own, to hold a forecast against."""
+"""What a training really takes: a few steps and one evaluation, with its own models and rows.
+
+The dry run looks at its own steps; `kd forecast --measure` and `kd sweep` have some made in a fresh process.
+"""
 
 import json
+import os
+import statistics
+import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping
 from contextlib import redirect_stdout
-from dataclasses import replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+import psutil
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
-from kdlib.benchmarks import machine
-from kdlib.benchmarks.steps import StepClock
 from kdlib.config import run as configs
 from kdlib.config.run import Config
-from kdlib.data.batches import Prepared, collate
 from kdlib.diagnostics.fake_step import kept_layers
+from kdlib.errors import RunError
 from kdlib.hardware import peak_memory, precision_of
-from kdlib.models.loading import device_of, load_tokenizer
+from kdlib.models.loading import device_of
 from kdlib.models.student import tokenizer_of
 from kdlib.runs.folder import StudentFolder
 from kdlib.tasks import base as tasks
 from kdlib.training import run as training
+from kdlib.training.trainer import DistillationTrainer
 
-STEPS = {"memory": 2, "time": 5}  # of which the first is not timed
+STEPS, MEMORY_STEPS = 5, 2  # of the five the first is not timed
 
 
-def measured(
-    config: Config, *, dense: bool = False, what: Sequence[str] = ("memory", "time")
-) -> dict[str, Any]:
-    """Peak memory above the process's own, and the median optimizer step, of a few steps on random tokens.
+@dataclass(frozen=True)
+class Measured:
+    """What one optimizer step and one evaluation took, and how many of them the whole training has."""
 
-    A process for each, as the memory is measured with large blocks given back when they are freed, which
-    takes time.
+    step_s: float  # the median
+    evaluation_s: float
+    steps: int
+    evaluations: int
+    cores_of_others: float = 0.0  # kept busy by other processes meanwhile, on which the times depend
 
-    Returns:
-        {"peak_bytes": …, "wall_s": …, "cpu_s": …}, or the part of it that is asked for.
+    @property
+    def seconds(self) -> float:
+        """Of the whole training, without set-up, checkpoints, baseline and comparison."""
+        return self.steps * self.step_s + self.evaluations * self.evaluation_s
+
+
+def by_steps(
+    config: Config, trainer: DistillationTrainer, evaluation_s: float, others: float = 0.0
+) -> Measured:
+    """From a trainer of this config that was stopped after a few steps, and an evaluation of it."""
+    args, seconds = training.training_arguments(config, Path("unused")), trainer.throughput.durations
+    return Measured(
+        step_s=statistics.median(seconds[1:] or seconds),
+        evaluation_s=evaluation_s,
+        steps=trainer.state.max_steps,
+        evaluations=training.extent(args, len(trainer.train_dataset)).evaluations,
+        cores_of_others=others,
+    )
+
+
+def measured(config: Config) -> Measured:
+    """By a few real steps in a process of their own.
 
     Raises:
-        RunError: a process failed, as for want of memory; its last words are in the message.
+        RunError: the process failed, as for want of memory; its last words are in the message.
     """
-    found: dict[str, Any] = {}
-    for name in what:
-        asked = {"config": config.as_dict(), "steps": STEPS[name], "dense": dense}
-        made = machine.in_fresh_process(
-            __name__, asked, what=f"training {STEPS[name]} steps of this config", memory=name == "memory"
-        )
-        found |= {key: value for key, value in made.items() if (key == "peak_bytes") == (name == "memory")}
-    return found
-
-
-def measured_here(config: Config, *, steps: int, dense: bool) -> dict[str, Any]:
-    """What the fresh process does: teacher, student and trainer as in a run; random rows as long as the
-    config allows.
-    """
-    tokenizer = tokenizer_of(config)
-    rows = (
-        config.training.get("per_device_train_batch_size", 8)
-        * config.training.get("gradient_accumulation_steps", 1)
-        * steps
+    asked = {"config": config.as_dict(), "memory": False, "dense": False}
+    return Measured(
+        **in_fresh_process(__name__, asked, what=f"timing {STEPS} steps of this config", memory=False)
     )
-    prepared = (_classified if config.task == "sequence-classification" else _drawn)(config, tokenizer, rows)
+
+
+def measured_peak(config: Config, *, dense: bool = False) -> int:
+    """Bytes that a training takes above what its process held before, on rows as long as the config allows.
+
+    In a process of its own, which gives large blocks back when they are freed: that takes time, so that
+    memory is measured without it.
+
+    Args:
+        dense: all logits at once, whatever the models' heads.
+    """
+    asked = {"config": config.as_dict(), "memory": True, "dense": dense}
+    return in_fresh_process(__name__, asked, what=f"training {MEMORY_STEPS} steps of this config")["bytes"]
+
+
+def in_fresh_process(
+    module: str, asked: Mapping[str, Any], *, what: str, memory: bool = True
+) -> dict[str, Any]:
+    """What `python -m module` prints as its last line, given `asked`, both in JSON.
+
+    Args:
+        what: is done there, for the message of an error.
+        memory: is measured there, and not time, which giving blocks back takes.
+
+    Raises:
+        RunError: that process failed; its last words are in the message.
+    """
+    # measured is what is held, not how a heap happened to be cut up: glibc gives blocks back when asked so
+    returned = {"MALLOC_MMAP_THRESHOLD_": "1000000"} if memory else {}
+    done = subprocess.run(
+        [sys.executable, "-m", module, json.dumps(asked)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **returned},
+    )
+    if done.returncode != 0:
+        raise RunError(f"{what} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measured_here(config: Config, *, memory: bool, dense: bool) -> dict[str, Any]:
+    """What the fresh process does: teacher, student and trainer as in a run."""
+    tokenizer = tokenizer_of(config)
+    prepared = tasks.prepare(config, tokenizer)
+    if memory:
+        prepared = replace(prepared, train=filled(prepared.train, config.data.max_length))
     device = device_of(config.wanted_device)
     dtype, _ = precision_of(config.precision, device)
-    clock = StepClock()
+    began, busy = time.perf_counter(), _seconds_of_others()
     with tempfile.TemporaryDirectory() as folder, peak_memory(device) as peak:
         teacher = tasks.load_teacher(config, prepared, dtype)
-        student = tasks.untrained_student(
-            config, prepared, kept_layers(config, teacher.model.config.num_hidden_layers)
-        )
-        training.train(
+        layers = kept_layers(config, teacher.model.config.num_hidden_layers)
+        trainer = training.train(
             config,
             StudentFolder(Path(folder)),
-            student=student,
+            student=tasks.untrained_student(config, prepared, layers),
             teacher=teacher,
             tokenizer=tokenizer,
             prepared=prepared,
-            stop_after=steps,
+            stop_after=MEMORY_STEPS if memory else STEPS,
             dense=dense,
-            callbacks=[clock],
         )
-    return {"peak_bytes": peak.bytes, **clock.figures(1)}
+        seconds = 0.0 if memory else trainer.evaluate()["eval_runtime"]
+    if memory:
+        return {"bytes": peak.bytes}
+    others = max(_seconds_of_others() - busy, 0.0) / (time.perf_counter() - began)
+    return asdict(by_steps(config, trainer, seconds, others))
 
 
-def _drawn(config: Config, tokenizer: PreTrainedTokenizerBase, count: int) -> Prepared:
-    """So many rows of random tokens."""
-    drawn = Dataset.from_dict({"input_ids": _ids(config, tokenizer, count)})
-    return Prepared(drawn, drawn, {}, partial(collate, pad_id=tokenizer.pad_token_id), len(tokenizer))
+def filled(rows: Dataset, length: int) -> Dataset:
+    """The rows, each repeated to `length` tokens, all of which are learned: what a forecast reckons with."""
+
+    def fill(batch: Mapping[str, list]) -> dict[str, list]:
+        ids = {
+            name: [(row * length)[:length] for row in batch[name]] for name in batch if "input_ids" in name
+        }
+        return ids | ({"label": batch["label"]} if "label" in batch else {})
+
+    return rows.with_transform(fill)
 
 
-def _classified(config: Config, tokenizer: PreTrainedTokenizerBase, count: int) -> Prepared:
-    """Likewise, with the data's classes: by these the models' heads are made."""
-    real = tasks.prepare(config, tokenizer)
-    drawn = {
-        "input_ids": _ids(config, tokenizer, count),
-        "label": torch.randint(len(real.labels), (count,)).tolist(),
-    }
-    if "teacher_input_ids" in real.train.column_names:
-        drawn["teacher_input_ids"] = _ids(config, load_tokenizer(config.teacher.model), count)
-    rows = Dataset.from_dict(drawn)
-    return replace(real, train=rows, validation=rows)
-
-
-def _ids(config: Config, tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[int]]:
-    return torch.randint(len(tokenizer), (count, config.data.max_length)).tolist()
+def _seconds_of_others() -> float:
+    """CPU seconds that this machine has spent on other processes than this one."""
+    spent = psutil.cpu_times()
+    return spent.user + spent.system - time.process_time()
 
 
 def main() -> None:
     asked = json.loads(sys.argv[1])
     with redirect_stdout(sys.stderr):
-        found = measured_here(configs.parse(asked["config"]), steps=asked["steps"], dense=asked["dense"])
+        found = measured_here(configs.parse(asked.pop("config")), **asked)
     print(json.dumps(found))
 
 

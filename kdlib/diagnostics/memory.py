@@ -1,37 +1,32 @@
-"""How much memory a training will take, moment by moment and part by part, and how long, known before a
-weight is loaded.
+"""How much memory a training will take, moment by moment and part by part, known before a weight is
+loaded.
 
 The step is rehearsed without data (kdlib.diagnostics.fake_step) and every tensor of it counted
-(kdlib.diagnostics.charges); its pieces are timed on models of few layers (kdlib.diagnostics.probe).
+(kdlib.diagnostics.charges).
 """
 
-import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
 
 from kdlib.config.run import Config
 from kdlib.diagnostics.charges import GIB, Charges, RehearsedWorkspace, spread
 from kdlib.diagnostics.fake_step import outline
-from kdlib.diagnostics.probe import Job, pace
 from kdlib.hardware import device_memory, precision_of, product_dtype
 from kdlib.losses.buffers import chunk_tokens
 from kdlib.models.loading import device_of, parameters, stated_form
-from kdlib.training.run import extent, training_arguments, workspace_of
+from kdlib.training.run import training_arguments, workspace_of
 
 MARGIN = 0.15  # of the forecast: what it may be wrong by
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes on one device at each moment of an optimizer step, and of an evaluation; seconds where they
-    were asked for.
-    """
+    """Bytes on one device at each moment of an optimizer step, and of an evaluation."""
 
     device: str
     precision: str
@@ -44,8 +39,6 @@ class Forecast:
     flops: float  # multiplications and additions of the matrix products of an optimizer step
     parameters: Mapping[str, int]  # of student and teacher
     notes: tuple[str, ...] = ()
-    # see kdlib.diagnostics.probe.pace; and "steps", "train_s", "evaluations", "evaluation_s"
-    time: Mapping[str, Any] | None = None
 
     @property
     def moment(self) -> str:
@@ -91,21 +84,18 @@ def forecast(
     devices: int | None = None,
     rows: int | None = None,
     classes: int | None = None,
-    timed: bool = False,
     dense: bool = False,
     every_layer: bool = False,
 ) -> Forecast:
-    """What a config's training will hold in memory, per device, and how long it will take.
+    """What a config's training will hold in memory, per device.
 
     Args:
         memory: GiB of the device; what the present one has, and has free, where None.
         device: cpu or cuda; where the config would run here, where None.  On another device `precision: auto`
             is bfloat16.
         devices: over which the training is spread; torchrun's WORLD_SIZE where None.
-        rows: of the training data: the number of steps of so many epochs, and the choice of compiling, depend
-            on it.
+        rows: of the training data: the choice of compiling depends on it.
         classes: of the data, where rows are classified; what the config or the teacher says of it where None.
-        timed: time the pieces of a step here, some 20 s; not for another device.
         dense: all logits at once, whatever the models' heads.
         every_layer: rehearse all layers, where a few alike would tell: the slow reference.
 
@@ -131,7 +121,7 @@ def forecast(
         plan, args, kind, dtype, RehearsedWorkspace(chunk, compiled=compiled, kind=kind), dense, every_layer
     )
     moments = charges.moments()
-    found = Forecast(
+    return Forecast(
         device=kind,
         precision=str(dtype).removeprefix("torch."),
         total=total,
@@ -144,41 +134,3 @@ def forecast(
         notes=(*plan.notes, *charges.notes),
         parameters={"student": parameters(charges.student), "teacher": parameters(charges.teacher)},
     )
-    if not timed or kind != here:
-        return found
-    job = Job(
-        plan=plan,
-        dtype=dtype,
-        device=present,
-        rows=args.per_device_train_batch_size,
-        eval_rows=args.per_device_eval_batch_size,
-        accumulation=args.gradient_accumulation_steps,
-        chunk=chunk,
-        compiled=compiled,
-        dense=dense,
-        flops=found.flops,
-        bytes=found.peak,
-        parameters=found.parameters["student"],
-    )
-    return replace(found, time=_whole_run(config, args, pace(job, found.free), rows, devices))
-
-
-def _whole_run(
-    config: Config, args: TrainingArguments, found: dict[str, Any], rows: int | None, devices: int
-) -> dict[str, Any]:
-    """The pace, and what follows from it for all steps and evaluations; None where the number of rows is
-    needed and not known.
-    """
-    course = extent(args, config.data.max_train_rows if rows is None else rows, devices=devices)
-    if course.steps is None:
-        return {**found, "steps": None, "train_s": None}
-    times = {
-        **found,
-        "steps": course.steps,
-        "train_s": course.steps * found["step_s"] + (found["first_s"] or 0.0),
-    }
-    if not course.evaluations or found["eval_batch_s"] is None or config.data.max_eval_rows is None:
-        return times
-    batches = math.ceil(config.data.max_eval_rows / (args.per_device_eval_batch_size * devices))
-    seconds = course.evaluations * batches * found["eval_batch_s"]
-    return {**times, "evaluations": course.evaluations, "evaluation_s": seconds}

@@ -1,5 +1,5 @@
-"""A forecast as one reads it: the parts at each moment, what would make it fit, which card would do, how
-long it takes.
+"""A forecast as one reads it: the parts at each moment, what would make it fit, which card would do, and
+what a few real steps take.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Any
 
 from kdlib.config.run import Config
 from kdlib.diagnostics.charges import GIB
-from kdlib.diagnostics.measurement import measured
+from kdlib.diagnostics.measurement import measured, measured_peak
 from kdlib.diagnostics.memory import forecast
 from kdlib.diagnostics.remedies import Remedy, cards, remedies
 
@@ -33,7 +33,7 @@ ORDER = (
 # GiB of the card for which `loss.chunk: auto` is resolved in the table of cards: larger ones take no larger
 # chunks
 SMALLEST = 8
-BUSY = 0.2  # cores kept busy by others, above which the times of a probe are doubtful
+BUSY = 0.2  # cores kept busy by others, above which times are doubtful
 
 
 def outlook(
@@ -43,7 +43,6 @@ def outlook(
     devices: int | None = None,
     rows: int | None = None,
     classes: int | None = None,
-    timed: bool = True,
     measure: bool = False,
     every_card: bool = False,
 ) -> dict[str, Any]:
@@ -52,15 +51,14 @@ def outlook(
     Args:
         memory: GiB of the device, in place of what is here.
         classes: of the data, where rows are classified.
-        timed: time the pieces of a step here.
-        measure: also train a few steps in processes of their own.
+        measure: also train a few steps in processes of their own, for the time and to check the memory.
         every_card: also for each usual size of a card, whether the config fits or with which change.
 
     Returns:
-        `Forecast.as_dict()` with "remedies" and, where asked for, "measured", "cards", "card_precision" and
-        "card_peak".
+        `Forecast.as_dict()` with "remedies" and, where asked for, "time", "measured", "cards",
+        "card_precision" and "card_peak".
     """
-    found = forecast(config, memory=memory, devices=devices, rows=rows, classes=classes, timed=timed)
+    found = forecast(config, memory=memory, devices=devices, rows=rows, classes=classes)
     again = partial(forecast, memory=memory, devices=devices, rows=rows, classes=classes)
     data = found.as_dict() | {
         "remedies": [_plain(remedy) for remedy in remedies(config, found, found.free, again)]
@@ -72,7 +70,13 @@ def outlook(
         there = on_cuda(config)
         lines = [{**line, "remedy": _plain(line["remedy"])} for line in cards(config, there, on_cuda)]
         data |= {"cards": lines, "card_precision": there.precision, "card_peak": there.peak}
-    return data | ({"measured": measured(config)} if measure else {})
+    if not measure:
+        return data
+    took = measured(config)
+    return data | {
+        "time": asdict(took) | {"seconds": took.seconds},
+        "measured": {"peak_bytes": measured_peak(config)},
+    }
 
 
 def described(data: Mapping[str, Any]) -> str:
@@ -145,25 +149,16 @@ def _fit(data: Mapping[str, Any]) -> list[str]:
 
 
 def _time(data: Mapping[str, Any]) -> list[str]:
-    time = data["time"]
-    if not time:
-        return ["time: not forecast"]
-    lines = [f"time: {_seconds(time['step_s'])} per optimizer step ({time['how']})"]
-    if time.get("cores_of_others", 0) > BUSY:
+    if not (time := data.get("time")):
+        return ["time: measure it with --measure, or with the dry run"]
+    lines = [f"time: {_seconds(time['step_s'])} per optimizer step, measured on a few real ones"]
+    if time["cores_of_others"] > BUSY:
         lines.append(
             f"  other processes kept {time['cores_of_others']:.1f} cores busy meanwhile: the times are those "
             "of a busy machine"
         )
-    if time.get("first_s"):
-        lines.append(f"  the first step takes {_seconds(time['first_s'])} more")
-    if time.get("train_s") is None:
-        return [*lines, "  the whole run: not known without the number of rows; give --rows"]
-    evaluation = (
-        f", and {_seconds(time['evaluation_s'])} for {time['evaluations']} evaluations"
-        if time.get("evaluation_s")
-        else ""
-    )
-    run = f"{_seconds(time['train_s'])} for {time['steps']} steps{evaluation}"
+    evaluations = f", with {time['evaluations']} evaluations of {_seconds(time['evaluation_s'])}"
+    run = f"{_seconds(time['seconds'])} for {time['steps']} steps{evaluations * bool(time['evaluations'])}"
     return [*lines, f"  the whole run: {run}; without checkpoints, baseline and comparison"]
 
 
@@ -171,18 +166,11 @@ def _measured(data: Mapping[str, Any]) -> list[str]:
     if not (found := data.get("measured")):
         return []
     ahead = data["peak_in_training"]
-    lines = [
-        "against a few measured steps, in processes of their own:",
+    return [
+        "against a few measured steps, in a process of their own:",
         f"  memory above the process's own: forecast {_gib(ahead)} GiB, measured "
-        f"{_gib(found['peak_bytes'])}, "
-        f"ratio {ahead / found['peak_bytes']:.2f}",
+        f"{_gib(found['peak_bytes'])}, ratio {ahead / found['peak_bytes']:.2f}",
     ]
-    if data["time"]:
-        lines.append(
-            f"  an optimizer step: forecast {data['time']['step_s']:.2f} s, measured {found['wall_s']:.2f}, "
-            f"ratio {data['time']['step_s'] / found['wall_s']:.2f}"
-        )
-    return lines
 
 
 def _cards(data: Mapping[str, Any]) -> list[str]:

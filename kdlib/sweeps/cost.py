@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kdlib.config.run import Config
 from kdlib.diagnostics.charges import GIB
+from kdlib.diagnostics.measurement import Measured, measured
 from kdlib.diagnostics.memory import Forecast, forecast, verdict
 from kdlib.diagnostics.outlook import BUSY
 from kdlib.errors import KdlibError
@@ -48,15 +49,12 @@ def clock_of(trials: Sequence[Trial]) -> Clock:
         if time.monotonic() - began > BUDGET:
             break
         try:
-            found = forecast(alike[0].config, timed=True)
+            found, took = forecast(alike[0].config), measured(alike[0].config)
         except KdlibError as error:
             clock.errors |= {trial.run: str(error) for trial in alike}
             continue
-        clock.free, clock.others = (
-            found.free,
-            max(clock.others, (found.time or {}).get("cores_of_others", 0.0)),
-        )
-        clock.costs |= {trial.run: _cost(trial.config, found) for trial in alike}
+        clock.free, clock.others = found.free, max(clock.others, took.cores_of_others)
+        clock.costs |= {trial.run: _cost(trial.config, found, took) for trial in alike}
     return clock
 
 
@@ -69,13 +67,12 @@ def kind(config: Config) -> str:
     return json.dumps(plain, sort_keys=True)
 
 
-def _cost(config: Config, found: Forecast) -> Cost:
-    students, timing, training = 2 if config.baseline else 1, found.time or {}, config.training
-    once = None if timing.get("train_s") is None else timing["train_s"] + (timing.get("evaluation_s") or 0.0)
+def _cost(config: Config, found: Forecast, took: Measured) -> Cost:
+    students, training = 2 if config.baseline else 1, config.training
     weights = students * BYTES * found.parameters["student"]
     kept = 0 if training.get("save_strategy") == "no" else training["save_total_limit"] or 2
     return Cost(
-        None if once is None else students * once,
+        students * took.seconds,
         found.peak,
         models=2 * weights,
         checkpoints=3 * weights * kept,

@@ -82,13 +82,18 @@ def forecast(
         int | None, typer.Option("--devices", help="Devices that share the training.", min=1)
     ] = None,
     rows: Annotated[
-        int | None, typer.Option("--rows", help="Training rows, for the time of so many epochs.", min=1)
+        int | None,
+        typer.Option(
+            "--rows",
+            help="Training rows, where they are known: whether compiling pays depends on them.",
+            min=1,
+        ),
     ] = None,
-    no_time: Annotated[
-        bool, typer.Option("--no-time", help="Memory alone: seconds, and nothing is computed.")
-    ] = False,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Also train a few steps in processes of their own, and compare.")
+        bool,
+        typer.Option(
+            "--measure", help="Also train a few steps in processes of their own: how long it takes."
+        ),
     ] = False,
     cards: Annotated[
         bool, typer.Option("--cards", help="Also which of the usual cards would do, and with which change.")
@@ -97,8 +102,8 @@ def forecast(
         bool, typer.Option("--json", help="Everything as JSON, in bytes and seconds.")
     ] = False,
 ) -> None:
-    """Say how much memory CONFIG will take, moment by moment, what would make it fit, and how long it
-    takes.
+    """Say how much memory CONFIG will take, moment by moment, what would make it fit, and with
+    --measure how long it takes.
     """
     resolved = configs.load(config, override or [])
     from kdlib.diagnostics import outlook
@@ -108,7 +113,6 @@ def forecast(
         memory=memory,
         devices=devices,
         rows=rows,
-        timed=not no_time,
         measure=measure,
         every_card=cards,
     )

@@ -3,7 +3,6 @@
 import os
 import platform
 import shutil
-import statistics
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -19,7 +18,7 @@ from kdlib.config import run as configs
 from kdlib.config.run import Config
 from kdlib.data.batches import Prepared
 from kdlib.data.classification import class_table
-from kdlib.diagnostics import doctor, findings, outlook, parity
+from kdlib.diagnostics import doctor, findings, measurement, outlook, parity
 from kdlib.errors import RunError, nearest
 from kdlib.evaluation import compare, predictions as sights
 from kdlib.hardware import device_memory, precision_of
@@ -266,20 +265,18 @@ class Workbench:
         shutil.rmtree(folder.path, ignore_errors=True)
         trial = self._train(folder, None, label="dry run", stop_after=DRY_STEPS)
         metrics = trial.evaluate()
-        seconds = statistics.median(trial.throughput.durations)
+        took = measurement.by_steps(self.config, trial, metrics["eval_runtime"])
         self.run.add_to_manifest(
-            optimizer_steps=trial.state.max_steps,
-            warmup_steps=trial.args.get_warmup_steps(trial.state.max_steps),
-            seconds_per_step=round(seconds, 3),
+            optimizer_steps=took.steps,
+            warmup_steps=trial.args.get_warmup_steps(took.steps),
+            seconds_per_step=round(took.step_s, 3),
         )
-        args, table = training.training_arguments(self.config, folder.checkpoints), training_table(folder)
-        evaluations = training.extent(args, len(self.prepared.train)).evaluations
-        print(f"held-out: loss {metrics['eval_loss']:.3f}, evaluated in {metrics['eval_runtime']:.0f} s")
-        minutes = (trial.state.max_steps * seconds + evaluations * metrics["eval_runtime"]) / 60
+        table = training_table(folder)
+        print(f"held-out: loss {metrics['eval_loss']:.3f}, evaluated in {took.evaluation_s:.0f} s")
         print(
-            f"forecast for the distilled student, from these steps: {trial.state.max_steps} steps of "
-            f"{seconds:.1f} s and {evaluations} "
-            f"evaluations, so {minutes:.1f} minutes; memory in use {table['memory_gib'].max():.1f} GiB"
+            f"forecast for the distilled student, from these steps: {took.steps} steps of "
+            f"{took.step_s:.1f} s and {took.evaluations} evaluations, so {took.seconds / 60:.1f} minutes; "
+            f"memory in use {table['memory_gib'].max():.1f} GiB"
         )
         return _step_table(table)
 
@@ -293,7 +290,6 @@ class Workbench:
                     self.config,
                     rows=len(self.prepared.train),
                     classes=len(self.prepared.labels) or None,
-                    timed=False,
                 )
             )
         )
