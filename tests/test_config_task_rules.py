@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from kdlib.config.run import load, parse
-from kdlib.config.task_rules import HIGHER_IS_BETTER, METRICS
+from kdlib.config.task_rules import RULES
 from kdlib.errors import ConfigError, ModelError
+from kdlib.metrics.names import MEASURES
 from kdlib.models.loading import device_of
 
 CLASSES = {
@@ -35,7 +36,7 @@ def test_each_task_has_a_usual_metric_of_its_own():
         parse(changed(task="causal-lm", data={"source": "d"})).training["metric_for_best_model"]
         == "eval_perplexity"
     )
-    assert {metric for metrics in METRICS.values() for metric in metrics} == set(HIGHER_IS_BETTER)
+    assert {name for rules in RULES.values() for name in (*rules.best_by, *rules.held)} == set(MEASURES)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from kdlib.config.sections import (
     TeacherConfig,
     refuse,
 )
-from kdlib.config.task_rules import METRICS, TASKS, misfits
+from kdlib.config.task_rules import RULES, misfits, rules_named
 from kdlib.config.training_arguments import TRAINING_DEFAULTS, clashes, problem_with, typed
 from kdlib.errors import ConfigError, nearest, printable
 
@@ -49,10 +49,9 @@ def smoke_for(raw: Mapping) -> Mapping:
     own; for its task.
     """
     changes = {**SMOKE, "training": _steps(raw.get("training"))}
-    if raw.get("task") == "sequence-classification":  # some rows of each class
-        changes["data"] = {**SMOKE["data"], "max_train_rows": 256, "max_eval_rows": 64}
-    if raw.get("task") == "question-answering":  # a shorter row would lose its answer
-        changes["data"] = {name: value for name, value in SMOKE["data"].items() if name != "max_length"}
+    if (rules := RULES.get(str(raw.get("task")))) and rules.smoke:
+        data = {**SMOKE["data"], **rules.smoke}
+        changes["data"] = {name: value for name, value in data.items() if value is not None}
     if isinstance(stage := raw.get("teacher_stage"), Mapping):
         changes["teacher_stage"] = {"training": _steps(stage.get("training"))}
     return changes
@@ -69,7 +68,8 @@ def _training(training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
     """TrainingArguments by their own names, with kdlib's defaults; a stage of the teacher's is of a
     classification.
     """
-    metrics = METRICS[info.data.get("task", "sequence-classification")]
+    able = next(rules.name for rules in RULES.values() if rules.trains_teacher)  # a stage's own training
+    metrics = RULES[info.data.get("task", able)].best_by
     problems = {
         name: problem for name, value in training.items() if (problem := problem_with(name, value, metrics))
     }
@@ -91,7 +91,7 @@ class TeacherStage(Section):
 class Config(Section):
     """One complete run."""
 
-    task: Literal[TASKS] = "causal-lm"
+    task: Annotated[str, AfterValidator(lambda name: rules_named(name).name)] = "causal-lm"
     seed: Seed = 0
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -1,91 +1,191 @@
-"""Which settings go with which task.  Imports no torch."""
+"""What is known of a task without its models: its measures, the settings it reads, what does not go with it.
 
-from collections.abc import Iterator
+`RULES` has those of kdlib's own tasks, so that readers and configs need no torch.  A task that is added
+brings its rules along in its own file (kdlib.tasks.base.register).  Imports no torch.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
-from kdlib.metrics.names import MEASURES
+from kdlib.metrics.names import MEASURES, TO_TEACHER
 
-TASKS = ("causal-lm", "sequence-classification", "question-answering")
-METRICS = {
-    "causal-lm": ("perplexity", "kl_to_teacher", "agreement", "accuracy"),
-    "sequence-classification": ("accuracy", "macro_f1", "log_loss", "kl_to_teacher", "agreement"),
-    "question-answering": ("perplexity", "kl_to_teacher", "agreement", "accuracy", "choice_accuracy"),
-}
-"""The metrics of an evaluation that may choose the best model, the usual one first: none depends on the
-loss's weights.
-"""
-HIGHER_IS_BETTER = {name: MEASURES[name].higher_is_better for metrics in METRICS.values() for name in metrics}
-READ_BY = {  # settings of `data:` that not every task reads
-    "label": ("sequence-classification",),
-    "labels": ("sequence-classification",),
-    "group": ("sequence-classification",),
-    "question": ("question-answering",),
-    "choices": ("question-answering",),
-    "answer": ("question-answering",),
-    "test": ("sequence-classification", "question-answering"),
-    "packing": ("causal-lm",),
-    "text": ("causal-lm", "sequence-classification"),
-}
 # terms that compare the two models token by token
 OF_TOKENS = ("hidden", "attention", "relational", "contrastive")
 
 
-def misfits(config: Any) -> list[str]:
-    """What does not go together in a config whose sections are sound one by one, a line each: `path:
-    found, needed, do`.
-    """
-    return [*_unread(config), *_of_classes(config), *_of_stops(config)]
+def _nothing(config: Any) -> Iterator[str]:
+    return iter(())
 
 
-def _unread(config: Any) -> Iterator[str]:
-    """Settings that this task would pass over in silence."""
-    for name, tasks in READ_BY.items():
-        value, usual = getattr(config.data, name), type(config.data).model_fields[name].default
-        if config.task not in tasks and value != usual:
-            yield (
-                f"data.{name}: found {value!r}, which {config.task} does not read; leave it out, or set "
-                f"task: {' or '.join(tasks)}"
-            )
-    if config.task == "causal-lm" and isinstance(config.data.text, list):
-        yield f"data.text: found {config.data.text}; causal-lm reads one column: name it"
-    if config.task == "causal-lm" and isinstance(config.data.validation, str):
+@dataclass(frozen=True)
+class TaskRules:
+    """What config and readers know of one task; measures by their names in kdlib.metrics.names."""
+
+    name: str  # `task:` in a config
+    unit: str  # what is predicted, one by one: "token", or "row"
+    best_by: tuple[str, ...]  # of an evaluation, the usual first: what may choose the best model
+    measures: tuple[str, ...]  # of a comparison, first in its table and in this order; four are drawn
+    told_first: tuple[str, ...]  # in the sentence that opens a report, and in the table over all runs
+    reads: tuple[str, ...] = ()  # of `data:`, beside what every task reads
+    not_shown: tuple[str, ...] = ("accuracy",)  # what a comparison has and its table leaves out
+    rows: str = "rows"  # what a comparison is made over, in words
+    one_vocabulary: bool = True  # teacher and student read the same tokens; else each has its own tokenizer
+    trains_teacher: bool = False  # `teacher_stage:` may come first
+    smoke: Mapping[str, Any] = field(default_factory=dict)  # of `data:`, for a run of seconds; None: as it is
+    misfits: Callable[[Any], Iterator[str]] = _nothing  # config → what does not go together, a line each
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """The measures that a comparison has, if also not all of them are shown."""
+        return tuple(dict.fromkeys([*self.measures, *self.not_shown]))
+
+
+def _of_language(config: Any) -> Iterator[str]:
+    if isinstance(config.data.text, list):
+        yield f"data.text: found {config.data.text}; {config.task} reads one column: name it"
+    if isinstance(config.data.validation, str):
         yield (
-            f"data.validation: found {config.data.validation!r}; causal-lm takes the source's split of the "
-            "name validation, "
-            "or a share of the documents: write 0.1"
-        )
-    if config.task != "sequence-classification" and config.teacher_stage is not None:
-        yield (
-            "teacher_stage: it trains a classifier's head, so it goes with task: sequence-classification; "
-            "leave it out"
+            f"data.validation: found {config.data.validation!r}; {config.task} takes the source's split "
+            "of the name validation, or a share of the documents: write 0.1"
         )
 
 
 def _of_classes(config: Any) -> Iterator[str]:
-    if config.task != "sequence-classification":
-        return
-    for weights, where in (
-        (config.loss.schedules, "loss"),
-        (config.baseline.weights if config.baseline else {}, "baseline"),
-    ):
+    baseline = config.baseline.weights if config.baseline else {}
+    for where, weights in (("loss", config.loss.schedules), ("baseline", baseline)):
         for name in weights:
             if name in OF_TOKENS:
                 yield (
                     f"{where}.weights.{name}: it compares the models token by token, and rows are classified "
-                    "here, which the two "
-                    "may read with different tokenizers; leave it out"
+                    "here, which the two may read with different tokenizers; leave it out"
                 )
 
 
+def register(rules: TaskRules) -> TaskRules:
+    """Makes a task known to configs and readers."""
+    RULES[rules.name] = rules
+    return rules
+
+
+RULES: dict[str, TaskRules] = {}
+register(
+    TaskRules(
+        "causal-lm",
+        "token",
+        best_by=("perplexity", "kl_to_teacher", "agreement", "accuracy"),
+        measures=("kl_to_teacher", "agreement", "perplexity", "bits_per_byte"),
+        told_first=("kl_to_teacher", "agreement", "perplexity"),
+        reads=("packing", "text"),
+        rows="blocks",
+        misfits=_of_language,
+    )
+)
+register(
+    TaskRules(
+        "sequence-classification",
+        "row",
+        best_by=("accuracy", "macro_f1", "log_loss", "kl_to_teacher", "agreement"),
+        measures=("accuracy", "macro_f1", "log_loss", "ece", "kl_to_teacher", "agreement", "retention"),
+        told_first=("accuracy", "macro_f1", "log_loss", "ece"),
+        not_shown=(),
+        reads=("label", "labels", "group", "test", "text"),
+        one_vocabulary=False,
+        trains_teacher=True,
+        smoke={"max_train_rows": 256, "max_eval_rows": 64},  # some rows of each class
+        misfits=_of_classes,
+    )
+)
+register(
+    TaskRules(
+        "question-answering",
+        "token",
+        best_by=("perplexity", "kl_to_teacher", "agreement", "accuracy", "choice_accuracy"),
+        measures=(
+            *("choice_accuracy", "choice_retention", "choice_agreement", "kl_to_teacher"),
+            *("choice_accuracy_raw", "agreement", "perplexity", "bits_per_byte"),
+        ),
+        told_first=("choice_accuracy", "choice_agreement", "kl_to_teacher", "perplexity"),
+        reads=("question", "choices", "answer", "test"),
+        rows="questions",
+        smoke={"max_length": None},  # a shorter row would lose its answer
+    )
+)
+
+
+def rules_named(name: str) -> TaskRules:
+    """The rules of the task of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in RULES:
+        import_module("kdlib.tasks")  # every file there registers its task
+    if name not in RULES:
+        raise ValueError(f"found {name!r}; it is one of {', '.join(RULES)}")
+    return RULES[name]
+
+
+def rules_of(config: Any) -> TaskRules:
+    """The rules of a config's task."""
+    return RULES[config.task]
+
+
+def rules_in(results: Mapping[str, Any]) -> TaskRules:
+    """The rules of the task that was compared; what is older than tasks is of language models.
+
+    Of a task that is not known here whatever is measured is shown.
+    """
+    name = results.get("task") or ("question-answering" if "questions" in results else "causal-lm")
+    return RULES.get(name) or TaskRules(name, "row", (), (), told_first=tuple(MEASURES), not_shown=())
+
+
+def shown_in(results: Mapping[str, Any], *, first: bool = False) -> list[str]:
+    """The measures that all models of a comparison have, in the order of its table, or those told first."""
+    rules, models = rules_in(results), results["models"].values()
+    every = [name for name in dict.fromkeys([*rules.measures, *MEASURES]) if name not in rules.not_shown]
+    names = rules.told_first if first else every
+    return [name for name in names if all(name in facts for facts in models)]
+
+
+def differing(results: Mapping[str, Any], rival: str, *, first: bool = False) -> list[str]:
+    """The measures in which the student is held against this rival.
+
+    What only says how near it is to the teacher tells nothing against the teacher.
+    """
+    return [name for name in shown_in(results, first=first) if rival != "teacher" or name not in TO_TEACHER]
+
+
+def misfits(config: Any) -> list[str]:
+    """What does not go together in a config whose sections are sound one by one, a line each."""
+    return [*_unread(config), *rules_of(config).misfits(config), *_of_stops(config)]
+
+
+def _unread(config: Any) -> Iterator[str]:
+    """Settings that this task would pass over in silence."""
+    every = {
+        name: [rules.name for rules in RULES.values() if name in rules.reads]
+        for rules in RULES.values()
+        for name in rules.reads
+    }
+    for name, readers in every.items():
+        value, usual = getattr(config.data, name), type(config.data).model_fields[name].default
+        if config.task not in readers and value != usual:
+            yield (
+                f"data.{name}: found {value!r}, which {config.task} does not read; leave it out, or set "
+                f"task: {' or '.join(readers)}"
+            )
+    if config.teacher_stage is not None and not rules_of(config).trains_teacher:
+        able = " or ".join(rules.name for rules in RULES.values() if rules.trains_teacher)
+        yield f"teacher_stage: it trains a classifier's head, so it goes with task: {able}; leave it out"
+
+
 def _of_stops(config: Any) -> Iterator[str]:
-    stage = config.teacher_stage
-    for where, stops, training in (
-        ("", config.early_stopping, config.training),
-        *([("teacher_stage.", stage.early_stopping, stage.training)] if stage else []),
-    ):
-        if stops is not None and training.get("eval_strategy", "no") == "no":
+    stages = {"": config, "teacher_stage.": config.teacher_stage}
+    for where, stage in stages.items():
+        if stage and stage.early_stopping and stage.training.get("eval_strategy", "no") == "no":
             yield (
                 f"{where}early_stopping: needs evaluations to judge by; set {where}training.eval_strategy: "
-                "epoch "
-                "(or steps, with eval_steps)"
+                "epoch (or steps, with eval_steps)"
             )

@@ -1,5 +1,6 @@
-"""What a comparison measures: how each measure is called, its unit, whether more is better, and which a
-task shows.  Imports no torch.
+"""What is measured of a model: how each measure is called, its unit, whether more is better.
+
+Every difference is a model's figure minus that of the model it is held against: distilled − baseline.
 """
 
 from collections.abc import Mapping
@@ -21,9 +22,9 @@ class Measure:
         """The words that tell it from the others: KL to the teacher, agreement."""
         return self.words.removesuffix(" with the teacher").removeprefix("top-1 ")
 
-    def label(self, task: str) -> str:
-        """Name and unit, a line each."""
-        return f"{self.name}\n{self.unit.format(item=ITEMS.get(task, task))}"
+    def label(self, item: str) -> str:
+        """Name and unit, a line each; `item` is what the task predicts."""
+        return f"{self.name}\n{self.unit.format(item=item)}"
 
 
 MEASURES = {
@@ -47,70 +48,14 @@ MEASURES = {
         "retention, %", "of the teacher's right choices", "retention of the teacher's right choices", True
     ),
 }
-ITEMS = {"causal-lm": "token", "sequence-classification": "row", "question-answering": "token"}
-TABLE = {  # in the order of tables; the first four are drawn
-    "causal-lm": ("kl_to_teacher", "agreement", "perplexity", "bits_per_byte"),
-    "sequence-classification": (
-        "accuracy",
-        "macro_f1",
-        "log_loss",
-        "ece",
-        "kl_to_teacher",
-        "agreement",
-        "retention",
-    ),
-    "question-answering": (
-        "choice_accuracy",
-        "choice_retention",
-        "choice_agreement",
-        "kl_to_teacher",
-        "choice_accuracy_raw",
-        "agreement",
-        "perplexity",
-        "bits_per_byte",
-    ),
-}
-KEYS = {  # told first: in the sentence that opens a report, in the table over all runs
-    "causal-lm": ("kl_to_teacher", "agreement", "perplexity"),
-    "sequence-classification": ("accuracy", "macro_f1", "log_loss", "ece"),
-    "question-answering": ("choice_accuracy", "choice_agreement", "kl_to_teacher", "perplexity"),
-}
 # of no meaning for the teacher itself
 TO_TEACHER = ("kl_to_teacher", "agreement", "retention", "choice_agreement", "choice_retention")
 DRAWN = 4
 
 
-def held_by(task: str) -> tuple[str, ...]:
-    """The measures that a comparison of this task has, if also not all of them are shown."""
-    return tuple(dict.fromkeys([*TABLE[task], "accuracy"]))
-
-
-def task_of(results: Mapping[str, Any]) -> str:
-    """The task that was compared; what is older than tasks is of language models."""
-    return results.get("task") or ("question-answering" if "questions" in results else "causal-lm")
-
-
-def shown_in(results: Mapping[str, Any], choice: Mapping[str, tuple[str, ...]] = TABLE) -> list[str]:
-    """The measures of a comparison, in the order of its task, as far as all its models have them."""
-    return [
-        name
-        for name in choice[task_of(results)]
-        if all(name in facts for facts in results["models"].values())
-    ]
-
-
 def student_of(results: Mapping[str, Any]) -> str:
     """Whom the comparison is about."""
     return results.get("student", "distilled")
-
-
-def differing(
-    results: Mapping[str, Any], rival: str, choice: Mapping[str, tuple[str, ...]] = TABLE
-) -> list[str]:
-    """The measures in which the student is held against this rival: what only says how near it is to the
-    teacher tells nothing of it.
-    """
-    return [name for name in shown_in(results, choice) if rival != "teacher" or name not in TO_TEACHER]
 
 
 def rivals_of(results: Mapping[str, Any]) -> list[str]:

@@ -15,19 +15,9 @@ from IPython.core.pylabtools import select_figure_formats
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kdlib.config.task_rules import differing, rules_in, shown_in
 from kdlib.errors import ConfigError
-from kdlib.metrics.names import (
-    DRAWN,
-    KEYS,
-    MEASURES,
-    difference,
-    differing,
-    rivals_of,
-    shown_in,
-    student_of,
-    task_of,
-    with_interval,
-)
+from kdlib.metrics.names import DRAWN, MEASURES, difference, rivals_of, student_of, with_interval
 from kdlib.plots.axes import COLOURS, LABELS, called, colours_of, colours_of_models, label_of, on_axis
 from kdlib.plots.classification import answer_figures
 from kdlib.plots.training import dashboard
@@ -130,7 +120,7 @@ def comparison_bars(results: Mapping[str, Any]) -> Figure:
         if metric == "perplexity":
             axes.set_yscale("log")
         axes.set_xticks(range(len(models)), [on_axis(m) for m in models], fontsize=8, parse_math=False)
-        axes.set_title(MEASURES[metric].label(task_of(results)).strip(), fontsize=9, loc="left")
+        axes.set_title(MEASURES[metric].label(rules_in(results).unit).strip(), fontsize=9, loc="left")
         axes.margins(y=0.15)
         _plain_spines(axes)
     message = comparison_message(results).replace(": ", ":\n", 1).replace("; ", ",\n")
@@ -143,7 +133,7 @@ def sample_of(results: Mapping[str, Any]) -> str:
     if "questions" in results:
         return f"n = {results['questions']:,} questions; {results['interval']}"
     if "tokens" in results:
-        what = "answers" if task_of(results) == "question-answering" else "blocks"
+        what = rules_in(results).rows
         return f"n = {results['rows']} {what}, {results['tokens']:,} tokens; {results['interval']}"
     return f"n = {results['rows']:,} {results['split']} rows; {results['interval']}"
 
@@ -152,7 +142,7 @@ def comparison_message(results: Mapping[str, Any]) -> str:
     """What the comparison found, in a sentence; says so where an interval overlaps zero."""
     student, rival = student_of(results), rivals_of(results)[0]
     parts = []
-    for metric in differing(results, rival, KEYS):
+    for metric in differing(results, rival, first=True):
         d, measure = difference(results, student, rival, metric), MEASURES[metric]
         better = d["value"] > 0 if measure.higher_is_better else d["value"] < 0
         verdict = "no clear difference in" if d["low"] <= 0 <= d["high"] else "better" if better else "worse"

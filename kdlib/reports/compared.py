@@ -8,7 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from kdlib.metrics.names import MEASURES, shown_in, task_of
+from kdlib.config.task_rules import rules_in, shown_in
+from kdlib.metrics.names import MEASURES
 from kdlib.plots import comparison as plots
 from kdlib.plots.answer_tables import TITLES, answer_tables
 from kdlib.plots.axes import label_of
@@ -64,14 +65,11 @@ def render(results: Mapping[str, Any], folder: Path) -> Path:
 
 def _measured_on(results: Mapping[str, Any]) -> str:
     """Of what the intervals speak, which way is better, and which students were measured."""
-    task, rows = task_of(results), f"{results['rows']:,}"
-    what = {"causal-lm": f"{rows} blocks", "question-answering": f"{rows} questions"}.get(
-        task, f"{rows} rows"
-    )
+    what = f"{results['rows']:,} {rules_in(results).rows}"
     lower = [MEASURES[name].brief for name in shown_in(results) if not MEASURES[name].higher_is_better]
-    notes = {
-        "causal-lm": " Blocks of one document resemble each other, so the intervals are rather too narrow."
-    }.get(task, "")
+    notes = ""
+    if rules_in(results).rows == "blocks":
+        notes = " Blocks of one document resemble each other, so the intervals are rather too narrow."
     if "groups" in results["interval"]:
         notes = " McNemar's test takes each row by itself."
     rule = f" Measured: {results['rule']}." if "rule" in results else ""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from kdlib.config.task_rules import HIGHER_IS_BETTER
+from kdlib.metrics.names import MEASURES
 from kdlib.runs.folder import Run, StudentFolder
 from kdlib.runs.log import Tail, plan_table, terms_in
 
@@ -100,7 +100,7 @@ def _evaluation(evaluation: pd.DataFrame, metric: str) -> Line:
         return Line(
             check, f"{len(values)} evaluation{'s' * (len(values) != 1)}; a change needs 2", needed, None
         )
-    first, sign = values.iloc[0], 1 if HIGHER_IS_BETTER[metric] else -1
+    first, sign = values.iloc[0], 1 if MEASURES[metric].higher_is_better else -1
     best = sign * (sign * values.iloc[1:]).max()
     return Line(check, f"{first:.4g} → {best:.4g} at best", needed, bool(sign * (best - first) > 0))
 

@@ -14,8 +14,9 @@ import pandas as pd
 import yaml
 
 from kdlib.benchmarks import reading
+from kdlib.config.task_rules import rules_in
 from kdlib.errors import ConfigError, KdlibError
-from kdlib.metrics.names import KEYS, MEASURES, difference, with_interval
+from kdlib.metrics.names import MEASURES, difference, with_interval
 from kdlib.plots import comparison as plots
 from kdlib.plots.axes import LABELS
 from kdlib.reports.scorecard import Line, scorecard
@@ -163,7 +164,7 @@ def _read(run: Run) -> Summary:
         step=max(steps, default=None),
         steps=planned_steps(run),
         stage=_stage(run, results, steps),
-        keys=_keys(settings.get("task", "causal-lm"), results, evaluation),
+        keys=_keys(settings, results, evaluation),
         against=against,
         train=train,
         evaluation=evaluation,
@@ -189,9 +190,9 @@ def _stage(run: Run, results: Mapping | None, steps: list[int]) -> str:
 
 
 def _keys(
-    task: str, results: Mapping[str, Any] | None, evaluation: pd.DataFrame
+    settings: Mapping[str, Any], results: Mapping[str, Any] | None, evaluation: pd.DataFrame
 ) -> dict[str, dict[str, float]]:
-    named = KEYS.get(task, ())
+    named = rules_in(settings).told_first
     if results:
         distilled = results["models"].get("distilled", {})
         return {metric: distilled[metric] for metric in named if metric in distilled}

@@ -10,14 +10,15 @@ from datetime import datetime
 import numpy as np
 import pandas as pd
 
-from kdlib.config.task_rules import HIGHER_IS_BETTER
+from kdlib.config.task_rules import rules_of
+from kdlib.metrics.names import MEASURES
 from kdlib.runs.folder import Run, StudentFolder
 from kdlib.runs.log import Tail, duration, plan_table, seconds_taken, terms_in, time_left
 
 QUIET_S = 60.0  # without a line, after which a training that nobody keeps a status of may have stopped
 RECENT = 50  # lines that a forecast goes by
 FINAL = ("done", "stopped", "failed", "died")
-MEASURES = {
+SHOWN_AS = {
     "kl_to_teacher": "KL to teacher",
     "perplexity": "perplexity",
     "log_loss": "log-loss",
@@ -85,7 +86,7 @@ class Progress:
         if measure not in table or not np.isfinite(table[measure]).any():
             return None
         values = table[measure].where(np.isfinite(table[measure]))
-        best = values.idxmax() if HIGHER_IS_BETTER.get(measure) else values.idxmin()
+        best = values.idxmax() if MEASURES[measure].higher_is_better else values.idxmin()
         return float(values[best]), int(table["step"][best]), float(table[measure].iloc[-1])
 
 
@@ -109,7 +110,7 @@ def progress(run: Run, folder: StudentFolder | None = None, tail: Tail | None = 
         best_by=config.training["metric_for_best_model"].removeprefix("eval_"),
         message=run.status.get("message", "") if state in ("stopped", "failed", "died") else "",
         quiet_s=quiet_s,
-        of="row" if config.task == "sequence-classification" else "token",
+        of=rules_of(config).unit,
     )
 
 
@@ -141,10 +142,10 @@ def state_words(course: Progress) -> str:
 
 def held_out_line(course: Progress) -> str:
     """The last figure of each measure on held-out text, and the best of the one that chooses the model."""
-    usual = ("accuracy", "log_loss", "kl_to_teacher") if course.of == "row" else MEASURES
+    usual = ("accuracy", "log_loss", "kl_to_teacher") if course.of == "row" else SHOWN_AS
     measures = dict.fromkeys([course.best_by, *usual])
     found = {
-        MEASURES.get(measure, measure): figures
+        SHOWN_AS.get(measure, measure): figures
         for measure in measures
         if (figures := course.measured(measure))
     }

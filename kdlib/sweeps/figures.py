@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from kdlib.metrics.names import DRAWN, MEASURES, task_of
+from kdlib.config.task_rules import rules_in
+from kdlib.metrics.names import DRAWN, MEASURES
 from kdlib.plots.axes import COLOURS, called, on_axis
 from kdlib.sweeps import maps
 from kdlib.sweeps.axes import LITERAL, scaled, short, titled
@@ -208,7 +209,7 @@ def models(results: Sequence[Mapping[str, Any]], setting: str) -> Figure:
                 fontsize=8,
             )
         axes.set_xticks(range(len(names)), [on_axis(name) for name in names], fontsize=8)
-        axes.set_title(MEASURES[metric].label(task_of(results[0])).strip(), fontsize=9, loc="left")
+        axes.set_title(MEASURES[metric].label(rules_in(results[0]).unit).strip(), fontsize=9, loc="left")
         axes.margins(x=0.15, y=0.1)
     words = f": against {called('baseline')}, {clear_words(results)}" if "baseline" in names else ""
     return titled(

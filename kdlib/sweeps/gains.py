@@ -9,7 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from kdlib.metrics.names import KEYS, MEASURES, difference, shown_in, task_of, with_interval
+from kdlib.config.task_rules import rules_in, shown_in
+from kdlib.metrics.names import MEASURES, difference, with_interval
 from kdlib.plots.axes import LABELS, label_of
 from kdlib.runs.folder import read_json
 from kdlib.sweeps.results import Sweep, averaged
@@ -41,7 +42,7 @@ def gain_tables(sweep: Sweep, settings: pd.DataFrame) -> dict[str, pd.DataFrame]
         return {}
     every = [each for _, results in found for each in results]
     known = set.intersection(*({entry["metric"] for entry in each["differences"]} for each in every))
-    told = dict.fromkeys([sweep.facts["metric"], *KEYS[task_of(every[0])]])
+    told = dict.fromkeys([sweep.facts["metric"], *rules_in(every[0]).told_first])
     return {
         metric: pd.DataFrame([{**setting, **_gain(results, metric)} for setting, results in found])
         for metric in told

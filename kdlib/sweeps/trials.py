@@ -15,8 +15,8 @@ from typing import Any
 
 from kdlib.config import run as configs
 from kdlib.config.run import Config, read_yaml
+from kdlib.config.task_rules import rules_of
 from kdlib.errors import ConfigError
-from kdlib.metrics.names import held_by
 from kdlib.sweeps.config import WEIGHTS, SweepConfig
 
 DIGITS = 4  # of a drawn number: what stands in tables is what was run
@@ -181,11 +181,11 @@ def expanded(settings: SweepConfig, base: Base) -> tuple[list[Trial], list[str]]
                 "once"
             )
         trials.setdefault(trial.run, trial)
-        if settings.metric not in held_by(trial.config.task):
+        if settings.metric not in rules_of(trial.config).held:
             faults.append(
                 f"{described(parameters)}: metric: found {settings.metric}, which a comparison of "
-                f"{trial.config.task} has not; "
-                f"it is one of {', '.join(held_by(trial.config.task))}"
+                f"{rules_of(trial.config).name} has not; "
+                f"it is one of {', '.join(rules_of(trial.config).held)}"
             )
     faults += [f"{described(corner)}: {error}" for corner, error in _unsound_corners(settings, base)]
     if faults:

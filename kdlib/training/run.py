@@ -13,13 +13,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from kdlib.config.run import Config
-from kdlib.config.task_rules import HIGHER_IS_BETTER
 from kdlib.data.batches import Prepared
 from kdlib.errors import ConfigError, KdlibError, Stopped
 from kdlib.hardware import precision_of
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.features import LayerPairs, layer_pairs, projections
 from kdlib.losses.objective import Objective, feature_terms
+from kdlib.metrics.names import MEASURES
 from kdlib.models.loading import device_of, parameters
 from kdlib.models.teacher import PROJECTIONS, LiveTeacher
 from kdlib.runs.folder import StudentFolder, is_refusal, read_json, write_error, write_json
@@ -92,7 +92,7 @@ def training_arguments(config: Config, output: Path, **changes: Any) -> Training
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "disable_tqdm": True,
-        "greater_is_better": HIGHER_IS_BETTER[metric],
+        "greater_is_better": MEASURES[metric].higher_is_better,
         "use_cpu": device_of(config.wanted_device).type == "cpu",
         "dataloader_pin_memory": config.training.get(
             "dataloader_pin_memory", device_of(config.wanted_device).type == "cuda"
