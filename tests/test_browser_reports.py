@@ -1,8 +1,6 @@
-"""As a person: a run's report, the index and runs side by side in Chromium; texts that would like to act,
+"""As a person: a run's report and the index in Chromium; texts that would like to act,
 and cannot.
 """
-
-import re
 
 import nbformat
 import pytest
@@ -104,10 +102,9 @@ def test_nothing_in_a_run_acts_or_fetches_and_all_of_it_is_seen_as_text(browser,
     assert page.locator("main > section#notebooks").count() == 1  # no output has closed what it is in
 
     index = overview.render_index(tmp_path / "runs", tmp_path / "reports")
-    for path in (index, index.with_name("side_by_side.html")):
-        page = opened(browser, path)
-        assert asks_for_nothing(page)
-        assert EVIL in " ".join(page.inner_text("body").split())
+    page = opened(browser, index)
+    assert asks_for_nothing(page)
+    assert EVIL in " ".join(page.inner_text("body").split())
 
 
 @pytest.fixture
@@ -124,7 +121,11 @@ def index(tmp_path):
 def names(page) -> list[str]:
     """The runs as they are seen, from top to bottom."""
     rows = page.locator(".runs tbody tr").all()
-    seen = [(row.bounding_box()["y"], row.locator(".name").inner_text()) for row in rows if row.is_visible()]
+    seen = [
+        (row.bounding_box()["y"], row.locator(".name").inner_text().strip())
+        for row in rows
+        if row.is_visible()
+    ]
     return [name for _, name in sorted(seen)]
 
 
@@ -144,29 +145,33 @@ def test_the_index_sorts_and_filters_without_scripts(browser, index):
     assert asks_for_nothing(page)
 
 
-def test_ticked_runs_stand_side_by_side_and_what_differs_between_them_is_marked(browser, index):
-    page = opened(browser, index.with_name("side_by_side.html"), viewport={"width": 1500, "height": 900})
-    box = {name: page.get_by_role("checkbox", name=re.compile(rf"^\w+ {name}\b")) for name in "abcd"}
-
-    def show(ticked: str) -> tuple[list[str], bool]:
-        for name, each in box.items():
-            each.set_checked(name in ticked)
-        shown = [
-            each.inner_text().strip()
-            for each in page.locator(".beside thead th").all()[1:]
-            if each.is_visible()
-        ]
-        return sorted(shown), page.locator(".setting", has_text="loss.temperature").is_visible()
-
-    assert show("ab") == (["a", "b"], True)
-    assert show("ac") == (["a", "c"], False)
-    assert show("abc") == (["a", "b", "c"], True)
-    lines = page.locator("[id^='kl']:not([id*='-'])")
-    assert sum(each.is_visible() for each in lines.all()) == 3
-    assert show("c") == (["c"], False)
-    assert sum(each.is_visible() for each in lines.all()) == 1
-    assert show("") == ([], False)
-    assert page.get_by_text("No run is ticked.").is_visible()
+def test_ticked_runs_stand_beside_each_other_with_the_settings_that_differ(browser, index):
+    page = opened(browser, index, viewport={"width": 1500, "height": 900})
+    temperature = page.locator(".runs thead .settings", has_text="loss.temperature")
+    assert not temperature.is_visible()
+    for name in "bc":
+        page.get_by_label(f"tick {name}").check()
+    page.get_by_label("only the ticked runs").check()
+    page.get_by_label("settings that differ").check()
+    assert sorted(names(page)) == ["b", "c"]
+    assert temperature.is_visible()
+    cells = page.locator(".runs tbody .settings").all()
+    tints = {
+        cell.inner_text(): cell.evaluate("cell => getComputedStyle(cell).backgroundColor")
+        for cell in cells
+        if cell.is_visible()
+    }
+    assert len(tints) == len(set(tints.values())) == 2  # one of the two values is marked
+    heads = [head for head in page.locator(".runs thead th").all() if head.is_visible()]
+    first = page.locator(".runs tbody tr").filter(visible=True).first
+    for head, cell in zip(heads, first.locator("td").filter(visible=True).all(), strict=True):
+        assert head.bounding_box()["x"] == cell.bounding_box()["x"]
+    page.get_by_label("scorecard").check()
+    page.get_by_label("cost", exact=True).check()
+    assert page.get_by_text("pass", exact=False).filter(visible=True).count() >= 2
+    page.get_by_role("button", name="show all").click()
+    assert len(names(page)) == 4
+    assert not temperature.is_visible()
     assert asks_for_nothing(page)
 
 

@@ -8,8 +8,8 @@ import pytest
 from made_runs import EVIL, RAW, made_run
 
 from kdlib.config.run import parse
-from kdlib.reports import index as overview, run as reports, side_by_side
-from kdlib.reports.curves import small_curve
+from kdlib.reports import index as overview, run as reports
+from kdlib.reports.index import small_curve
 from kdlib.reports.summary import Summary, summaries, summary
 from kdlib.runs import folder as runs
 from kdlib.runs.log import thinned
@@ -98,53 +98,55 @@ def test_a_thinned_curve_keeps_its_peaks_and_what_is_not_finite():
     assert {54_321, 70_000, 90_000, 0, 99_999} <= set(kept)
 
 
-def test_settings_that_differ_have_a_row_each_and_bits_that_tell_the_values_apart():
+def test_settings_that_differ_have_a_column_each_and_what_is_unusual_is_marked():
     found = [
         Summary(
             str(i), "done", settings={"seed": str(i), "same": "1", **({"only": "here"} if i == 2 else {})}
         )
         for i in range(5)
     ]
-    rows = {row.label: row for row in side_by_side.differing(found)}
-    assert set(rows) == {"seed", "only"}
-    assert len({tuple(marks) for marks in rows["seed"].marks}) == 5
-    assert rows["only"].values == ["—", "—", "here", "—", "—"]
-    assert rows["only"].marks[0] == rows["only"].marks[1] != rows["only"].marks[2]
+    found.append(Summary("machine", "done", settings={"heads.chunk": "512"}, is_benchmark=True))
+    columns = overview.settings_that_differ(found)
+    assert set(columns) == {"seed", "only"}
+    assert [cell.text for cell in columns["seed"]] == ["0", "1", "2", "3", "4", ""]
+    assert [cell.text for cell in columns["only"]] == ["—", "—", "here", "—", "—", ""]
+    assert [cell.is_marked for cell in columns["only"]] == [False, False, True, False, False, False]
 
 
-def test_runs_side_by_side_show_figures_settings_scorecard_and_cost(root, tmp_path):
+def test_runs_beside_each_other_show_figures_settings_scorecard_and_cost(root, tmp_path):
     for temperature in (1.0, 2.0):
         raw = {**RAW, "loss": {**RAW["loss"], "temperature": temperature}}
         made_run(root, f"t{temperature:g}", raw, kl=temperature)
-    index_of(root, tmp_path)
-    page = (tmp_path / "reports" / "side_by_side.html").read_text()
-    assert re.search(
-        r'id="setting0"><th>loss.temperature</th>\s*<td class="run0">\s*2\s*</td><td '
-        r'class="run1">\s*1\s*</td>',
-        page,
-    )
-    for expected in ("1.00 [0.900, 1.10]", "every figure is finite", "1.0 M", 'id="kl0"', 'id="loss1"'):
+    page = index_of(root, tmp_path)
+    assert '<th role="columnheader" class="settings">loss.temperature</th>' in page
+    assert re.findall(r'class="settings(?: differs)?">([^<]*)</td>', page) == ["2", "1"]
+    for expected in (
+        "1.00<small>[0.900, 1.10]</small>",
+        "of 7 pass",
+        "1.0 M",
+        "+0.500 [+0.400, +0.600]",
+        "peak",
+    ):
         assert expected in page
     assert "<script" not in page
 
 
-def test_two_hundred_runs_make_pages_of_a_sensible_size(root, tmp_path):
+def test_two_hundred_runs_make_a_page_of_a_sensible_size(root, tmp_path, monkeypatch):
     made_run(root, "r0")
     original = summaries(root)[0]
     found = [
         Summary(**{**vars(original), "name": f"r{i}", "settings": {**original.settings, "seed": str(i)}})
         for i in range(200)
     ]
-    page = side_by_side.render(found, root)
-    assert page.stat().st_size < 4_000_000
-    assert page.read_text().count("main:has(.r") <= 8 * 2  # a rule per bit, not per run
+    monkeypatch.setattr(overview, "summaries", lambda root: found)
+    assert len(index_of(root, tmp_path)) < 1_000_000
 
 
-def test_text_from_runs_stays_text_in_index_and_side_by_side(root, tmp_path):
+def test_text_from_runs_stays_text(root, tmp_path):
     raw = {**RAW, "data": {**RAW["data"], "text": EVIL}}
     made_run(root, "evil", raw, state="failed", message=EVIL, config_file=f"configs/{EVIL}", sweep=EVIL)
     made_run(root, "good")
-    for page in (index_of(root, tmp_path), (tmp_path / "reports" / "side_by_side.html").read_text()):
-        assert "<script" not in page
-        assert "<img" not in page
-        assert "&lt;script&gt;window.hit = 1" in page
+    page = index_of(root, tmp_path)
+    assert "<script" not in page
+    assert "<img" not in page
+    assert "&lt;script&gt;window.hit = 1" in page

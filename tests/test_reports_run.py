@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from kdlib.config.run import parse
+from kdlib.errors import RunError
 from kdlib.metrics.names import with_interval
 from kdlib.plots import comparison as plots
-from kdlib.reports import html as pages, run as reports
+from kdlib.reports import html as pages, index, run as reports
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run
 
@@ -172,6 +173,16 @@ def test_a_run_of_another_version_has_a_report_that_says_what_is_not_read(tmp_pa
     page = reports.render(run, tmp_path / "reports").read_text()
     assert "outdated: unknown key" in page
     assert str(tmp_path) not in page.split('id="config"')[0]
+
+
+def test_a_benchmark_is_told_who_makes_its_page(tmp_path):
+    run = made_run(tmp_path / "runs", "measured", steps=0, kl=None)
+    (run.path / "config.yaml").write_text("heads: {chunk: 512}\n")
+    with pytest.raises(RunError, match="`python -m kdlib.benchmarks --report measured` makes its page"):
+        reports.render(run, tmp_path / "reports")
+    page = index.render_index(tmp_path / "runs", tmp_path / "reports").read_text()
+    assert "benchmark (" not in page
+    assert "<small>benchmark</small>" in page
 
 
 def test_a_page_stays_small_when_notebooks_are_large(tmp_path):

@@ -19,7 +19,7 @@ from kdlib.hardware import precision_of
 from kdlib.models.loading import device_of, load_config, load_tokenizer
 from kdlib.models.student import check_pair, tokenizer_of
 from kdlib.plots.axes import LABELS
-from kdlib.reports import compared
+from kdlib.reports.run import render_comparison
 from kdlib.runs.folder import write_json
 from kdlib.tasks import base as tasks
 from kdlib.tasks.classification import ClassComparison
@@ -147,7 +147,7 @@ def folder_for(output: Path) -> Path:
 def write(results: Mapping[str, Any], folder: Path) -> None:
     """comparison_results.json, and report.html with its figures and tables."""
     write_json(folder / "comparison_results.json", results)
-    compared.render(results, folder)
+    render_comparison(results, folder)
 
 
 def _config(

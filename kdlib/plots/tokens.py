@@ -20,7 +20,7 @@ MEASURES = {"kl": "KL to the teacher", "ce": "cross-entropy", "differs": "disagr
 FULL = 0.72  # opacity of the strongest colour
 BROAD = 95  # per cent of the tokens that the colours tell apart; those above are as strong as it gets
 HARDEST = 8  # in the list
-STYLE = (Path(__file__).parent.parent / "templates" / "heat_map.css").read_text(encoding="utf-8")
+STYLE = Path(__file__).with_name("heat_map.css").read_text(encoding="utf-8")
 
 
 def heat_map(

@@ -23,7 +23,8 @@ from pygments.formatters import HtmlFormatter
 
 from kdlib.runs.folder import write_error, write_text
 
-TEMPLATES = Path(__file__).parent.parent / "templates"
+TEMPLATES = Path(__file__).parent / "templates"
+HEAT_MAP = Path(__file__).parent.parent / "plots" / "heat_map.css"
 DPI = 130
 LONG = 60  # characters in a cell of a table, above which all its cells are broken into lines
 LARGEST_SVG = 200_000  # bytes; a picture with more lines than that is smaller as PNG
@@ -49,7 +50,7 @@ class Picture:
 def page(template: str, **content: Any) -> str:
     """The template filled in; text in `content` is escaped, Markup is not."""
     environment = Environment(
-        loader=PackageLoader("kdlib"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("kdlib.reports"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template(template).render(style=Markup(_style()), **content)
 
@@ -99,14 +100,6 @@ def picture(figure: Figure, name: str = "") -> Picture:
     return Picture(svg=_saved(figure, "svg"), png=_saved(figure, "png"), alt=alt or name.replace("_", " "))
 
 
-def drawing(figure: Figure) -> Markup:
-    """A figure as <svg>, whose lines a page can style by their gid.  Only for figures without text from
-    data.
-    """
-    text = _saved(figure, "svg").decode()
-    return Markup(text[text.index("<svg") :])
-
-
 def take_literally(figure: Figure) -> None:
     """Read a `$` as a dollar, as text may come from data and hold half a formula; except in tick labels
     that matplotlib writes itself.
@@ -139,9 +132,10 @@ def _style() -> str:
     """All style sheets: a notebook's own are not taken over into a page, so the page has what they show
     ours with.
     """
-    sheets = sorted(TEMPLATES.glob("*.css"), key=lambda sheet: sheet.name != "style.css")
     light, dark = (
         HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("default", "github-dark")
     )
     coloured = f"{light}\n@media screen and (prefers-color-scheme: dark) {{\n{dark}\n}}"
-    return "\n".join([*(sheet.read_text(encoding="utf-8") for sheet in sheets), coloured])
+    return "\n".join(
+        [*(sheet.read_text(encoding="utf-8") for sheet in (TEMPLATES / "style.css", HEAT_MAP)), coloured]
+    )

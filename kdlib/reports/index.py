@@ -1,116 +1,156 @@
-"""All runs on one page, sorted and filtered by what a browser can do without scripts.  Imports no torch.
+"""All runs on one page: sorted, filtered and put beside each other without scripts.  Imports no torch.
 
 Every sortable column gives every row its place, upwards and downwards; a ticked heading makes that place the
-row's `order`.
+row's `order`.  Settings, scorecards and costs are further columns, shown when asked for.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+
+from kdlib.metrics.names import with_interval
 from kdlib.plots.axes import LABELS
-from kdlib.reports import side_by_side
-from kdlib.reports.curves import small_curve
 from kdlib.reports.html import page
 from kdlib.reports.summary import Summary, keys_of, number, report_link, summaries
 from kdlib.runs.folder import write_error, write_text
+from kdlib.runs.log import thinned
 
 STATES = ("running", "created", "done", "stopped", "failed", "died", "unreadable")
 COLUMNS: dict[str, Callable[[Summary], Any]] = {
     "run": lambda s: s.name,
     "made": lambda s: s.created or None,
-    "state": lambda s: STATES.index(s.state) if s.state in STATES else None,
+    "state": lambda s: _rank(s.state)[0] if s.state in STATES else None,
     "progress": lambda s: s.progress,
 }
-"""Heading → what the rows are sorted by, the key figures of the runs besides; None comes last, upwards
-and downwards.
-"""
+"""Heading → what the rows are sorted by, the key figures of the runs besides; None comes last, both ways."""
+POINTS = 120  # of a small curve, about
+WIDTH, HEIGHT, EDGE = 120, 28, 3  # of it, px
+
+
+class Cell(NamedTuple):
+    """Of a further column: what it says, what more in small print, and whether it is unlike most runs'."""
+
+    text: str
+    note: str = ""
+    is_marked: bool = False
 
 
 def render_index(runs: Path, reports: Path) -> Path:
-    """Write index.html and side_by_side.html over all runs of a folder, and return the index's path."""
-    found = summaries(runs)
+    """Write index.html over all runs of a folder, and return its path."""
     try:
         reports.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(reports, error) from error
-    side_by_side.render([each for each in found if not each.is_benchmark], reports)
-    write_text(reports / "index.html", page("index.html.j2", **_content(found, reports)))
+    write_text(reports / "index.html", page("index.html.j2", **_content(summaries(runs), reports)))
     return reports / "index.html"
 
 
 def _content(found: Sequence[Summary], reports: Path) -> dict[str, Any]:
-    states = sorted(
-        {each.state for each in found},
-        key=lambda state: (STATES.index(state) if state in STATES else len(STATES), state),
-    )
-    configs, sweeps = (
-        sorted({name for each in found if (name := of(each))}) for of in (_config, lambda each: each.sweep)
-    )
-    keys = keys_of(found)
-    columns = {
-        **COLUMNS,
-        **{heading: lambda s, m=metric: s.keys.get(m, {}).get("value") for metric, heading in keys.items()},
+    groups = {
+        "state": sorted({each.state for each in found}, key=_rank),
+        "config": sorted({_config(each) for each in found} - {""}),
+        "sweep": sorted({each.sweep for each in found} - {""}),
     }
+    keys = keys_of(found)
+    figures = {name: lambda s, m=metric: s.keys.get(m, {}).get("value") for metric, name in keys.items()}
+    columns = COLUMNS | figures
     places = [_places([of(each) for each in found]) for of in columns.values()]
+    more = {
+        "settings": settings_that_differ(found),
+        "card": {"scorecard": [_scorecard(each) for each in found]},
+        "cost": _costs(found),
+    }
     rows = [
         {
             "run": each,
             "link": report_link(each.name, reports),
             "curve": _curve(each),
-            "keys": [_parts(each.key(metric)) for metric in keys],
+            "keys": [each.key(metric).partition(" ")[::2] for metric in keys],
             "places": [place[i] for place in places],
             "reached": _reached(each),
+            "more": {kind: [cells[i] for cells in table.values()] for kind, table in more.items()},
             "groups": [
-                f"state{states.index(each.state)}",
-                *([f"config{configs.index(_config(each))}"] if _config(each) else []),
-                *([f"sweep{sweeps.index(each.sweep)}"] if each.sweep else []),
+                f"{kind}{groups[kind].index(name)}"
+                for kind, name in (("state", each.state), ("config", _config(each)), ("sweep", each.sweep))
+                if name
             ],
         }
         for i, each in enumerate(found)
     ]
-    groups = {"state": states, "config": configs, "sweep": sweeps}
     return {
         "rows": rows,
         "columns": list(columns),
+        "more": {kind: list(table) for kind, table in more.items() if table},
         "groups": {kind: names for kind, names in groups.items() if names},
-        "links": {name: report_link(name, reports) for name in sweeps},
-        "count": len([s for s in found if not s.is_benchmark]),
+        "links": {name: report_link(name, reports) for name in groups["sweep"]},
     }
+
+
+def settings_that_differ(found: Sequence[Summary]) -> dict[str, list[Cell]]:
+    """Each setting that not all runs share, with a cell for each run; — where a run has no such setting."""
+    students = [each for each in found if each.settings and not each.is_benchmark]
+    columns = {}
+    for name in dict.fromkeys(name for each in students for name in each.settings):
+        counts = Counter(each.settings.get(name, "—") for each in students)
+        usual = counts.most_common(1)[0][0]
+        if len(counts) > 1:
+            values = (each.settings.get(name, "—") if each in students else "" for each in found)
+            columns[name] = [Cell(value, is_marked=value not in ("", usual)) for value in values]
+    return columns
+
+
+def _scorecard(each: Summary) -> Cell:
+    if not each.card:
+        return Cell("")
+    passed = f"{sum(line.passed is True for line in each.card)} of {len(each.card)} pass"
+    failed = [line for line in each.card if line.passed is False]
+    return Cell(passed, "; ".join(f"fails: {line.check}: {line.found}" for line in failed), bool(failed))
+
+
+def _costs(found: Sequence[Summary]) -> dict[str, list[Cell]]:
+    costs = [each.training_costs | each.model_costs for each in found]
+    columns = {
+        name: [Cell(cost.get(name, "")) for cost in costs]
+        for name in dict.fromkeys(name for cost in costs for name in cost)
+    }
+    if any(each.against for each in found):
+        columns["KL, difference to the baseline"] = [
+            Cell(with_interval(each.against, "+") if each.against else "") for each in found
+        ]
+    return columns
+
+
+def _rank(state: str) -> tuple[int, str]:
+    return (STATES.index(state) if state in STATES else len(STATES), state)
 
 
 def _places(values: Sequence[Any]) -> list[tuple[int, int]]:
     """Each value's place in rising and in falling order; what has none is last in both."""
     known = sorted({value for value in values if value is not None})
     rank = {value: place for place, value in enumerate(known)}
-    return [
-        (len(known), len(known)) if value is None else (rank[value], len(known) - 1 - rank[value])
-        for value in values
-    ]
+    last = len(known)
+    return [(last, last) if value is None else (rank[value], last - 1 - rank[value]) for value in values]
 
 
 def _config(each: Summary) -> str:
-    return each.config or ("benchmark" if each.is_benchmark else "")
+    return each.config or "benchmark" * each.is_benchmark
 
 
 def _reached(each: Summary) -> str:
     if each.step is None:
-        return each.stage or ("benchmark" if each.is_benchmark else "")
+        return each.stage or "benchmark" * each.is_benchmark
     made = f"step {each.step:,}" + (f" of {each.steps:,}" if each.steps else "")
     stage = f"teacher, {each.stage}" if each.is_teacher else each.stage
     return f"{stage}, {made}" if each.stage == "training" else f"{stage} ({made})"
 
 
-def _parts(text: str) -> tuple[str, str]:
-    """`0.958 [0.904, 1.01]` as value and interval."""
-    value, _, interval = text.partition(" ")
-    return value, interval
-
-
-def _curve(each: Summary):
-    """The distance to the teacher on held-out text, with the baseline's; before there are two, the
-    training loss.
-    """
+def _curve(each: Summary) -> Markup | str:
+    """The distance to the teacher on held-out text, with the baseline's; before there are two, the loss."""
     if "kl_to_teacher" in each.evaluation and len(each.evaluation) > 1:
         table, column, words = each.evaluation, "kl_to_teacher", "held-out KL to the teacher"
     elif len(each.train) > 1:
@@ -120,10 +160,41 @@ def _curve(each: Summary):
     curves = {"distilled": table.set_index("step")[column]}
     if column in each.baseline:
         curves = {"baseline": each.baseline.set_index("step")[column], **curves}
-    course = "; ".join(
+    ends = "; ".join(
         f"{LABELS[name]} {number(values.iloc[0])} → {number(values.iloc[-1])}"
         for name, values in curves.items()
     )
-    return small_curve(
-        curves, f"{words}, steps {table['step'].iloc[0]} to {table['step'].iloc[-1]}: {course}"
-    )
+    return small_curve(curves, f"{words}, steps {table['step'].iloc[0]} to {table['step'].iloc[-1]}: {ends}")
+
+
+def small_curve(curves: Mapping[str, pd.Series], words: str) -> Markup:
+    """Curves against the step as a line without axes, the last one on top.
+
+    Args:
+        curves: student, whose colour style.css has → values, indexed by step.
+        words: what is shown; said by the picture when it is pointed at.
+    """
+    kept = {name: values.iloc[thinned(values.to_numpy(), points=POINTS)] for name, values in curves.items()}
+    finite = {name: values[np.isfinite(values)] for name, values in kept.items()}
+    every = pd.concat(list(finite.values()))
+    if len(every) < 2:
+        return Markup("")
+    x, y = _scale(every.index.to_numpy(), WIDTH), _scale(-every.to_numpy(), HEIGHT)
+    points = {
+        name: " ".join(f"{x(step):.1f},{y(-value):.1f}" for step, value in values.items())
+        for name, values in finite.items()
+    }
+    drawn = [Markup('<polyline class="{}" points="{}"/>').format(*each) for each in points.items()]
+    broken = [step for values in kept.values() for step in values.index[~np.isfinite(values)]]
+    if broken:
+        place = f"M{x(broken[0]):.1f} {EDGE}v{HEIGHT - 2 * EDGE}"
+        drawn.append(Markup('<path class="broken" d="{}"/>').format(place))
+    return Markup(
+        '<svg class="curve" viewBox="0 0 {0} {1}" width="{0}" height="{1}" role="img">'
+        "<title>{2}</title>{3}</svg>"
+    ).format(WIDTH, HEIGHT, words, Markup("").join(drawn))
+
+
+def _scale(values: np.ndarray, length: int) -> Callable[[float], float]:
+    low, high = values.min(), values.max()
+    return lambda value: EDGE + (length - 2 * EDGE) * ((value - low) / (high - low) if high > low else 0.5)

@@ -1,5 +1,6 @@
-"""Reports: one self-contained HTML page per run.  They read files; nothing calls into them, and nothing
-here imports torch.
+"""Reports: a self-contained HTML page of a run, or of a comparison made by `kd compare`.  Imports no torch.
+
+They read files, and nothing calls into them.
 """
 
 from collections.abc import Mapping
@@ -10,28 +11,24 @@ import pandas as pd
 from markupsafe import Markup
 from nbconvert.filters import strip_ansi
 
-from kdlib.benchmarks import figures as benchmark_figures, reading
-from kdlib.benchmarks.targets import target_table, verdict
+from kdlib.config.task_rules import rules_in, shown_in
 from kdlib.errors import RunError
-from kdlib.metrics.names import with_interval
+from kdlib.metrics.names import MEASURES, with_interval
 from kdlib.plots import comparison as plots
-from kdlib.plots.axes import LABELS
+from kdlib.plots.answer_tables import TITLES, answer_tables
+from kdlib.plots.axes import LABELS, label_of
 from kdlib.plots.classification import ANSWER_FIGURES
-from kdlib.reports import compared, html as pages
+from kdlib.reports import html
 from kdlib.reports.explorers import static_html
-from kdlib.reports.html import Picture
 from kdlib.reports.notebook_html import notebook_html
 from kdlib.reports.scorecard import Line, scorecard_table
-from kdlib.reports.summary import card, costs, flat, keys_of, number, summary
+from kdlib.reports.summary import Summary, card, flat, is_benchmark, keys_of, number, summary
 from kdlib.runs.folder import Run, now, read_json
-from kdlib.runs.log import eval_table, training_table
 
 SECTIONS = {
     "summary": "Summary",
     "scorecard": "Scorecard",
     "training": "Training",
-    "figures": "Figures",
-    "measurements": "Measurements",
     "comparison": "Comparison",
     "samples": "Continuations",
     "explorers": "Explorers",
@@ -42,145 +39,162 @@ SECTIONS = {
     "notebooks": "Notebooks as they ran",
 }
 OWN_PLACE = ("dashboard", plots.BARS, *ANSWER_FIGURES)  # figures that stand by themselves
+DOING = {"running": "is running", "created": "is not at its end", "stopped": "was stopped"}
 
 
 def render(run: Run, reports: Path) -> Path:
-    """Write reports/<run>/report.html, its figures and tables from whatever the run has left, and return
-    the page's path.
+    """Write reports/<run>/report.html with its figures and tables; return the page's path.
+
+    Raises:
+        RunError: there is no run, or it is a benchmark's.
     """
     if not (run.path / "config.yaml").exists():
         raise RunError(f"{run.path}: no run there, since there is no config.yaml")
-    results, benchmark = read_json(run.path / "comparison_results.json"), reading.results_of(run)
-    figures = benchmark_figures.run_figures(benchmark) if benchmark else plots.run_figures(run, results)
-    pictures = {name: pages.picture(figure, name) for name, figure in figures.items()}
-    students = {
-        "teacher" if run.manifest.get("teacher_stage") else "distilled student": run,
-        "baseline": run.baseline,
-    }
+    if is_benchmark(run):
+        raise RunError(
+            f"{run.name} is a benchmark: `python -m kdlib.benchmarks --report {run.name}` makes its page"
+        )
+    results, brief = read_json(run.path / "comparison_results.json"), summary(run)
+    pictures = {name: html.picture(figure, name) for name, figure in plots.run_figures(run, results).items()}
+    students = {"teacher" if brief.is_teacher else "distilled student": run, "baseline": run.baseline}
     cards = {name: lines for name, student in students.items() if (lines := card(run, student))}
-    tables = _tables(run, results, benchmark, cards)
-    page = pages.page("report.html.j2", **_content(run, results, benchmark, pictures, tables, cards))
-    return pages.write(reports / run.name, page, pictures, tables)
-
-
-def _tables(
-    run: Run, results: Mapping | None, benchmark: Mapping | None, cards: Mapping[str, list[Line]]
-) -> dict[str, pd.DataFrame]:
-    if benchmark:
-        return {"targets": target_table(benchmark), **reading.run_tables(benchmark)}
-    tables = {"metrics": training_table(run), "evaluation": eval_table(run)}
+    tables = {"metrics": brief.train, "evaluation": brief.evaluation}
     if results:
-        tables |= compared.tables_of(results)
+        tables |= comparison_tables(results)
     if cards:
         tables["scorecard"] = scorecard_table(next(iter(cards.values())))
-    return tables
-
-
-def _content(
-    run: Run,
-    results: Mapping[str, Any] | None,
-    benchmark: Mapping[str, Any] | None,
-    pictures: Mapping[str, Picture],
-    tables: Mapping[str, pd.DataFrame],
-    cards: Mapping[str, list[Line]],
-) -> dict[str, Any]:
-    manifest, status = run.manifest, run.status
-    facts = {k: v for k, v in manifest.items() if k not in ("formula", "command", "stages")} | (
-        benchmark or {}
-    ).get("machine", {})
-    others = [image for name, image in pictures.items() if name not in OWN_PLACE]
     content = {
-        **compared.content_of(results, pictures, tables),
+        **_run_content(run),
+        **_comparison_content(results, pictures, tables),
         "cards": cards,
         "dashboard": pictures.get("dashboard"),
-        "pictures": others,
-        "measured": {name: pages.table(reading.shown(table)) for name, table in tables.items()}
-        if benchmark
-        else {},
-        "explorers": {title: Markup(html) for title, html in static_html(run).items()},
-        "notebooks": {path.stem: notebook_html(path) for path in sorted(run.notebooks.glob("*.ipynb"))},
+        "pictures": [picture for name, picture in pictures.items() if name not in OWN_PLACE],
+        "message": plots.comparison_message(results) if results else "",
+        "strip": _strip(brief, results, cards),
     }
-    present = {
-        "scorecard": cards,
-        "training": not benchmark and (content["dashboard"] or others),
-        "figures": benchmark and others,
-        "measurements": benchmark,
-        "comparison": results,
-        "samples": content["samples"],
-        "explorers": content["explorers"],
-        "formula": manifest.get("formula"),
-        "notebooks": content["notebooks"],
+    empty = {
+        "scorecard": not cards,
+        "training": not (content["dashboard"] or content["pictures"]),
+        "comparison": not results,
+        "formula": not run.manifest.get("formula"),
+        **{name: not content[name] for name in ("samples", "explorers", "notebooks")},
     }
-    return content | {
+    sections = {name: title for name, title in SECTIONS.items() if not empty.get(name)}
+    page = html.page("report.html.j2", sections=sections, **content)
+    return html.write(reports / run.name, page, pictures, tables)
+
+
+def render_comparison(results: Mapping[str, Any], folder: Path) -> Path:
+    """Write report.html of a comparison by itself, with its figures and tables; return the page's path."""
+    pictures = {
+        name: html.picture(figure, name) for name, figure in plots.comparison_figures(results).items()
+    }
+    tables = comparison_tables(results)
+    page = html.page(
+        "compared.html.j2",
+        **{name: results[name] for name in ("student", "sources", "precision")},
+        made=now()[:16].replace("T", " "),
+        message=plots.comparison_message(results),
+        **_comparison_content(results, pictures, tables),
+    )
+    return html.write(folder, page, pictures, tables)
+
+
+def comparison_tables(results: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
+    """Every table of a comparison, by name."""
+    return {
+        "quality": plots.quality_table(results),
+        "cost": plots.cost_table(results),
+        "differences": plots.difference_table(results),
+        **answer_tables(results),
+    }
+
+
+def _run_content(run: Run) -> dict[str, Any]:
+    """What the page shows of a run's files as they are."""
+    manifest, status = run.manifest, run.status
+    facts = {name: value for name, value in manifest.items() if name not in ("formula", "command", "stages")}
+    again = f"kd run runs/{run.name}/config.yaml"
+    commit = f"git checkout {manifest['commit']}\n" if manifest.get("commit") else ""
+    doing = DOING.get(status["state"], status["state"])
+    at = now()[:16].replace("T", " at ")
+    partial = f"This report is partial: the run {doing}. It shows what there was on {at}."
+    return {
         "run": run,
         "manifest": manifest,
-        "compared": bool(results),
         "status": {**status, "message": strip_ansi(status.get("message", ""))},
-        "partial": _partial(status["state"]),
-        "sections": {id: name for id, name in SECTIONS.items() if present.get(id, True)},
-        "message": plots.comparison_message(results) if results else verdict(benchmark) if benchmark else "",
-        "strip": [] if benchmark else _strip(run, results, cards),
+        "partial": "" if status["state"] == "done" else partial,
+        "explorers": {title: Markup(drawn) for title, drawn in static_html(run).items()},
         "config": (run.path / "config.yaml").read_text(encoding="utf-8"),
         "facts": [(name.replace("_", " "), value) for name, value in flat(facts, " · ")],
-        "reproduce": _reproduce(run, manifest, "bench" if benchmark else "run"),
+        "reproduce": f"{commit}{manifest.get('command', again)}\n"
+        f"# the config above holds every setting: {again} does the same",
+        "notebooks": {path.stem: notebook_html(path) for path in sorted(run.notebooks.glob("*.ipynb"))},
     }
-
-
-def _partial(state: str) -> str:
-    """What is to be known of a page about a run that is not at its end."""
-    if state == "done":
-        return ""
-    doing = {"running": "is running", "created": "is not at its end", "stopped": "was stopped"}.get(
-        state, state
-    )
-    return (
-        f"This report is partial: the run {doing}. It shows what there was on "
-        f"{now()[:16].replace('T', ' at ')}."
-    )
 
 
 def _strip(
-    run: Run, results: Mapping[str, Any] | None, cards: Mapping[str, list[Line]]
+    brief: Summary, results: Mapping[str, Any] | None, cards: Mapping[str, list[Line]]
 ) -> list[tuple[str, str, list[str]]]:
     """Key figures: what, how much, and what to hold it against."""
-    brief, strip = summary(run), []
+    strip = []
     for metric, label in keys_of([brief]).items():
         value, _, interval = brief.key(metric).partition(" ")
-        if value:
-            where = (
-                f"held-out, at step {brief.evaluation['step'].iloc[-1]}"
-                if not results
-                else _rival(results, metric)
-            )
-            strip.append((label, value, [interval, where]))
+        if results:
+            rival = "baseline" if "baseline" in results["models"] else "untrained"
+            against = f"{LABELS[rival]} {with_interval(results['models'][rival][metric])}"
+        else:
+            against = f"held-out, at step {brief.evaluation['step'].iloc[-1]}"
+        strip.append((label, value, [interval, against]))
     if results:
         student, teacher = (results["models"][name]["parameters"] / 1e6 for name in ("distilled", "teacher"))
-        strip.append(
-            (
-                "parameters",
-                f"{number(student)} M",
-                [f"{student / teacher:.0%} of the teacher's {number(teacher)} M"],
-            )
-        )
+        share = f"{student / teacher:.0%} of the teacher's {number(teacher)} M"
+        strip.append(("parameters", f"{number(student)} M", [share]))
     if brief.step is not None:
         strip.append(("steps", f"{brief.step:,}", [f"of {brief.steps:,}"] if brief.steps else []))
-    strip += [(name, value, []) for name, value in costs(None, brief.train, brief.evaluation).items()]
+    strip += [(name, value, []) for name, value in brief.training_costs.items()]
     if lines := next(iter(cards.values()), None):
-        failed = [line.check for line in lines if line.passed is False]
+        failed = [f"fails: {line.check}" for line in lines if line.passed is False]
         passed = f"{sum(line.passed is True for line in lines)} of {len(lines)} pass"
-        strip.append(("scorecard", passed, [f"fails: {check}" for check in failed] or ["no check fails"]))
+        strip.append(("scorecard", passed, failed or ["no check fails"]))
     return strip
 
 
-def _rival(results: Mapping[str, Any], metric: str) -> str:
-    name = "baseline" if "baseline" in results["models"] else "untrained"
-    return f"{LABELS[name]} {with_interval(results['models'][name][metric])}"
+def _comparison_content(
+    results: Mapping[str, Any] | None,
+    pictures: Mapping[str, html.Picture],
+    tables: Mapping[str, pd.DataFrame],
+) -> dict[str, Any]:
+    """What templates/comparison.html.j2 takes; next to nothing where nothing was compared."""
+    return {
+        "comparison": pictures.get(plots.BARS),
+        "answer_pictures": [pictures[name] for name in ANSWER_FIGURES if name in pictures],
+        **{name: html.table(tables[name]) for name in ("quality", "cost", "differences") if name in tables},
+        "answers": {title: html.table(tables[name]) for name, title in TITLES.items() if name in tables},
+        "measured_on": _measured_on(results) if results else "",
+        "samples": _samples(results) if results else [],
+    }
 
 
-def _reproduce(run: Run, manifest: Mapping[str, Any], verb: str) -> str:
-    commit = f"git checkout {manifest['commit']}\n" if manifest.get("commit") else ""
-    command = manifest.get("command", f"kd {verb} runs/{run.name}/config.yaml")
+def _measured_on(results: Mapping[str, Any]) -> str:
+    """Of what the intervals speak, which way is better, and which students were measured."""
+    rows = rules_in(results).rows
+    lower = [MEASURES[name].brief for name in shown_in(results) if not MEASURES[name].higher_is_better]
+    note = ""
+    if "groups" in results["interval"]:
+        note = " McNemar's test takes each row by itself."
+    elif rows == "blocks":
+        note = " Blocks of one document resemble each other, so the intervals are rather too narrow."
+    rule = f" Measured: {results['rule']}." if "rule" in results else ""
     return (
-        f"{commit}{command}\n# the config above holds every setting: kd {verb} "
-        f"runs/{run.name}/config.yaml does the same"
+        f"Paired on the same {results['rows']:,} {rows}; intervals: {results['interval']}. "
+        f"Lower is better: {', '.join(lower)}.{note}{rule}"
     )
+
+
+def _samples(results: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
+    """Each prompt with what every model makes of it, by the model's name for reading."""
+    return [
+        (prompt, {label_of(model): texts[i] for model, texts in results["samples"].items()})
+        for i, prompt in enumerate(results.get("prompts", []))
+    ]

@@ -1,6 +1,4 @@
-"""A run in brief, from its files: how far it came, its key figures, its settings, its cost.  Imports no
-torch.
-"""
+"""A run in brief, from its files: how far it came, its key figures, settings and cost.  Imports no torch."""
 
 import json
 import os
@@ -13,15 +11,14 @@ from urllib.parse import quote
 import pandas as pd
 import yaml
 
-from kdlib.benchmarks import reading
 from kdlib.config.task_rules import rules_in
 from kdlib.errors import ConfigError, KdlibError
 from kdlib.metrics.names import MEASURES, difference, with_interval
-from kdlib.plots import comparison as plots
 from kdlib.plots.axes import LABELS
+from kdlib.plots.comparison import cost_table
 from kdlib.reports.scorecard import Line, scorecard
-from kdlib.runs import log as metrics
 from kdlib.runs.folder import Run, StudentFolder, read_json
+from kdlib.runs.log import duration, eval_table, plan_table, seconds_taken, training_table
 
 
 @dataclass(frozen=True)
@@ -39,13 +36,13 @@ class Summary:
     step: int | None = None
     steps: int | None = None  # planned
     stage: str = ""
-    # metric → value, and low, high where it was compared
-    keys: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    keys: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # metric → value (and low, high)
     against: Mapping[str, float] | None = None  # the baseline: the paired difference in KL to the teacher
     train: pd.DataFrame = field(default_factory=pd.DataFrame)
     evaluation: pd.DataFrame = field(default_factory=pd.DataFrame)
     baseline: pd.DataFrame = field(default_factory=pd.DataFrame)
-    costs: Mapping[str, str] = field(default_factory=dict)
+    training_costs: Mapping[str, str] = field(default_factory=dict)  # name → figure with its unit
+    model_costs: Mapping[str, str] = field(default_factory=dict)  # to keep it, and to run it
     settings: Mapping[str, str] = field(default_factory=dict)  # dotted name → as text
     card: tuple[Line, ...] = ()
 
@@ -57,13 +54,9 @@ class Summary:
     def key(self, metric: str) -> str:
         """`0.958 [0.904, 1.01]`; of the last evaluation, which has no interval, `0.958`."""
         figures = self.keys.get(metric)
-        return (
-            ""
-            if figures is None
-            else with_interval(figures)
-            if "low" in figures
-            else number(figures["value"])
-        )
+        if figures is None:
+            return ""
+        return with_interval(figures) if "low" in figures else number(figures["value"])
 
 
 def summaries(root: Path) -> list[Summary]:
@@ -74,23 +67,22 @@ def summaries(root: Path) -> list[Summary]:
 
 def keys_of(found: Sequence[Summary]) -> dict[str, str]:
     """Metric → heading of every key figure that one of the runs has; a run has those of its task."""
-    return {
-        metric: measure.brief
-        for metric, measure in MEASURES.items()
-        if any(metric in each.keys for each in found)
-    }
+    shown = (metric for metric in MEASURES if any(metric in each.keys for each in found))
+    return {metric: MEASURES[metric].brief for metric in shown}
 
 
 def summary(run: Run) -> Summary:
-    """What the run's files say; where they are torn or of another shape, a summary whose state and
-    message say so.
-    """
+    """What the run's files say; where they are torn or of another shape, state and message say so."""
     try:
         return _read(run)
     except (KdlibError, OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
-        return Summary(
-            run.name, "unreadable", f"{type(error).__name__}: {error}".replace(f"{run.path}{os.sep}", "")
-        )
+        said = f"{type(error).__name__}: {error}".replace(f"{run.path}{os.sep}", "")
+        return Summary(run.name, "unreadable", said)
+
+
+def is_benchmark(run: Run) -> bool:
+    """Whether this is a folder of `kdlib.benchmarks`, which teaches no student."""
+    return "student" not in _settings(run)
 
 
 def number(value: float) -> str:
@@ -112,27 +104,6 @@ def report_link(name: str, reports: Path) -> str | None:
     return f"{quote(name)}/report.html" if (reports / name / "report.html").exists() else None
 
 
-def planned_steps(run: Run) -> int | None:
-    """How many optimizer steps the training has, as soon as it has begun or was tried."""
-    plan = metrics.plan_table(run)
-    return int(plan["step"].max()) if len(plan) else run.manifest.get("optimizer_steps")
-
-
-def costs(results: Mapping[str, Any] | None, train: pd.DataFrame, evaluation: pd.DataFrame) -> dict[str, str]:
-    """What the distilled student cost to train, and costs to keep and to run: name → figure with its unit."""
-    found = {}
-    for what in ("tokens", "rows"):
-        if f"{what}_per_s" in train:
-            found[f"training, {what}/s"] = number(train[f"{what}_per_s"].median())
-    if "memory_gib" in train:
-        found["training, peak GiB"] = f"{train['memory_gib'].max():.2f}"
-    if seconds := metrics.seconds_taken(train, evaluation):
-        found["training, time"] = metrics.duration(seconds)
-    if results:
-        found |= plots.cost_table(results).loc[LABELS["distilled"]].to_dict()
-    return found
-
-
 def card(run: Run, student: StudentFolder | None = None) -> list[Line]:
     """The scorecard; of a run whose settings this version refuses, why there is none."""
     try:
@@ -142,16 +113,15 @@ def card(run: Run, student: StudentFolder | None = None) -> list[Line]:
         return [Line("the settings can be read", faults, "a config of this version", None)]
 
 
+def _settings(run: Run) -> dict[str, Any]:
+    return yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8")) or {}
+
+
 def _read(run: Run) -> Summary:
     results, manifest, status = read_json(run.path / "comparison_results.json"), run.manifest, run.status
-    settings = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8")) or {}
-    train, evaluation = metrics.training_table(run), metrics.eval_table(run)
+    settings, plan = _settings(run), plan_table(run)
+    train, evaluation = training_table(run), eval_table(run)
     steps = [int(table["step"].iloc[-1]) for table in (train, evaluation) if len(table)]
-    against = (
-        difference(results, "distilled", "baseline", "kl_to_teacher")
-        if results and "baseline" in results["models"]
-        else None
-    )
     return Summary(
         run.name,
         status["state"],
@@ -159,33 +129,27 @@ def _read(run: Run) -> Summary:
         created=manifest.get("created", "")[:16].replace("T", " "),
         config=Path(manifest.get("config_file") or "").stem,
         sweep=str(manifest.get("sweep") or ""),
-        is_benchmark=reading.results_of(run) is not None or "task" not in settings,
+        is_benchmark="student" not in settings,
         is_teacher=bool(manifest.get("teacher_stage")),
         step=max(steps, default=None),
-        steps=planned_steps(run),
+        steps=int(plan["step"].max()) if len(plan) else manifest.get("optimizer_steps"),
         stage=_stage(run, results, steps),
         keys=_keys(settings, results, evaluation),
-        against=against,
+        against=_against_baseline(results),
         train=train,
         evaluation=evaluation,
-        baseline=metrics.eval_table(run.baseline),
-        costs=costs(results, train, evaluation),
+        baseline=eval_table(run.baseline),
+        training_costs=_training_costs(train, evaluation),
+        model_costs=cost_table(results).loc[LABELS["distilled"]].to_dict() if results else {},
         settings={name: _as_text(value) for name, value in flat(settings)},
         card=tuple(card(run)),
     )
 
 
 def _stage(run: Run, results: Mapping | None, steps: list[int]) -> str:
-    if results:
-        return "compared"
-    return (
-        "trained"
-        if run.is_trained
-        else "training"
-        if steps
-        else "set up"
-        if "formula" in run.manifest
-        else ""
+    reached = {"compared": results, "trained": run.is_trained, "training": steps}
+    return next(
+        (stage for stage, is_there in reached.items() if is_there), "set up" * ("formula" in run.manifest)
     )
 
 
@@ -197,6 +161,22 @@ def _keys(
         distilled = results["models"].get("distilled", {})
         return {metric: distilled[metric] for metric in named if metric in distilled}
     return {metric: {"value": float(evaluation[metric].iloc[-1])} for metric in named if metric in evaluation}
+
+
+def _against_baseline(results: Mapping[str, Any] | None) -> dict[str, float] | None:
+    if results and "baseline" in results["models"]:
+        return difference(results, "distilled", "baseline", "kl_to_teacher")
+    return None
+
+
+def _training_costs(train: pd.DataFrame, evaluation: pd.DataFrame) -> dict[str, str]:
+    paces = [what for what in ("tokens", "rows") if f"{what}_per_s" in train]
+    found = {f"training, {what}/s": number(train[f"{what}_per_s"].median()) for what in paces}
+    if "memory_gib" in train:
+        found["training, peak GiB"] = f"{train['memory_gib'].max():.2f}"
+    if seconds := seconds_taken(train, evaluation):
+        found["training, time"] = duration(seconds)
+    return found
 
 
 def _as_text(value: Any) -> str:
