@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from kdlib.benchmarks import reading
 from kdlib.benchmarks.settings import CASES, CONTENDERS
-from kdlib.plots.axes import COLOURS
+from kdlib.plots.axes import COLOURS, intervals
 
 PEER = COLOURS["baseline"]
 
@@ -100,14 +100,9 @@ def _bars(table: pd.DataFrame, column: str, title: str) -> Figure:
     values = table[column].astype(float)
     low, high = (table.get(f"{column}, {end}", values).astype(float) for end in ("low", "high"))
     positions = range(len(table))
-    axes.barh(
-        positions,
-        values,
-        color=[_colour(label) for label in table.index],
-        xerr=[values - low, high - values],
-        capsize=2,
-        error_kw={"linewidth": 1},
-    )
+    axes.barh(positions, values, color=[_colour(label) for label in table.index])
+    found = {"value": values, "low": low, "high": high}
+    intervals(axes, positions, found, lying=True, fmt="none", ecolor="black", elinewidth=1, capsize=2)
     for position, (value, end) in enumerate(zip(values, high, strict=True)):
         axes.text(
             end, position, f"  {value:.3g}" if value < 1000 else f"  {value:,.0f}", va="center", fontsize=8

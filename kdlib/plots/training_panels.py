@@ -1,42 +1,22 @@
-"""What each panel of the picture of a training shows, and says in its title.  Imports no torch."""
+"""The panels of a training's picture: what each draws, and says in its title.  Imports no torch.
+
+A panel is a function that draws a scene into axes and returns the title, and a line in `PANELS`.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 
-from kdlib.plots.axes import INK, Panel, colours_of
+from kdlib.plots.axes import BROKEN, INK, colours_of
 from kdlib.runs.log import thinned
 from kdlib.runs.progress import Progress
 
-TRAIN, HELD_OUT = "#0072b2", "#1f2328"
+TRAIN, HELD_OUT = "#0072b2", INK
 DASHES = ((0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (9, 3)))  # of other runs, in turn
-HEIGHTS = {  # inches, in their order
-    "values": 1.7,
-    "shares": 1.5,
-    "total": 1.15,
-    "weights": 0.8,
-    "temperature": 0.5,
-    "learning_rate": 0.65,
-    "grad_norm": 0.95,
-    "tokens_per_s": 0.5,
-    "rows_per_s": 0.5,
-    "memory_gib": 0.5,
-}
-UNITS = {
-    "values": "nats per token",
-    "shares": "weight × value,\nnats per token",
-    "total": "nats per token",
-    "weights": "weight",
-    "temperature": "T",
-    "learning_rate": "learning\nrate",
-    "grad_norm": "L2 norm",
-    "tokens_per_s": "tokens/s",
-    "rows_per_s": "rows/s",
-    "memory_gib": "GiB",
-}
 
 
 @dataclass(frozen=True)
@@ -45,11 +25,9 @@ class View:
 
     Attributes:
         terms: the loss terms to show; all where None.
-        smoothing: share of the training that the running mean over the raw values spans; 0 draws the values
-            alone.
+        smoothing: share of the training that the running mean over the raw values spans; 0: the values alone.
         log: raw values and gradient norms on a log scale.
-        steps: the first and last optimizer step shown; where None, the training so far and some room ahead of
-            it.
+        steps: the first and last optimizer step shown; where None, the training so far and some room ahead.
     """
 
     terms: tuple[str, ...] | None = None
@@ -58,276 +36,241 @@ class View:
     steps: tuple[float, float] | None = None
 
 
-def kinds(course: Progress) -> list[str]:
-    """The panels for which there is something to show."""
-    table = course.tail.train
-    return (
-        [kind for kind in HEIGHTS if kind in ("values", "shares", "total", "weights") or kind in table]
-        if len(table)
-        else []
-    )
-
-
 class Scene:
-    """A training as one wants to see it, with others behind it; a method for each panel, by its name."""
+    """A training as one wants to see it, with others behind it: what the panels draw from, and how."""
 
-    def __init__(self, course: Progress, view: View, others: Sequence[Progress] = ()) -> None:
-        self.course, self.view, self.train, self.evaluation = (
-            course,
-            view,
-            course.tail.train,
-            course.tail.evaluation,
-        )
+    def __init__(self, progress: Progress, view: View, others: Sequence[Progress] = ()) -> None:
+        self.progress, self.view = progress, view
+        self.train, self.evaluation = progress.tail.train, progress.tail.evaluation
         self.others = list(zip(others, DASHES, strict=False))
-        self.colours = colours_of(course.terms)
-        self.terms = [term for term in course.terms if view.terms is None or term in view.terms]
-        self.span = view.steps or (0, _horizon(course))
+        self.colours = colours_of(progress.terms)
+        self.terms = [term for term in progress.terms if view.terms is None or term in view.terms]
+        self.span = view.steps or (0, _horizon(progress))
 
-    def values(self, panel: Panel) -> None:
-        for term in self.terms:
-            self._figure(panel, f"{term}_loss", self.colours[term], is_noisy=True)
-        known = [term for term in ("kd", *self.terms) if term in self.terms and f"{term}_loss" in self.train]
-        panel.end(
-            _fall(known[0], self.train, self.course.of) if known else "None of the terms shown is logged yet",
-            log=self.view.log,
-        )
-
-    def shares(self, panel: Panel) -> None:
-        shares = {
-            term: (self.train[f"{term}_weight"] * self.train[f"{term}_loss"]).fillna(0.0)
-            for term in self.terms
-            if f"{term}_loss" in self.train
-        }
-        sums = {term: share[np.isfinite(share)].sum() for term, share in shares.items()}
-        curves = [
-            self._seen(self.train["step"], self._smoothed(values))
-            for values in (*shares.values(), self.train["loss"])
-        ]
-        at, floor = thinned(np.stack(curves)), 0.0
-        steps = self._seen(self.train["step"], self.train["step"])[at]
-        for term, curve in zip(shares, curves, strict=False):
-            lower, floor = floor + 0 * curve[at], floor + curve[at]
-            panel.area(term, steps, lower, floor, color=self.colours[term], alpha=0.75)
-        panel.line("loss", steps, curves[-1][at], color=INK, linewidth=1)
-        whole, lead = (
-            self.train["loss"][np.isfinite(self.train["loss"])].sum(),
-            max(sums, key=sums.get, default=None),
-        )
-        panel.end(
-            (
-                f"{lead} makes up {sums[lead] / whole:.0%} of what the optimizer sees; the line is the loss "
-                "as "
-                "back-propagated"
-            )
-            if lead and whole > 0
-            else "What the optimizer sees: weight × value, stacked",
-            floor=0.0,
-        )
-
-    def total(self, panel: Panel) -> None:
-        self._figure(panel, "loss", TRAIN, is_noisy=True)
-        for other, dash in self.others:
-            if "loss" in (table := other.tail.evaluation):
-                self._curve(
-                    panel,
-                    f"{other.name} held-out",
-                    table["step"],
-                    table["loss"],
-                    color=HELD_OUT,
-                    linestyle=dash,
-                    linewidth=1,
-                )
-        if len(self.evaluation):
-            self._curve(
-                panel,
-                "held-out",
-                self.evaluation["step"],
-                self.evaluation["loss"],
-                color=HELD_OUT,
-                linewidth=1.3,
-                marker="o",
-                markersize=3.5 if len(self.evaluation) < 60 else 0,
-            )
-            self._crosses(panel, "loss", evaluation=True)
-        panel.end(_gap(self.train, self.evaluation))
-
-    def weights(self, panel: Panel) -> None:
-        course, now = self.course, {}
-        for term in self.terms:
-            name = f"{term}_weight"
-            # weight 0: not logged
-            values = self.train[name].fillna(0.0) if name in self.train else pd.Series(0.0, self.train.index)
-            now[term] = values.iloc[-1]
-            self._planned(panel, name)
-            self._curve(panel, name, self.train["step"], values, color=self.colours[term], linewidth=1.6)
-        phase = sum(until <= course.step / course.steps for until, _ in course.phases[:-1])
-        where = (
-            f"Phase {phase + 1} of {len(course.phases)} ({course.phases[phase][1]}); w"
-            if course.phases
-            else "W"
-        )
-        if course.phases:
-            panel.reach(np.array([1.35 * panel.high]))  # their names stand above the lines
-        panel.end(
-            f"{where}eights now: " + ", ".join(f"{term} {value:.2g}" for term, value in now.items()),
-            floor=0.0,
-        )
-
-    def temperature(self, panel: Panel) -> None:
-        for name in [name for name in self.train if name.endswith("_temperature")] or ["temperature"]:
-            self._planned(panel, name)
-            colour = self.colours.get(name.removesuffix("_temperature"), INK)
-            self._curve(panel, name, self.train["step"], self.train[name], color=colour, linewidth=1.4)
-        first, last = self.train["temperature"].iloc[0], self.train["temperature"].iloc[-1]
-        panel.end(
-            f"The temperature is {last:.3g}" + (f", from {first:.3g}" if first != last else " throughout")
-        )
-
-    def learning_rate(self, panel: Panel) -> None:
-        self._planned(panel, "learning_rate")
-        self._figure(panel, "learning_rate", INK)
-        rate = self.train["learning_rate"]
-        panel.end(f"The learning rate was {rate.max():.1e} at most and is {rate.iloc[-1]:.1e}", floor=0.0)
-
-    def grad_norm(self, panel: Panel) -> None:
-        self._figure(panel, "grad_norm", INK, is_noisy=True)
-        by_term = [term for term in self.terms if f"{term}_grad_norm" in self.train]
-        for term in by_term:
-            logged = self.train[["step", f"{term}_grad_norm"]].dropna()  # every so many steps
-            self._curve(
-                panel,
-                term,
-                logged["step"],
-                self._smoothed(logged[f"{term}_grad_norm"]),
-                color=self.colours[term],
-                linewidth=1.2,
-            )
-        norm, title = (
-            self.train["grad_norm"].where(np.isfinite(self.train["grad_norm"])),
-            "The gradient norm was never finite",
-        )
-        if norm.notna().any():
-            title = (
-                f"The gradient norm has a median of {norm.median():.2g} and is {norm.max():.3g} at most "
-                "(step "
-                f"{self.train['step'][norm.idxmax()]:,}){'; coloured: of each term' if by_term else ''}"
-            )
-        panel.end(title, log=self.view.log)
-
-    def tokens_per_s(self, panel: Panel) -> None:
-        self._figure(panel, "tokens_per_s", INK, is_noisy=True)
-        panel.end(f"{self.train['tokens_per_s'].median():,.0f} tokens per second (median)", floor=0.0)
-
-    def rows_per_s(self, panel: Panel) -> None:
-        self._figure(panel, "rows_per_s", INK, is_noisy=True)
-        panel.end(f"{self.train['rows_per_s'].median():,.0f} rows per second (median)", floor=0.0)
-
-    def memory_gib(self, panel: Panel) -> None:
-        self._figure(panel, "memory_gib", INK)
-        panel.end(f"Memory in use: {self.train['memory_gib'].max():.2f} GiB at most", floor=0.0)
-
-    def _figure(self, panel: Panel, name: str, colour: str, *, is_noisy: bool = False) -> None:
-        """What was logged under a name, over the same of the others, with crosses where it was nan or
-        infinite.
-        """
+    def figure(self, axes: Axes, name: str, colour: str, *, is_noisy: bool = False) -> None:
+        """What was logged under a name, over the same of the others, crosses where it was nan or infinite."""
         for other, dash in self.others:
             if name in (table := other.tail.train):
-                values = self._smoothed(table[name]) if is_noisy else table[name]
-                self._curve(
-                    panel,
-                    f"{other.name} {name}",
-                    table["step"],
-                    values,
-                    color=colour,
-                    linestyle=dash,
-                    linewidth=1,
-                )
+                values = self.smoothed(table[name]) if is_noisy else table[name]
+                look = {"color": colour, "linestyle": dash, "linewidth": 1}
+                self.curve(axes, f"{other.name} {name}", table["step"], values, **look)
         if name not in self.train:
             return
         steps, values = self.train["step"], self.train[name]
         is_smoothed = is_noisy and self._width(values) >= 2
-        self._curve(
-            panel,
-            name,
-            steps,
-            values,
-            color=colour,
-            linewidth=0.7 if is_smoothed else 1.4,
-            alpha=0.3 if is_smoothed else 1.0,
-        )
+        look = {"linewidth": 0.7, "alpha": 0.3} if is_smoothed else {"linewidth": 1.4}
+        self.curve(axes, name, steps, values, color=colour, **look)
         if is_smoothed:
-            self._curve(panel, f"{name} smoothed", steps, self._smoothed(values), color=colour, linewidth=1.6)
-        self._crosses(panel, name)
+            self.curve(axes, f"{name} smoothed", steps, self.smoothed(values), color=colour, linewidth=1.6)
+        self.crosses(axes, name)
 
-    def _planned(self, panel: Panel, name: str) -> None:
-        """The sheet has drawn it; here it gets its room."""
-        if name in self.course.plan:
-            panel.reach(self.course.plan[name][self.course.plan["step"].between(*self.span)].to_numpy())
-
-    def _curve(self, panel: Panel, key: str, steps: pd.Series, values: pd.Series, **style) -> None:
-        x, y = self._seen(steps, steps), self._seen(steps, values)
+    def curve(self, axes: Axes, label: str, steps: pd.Series, values: pd.Series, **look) -> None:
+        """A line through what is seen of these; nan leaves a gap."""
+        x, y = self.seen(steps, steps), self.seen(steps, values)
         at = thinned(y)
-        panel.line(key, x[at], y[at], **style)
+        axes.plot(x[at], y[at], label=label, **look)
 
-    def _crosses(self, panel: Panel, name: str, *, evaluation: bool = False) -> None:
-        broken = self.course.tail.broken
-        if not len(broken):
-            return
+    def planned(self, axes: Axes, name: str) -> None:
+        """The plan of a schedule, thin, beneath what was logged."""
+        plan = self.progress.plan
+        if name in plan:
+            first, last = self.span
+            steps = [first, *plan["step"][plan["step"].between(first, last)], last]
+            colour = self.colours.get(name.rsplit("_", 1)[0], INK)
+            values = np.interp(steps, plan["step"], plan[name])
+            axes.plot(
+                steps, values, color=colour, linewidth=0.8, alpha=0.6, zorder=1, label=f"{name} planned"
+            )
+
+    def crosses(self, axes: Axes, name: str, *, evaluation: bool = False) -> None:
+        """At the upper edge, where a figure was nan or infinite."""
+        broken = self.progress.tail.broken
         steps = broken["step"][(broken["name"] == name) & (broken["evaluation"] == evaluation)]
         steps = steps[steps.between(*self.span)].to_numpy()
-        panel.marks(f"{name} {evaluation}", steps[thinned(steps)])
+        if len(steps):
+            steps = steps[thinned(steps)]
+            look = {"color": BROKEN, "markersize": 6, "markeredgewidth": 1.6, "clip_on": False, "zorder": 9}
+            at_top = axes.get_xaxis_transform()
+            axes.plot(steps, np.full(len(steps), 0.97), "x", transform=at_top, label=f"{name} broken", **look)
 
-    def _seen(self, steps: pd.Series, values: pd.Series) -> np.ndarray:
+    def seen(self, steps: pd.Series, values: pd.Series) -> np.ndarray:
+        """The values at the steps that are shown."""
         first, last = self.span
-        return values.to_numpy()[
-            np.searchsorted(steps, first, "left") : np.searchsorted(steps, last, "right")
-        ]
+        return values.to_numpy()[np.searchsorted(steps, first) : np.searchsorted(steps, last, "right")]
+
+    def smoothed(self, values: pd.Series) -> pd.Series:
+        """The running mean of the finite values, with the gaps where nothing was logged."""
+        if self._width(values) < 2:
+            return values
+        finite = values.where(np.isfinite(values))
+        return finite.ewm(span=self._width(values), ignore_na=True).mean().where(values.notna())
 
     def _width(self, values: pd.Series) -> float:
         return self.view.smoothing * len(values)
 
-    def _smoothed(self, values: pd.Series) -> pd.Series:
-        """The running mean of the finite values, with the gaps where nothing was logged."""
-        if self._width(values) < 2:
-            return values
-        is_finite = np.isfinite(values)
-        if is_finite.all():
-            return values.ewm(span=self._width(values)).mean()
-        return (
-            values.where(is_finite).ewm(span=self._width(values), ignore_na=True).mean().where(values.notna())
-        )
+
+def values(scene: Scene, axes: Axes) -> str:
+    for term in scene.terms:
+        scene.figure(axes, f"{term}_loss", scene.colours[term], is_noisy=True)
+    known = [term for term in ("kd", *scene.terms) if term in scene.terms and f"{term}_loss" in scene.train]
+    if not known:
+        return "None of the terms shown is logged yet"
+    term, table = known[0], scene.train[["step", f"{known[0]}_loss"]].dropna()
+    first, last = table[f"{term}_loss"].iloc[0], table[f"{term}_loss"].iloc[-1]
+    verb = "fell" if last < first else "rose" if last > first else "went"
+    unit, steps = f"nats per {scene.progress.of}", table["step"].iloc[-1]
+    return f"The {term} loss {verb} from {first:.2f} to {last:.2f} {unit} in {steps:,} steps"
 
 
-def _horizon(course: Progress) -> float:
-    """The right end of the x axis: of the whole training, or of half, a quarter … of it while it has not come
-    further.
+def shares(scene: Scene, axes: Axes) -> str:
+    train, steps = scene.train, scene.train["step"]
+    shown = [term for term in scene.terms if f"{term}_loss" in train]
+    by_term = {term: (train[f"{term}_weight"] * train[f"{term}_loss"]).fillna(0.0) for term in shown}
+    curves = [scene.seen(steps, scene.smoothed(each)) for each in (*by_term.values(), train["loss"])]
+    at, floor = thinned(np.stack(curves)), 0.0
+    x = scene.seen(steps, steps)[at]
+    for term, curve in zip(by_term, curves, strict=False):
+        lower, floor = floor + 0 * curve[at], floor + curve[at]
+        axes.fill_between(x, lower, floor, color=scene.colours[term], alpha=0.75, linewidth=0, label=term)
+    axes.plot(x, curves[-1][at], color=INK, linewidth=1, label="loss")
+    sums = {term: share[np.isfinite(share)].sum() for term, share in by_term.items()}
+    whole, lead = train["loss"][np.isfinite(train["loss"])].sum(), max(sums, key=sums.get, default=None)
+    if not lead or not whole > 0:
+        return "What the optimizer sees: weight × value, stacked"
+    part = f"{lead} makes up {sums[lead] / whole:.0%} of what the optimizer sees"
+    return f"{part}; the line is the loss as back-propagated"
+
+
+def total(scene: Scene, axes: Axes) -> str:
+    """How the last held-out loss compares with the training loss before it: the objective is the same."""
+    train, held_out = scene.train, scene.evaluation
+    scene.figure(axes, "loss", TRAIN, is_noisy=True)
+    for other, dash in scene.others:
+        if "loss" in (table := other.tail.evaluation):
+            look = {"color": HELD_OUT, "linestyle": dash, "linewidth": 1}
+            scene.curve(axes, f"{other.name} held-out", table["step"], table["loss"], **look)
+    if not len(held_out):
+        return f"The training loss is {train['loss'].iloc[-1]:.3f}"
+    look = {
+        "color": HELD_OUT,
+        "linewidth": 1.3,
+        "marker": "o",
+        "markersize": 3.5 if len(held_out) < 60 else 0,
+    }
+    scene.curve(axes, "held-out", held_out["step"], held_out["loss"], **look)
+    scene.crosses(axes, "loss", evaluation=True)
+    at, last = held_out["step"].iloc[-1], held_out["loss"].iloc[-1]
+    near = train["loss"][train["step"].between(0.8 * at, at)].mean()
+    found = f"{last / near:.2f} × the training loss before it" if near > 0 else f"{last:.3f}"
+    return f"At step {at:,} the held-out loss is {found}"
+
+
+def weights(scene: Scene, axes: Axes) -> str:
+    progress, train, now = scene.progress, scene.train, {}
+    for term in scene.terms:
+        name = f"{term}_weight"
+        values = train[name].fillna(0.0) if name in train else 0.0 * train["step"]  # weight 0: not logged
+        now[term] = values.iloc[-1]
+        scene.planned(axes, name)
+        scene.curve(axes, name, train["step"], values, color=scene.colours[term], linewidth=1.6)
+    title = "eights now: " + ", ".join(f"{term} {value:.2g}" for term, value in now.items())
+    if not progress.phases:
+        return f"W{title}"
+    if math.isfinite(axes.dataLim.y1):  # the phases' names stand above the lines
+        axes.update_datalim([(scene.span[0], 1.35 * axes.dataLim.y1)])
+    phase = sum(until <= progress.step / progress.steps for until, _ in progress.phases[:-1])
+    return f"Phase {phase + 1} of {len(progress.phases)} ({progress.phases[phase][1]}); w{title}"
+
+
+def temperature(scene: Scene, axes: Axes) -> str:
+    for name in [name for name in scene.train if name.endswith("_temperature")] or ["temperature"]:
+        scene.planned(axes, name)
+        colour = scene.colours.get(name.removesuffix("_temperature"), INK)
+        scene.curve(axes, name, scene.train["step"], scene.train[name], color=colour, linewidth=1.4)
+    first, last = scene.train["temperature"].iloc[0], scene.train["temperature"].iloc[-1]
+    return f"The temperature is {last:.3g}" + (f", from {first:.3g}" if first != last else " throughout")
+
+
+def learning_rate(scene: Scene, axes: Axes) -> str:
+    scene.planned(axes, "learning_rate")
+    scene.figure(axes, "learning_rate", INK)
+    rate = scene.train["learning_rate"]
+    return f"The learning rate was {rate.max():.1e} at most and is {rate.iloc[-1]:.1e}"
+
+
+def grad_norm(scene: Scene, axes: Axes) -> str:
+    scene.figure(axes, "grad_norm", INK, is_noisy=True)
+    by_term = [term for term in scene.terms if f"{term}_grad_norm" in scene.train]
+    for term in by_term:
+        logged = scene.train[["step", f"{term}_grad_norm"]].dropna()  # every so many steps
+        smooth = scene.smoothed(logged[f"{term}_grad_norm"])
+        scene.curve(axes, term, logged["step"], smooth, color=scene.colours[term], linewidth=1.2)
+    norm = scene.train["grad_norm"].where(np.isfinite(scene.train["grad_norm"]))
+    if not norm.notna().any():
+        return "The gradient norm was never finite"
+    most = f"{norm.max():.3g} at most (step {scene.train['step'][norm.idxmax()]:,})"
+    coloured = "; coloured: of each term" if by_term else ""
+    return f"The gradient norm has a median of {norm.median():.2g} and is {most}{coloured}"
+
+
+def tokens_per_s(scene: Scene, axes: Axes) -> str:
+    scene.figure(axes, "tokens_per_s", INK, is_noisy=True)
+    return f"{scene.train['tokens_per_s'].median():,.0f} tokens per second (median)"
+
+
+def rows_per_s(scene: Scene, axes: Axes) -> str:
+    scene.figure(axes, "rows_per_s", INK, is_noisy=True)
+    return f"{scene.train['rows_per_s'].median():,.0f} rows per second (median)"
+
+
+def memory_gib(scene: Scene, axes: Axes) -> str:
+    scene.figure(axes, "memory_gib", INK)
+    return f"Memory in use: {scene.train['memory_gib'].max():.2f} GiB at most"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One of the pictures above each other: shown where `needs` was logged.
+
+    Attributes:
+        draw: draws the scene into axes and returns the title.
+        height: inches.
+        unit: of the y axis.
+        form: how its ticks are written.
+        log: on a log scale where the view wants one.
+        from_zero: with 0 in sight.
+    """
+
+    draw: Callable[[Scene, Axes], str]
+    needs: str
+    height: float
+    unit: str
+    form: str = "{:,.6g}"
+    log: bool = False
+    from_zero: bool = True
+
+
+PANELS = (
+    Panel(values, "loss", 1.7, "nats per token", log=True, from_zero=False),
+    Panel(shares, "loss", 1.5, "weight × value,\nnats per token"),
+    Panel(total, "loss", 1.15, "nats per token", from_zero=False),
+    Panel(weights, "loss", 0.8, "weight"),
+    Panel(temperature, "temperature", 0.5, "T", from_zero=False),
+    Panel(learning_rate, "learning_rate", 0.65, "learning\nrate", form="{:.1e}"),
+    Panel(grad_norm, "grad_norm", 0.95, "L2 norm", log=True, from_zero=False),
+    Panel(tokens_per_s, "tokens_per_s", 0.5, "tokens/s"),
+    Panel(rows_per_s, "rows_per_s", 0.5, "rows/s"),
+    Panel(memory_gib, "memory_gib", 0.5, "GiB"),
+)
+
+
+def _horizon(progress: Progress) -> float:
+    """The right end of the x axis: the whole training, or half, a quarter … of it, not yet passed.
 
     So it seldom moves; where the whole is not planned, it is the next round number.
     """
-    if not len(course.plan):
-        unit = 10 ** max(math.floor(math.log10(max(course.step, 1))) - 1, 0)
-        return math.ceil(max(course.step, 1) / unit) * unit
-    return course.steps / 2 ** max(math.floor(math.log2(course.steps / max(course.step, 1))), 0)
-
-
-def _fall(term: str, table: pd.DataFrame, of: str) -> str:
-    known = table[["step", f"{term}_loss"]].dropna()
-    first, last = known[f"{term}_loss"].iloc[0], known[f"{term}_loss"].iloc[-1]
-    verb = "fell" if last < first else "rose" if last > first else "went"
-    return (
-        f"The {term} loss {verb} from {first:.2f} to {last:.2f} nats per {of} in "
-        f"{known['step'].iloc[-1]:,} steps"
-    )
-
-
-def _gap(train: pd.DataFrame, evaluation: pd.DataFrame) -> str:
-    """How the last held-out loss compares with the training loss before it: the same objective, the same
-    weights.
-    """
-    if not len(evaluation):
-        return f"The training loss is {train['loss'].iloc[-1]:.3f}"
-    at, held_out = evaluation["step"].iloc[-1], evaluation["loss"].iloc[-1]
-    near = train["loss"][train["step"].between(0.8 * at, at)].mean()
-    if not near > 0:
-        return f"At step {at:,} the held-out loss is {held_out:.3f}"
-    return f"At step {at:,} the held-out loss is {held_out / near:.2f} × the training loss before it"
+    step = max(progress.step, 1)
+    if not len(progress.plan):
+        unit = 10 ** max(math.floor(math.log10(step)) - 1, 0)
+        return math.ceil(step / unit) * unit
+    return progress.steps / 2 ** max(math.floor(math.log2(progress.steps / step)), 0)

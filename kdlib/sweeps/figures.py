@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from kdlib.config.task_rules import rules_in
 from kdlib.metrics.names import DRAWN, MEASURES
-from kdlib.plots.axes import COLOURS, called, on_axis
+from kdlib.plots.axes import COLOURS, called, intervals, on_axis
 from kdlib.sweeps import maps
 from kdlib.sweeps.axes import LITERAL, scaled, short, titled
 from kdlib.sweeps.config import METRICS
@@ -165,15 +165,7 @@ def gains_by_setting(gains: Mapping[str, pd.DataFrame], names: Sequence[str]) ->
 
 def _point(axes: Axes, row: pd.Series, position: int, colour: str) -> None:
     """A setting's mean with its interval, and its seeds."""
-    axes.errorbar(
-        row["value"],
-        position,
-        xerr=[[max(row["value"] - row["low"], 0)], [max(row["high"] - row["value"], 0)]],
-        fmt="o",
-        color=colour,
-        capsize=3,
-        markersize=6,
-    )
+    intervals(axes, position, row, lying=True, color=colour, markersize=6)
     if row["n"] > 1:
         axes.plot(row["values"], [position] * row["n"], ".", color=colour, markersize=4, alpha=0.6)
 
@@ -197,10 +189,7 @@ def models(results: Sequence[Mapping[str, Any]], setting: str) -> Figure:
             )
         for position, name in enumerate(names):
             found = averaged([each["models"][name][metric] for each in results])
-            gaps = [[max(found["value"] - found["low"], 0)], [max(found["high"] - found["value"], 0)]]
-            axes.errorbar(
-                position, found["value"], yerr=gaps, fmt="o", color=COLOURS[name], capsize=3, markersize=6
-            )
+            intervals(axes, position, found, color=COLOURS[name], markersize=6)
             axes.annotate(
                 f"{found['value']:.3g}",
                 (position, found["value"]),
@@ -224,11 +213,7 @@ def course(settings: pd.DataFrame, name: str, metric: str) -> Figure:
     numbers = all(map(is_number, values))
     ordered = settings.set_index(settings[name].map(plain)).loc[[plain(value) for value in values]]
     at = values if numbers else range(len(values))
-    gaps = [
-        np.maximum(ordered["value"] - ordered["low"], 0),
-        np.maximum(ordered["high"] - ordered["value"], 0),
-    ]
-    axes.errorbar(at, ordered["value"], yerr=gaps, fmt="o-" if numbers else "o", color=BEST, capsize=3)
+    intervals(axes, at, ordered, fmt="o-" if numbers else "o", color=BEST)
     if numbers:
         scaled(axes, "x", values)
     if not numbers or len(values) <= MANY:
@@ -246,20 +231,8 @@ def price(settings: pd.DataFrame, costs: Sequence[str], metric: str) -> Figure:
     figure = Figure(figsize=(max(3.6 * len(costs), 8), 3.6), layout="constrained")
     for axes, cost in zip(np.atleast_1d(figure.subplots(1, len(costs), sharey=True)), costs, strict=True):
         front = pareto(settings, cost, higher_is_better=METRICS[metric])
-        gaps = [
-            np.maximum(settings["value"] - settings["low"], 0),
-            np.maximum(settings["high"] - settings["value"], 0),
-        ]
-        axes.errorbar(
-            settings[cost],
-            settings["value"],
-            yerr=gaps,
-            fmt="o",
-            color=OTHER,
-            markersize=5,
-            elinewidth=0.8,
-            alpha=0.8,
-        )
+        look = {"color": OTHER, "markersize": 5, "elinewidth": 0.8, "alpha": 0.8, "capsize": 0}
+        intervals(axes, settings[cost], settings, **look)
         axes.plot(
             front[cost], front["value"], "o-", color=BEST, markersize=7, label="not beaten in both", zorder=4
         )

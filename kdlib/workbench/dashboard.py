@@ -19,7 +19,8 @@ from IPython.display import Image, display
 from markupsafe import Markup, escape
 
 from kdlib.errors import KdlibError
-from kdlib.plots.training import Sheet
+from kdlib.plots.axes import png
+from kdlib.plots.training import dashboard
 from kdlib.plots.training_panels import View
 from kdlib.reports.scorecard import Line, scorecard
 from kdlib.runs import folder as runs
@@ -56,7 +57,6 @@ class Picture:
         self.rivals = tuple(name for name in self.candidates if name == "baseline")
         self.tails: dict[str, Tail] = {}
         self.has_ended = False  # what trained in this kernel
-        self.sheet: Sheet | None = None
         self.read()
 
     @cached_property
@@ -89,13 +89,11 @@ class Picture:
 
     def png(self) -> bytes:
         """The picture as it stands."""
-        if self.sheet is None or not self.sheet.fits(self.course):
-            self.sheet = Sheet(self.course)
         others = [
             progress(run, folder, self._tail(name, folder)) for name, (run, folder) in self._chosen().items()
         ]
-        self.sheet.draw(self.course, self.view, [other for other in others if len(other.tail.train)])
-        return self.sheet.png()
+        shown = [other for other in others if len(other.tail.train)]
+        return png(dashboard(self.course, self.view, shown))
 
     def scorecard(self) -> list[Line]:
         return scorecard(self.run, tail=self.tails[""])
