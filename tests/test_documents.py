@@ -63,6 +63,11 @@ def test_lines_fit_beside_code(document):
     assert not long
 
 
+def test_comments_of_configs_fit_too():
+    configs = sorted((ROOT / "configs").glob("*.yaml"))
+    assert not [line for path in configs for line in path.read_text().splitlines() if len(line) > 110]
+
+
 @each
 def test_commands_and_their_options_exist(document):
     for command, words in commands_in(document):
