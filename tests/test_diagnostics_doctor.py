@@ -22,7 +22,8 @@ from kdlib.diagnostics.memory import forecast
 from kdlib.losses.objective import ledger
 from kdlib.losses.signals import kept
 from kdlib.models.teacher import Inside, signal_of
-from kdlib.runs.folder import StudentFolder, project_root
+from kdlib.runs.files import StudentFolder
+from kdlib.runs.folder import project_root
 from kdlib.training.run import train
 from kdlib.workbench import cli
 

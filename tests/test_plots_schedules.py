@@ -13,7 +13,7 @@ from kdlib.config.run import parse
 from kdlib.plots.schedule_designer import COURSES, SHAPES, Design, Phase, as_yaml, design_of, pasted
 from kdlib.plots.schedules import course_figure, curves, rate_course
 from kdlib.runs import log as metrics
-from kdlib.runs.folder import StudentFolder
+from kdlib.runs.files import StudentFolder
 from kdlib.schedulers import from_spec
 from kdlib.training import run as training
 from kdlib.workbench.explorers import ScheduleDesigner

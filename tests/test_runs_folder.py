@@ -9,7 +9,8 @@ import pytest
 from kdlib.config.run import parse
 from kdlib.errors import RunError
 from kdlib.runs import folder as runs, log as metrics
-from kdlib.runs.folder import Run, StudentFolder
+from kdlib.runs.files import StudentFolder
+from kdlib.runs.folder import Run
 from kdlib.training import checkpoints
 
 

@@ -3,7 +3,7 @@ import json
 import pandas as pd
 import pytest
 
-from kdlib.runs.folder import StudentFolder
+from kdlib.runs.files import StudentFolder
 from kdlib.runs.log import Tail, duration, seconds_taken, time_left
 
 MADE_AT = 1.8e9

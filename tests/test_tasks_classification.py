@@ -26,7 +26,7 @@ from kdlib.errors import RunError
 from kdlib.losses.signals import kept
 from kdlib.models.classifier import load_classifier
 from kdlib.models.loading import load_tokenizer
-from kdlib.runs.folder import StudentFolder
+from kdlib.runs.files import StudentFolder
 from kdlib.runs.log import read_metrics
 from kdlib.tasks import base as tasks
 from kdlib.training.callbacks import EarlyStop

@@ -3,7 +3,7 @@ from tiny_training import pieces
 
 from kdlib.config.run import parse
 from kdlib.runs import log as metrics
-from kdlib.runs.folder import StudentFolder
+from kdlib.runs.files import StudentFolder
 from kdlib.training import run as training
 from kdlib.training.callbacks import PlanFile
 

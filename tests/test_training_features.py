@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from kdlib.config.run import parse
 from kdlib.models import hooks as captures
-from kdlib.runs.folder import StudentFolder
+from kdlib.runs.files import StudentFolder
 from kdlib.runs.log import read_metrics
 from kdlib.training.run import objective_of, train
 

@@ -11,7 +11,7 @@ from kdlib.losses.signals import kept
 from kdlib.models.loading import head_form
 from kdlib.models.teacher import LiveTeacher, signal_of
 from kdlib.runs import log as metrics
-from kdlib.runs.folder import StudentFolder
+from kdlib.runs.files import StudentFolder
 from kdlib.schedulers import constant
 from kdlib.training.gradients import gradient_figures, term_gradients
 from kdlib.training.run import train

@@ -27,7 +27,7 @@ from kdlib.losses.chunked import Weighted
 from kdlib.models.loading import load_model, load_tokenizer
 from kdlib.models.student import shallower
 from kdlib.models.teacher import LiveTeacher
-from kdlib.runs.folder import StudentFolder
+from kdlib.runs.files import StudentFolder
 from kdlib.training.culprits import Broken, Culprit
 from kdlib.training.nan_report import Standing, put_aside, report_of
 from kdlib.training.run import objective_of, training_arguments
@@ -364,7 +364,7 @@ from pathlib import Path
 from kdlib.config import run as config
 from kdlib.losses import objective
 from kdlib.training import run as training
-from kdlib.runs.folder import StudentFolder
+from kdlib.runs.files import StudentFolder
 honest = objective.cross_entropy
 def spoilt(student_logits, teacher_logits, targets, temperature=1.0):
     return honest(student_logits, teacher_logits, targets) + float("nan")

@@ -16,7 +16,7 @@ from kdlib.config.run import parse
 from kdlib.data.batches import Prepared, collate_classes
 from kdlib.errors import NonFiniteLoss, RunError
 from kdlib.models.loading import load_tokenizer
-from kdlib.runs.folder import StudentFolder
+from kdlib.runs.files import StudentFolder
 from kdlib.tasks import base as tasks
 from kdlib.training.nan_report import joined
 from kdlib.training.run import train

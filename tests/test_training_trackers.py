@@ -21,7 +21,8 @@ from transformers import TrainerCallback
 from kdlib.config.run import parse
 from kdlib.errors import ConfigError
 from kdlib.runs import folder as runs
-from kdlib.runs.folder import Run, StudentFolder
+from kdlib.runs.files import StudentFolder
+from kdlib.runs.folder import Run
 from kdlib.runs.log import read_metrics
 from kdlib.training import run as training, trackers
 

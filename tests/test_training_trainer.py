@@ -34,7 +34,7 @@ from kdlib.losses import objective
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.chunked import Weighted
 from kdlib.losses.signals import kept
-from kdlib.runs.folder import StudentFolder
+from kdlib.runs.files import StudentFolder
 from kdlib.runs.log import read_metrics
 from kdlib.training.checkpoints import last_checkpoint
 from kdlib.training.run import extent, objective_of, train, training_arguments

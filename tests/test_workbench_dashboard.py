@@ -23,7 +23,8 @@ from kdlib.plots.axes import png
 from kdlib.plots.training_panels import View
 from kdlib.reports.scorecard import Line
 from kdlib.runs import folder as runs, log as metrics
-from kdlib.runs.folder import PARENT, Run, StudentFolder
+from kdlib.runs.files import StudentFolder
+from kdlib.runs.folder import PARENT, Run
 from kdlib.runs.log import Tail, append_metrics, thinned
 from kdlib.runs.progress import headline, held_out_line, progress, where_line
 from kdlib.workbench import dashboard

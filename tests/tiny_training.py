@@ -12,7 +12,7 @@ from kdlib.config import run as config
 from kdlib.models.loading import load_model, load_tokenizer
 from kdlib.models.teacher import LiveTeacher
 from kdlib.runs import log as metrics
-from kdlib.runs.folder import StudentFolder
+from kdlib.runs.files import StudentFolder
 from kdlib.tasks import base as tasks
 from kdlib.training import run as training
 

@@ -13,7 +13,8 @@ import pandas as pd
 
 from kdlib.benchmarks.settings import CASES, CONTENDERS
 from kdlib.metrics.names import with_interval
-from kdlib.runs.folder import Run, read_json
+from kdlib.runs.files import read_json
+from kdlib.runs.folder import Run
 
 RESULTS = "benchmark_results.json"
 MB = 1e6

@@ -42,7 +42,7 @@ from kdlib.losses.objective import Objective
 from kdlib.models.loading import load_model, load_tokenizer
 from kdlib.models.student import even_layers, shallower
 from kdlib.models.teacher import LiveTeacher
-from kdlib.runs.folder import StudentFolder
+from kdlib.runs.files import StudentFolder
 from kdlib.schedulers import constant
 from kdlib.training.trainer import DistillationTrainer
 

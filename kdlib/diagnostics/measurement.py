@@ -26,7 +26,7 @@ from kdlib.errors import RunError
 from kdlib.hardware import peak_memory, precision_of
 from kdlib.models.loading import device_of
 from kdlib.models.student import tokenizer_of
-from kdlib.runs.folder import StudentFolder
+from kdlib.runs.files import StudentFolder
 from kdlib.tasks import base as tasks
 from kdlib.training import run as training
 from kdlib.training.trainer import DistillationTrainer

@@ -32,7 +32,7 @@ from kdlib.models.hooks import attend_eagerly
 from kdlib.models.loading import device_of
 from kdlib.models.student import check_pair, tokenizer_of
 from kdlib.models.teacher import PROJECTIONS, LiveTeacher
-from kdlib.runs.folder import StudentFolder
+from kdlib.runs.files import StudentFolder
 from kdlib.schedulers import breakpoints, from_spec
 from kdlib.tasks import base as tasks
 from kdlib.training import run as training

@@ -19,7 +19,8 @@ from kdlib.metrics.bootstrap import Bootstrap, interval
 from kdlib.models.efficiency import Batch, seconds_of
 from kdlib.models.loading import device_of, parameters
 from kdlib.models.teacher import LiveTeacher
-from kdlib.runs.folder import Run, write_json
+from kdlib.runs.files import write_json
+from kdlib.runs.folder import Run
 from kdlib.tasks import base as tasks, classification as compare_classes
 from kdlib.tasks.classification import measured_on, rule_of, student_in
 from kdlib.tasks.question_answering import ChoiceTally

@@ -20,7 +20,7 @@ from kdlib.models.loading import device_of, load_config, load_tokenizer
 from kdlib.models.student import check_pair, tokenizer_of
 from kdlib.plots.axes import LABELS
 from kdlib.reports.run import render_comparison
-from kdlib.runs.folder import write_json
+from kdlib.runs.files import write_json
 from kdlib.tasks import base as tasks
 from kdlib.tasks.classification import ClassComparison
 

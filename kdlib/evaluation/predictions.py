@@ -16,7 +16,8 @@ from kdlib.losses.objective import SoftTargets, agreement, cross_entropy
 from kdlib.losses.signals import kept
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots.softening import Sight, softening_of
-from kdlib.runs.folder import Run, read_json, write_json
+from kdlib.runs.files import read_json, write_json
+from kdlib.runs.folder import Run
 
 TOKENS = 128  # of the held-out text: as many as one reads
 ROWS = 12  # where most of a row is given and little of it predicted

@@ -21,7 +21,8 @@ from kdlib.plots.schedule_designer import as_yaml
 from kdlib.plots.softening import Sight, message, softening_figure, softening_of
 from kdlib.plots.tokens import heat_map, of as heat_map_of
 from kdlib.runs import log as metrics
-from kdlib.runs.folder import Run, StudentFolder, headless, read_json
+from kdlib.runs.files import StudentFolder, read_json
+from kdlib.runs.folder import Run, headless
 from kdlib.workbench.explorers import (
     HeatMapExplorer,
     ScheduleDesigner,

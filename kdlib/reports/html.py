@@ -21,7 +21,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FixedFormatter, FuncFormatter
 from pygments.formatters import HtmlFormatter
 
-from kdlib.runs.folder import write_error, write_text
+from kdlib.runs.files import write_error, write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 HEAT_MAP = Path(__file__).parent.parent / "plots" / "heat_map.css"

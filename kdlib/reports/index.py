@@ -17,7 +17,7 @@ from kdlib.metrics.names import with_interval
 from kdlib.plots.axes import LABELS
 from kdlib.reports.html import page
 from kdlib.reports.summary import Summary, keys_of, number, report_link, summaries
-from kdlib.runs.folder import write_error, write_text
+from kdlib.runs.files import write_error, write_text
 from kdlib.runs.log import thinned
 
 STATES = ("running", "created", "done", "stopped", "failed", "died", "unreadable")

@@ -23,7 +23,8 @@ from kdlib.reports.explorers import static_html
 from kdlib.reports.notebook_html import notebook_html
 from kdlib.reports.scorecard import Line, scorecard_table
 from kdlib.reports.summary import Summary, card, flat, is_benchmark, keys_of, number, summary
-from kdlib.runs.folder import Run, now, read_json
+from kdlib.runs.files import now, read_json
+from kdlib.runs.folder import Run
 
 SECTIONS = {
     "summary": "Summary",

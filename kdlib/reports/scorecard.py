@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from kdlib.metrics.names import MEASURES
-from kdlib.runs.folder import Run, StudentFolder
+from kdlib.runs.files import StudentFolder
+from kdlib.runs.folder import Run
 from kdlib.runs.log import Tail, plan_table, terms_in
 
 GAP = 2.0  # held-out loss over training loss, and the other way round

@@ -17,7 +17,8 @@ from kdlib.metrics.names import MEASURES, difference, with_interval
 from kdlib.plots.axes import LABELS
 from kdlib.plots.comparison import cost_table
 from kdlib.reports.scorecard import Line, scorecard
-from kdlib.runs.folder import Run, StudentFolder, read_json
+from kdlib.runs.files import StudentFolder, read_json
+from kdlib.runs.folder import Run
 from kdlib.runs.log import duration, eval_table, plan_table, seconds_taken, training_table
 
 

@@ -1,12 +1,10 @@
-"""Run folders: what a run made, in files that people and programs read.  Imports no torch.
+"""Run folders: what a run made, in files that people and programs read.
 
 runs/<run>/  config.yaml  manifest.json  status.json  plan.json  metrics.jsonl  history.json
              best_model/  final_model/  checkpoints/  notebooks/  baseline/ (a student's folder again)
 """
 
 import datetime
-import errno
-import json
 import os
 import re
 import shutil
@@ -21,15 +19,14 @@ import yaml
 
 from kdlib.config.run import Config, differences, parse
 from kdlib.errors import RunError, nearest, refuse_keys
+from kdlib.runs.files import StudentFolder, now, read_json, write_error, write_json, write_text
 
 # set by the command that runs the notebooks: it keeps status.json, and nobody watches the cells
 PARENT = "KDLIB_RUN_BY"
 
 
 def project_root() -> Path:
-    """The folder that holds notebooks/ and configs/: this one or the nearest above (JupyterLab starts in
-    notebooks/).
-    """
+    """The folder that holds notebooks/ and configs/: this one or the nearest above (as in JupyterLab)."""
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / "notebooks").is_dir() and (folder / "configs").is_dir():
@@ -40,42 +37,6 @@ def project_root() -> Path:
 def headless() -> bool:
     """True where notebooks are run by `kd run` and nobody can press a button."""
     return PARENT in os.environ
-
-
-@dataclass(frozen=True)
-class StudentFolder:
-    """Where one student's training leaves its files."""
-
-    path: Path
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def best_model(self) -> Path:
-        return self.path / "best_model"
-
-    @property
-    def final_model(self) -> Path:
-        return self.path / "final_model"
-
-    @property
-    def history(self) -> Path:
-        return self.path / "history.json"
-
-    @property
-    def plan(self) -> Path:
-        return self.path / "plan.json"
-
-    @property
-    def is_trained(self) -> bool:
-        """Training reached its end: history.json is the last file written."""
-        return self.history.exists()
 
 
 @dataclass(frozen=True)
@@ -116,17 +77,8 @@ class Run(StudentFolder):
         return status
 
     def set_status(self, state: str, message: str = "") -> None:
-        started = _process_start(os.getpid())
-        write_json(
-            self.path / "status.json",
-            {
-                "state": state,
-                "message": message,
-                "since": now(),
-                "pid": os.getpid(),
-                "pid_started": started,
-            },
-        )
+        process = {"pid": os.getpid(), "pid_started": _process_start(os.getpid())}
+        write_json(self.path / "status.json", {"state": state, "message": message, "since": now(), **process})
 
     def add_to_manifest(self, **entries: Any) -> None:
         """Merge these entries into manifest.json."""
@@ -201,9 +153,7 @@ def default_root() -> Path:
 
 
 def locate(run: str, root: Path | None = None) -> tuple[Path, str]:
-    """A run's name, or its folder as seen from here, as (the folder of runs, name); `root` is where a
-    mere name is sought.
-    """
+    """A run's name, sought in `root`, or its folder as seen from here, as (the folder of runs, name)."""
     if os.sep not in run:
         return root or default_root(), run
     path = Path(run).absolute()
@@ -214,59 +164,6 @@ def all_runs(root: Path) -> list[Run]:
     """Every run below this folder, newest first."""
     found = [Run(path.parent) for path in root.glob("*/config.yaml")]
     return sorted(found, key=lambda run: (run.manifest.get("created", ""), run.name), reverse=True)
-
-
-def read_json(path: Path, default: Any = None) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write all or nothing: to a neighbour first, then renamed.
-
-    Raises:
-        RunError: the disk refuses.
-    """
-    neighbour = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of this process: several write one index
-    try:
-        neighbour.write_text(text, encoding="utf-8")
-        neighbour.replace(path)
-    except OSError as error:
-        raise write_error(path, error) from error
-
-
-def is_refusal(error: BaseException) -> bool:
-    """True for a disk that refuses: full, over quota, read-only, not ours; not for a tracker's lost
-    connection.
-    """
-    refusals = (
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EROFS,
-        errno.EACCES,
-        errno.EPERM,
-        errno.EFBIG,
-        errno.ENOTDIR,
-    )
-    return isinstance(error, OSError) and error.errno in refusals
-
-
-def write_error(path: Path, error: Exception) -> RunError:
-    """The RunError for a disk that refuses: full, read-only, or not ours."""
-    refused = isinstance(error, OSError) and error.errno != errno.ENOSPC
-    advice = (
-        "choose a folder you can write to with --runs"
-        if refused
-        else "free some space, then go on with --resume"
-    )
-    return RunError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; {advice}")
-
-
-def now() -> str:
-    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 @lru_cache(maxsize=64)
@@ -286,9 +183,7 @@ def _alive(pid: int | None, started: float | None) -> bool:
 
 
 def _process_start(pid: int) -> float | None:
-    """When this process began, which tells it from a later one of the same number; None where there is
-    none that lives.
-    """
+    """When this process began: it tells it from a later one of the same number; None if none lives."""
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.json
 
 from kdlib.errors import RunError
-from kdlib.runs.folder import StudentFolder, read_json, write_error, write_text
+from kdlib.runs.files import StudentFolder, read_json, write_error, write_text
 
 POINTS = 1000  # that a curve is drawn from
 PAUSE, PAUSE_S = (

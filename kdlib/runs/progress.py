@@ -12,7 +12,8 @@ import pandas as pd
 
 from kdlib.config.task_rules import rules_of
 from kdlib.metrics.names import MEASURES
-from kdlib.runs.folder import Run, StudentFolder
+from kdlib.runs.files import StudentFolder
+from kdlib.runs.folder import Run
 from kdlib.runs.log import Tail, duration, plan_table, seconds_taken, terms_in, time_left
 
 QUIET_S = 60.0  # without a line, after which a training that nobody keeps a status of may have stopped

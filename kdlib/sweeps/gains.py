@@ -12,7 +12,7 @@ import pandas as pd
 from kdlib.config.task_rules import rules_in, shown_in
 from kdlib.metrics.names import MEASURES, difference, with_interval
 from kdlib.plots.axes import LABELS, label_of
-from kdlib.runs.folder import read_json
+from kdlib.runs.files import read_json
 from kdlib.sweeps.results import Sweep, averaged
 
 STUDENT, ALONE = "distilled", "baseline"

@@ -20,7 +20,8 @@ from kdlib.metrics.names import with_interval
 from kdlib.reports import index as overview, run as reports
 from kdlib.reports.summary import report_link
 from kdlib.runs import folder as runs
-from kdlib.runs.folder import Run, read_json
+from kdlib.runs.files import read_json
+from kdlib.runs.folder import Run
 from kdlib.sweeps import report as page
 from kdlib.sweeps.clock import Clock, duration
 from kdlib.sweeps.processes import Crew, Outcome

@@ -18,7 +18,8 @@ import pandas as pd
 
 from kdlib.errors import RunError
 from kdlib.metrics.names import MEASURES, with_interval
-from kdlib.runs.folder import Run, read_json
+from kdlib.runs.files import read_json
+from kdlib.runs.folder import Run
 from kdlib.runs.log import training_table
 from kdlib.sweeps.config import METRICS
 from kdlib.sweeps.trials import described, plain

@@ -7,7 +7,7 @@ from typing import Any
 
 from kdlib.errors import RunError
 from kdlib.runs import folder as runs
-from kdlib.runs.folder import read_json
+from kdlib.runs.files import read_json
 from kdlib.sweeps import cost
 from kdlib.sweeps.clock import Clock
 from kdlib.sweeps.config import SweepConfig

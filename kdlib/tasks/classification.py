@@ -22,7 +22,8 @@ from kdlib.metrics.paired import results_of, worst_rows
 from kdlib.models.efficiency import Batch, latency_ms, seconds_of, stored_bytes, wait_for
 from kdlib.models.loading import device_of, parameters
 from kdlib.models.teacher import LiveTeacher
-from kdlib.runs.folder import Run, StudentFolder
+from kdlib.runs.files import StudentFolder
+from kdlib.runs.folder import Run
 from kdlib.tasks import base as tasks
 
 BATCH = 32  # rows per forward pass

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.integrations.integration_utils import rewrite_logs
 
 from kdlib.losses.objective import Objective
-from kdlib.runs.folder import StudentFolder, now, write_json
+from kdlib.runs.files import StudentFolder, now, write_json
 from kdlib.runs.log import append_metrics, duration, time_left
 
 HELD_OUT = {

@@ -7,7 +7,8 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from kdlib.errors import RunError
-from kdlib.runs.folder import Run, StudentFolder, read_json
+from kdlib.runs.files import StudentFolder, read_json
+from kdlib.runs.folder import Run
 
 FULL = 64 * 2**20  # bytes
 

@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from kdlib import hardware as cpu
 from kdlib.errors import NonFiniteLoss, RunError
-from kdlib.runs.folder import StudentFolder
+from kdlib.runs.files import StudentFolder
 from kdlib.training import nan_report
 from kdlib.training.checkpoints import last_checkpoint
 from kdlib.training.culprits import WHO, is_finite

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kdlib.losses.signals import IGNORED
-from kdlib.runs.folder import StudentFolder, write_json
+from kdlib.runs.files import StudentFolder, write_json
 from kdlib.training.culprits import Culprit
 
 FOLDER = "nan_report"

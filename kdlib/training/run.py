@@ -22,7 +22,7 @@ from kdlib.losses.objective import Objective, feature_terms
 from kdlib.metrics.names import MEASURES
 from kdlib.models.loading import device_of, parameters
 from kdlib.models.teacher import PROJECTIONS, LiveTeacher
-from kdlib.runs.folder import StudentFolder, is_refusal, read_json, write_error, write_json
+from kdlib.runs.files import StudentFolder, is_refusal, read_json, write_error, write_json
 from kdlib.runs.log import cut_metrics, history
 from kdlib.schedulers import SHAPES, from_spec
 from kdlib.training import nan_report, trackers

@@ -20,7 +20,8 @@ from typing import Any, Protocol
 from transformers import TrainerCallback
 
 from kdlib.errors import ConfigError
-from kdlib.runs.folder import Run, StudentFolder, write_text
+from kdlib.runs.files import StudentFolder, write_text
+from kdlib.runs.folder import Run
 from kdlib.training.callbacks import figures_of
 
 PATIENCE = 300  # seconds that a finished training waits for wandb to send its last figures

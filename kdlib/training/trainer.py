@@ -23,7 +23,7 @@ from kdlib.losses.objective import EVAL_TERMS, Objective, ObjectiveAt, ledger, r
 from kdlib.losses.signals import Kept, Signal, kept
 from kdlib.models.loading import head_form
 from kdlib.models.teacher import PROJECTIONS, LiveTeacher, insides, signal_of
-from kdlib.runs.folder import StudentFolder
+from kdlib.runs.files import StudentFolder
 from kdlib.schedulers import Schedule
 from kdlib.tasks import question_answering as scoring
 from kdlib.training.callbacks import (

@@ -24,7 +24,8 @@ from kdlib.plots.training import dashboard
 from kdlib.plots.training_panels import View
 from kdlib.reports.scorecard import Line, scorecard
 from kdlib.runs import folder as runs
-from kdlib.runs.folder import Run, StudentFolder
+from kdlib.runs.files import StudentFolder
+from kdlib.runs.folder import Run
 from kdlib.runs.log import Tail
 from kdlib.runs.progress import FINAL, headline, progress, where_line
 

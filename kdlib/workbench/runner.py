@@ -17,7 +17,8 @@ from papermill.exceptions import PapermillExecutionError
 
 from kdlib.errors import RunError, Stopped, nearest, refuse_keys
 from kdlib.reports import index as overview, run as reports
-from kdlib.runs.folder import PARENT, Run, project_root, write_error
+from kdlib.runs.files import write_error
+from kdlib.runs.folder import PARENT, Run, project_root
 from kdlib.workbench.kernels import Kernels
 
 NOTEBOOKS = ("00_setup", "01_dry_run", "02_train", "03_compare")

@@ -32,7 +32,8 @@ from kdlib.plots.row_view import RowView
 from kdlib.plots.softening import Sight
 from kdlib.plots.token_view import TokenView, token_view
 from kdlib.runs import folder as runs
-from kdlib.runs.folder import Run, StudentFolder
+from kdlib.runs.files import StudentFolder
+from kdlib.runs.folder import Run
 from kdlib.runs.log import plan_table, terms_in, training_table
 from kdlib.tasks import base as tasks
 from kdlib.tasks.classification import student_in

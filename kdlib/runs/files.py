@@ -1,0 +1,90 @@
+"""The files of a training, and how they are read and written: whole or not at all."""
+
+import datetime
+import errno
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdlib.errors import RunError
+
+REFUSALS = tuple(
+    getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EFBIG", "ENOTDIR")
+)
+
+
+@dataclass(frozen=True)
+class StudentFolder:
+    """Where one student's training leaves its files."""
+
+    path: Path
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def best_model(self) -> Path:
+        return self.path / "best_model"
+
+    @property
+    def final_model(self) -> Path:
+        return self.path / "final_model"
+
+    @property
+    def history(self) -> Path:
+        return self.path / "history.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def is_trained(self) -> bool:
+        """Training reached its end: history.json is the last file written."""
+        return self.history.exists()
+
+
+def read_json(path: Path, default: Any = None) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write all or nothing: to a neighbour first, then renamed.
+
+    Raises:
+        RunError: the disk refuses.
+    """
+    neighbour = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of this process: several write one index
+    try:
+        neighbour.write_text(text, encoding="utf-8")
+        neighbour.replace(path)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def is_refusal(error: BaseException) -> bool:
+    """True for a disk that refuses: full, read-only, not ours; not for a tracker's lost connection."""
+    return isinstance(error, OSError) and error.errno in REFUSALS
+
+
+def write_error(path: Path, error: Exception) -> RunError:
+    """The RunError for a disk that refuses: full, read-only, or not ours."""
+    advice = "free some space, then go on with --resume"
+    if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+        advice = "choose a folder you can write to with --runs"
+    return RunError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; {advice}")
+
+
+def now() -> str:
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
