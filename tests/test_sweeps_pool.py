@@ -20,17 +20,17 @@ import yaml
 from conftest import kd_process
 
 from kdlib.config import run as configs
-from kdlib.diagnostics.measurement import Measured
-from kdlib.errors import ConfigError, RunError
+from kdlib.errors import ConfigError, ModelError, RunError
+from kdlib.reports.index import render_index
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run
 from kdlib.runs.log import read_metrics
-from kdlib.sweeps import cost, pool, processes as crew, results as reading, run as conduct
-from kdlib.sweeps.clock import Clock, Cost
+from kdlib.sweeps import pool, processes, results, run as sweep_run
 from kdlib.sweeps.config import SweepConfig
+from kdlib.sweeps.pool import Clock
 from kdlib.sweeps.results import Sweep
-from kdlib.sweeps.search import Search
-from kdlib.sweeps.trials import base_of, expanded
+from kdlib.sweeps.run import Cost, Order
+from kdlib.sweeps.trials import Search, base_of, expanded
 from kdlib.workbench import cli, runner
 
 FAKE = """
@@ -66,7 +66,7 @@ status("done")
 """
 
 
-class Acted(crew.Crew):
+class Acted(processes.Processes):
     """Its processes only pretend."""
 
     def command(self, run: Run) -> list[str]:
@@ -74,11 +74,15 @@ class Acted(crew.Crew):
 
 
 @pytest.fixture
-def acted(config_file, tmp_path, monkeypatch):
+def rendered() -> list[str]:
+    """The runs of `acted` whose report was asked for."""
+    return []
+
+
+@pytest.fixture
+def acted(config_file, tmp_path, monkeypatch, rendered):
     """One start of a sweep whose runs do as they are told: acted({number of the trial: deed}, …) -> Sweep."""
-    # of runs that have nothing in them
-    monkeypatch.setattr("kdlib.reports.run.render", lambda run, folder: None)
-    monkeypatch.setattr(crew, "GRACE", 1.0)
+    monkeypatch.setattr(processes, "GRACE", 1.0)
 
     def start(deeds=(), *, seeds=3, jobs=1, timeout_s=None, meanwhile=None) -> Sweep:
         settings = configs.parse(
@@ -87,7 +91,7 @@ def acted(config_file, tmp_path, monkeypatch):
         base = base_of(settings, "s", tmp_path)
         trials, _ = expanded(settings, base)
         sweep = Sweep(tmp_path / "runs" / "s")
-        conduct.begin(
+        sweep_run.begin(
             sweep,
             settings,
             trials,
@@ -100,10 +104,18 @@ def acted(config_file, tmp_path, monkeypatch):
         (sweep.path.parent / "deeds.json").write_text(
             json.dumps({trials[number].run: deed for number, deed in dict(deeds).items()})
         )
-        made = pool.Pool(sweep, base, Acted(tmp_path / "reports", jobs=jobs, timeout_s=timeout_s), Clock())
+        acting = Acted(tmp_path / "reports", jobs=jobs, timeout_s=timeout_s)
+        made = pool.Pool(
+            sweep,
+            base,
+            acting,
+            Clock(),
+            render_run=lambda run, folder: rendered.append(run.name),  # there is nothing in them
+            render_index=render_index,
+        )
         if meanwhile:
-            threading.Thread(target=meanwhile, args=(made.crew,), daemon=True).start()
-        made.run(pool.Listed(conduct.to_do(sweep, trials)))
+            threading.Thread(target=meanwhile, args=(made.processes,), daemon=True).start()
+        made.run(pool.Listed(sweep_run.to_do(sweep, trials)))
         return sweep
 
     return start
@@ -111,7 +123,7 @@ def acted(config_file, tmp_path, monkeypatch):
 
 def starts(sweep_folder: Path) -> list[int]:
     """How often each trial was started, in the order of the sweep."""
-    trials = reading.Sweep(sweep_folder).facts["trials"]
+    trials = results.Sweep(sweep_folder).facts["trials"]
     files = [sweep_folder.parent / trial["run"] / "starts" for trial in trials]
     return [len(file.read_text()) if file.exists() else 0 for file in files]
 
@@ -122,7 +134,7 @@ def test_a_sweep_goes_on_after_a_failure_and_repeats_only_what_failed(acted, tmp
     folder = tmp_path / "runs" / "s"
     sweep = Sweep(folder)
     assert starts(folder) == [1, 1, 1]
-    assert reading.trial_table(sweep)["state"].tolist() == ["done", "failed", "done"]
+    assert results.trial_table(sweep)["state"].tolist() == ["done", "failed", "done"]
     assert sweep.folder.status["state"] == "failed"
     said = capsys.readouterr().out
     assert len(re.findall(r"^started ", said, re.MULTILINE)) == 3
@@ -145,14 +157,13 @@ def test_a_sweep_goes_on_after_a_failure_and_repeats_only_what_failed(acted, tmp
     assert not list(folder.parent.glob("*/checkpoints"))
 
 
-def test_what_a_killed_start_left_undone_of_a_run_that_is_done_is_made_up_for(acted, tmp_path, monkeypatch):
+def test_what_a_killed_start_left_undone_of_a_run_that_is_done_is_made_up_for(acted, tmp_path, rendered):
     names = [trial["run"] for trial in acted().facts["trials"]]
     for name in names[1:]:
         (tmp_path / "reports" / name).mkdir(parents=True)
         (tmp_path / "reports" / name / "report.html").touch()
     (tmp_path / "runs" / names[0] / "checkpoints").mkdir()
-    rendered = []
-    monkeypatch.setattr("kdlib.reports.run.render", lambda run, folder: rendered.append(run.name))
+    rendered.clear()
     acted()
     assert rendered == names[:1]
     assert not (tmp_path / "runs" / names[0] / "checkpoints").exists()
@@ -178,7 +189,7 @@ def test_a_run_that_takes_too_long_is_asked_to_stop_and_then_made_to(acted, tmp_
 def test_an_interrupt_stops_all_and_starts_no_more_and_a_second_ends_at_once(
     acted, tmp_path, deed, times, capsys
 ):
-    def interrupt(crew):
+    def interrupt(processes):
         for _ in range(times):
             until = time.monotonic() + 20
             while sum(starts(tmp_path / "runs" / "s")) < 2:
@@ -202,12 +213,12 @@ def test_jobs_run_side_by_side(acted, tmp_path):
 
 
 def test_side_by_side_the_cores_are_divided_unless_somebody_has_divided_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(crew, "cores", lambda: 8)
+    monkeypatch.setattr(processes, "cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert crew.Crew(tmp_path, jobs=4).environment()["OMP_NUM_THREADS"] == "2"
-    assert "OMP_NUM_THREADS" not in crew.Crew(tmp_path, jobs=1).environment()
+    assert processes.Processes(tmp_path, jobs=4).environment()["OMP_NUM_THREADS"] == "2"
+    assert "OMP_NUM_THREADS" not in processes.Processes(tmp_path, jobs=1).environment()
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert crew.Crew(tmp_path, jobs=4).environment()["OMP_NUM_THREADS"] == "5"
+    assert processes.Processes(tmp_path, jobs=4).environment()["OMP_NUM_THREADS"] == "5"
 
 
 @pytest.fixture
@@ -264,11 +275,11 @@ def test_a_sweep_that_is_running_is_not_started_twice_and_a_runs_name_is_not_a_s
     with pytest.raises(RunError, match="sweep s is running already, in process"):
         acted(seeds=1)
     with pytest.raises(RunError, match="'one' is the name of a run"):
-        conduct.begin(Sweep(run.path), None, [])
+        sweep_run.begin(Sweep(run.path), None, [])
 
 
 def test_the_forecast_corrects_itself_as_runs_finish():
-    clock = Clock({name: Cost(seconds, 0, 0, 0) for name, seconds in (("a", 10.0), ("b", 10.0), ("c", 30.0))})
+    clock = Clock({"a": 10.0, "b": 10.0, "c": 30.0})
     assert clock.left(["a", "b", "c"], 2) == 50.0
     clock.learn("a", 20.0)
     assert clock.left(["b", "c"], 2) == 40.0  # twice as long as forecast, two at a time
@@ -278,27 +289,35 @@ def test_the_forecast_corrects_itself_as_runs_finish():
     assert unforetold.left(["b", "c"], 1) == 40.0
 
 
-def test_each_distinct_cost_is_forecast_once(config_file, tmp_path, monkeypatch):
-    asked, forecast = [], cost.forecast
-    monkeypatch.setattr(cost, "forecast", lambda config: asked.append(config) or forecast(config))
-    monkeypatch.setattr(cost, "measured", lambda config: Measured(2.0, 3.0, steps=12, evaluations=4))
+def test_each_distinct_cost_is_forecast_once(config_file, tmp_path):
+    asked = []
+
+    def forecast(config) -> Cost:
+        asked.append(config)
+        if config.student.layers > 4:
+            raise ModelError("student.layers is 9, but the teacher has 4")
+        size = config.student.layers * 2.0**30
+        return Cost(seconds=600.0, peak=size, at_most=1.1 * size, free=2.0**32, weights=size)
+
     grid = {
         "loss.temperature": [1, 2],
         "loss.weights.kd:ce": [0.5, 0.9, 1],
         "student.layers": [2, 3, 9],
         "seed": [0, 1],
     }
-    settings = configs.parse({"base": str(config_file), "grid": grid}, kind=SweepConfig)
+    changes = {"base": str(config_file), "grid": grid, "overrides": {"baseline": None}}
+    settings = configs.parse(changes, kind=SweepConfig)
     trials, _ = expanded(settings, base_of(settings, "s", tmp_path))
-    clock = cost.clock_of(trials)
+    order = Order("s", "s.yaml", "", tmp_path / "runs", tmp_path, None, None, jobs=2, forecast=forecast)
+    clock, text = sweep_run.forecast(trials, order, keep_checkpoints=False)
     assert len(asked) == 3 * 2  # layers × whether there is CE at all
-    assert len(clock.costs) == 24
-    assert len(clock.errors) == 12
-    text = cost.described(clock, trials, jobs=2, keep_checkpoints=False, folder=tmp_path / "runs")
+    assert len(clock.forecast) == 24
     assert "forecast of 36 runs, 2 side by side" in text
-    assert "student.layers is 9, but the teacher has 4" in text
-    small, large = (next(t.run for t in trials if t.config.student.layers == layers) for layers in (2, 3))
-    assert clock.costs[small].models < clock.costs[large].models
+    assert "time    6.0 h of training" in text
+    assert "memory  6.00 GiB at the highest, 4.00 free: does not fit; take fewer --jobs" in text
+    assert text.count("no forecast, and it will hardly run: student.layers is 9, but the teacher has 4") == 12
+    kept = re.search(r"disk    ([\d.]+) GiB \(a run's checkpoints go", text)
+    assert float(kept[1]) == 36 * 2 * 2.5 + 2 * 3 * 3 * 2  # two models each; two runs' two checkpoints
 
 
 def test_a_search_nears_the_best_and_remembers_finished_trials(config_file, tmp_path):
@@ -428,7 +447,7 @@ def test_a_sweep_killed_in_the_middle_ends_with_five_good_runs_and_the_planted_f
     assert not any(f"started  {name}" in out or f"goes on (died) {name}" in out for name in finished)
 
     sweep = Sweep(tmp_path / "runs" / "try")
-    table = reading.trial_table(sweep).set_index("run")
+    table = results.trial_table(sweep).set_index("run")
     values = {
         run.name: json.loads((run.path / "comparison_results.json").read_text())["models"]["distilled"][
             "kl_to_teacher"

@@ -3,6 +3,7 @@ report has the right figures.
 """
 
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from kdlib.metrics.names import MEASURES
 from kdlib.reports import run as reports
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run
-from kdlib.sweeps import figures, gains, maps, report as page, results as reading, run as conduct
-from kdlib.sweeps.axes import heights
-from kdlib.sweeps.config import METRICS, SweepConfig
+from kdlib.sweeps import figures, maps, report, results, run as sweep_run
+from kdlib.sweeps.config import SweepConfig
+from kdlib.sweeps.maps import heights, variance_shares
 from kdlib.sweeps.results import Sweep
 from kdlib.sweeps.trials import base_of, expanded
 from kdlib.workbench import cli
@@ -215,7 +216,7 @@ def swept(trials_of, settings, tmp_path):
         base = base_of(found, name, tmp_path)
         trials, _ = expanded(found, base)
         sweep = Sweep(tmp_path / "runs" / name)
-        conduct.begin(
+        sweep_run.begin(
             sweep,
             found,
             trials,
@@ -239,8 +240,8 @@ def swept(trials_of, settings, tmp_path):
 
 
 def tables(sweep: Sweep) -> tuple[pd.DataFrame, pd.DataFrame]:
-    trials = reading.trial_table(sweep)
-    return trials, reading.setting_table(sweep, trials)
+    trials = results.trial_table(sweep)
+    return trials, results.setting_table(sweep, trials)
 
 
 def test_every_trial_is_a_row_with_its_metric_and_state(swept):
@@ -272,14 +273,14 @@ def test_every_trial_is_a_row_with_its_metric_and_state(swept):
 )
 def test_the_verdict_says_whether_the_best_is_better_beyond_the_intervals(swept, values, expected):
     sweep = swept(values, grid=GRID)
-    assert expected in reading.verdict(sweep, tables(sweep)[1])
+    assert expected in results.verdict(sweep, tables(sweep)[1])
 
 
 def test_where_more_is_better_the_highest_is_the_best(swept):
     sweep = swept([0.2, 0.6, 0.4, 0.3], grid=GRID, metric="agreement")
     _, settings = tables(sweep)
     assert settings["value"].tolist() == [0.6, 0.4, 0.3, 0.2]
-    assert "teacher is highest with loss.temperature=1, loss.weights.kd:ce=0.9" in reading.verdict(
+    assert "teacher is highest with loss.temperature=1, loss.weights.kd:ce=0.9" in results.verdict(
         sweep, settings
     )
 
@@ -289,14 +290,18 @@ def test_seeds_are_averaged_with_students_interval(swept):
     _, settings = tables(sweep)
     best = settings.iloc[0]
     assert (best["n"], best["value"]) == (3, pytest.approx(1.2))
-    assert best["high"] - best["value"] == pytest.approx(4.3027 * 0.2 / 3**0.5)
+    assert best["high"] - best["value"] == pytest.approx(4.30265 * 0.2 / 3**0.5)
     # no two differ: the interval over held-out rows
     assert settings.iloc[1][["low", "high"]].tolist() == [1.95, 2.05]
 
 
 def test_students_t_is_that_of_the_tables():
     for freedom, known in {1: 12.706, 4: 2.776, 5: 2.571, 9: 2.262, 30: 2.042, 1000: 1.962}.items():
-        assert reading.student_t(freedom) == pytest.approx(known, rel=2e-3)
+        values = [0.0] * freedom + [1.0]
+        seeds = [{"value": value, "low": value, "high": value} for value in values]
+        found = results.averaged(seeds)
+        deviation = statistics.stdev(values) / (freedom + 1) ** 0.5
+        assert (found["high"] - found["value"]) / deviation == pytest.approx(known, rel=2e-3)
 
 
 def test_the_front_holds_what_nothing_beats_in_both(swept):
@@ -305,28 +310,29 @@ def test_the_front_holds_what_nothing_beats_in_both(swept):
         for p, s in ((1, 400.0), (2, 300.0), (3, 200.0), (4, 100.0))
     ]
     trials, settings = tables(swept([1.0, 0.8, 0.9, 0.7], costs=costs, grid=GRID))
-    assert reading.pareto(settings, "parameters", higher_is_better=False)["value"].tolist() == [1.0, 0.8, 0.7]
-    assert reading.pareto(settings, "tokens_per_s", higher_is_better=False)["value"].tolist() == [
+    assert results.pareto(settings, "parameters", higher_is_better=False)["value"].tolist() == [1.0, 0.8, 0.7]
+    assert results.pareto(settings, "tokens_per_s", higher_is_better=False)["value"].tolist() == [
         1.0,
         0.8,
         0.7,
     ]
-    assert reading.compared_costs(trials) == ["parameters", "tokens_per_s"]
+    assert results.compared_costs(trials) == ["parameters", "tokens_per_s"]
 
 
-def test_training_time_leaves_out_the_break_before_a_resume(raw_config, tmp_path):
-    run = runs.create(tmp_path, "x", configs.parse(raw_config))
+def test_training_time_leaves_out_the_break_before_a_resume(swept):
+    sweep = swept([1.0], grid={"seed": [0]})
+    run = sweep.run(sweep.facts["trials"][0]["run"])
     for step, at in enumerate(["10:00:00", "10:00:10", "10:00:20", "12:00:00", "12:00:11"]):
         with run.metrics.open("a") as file:
             file.write(
                 json.dumps({"train/step": step, "train/loss": 1.0, "time": f"2026-01-01T{at}+00:00"}) + "\n"
             )
-    assert reading.training_seconds(run) == 31
+    assert results.trial_table(sweep)["training_s"].tolist() == [41.0]  # the usual 10 s stand for the break
 
 
 def test_the_parameter_that_explains_most_comes_first(swept):
     _, settings = tables(swept([1.0, 1.1, 2.0, 2.1], grid=GRID))
-    shares = reading.weights_of(settings, list(reversed(GRID)))
+    shares = variance_shares(settings, list(reversed(GRID)))
     assert list(shares) == list(GRID)
     assert shares["loss.temperature"] == pytest.approx(1 - 0.01 / 1.01 * 3 / 2)
     assert shares["loss.weights.kd:ce"] == 0.0
@@ -340,7 +346,7 @@ def test_a_parameter_drawn_from_a_range_does_not_explain_everything_because_no_v
     sweep = swept([1.0, 2.0] * 8, random={"trials": 16, "from": space})
     trials, settings = tables(sweep)
     settings["value"] = [1.0 if value == "forward_kl" else 2.0 for value in settings["loss.divergence"]]
-    shares = reading.weights_of(settings, list(space))
+    shares = variance_shares(settings, list(space))
     assert list(shares)[0] == "loss.divergence"
     assert shares["loss.divergence"] == pytest.approx(1.0)
     assert shares["loss.temperature"] < 0.7
@@ -400,15 +406,15 @@ def test_seeds_that_differ_in_nothing_else_are_one_setting_held_against_the_base
     sweep = swept([1.0, 1.0, 1.0], grid={"seed": [0, 1, 2]}, metric=metric)
     held_against_the_baseline(sweep, differences)
     _, settings = tables(sweep)
-    tables_of_gains = gains.gain_tables(sweep, settings)
+    tables_of_gains = results.gain_tables(sweep, settings)
     assert list(tables_of_gains) == list(dict.fromkeys([metric, "accuracy"]))
     gain = tables_of_gains[metric].iloc[0]
     assert (len(settings), gain["n"], gain["values"]) == (1, 3, pytest.approx(differences))
     spread = 4.3027 * pd.Series(differences).std() / 3**0.5
     assert gain["high"] - gain["value"] == pytest.approx(spread, rel=1e-4)
-    text = page.render(sweep, tmp_path / "reports").read_text()
+    text = report.render(sweep, tmp_path / "reports").read_text()
     assert found in text
-    assert f"{reading.WORDS[metric][0].upper()}{reading.WORDS[metric][1:]} is " in text
+    assert f"{results.WORDS[metric][0].upper()}{results.WORDS[metric][1:]} is " in text
     assert "over 3 seeds." in text
     assert {path.stem for path in (tmp_path / "reports" / "s" / "figures").iterdir()} == {"gains", "models"}
 
@@ -416,20 +422,20 @@ def test_seeds_that_differ_in_nothing_else_are_one_setting_held_against_the_base
 def test_the_models_of_a_setting_are_averaged_and_a_teacher_shared_by_all_keeps_its_interval(swept):
     sweep = swept([1.0, 1.0, 1.0], grid={"seed": [0, 1, 2]}, metric="accuracy")
     held_against_the_baseline(sweep, [0.03, 0.04, 0.05])
-    results = gains.results_of(sweep, [trial["run"] for trial in sweep.facts["trials"]])
-    assert gains.clear_words(results) == "better accuracy; worse KL to the teacher"
-    table = gains.model_table(results)
-    assert table.index.tolist() == ["teacher", "distilled student", "CE-only baseline", gains.DIFFERENCE]
+    found = results.results_of(sweep, [trial["run"] for trial in sweep.facts["trials"]])
+    assert results.clear_words(found) == "better accuracy; worse KL to the teacher"
+    table = results.model_table(found)
+    assert table.index.tolist() == ["teacher", "distilled student", "CE-only baseline", results.DIFFERENCE]
     assert table.loc["teacher", "accuracy"] == "0.800 [0.700, 0.900]"
     assert table.loc["CE-only baseline", "accuracy"] == "0.510 [0.485, 0.535]"
-    assert table.loc[gains.DIFFERENCE, "KL to teacher"] == "+0.0400 [+0.0152, +0.0648]"
+    assert table.loc[results.DIFFERENCE, "KL to teacher"] == "+0.0400 [+0.0152, +0.0648]"
 
 
 def test_each_setting_has_a_gain_of_its_own_and_one_seed_keeps_its_own_interval(swept):
     sweep = swept([1.0] * 4, grid=GRID, metric="accuracy")
     held_against_the_baseline(sweep, [0.01, 0.03, 0.0, -0.05])
     _, settings = tables(sweep)
-    found = gains.gain_tables(sweep, settings)["accuracy"]
+    found = results.gain_tables(sweep, settings)["accuracy"]
     assert found["runs"].tolist() == settings["runs"].tolist()
     by_run = {row["runs"][0]: (row["value"], row["clear"]) for _, row in found.iterrows()}
     assert [by_run[trial["run"]] for trial in sweep.facts["trials"]] == [
@@ -443,13 +449,13 @@ def test_each_setting_has_a_gain_of_its_own_and_one_seed_keeps_its_own_interval(
     )
     assert (
         "in one training: accuracy +0.0300 [+0.0100, +0.0500], over the same held-out rows: the teacher helps"
-        in (gains.gain_words(found[found["value"] == 0.03].iloc[0], "accuracy"))
+        in (results.gain_words(found[found["value"] == 0.03].iloc[0], "accuracy"))
     )
 
 
 def test_without_baselines_there_is_no_gain_to_show(swept):
     sweep = swept([1.0, 0.8], grid={"seed": [0, 1]})
-    assert gains.gain_tables(sweep, tables(sweep)[1]) == {}
+    assert results.gain_tables(sweep, tables(sweep)[1]) == {}
 
 
 # figures
@@ -457,7 +463,7 @@ def test_without_baselines_there_is_no_gain_to_show(swept):
 
 def figures_of(sweep: Sweep) -> dict[str, matplotlib.figure.Figure]:
     trials, settings = tables(sweep)
-    return figures.run_figures(sweep, trials, settings, gains.gain_tables(sweep, settings))
+    return figures.run_figures(sweep, trials, settings, results.gain_tables(sweep, settings))
 
 
 def test_the_heat_map_has_the_means_and_leaves_failed_cells_out(swept):
@@ -518,8 +524,8 @@ def test_values_stand_on_an_axis_by_size_or_side_by_side():
 
 def test_the_report_shows_every_trial_escaped_and_asks_for_nothing(swept, tmp_path):
     sweep = swept([1.0, 0.8, None, 0.97], grid=GRID)
-    reports.render(Run(sweep.path.parent / reading.trial_table(sweep)["run"][2]), tmp_path / "reports")
-    text = page.render(sweep, tmp_path / "reports").read_text()
+    reports.render(Run(sweep.path.parent / results.trial_table(sweep)["run"][2]), tmp_path / "reports")
+    text = report.render(sweep, tmp_path / "reports").read_text()
     assert "default-src 'none'" in text
     assert "<script" not in text
     assert "02_train: &lt;script&gt;" in text
@@ -552,7 +558,7 @@ def test_kd_report_renders_a_sweep_as_it_renders_a_run(swept, tmp_path, monkeypa
 
 def test_text_that_looks_like_mathematics_is_no_mathematics_in_a_figure(swept, tmp_path):
     sweep = swept([1.0, 2.0], list=[{"data.text": "$x$ and $\\bad{"}, {"data.text": EVIL}])
-    page.render(sweep, tmp_path / "reports")
+    report.render(sweep, tmp_path / "reports")
     assert (tmp_path / "reports" / "s" / "figures" / "course.png").exists()
 
 
@@ -566,9 +572,9 @@ def test_a_sweep_of_classifiers_is_read_by_its_own_measures_and_speed(swept, tmp
     trials, settings = tables(sweep)
     assert trials["rows_per_s"].tolist() == [1234.0, 1234.0]
     assert trials["tokens_per_s"].isna().all()
-    assert reading.compared_costs(trials) == ["parameters", "rows_per_s"]
+    assert results.compared_costs(trials) == ["parameters", "rows_per_s"]
     assert settings["value"].tolist() == [0.9, 0.7]  # more is better
-    shown = page.render(sweep, tmp_path / "reports").read_text()
+    shown = report.render(sweep, tmp_path / "reports").read_text()
     assert "Accuracy is highest with loss.temperature=2" in shown
     assert not (tmp_path / "reports" / sweep.name / "tables" / "pareto_tokens_per_s.csv").exists()
 
@@ -582,4 +588,4 @@ def test_a_metric_that_the_task_does_not_measure_is_refused_before_a_run(trials_
 
 
 def test_every_metric_of_a_sweep_has_words_and_a_unit():
-    assert reading.WORDS.keys() == reading.UNITS.keys() == METRICS.keys() == MEASURES.keys()
+    assert results.WORDS.keys() == results.UNITS.keys() == MEASURES.keys()

@@ -1,13 +1,11 @@
-"""One sweep as typed, frozen, checked objects: a base config, and what its trials change in it.  Imports no
-torch.
+"""One sweep as typed, frozen, checked objects: a base config, and what its trials change in it.
 
 What is changed stands in one of four forms:
 
     grid:   {loss.temperature: [1, 2, 4], seed: [0, 1]}                every combination
     list:   [{loss.temperature: 1}, {loss.temperature: 4, seed: 1}]    these and no others
     random: {trials: 8, seed: 0, from: SPACE}                          drawn, the same ones each time
-    search: {trials: 8, seed: 0, from: SPACE}                          chosen by optuna from how the earlier
-        ones did
+    search: {trials: 8, seed: 0, from: SPACE}                          chosen by optuna from the earlier ones
 
 A SPACE says for each setting {uniform: [1, 6]}, {log_uniform: [1e-5, 1e-3]}, {integer: [2, 8]} or {choice:
 [a, b]}. `loss.weights.kd:ce` is a setting of two weights: 0.7 makes the first 0.7, and the second 0.3.
@@ -23,8 +21,6 @@ from kdlib.config.sections import Count, Number, Section, number, refuse
 from kdlib.errors import nearest, printable
 from kdlib.metrics.names import MEASURES
 
-METRICS = {name: measure.higher_is_better for name, measure in MEASURES.items()}
-"""What a sweep may be judged by: the figures of comparison_results.json, and whether more is better."""
 DRAWS = {
     "uniform": "[low, high]",
     "log_uniform": "[low, high], both above 0",
@@ -34,7 +30,7 @@ DRAWS = {
 WEIGHTS = "loss.weights."
 
 
-def _settings(names: Sequence[Any]) -> list[str]:
+def _faults(names: Sequence[Any]) -> list[str]:
     """What is wrong with these dotted names, a line each."""
     faults = []
     for name in names:
@@ -42,12 +38,8 @@ def _settings(names: Sequence[Any]) -> list[str]:
             faults.append(f"found {name!r} as a setting; write its dotted name, as loss.temperature")
         elif ":" in name:
             terms = name.removeprefix(WEIGHTS).split(":")
-            if (
-                not name.startswith(WEIGHTS)
-                or len(terms) != 2
-                or not set(terms) <= set(TERM_NAMES)
-                or terms[0] == terms[1]
-            ):
+            two = len(terms) == len(set(terms)) == 2 and set(terms) <= set(TERM_NAMES)
+            if not (name.startswith(WEIGHTS) and two):
                 faults.append(
                     f"{printable(name)}: with a colon only two weights can be named, as {WEIGHTS}kd:ce"
                 )
@@ -55,14 +47,11 @@ def _settings(names: Sequence[Any]) -> list[str]:
 
 
 def _grid(grid: Mapping[str, list]) -> Mapping[str, list]:
-    empty = [
-        f"{printable(name)}: the list is empty; it needs a value at least"
-        for name, values in grid.items()
-        if not values
-    ]
-    refuse(
-        [*_settings(list(grid)), *empty, *([] if grid else ["found {}; it needs a setting with its values"])]
-    )
+    faults = _faults(list(grid)) if grid else ["found {}; it needs a setting with its values"]
+    for name, values in grid.items():
+        if not values:
+            faults.append(f"{printable(name)}: the list is empty; it needs a value at least")
+    refuse(faults)
     return {name: [_value(value) for value in values] for name, values in grid.items()}
 
 
@@ -72,21 +61,18 @@ def _value(value: Any) -> Any:
 
 
 def _list(trials: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    refuse(
-        [fault for trial in trials for fault in _settings(list(trial))]
-        if trials
-        else ["the list is empty; it needs a trial at least"]
-    )
+    empty = [] if trials else ["the list is empty; it needs a trial at least"]
+    refuse(empty + [fault for trial in trials for fault in _faults(list(trial))])
     return [{name: _value(value) for name, value in trial.items()} for trial in trials]
 
 
 def _overrides(overrides: Mapping[str, Any]) -> Mapping[str, Any]:
-    refuse(_settings(list(overrides)))
+    refuse(_faults(list(overrides)))
     return overrides
 
 
 def _space(space: Mapping[str, Any]) -> dict[str, dict[str, list]]:
-    faults, found = _settings(list(space)), {}
+    faults, found = _faults(list(space)), {}
     for name, draw in space.items():
         try:
             found[name] = _draw(draw)
@@ -97,13 +83,10 @@ def _space(space: Mapping[str, Any]) -> dict[str, dict[str, list]]:
 
 
 def _draw(draw: Any) -> dict[str, list]:
-    kind, values = next(iter(draw.items())) if isinstance(draw, Mapping) and len(draw) == 1 else (None, None)
+    kind, values = next(iter(draw.items())) if isinstance(draw, Mapping) and len(draw) == 1 else ("", None)
     if kind not in DRAWS or not isinstance(values, list):
-        hint = nearest(str(kind), DRAWS) if kind else ""
-        raise ValueError(
-            f"found {draw!r}{hint}; it is one of "
-            + ", ".join(f"{{{name}: {what}}}" for name, what in DRAWS.items())
-        )
+        known = ", ".join(f"{{{name}: {what}}}" for name, what in DRAWS.items())
+        raise ValueError(f"found {draw!r}{nearest(str(kind), DRAWS) if kind else ''}; it is one of {known}")
     if kind == "choice":
         if not values:
             raise ValueError("choice is empty; it needs a value at least")
@@ -115,13 +98,13 @@ def _draw(draw: Any) -> dict[str, list]:
         raise ValueError(f"found {kind}: {values!r}; both must be above 0")
     if kind == "integer" and any(end % 1 for end in ends):
         raise ValueError(f"found {kind}: {values!r}; both must be whole numbers")
-    return {kind: [int(end) for end in ends] if kind == "integer" else [float(end) for end in ends]}
+    return {kind: [(int if kind == "integer" else float)(end) for end in ends]}
 
 
 def _metric(value: Any) -> str:
     name = str(value).removeprefix("eval_")
-    if name not in METRICS:
-        raise ValueError(f"found {value!r}{nearest(name, METRICS)}; it is one of {', '.join(METRICS)}")
+    if name not in MEASURES:
+        raise ValueError(f"found {value!r}{nearest(name, MEASURES)}; it is one of {', '.join(MEASURES)}")
     return name
 
 
@@ -153,10 +136,8 @@ class SweepConfig(Section):
         forms = {"grid": self.grid, "list": self.listed, "random": self.random, "search": self.search}
         given = [name for name, value in forms.items() if value is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"found {' and '.join(given) or 'none'} of grid, list, random, search; a sweep has exactly "
-                "one of them"
-            )
+            found = " and ".join(given) or "none"
+            raise ValueError(f"found {found} of grid, list, random, search; a sweep has exactly one of them")
         if clash := sorted(set(self.overrides) & set(self.parameters)):
             raise ValueError(
                 f"{', '.join(clash)}: both in `overrides`, which all trials share, and among what differs; "
@@ -173,4 +154,4 @@ class SweepConfig(Section):
 
     @property
     def higher_is_better(self) -> bool:
-        return METRICS[self.metric]
+        return MEASURES[self.metric].higher_is_better

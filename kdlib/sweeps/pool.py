@@ -1,6 +1,4 @@
-"""All trials of a sweep, some side by side: what is done is not repeated, what failed stops nothing, what
-stopped goes on.
-"""
+"""All trials of a sweep, some side by side: what failed stops nothing, and the time that is left is told."""
 
 import contextlib
 import os
@@ -8,7 +6,7 @@ import shutil
 import signal
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Protocol
@@ -17,20 +15,19 @@ from tqdm import tqdm
 
 from kdlib.errors import RunError
 from kdlib.metrics.names import with_interval
-from kdlib.reports import index as overview, run as reports
 from kdlib.reports.summary import report_link
 from kdlib.runs import folder as runs
-from kdlib.runs.files import read_json
+from kdlib.runs.files import write_json
 from kdlib.runs.folder import Run
-from kdlib.sweeps import report as page
-from kdlib.sweeps.clock import Clock, duration
-from kdlib.sweeps.processes import Crew, Outcome
-from kdlib.sweeps.results import FILE, WORDS, Sweep
+from kdlib.runs.log import duration, time_left
+from kdlib.sweeps import report
+from kdlib.sweeps.processes import Outcome, Processes
+from kdlib.sweeps.results import FILE, WORDS, Sweep, distilled_of
 from kdlib.sweeps.trials import Base, Trial, described
 
 
 class Supply(Protocol):
-    """Where trials come from."""
+    """Where trials come from: a list, or a search."""
 
     def next(self) -> Trial | None:
         """The next to run; None where there are no more."""
@@ -58,60 +55,88 @@ class Listed:
         return [trial.run for trial in self.trials]
 
 
+class Clock:
+    """The time that is left: the runs' forecasts, times what the finished runs took over theirs."""
+
+    def __init__(self, forecast: Mapping[str, float] | None = None) -> None:
+        """
+        Args:
+            forecast: seconds by the run's name; other runs count as their mean.
+        """
+        self.forecast = forecast or {}
+        self.mean = sum(self.forecast.values()) / len(self.forecast) if self.forecast else 1.0
+        self.ahead = self.took = 0.0  # of the finished runs: seconds as forecast, as measured
+
+    def learn(self, run: str, seconds: float) -> None:
+        """A whole run took so long."""
+        self.ahead += self.forecast.get(run, self.mean)
+        self.took += seconds
+
+    def left(self, runs: Sequence[str], jobs: int) -> float | None:
+        """Seconds that these runs will take; None where there is no forecast and none is finished.
+
+        Before any is finished as if one ran after another, since side by side they share a machine.
+        """
+        ahead = sum(self.forecast.get(run, self.mean) for run in runs)
+        if not self.ahead:
+            return ahead if self.forecast else None
+        return time_left(self.took, self.ahead, ahead / jobs)
+
+
 class Pool:
     """One start of a sweep."""
 
     def __init__(
-        self, sweep: Sweep, base: Base, crew: Crew, clock: Clock, *, keep_checkpoints: bool = False
+        self,
+        sweep: Sweep,
+        base: Base,
+        processes: Processes,
+        clock: Clock,
+        *,
+        render_run: Callable[[Run, Path], object],
+        render_index: Callable[[Path, Path], object],
+        keep_checkpoints: bool = False,
     ) -> None:
-        self.sweep, self.base, self.crew, self.clock, self.keep_checkpoints = (
-            sweep,
-            base,
-            crew,
-            clock,
-            keep_checkpoints,
-        )
+        """
+        Args:
+            render_run, render_index: make the report of a run, and the page over a folder of runs, into a
+                folder of reports.
+        """
+        self.sweep, self.base, self.processes, self.clock = sweep, base, processes, clock
+        self.render_run, self.render_index = render_run, render_index
+        self.keep_checkpoints = keep_checkpoints
         self.outcomes: list[Outcome] = []
 
     def run(self, supply: Supply) -> Path:
-        """Run what the supply gives, `crew.jobs` at a time, a line for every event; returns the report, which
-        follows each.
+        """Run what the supply gives, so many at a time, a line for every event; returns the report.
 
         Raises:
             RunError: runs failed, or the sweep was stopped; the others' results are there.
         """
         at_work: dict[Future, Trial] = {}
+        jobs, stopping = self.processes.jobs, self.processes.stopping
         bar = tqdm(total=len(supply.ahead()), unit="run", disable=None, smoothing=0)
-        with _stoppable(self.crew), bar, ThreadPoolExecutor(self.crew.jobs) as threads:
+        with _stoppable(self.processes), bar, ThreadPoolExecutor(jobs) as threads:
             while True:
-                while len(at_work) < self.crew.jobs and (trial := self._next(supply)):
-                    at_work[threads.submit(self.crew.work, self._opened(trial))] = trial
+                while len(at_work) < jobs and not stopping.is_set() and (trial := supply.next()):
+                    at_work[threads.submit(self.processes.work, self._opened(trial))] = trial
                 if not at_work:
                     break
                 for ended in wait(at_work, timeout=1.0, return_when=FIRST_COMPLETED).done:
                     trial = at_work.pop(ended)
-                    value = self._settled(
-                        trial, ended.result(), [*supply.ahead(), *(other.run for other in at_work.values())]
-                    )
-                    supply.told(trial, value)
+                    ahead = [*supply.ahead(), *(other.run for other in at_work.values())]
+                    supply.told(trial, self._settled(trial, ended.result(), ahead))
                     bar.update()
         return self._closed()
-
-    def _next(self, supply: Supply) -> Trial | None:
-        return None if self.crew.stopping.is_set() else supply.next()
 
     def _opened(self, trial: Trial) -> Run:
         """The trial's run, made where it is new; and a line that says that it begins."""
         root, facts = self.sweep.path.parent, self.sweep.facts
         if trial.run not in [each["run"] for each in facts["trials"]]:  # of a search
             facts["trials"].append({"run": trial.run, "parameters": dict(trial.parameters)})
-            runs.write_json(self.sweep.path / FILE, facts)
-        # killed before it was whole
-        if (root / trial.run).exists() and not (root / trial.run / "config.yaml").exists():
-            shutil.rmtree(root / trial.run)
-        if (root / trial.run).exists():
-            run = runs.open_run(root, trial.run, trial.config)
-        else:
+            write_json(self.sweep.path / FILE, facts)
+        if not (root / trial.run / "config.yaml").exists():
+            shutil.rmtree(root / trial.run, ignore_errors=True)  # killed before it was whole
             run = runs.create(
                 root,
                 trial.run,
@@ -122,75 +147,64 @@ class Pool:
                 parameters=dict(trial.parameters),
                 command=self.base.command(trial.parameters),
             )
+        else:
+            run = runs.open_run(root, trial.run, trial.config)
         state = run.status["state"]
-        verb = {"created": "started", "running": "waits for the process that runs it"}.get(
-            state, f"goes on ({state})"
-        )
-        say(f"{verb:8} {run.name}  {described(trial.parameters)}")
+        verbs = {"created": "started", "running": "waits for the process that runs it"}
+        say(f"{verbs.get(state, f'goes on ({state})'):8} {run.name}  {described(trial.parameters)}")
         return run
 
     def _settled(self, trial: Trial, outcome: Outcome, ahead: Sequence[str]) -> float | None:
         """Tidy up after a trial, say what came of it, and renew the sweep's report; returns its metric."""
         self.outcomes.append(outcome)
-        run, value, more = outcome.run, None, ""
+        run, value, log = outcome.run, None, ""
         if outcome.state == "done":
             metric = self.sweep.facts["metric"]
-            found = read_json(run.path / "comparison_results.json")["models"]["distilled"][metric]
+            found = distilled_of(run)[metric]
             what, value = f"{WORDS[metric]} {with_interval(found)}", found["value"]
             self._tidy(run)
         else:
-            what, more = outcome.message, f"\n         all it said: {os.path.relpath(run.path / 'log.txt')}"
+            what, log = outcome.message, f"\n         all it said: {os.path.relpath(run.path / 'log.txt')}"
         if outcome.whole:
             self.clock.learn(run.name, outcome.seconds)
-        say(
-            f"{outcome.state:8} {run.name}  {described(trial.parameters)}: "
-            f"{what}{self._left(outcome, ahead)}{more}"
-        )
+        time = f"; took {duration(outcome.seconds)}" if outcome.seconds else ""
+        if ahead:
+            left = self.clock.left(ahead, self.processes.jobs)
+            time += f"; {len(ahead)} to go" + (f", about {duration(left)}" if left else "")
+        say(f"{outcome.state:8} {run.name}  {described(trial.parameters)}: {what}{time}{log}")
         if outcome.unreported:
-            reports.render(run, self.crew.reports)
-        page.render(self.sweep, self.crew.reports)
+            self.render_run(run, self.processes.reports)
+        report.render(self.sweep, self.processes.reports)
         return value
 
     def _tidy(self, run: Run) -> None:
-        """What remains to do for a run that is done: also where an earlier start of the sweep was killed
-        before it could.
-        """
+        """What remains to do for a run that is done: also what an earlier start was killed before doing."""
         if not self.keep_checkpoints:
             for student in (run, run.baseline):
                 shutil.rmtree(student.checkpoints, ignore_errors=True)
-        if report_link(run.name, self.crew.reports) is None:
-            reports.render(run, self.crew.reports)
-
-    def _left(self, outcome: Outcome, ahead: Sequence[str]) -> str:
-        seconds = self.clock.left(ahead, self.crew.jobs)
-        took = f"; took {duration(outcome.seconds)}" if outcome.seconds else ""
-        return took + (
-            f"; {len(ahead)} to go" + (f", about {duration(seconds)}" if seconds else "") if ahead else ""
-        )
+        if report_link(run.name, self.processes.reports) is None:
+            self.render_run(run, self.processes.reports)
 
     def _closed(self) -> Path:
         """The last report, and how the sweep ended."""
-        failed = [outcome for outcome in self.outcomes if outcome.state not in ("done", "stopped")]
-        names = "".join(
-            f"\n  {outcome.run.name}: {(outcome.message or outcome.state).splitlines()[0]}"
-            for outcome in failed
-        )
-        message = f"{len(failed)} of the runs failed:{names}" if failed else ""
-        if self.crew.stopping.is_set() or any(outcome.state == "stopped" for outcome in self.outcomes):
+        failed = [each for each in self.outcomes if each.state not in ("done", "stopped")]
+        lines = [f"  {each.run.name}: {(each.message or each.state).splitlines()[0]}" for each in failed]
+        message = "\n".join([f"{len(failed)} of the runs failed:", *lines]) if failed else ""
+        if self.processes.stopping.is_set() or any(each.state == "stopped" for each in self.outcomes):
             message = f"stopped; the same command goes on where it stopped{f'; {message}' if message else ''}"
         self.sweep.folder.set_status("failed" if message else "done", message)
-        for run in (Run(self.sweep.path.parent / trial["run"]) for trial in self.sweep.facts["trials"]):
+        for trial in self.sweep.facts["trials"]:
+            run = self.sweep.run(trial["run"])
             if run.status["state"] == "done":
                 self._tidy(run)
-        made = page.render(self.sweep, self.crew.reports)
-        overview.render_index(self.sweep.path.parent, self.crew.reports)
-        print(
-            f"report: {os.path.relpath(made)}    index: {os.path.relpath(self.crew.reports / 'index.html')}",
-            flush=True,
-        )
+        reports = self.processes.reports
+        page = report.render(self.sweep, reports)
+        self.render_index(self.sweep.path.parent, reports)
+        overview = os.path.relpath(reports / "index.html")
+        print(f"report: {os.path.relpath(page)}    index: {overview}", flush=True)
         if message:
             raise RunError(f"sweep {self.sweep.name}: {message}")
-        return made
+        return page
 
 
 def say(line: str) -> None:
@@ -200,14 +214,14 @@ def say(line: str) -> None:
 
 
 @contextlib.contextmanager
-def _stoppable(crew: Crew) -> Iterator[None]:
+def _stoppable(processes: Processes) -> Iterator[None]:
     """Ctrl-C, or a polite kill, asks all runs for a checkpoint; a second one ends them at once."""
 
     def ask(number, frame):
-        if crew.stopping.is_set():
-            crew.end()
+        if processes.stopping.is_set():
+            processes.end()
         else:
-            crew.ask()
+            processes.ask()
             say("stopping: the runs make a checkpoint and end; Ctrl-C again to end them at once")
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

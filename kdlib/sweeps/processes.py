@@ -1,6 +1,4 @@
-"""The processes of a sweep: each trial is a `kd run` of its own, held to its time, stopped with a
-checkpoint.  Imports no torch.
-"""
+"""The processes of a sweep: each trial is a `kd run`, held to its time, stopped with a checkpoint."""
 
 import contextlib
 import fcntl
@@ -36,7 +34,7 @@ class Outcome:
     unreported: bool = False  # its process ended without a word, so it left no report
 
 
-class Crew:
+class Processes:
     """Starts trials in processes of their own and knows which of them are at work.
 
     A trial's log.txt is locked by its process and whatever that process starts, from the moment it is started
@@ -50,9 +48,7 @@ class Crew:
         self.guard, self.stopping = threading.Lock(), threading.Event()
 
     def work(self, run: Run) -> Outcome:
-        """Run a trial to its end, from where it stands.  Waits for a process that is at work on it
-        already.
-        """
+        """Run a trial to its end, from where it stands; waits for a process that is at work on it already."""
         with (run.path / "log.txt").open("a", encoding="utf-8") as log:
             if not self._wait_for(run, log):
                 return Outcome(run, "stopped", "", 0.0, False)
@@ -63,15 +59,10 @@ class Crew:
                 in_time = self._ended(process)
             seconds = time.monotonic() - began
         run.add_to_manifest(minutes=round(run.manifest.get("minutes", 0.0) + seconds / 60, 2))
-        unreported = run.status["state"] != "done" and self._explained(
-            run, process.returncode, in_time=in_time
-        )
-        state = (
-            run.status["state"] if run.status["state"] == "done" or not self.stopping.is_set() else "stopped"
-        )
-        return Outcome(
-            run, state, run.status.get("message", ""), seconds, whole and state == "done", unreported
-        )
+        done = run.status["state"] == "done"
+        unreported = not done and self._explained(run, process.returncode, in_time=in_time)
+        state = "stopped" if self.stopping.is_set() and not done else run.status["state"]
+        return Outcome(run, state, run.status.get("message", ""), seconds, whole and done, unreported)
 
     def ask(self) -> None:
         """Ask every process for a checkpoint and to end, and start no more."""
@@ -120,21 +111,9 @@ class Crew:
                 del self.at_work[run.name]
 
     def command(self, run: Run) -> list[str]:
-        return [
-            sys.executable,
-            "-m",
-            "kdlib",
-            "run",
-            str(run.path / "config.yaml"),
-            "--resume",
-            run.name,
-            "--runs",
-            str(run.path.parent),
-            "--reports",
-            str(self.reports),
-            "--without",
-            LEFT_OUT,
-        ]
+        resume = [str(run.path / "config.yaml"), "--resume", run.name, "--without", LEFT_OUT]
+        folders = ["--runs", str(run.path.parent), "--reports", str(self.reports)]
+        return [sys.executable, "-m", "kdlib", "run", *resume, *folders]
 
     def environment(self) -> dict[str, str]:
         """Ours, with the cores divided among the jobs unless somebody has divided them."""
@@ -158,14 +137,8 @@ class Crew:
     def _explained(self, run: Run, code: int, *, in_time: bool) -> bool:
         """Say in the status why a run is not done, where its own process did not; whether that was so."""
         if not in_time:
-            run.set_status(
-                "failed",
-                (
-                    f"not done within timeout_minutes: {self.timeout_s / 60:g}; the sweep, started again, "
-                    "goes "
-                    "on with it"
-                ),
-            )
+            limit = f"{self.timeout_s / 60:g}; the sweep, started again, goes on with it"
+            run.set_status("failed", f"not done within timeout_minutes: {limit}")
             return True
         if code < 0 or run.status["state"] in ("created", "running"):
             run.set_status("died", f"its process ended with status {code}: {last_line(run)}")
@@ -180,11 +153,8 @@ def cores() -> int:
 
 def last_line(run: Run) -> str:
     """The last words of a trial's process."""
-    lines = [
-        line.strip()
-        for line in (run.path / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
-    ]
-    return next((line for line in reversed(lines) if line), "it said nothing")
+    text = (run.path / "log.txt").read_text(encoding="utf-8", errors="replace").strip()
+    return text.splitlines()[-1].strip() if text else "it said nothing"
 
 
 def _kill(process: subprocess.Popen) -> None:

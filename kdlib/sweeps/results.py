@@ -1,5 +1,4 @@
-"""A sweep's files as tables: every trial, every setting averaged over its seeds, what is best, and the
-price.  Imports no torch.
+"""A sweep's files as tables: trials, settings averaged over their seeds, what is best, what the teacher adds.
 
 runs/<sweep>/  sweep.json (the settings and the trials, by their runs' names)  status.json
 runs/<sweep>_<hash>/  each trial, an ordinary run, with log.txt: all that its command said
@@ -10,22 +9,25 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from scipy.special import stdtrit
 
-from kdlib.errors import RunError
-from kdlib.metrics.names import MEASURES, with_interval
+from kdlib.config.task_rules import rules_in, shown_in
+from kdlib.metrics.names import MEASURES, difference, with_interval
+from kdlib.plots.axes import LABELS, label_of
 from kdlib.runs.files import read_json
 from kdlib.runs.folder import Run
-from kdlib.runs.log import training_table
-from kdlib.sweeps.config import METRICS
+from kdlib.runs.log import seconds_taken, training_table
 from kdlib.sweeps.trials import described, plain
 
 FILE = "sweep.json"
 SEED = "seed"
+STUDENT, ALONE = "distilled", "baseline"
+MODELS = ("teacher", STUDENT, ALONE, "untrained")  # in the order of the table
+DIFFERENCE = f"{LABELS[STUDENT]} − {LABELS[ALONE]}"
 WORDS = {name: measure.words for name, measure in MEASURES.items()}
 UNITS = {name: measure.unit.format(item="prediction") for name, measure in MEASURES.items()}
 COSTS = {
@@ -35,13 +37,8 @@ COSTS = {
     "training_s": ("training, s", False),
 }
 """Column -> (how figures call it, whether more is better)."""
-# of tokens or of rows, as the task is
-SPEEDS = {"tokens_per_s": "forward_tokens_per_s", "rows_per_s": "throughput_rows_per_s"}
-MANY = 12  # values, above which a parameter is a range rather than a grid
-ALIKE = 0.1  # costs that differ by less than this share of the lowest are called alike
+SPEEDS = {"tokens_per_s": "forward_tokens_per_s", "rows_per_s": "throughput_rows_per_s"}  # as the task is
 CLEAR = 10  # s: logs have the time to the second, so shorter trainings are not told apart
-# times the usual time between two logs: more is a break between a stop and a resume, or an evaluation
-BREAK = 20
 
 
 @dataclass(frozen=True)
@@ -56,9 +53,7 @@ class Sweep:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """sweep.json: file, base, smoke, settings, parameters, metric, trials, repeated, forecast,
-        command.
-        """
+        """sweep.json: file, base, smoke, settings, parameters, metric, trials, repeated, forecast, …"""
         return read_json(self.path / FILE, {})
 
     @property
@@ -69,21 +64,24 @@ class Sweep:
     def run(self, name: str) -> Run:
         return Run(self.path.parent / name)
 
+    @property
+    def metric(self) -> str:
+        return self.facts["metric"]
+
+    @property
+    def varied(self) -> list[str]:
+        """The parameters that are compared: seeds are averaged over."""
+        return [name for name in self.facts["parameters"] if name != SEED]
+
 
 def exists(root: Path, name: str) -> bool:
     """Whether there is a sweep of this name among the runs."""
     return (root / name / FILE).exists()
 
 
-def open_sweep(root: Path, name: str) -> Sweep:
-    """A sweep's folder.
-
-    Raises:
-        RunError: there is none.
-    """
-    if not exists(root, name):
-        raise RunError(f"no sweep {name!r} in {root}; kd sweep FILE makes one")
-    return Sweep(root / name)
+def distilled_of(run: Run) -> dict[str, Any]:
+    """What the comparison found of the distilled student; {} where there is none."""
+    return (read_json(run.path / "comparison_results.json") or {}).get("models", {}).get(STUDENT, {})
 
 
 def trial_table(sweep: Sweep) -> pd.DataFrame:
@@ -91,78 +89,40 @@ def trial_table(sweep: Sweep) -> pd.DataFrame:
     facts = sweep.facts
     rows = [_row(sweep.run(trial["run"]), trial["parameters"], facts["metric"]) for trial in facts["trials"]]
     numbers = ("value", "low", "high", *COSTS, "minutes")
-    table = pd.DataFrame(
-        rows, columns=["run", *facts["parameters"], *numbers, "state", "message"], dtype=object
-    )
-    return table.astype(dict.fromkeys(numbers, float))
+    columns = ["run", *facts["parameters"], *numbers, "state", "message"]
+    return pd.DataFrame(rows, columns=columns, dtype=object).astype(dict.fromkeys(numbers, float))
 
 
 def _row(run: Run, parameters: Mapping[str, Any], metric: str) -> dict[str, Any]:
-    distilled = (read_json(run.path / "comparison_results.json") or {}).get("models", {}).get("distilled", {})
-    status, done = run.status, distilled if run.status["state"] == "done" else {}
-    costs = (
-        {
-            "parameters": done["parameters"] / 1e6,
-            "training_s": training_seconds(run),
-            **{cost: done[fact] for cost, fact in SPEEDS.items() if fact in done},
-        }
-        if done
-        else {}
-    )
-    return {
-        "run": run.name,
-        **parameters,
-        **done.get(metric, {}),
-        **costs,
-        "minutes": run.manifest.get("minutes"),
-        "state": "waiting" if status["state"] == "created" else status["state"],
-        "message": status.get("message", ""),
-    }
-
-
-def training_seconds(run: Run) -> float:
-    """From the first log of the distilled student to its last; breaks between a stop and a resume are
-    left out.
-    """
-    table = training_table(run)
-    if "time" not in table:
-        return math.nan
-    times = [moment.timestamp() for moment in pd.to_datetime(table["time"])]
-    steps = [later - earlier for earlier, later in pairwise(times)]
-    usual = max(statistics.median(steps), 1.0) if steps else 0.0
-    return sum(step for step in steps if step <= BREAK * usual)
-
-
-def varied(sweep: Sweep) -> list[str]:
-    """The parameters that are compared: seeds are averaged over."""
-    return [name for name in sweep.facts["parameters"] if name != SEED]
+    status = run.status
+    row = {"run": run.name, **parameters, "minutes": run.manifest.get("minutes")}
+    row |= {"state": status["state"].replace("created", "waiting"), "message": status.get("message", "")}
+    if status["state"] == "done" and (found := distilled_of(run)):
+        row |= found.get(metric, {})
+        row |= {"parameters": found["parameters"] / 1e6, "training_s": seconds_taken(training_table(run))}
+        row |= {cost: found[fact] for cost, fact in SPEEDS.items() if fact in found}
+    return row
 
 
 def setting_table(sweep: Sweep, trials: pd.DataFrame) -> pd.DataFrame:
-    """One row per setting, the best first: the mean over its seeds' finished runs, with an interval, n, and
-    the runs.
+    """One row per setting, the best first: the mean over its seeds' finished runs, interval, n, and the runs.
 
     One run has the interval of its comparison, over held-out rows; several have Student's over the seeds.
     """
-    names, done = varied(sweep), trials[trials["value"].notna()]
+    names, done = sweep.varied, trials[trials["value"].notna()]
     groups: dict[str, list[int]] = {}
     for index, row in done.iterrows():
-        groups.setdefault(json.dumps([row[name] for name in names], sort_keys=True, default=str), []).append(
-            index
-        )
-    rows = [{**done.loc[members[0], names], **_of_seeds(done.loc[members])} for members in groups.values()]
+        key = json.dumps([row[name] for name in names], sort_keys=True, default=str)
+        groups.setdefault(key, []).append(index)
+    rows = []
+    for members in groups.values():
+        seeds = done.loc[members]
+        costs = {cost: seeds[cost].mean() for cost in COSTS}
+        found = {**averaged(seeds.to_dict("records")), "runs": list(seeds["run"])}
+        rows.append({**done.loc[members[0], names], **found, **costs})
     columns = [*names, "value", "low", "high", "n", "values", "runs", *COSTS]
-    return pd.DataFrame(rows, columns=columns).sort_values(
-        "value", ascending=not METRICS[sweep.facts["metric"]], ignore_index=True
-    )
-
-
-def _of_seeds(runs: pd.DataFrame) -> dict[str, Any]:
-    return {
-        **averaged(runs.to_dict("records")),
-        "runs": list(runs["run"]),
-        **{cost: runs[cost].mean() for cost in COSTS},
-    }
+    upwards = not MEASURES[sweep.metric].higher_is_better
+    return pd.DataFrame(rows, columns=columns).sort_values("value", ascending=upwards, ignore_index=True)
 
 
 def averaged(seeds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -171,30 +131,13 @@ def averaged(seeds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     One training keeps its own interval; so does what is the same in all, as a teacher that was trained once.
     """
     values = [each["value"] for each in seeds]
-    mean = statistics.fmean(values)
+    mean, count = statistics.fmean(values), len(values)
     if max(values) == min(values):
         low, high = seeds[0]["low"], seeds[0]["high"]
     else:
-        spread = student_t(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+        spread = stdtrit(count - 1, 0.975) * statistics.stdev(values) / math.sqrt(count)
         low, high = mean - spread, mean + spread
-    return {"value": mean, "low": low, "high": high, "n": len(values), "values": values}
-
-
-def student_t(freedom: int) -> float:
-    """The 97.5 % point of Student's t: exact for few degrees of freedom, else the Cornish-Fisher
-    expansion (to 0.1 %).
-    """
-    exact = (12.7062, 4.3027, 3.1824, 2.7764)
-    if freedom <= len(exact):
-        return exact[freedom - 1]
-    z = 1.959964
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return sum(term / freedom**power for power, term in enumerate(terms))
+    return {"value": mean, "low": low, "high": high, "n": count, "values": values}
 
 
 def overlapping(settings: pd.DataFrame) -> int:
@@ -205,28 +148,22 @@ def overlapping(settings: pd.DataFrame) -> int:
 
 def verdict(sweep: Sweep, settings: pd.DataFrame) -> str:
     """What the sweep found, in a sentence; says so where the intervals do not tell the best from the next."""
-    words = WORDS[sweep.facts["metric"]]
     if not len(settings):
         return "No run is done yet"
-    best, highest = settings.iloc[0], METRICS[sweep.facts["metric"]]
-    if not varied(sweep):
-        return f"{upper(words)} is {with_interval(best)}" + (
-            f" over {best['n']} seeds" if best["n"] > 1 else ", of one seed so far"
-        )
-    opening = (
-        f"{upper(words)} is {'highest' if highest else 'lowest'} with "
-        f"{described(best[varied(sweep)])}: {with_interval(best)}"
-    )
+    best, words = settings.iloc[0], upper(WORDS[sweep.metric])
+    if not sweep.varied:
+        seeds = f" over {best['n']} seeds" if best["n"] > 1 else ", of one seed so far"
+        return f"{words} is {with_interval(best)}{seeds}"
+    most = "highest" if MEASURES[sweep.metric].higher_is_better else "lowest"
+    opening = f"{words} is {most} with {described(best[sweep.varied])}: {with_interval(best)}"
     if len(settings) == 1:
         return f"{opening}, the only setting that is done"
     if count := overlapping(settings):
         others = "the next does" if count == 1 else f"{count} others do"
         return f"{opening}; but {others} as well within the intervals, so there is no clear winner"
     second = settings.iloc[1]
-    return (
-        f"{opening}; the next, {described(second[varied(sweep)])}, is worse beyond the intervals: "
-        f"{with_interval(second)}"
-    )
+    worse = f"{described(second[sweep.varied])}, is worse beyond the intervals: {with_interval(second)}"
+    return f"{opening}; the next, {worse}"
 
 
 def upper(words: str) -> str:
@@ -235,17 +172,12 @@ def upper(words: str) -> str:
 
 def pareto(table: pd.DataFrame, cost: str, *, higher_is_better: bool) -> pd.DataFrame:
     """The rows that no other beats in both, the metric and this cost; the cheapest first."""
-    sign, price = (-1 if higher_is_better else 1), (-1 if COSTS[cost][1] else 1)
-    front, best = [], math.inf
     known = table[table[cost].notna()]
-    order = sorted(
-        known.index, key=lambda index: (price * known.loc[index, cost], sign * known.loc[index, "value"])
-    )
-    for index in order:
-        if sign * known.loc[index, "value"] < best:
-            best = sign * known.loc[index, "value"]
-            front.append(index)
-    return known.loc[front]
+    value = known["value"] * (-1 if higher_is_better else 1)  # less is better, in both
+    price = known[cost] * (-1 if COSTS[cost][1] else 1)
+    order = pd.DataFrame({"price": price, "value": value}).sort_values(["price", "value"]).index
+    value = value.loc[order]
+    return known.loc[order[value < value.cummin().shift(fill_value=math.inf)]]
 
 
 def compared_costs(table: pd.DataFrame) -> list[str]:
@@ -256,48 +188,110 @@ def compared_costs(table: pd.DataFrame) -> list[str]:
     return [*size, "training_s"] if table["training_s"].min() >= CLEAR else size
 
 
-def weights_of(settings: pd.DataFrame, names: Sequence[str]) -> dict[str, float]:
-    """How much of the metric's variance each parameter explains by itself, the most first: what matters here.
-
-    By the means of its values, adjusted for their number (as R² is); numbers drawn from a range count by
-    their quarters.
-    """
-    total, count = settings["value"].var(ddof=0), len(settings)
-    shares = {}
-    for name in names:
-        several = len(levels(list(settings[name]))) > MANY
-        groups = (
-            pd.qcut(settings[name].astype(float), 4)
-            if several and settings[name].map(is_number).all()
-            else settings[name].map(plain)
-        )
-        means = settings["value"].groupby(groups, observed=True).transform("mean")
-        left = 1 - means.var(ddof=0) / total if total else 1.0
-        free = count - groups.nunique()
-        shares[name] = max(1 - left * (count - 1) / free, 0.0) if free else 0.0
-    return dict(sorted(shares.items(), key=lambda item: -item[1]))
-
-
-def levels(values: Sequence[Any]) -> list[Any]:
-    """The values that occur, each once: numbers by size, others in the order of the trials."""
-    once = list({plain(value): value for value in values}.values())
-    return sorted(once) if all(is_number(value) for value in once) else once
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def shown_trials(sweep: Sweep, trials: pd.DataFrame) -> pd.DataFrame:
     """For reading: the best first, those without a result last."""
-    ranked = trials.sort_values(
-        "value", ascending=not METRICS[sweep.facts["metric"]], na_position="last", kind="stable"
+    upwards = not MEASURES[sweep.metric].higher_is_better
+    ranked = trials.sort_values("value", ascending=upwards, na_position="last", kind="stable")
+    found = [with_interval(row) if pd.notna(row["value"]) else "" for _, row in ranked.iterrows()]
+    minutes = ["" if math.isnan(value) else f"{value:.1f}" for value in ranked["minutes"]]
+    shown = {name: ranked[name].map(plain) for name in sweep.facts["parameters"]}
+    shown |= {WORDS[sweep.metric]: found, "minutes": minutes, "message": ranked["message"]}
+    return pd.DataFrame({"run": ranked["run"], "state": ranked["state"], **shown})
+
+
+# what the teacher adds: the distilled student against the one trained alone
+
+
+def gain_tables(sweep: Sweep, settings: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Metric → a row per setting, as `settings` has them: the distilled student's minus the baseline's.
+
+    The sweep's metric comes first, then the others that the task is told by.  Each seed's two students are a
+    pair: the interval is Student's over the seeds' differences; of one seed, its comparison's own.  What has
+    no baseline is left out.
+
+    Returns:
+        The settings' own columns with value, low, high, n, values of the difference, and clear: how many
+        seeds are beyond chance by themselves, by the paired bootstrap over held-out rows.  {} without
+        baselines.
+    """
+    found = []
+    for _, setting in settings.iterrows():
+        if results := [each for each in results_of(sweep, setting["runs"]) if ALONE in each["models"]]:
+            found.append((setting, results))
+    if not found:
+        return {}
+    every = [each for _, results in found for each in results]
+    known = set.intersection(*({entry["metric"] for entry in each["differences"]} for each in every))
+    told = dict.fromkeys([sweep.metric, *rules_in(every[0]).told_first])
+    return {
+        metric: pd.DataFrame([{**setting, **gain_of(results, metric)} for setting, results in found])
+        for metric in told
+        if metric in known
+    }
+
+
+def gain_of(results: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
+    """The distilled student minus the one trained alone, over the seeds; and how many are `clear`."""
+    each = [difference(one, STUDENT, ALONE, metric) for one in results]
+    return {**averaged(each), "clear": sum(one["low"] > 0 or one["high"] < 0 for one in each)}
+
+
+def helps(gain: Mapping[str, Any], metric: str) -> bool | None:
+    """Whether the teacher helps (harms: False) in this metric; None where chance may have done it."""
+    if gain["low"] <= 0 <= gain["high"]:
+        return None
+    return (gain["value"] > 0) == MEASURES[metric].higher_is_better
+
+
+def results_of(sweep: Sweep, runs: Sequence[str]) -> list[dict[str, Any]]:
+    """The comparisons of these runs, as far as they have come to one."""
+    return [found for name in runs if (found := read_json(sweep.run(name).path / "comparison_results.json"))]
+
+
+def common(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """The models and the measures that all these comparisons have, in the order of tables."""
+    models = [name for name in MODELS if all(name in each["models"] for each in results)]
+    return models, [name for name in shown_in(results[0]) if all(name in shown_in(each) for each in results)]
+
+
+def model_table(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """For reading: a row per model and one of the difference, a column per measure, over the comparisons."""
+    models, shown = common(results)
+    rows = {
+        label_of(name): [
+            with_interval(averaged([each["models"][name][m] for each in results])) for m in shown
+        ]
+        for name in models
+    }
+    if ALONE in models:
+        rows[DIFFERENCE] = [with_interval(gain_of(results, m), "+") for m in shown]
+    columns = [MEASURES[name].name for name in shown]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+
+
+def same_rows(sweep: Sweep, runs: Sequence[str]) -> bool:
+    """Whether all these runs had the same data, split alike."""
+    return len({sweep.run(name).manifest.get("data", {}).get("fingerprint") for name in runs}) == 1
+
+
+def gain_words(gain: Mapping[str, Any], metric: str) -> str:
+    """Whether the teacher helps, in a sentence; says so where chance may have done it."""
+    several = gain["n"] > 1
+    over, how, alone = "in one training", "over the same held-out rows", ""
+    if several:
+        over, how = f"over {gain['n']} seeds", "paired by seed"
+        alone = f"; {gain['clear']} of the {gain['n']} by themselves, over held-out rows"
+    words = {None: "no difference beyond chance", True: "the teacher helps", False: "the teacher harms"}
+    return (
+        f"Against the same student trained without a teacher, {over}: {WORDS[metric]} "
+        f"{with_interval(gain, '+')}, {how}: {words[helps(gain, metric)]}{alone}"
     )
-    rows = {name: ranked[name].map(plain) for name in sweep.facts["parameters"]}
-    rows[WORDS[sweep.facts["metric"]]] = [
-        with_interval(row) if row["value"] == row["value"] else "" for _, row in ranked.iterrows()
-    ]
-    rows["minutes"] = ["" if math.isnan(value) else f"{value:.1f}" for value in ranked["minutes"]]
-    return pd.DataFrame(
-        {"run": ranked["run"], "state": ranked["state"], **rows, "message": ranked["message"]}
-    )
+
+
+def clear_words(results: Sequence[Mapping[str, Any]]) -> str:
+    """In which measures the two students differ beyond the interval, and in which not."""
+    found: dict[bool | None, list[str]] = {True: [], False: [], None: []}
+    for name in common(results)[1]:
+        found[helps(gain_of(results, name), name)].append(MEASURES[name].brief)
+    how = {True: "better", False: "worse", None: "no clear difference in"}
+    return "; ".join(f"{how[answer]} {', '.join(names)}" for answer, names in found.items() if names)

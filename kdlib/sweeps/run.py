@@ -1,21 +1,57 @@
-"""`kd sweep`: from a file to its runs and their report."""
+"""`kd sweep`: from a file to its runs and their report, with a forecast before."""
 
-from collections.abc import Mapping, Sequence
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdlib.errors import RunError
-from kdlib.runs import folder as runs
-from kdlib.runs.files import read_json
-from kdlib.sweeps import cost
-from kdlib.sweeps.clock import Clock
+from kdlib.config.run import Config
+from kdlib.errors import KdlibError, RunError
+from kdlib.runs.files import now, write_error, write_json
+from kdlib.runs.folder import Run, check_new
+from kdlib.runs.log import duration
 from kdlib.sweeps.config import SweepConfig
-from kdlib.sweeps.pool import Listed, Pool, Supply, say
-from kdlib.sweeps.processes import Crew
-from kdlib.sweeps.results import FILE, Sweep
-from kdlib.sweeps.search import Search
-from kdlib.sweeps.trials import Base, Trial, base_of, described, expanded
+from kdlib.sweeps.pool import Clock, Listed, Pool, Supply, say
+from kdlib.sweeps.processes import Processes
+from kdlib.sweeps.results import FILE, Sweep, distilled_of
+from kdlib.sweeps.trials import Base, Search, Trial, base_of, described, expanded, first_of
+
+GIB = 2**30
+BUDGET = 180.0  # s for all forecasts together; the runs that are left then count as the mean of the others
+NEUTRAL = {
+    "loss": ("temperature",),
+    "training": (
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "weight_decay",
+        "max_grad_norm",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "metric_for_best_model",
+        "report_to",
+    ),
+}
+"""What changes neither memory nor time."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run takes, forecast."""
+
+    seconds: float | None  # of a student's training, by a few real steps; None where it is not known
+    peak: float  # bytes of memory
+    at_most: float  # the same with what the forecast may be wrong by
+    free: float  # bytes of memory that there are
+    weights: float  # bytes of a student on disk
+
+
+Forecast = Callable[[Config], Cost]
+"""Raises a KdlibError for a config that cannot be run."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +63,15 @@ class Order:
     command: str
     root: Path  # of the runs
     reports: Path
+    render_run: Callable[[Run, Path], object]  # the report of a run, into the folder of reports
+    render_index: Callable[[Path, Path], object]  # the page over all runs
     jobs: int = 1
     smoke: bool = False
     overrides: Mapping[str, Any] | None = None  # in all trials
-    forecast: bool = True
+    forecast: Forecast | None = None  # asked once for each distinct cost
 
 
-def conduct(settings: SweepConfig, order: Order, *, dry_run: bool = False) -> Path | None:
+def run_sweep(settings: SweepConfig, order: Order, *, dry_run: bool = False) -> Path | None:
     """Run all trials that are not done; returns the page of the sweep's report, or None for a dry run.
 
     Raises:
@@ -41,12 +79,22 @@ def conduct(settings: SweepConfig, order: Order, *, dry_run: bool = False) -> Pa
         RunError: the sweep is running already; or runs failed, or it was stopped: the others' results are
             there.
     """
-    sweep = Sweep(order.root / order.name)
+    sweep, searched = Sweep(order.root / order.name), settings.search
     base = base_of(settings, order.name, Path.cwd(), smoke=order.smoke, overrides=order.overrides)
-    trials, repeated = planned(sweep, settings, base)
+    trials, repeated = expanded(settings, base)
+    if searched:  # those that it has made so far
+        trials = [base.trial(trial["parameters"]) for trial in sweep.facts.get("trials", [])]
     supply = supply_of(sweep, settings, base, trials)
-    print(listing(sweep, trials, repeated, more=len(supply.ahead()) - len(to_do(sweep, trials))), flush=True)
-    clock, text = _forecast(sweep, settings, base, trials, order) if order.forecast else (Clock(), "")
+    ahead = to_do(sweep, trials)
+    more = len(supply.ahead()) - len(ahead)
+    print(listing(sweep, trials, repeated, more=more), flush=True)
+    if searched and more:  # one trial stands for all that are not chosen yet
+        ahead += [base.trial(first_of(searched.space))] * more
+    clock, text = Clock(), ""
+    if order.forecast and ahead:
+        print("forecasting …", flush=True)
+        clock, text = forecast(ahead, order, keep_checkpoints=settings.keep_checkpoints)
+        print(text, flush=True)
     if dry_run:
         return None
     begin(
@@ -60,75 +108,48 @@ def conduct(settings: SweepConfig, order: Order, *, dry_run: bool = False) -> Pa
         repeated=repeated,
         forecast=text,
     )
-    crew = Crew(
-        order.reports, jobs=order.jobs, timeout_s=settings.timeout_minutes and settings.timeout_minutes * 60
+    limit = settings.timeout_minutes and settings.timeout_minutes * 60
+    processes = Processes(order.reports, jobs=order.jobs, timeout_s=limit)
+    pool = Pool(
+        sweep,
+        base,
+        processes,
+        clock,
+        render_run=order.render_run,
+        render_index=order.render_index,
+        keep_checkpoints=settings.keep_checkpoints,
     )
-    return Pool(sweep, base, crew, clock, keep_checkpoints=settings.keep_checkpoints).run(supply)
-
-
-def _forecast(
-    sweep: Sweep, settings: SweepConfig, base: Base, trials: Sequence[Trial], order: Order
-) -> tuple[Clock, str]:
-    """What is to be run, foretold; of a search that has not begun one trial stands for all."""
-    ahead = to_do(sweep, trials)
-    if settings.search:
-        first = {name: next(iter(draw.values()))[0] for name, draw in settings.search.space.items()}
-        ahead = [base.trial(first)] * (settings.search.trials - len(trials) + len(ahead))
-    if not ahead:
-        return Clock(), ""
-    print("forecasting …", flush=True)
-    clock = cost.clock_of(ahead)
-    text = cost.described(
-        clock, ahead, jobs=order.jobs, keep_checkpoints=settings.keep_checkpoints, folder=order.root
-    )
-    print(text, flush=True)
-    return clock, text
-
-
-def planned(sweep: Sweep, settings: SweepConfig, base: Base) -> tuple[list[Trial], list[str]]:
-    """The trials, with a line for each that is a repetition; of a search those that it has made so far."""
-    trials, repeated = expanded(settings, base)
-    if settings.search:
-        trials = [base.trial(trial["parameters"]) for trial in sweep.facts.get("trials", [])]
-    return trials, repeated
+    return pool.run(supply)
 
 
 def listing(sweep: Sweep, trials: Sequence[Trial], repeated: Sequence[str], *, more: int = 0) -> str:
     """Every trial with what differs, and where it stands."""
-    states = [sweep.run(trial.run).status["state"].replace("created", "new") for trial in trials]
-    lines = [
-        f"  {trial.run}  {state:8} {described(trial.parameters)}"
-        for trial, state in zip(trials, states, strict=True)
-    ]
-    searched = [f"  and {more} that are chosen as the search goes on"] if more else []
-    return "\n".join(
-        [f"{sweep.name}: {len(trials) + more} runs", *lines, *searched, *(f"  {line}" for line in repeated)]
-    )
+    lines = [f"{sweep.name}: {len(trials) + more} runs"]
+    for trial in trials:
+        state = sweep.run(trial.run).status["state"].replace("created", "new")
+        lines.append(f"  {trial.run}  {state:8} {described(trial.parameters)}")
+    if more:
+        lines.append(f"  and {more} that are chosen as the search goes on")
+    return "\n".join([*lines, *(f"  {line}" for line in repeated)])
 
 
 def to_do(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
     """What is not done, in order; what another process is at work on comes last."""
     states = {trial.run: sweep.run(trial.run).status["state"] for trial in trials}
-    return sorted(
-        (trial for trial in trials if states[trial.run] != "done"),
-        key=lambda trial: states[trial.run] == "running",
-    )
+    left = [trial for trial in trials if states[trial.run] != "done"]
+    return sorted(left, key=lambda trial: states[trial.run] == "running")
 
 
 def supply_of(sweep: Sweep, settings: SweepConfig, base: Base, trials: Sequence[Trial]) -> Supply:
     """The trials to run; a search remembers the finished ones."""
     if not settings.search:
         return Listed(to_do(sweep, trials))
-    return Search(
-        settings, base, [(trial.parameters, _metric(sweep, trial, settings.metric)) for trial in trials]
-    )
 
+    def metric(trial: Trial) -> float | None:
+        run = sweep.run(trial.run)
+        return distilled_of(run)[settings.metric]["value"] if run.status["state"] == "done" else None
 
-def _metric(sweep: Sweep, trial: Trial, metric: str) -> float | None:
-    run = sweep.run(trial.run)
-    if run.status["state"] != "done":
-        return None
-    return read_json(run.path / "comparison_results.json")["models"]["distilled"][metric]["value"]
+    return Search(settings, base, [(trial.parameters, metric(trial)) for trial in trials])
 
 
 def begin(sweep: Sweep, settings: SweepConfig, trials: Sequence[Trial], **facts: Any) -> None:
@@ -139,33 +160,106 @@ def begin(sweep: Sweep, settings: SweepConfig, trials: Sequence[Trial], **facts:
     """
     if (sweep.path / "config.yaml").exists():
         raise RunError(f"{sweep.name!r} is the name of a run; choose another --name for the sweep")
-    if sweep.folder.status["state"] == "running":
-        raise RunError(
-            f"sweep {sweep.name} is running already, in process {sweep.folder.status['pid']}; wait for it, "
-            "or stop it first"
-        )
+    status = sweep.folder.status
+    if status["state"] == "running":
+        where = f"in process {status['pid']}; wait for it, or stop it first"
+        raise RunError(f"sweep {sweep.name} is running already, {where}")
     if not sweep.path.exists():
-        runs.check_new(sweep.path.parent, sweep.name)
+        check_new(sweep.path.parent, sweep.name)
     try:
         sweep.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise runs.write_error(sweep.path, error) from error
+        raise write_error(sweep.path, error) from error
     earlier = sweep.facts
-    runs.write_json(
-        sweep.path / FILE,
-        {
-            "sweep": sweep.name,
-            "created": earlier.get("created", runs.now()),
-            **facts,
-            "settings": settings.as_dict(),
-            "parameters": settings.parameters,
-            "metric": settings.metric,
-            "trials": [{"run": trial.run, "parameters": dict(trial.parameters)} for trial in trials],
-        },
-    )
+    about = {
+        "sweep": sweep.name,
+        "created": earlier.get("created", now()),
+        **facts,
+        "settings": settings.as_dict(),
+        "parameters": settings.parameters,
+        "metric": settings.metric,
+        "trials": [{"run": trial.run, "parameters": dict(trial.parameters)} for trial in trials],
+    }
+    write_json(sweep.path / FILE, about)
     sweep.folder.set_status("running")
     if gone := {trial["run"] for trial in earlier.get("trials", [])} - {trial.run for trial in trials}:
-        say(
-            f"{len(gone)} runs of an earlier form of this sweep are not part of it now: "
-            f"{', '.join(sorted(gone))}"
-        )
+        names = ", ".join(sorted(gone))
+        say(f"{len(gone)} runs of an earlier form of this sweep are not part of it now: {names}")
+
+
+def forecast(trials: Sequence[Trial], order: Order, *, keep_checkpoints: bool) -> tuple[Clock, str]:
+    """Time, memory and disk of these runs, and the same for people, with what does not fit.
+
+    Each distinct cost is forecast once, the commonest first, for as long as BUDGET allows.
+    """
+    alike: dict[str, list[Trial]] = {}
+    for trial in trials:
+        alike.setdefault(cost_key(trial.config), []).append(trial)
+    costs: dict[str, tuple[Cost, Config]] = {}
+    errors, began = [], time.monotonic()
+    for group in sorted(alike.values(), key=len, reverse=True):
+        if time.monotonic() - began > BUDGET:
+            break
+        try:
+            cost = order.forecast(group[0].config)
+        except KdlibError as error:
+            errors += [f"  {t.run}: no forecast, and it will hardly run: {error}" for t in group]
+        else:
+            costs |= {trial.run: (cost, trial.config) for trial in group}
+    if not costs:
+        return Clock(), "\n".join(["forecast: none of the runs can be forecast", *errors])
+    known = [costs[trial.run] for trial in trials if trial.run in costs]
+    seconds = {
+        run: (2 if config.baseline else 1) * cost.seconds
+        for run, (cost, config) in costs.items()
+        if cost.seconds is not None
+    }
+    clock, side_by_side = Clock(seconds), order.jobs > 1
+    time_left = clock.left([trial.run for trial in trials], order.jobs)
+    share = "; side by side they share what the machine has" if side_by_side else ""
+    took = f"{duration(time_left or 0)} of training; setting up and comparing come on top{share}"
+    how = f"{order.jobs} side by side" if side_by_side else "one after another"
+    lines = [
+        f"forecast of {len(trials)} runs, {how} (corrected as runs finish):",
+        f"  time    {took if time_left else 'not known: it depends on the number of rows'}",
+        f"  memory  {_memory([cost for cost, _ in known], order.jobs)}",
+        f"  disk    {_disk(known, len(trials), order, keep_checkpoints)}",
+    ]
+    return clock, "\n".join([*lines, *errors])
+
+
+def cost_key(config: Config) -> str:
+    """The same text for configs that cost the same."""
+    plain = config.as_dict() | {"seed": 0, "compare": None}
+    for section, names in NEUTRAL.items():
+        plain[section] = {name: value for name, value in plain[section].items() if name not in names}
+    plain["loss"]["weights"] = sorted(name for name, weight in config.loss.weights.items() if weight != 0)
+    return json.dumps(plain, sort_keys=True)
+
+
+def _memory(costs: Sequence[Cost], jobs: int) -> str:
+    free = costs[0].free
+    peak, at_most = (
+        sum(sorted(each)[-jobs:]) for each in zip(*((c.peak, c.at_most) for c in costs), strict=True)
+    )
+    found = "fits" if at_most <= free else "tight" if peak <= free else "does not fit"
+    advice = "; take fewer --jobs" if found != "fits" and jobs > 1 else ""
+    return f"{peak / GIB:.2f} GiB at the highest, {free / GIB:.2f} free: {found}{advice}"
+
+
+def _disk(costs: Sequence[tuple[Cost, Config]], runs: int, order: Order, keep_checkpoints: bool) -> str:
+    """Of each student the best and the last model; a checkpoint has AdamW's two averages as well."""
+    models, checkpoints = [], []
+    for cost, config in costs:
+        weights, training = (2 if config.baseline else 1) * cost.weights, config.training
+        kept = 0 if training.get("save_strategy") == "no" else training["save_total_limit"] or 2
+        models.append(2 * weights)
+        checkpoints.append(3 * weights * kept)
+    share = runs / len(costs)  # those that could not be forecast count as the others' mean
+    needed = share * sum(models)
+    needed += share * sum(checkpoints) if keep_checkpoints else sum(sorted(checkpoints)[-order.jobs :])
+    there = next(folder for folder in (order.root, *order.root.parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    gone = "" if keep_checkpoints else " (a run's checkpoints go when it is done)"
+    advice = ": not enough; free some space, or choose another folder with --runs" if needed > free else ""
+    return f"{needed / GIB:.2f} GiB{gone}, {free / GIB:.1f} free{advice}"

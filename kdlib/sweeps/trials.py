@@ -1,5 +1,7 @@
-"""A sweep's trials: each some settings, the whole config that they resolve to, and a run's name made from
-it.  Imports no torch.
+"""A sweep's trials: each some settings, the whole config that they resolve to, and a run's name made from it.
+
+They are known before (grid, list, random), or chosen by optuna as the search goes on (`Search`), which needs
+pip install "kdlib[sweep]".
 """
 
 import hashlib
@@ -8,13 +10,14 @@ import json
 import math
 import random
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kdlib.config import run as configs
-from kdlib.config.run import Config, read_yaml
+from kdlib.config.run import Config
 from kdlib.config.task_rules import rules_of
 from kdlib.errors import ConfigError
 from kdlib.sweeps.config import WEIGHTS, SweepConfig
@@ -33,9 +36,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Base:
-    """What all trials start from: the base config as it stands in its file, and what the sweep changes in
-    all of them.
-    """
+    """What all trials start from: the base config as its file has it, and the sweep's own overrides."""
 
     sweep: str
     file: str
@@ -50,24 +51,18 @@ class Base:
         Raises:
             ConfigError: they make no sound config.
         """
-        resolved = configs.parse(
-            self.raw, spelt_out({**self.overrides, **parameters}), smoke=self.smoke, name=self.file
-        )
-        every = {
-            name: parameters.get(name, found(resolved, name))
-            for name in dict.fromkeys([*self.parameters, *parameters])
-        }
-        return Trial(f"{self.sweep}_{digest(resolved)}", every, resolved)
+        changes = spelt_out({**self.overrides, **parameters})
+        config = configs.parse(self.raw, changes, smoke=self.smoke, name=self.file)
+        names = dict.fromkeys([*self.parameters, *parameters])
+        every = {name: parameters.get(name, _found(config, name)) for name in names}
+        return Trial(f"{self.sweep}_{digest(config)}", every, config)
 
     def command(self, parameters: Mapping[str, Any]) -> str:
         """The `kd run` that makes the same run by itself."""
-        changes = spelt_out({**self.overrides, **parameters})
-        words = [
-            word
-            for name, value in changes.items()
-            for word in ("-o", f"{name}={json.dumps(value, ensure_ascii=False)}")
-        ]
-        return shlex.join(["kd", "run", self.file, *["--smoke"] * self.smoke, *words])
+        words = ["kd", "run", self.file, *["--smoke"] * self.smoke]
+        for name, value in spelt_out({**self.overrides, **parameters}).items():
+            words += ["-o", f"{name}={json.dumps(value, ensure_ascii=False)}"]
+        return shlex.join(words)
 
 
 def base_of(
@@ -78,22 +73,13 @@ def base_of(
     smoke: bool = False,
     overrides: Mapping[str, Any] | None = None,
 ) -> Base:
-    """Read the base config; a relative path means the same as in every config: seen from the project's
-    folder, `root`.
-    """
-    file = root / settings.base
-    raw = read_yaml(configs.read_text(file), settings.base)
-    return Base(
-        sweep,
-        settings.base,
-        raw,
-        settings.small or smoke,
-        {**settings.overrides, **(overrides or {})},
-        settings.parameters,
-    )
+    """Read the base config; its path, as all in a config, is seen from the project's folder, `root`."""
+    raw = configs.read_yaml(configs.read_text(root / settings.base), settings.base)
+    changes = {**settings.overrides, **(overrides or {})}
+    return Base(sweep, settings.base, raw, settings.small or smoke, changes, settings.parameters)
 
 
-def found(config: Config, name: str) -> Any:
+def _found(config: Config, name: str) -> Any:
     """What a config has at this dotted name; None where it says nothing."""
     value: Any = config.as_dict()
     for part in name.split(":")[0].split("."):
@@ -130,22 +116,19 @@ def spelt_out(parameters: Mapping[str, Any]) -> dict[str, Any]:
 def combinations(settings: SweepConfig) -> list[dict[str, Any]]:
     """The settings of every trial, but of a search: there the first is known only when the sweep begins."""
     if settings.grid:
-        return [
-            dict(zip(settings.grid, values, strict=True))
-            for values in itertools.product(*settings.grid.values())
-        ]
+        every = itertools.product(*settings.grid.values())
+        return [dict(zip(settings.grid, values, strict=True)) for values in every]
     if settings.listed:
         return [dict(parameters) for parameters in settings.listed]
     if settings.random:
-        generator = random.Random(settings.random.seed)
+        generator, space = random.Random(settings.random.seed), settings.random.space.items()
         return [
-            {name: drawn(generator, draw) for name, draw in settings.random.space.items()}
-            for _ in range(settings.random.trials)
+            {name: _drawn(generator, draw) for name, draw in space} for _ in range(settings.random.trials)
         ]
     return []
 
 
-def drawn(generator: random.Random, draw: Mapping[str, Sequence]) -> Any:
+def _drawn(generator: random.Random, draw: Mapping[str, Sequence]) -> Any:
     """One value of a setting of the space."""
     ((kind, values),) = draw.items()
     if kind == "choice":
@@ -153,56 +136,53 @@ def drawn(generator: random.Random, draw: Mapping[str, Sequence]) -> Any:
     if kind == "integer":
         return generator.randint(*values)
     if kind == "uniform":
-        return short(generator.uniform(*values))
-    return short(math.exp(generator.uniform(*map(math.log, values))))
+        return _rounded(generator.uniform(*values))
+    return _rounded(math.exp(generator.uniform(*map(math.log, values))))
 
 
-def short(value: float) -> float:
+def _rounded(value: float) -> float:
     """With so many digits as one reads."""
     return float(f"{value:.{DIGITS}g}")
+
+
+def first_of(space: Mapping[str, Mapping[str, Sequence]]) -> dict[str, Any]:
+    """One point of a space: the first value of each draw."""
+    return {name: next(iter(draw.values()))[0] for name, draw in space.items()}
 
 
 def expanded(settings: SweepConfig, base: Base) -> tuple[list[Trial], list[str]]:
     """All trials, each config once, and a line for each that would have been a second.
 
+    Of a search there are none yet; the ends of each of its ranges stand for its trials, and are tried.
+
     Raises:
         ConfigError: trials that make no sound config: all of them in one message.
     """
-    trials, repeated, faults = {}, [], []
-    for parameters in combinations(settings):
+    known, tried = combinations(settings), []
+    if settings.search:
+        first, space = first_of(settings.search.space), settings.search.space
+        tried = [{**first, name: end} for name, draw in space.items() for end in next(iter(draw.values()))]
+    trials: dict[str, Trial] = {}
+    repeated, faults = [], []
+    for parameters in known or tried:
         try:
             trial = base.trial(parameters)
         except ConfigError as error:
             faults.append(f"{described(parameters)}: {error}")
             continue
-        if trial.run in trials:
-            repeated.append(
-                f"{described(parameters)}: the same config as {described(trials[trial.run].parameters)}; run "
-                "once"
-            )
-        trials.setdefault(trial.run, trial)
-        if settings.metric not in rules_of(trial.config).held:
+        rules = rules_of(trial.config)
+        if settings.metric not in rules.held:
             faults.append(
                 f"{described(parameters)}: metric: found {settings.metric}, which a comparison of "
-                f"{rules_of(trial.config).name} has not; "
-                f"it is one of {', '.join(rules_of(trial.config).held)}"
+                f"{rules.name} has not; it is one of {', '.join(rules.held)}"
             )
-    faults += [f"{described(corner)}: {error}" for corner, error in _unsound_corners(settings, base)]
+        if trial.run in trials:
+            same = described(trials[trial.run].parameters)
+            repeated.append(f"{described(parameters)}: the same config as {same}; run once")
+        trials.setdefault(trial.run, trial)
     if faults:
         raise ConfigError(f"{len(faults)} of the trials cannot be run:\n" + "\n".join(faults))
-    return list(trials.values()), repeated
-
-
-def _unsound_corners(settings: SweepConfig, base: Base) -> Iterator[tuple[dict[str, Any], ConfigError]]:
-    """A search's trials are not known before: the ends of each of its ranges stand for them."""
-    space = settings.search.space if settings.search else {}
-    first = {name: next(iter(draw.values()))[0] for name, draw in space.items()}
-    corners = [{**first, name: value} for name, draw in space.items() for value in next(iter(draw.values()))]
-    for corner in corners:
-        try:
-            base.trial(corner)
-        except ConfigError as error:
-            yield corner, error
+    return (list(trials.values()), repeated) if known else ([], [])
 
 
 def described(parameters: Mapping[str, Any]) -> str:
@@ -211,7 +191,7 @@ def described(parameters: Mapping[str, Any]) -> str:
 
 
 def plain(value: Any) -> str:
-    """A setting's value as one writes it: 0.001, kd: 0.7, ce: 0.3."""
+    """A setting's value as one writes it: 0.001, {kd: 0.7, ce: 0.3}."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{name}: {plain(inner)}" for name, inner in value.items()) + "}"
     if isinstance(value, list):
@@ -219,3 +199,99 @@ def plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+class Search:
+    """The trials of a search, one at a time: optuna proposes each from how the earlier ones did.
+
+    The runs' files are what it remembers: a search started again is told all finished trials and goes on.
+    """
+
+    def __init__(
+        self, settings: SweepConfig, base: Base, earlier: Sequence[tuple[Mapping[str, Any], float | None]]
+    ) -> None:
+        """
+        Args:
+            earlier: parameters and metric of the trials of an earlier start; without a metric where they are
+                to be run again.
+
+        Raises:
+            ConfigError: optuna is not installed.
+        """
+        self.optuna, search = _optuna(), settings.search
+        self.base, self.space, self.left = base, search.space, search.trials - len(earlier)
+        self.draws = {name: self._distribution(draw) for name, draw in search.space.items()}
+        sampler = self.optuna.samplers.TPESampler(seed=search.seed + len(earlier), constant_liar=True)
+        direction = "maximize" if settings.higher_is_better else "minimize"
+        self.study = self.optuna.create_study(direction=direction, sampler=sampler)
+        self.again = deque(base.trial(parameters) for parameters, value in earlier if value is None)
+        self.asked: dict[str, Any] = {}  # optuna's own trials, by the run's name
+        self.values: dict[str, float | None] = {}
+        for parameters, value in earlier:
+            if value is not None:
+                self._remember(base.trial(parameters), value)
+
+    def next(self) -> Trial | None:
+        """The next trial; None where there are as many as were asked for."""
+        if self.again:
+            return self.again.popleft()
+        while self.left > 0:
+            self.left -= 1
+            asked = self.study.ask(self.draws)
+            proposed = {name: _value(draw, asked.params[name]) for name, draw in self.space.items()}
+            trial = self.base.trial(proposed)
+            if trial.run not in self.asked and trial.run not in self.values:
+                self.asked[trial.run] = asked
+                return trial
+            self._answer(asked, self.values.get(trial.run))  # proposed again: it is run once
+        return None
+
+    def told(self, trial: Trial, value: float | None) -> None:
+        """How a trial did; None where it failed."""
+        if trial.run in self.asked:
+            self.values[trial.run] = value
+            self._answer(self.asked.pop(trial.run), value)
+        elif value is not None:
+            self._remember(trial, value)
+
+    def ahead(self) -> list[str]:
+        """The runs still to come, as far as they are known."""
+        return [trial.run for trial in self.again] + ["not chosen yet"] * self.left
+
+    def _answer(self, asked: Any, value: float | None) -> None:
+        self.study.tell(asked, value, state=None if value is not None else self.optuna.trial.TrialState.FAIL)
+
+    def _remember(self, trial: Trial, value: float) -> None:
+        self.values[trial.run] = value
+        given = {name: trial.parameters[name] for name in self.space}
+        params = {n: json.dumps(v) if "choice" in self.space[n] else v for n, v in given.items()}
+        known = self.optuna.trial.create_trial(params=params, distributions=self.draws, value=value)
+        self.study.add_trial(known)
+
+    def _distribution(self, draw: Mapping[str, Sequence]) -> Any:
+        ((kind, values),) = draw.items()
+        of = self.optuna.distributions
+        if kind == "choice":
+            return of.CategoricalDistribution([json.dumps(value) for value in values])
+        if kind == "integer":
+            return of.IntDistribution(*values)
+        return of.FloatDistribution(*values, log=kind == "log_uniform")
+
+
+def _value(draw: Mapping[str, Sequence], proposed: Any) -> Any:
+    """What optuna proposed, as a setting: short numbers within the range, choices out of their JSON."""
+    ((kind, values),) = draw.items()
+    if kind == "choice":
+        return json.loads(proposed)
+    return proposed if kind == "integer" else min(max(_rounded(proposed), values[0]), values[1])
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError:
+        raise ConfigError(
+            'a sweep with `search` needs optuna; run: pip install "kdlib[sweep]", or take `random`'
+        ) from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna

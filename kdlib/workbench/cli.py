@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from kdlib.config import run as configs
-from kdlib.config.run import pairs
+from kdlib.config.run import Config, pairs
 from kdlib.errors import ConfigError, KdlibError
 from kdlib.runs import folder as runs
 from kdlib.workbench.cli_checks import checks
@@ -23,6 +23,8 @@ from kdlib.workbench.cli_options import (
     Smoke,
     folders,
 )
+
+BYTES = 4  # of a weight on disk
 
 app = typer.Typer(
     help="kdlib: knowledge distillation of language models, seen term by term.",
@@ -195,27 +197,27 @@ def sweep(
     """Run what FILE lists over its base config, some side by side, and render their report; again: go on
     where it stopped.
     """
-    from kdlib.sweeps import config as settings, run as conduct
+    from kdlib.reports import index, run as report
+    from kdlib.sweeps.config import SweepConfig
+    from kdlib.sweeps.run import Order, run_sweep
 
     root, reports = folders(runs_folder, reports_folder)
-    found = configs.load(file, kind=settings.SweepConfig)
-    file, _ = os.path.relpath(file, runs.project_root()), os.chdir(runs.project_root())
-    command = shlex.join(["kd", *sys.argv[1:]])
-    conduct.conduct(
-        found,
-        conduct.Order(
-            name=name or Path(file).stem + "-smoke" * (smoke and not found.small),
-            file=file,
-            command=command,
-            smoke=smoke,
-            overrides=dict(pairs(override or [])),
-            jobs=jobs or found.jobs,
-            root=root,
-            reports=reports,
-            forecast=not no_forecast,
-        ),
-        dry_run=dry_run,
+    settings = configs.load(file, kind=SweepConfig)
+    order = Order(
+        name=name or Path(file).stem + "-smoke" * (smoke and not settings.small),
+        file=os.path.relpath(file, runs.project_root()),
+        command=_command(),
+        smoke=smoke,
+        overrides=dict(pairs(override or [])),
+        jobs=jobs or settings.jobs,
+        root=root,
+        reports=reports,
+        render_run=report.render,
+        render_index=index.render_index,
+        forecast=None if no_forecast else _cost,
     )
+    os.chdir(runs.project_root())
+    run_sweep(settings, order, dry_run=dry_run)
 
 
 @app.command()
@@ -226,16 +228,14 @@ def report(
 ) -> None:
     """Render the report of RUN again, from its files."""
     from kdlib.reports import index as overview, run as reports
-    from kdlib.sweeps import report as sweep_page, results as reading
+    from kdlib.sweeps import report as sweep_report, results as sweeps
 
     root, folder = folders(runs_folder, reports_folder)
     root, name = runs.locate(run, root)
-    is_sweep = reading.exists(root, name)
-    page = (
-        sweep_page.render(reading.Sweep(root / name), folder)
-        if is_sweep
-        else reports.render(runs.open_run(root, name), folder)
-    )
+    if sweeps.exists(root, name):
+        page = sweep_report.render(sweeps.Sweep(root / name), folder)
+    else:
+        page = reports.render(runs.open_run(root, name), folder)
     overview.render_index(root, folder)
     print(f"report: {os.path.relpath(page)}")
 
@@ -282,8 +282,8 @@ def _entered(config: str, override: list[str] | None, *, smoke: bool) -> dict[st
 
 
 def _created(root: Path, name: str, config: Any, given: Mapping[str, Any]) -> runs.Run:
-    command = shlex.join(["kd", *sys.argv[1:]])
-    return runs.create(root, name, config, config_file=given["config"], smoke=given["smoke"], command=command)
+    origin = {"config_file": given["config"], "smoke": given["smoke"], "command": _command()}
+    return runs.create(root, name, config, **origin)
 
 
 def _through(
@@ -297,6 +297,21 @@ def _through(
         run, {**given, "run": folder}, reports_folder=reports, kernels=kernels, names=notebooks
     )
     print(f"report: {os.path.relpath(page)}    index: {os.path.relpath(reports / 'index.html')}")
+
+
+def _cost(config: Config) -> Any:
+    """What a run of a sweep takes: memory by tensors without data, time by a few real steps."""
+    from kdlib.diagnostics import measurement, memory
+    from kdlib.sweeps.run import Cost
+
+    found = memory.forecast(config)
+    seconds = measurement.measured(config).seconds
+    weights = BYTES * found.parameters["student"]
+    return Cost(seconds, found.peak, found.peak * (1 + memory.MARGIN), found.free, weights)
+
+
+def _command() -> str:
+    return shlex.join(["kd", *sys.argv[1:]])
 
 
 def _parameters(texts: list[str]) -> dict:
