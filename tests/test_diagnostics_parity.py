@@ -214,7 +214,7 @@ def test_features_compared_across_rows_fail_where_rows_are_put_together(raw_conf
 def test_an_error_in_a_later_phase_is_found_there(raw_config, monkeypatch):
     right = features.hidden_distance
     monkeypatch.setattr(
-        "kdlib.losses.objective.hidden_distance", lambda s, t, **how: right(s, t, **how) + 0.01
+        "kdlib.losses.features.hidden_distance", lambda s, t, **how: right(s, t, **how) + 0.01
     )
     found = table({**raw_config, "loss": {"weights": {"kd": 1.0}, **CONFIGS["curriculum"]}})
     assert list(found[found["result"] == "fail"]["compared"]) == [

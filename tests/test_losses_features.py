@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from kdlib.errors import ModelError
 from kdlib.losses.features import (
+    FEATURE_TERMS,
     attention_divergence,
     contrastive_loss,
     hidden_distance,
@@ -18,7 +19,7 @@ from kdlib.losses.features import (
     projections,
     relational_distance,
 )
-from kdlib.losses.objective import FEATURE_TERMS, Objective, ledger
+from kdlib.losses.objective import Objective, ledger
 from kdlib.losses.signals import DenseSignal, Features
 from kdlib.models.hooks import attend_eagerly, captured_layers
 from kdlib.schedulers import constant

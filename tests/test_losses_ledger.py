@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kdlib.config.loss import DIVERGENCES, TEMPERATURES, TERM_NAMES
-from kdlib.losses.divergences import FORMULAS, chosen
+from kdlib.losses.divergences import KNOWN, chosen
 from kdlib.losses.ledger import Entry, Ledger, LedgerWindow, breach
 from kdlib.losses.objective import EVAL_TERMS, TERMS, Objective, ledger
 from kdlib.losses.signals import DenseSignal
@@ -114,7 +114,7 @@ def test_the_config_knows_the_objectives_terms():
 
 
 def test_the_config_knows_the_divergences_and_their_options():
-    known = {function.__name__: tuple(signature(function).parameters)[2:] for function in FORMULAS}
+    known = {name: tuple(signature(function).parameters)[2:] for name, (function, _) in KNOWN.items()}
     assert known == DIVERGENCES
 
 

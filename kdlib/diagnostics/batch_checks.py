@@ -11,7 +11,8 @@ import torch
 from kdlib.diagnostics.config_checks import AUTO
 from kdlib.diagnostics.context import Subject
 from kdlib.diagnostics.findings import Finding
-from kdlib.losses.objective import FEATURE_TERMS, log_probs
+from kdlib.losses.features import FEATURE_TERMS
+from kdlib.losses.objective import log_probs
 from kdlib.schedulers import SHAPES, breakpoints, from_spec
 
 UNIFORM = 0.9  # of log V: the entropy above which a teacher says next to nothing

@@ -15,7 +15,8 @@ from kdlib.diagnostics.allocations import Allocations, Block
 from kdlib.diagnostics.fake_step import PHASES, Outline, Rehearsal, at_layers, bytes_of
 from kdlib.hardware import as_asked
 from kdlib.losses.buffers import Workspace
-from kdlib.losses.objective import ObjectiveAt, feature_terms
+from kdlib.losses.features import feature_terms
+from kdlib.losses.objective import ObjectiveAt
 from kdlib.models.hooks import layers_of
 from kdlib.models.loading import parameters
 from kdlib.training.run import listen, objective_of

@@ -10,7 +10,7 @@ from kdlib import hardware as cpu
 from kdlib.config.loss import LossConfig
 from kdlib.diagnostics.context import Subject
 from kdlib.diagnostics.findings import Finding
-from kdlib.losses.objective import feature_terms
+from kdlib.losses.features import feature_terms
 from kdlib.models.loading import device_of
 
 AUTO = {"precision": "auto"}

@@ -11,7 +11,7 @@ from kdlib.diagnostics.findings import Finding
 from kdlib.diagnostics.memory import forecast, verdict
 from kdlib.diagnostics.remedies import remedies
 from kdlib.errors import ModelError
-from kdlib.losses.objective import feature_terms
+from kdlib.losses.features import feature_terms
 from kdlib.models.student import check_pair
 
 # with it `check_pair` looks at everything but positions, which have a check of their own

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from kdlib.diagnostics.context import Subject
 from kdlib.diagnostics.findings import Finding
-from kdlib.losses.objective import FEATURE_TERMS
+from kdlib.losses.features import FEATURE_TERMS
 from kdlib.schedulers import from_spec
 
 REACHED = 0.5  # of training.learning_rate that the course must get to

@@ -1,10 +1,9 @@
-"""What the chunked losses keep between steps: two buffers of logits, and the compiled arithmetic on their
-rows.
-"""
+"""What the chunked losses keep between steps: two buffers of logits, and the compiled arithmetic on rows."""
 
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,28 +13,25 @@ from kdlib.hardware import device_memory
 from kdlib.losses.signals import Form, Signal
 
 PIECE, LEAST = 64, 8  # rows worked on at a time on a CPU, at most and at least; what is compiled
-# bytes of both models' logits in a piece: its passes then find them in a core's own caches, not in memory
-CACHED = 8 * 2**20
+CACHED = 8 * 2**20  # bytes of both models' logits in a piece, which a core's own caches hold between passes
 LINE, PAGE = 64, 4096  # bytes of a CPU's cache line, and of a page of its memory
 CPU_BUDGET, BUDGET = 256 * 2**20, 2**30  # bytes of logits, student's and teacher's, at most
+Sums = Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor], Tensor]
+"""(products [n, V], the teacher's or None, targets [n], temperatures [terms], weights [terms]) -> sums."""
 log = logging.getLogger(__name__)
 
 
 class Workspace:
-    """Buffers for the logits of one chunk, student's and teacher's, and the row arithmetic between the matrix
-    products.
+    """Buffers for the logits of one chunk, student's and teacher's, and the arithmetic on their rows.
 
-    Keeping the buffers spares the page faults of fresh memory at each step.  One workspace serves one
-    training.
+    Keeping the buffers spares the page faults of fresh memory at each step.  One serves one training.
     """
 
     def __init__(self, chunk: int | None = None, *, compiled: bool = False) -> None:
         """
         Args:
-            chunk: tokens whose logits exist at a time; chosen from vocabulary, dtype and free memory where
-                None.
-            compiled: compile the row arithmetic (seconds to half a minute, once); needs a C++ compiler on a
-                CPU.
+            chunk: tokens whose logits exist at a time; by vocabulary, dtype and free memory where None.
+            compiled: compile the row arithmetic (seconds to half a minute, once); a CPU needs a C++ compiler.
         """
         self.chunk, self.compiled = chunk, compiled
         self._buffers: dict[str, Tensor] = {}
@@ -54,35 +50,17 @@ class Workspace:
         """The student's and the teacher's raw products with their heads for these rows, in the kept buffers.
 
         Returns:
-            [n or more, V] each: whole pieces where the arithmetic is compiled, so that it sees one shape
-            only.
+            [n or more, V] each: whole pieces where the arithmetic is compiled, so that it sees one shape.
         """
-        tokens = rows.stop - rows.start
-        needed = max(-(-tokens // PIECE), 1) * PIECE if self.compiled else tokens
-        pair = []
-        for name, signal in (("student", student), ("teacher", teacher)):
-            buffer = None if signal is None else self._buffer(name, needed, signal)
-            if signal is not None:
-                signal.write(buffer[:tokens], rows)
-            pair.append(buffer)
-        return tuple(pair)
+        theirs = None if teacher is None else self._product("teacher", teacher, rows)
+        return self._product("student", student, rows), theirs
 
-    def rows(
-        self, functions: Sequence[Callable], student: Form, teacher: Form | None
-    ) -> Callable[..., Tensor]:
-        """The arithmetic on a chunk: [terms] sums; the student's products are overwritten by the gradient.
-
-        The function returned takes what `products` gave, targets [n], temperatures [terms] and weights
-        [terms].
-        """
+    def rows(self, functions: Sequence[Callable], student: Form, teacher: Form | None) -> Sums:
+        """The arithmetic on a chunk: [terms] sums; the student's products are overwritten by the gradient."""
         return _by_pieces(self.arithmetic(functions, student, teacher), self.piece)
 
-    def arithmetic(
-        self, functions: Sequence[Callable], student: Form, teacher: Form | None
-    ) -> Callable[..., Tensor]:
-        """What is done with one piece of a chunk: [terms, n] values; the student's products are
-        overwritten.
-        """
+    def arithmetic(self, functions: Sequence[Callable], student: Form, teacher: Form | None) -> Sums:
+        """The same on one piece of a chunk: [terms, n] values."""
         return (_compiled if self.compiled else _row_arithmetic)(tuple(functions), student, teacher)
 
     def piece(self, products: Tensor) -> int:
@@ -92,32 +70,36 @@ class Workspace:
         fit = CACHED // (2 * products.shape[1] * products.element_size())
         return min(max(1 << max(fit.bit_length() - 1, 0), LEAST), PIECE)
 
+    def _product(self, name: str, signal: Signal, rows: slice) -> Tensor:
+        tokens = rows.stop - rows.start
+        buffer = self._buffer(name, max(-(-tokens // PIECE), 1) * PIECE if self.compiled else tokens, signal)
+        signal.write(buffer[:tokens], rows)
+        return buffer
+
     def _buffer(self, name: str, tokens: int, signal: Signal) -> Tensor:
         """[tokens, V] of the kept memory, which grows where it must."""
-        kept, like = self._buffers.get(name), {"dtype": signal.dtype, "device": signal.device}
-        width = row_width(signal.vocabulary, signal.dtype.itemsize, signal.device)
-        if kept is None or kept.numel() < tokens * width or (kept.dtype, kept.device) != tuple(like.values()):
-            self._buffers[name] = kept = torch.zeros(tokens * width, **like)  # zeros: padding must not be nan
+        kept, dtype, device = self._buffers.get(name), signal.dtype, signal.device
+        width = row_width(signal.vocabulary, dtype.itemsize, device)
+        if kept is None or kept.numel() < tokens * width or (kept.dtype, kept.device) != (dtype, device):
+            # zeros: padding must not be nan
+            self._buffers[name] = kept = torch.zeros(tokens * width, dtype=dtype, device=device)
         return kept[: tokens * width].view(tokens, width)[:, : signal.vocabulary]
 
 
 def row_width(vocabulary: int, itemsize: int, device: torch.device) -> int:
-    """Elements from one row of logits to the next: V, and on a CPU a cache line more where V fills whole
-    pages.
+    """Elements from one row of logits to the next: V, on a CPU a cache line more where V fills whole pages.
 
     Rows whole pages apart begin in the same few sets of the caches, and a product that writes a tile of many
     rows evicts itself.
     """
-    return vocabulary + (
-        LINE // itemsize if device.type == "cpu" and vocabulary * itemsize % PAGE == 0 else 0
-    )
+    fills_pages = device.type == "cpu" and vocabulary * itemsize % PAGE == 0
+    return vocabulary + (LINE // itemsize if fills_pages else 0)
 
 
 def chunk_tokens(vocabulary: int, itemsize: int, device: torch.device, *, free: int | None = None) -> int:
-    """How many tokens' logits to make at a time: a multiple of 64, as many as an eighth of the free memory
-    holds, in bounds.
+    """Tokens whose logits to make at a time: as many as an eighth of the free memory holds, in bounds.
 
-    More make the products a little faster, up to a few hundred; memory grows in proportion.
+    A multiple of 64.  More make the products a little faster, up to a few hundred; memory grows with them.
 
     Args:
         free: bytes of the device; those that are free now where None.
@@ -128,7 +110,7 @@ def chunk_tokens(vocabulary: int, itemsize: int, device: torch.device, *, free: 
     return max(budget // (2 * vocabulary * itemsize) // PIECE, 1) * PIECE
 
 
-def _by_pieces(arithmetic: Callable, piece: Callable[[Tensor], int]) -> Callable[..., Tensor]:
+def _by_pieces(arithmetic: Sums, piece: Callable[[Tensor], int]) -> Sums:
     """The same arithmetic done piece by piece, and summed over the rows that are tokens."""
 
     def sums(
@@ -137,31 +119,20 @@ def _by_pieces(arithmetic: Callable, piece: Callable[[Tensor], int]) -> Callable
         size, padded, values = piece(products), F.pad(targets, (0, len(products) - len(targets))), []
         for start in range(0, max(len(products), 1), size):
             rows = slice(start, start + size)
-            values.append(
-                arithmetic(
-                    products[rows],
-                    None if others is None else others[rows],
-                    padded[rows],
-                    temperatures,
-                    weights,
-                )
-            )
+            theirs = None if others is None else others[rows]
+            values.append(arithmetic(products[rows], theirs, padded[rows], temperatures, weights))
         return torch.cat(values, -1)[:, : len(targets)].sum(-1)
 
     return sums
 
 
-def _row_arithmetic(
-    functions: Sequence[Callable], student: Form, teacher: Form | None
-) -> Callable[..., Tensor]:
-    """Values [terms, n] of n rows; the student's products are overwritten by the gradient of sum(weights
-    * values).
-    """
+def _row_arithmetic(functions: Sequence[Callable], student: Form, teacher: Form | None) -> Sums:
+    """[terms, n] values of n rows; the gradient of sum(weights * values) takes the place of the products."""
 
     def arithmetic(
         products: Tensor, others: Tensor | None, targets: Tensor, temperatures: Tensor, weights: Tensor
     ) -> Tensor:
-        teacher_logits = None if others is None else teacher.logits(others)
+        teacher_logits = None if others is None or teacher is None else teacher.logits(others)
 
         def values_of(products: Tensor) -> Tensor:
             logits = student.logits(products)
@@ -169,7 +140,7 @@ def _row_arithmetic(
                 [f(logits, teacher_logits, targets, temperatures[i]) for i, f in enumerate(functions)]
             )
 
-        values, gradient_of = torch.func.vjp(values_of, products)
+        values, gradient_of, *_ = torch.func.vjp(values_of, products)
         (gradient,) = gradient_of(weights[:, None].expand_as(values).contiguous())
         products.copy_(gradient)
         return values
@@ -178,7 +149,7 @@ def _row_arithmetic(
 
 
 @cache
-def _compiled(functions: tuple[Callable, ...], student: Form, teacher: Form | None) -> Callable[..., Tensor]:
+def _compiled(functions: tuple[Callable, ...], student: Form, teacher: Form | None) -> Sums:
     """The arithmetic compiled, or as it is where the compiler cannot; the log says so."""
     eager = _row_arithmetic(functions, student, teacher)
     # counts what was compiled for every objective of this process, as all share one code
@@ -186,7 +157,7 @@ def _compiled(functions: tuple[Callable, ...], student: Form, teacher: Form | No
     limits.recompile_limit = max(limits.recompile_limit, 64)
     chosen = torch.compile(eager, fullgraph=True)
 
-    def arithmetic(*arguments: Tensor) -> Tensor:
+    def arithmetic(*arguments: Any) -> Tensor:
         nonlocal chosen
         try:
             return chosen(*arguments)

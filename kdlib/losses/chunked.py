@@ -17,14 +17,12 @@ from kdlib.losses.buffers import Workspace
 from kdlib.losses.signals import LinearSignal, Signal
 
 TokenFunction = Callable[[Tensor, Tensor | None, Tensor, Tensor | float], Tensor]
-"""(student logits [n, V], teacher logits [n, V] or None, targets [n], temperature) -> [n] per-token
-values.
-"""
+"""(student logits [n, V], teacher's [n, V] or None, targets [n], temperature) -> [n] per-token values."""
 
 
 @dataclass(frozen=True)
 class Weighted:
-    """One term of an objective at one moment, as the head sees it."""
+    """One term of an objective, its weight and temperature of now, as the head sees it."""
 
     function: TokenFunction
     weight: float = 1.0
@@ -39,29 +37,24 @@ def token_values(
     terms: Sequence[Weighted],
     chunk: int | None = None,
 ) -> Tensor:
-    """Every term's value for every kept token, unweighted, as plain differentiable code: the reference, and
-    how to evaluate.
+    """Every term's value for every kept token, unweighted: plain differentiable code, and how to evaluate.
 
     Args:
         student: N kept tokens.
         teacher: the same N tokens, or None where no term asks for it.
         targets: [N] token ids.
-        chunk: tokens whose logits are made at a time; all at once where None.  Under autograd all are kept
-            for backward.
+        chunk: tokens whose logits are made at a time; all at once where None.  Autograd keeps them all.
 
     Returns:
         [terms, N] in float32, or float64 for float64 logits.
     """
-    student, teacher = (
-        signal.cast() if isinstance(signal, LinearSignal) else signal for signal in (student, teacher)
-    )
-    parts = []
+    student, teacher, parts = _cast(student), None if teacher is None else _cast(teacher), []
     for rows in _chunks(len(student), chunk or len(student)):
-        logits = None if teacher is None else _teacher_logits(teacher, rows)
+        with torch.no_grad():
+            theirs = None if teacher is None else teacher.logits(rows)
         ours = student.logits(rows)
-        parts.append(
-            torch.stack([term.function(ours, logits, targets[rows], term.temperature) for term in terms])
-        )
+        values = [term.function(ours, theirs, targets[rows], term.temperature) for term in terms]
+        parts.append(torch.stack(values))
     return torch.cat(parts, dim=-1)
 
 
@@ -74,12 +67,10 @@ def term_sums(
     count: Tensor | int = 1,
     workspace: Workspace | None = None,
 ) -> Tensor:
-    """Every term's sum over the kept tokens: chunked where the student is a LinearSignal, dense where it is
-    not.
+    """Every term's sum over the kept tokens: chunked where the student is a LinearSignal, dense elsewhere.
 
     Args:
-        student: N kept tokens; gradient flows into a LinearSignal's hidden, weight and bias, or a
-            DenseSignal's logits.
+        student: N kept tokens; gradient flows into a LinearSignal's hidden, weight and bias, or into logits.
         teacher: the same N tokens, or None; no gradient flows into it.
         terms: weights not 0.
         count: a chunked gradient is that of `sum(weight * sum) / count`: back-propagate a multiple of that
@@ -90,41 +81,29 @@ def term_sums(
         [terms] sums; 0 where nothing is kept.
 
     Raises:
-        RuntimeError: on backward, when the sums were combined with other weights, or when a second derivative
-            is asked for.
+        RuntimeError: on backward, where the sums were combined with other weights, or the gradient is to be
+            differentiated once more.
     """
     if not (isinstance(student, LinearSignal) and torch.is_grad_enabled()):
         return token_values(student, teacher, targets, terms=terms).sum(-1)
-    return _ChunkedSums.apply(
-        student.hidden,
-        student.weight,
-        student.bias,
-        student,
-        teacher,
-        targets,
-        tuple(terms),
-        count,
-        workspace or Workspace(),
-    )
+    leaves = student.hidden, student.weight, student.bias  # as arguments of their own: what autograd sees
+    how = targets, tuple(terms), count, workspace or Workspace()
+    return _ChunkedSums.apply(*leaves, student, teacher, *how)
 
 
 class _ChunkedSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, student, teacher, targets, terms, count, workspace):
-        student, teacher = student.cast(), teacher.cast() if isinstance(teacher, LinearSignal) else teacher
+        student, teacher = _cast(student), None if teacher is None else _cast(teacher)
         numbers = {"dtype": torch.promote_types(student.dtype, torch.float32), "device": hidden.device}
         temperatures = torch.tensor([term.temperature for term in terms], **numbers)
         weights = torch.tensor([term.weight for term in terms], **numbers)
-        # whose range a gradient per token would leave before the loss is scaled up
-        if student.dtype is not torch.float16:
+        if student.dtype is not torch.float16:  # whose range a gradient per token would leave unscaled
             weights = weights / torch.as_tensor(count, device=hidden.device).clamp(min=1)
-        gradients = _Gradients(
-            (hidden, weight, bias), needed=ctx.needs_input_grad[:3], products=student.dtype
-        )
+        gradients = _Gradients((hidden, weight, bias), ctx.needs_input_grad, student.dtype)
+        functions, form = [term.function for term in terms], None if teacher is None else teacher.form
         with torch.autocast(hidden.device.type, enabled=False):  # the dtype of the products is settled
-            arithmetic = workspace.rows(
-                [term.function for term in terms], student.form, None if teacher is None else teacher.form
-            )
+            arithmetic = workspace.rows(functions, student.form, form)
             sums = weights.new_zeros(len(terms))
             for rows in _chunks(len(student), workspace.chunk_for(student)):
                 products, others = workspace.products(student, teacher, rows)
@@ -139,16 +118,15 @@ class _ChunkedSums(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "term_sums made its gradient in the forward pass, so there is no second derivative; call "
-                "backward without "
-                "create_graph, or use token_values, which is plain differentiable code"
+                "backward without create_graph, or use token_values, which is plain differentiable code"
             )
         weights = ctx.weights.to(grad_sums.dtype)
         scale = (grad_sums @ weights) / (weights @ weights)
         torch._assert_async(  # no wait for the device, unlike `if`
             (grad_sums - scale * weights).abs().amax() <= 1e-4 * grad_sums.abs().amax(),
             "term_sums: its gradient was made for sum(weight * sum) / count with the weights given to it, "
-            "and the sums were "
-            "combined with others; back-propagate Ledger.total, or call it again with the weights you want",
+            "and the sums were combined with others; back-propagate Ledger.total, or call it again with the "
+            "weights you want",
         )
         if scale.device.type == "cpu" and abs(scale.item() - 1) <= 8 * torch.finfo(scale.dtype).eps:
             return *ctx.saved_tensors, *[None] * 6  # as it is: no second [V, H]
@@ -157,24 +135,26 @@ class _ChunkedSums(torch.autograd.Function):
 
 
 class _Gradients:
-    """The gradients of hidden states, head and bias, added up chunk by chunk, in the wider of an input's
-    and the products' dtype.
+    """The gradients of hidden states, head and bias, added up chunk by chunk.
+
+    In the wider of an input's and the products' dtype; None for what needs no gradient.
     """
 
     def __init__(
-        self, inputs: Sequence[Tensor | None], *, needed: Sequence[bool], products: torch.dtype
+        self, inputs: Sequence[Tensor | None], needed: Sequence[bool], products: torch.dtype
     ) -> None:
-        self.dtypes = [x.dtype if need else None for x, need in zip(inputs, needed, strict=True)]
+        self.inputs = [x if need else None for x, need in zip(inputs, needed, strict=False)]
         self.tensors = [
-            torch.empty_like(x, dtype=torch.promote_types(x.dtype, products)) if need else None
-            for x, need in zip(inputs, needed, strict=True)
+            None if x is None else torch.empty_like(x, dtype=torch.promote_types(x.dtype, products))
+            for x in self.inputs
         ]
         self.begun = False  # the first chunk writes, the others add: no pass of zeros
 
     def finished(self) -> list[Tensor | None]:
         """Each in its input's dtype."""
         return [
-            None if x is None else x.to(dtype) for x, dtype in zip(self.tensors, self.dtypes, strict=True)
+            None if made is None or x is None else made.to(x.dtype)
+            for made, x in zip(self.tensors, self.inputs, strict=True)
         ]
 
     def add(self, rows: slice, logits: Tensor, student: LinearSignal) -> None:
@@ -197,13 +177,11 @@ def _put_product(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None
         out.copy_(out + left @ right if add else left @ right)
 
 
-def _teacher_logits(teacher: Signal, rows: slice) -> Tensor:
-    with torch.no_grad():
-        return teacher.logits(rows)
+def _cast(signal: Signal) -> Signal:
+    """The head in the dtype of the products, once for all chunks."""
+    return signal.cast() if isinstance(signal, LinearSignal) else signal
 
 
 def _chunks(tokens: int, size: int) -> list[slice]:
-    """Slices that cover `tokens`; one empty slice where there are none, so that every result keeps its
-    shape and type.
-    """
+    """Slices that cover `tokens`; an empty one where there are none, so that results keep shape and type."""
     return [slice(start, min(start + size, tokens)) for start in range(0, max(tokens, 1), max(size, 1))]

@@ -6,19 +6,38 @@ Pure functions of log-probabilities; they know no mask, weight, temperature, log
     teacher_log_probs: [N, V] likewise, same vocabulary order; no gradient flows into it.
 
 and returns [N] nats (total variation: [N] from 0 to 1), >= 0 up to rounding and 0 where the two agree.  All
-raise ValueError where the two differ in shape.
+raise ValueError where the two differ in shape.  Below them: a divergence of the teacher's k likeliest tokens
+and one bucket for all the rest, or of tokens drawn from it, in place of the whole vocabulary.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
+Named = TypeVar("Named", bound=Divergence)
+KNOWN: dict[str, tuple[Divergence, str]] = {}
+"""Every divergence and its formula, by the name that a config may give; `{at}` takes the temperature.
+
+A new one is a function here, with `@divergence`: kdlib.config.loss reads names and options off this file.
+"""
 
 
+def divergence(formula: str) -> Callable[[Named], Named]:
+    """Makes a function one of the KNOWN; its keyword-only arguments are the options, numbers from 0 to 1."""
+
+    def known(function: Named) -> Named:
+        KNOWN[function.__name__] = function, formula
+        return function
+
+    return known
+
+
+@divergence("KL(teacher ‖ student; {at})")
 def forward_kl(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
     """KL(teacher || student): the student must cover everything that the teacher might say.
 
@@ -30,6 +49,7 @@ def forward_kl(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
     return _kl(teacher_log_probs, student_log_probs)
 
 
+@divergence("KL(student ‖ teacher; {at})")
 def reverse_kl(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
     """KL(student || teacher): the student must not say what the teacher would not; it may settle on one mode.
 
@@ -41,12 +61,12 @@ def reverse_kl(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
     return _kl(student_log_probs, teacher_log_probs)
 
 
+@divergence("JSD(teacher, student; {at})")
 def generalized_jsd(student_log_probs: Tensor, teacher_log_probs: Tensor, *, beta: float = 0.5) -> Tensor:
-    """From forward KL (beta = 0) over four times the Jensen-Shannon divergence (0.5) to reverse KL (beta =
-    1).
+    """From forward KL (beta 0) over four times the Jensen-Shannon divergence (0.5) to reverse KL (1).
 
-    [beta KL(teacher || m) + (1 - beta) KL(student || m)] / (beta (1 - beta)),  m = beta teacher + (1 - beta)
-    student.
+    [beta KL(teacher || m) + (1 - beta) KL(student || m)] / (beta (1 - beta)), where
+    m = beta teacher + (1 - beta) student.
 
     Agarwal et al. and TRL leave out the division: theirs is beta (1 - beta) times ours inside, tends to 0 at
     both ends, and TRL then jumps to a KL exactly there.  Ours is continuous, so that beta can be swept
@@ -63,9 +83,11 @@ def generalized_jsd(student_log_probs: Tensor, teacher_log_probs: Tensor, *, bet
     return _kl(teacher_log_probs, mixture) / (1 - beta) + _kl(student_log_probs, mixture) / beta
 
 
+@divergence("KL(teacher ‖ skewed student; {at})")
 def skewed_forward_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, *, alpha: float = 0.1) -> Tensor:
-    """KL(teacher || alpha teacher + (1 - alpha) student): forward KL whose gradient stays bounded; at most
-    -log(alpha).
+    """KL(teacher || alpha teacher + (1 - alpha) student): forward KL with a bounded gradient.
+
+    At most -log(alpha), also where the student excludes what the teacher says.
 
     Reference: Ko et al. 2024 (DistiLLM), https://arxiv.org/abs/2402.03898
     """
@@ -73,9 +95,11 @@ def skewed_forward_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, *, a
     return _kl(teacher_log_probs, _mixture(teacher_log_probs, student_log_probs, alpha))
 
 
+@divergence("KL(student ‖ skewed teacher; {at})")
 def skewed_reverse_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, *, alpha: float = 0.1) -> Tensor:
-    """KL(student || (1 - alpha) teacher + alpha student): reverse KL whose gradient stays bounded; at most
-    -log(alpha).
+    """KL(student || (1 - alpha) teacher + alpha student): reverse KL with a bounded gradient.
+
+    At most -log(alpha), also where the student says what the teacher excludes.
 
     Reference: Ko et al. 2024 (DistiLLM), https://arxiv.org/abs/2402.03898
     """
@@ -83,12 +107,12 @@ def skewed_reverse_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, *, a
     return _kl(student_log_probs, _mixture(student_log_probs, teacher_log_probs, alpha))
 
 
+@divergence("AKL(teacher, student; {at})")
 def adaptive_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, *, head: float = 0.5) -> Tensor:
-    """Forward and reverse KL, mixed by where the student is wrong: in the teacher's likely tokens or in its
-    unlikely ones.
+    """Forward and reverse KL, mixed by where the student is wrong: at the teacher's likely tokens or others.
 
     The head is the fewest of the teacher's likeliest tokens that hold a mass of `head` (and those as likely
-    as its last). Forward KL weighs by the share of |teacher - student| that lies in the head, reverse KL by
+    as its last).  Forward KL weighs by the share of |teacher - student| that lies in the head, reverse KL by
     the rest; no gradient flows into that share.
 
     Reference: Wu et al. 2024, https://arxiv.org/abs/2404.02657
@@ -97,14 +121,15 @@ def adaptive_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, *, head: f
     gap = (teacher_log_probs.exp() - student_log_probs.detach().exp()).abs()
     head_gap = (gap * _likeliest(teacher_log_probs, head)).sum(-1)
     share = head_gap / gap.sum(-1).clamp(min=torch.finfo(gap.dtype).tiny)
-    return share * _kl(teacher_log_probs, student_log_probs) + (1 - share) * _kl(
-        student_log_probs, teacher_log_probs
-    )
+    forward, reverse = _kl(teacher_log_probs, student_log_probs), _kl(student_log_probs, teacher_log_probs)
+    return share * forward + (1 - share) * reverse
 
 
+@divergence("TV(teacher, student; {at})")
 def total_variation(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-    """Half the summed difference of probabilities: the largest difference in the chance of any event; from 0
-    to 1.
+    """Half the summed difference of probabilities: the most by which the chance of any event differs.
+
+    From 0 to 1.
 
     Reference: Wen et al. 2023 (f-DISTILL), https://arxiv.org/abs/2307.15190
     """
@@ -112,23 +137,9 @@ def total_variation(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Ten
     return 0.5 * (student_log_probs.exp() - teacher_log_probs.exp()).abs().sum(-1)
 
 
-FORMULAS = {
-    forward_kl: "KL(teacher ‖ student; {at})",
-    reverse_kl: "KL(student ‖ teacher; {at})",
-    generalized_jsd: "JSD(teacher, student; {at})",
-    skewed_forward_kl: "KL(teacher ‖ skewed student; {at})",
-    skewed_reverse_kl: "KL(student ‖ skewed teacher; {at})",
-    adaptive_kl: "AKL(teacher, student; {at})",
-    total_variation: "TV(teacher, student; {at})",
-}
-"""Every divergence, and how it is written."""
-
-
 @dataclass(frozen=True)
 class WithOptions:
-    """A divergence with its options given; two of the same are equal, so that what was compiled for one
-    serves the other.
-    """
+    """A divergence with its options; two alike are equal, so what was compiled for one serves the other."""
 
     divergence: Divergence
     options: tuple[tuple[str, float], ...]
@@ -138,21 +149,18 @@ class WithOptions:
 
 
 def chosen(spec: str | Mapping[str, Mapping[str, float]]) -> tuple[Divergence, str]:
-    """The divergence of a config, `reverse_kl` or `{generalized_jsd: {beta: 0.3}}`, and its formula with
-    a place for {at}.
-    """
+    """The divergence of a config, `reverse_kl` or `{generalized_jsd: {beta: 0.3}}`, and its formula."""
     ((name, options),) = spec.items() if isinstance(spec, Mapping) else [(spec, {})]
-    function = next(function for function in FORMULAS if function.__name__ == name)
+    function, formula = KNOWN[name]
     settings = "".join(f"{option}={value:g}, " for option, value in options.items())
-    formula = FORMULAS[function].replace("{at}", settings + "{at}")
-    return WithOptions(function, tuple(options.items())) if options else function, formula
+    found = WithOptions(function, tuple(options.items())) if options else function
+    return found, formula.replace("{at}", settings + "{at}")
 
 
 def top_k_pair(
     student_log_probs: Tensor, teacher_log_probs: Tensor, k: int, *, renormalise: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Student and teacher on the teacher's top k tokens and a bucket for the tail; both are distributions
-    again.
+    """Student and teacher on the teacher's top k tokens and a bucket for the tail: distributions again.
 
     The log-probabilities are those over the full vocabulary at the temperature used, so a student that puts
     its mass outside the top k pays for it in the bucket.  A divergence of the pair is 0 where the two agree,
@@ -162,9 +170,8 @@ def top_k_pair(
     Args:
         student_log_probs, teacher_log_probs: [N, V].
         k: at least 1; V or more takes the whole vocabulary.
-        renormalise: divide by the mass of the k instead of keeping a bucket, as most tools do.  Then a
-            student with 99 % of its mass elsewhere pays nothing, as long as its ratios within the k are
-            right.
+        renormalise: divide by the mass of the k instead of keeping a bucket, as most tools do.  A student
+            with 99 % of its mass elsewhere then pays nothing, as long as its ratios within the k are right.
 
     Returns:
         [N, k + 1] each; [N, k] renormalised; [N, V] where k covers the vocabulary.
@@ -176,11 +183,14 @@ def top_k_pair(
     if k >= teacher_log_probs.shape[-1]:
         return student_log_probs, teacher_log_probs
     ids = teacher_log_probs.topk(k, dim=-1).indices
-    pair = [log_probs.gather(-1, ids) for log_probs in (student_log_probs, teacher_log_probs)]
-    if renormalise:
-        return tuple(part.log_softmax(-1) for part in pair)
-    tails = [_log_mass_outside(log_probs, ids) for log_probs in (student_log_probs, teacher_log_probs)]
-    return tuple(torch.cat([part, tail], dim=-1) for part, tail in zip(pair, tails, strict=True))
+
+    def part(log_probs: Tensor) -> Tensor:
+        likeliest = log_probs.gather(-1, ids)
+        if renormalise:
+            return likeliest.log_softmax(-1)
+        return torch.cat([likeliest, _log_mass_outside(log_probs, ids)], dim=-1)
+
+    return part(student_log_probs), part(teacher_log_probs)
 
 
 @dataclass(frozen=True)
@@ -192,15 +202,13 @@ class OnTopK:
     renormalise: bool = False
 
     def __call__(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-        return self.divergence(
-            *top_k_pair(student_log_probs, teacher_log_probs, self.k, renormalise=self.renormalise)
-        )
+        pair = top_k_pair(student_log_probs, teacher_log_probs, self.k, renormalise=self.renormalise)
+        return self.divergence(*pair)
 
 
 @dataclass(frozen=True)
 class OnSamples:
-    """An unbiased estimate of the same divergence from `count` tokens drawn from the teacher, with
-    replacement.
+    """An unbiased estimate of the same divergence from `count` tokens drawn from the teacher, put back.
 
     An f-divergence is a sum over tokens; each drawn token's summand is divided by the probability with which
     it was drawn, the teacher's own.  Value and gradient are then right on average over draws, as the
@@ -220,11 +228,9 @@ class OnSamples:
                 "another divergence"
             )
         ids = teacher_log_probs.exp().multinomial(self.count, replacement=True)
-        student, teacher = (
-            log_probs.gather(-1, ids)[..., None] for log_probs in (student_log_probs, teacher_log_probs)
-        )
-        # one summand at a time: V = 1
-        return (self.divergence(student, teacher) / teacher[..., 0].exp()).mean(-1)
+        # [N, count, 1]: one summand at a time
+        student, teacher = student_log_probs.gather(-1, ids)[..., None], teacher_log_probs.gather(-1, ids)
+        return (self.divergence(student, teacher[..., None]) / teacher.exp()).mean(-1)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -246,15 +252,14 @@ def _mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
 
 
 def _likeliest(log_probs: Tensor, mass: float) -> Tensor:
-    """[N, V] True for the fewest likeliest tokens that hold this mass: by bisection of the threshold, as a
-    sort of V costs more.
+    """[N, V] True for the fewest likeliest tokens that hold this mass.
 
-    Tokens whose log-probabilities differ by less than 3e-4 may count as equally likely.
+    By bisection of the threshold, as a sort of V costs more.  Tokens whose log-probabilities differ by less
+    than 3e-4 may count as equally likely.
     """
     probs = log_probs.exp()
-    low = torch.full_like(
-        log_probs[..., :1], math.log((1 - mass) / log_probs.shape[-1]) - 1 if mass < 1 else -math.inf
-    )
+    lowest = math.log((1 - mass) / log_probs.shape[-1]) - 1 if mass < 1 else -math.inf
+    low = torch.full_like(log_probs[..., :1], lowest)
     high = torch.zeros_like(low)
     for _ in range(16):  # > low holds the mass, > high does not
         middle = (low + high) / 2
@@ -264,9 +269,7 @@ def _likeliest(log_probs: Tensor, mass: float) -> Tensor:
 
 
 def _log_mass_outside(log_probs: Tensor, ids: Tensor) -> Tensor:
-    """[N, 1] log of the mass of all tokens but these; -inf where there is none.  Not log(1 - mass
-    inside), which cancels.
-    """
+    """[N, 1] log of the mass of all tokens but these; -inf where none.  Not log(1 - mass), which cancels."""
     rest = log_probs.scatter(-1, ids, -math.inf)
     nothing = rest.isneginf().all(-1, keepdim=True)  # logsumexp's gradient is nan there
     return rest.masked_fill(nothing, 0.0).logsumexp(-1, keepdim=True).masked_fill(nothing, -math.inf)
@@ -276,7 +279,6 @@ def _check_shapes(student_log_probs: Tensor, teacher_log_probs: Tensor) -> None:
     if student_log_probs.shape != teacher_log_probs.shape:
         raise ValueError(
             f"student has log-probs {tuple(student_log_probs.shape)}, teacher "
-            f"{tuple(teacher_log_probs.shape)}; a divergence needs "
-            "one vocabulary and the same tokens: slice both heads to the tokenizer's size, or use a "
-            "tokenizer-free term"
+            f"{tuple(teacher_log_probs.shape)}; a divergence needs one vocabulary and the same tokens: slice "
+            "both heads to the tokenizer's size, or use a tokenizer-free term"
         )

@@ -1,25 +1,25 @@
-"""What goes on inside: hidden states and attention maps of chosen layers, student's against teacher's, token
-by token.
+"""What goes on inside: hidden states and attention maps of chosen layers, student's against teacher's.
 
-Axes: N kept tokens, H hidden, A heads, T positions.  Every function returns [N] in float32 (float64 for
-    float64 inputs), sums
-no tokens and knows no weight, so that a feature term is masked and normalised as every other term is.
+Axes: N kept tokens, H hidden, A heads, T positions.  Every function returns [N], one value per token, in
+float32 (float64 for float64 inputs); it sums no tokens and knows no weight, so that a feature term is masked
+and normalised as every other term is.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlib.losses.divergences import skewed_forward_kl
+from kdlib.losses.signals import Features
 
 LayerPairs = Sequence[tuple[int, int]]  # (student's layer, teacher's layer), counted from 0
 
 
 def hidden_distance(student: Tensor, teacher: Tensor, *, normalise: bool = True) -> Tensor:
-    """How far apart two hidden states are; 0 where they are equal (normalised: where they point the same
-    way).
+    """How far apart two hidden states are; 0 where they are equal (normalised: point the same way).
 
     Args:
         student, teacher: [N, H].
@@ -35,12 +35,11 @@ def hidden_distance(student: Tensor, teacher: Tensor, *, normalise: bool = True)
 
 
 def attention_divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """How differently two attention layers look back from a token: nats, the mean over the student's heads; 0
-    where they agree.
+    """How differently two attention layers look back from a token: nats, 0 where they agree.
 
-    KL(teacher || 0.1 teacher + 0.9 student) and not the KL itself, as attention rounds to an exact 0 in
-    places. Where head counts differ, each student head is held against the mean of the teacher's heads at its
-    place in the order.
+    The mean over the student's heads of KL(teacher || 0.1 teacher + 0.9 student); not of the KL itself, as
+    attention rounds to an exact 0 in places.  Where head counts differ, each student head is held against the
+    mean of the teacher's heads at its place in the order.
 
     Args:
         student: [N, A, T] attention probabilities.
@@ -56,16 +55,15 @@ def attention_divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def relational_distance(student: Tensor, teacher: Tensor, rows: Tensor) -> Tensor:
-    """How differently two models relate a token to the others of its row: mean squared difference of cosines,
-    from 0 to 4.
+    """How differently two models relate a token to the others of its row, from 0 to 4.
 
-    Needs no projection, as only angles within one model are compared.  0 where a row has one kept token.
+    The mean squared difference of cosines; 0 where a row has one kept token.  Needs no projection, as only
+    angles within one model are compared.
 
     Args:
         student: [N, H].
         teacher: [N, H'].
-        rows: [N] rising row numbers; tokens of other rows are not compared, so that batches may be cut
-            anywhere.
+        rows: [N] rising row numbers; tokens of other rows are not compared, so batches may be cut anywhere.
 
     Reference: Park et al. 2019 (RKD), https://arxiv.org/abs/1904.05068; Tung & Mori 2019,
         https://arxiv.org/abs/1907.09682
@@ -78,8 +76,7 @@ def relational_distance(student: Tensor, teacher: Tensor, rows: Tensor) -> Tenso
 
 
 def contrastive_loss(student: Tensor, teacher: Tensor, rows: Tensor, *, temperature: float = 0.1) -> Tensor:
-    """-log of the chance to pick the teacher's state of the same token among those of its row, by likeness:
-    InfoNCE, in nats.
+    """-log of the chance to pick the teacher's state of the same token among those of its row: InfoNCE, nats.
 
     Not 0 where the two agree, as other tokens of a row are alike too; 0 where a row has one kept token.
 
@@ -91,17 +88,52 @@ def contrastive_loss(student: Tensor, teacher: Tensor, rows: Tensor, *, temperat
     Reference: Tian et al. 2020 (CRD), https://arxiv.org/abs/1910.10699, with the negatives of the token's own
         row
     """
-    values = [
-        F.cross_entropy(
-            ours @ theirs.T / temperature, torch.arange(len(ours), device=ours.device), reduction="none"
-        )
-        for ours, theirs in _row_by_row(student, teacher, rows)
-    ]
+    values = []
+    for ours, theirs in _row_by_row(student, teacher, rows):
+        own = torch.arange(len(ours), device=ours.device)
+        values.append(F.cross_entropy(ours @ theirs.T / temperature, own, reduction="none"))
     return torch.cat(values) if values else _wide(student).sum(-1)
 
 
+@dataclass(frozen=True)
+class FeatureTerm:
+    """A term on what goes on inside: the mean, over the pairs of layers, of one of the functions above."""
+
+    per_pair: Callable[..., Tensor]  # (student's, teacher's, rows, temperature, normalise) -> [N]
+    attention: bool = False  # of the maps, not of the hidden states
+    projected: bool = False  # needs the student's states in the teacher's size
+
+    def values(self, student: Features, teacher: Features, *, temperature: float, normalise: bool) -> Tensor:
+        """[N] per-token values."""
+        states = student.projected if self.projected else student.hidden
+        ours, theirs = (student.attention, teacher.attention) if self.attention else (states, teacher.hidden)
+        pairs = zip(ours, theirs, strict=True)
+        return torch.stack(
+            [self.per_pair(a, b, student.rows, temperature, normalise) for a, b in pairs]
+        ).mean(0)
+
+
+FEATURE_TERMS = {
+    "hidden": FeatureTerm(
+        lambda a, b, rows, temperature, normalise: hidden_distance(a, b, normalise=normalise), projected=True
+    ),
+    "attention": FeatureTerm(lambda a, b, *_: attention_divergence(a, b), attention=True),
+    "relational": FeatureTerm(lambda a, b, rows, *_: relational_distance(a, b, rows)),
+    "contrastive": FeatureTerm(
+        lambda a, b, rows, temperature, _: contrastive_loss(a, b, rows, temperature=temperature),
+        projected=True,
+    ),
+}
+"""By the names that a config may weight: kdlib.config.loss lists them too."""
+
+
+def feature_terms(names: Iterable[str]) -> list[FeatureTerm]:
+    """Those of these terms that look inside the models."""
+    return [FEATURE_TERMS[name] for name in names if name in FEATURE_TERMS]
+
+
 def layer_pairs(
-    spec: str | Mapping[str, int] | Sequence[Sequence[int]], student_layers: int, teacher_layers: int
+    spec: str | Mapping[str, int] | LayerPairs, student_layers: int, teacher_layers: int
 ) -> LayerPairs:
     """Which layers are compared, counted from 0.
 
@@ -112,28 +144,23 @@ def layer_pairs(
     Raises:
         ValueError: a model has no such layer.
     """
-    if spec == "even":
+    if isinstance(spec, str):  # even
         return [(i, round((i + 1) * teacher_layers / student_layers) - 1) for i in range(student_layers)]
     if isinstance(spec, Mapping):
-        last = spec["last"]
-        pairs = [(student_layers - last + i, teacher_layers - last + i) for i in range(last)]
+        pairs = [(student_layers - i, teacher_layers - i) for i in range(spec["last"], 0, -1)]
     else:
-        pairs = [tuple(pair) for pair in spec]
-    if wrong := [
-        pair for pair in pairs if not (0 <= pair[0] < student_layers and 0 <= pair[1] < teacher_layers)
-    ]:
-        raise ValueError(
-            f"loss.features.layers {spec}: there is no pair {list(wrong[0])}; the student has layers 0 to "
-            f"{student_layers - 1}, "
-            f"the teacher 0 to {teacher_layers - 1}"
-        )
+        pairs = [(ours, theirs) for ours, theirs in spec]
+    for ours, theirs in pairs:
+        if not (0 <= ours < student_layers and 0 <= theirs < teacher_layers):
+            raise ValueError(
+                f"loss.features.layers {spec}: there is no pair {[ours, theirs]}; the student has layers 0 "
+                f"to {student_layers - 1}, the teacher 0 to {teacher_layers - 1}"
+            )
     return pairs
 
 
 def projections(pairs: LayerPairs, student_size: int, teacher_size: int) -> nn.ModuleList | None:
-    """One matrix per pair of layers from the student's size to the teacher's; None where the sizes are
-    equal.
-    """
+    """A matrix per pair of layers from the student's size to the teacher's; None where they are equal."""
     if student_size == teacher_size:
         return None
     return nn.ModuleList(nn.Linear(student_size, teacher_size, bias=False) for _ in pairs)

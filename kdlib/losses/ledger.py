@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
@@ -39,7 +41,7 @@ class Ledger:
     @property
     def total(self) -> Tensor:
         """The loss: sum of weight x sum / count.  The only place where a total is made."""
-        return sum(entry.share for entry in self.entries.values())
+        return reduce(add, [entry.share for entry in self.entries.values()])
 
     def detach(self) -> "Ledger":
         """The same figures without their graph, to be kept for the log."""

@@ -222,7 +222,7 @@ class DistillationTrainer(GuardedTrainer):
         return {
             **{f"{name}_loss": value for name, (value, _) in figures.items()},
             **{f"{name}_weight": weight for name, (_, weight) in figures.items()},
-            **{name: course(done) for name, course in self.objective.temperature_courses.items()},
+            **{name: course(done) for name, course in self.objective.temperature_schedules.items()},
             f"{self.counted}_per_s": tokens / max(self.throughput.drain(), 1e-9),
             "memory_gib": memory_gib(self.args.device),
         }
