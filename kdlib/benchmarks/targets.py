@@ -101,7 +101,7 @@ def _dashboard(results: Mapping[str, Any]) -> Iterator[Target]:
     if part := results.get("dashboard"):
         for key, what, limit in (
             ("first_s", "first drawing", 2.0),
-            ("update_s", "an update by one line", 0.5),
+            ("update_s", "an update by one line", 0.2),
         ):
             yield Target(
                 f"dashboard of {part['steps']:,} steps: {what}, s",
