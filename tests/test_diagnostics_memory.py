@@ -20,7 +20,7 @@ from kdlib.losses.buffers import Workspace
 from kdlib.models.loading import load_model, parameters
 from kdlib.models.student import shallower
 from kdlib.runs.folder import project_root
-from kdlib.training.run import training_arguments
+from kdlib.training.plan import training_arguments
 from kdlib.workbench import cli
 
 

@@ -20,7 +20,7 @@ from kdlib.models.classifier import load_classifier
 from kdlib.models.loading import parameters
 from kdlib.models.student import tokenizer_of
 from kdlib.tasks import base as tasks
-from kdlib.training.run import training_arguments, workspace_of
+from kdlib.training.plan import training_arguments, workspace_of
 
 
 @pytest.fixture(scope="module")

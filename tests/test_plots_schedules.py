@@ -16,6 +16,7 @@ from kdlib.runs import log as metrics
 from kdlib.runs.files import StudentFolder
 from kdlib.schedulers import from_spec
 from kdlib.training import run as training
+from kdlib.training.plan import training_arguments
 from kdlib.workbench.explorers import ScheduleDesigner
 
 WEIGHTS = st.sampled_from([0.0, 0.25, 0.5, 1.0])
@@ -122,7 +123,7 @@ def test_a_training_plans_the_course_that_was_designed(raw_config, tmp_path):
 @pytest.mark.parametrize("warm_up", [0, 0.1, 7, 20])
 def test_the_trainer_s_own_courses_in_our_words(raw_config, name, warm_up):
     raw_config["training"] |= {"lr_scheduler_type": name, "warmup_steps": warm_up, "max_steps": 20}
-    args = training.training_arguments(parse(raw_config), "unused")
+    args = training_arguments(parse(raw_config), "unused")
     scheduler = get_scheduler(
         name, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), args.get_warmup_steps(20), 20
     )

@@ -10,8 +10,7 @@ from kdlib.config.run import parse
 from kdlib.errors import RunError
 from kdlib.runs import folder as runs, log as metrics
 from kdlib.runs.files import StudentFolder
-from kdlib.runs.folder import Run
-from kdlib.training import checkpoints
+from kdlib.runs.folder import Run, clean
 
 
 @pytest.fixture
@@ -83,12 +82,12 @@ def test_only_a_run_that_is_done_loses_its_checkpoints(run):
     with pytest.raises(
         RunError, match="is stopped, not done: it may go on from its checkpoints with --resume"
     ):
-        checkpoints.clean(run)
+        clean(run)
     run.set_status("done")
-    assert checkpoints.clean(run) >= 2000
+    assert clean(run) >= 2000
     assert not run.checkpoints.exists()
     assert not run.baseline.checkpoints.exists()
-    assert checkpoints.clean(run) == 0
+    assert clean(run) == 0
 
 
 def test_metrics_survive_a_torn_line_and_are_cut_to_a_step(tmp_path):

@@ -14,7 +14,8 @@ from kdlib.config.run import parse
 from kdlib.models import hooks as captures
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.log import read_metrics
-from kdlib.training.run import objective_of, train
+from kdlib.training.plan import objective_of
+from kdlib.training.run import train
 
 SGD = {
     "optim": "sgd",

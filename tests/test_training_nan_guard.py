@@ -30,7 +30,7 @@ from kdlib.models.teacher import LiveTeacher
 from kdlib.runs.files import StudentFolder
 from kdlib.training.culprits import Broken, Culprit
 from kdlib.training.nan_report import Standing, put_aside, report_of
-from kdlib.training.run import objective_of, training_arguments
+from kdlib.training.plan import objective_of, training_arguments
 from kdlib.training.trainer import DistillationTrainer
 
 NAN = float("nan")

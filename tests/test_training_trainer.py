@@ -36,8 +36,9 @@ from kdlib.losses.chunked import Weighted
 from kdlib.losses.signals import kept
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.log import read_metrics
-from kdlib.training.checkpoints import last_checkpoint
-from kdlib.training.run import extent, objective_of, train, training_arguments
+from kdlib.training.callbacks import last_checkpoint
+from kdlib.training.plan import extent, objective_of, training_arguments
+from kdlib.training.run import train
 from kdlib.training.trainer import DistillationTrainer
 
 SGD = {
@@ -174,7 +175,7 @@ def test_a_step_is_the_one_written_out_by_hand(raw_config, rows, tmp_path):
 
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(raw_config, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr("test_trainer.pieces", partial(pieces, layers=range(4)))
+    monkeypatch.setattr("test_training_trainer.pieces", partial(pieces, layers=range(4)))
     change, log = trained(raw_config, rows, tmp_path, weights={"kd": 1.0}, per_device_train_batch_size=8)
     assert abs(log["kd_loss"]) < 1e-6
     assert change.norm() < 1e-12
@@ -409,7 +410,7 @@ def test_a_cpu_with_bfloat16_and_no_gpu_is_used_as_it_is(raw_config, tmp_path, m
 
 def test_a_full_disk_is_refused_before_the_first_step(raw_config, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "kdlib.training.checkpoints.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})
+        "kdlib.training.callbacks.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})
     )
     with pytest.raises(RunError, match="GiB free, but models and checkpoints of this run need"):
         full_training(raw_config, tmp_path / "run")

@@ -19,7 +19,7 @@ from kdlib.losses.features import feature_terms
 from kdlib.losses.objective import ObjectiveAt
 from kdlib.models.hooks import layers_of
 from kdlib.models.loading import parameters
-from kdlib.training.run import listen, objective_of
+from kdlib.training.plan import compared_layers, objective_of
 
 GIB = 2**30
 FRAMEWORK = {"cpu": 0.7 * GIB, "cuda": 0.6 * GIB}
@@ -93,9 +93,9 @@ class Charges:
     def __post_init__(self) -> None:
         """The two models in full, without memory: what is counted in them is exact."""
         config = self.plan.config
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):  # `listen` seeds it
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):  # `compared_layers` seeds it
             self.student, self.teacher = self.plan.blank_student(), self.plan.blank_teacher(self.dtype)
-            listen(config, self.student, self.teacher, objective_of(config))  # adds projections
+            compared_layers(config, self.student, self.teacher, objective_of(config))  # adds projections
 
     def moments(self) -> dict[str, dict[str, int]]:
         """{moment: {part: bytes}} for one device that holds everything."""

@@ -29,7 +29,7 @@ from kdlib.models.student import shallower, tokenizer_of
 from kdlib.models.teacher import LiveTeacher, insides, signal_of
 from kdlib.schedulers import Schedule, Spec, from_spec, sampled
 from kdlib.tasks import base as tasks
-from kdlib.training.run import Extent, extent, listen, objective_of, training_arguments
+from kdlib.training.plan import Extent, compared_layers, extent, objective_of, training_arguments
 
 TOKENS = 2048  # of the first batch, at most
 CHUNK = 128  # tokens whose logits exist at a time
@@ -257,7 +257,7 @@ class Subject:
     @part("loss.features.layers")
     def pairs(self) -> LayerPairs:
         """The layers that feature terms compare; the student gets the projections that they need."""
-        return listen(self.config, self.student, self.teacher.model, self.objective)
+        return compared_layers(self.config, self.student, self.teacher.model, self.objective)
 
     @part("loss.weights")
     def batch(self) -> FirstBatch:

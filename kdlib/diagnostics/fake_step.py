@@ -34,7 +34,7 @@ from kdlib.models.classifier import blank_classifier
 from kdlib.models.loading import load_config, load_tokenizer, stated_form
 from kdlib.models.student import blank_model, check_layers, even_layers, with_layers
 from kdlib.models.teacher import Inside, insides, signal_of
-from kdlib.training.run import listen, objective_of
+from kdlib.training.plan import compared_layers, objective_of
 
 PHASES = ("student's forward", "teacher's forward", "loss", "backward")
 MOMENTS = 20  # points of the training at which the objective is looked at
@@ -203,8 +203,8 @@ class Rehearsal:
         with self.device:
             self.student = plan.blank_student()
             self.teacher = plan.blank_teacher(dtype).requires_grad_(False)
-        with torch.random.fork_rng(devices=[]):  # `listen` seeds it
-            self.pairs: LayerPairs = listen(config, self.student, self.teacher, self.objective)
+        with torch.random.fork_rng(devices=[]):  # `compared_layers` seeds it
+            self.pairs: LayerPairs = compared_layers(config, self.student, self.teacher, self.objective)
         self.form: Form | None = None if dense else stated_form(self.student)
         self.teacher_form = stated_form(self.teacher)
         if self.form is None and dtype is not torch.float32:

@@ -29,6 +29,7 @@ from kdlib.models.student import tokenizer_of
 from kdlib.runs.files import StudentFolder
 from kdlib.tasks import base as tasks
 from kdlib.training import run as training
+from kdlib.training.plan import extent, training_arguments
 from kdlib.training.trainer import DistillationTrainer
 
 STEPS, MEMORY_STEPS = 5, 2  # of the five the first is not timed
@@ -54,12 +55,12 @@ def by_steps(
     config: Config, trainer: DistillationTrainer, evaluation_s: float, others: float = 0.0
 ) -> Measured:
     """From a trainer of this config that was stopped after a few steps, and an evaluation of it."""
-    args, seconds = training.training_arguments(config, Path("unused")), trainer.throughput.durations
+    args, seconds = training_arguments(config, Path("unused")), trainer.throughput.durations
     return Measured(
         step_s=statistics.median(seconds[1:] or seconds),
         evaluation_s=evaluation_s,
         steps=trainer.state.max_steps,
-        evaluations=training.extent(args, len(trainer.train_dataset)).evaluations,
+        evaluations=extent(args, len(trainer.train_dataset)).evaluations,
         cores_of_others=others,
     )
 

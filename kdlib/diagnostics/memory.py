@@ -19,7 +19,7 @@ from kdlib.diagnostics.fake_step import outline
 from kdlib.hardware import device_memory, precision_of, product_dtype
 from kdlib.losses.buffers import chunk_tokens
 from kdlib.models.loading import device_of, parameters, stated_form
-from kdlib.training.run import training_arguments, workspace_of
+from kdlib.training.plan import training_arguments, workspace_of
 
 MARGIN = 0.15  # of the forecast: what it may be wrong by
 

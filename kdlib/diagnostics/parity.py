@@ -35,7 +35,7 @@ from kdlib.models.teacher import PROJECTIONS, LiveTeacher
 from kdlib.runs.files import StudentFolder
 from kdlib.schedulers import breakpoints, from_spec
 from kdlib.tasks import base as tasks
-from kdlib.training import run as training
+from kdlib.training.plan import DRY_RUN, compared_layers, objective_of, training_arguments, workspace_of
 from kdlib.training.trainer import DistillationTrainer
 
 ROWS, LONGEST = 3, 64  # rows and tokens of the longest: enough for every kind of error, and quick
@@ -78,7 +78,7 @@ def selftest(config: Config) -> pd.DataFrame:
     """`parity` from a config alone: loads what it names and makes the student as a run would, without a
     run's folder.
     """
-    training.training_arguments(config, Path("unused"))  # a fault shows before anything is loaded
+    training_arguments(config, Path("unused"))  # a fault shows before anything is loaded
     tokenizer = tokenizer_of(config)
     check_pair(config, tokenizer)
     prepared = tasks.prepare(config, tokenizer)
@@ -188,11 +188,11 @@ def without_dropout(model: PreTrainedModel) -> Iterator[None]:
 
 def _trainer(config, student, teacher, tokenizer, prepared, rows, folder: Path) -> DistillationTrainer:
     """The trainer of the run, its logits in chunks so small that several are needed for these few rows."""
-    args = training.training_arguments(config, folder, **training.DRY_RUN)
-    objective = training.objective_of(config)
-    pairs = training.listen(config, student, teacher.model, objective)
+    args = training_arguments(config, folder, **DRY_RUN)
+    objective = objective_of(config)
+    pairs = compared_layers(config, student, teacher.model, objective)
     tokens = len(kept(prepared.collate(rows)["labels"]).targets)
-    usual = training.workspace_of(config, args, len(prepared.train), prepared.vocabulary)
+    usual = workspace_of(config, args, len(prepared.train), prepared.vocabulary)
     chunk = min(usual.chunk or tokens, tokens // 3 + 1)
     trainer = DistillationTrainer(
         model=student,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -9,18 +10,27 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
 from kdlib.losses.features import LayerPairs
-from kdlib.losses.objective import ObjectiveAt
 from kdlib.losses.signals import DenseSignal, Features, Form, Kept, LinearSignal, Signal
-from kdlib.models.hooks import attend_eagerly, captured_hidden, captured_layers
+from kdlib.models.hooks import Captured, attend_eagerly, captured_hidden, captured_layers
 from kdlib.models.loading import head_form
 
-# the student's submodule that maps its hidden states to the teacher's size
-PROJECTIONS = "distillation_projections"
+PROJECTIONS = "distillation_projections"  # the student's submodule: its hidden states to the teacher's size
+
+
+class Needs(Protocol):
+    """What terms ask of the models' inside: kdlib.losses.objective.ObjectiveAt knows."""
+
+    @property
+    def needs_hidden(self) -> bool: ...
+    @property
+    def needs_attention(self) -> bool: ...
+    @property
+    def needs_projection(self) -> bool: ...
 
 
 @dataclass(frozen=True)
 class Inside:
-    """Which layers are listened to, one for each pair, and what for; nothing where neither is wanted."""
+    """Which layers are looked into, one for each pair, and what for; nothing where neither is wanted."""
 
     layers: Sequence[int] = ()
     hidden: bool = False
@@ -28,14 +38,12 @@ class Inside:
     projections: nn.ModuleList | None = None  # the student's, to the teacher's size
 
 
-def insides(at: ObjectiveAt, pairs: LayerPairs, student: PreTrainedModel) -> tuple[Inside, Inside]:
-    """What student and teacher are listened to for, at a moment of the training; the student with its
-    projections.
-    """
+def insides(needs: Needs, pairs: LayerPairs, student: PreTrainedModel) -> tuple[Inside, Inside]:
+    """What is looked at inside student and teacher; the student's with its projections."""
     ours, theirs = zip(*pairs, strict=True) if pairs else ((), ())
-    wanted = {"hidden": at.needs_hidden, "attention": at.needs_attention}
-    projections = getattr(student, PROJECTIONS, None) if at.needs_projection else None
-    return Inside(ours, **wanted, projections=projections), Inside(theirs, **wanted)
+    made = getattr(student, PROJECTIONS, None) if needs.needs_projection else None
+    hidden, attention = needs.needs_hidden, needs.needs_attention
+    return Inside(ours, hidden, attention, made), Inside(theirs, hidden, attention)
 
 
 def signal_of(
@@ -63,15 +71,11 @@ def signal_of(
     unwrapped, inside = unwrapped or model, inside or Inside()
     attend_eagerly(unwrapped, inside.attention)
     inputs = {name: batch[reads + name] for name in ("input_ids", "attention_mask")}
-    none = batch["input_ids"].new_empty(0)  # of the positions: the head is applied here, not there
-    inputs |= {"use_cache": False} | ({} if form is None else {"logits_to_keep": none})
-    with (
-        captured_hidden(unwrapped) as last,
-        captured_layers(
-            unwrapped, inside.layers, hidden=inside.hidden, attention=inside.attention
-        ) as captured,
-    ):
-        output = model(**inputs)
+    if form is not None:  # the head is applied here, not there: at none of the positions
+        inputs |= {"logits_to_keep": batch["input_ids"].new_empty(0)}
+    looked_at = captured_layers(unwrapped, inside.layers, hidden=inside.hidden, attention=inside.attention)
+    with captured_hidden(unwrapped) as last, looked_at as captured:
+        output = model(**inputs, use_cache=False)
     features = _features(captured, kept, inside) if inside.hidden or inside.attention else None
     if form is None:
         return DenseSignal(kept.select(output.logits)[:, :vocabulary], features)
@@ -100,42 +104,29 @@ class LiveTeacher:
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor], kept: Kept, inside: Inside | None = None) -> Signal:
         """The teacher's signal for the kept tokens; without gradient."""
-        return signal_of(
-            self.model,
-            batch,
-            kept,
-            vocabulary=self.vocabulary,
-            form=self.form,
-            inside=inside,
-            reads=self.reads,
-        )
+        how = {"vocabulary": self.vocabulary, "form": self.form, "reads": self.reads}
+        return signal_of(self.model, batch, kept, inside=inside, **how)
 
 
-def _features(captured, kept: Kept, inside: Inside) -> Features:
-    hidden = [kept.select(captured.hidden[number]) for number in inside.layers] if inside.hidden else []
-    maps = (
-        [kept.select(captured.attention[number].transpose(1, 2)) for number in inside.layers]
-        if inside.attention
-        else []
-    )
+def _features(captured: Captured, kept: Kept, inside: Inside) -> Features:
+    layers = inside.layers
+    hidden = [kept.select(captured.hidden[n]) for n in layers] if inside.hidden else []
+    maps = [kept.select(captured.attention[n].transpose(1, 2)) for n in layers] if inside.attention else []
     if torch.is_grad_enabled() and not all(state.requires_grad for state in [*hidden, *maps]):
         raise RuntimeError(
             "the student's inner states carry no gradient, so feature terms would teach nothing; with "
-            "gradient checkpointing "
-            "use `activation_checkpointing_kwargs: {use_reentrant: false}`"
+            "gradient checkpointing use `activation_checkpointing_kwargs: {use_reentrant: false}`"
         )
-    matrices = inside.projections or [nn.Identity()] * len(hidden)
-    projected = [
-        matrix(state.to(getattr(matrix, "weight", state).dtype))
-        for matrix, state in zip(matrices, hidden, strict=False)
-    ]
-    return Features(kept.rows, hidden, maps, projected)
+    if inside.projections is None:
+        return Features(kept.rows, hidden, maps, hidden)
+    pairs = zip(inside.projections, hidden, strict=True)
+    return Features(
+        kept.rows, hidden, maps, [matrix(state.to(matrix.weight.dtype)) for matrix, state in pairs]
+    )
 
 
 def _whole(parameter: nn.Parameter | None, vocabulary: int) -> Tensor | None:
-    """The first `vocabulary` rows; gathered from all ranks where FSDP2 shards them, and the gradient
-    averaged as it does.
-    """
+    """The first `vocabulary` rows; whole where FSDP2 shards them, and the gradient averaged as it does."""
     if isinstance(parameter, DTensor):
         parameter = parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
     return parameter if parameter is None or len(parameter) == vocabulary else parameter[:vocabulary]

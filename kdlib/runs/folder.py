@@ -147,6 +147,24 @@ def open_run(root: Path, name: str, config: Config | None = None) -> Run:
     return run
 
 
+def clean(run: Run) -> int:
+    """Delete the checkpoints of a run that is done, which only serve to go on; returns the bytes freed.
+
+    Raises:
+        RunError: the run is not done.
+    """
+    if (state := run.status["state"]) != "done":
+        raise RunError(
+            f"run {run.name} is {state}, not done: it may go on from its checkpoints with --resume; or "
+            "delete them by hand"
+        )
+    folders = [student.checkpoints for student in (run, run.baseline)]
+    freed = sum(file.stat().st_size for folder in folders for file in folder.rglob("*"))
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    return freed
+
+
 def default_root() -> Path:
     """The project's own folder of runs."""
     return project_root() / "runs"

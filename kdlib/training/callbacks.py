@@ -1,23 +1,21 @@
-"""What happens around training steps: a line per log, a line per file, throughput, and a stop that loses
-nothing.
-"""
+"""What happens around training steps: printed lines, throughput, a stop that loses nothing; checkpoints."""
 
+import json
 import math
+import shutil
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback, TrainerState
-from transformers.integrations.integration_utils import rewrite_logs
+from transformers import TrainerCallback, TrainingArguments
 
-from kdlib.losses.objective import Objective
-from kdlib.runs.files import StudentFolder, now, write_json
-from kdlib.runs.log import append_metrics, duration, time_left
+from kdlib.errors import RunError
+from kdlib.runs.files import StudentFolder, read_json, write_json
+from kdlib.runs.log import duration, time_left
 
 HELD_OUT = {
     "eval_loss": ("loss", ".3f"),
@@ -28,60 +26,32 @@ HELD_OUT = {
     "eval_choice_accuracy": ("right choices", ".3f"),
     "eval_kl_to_teacher": ("KL to teacher", ".3f"),
 }  # of an evaluation, as they are printed
-PLANNED = 400  # moments at which a plan is written down, at most twice as many
-
-
-def figures_of(logs: Mapping[str, float], state: TrainerState) -> dict[str, float]:
-    """A log under the names that files and trackers get, train/… and eval/…; nothing where it is no log
-    of losses.
-    """
-    if "loss" not in logs and "eval_loss" not in logs:
-        return {}
-    return {
-        "train/step": state.global_step,
-        "train/epoch": logs["epoch"],
-        **rewrite_logs({k: v for k, v in logs.items() if k != "epoch"}),
-    }
-
-
-class MetricsFile(TrainerCallback):
-    """Appends every log to metrics.jsonl."""
-
-    def __init__(self, folder: StudentFolder) -> None:
-        self.folder = folder
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and (figures := figures_of(logs, state)):
-            append_metrics(self.folder, {**figures, "time": now()})
+PLANNED = 400  # steps at which a plan is written down, at most twice as many
+FULL = 64 * 2**20  # bytes left: a failed write is put down to the disk
 
 
 class PlanFile(TrainerCallback):
-    """Writes plan.json when training begins: learning rate, weights and temperatures over the whole of
-    it, as they will be logged.
+    """Writes plan.json when training begins: the learning rate and `planned`, as they will be logged.
+
+    Args:
+        planned: what else is known at a fraction of training, from 0 to 1, by name.
     """
 
-    def __init__(self, folder: StudentFolder, objective: Objective) -> None:
-        self.folder, self.objective = folder, objective
+    def __init__(self, folder: StudentFolder, planned: Callable[[float], dict[str, float]]) -> None:
+        self.folder, self.planned = folder, planned
 
     def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
         if not state.is_world_process_zero:
             return
-        stride = max(state.max_steps // PLANNED, 1)
-        lines = [
-            {
-                "step": step,
-                **self._rate(lr_scheduler, step),
-                **self.objective.planned((step - 1) / state.max_steps),
-            }
-            for step in sorted({*range(1, state.max_steps + 1, stride), state.max_steps})
-        ]
+        steps, lines = range(1, state.max_steps + 1, max(state.max_steps // PLANNED, 1)), []
+        for step in sorted({*steps, state.max_steps}):
+            figures = self.planned((step - 1) / state.max_steps)
+            lines.append({"step": step, **self._rate(lr_scheduler, step), **figures})
         write_json(self.folder.plan, lines)
 
     @staticmethod
     def _rate(scheduler, step: int) -> dict[str, float]:
-        """Of this optimizer step, counted from 1; nothing where it depends on the course of the training
-        (plateau).
-        """
+        """Of this optimizer step, counted from 1; nothing where it depends on what is measured."""
         if not isinstance(scheduler, LambdaLR):
             return {}
         return {"learning_rate": scheduler.base_lrs[0] * scheduler.lr_lambdas[0](step - 1)}
@@ -92,42 +62,29 @@ class PrintedLines(TrainerCallback):
 
     def __init__(self, label: str, opening: str = "", *, last_step: int | None = None) -> None:
         self.label, self.opening, self.last_step = label, opening, last_step
-        self.started: tuple[float, int] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.started = (time.perf_counter(), state.global_step)
+        self.began, self.began_at = time.perf_counter(), state.global_step
         if self.opening and state.is_world_process_zero:
             print(f"{self.label}: {self.opening}", flush=True)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero:
             return
-        at = f"{self.label} step {state.global_step}/{self.last_step or state.max_steps}"
+        step, last = state.global_step, self.last_step or state.max_steps
         if "loss" in logs:
-            terms = "  ".join(
-                f"{n.removesuffix('_loss')} {v:.3f}" for n, v in logs.items() if n.endswith("_loss")
-            )
-            print(
-                f"{at}  loss {logs['loss']:.3f} = {terms}  "
-                f"lr {logs['learning_rate']:.1e}  {_pace(logs)}{self._left(state)}",
-                flush=True,
-            )
+            terms = [f"{n.removesuffix('_loss')} {v:.3f}" for n, v in logs.items() if n.endswith("_loss")]
+            units = [unit for unit in ("tokens", "rows") if f"{unit}_per_s" in logs]
+            pace = "".join(f"  {logs[f'{unit}_per_s']:.0f} {unit}/s" for unit in units)
+            left = time_left(time.perf_counter() - self.began, step - self.began_at, last - step)
+            line = f"loss {logs['loss']:.3f} = {'  '.join(terms)}  lr {logs['learning_rate']:.1e}{pace}"
+            line += "" if left is None else f"  {duration(left)} left"
         elif "eval_loss" in logs:
-            figures = [
-                f"{words} {logs[name]:{form}}" for name, (words, form) in HELD_OUT.items() if name in logs
-            ]
-            print(f"{at}  held-out: {'  '.join(figures)}", flush=True)
-
-    def _left(self, state) -> str:
-        seconds, steps = time.perf_counter() - self.started[0], state.global_step - self.started[1]
-        left = time_left(seconds, steps, (self.last_step or state.max_steps) - state.global_step)
-        return f"{duration(left)} left" if left is not None else ""
-
-
-def _pace(logs: Mapping[str, float]) -> str:
-    return "".join(
-        f"{logs[f'{what}_per_s']:.0f} {what}/s  " for what in ("tokens", "rows") if f"{what}_per_s" in logs
-    )
+            figures = [f"{words} {logs[n]:{form}}" for n, (words, form) in HELD_OUT.items() if n in logs]
+            line = f"held-out: {'  '.join(figures)}"
+        else:
+            return
+        print(f"{self.label} step {step}/{last}  {line}", flush=True)
 
 
 class Throughput(TrainerCallback):
@@ -153,9 +110,7 @@ class Throughput(TrainerCallback):
 
 
 class LogBeforeSave(TrainerCallback):
-    """A checkpoint never falls between two log lines, so that a resumed run's lines are those of an
-    unbroken one.
-    """
+    """No checkpoint falls between two log lines: a resumed run's lines are those of an unbroken one."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_save:
@@ -165,8 +120,7 @@ class LogBeforeSave(TrainerCallback):
 
 
 class StopRequest(TrainerCallback):
-    """Turns an interrupt, or a file named STOP in one of the folders, into: finish the step, save a
-    checkpoint, stop.
+    """Turns an interrupt, or a file STOP in one of the folders, into: finish the step, save, stop.
 
     A second interrupt stops at once.
     """
@@ -206,8 +160,7 @@ class StopRequest(TrainerCallback):
 
 
 class EarlyStop(TrainerCallback):
-    """Stops when the metric that chooses best_model/ has not improved by more than `min_delta` in `patience`
-    evaluations.
+    """Stops when what chooses best_model/ has not improved by over `min_delta` in `patience` evaluations.
 
     Counted in the logged evaluations: so a resumed training goes on counting, which transformers' own
     callback does not, and gains that are small one by one add up.
@@ -217,10 +170,7 @@ class EarlyStop(TrainerCallback):
         self.patience, self.min_delta = patience, min_delta
 
     def on_evaluate(self, args, state, control, **kwargs):
-        key, sign = (
-            "eval_" + args.metric_for_best_model.removeprefix("eval_"),
-            1 if args.greater_is_better else -1,
-        )
+        key, sign = best_metric(args), 1 if args.greater_is_better else -1
         best, since = -math.inf, 0
         for value in (sign * line[key] for line in state.log_history if key in line):
             best, since = (value, 0) if value > best + self.min_delta else (best, since + 1)
@@ -242,13 +192,46 @@ class StopAfter(TrainerCallback):
         control.should_evaluate = control.should_save = False
 
 
-def memory_gib(device: torch.device) -> float:
-    """Peak memory on the GPU, or the process's memory now on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return psutil.Process().memory_info().rss / 2**30
+def best_metric(args: TrainingArguments) -> str:
+    """The metric that chooses best_model/, by the name under which it is logged."""
+    return "eval_" + args.metric_for_best_model.removeprefix("eval_")
 
 
-def is_better(value: float, others: list[float], *, greater: bool) -> bool:
-    """Whether a metric beats all others."""
-    return all((value > other) if greater else (value < other) for other in others)
+def last_checkpoint(folder: StudentFolder) -> str | None:
+    """The newest whole checkpoint; one that a kill left half-written is passed over."""
+    found = sorted(folder.checkpoints.glob("checkpoint-*"), key=lambda path: step_of(path.name), reverse=True)
+    return next((str(path) for path in found if _is_whole(path)), None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        return "global_step" in read_json(checkpoint / "trainer_state.json", {})  # written last
+    except json.JSONDecodeError:
+        return False
+
+
+def step_of(checkpoint: str | None) -> int:
+    """The step of a checkpoint's folder; -1 where there is none, before even the evaluation at step 0."""
+    return int(checkpoint.rsplit("-", 1)[1]) if checkpoint else -1
+
+
+def disk_is_full(folder: StudentFolder) -> bool:
+    """True where so little is left that a failed write is put down to it."""
+    return shutil.disk_usage(folder.path).free < FULL
+
+
+def check_disk(folder: StudentFolder, *, weights: int, args: TrainingArguments) -> None:
+    """Refuse before the first step what would fail at the first checkpoint.
+
+    Args:
+        weights: bytes of the student's weights; AdamW's two averages take as much again, each.
+    """
+    checkpoint = 3 * weights if args.save_strategy != "no" else 0
+    needed = 3 * weights + checkpoint * ((args.save_total_limit or 2) + 1)
+    free = shutil.disk_usage(next(p for p in (folder.path, *folder.path.parents) if p.exists())).free
+    if free < needed:
+        raise RunError(
+            f"{folder.path}: {free / 2**30:.1f} GiB free, but models and checkpoints of this run need "
+            f"{needed / 2**30:.1f} GiB; free some space, lower training.save_total_limit, or choose another "
+            "folder with --runs"
+        )

@@ -18,7 +18,7 @@ from kdlib import hardware as cpu
 from kdlib.errors import NonFiniteLoss, RunError
 from kdlib.runs.files import StudentFolder
 from kdlib.training import nan_report
-from kdlib.training.checkpoints import last_checkpoint
+from kdlib.training.callbacks import last_checkpoint
 from kdlib.training.culprits import WHO, is_finite
 from kdlib.training.nan_guard import MicroBatch, NanGuard, Scene, culprit_of
 

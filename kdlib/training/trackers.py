@@ -1,9 +1,8 @@
-"""What a training tells wandb, tensorboard and trackio: the lines of metrics.jsonl, figure for figure, under
-the same names.
+"""Where a training's figures go: metrics.jsonl, and wandb, tensorboard and trackio, under the same names.
 
 Each student is a run of the tracker's own, `<run>/kd` or `<run>/baseline`, in a group named like the run.  It
 ends when its training does, and goes on when that is resumed.  A tracker that fails is left behind, aloud: no
-training is lost for its sake.
+training is lost for its sake.  One more tracker is a class here, and its line in TRACKERS.
 """
 
 import contextlib
@@ -17,29 +16,44 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
+from transformers.integrations.integration_utils import rewrite_logs
 
 from kdlib.errors import ConfigError
-from kdlib.runs.files import StudentFolder, write_text
-from kdlib.runs.folder import Run
-from kdlib.training.callbacks import figures_of
+from kdlib.runs.files import StudentFolder, now, write_text
+from kdlib.runs.log import append_metrics
 
 PATIENCE = 300  # seconds that a finished training waits for wandb to send its last figures
 OFFLINE = ("offline", "dryrun", "disabled")
 
 
+def figures_of(logs: Mapping[str, float], state: TrainerState) -> dict[str, float]:
+    """A log by the names that files and trackers get, train/… and eval/…; nothing where it has no loss."""
+    if "loss" not in logs and "eval_loss" not in logs:
+        return {}
+    figures = rewrite_logs({name: value for name, value in logs.items() if name != "epoch"})
+    return {"train/step": state.global_step, "train/epoch": logs["epoch"], **figures}
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log to metrics.jsonl."""
+
+    def __init__(self, folder: StudentFolder) -> None:
+        self.folder = folder
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and (figures := figures_of(logs, state)):
+            append_metrics(self.folder, {**figures, "time": now()})
+
+
 @dataclass(frozen=True)
-class Subject:
-    """The training that a tracker is told of; `facts` are its config and formula."""
+class TrackedTraining:
+    """The training that a tracker is told of."""
 
     folder: StudentFolder
+    run: Path  # the run's folder, which the baseline's lies in: trackers leave their files there
     label: str
-    facts: Mapping[str, Any]
-
-    @property
-    def run(self) -> Path:
-        """The run's folder, which the baseline's lies in: trackers leave their files there."""
-        return self.folder.path if isinstance(self.folder, Run) else self.folder.path.parent
+    facts: Mapping[str, Any]  # its config and formula
 
     @property
     def name(self) -> str:
@@ -51,13 +65,11 @@ class Subject:
 
 
 class Tracker(Protocol):
-    """One training's run in one tracker; made with the optimizer step that it goes on from, 0 for a new
-    one.
-    """
+    """One training's run in one tracker; made with the optimizer step that it goes on from, 0 if new."""
 
     where: str  # it can be looked at, in words
 
-    def __init__(self, subject: Subject, step: int) -> None: ...
+    def __init__(self, training: TrackedTraining, step: int) -> None: ...
 
     def log(self, figures: Mapping[str, float], step: int) -> None: ...
 
@@ -65,14 +77,12 @@ class Tracker(Protocol):
 
 
 class WandbRun:
-    """WANDB_MODE, WANDB_PROJECT, WANDB_DIR and the rest mean what they always do; where it cannot be
-    reached it records offline.
-    """
+    """WANDB_MODE, WANDB_PROJECT, WANDB_DIR … mean what they always do; unreachable, it records offline."""
 
-    def __init__(self, subject: Subject, step: int) -> None:
+    def __init__(self, training: TrackedTraining, step: int) -> None:
         import wandb
 
-        known = subject.folder.path / "wandb_id.txt"
+        known = training.folder.path / "wandb_id.txt"
         if not (step and known.exists()):
             write_text(known, uuid.uuid4().hex[:8])
         mine = wandb.setup().settings
@@ -83,15 +93,15 @@ class WandbRun:
             finish_timeout_raises=True,
         )
         options = {
-            "project": subject.project,
-            "name": subject.name,
-            "group": subject.run.name,
-            "job_type": subject.label or None,
+            "project": training.project,
+            "name": training.name,
+            "group": training.run.name,
+            "job_type": training.label or None,
             "id": known.read_text(),
             "resume": "allow",
-            "config": dict(subject.facts),
+            "config": dict(training.facts),
             "reinit": "create_new",
-            "dir": os.environ.get("WANDB_DIR") or str(subject.run),
+            "dir": os.environ.get("WANDB_DIR") or str(training.run),
             "settings": settings,
         }
         try:
@@ -100,11 +110,8 @@ class WandbRun:
             print(f"wandb: cannot be reached ({str(error).splitlines()[0]}); recording offline", flush=True)
             wandb.teardown()  # it would hold the id for in use
             self.run = wandb.init(**options, mode="offline")
-        self.where = (
-            f"send it with: wandb sync {os.path.relpath(Path(self.run.dir).parent)}"
-            if self.run.offline
-            else str(self.run.url)
-        )
+        local = f"send it with: wandb sync {os.path.relpath(Path(self.run.dir).parent)}"
+        self.where = local if self.run.offline else str(self.run.url)
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         self.run.log(dict(figures), step=step)
@@ -114,19 +121,16 @@ class WandbRun:
 
 
 class TensorboardRun:
-    """Event files below runs/<run>/tensorboard; what was logged after the checkpoint that a training goes
-    on from is purged.
-    """
+    """Event files below runs/<run>/tensorboard; those after a checkpoint that is gone on from are purged."""
 
-    def __init__(self, subject: Subject, step: int) -> None:
+    def __init__(self, training: TrackedTraining, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        folder = subject.run / "tensorboard" / (subject.label or subject.folder.path.name)
+        folder = training.run / "tensorboard" / (training.label or training.folder.path.name)
         self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
         if not step:
-            self.writer.add_text(
-                "facts", f"```\n{json.dumps(subject.facts, indent=2, ensure_ascii=False)}\n```"
-            )
+            facts = json.dumps(training.facts, indent=2, ensure_ascii=False)
+            self.writer.add_text("facts", f"```\n{facts}\n```")
         self.where = f"look at it with: tensorboard --logdir {os.path.relpath(folder.parent)}"
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
@@ -141,22 +145,22 @@ class TensorboardRun:
 class TrackioRun:
     """In trackio's own folder (TRACKIO_DIR), or wherever TRACKIO_SPACE_ID or TRACKIO_SERVER_URL says."""
 
-    def __init__(self, subject: Subject, step: int) -> None:
+    def __init__(self, training: TrackedTraining, step: int) -> None:
         import trackio
 
-        training = subject.facts.get("training", {})
-        spaces = {name: training.get(f"trackio_{name}") for name in ("space_id", "bucket_id")}
+        settings = training.facts.get("training", {})
+        spaces = {name: settings.get(f"trackio_{name}") for name in ("space_id", "bucket_id")}
         with contextlib.redirect_stdout(io.StringIO()):  # it says where its folder is: a path of this machine
             self.run = trackio.init(
-                subject.project,
-                name=subject.name,
-                group=subject.run.name,
-                config=dict(subject.facts),
+                training.project,
+                name=training.name,
+                group=training.run.name,
+                config=dict(training.facts),
                 resume="allow" if step else "never",
                 embed=False,
                 **spaces,
             )
-        self.where = f"look at it with: trackio show --project {subject.project}"
+        self.where = f"look at it with: trackio show --project {training.project}"
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         self.run.log(dict(figures), step=step)
@@ -195,12 +199,10 @@ def check_key(names: Iterable[str]) -> None:
 
 
 class Tracking(TrainerCallback):
-    """Tells the trackers of these names what metrics.jsonl is told; on leaving, their runs end with the
-    training.
-    """
+    """Tells the trackers of these names what metrics.jsonl is told; on leaving, their runs end."""
 
-    def __init__(self, names: Iterable[str], subject: Subject) -> None:
-        self.names, self.subject = tuple(names), subject
+    def __init__(self, names: Iterable[str], training: TrackedTraining) -> None:
+        self.names, self.training = tuple(names), training
         self.open: dict[str, Tracker] = {}
 
     def __enter__(self):
@@ -212,8 +214,8 @@ class Tracking(TrainerCallback):
                 self._guarded(name, self._begin, name, state.global_step)
 
     def _begin(self, name: str, step: int) -> None:
-        self.open[name] = TRACKERS[name](self.subject, step)
-        print(f"{name}: {self.subject.name}; {self.open[name].where}", flush=True)
+        self.open[name] = TRACKERS[name](self.training, step)
+        print(f"{name}: {self.training.name}; {self.open[name].where}", flush=True)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if figures := figures_of(logs, state):
@@ -231,8 +233,5 @@ class Tracking(TrainerCallback):
         except Exception as error:
             # of another's software, anything from a lost network to a full disk: none is worth a training
             self.open.pop(name, None)
-            print(
-                f"{name}: {type(error).__name__}: {error}; going on without it, metrics.jsonl has every "
-                "figure",
-                flush=True,
-            )
+            why = f"{type(error).__name__}: {error}"
+            print(f"{name}: {why}; going on without it, metrics.jsonl has every figure", flush=True)

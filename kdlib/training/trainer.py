@@ -15,6 +15,7 @@ from transformers import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from kdlib.errors import RunError
+from kdlib.hardware import memory_gib
 from kdlib.losses.buffers import PIECE, Workspace
 from kdlib.losses.chunked import Weighted
 from kdlib.losses.features import LayerPairs
@@ -28,15 +29,14 @@ from kdlib.schedulers import Schedule
 from kdlib.tasks import question_answering as scoring
 from kdlib.training.callbacks import (
     LogBeforeSave,
-    MetricsFile,
     PrintedLines,
     Throughput,
-    is_better,
-    memory_gib,
+    best_metric,
 )
 from kdlib.training.gradients import gradient_figures, term_gradients
 from kdlib.training.guarded_trainer import UNSHARDED, GuardedTrainer
 from kdlib.training.nan_guard import Scene
+from kdlib.training.trackers import MetricsFile
 
 
 class DistillationTrainer(GuardedTrainer):
@@ -332,10 +332,10 @@ class DistillationTrainer(GuardedTrainer):
         training.
         """
         metrics = super().evaluate(*args, **options)
-        key = "eval_" + self.args.metric_for_best_model.removeprefix("eval_")
+        key, sign = best_metric(self.args), 1 if self.args.greater_is_better else -1
         if self.is_in_train:
-            *earlier, latest = [line[key] for line in self.state.log_history if key in line]
-            if is_better(latest, earlier, greater=bool(self.args.greater_is_better)):
+            *earlier, latest = [sign * line[key] for line in self.state.log_history if key in line]
+            if all(latest > value for value in earlier):
                 self.save_student(self.folder.best_model)
         return metrics
 

@@ -245,10 +245,8 @@ def clean(
     run: Annotated[str, typer.Argument(help="A run's name, or its folder.")], runs_folder: RunsFolder = None
 ) -> None:
     """Delete the checkpoints of RUN, which is done: models, figures and reports stay."""
-    from kdlib.training import checkpoints
-
     root, _ = folders(runs_folder, None)
-    freed = checkpoints.clean(runs.open_run(*runs.locate(run, root)))
+    freed = runs.clean(runs.open_run(*runs.locate(run, root)))
     print(f"{run}: {freed / 2**30:.2f} GiB freed")
 
 

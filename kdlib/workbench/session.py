@@ -38,6 +38,7 @@ from kdlib.runs.log import plan_table, terms_in, training_table
 from kdlib.tasks import base as tasks
 from kdlib.tasks.classification import student_in
 from kdlib.training import run as training, trackers
+from kdlib.training.plan import objective_of, training_arguments
 from kdlib.workbench import teacher_stage
 
 PACKAGES = ("kdlib", "torch", "transformers", "accelerate", "datasets", "tokenizers", "papermill", "numpy")
@@ -88,7 +89,7 @@ def open_run(
 
 def preflight(config: Config) -> None:
     """Everything that can be refused before a run's folder is made: arguments, tokenizers, data."""
-    trackers.check_key(training.training_arguments(config, Path("unused")).report_to)
+    trackers.check_key(training_arguments(config, Path("unused")).report_to)
     tokenizer = tokenizer_of(config)
     check_pair(config, tokenizer)
     tasks.prepare(config, tokenizer)
@@ -126,7 +127,7 @@ class Workbench:
         return tasks.untrained_student(self.config, self.prepared, self.run.manifest["student_layers"])
 
     def objective_at(self, weights: Mapping[str, Any] | None = None, fraction: float = 0.0) -> ObjectiveAt:
-        return training.objective_of(self.config, weights).at(fraction)
+        return objective_of(self.config, weights).at(fraction)
 
     def setup(self) -> pd.DataFrame:
         """Load everything once, choose the student's layers, write the manifest; returns what was found, for

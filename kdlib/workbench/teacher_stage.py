@@ -20,7 +20,8 @@ from kdlib.models.student import tokenizer_of
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run
 from kdlib.tasks import base as tasks
-from kdlib.training import checkpoints, run as training
+from kdlib.training import run as training
+from kdlib.training.plan import objective_of
 
 
 def own_config(config: Config) -> Config:
@@ -116,7 +117,7 @@ def _train(
     run.set_status("running")
     try:
         student = tasks.untrained_student(config, prepared, None)
-        run.add_to_manifest(data=prepared.notes, formula=training.objective_of(config).at(0.0).formula)
+        run.add_to_manifest(data=prepared.notes, formula=objective_of(config).at(0.0).formula)
         training.train(
             config,
             run,
@@ -132,4 +133,4 @@ def _train(
         run.set_status("stopped" if stopped else "failed", str(error) or type(error).__name__)
         raise
     run.set_status("done")
-    checkpoints.clean(run)
+    runs.clean(run)

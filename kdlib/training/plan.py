@@ -1,0 +1,150 @@
+"""What a config's training will be, known before it runs: arguments, length, objective, workspace, layers."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TrainingArguments
+
+from kdlib.config.run import Config
+from kdlib.config.task_rules import rules_of
+from kdlib.errors import ConfigError
+from kdlib.hardware import precision_of
+from kdlib.losses.buffers import Workspace
+from kdlib.losses.features import LayerPairs, layer_pairs, projections
+from kdlib.losses.objective import Objective, feature_terms
+from kdlib.metrics.names import MEASURES
+from kdlib.models.loading import device_of
+from kdlib.models.teacher import PROJECTIONS
+from kdlib.schedulers import SHAPES, from_spec
+from kdlib.training.trackers import check_installed
+
+DRY_RUN = {"save_strategy": "no", "logging_steps": 1, "eval_on_start": False, "report_to": "none"}
+WORTH_COMPILING = 4e9  # logits of a training; below it the compiler takes longer than it spares
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How long a training is, as the Trainer counts; None where it depends on rows that are not known."""
+
+    rows: int | None  # of the training text
+    batches: int | None  # of one pass over the text, on one device
+    passes: float | None  # over the text
+    steps: int | None  # optimizer steps of the whole training
+    evaluations: int | None
+
+
+def extent(args: TrainingArguments, rows: int | None, *, devices: int | None = None) -> Extent:
+    """How long a training on so many rows is; `devices` share it, those of this process group where None."""
+    batches = per_pass = passes = None
+    if rows is not None:
+        share = rows / (args.train_batch_size * (devices or args.world_size))
+        batches = math.floor(share) if args.dataloader_drop_last else math.ceil(share)
+        per_pass = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+    steps = args.max_steps
+    if steps < 0 and per_pass:
+        steps = math.ceil(args.num_train_epochs * per_pass)
+    if steps < 0:
+        return Extent(rows, batches, None, None, None)
+    if per_pass:
+        passes = steps / per_pass
+    return Extent(rows, batches, passes, steps, _evaluations(args, steps, passes))
+
+
+def _evaluations(args: TrainingArguments, steps: int, passes: float | None) -> int | None:
+    """How often a training evaluates; by the epoch, one that ends within a pass evaluates at that end too."""
+    if args.eval_strategy.value == "epoch":
+        return None if passes is None else math.ceil(passes) + bool(args.eval_on_start)
+    if args.eval_strategy.value == "no":
+        return int(args.eval_on_start)
+    every = args.eval_steps or args.logging_steps
+    return steps // max(math.ceil(steps * every) if every < 1 else int(every), 1) + bool(args.eval_on_start)
+
+
+def training_arguments(config: Config, output: Path, **changes: Any) -> TrainingArguments:
+    """The config's `training:` section as TrainingArguments.
+
+    Raises:
+        ConfigError: transformers refuses the combination; its own words are in the message.
+    """
+    device = device_of(config.wanted_device)
+    dtype, _ = precision_of(config.precision, device)
+    metric = config.training["metric_for_best_model"].removeprefix("eval_")
+    fixed = {
+        "output_dir": str(output),
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "logging_nan_inf_filter": False,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "disable_tqdm": True,
+        "greater_is_better": MEASURES[metric].higher_is_better,
+        "use_cpu": device.type == "cpu",
+        "dataloader_pin_memory": config.training.get("dataloader_pin_memory", device.type == "cuda"),
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
+    }
+    if isinstance(config.training.get("lr_scheduler_type"), Mapping):
+        fixed["lr_scheduler_type"] = "constant"  # the trainer follows the schedule itself
+    try:
+        args = TrainingArguments(**{**config.training, **fixed, **changes})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"training: transformers refuses these arguments: {error}") from error
+    check_installed(args.report_to)
+    return args
+
+
+def objective_of(config: Config, weights: Mapping[str, Any] | None = None) -> Objective:
+    """The config's objective, or the same with other weights: the baseline."""
+    loss = config.loss
+    specs = loss.schedules if weights is None else weights
+    one = isinstance(loss.temperature, float) or next(iter(loss.temperature)) in SHAPES
+    each = {} if one else {name: from_spec(spec) for name, spec in loss.temperatures(specs).items()}
+    return Objective(
+        weights={name: from_spec(spec) for name, spec in specs.items()},
+        temperature=from_spec(loss.temperature) if one else each,
+        divergence=loss.divergence,
+        top_k=None if loss.top_k is None else from_spec(loss.top_k),
+        renormalise=loss.top_k_tail == "renormalise",
+        samples=loss.samples,
+        normalise=loss.features.normalise,
+        layers=f"layers {loss.features.layers}",
+    )
+
+
+def workspace_of(config: Config, args: TrainingArguments, rows: int, vocabulary: int) -> Workspace:
+    """The losses' workspace; `compile: auto` compiles the row arithmetic of a training that repays it."""
+    predicted = 1 if rules_of(config).unit == "row" else config.data.max_length  # in a row
+    tokens = args.per_device_train_batch_size * args.gradient_accumulation_steps * predicted
+    repays = extent(args, rows).steps * tokens * vocabulary > WORTH_COMPILING
+    chunk, compiled = config.loss.chunk, config.loss.compile
+    return Workspace(None if chunk == "auto" else chunk, compiled=repays if compiled == "auto" else compiled)
+
+
+def compared_layers(
+    config: Config, student: PreTrainedModel, teacher: PreTrainedModel, objective: Objective
+) -> LayerPairs:
+    """The layers that feature terms compare; the student is given the projections that they need.
+
+    These are trained with it, and never saved in it.
+
+    Raises:
+        ConfigError: a model has no such layer.
+    """
+    terms = feature_terms(objective.weights)
+    if not terms:
+        return ()
+    ours, theirs = student.config.get_text_config(), teacher.config.get_text_config()
+    try:
+        pairs = layer_pairs(config.loss.features.layers, ours.num_hidden_layers, theirs.num_hidden_layers)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    torch.manual_seed(config.seed)
+    with student.device:
+        made = projections(pairs, ours.hidden_size, theirs.hidden_size)
+    if made and any(term.projected for term in terms):  # float32: without data (meta) no conversion is made
+        student.add_module(PROJECTIONS, made if student.dtype is torch.float32 else made.to(student.dtype))
+    return pairs
