@@ -1,0 +1,73 @@
+"""Runs made before the library was rebuilt still open: tests/data/old_run, made by commit bf1882a.
+
+`done` is a whole run, without models; `stopped` the same training, stopped at step 6 of 12 with a checkpoint.
+Both have one tiny teacher, and paths relative to that folder.  explorers.json was shortened to five digits.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kdlib.errors import RunError
+from kdlib.plots.training_panels import View
+from kdlib.reports import index, run as reports
+from kdlib.runs import folder as runs
+from kdlib.runs.folder import Run
+from kdlib.runs.log import eval_table, training_table
+from kdlib.workbench import dashboard, session
+
+FIGURES = ("loss", "kd_loss", "ce_loss", "kd_weight", "temperature", "learning_rate", "grad_norm")
+OLD = Path(__file__).parent / "data" / "old_run"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A copy of the old runs, from where their relative paths hold."""
+    place = shutil.copytree(OLD, tmp_path / "old")
+    monkeypatch.chdir(place)
+    for metrics in place.rglob("metrics.jsonl"):
+        os.utime(metrics, (0, 0))  # a checkout of this minute would be a training of this minute
+    return place / "runs"
+
+
+def test_a_run_of_before_has_its_report_and_its_line_in_the_index(folder, tmp_path):
+    page = reports.render(runs.open_run(folder, "done"), tmp_path / "reports").read_text()
+    for section in ("scorecard", "training", "comparison", "samples", "explorers", "formula"):
+        assert f'<section id="{section}">' in page
+    assert 'class="state done"' in page
+    listed = index.render_index(folder, tmp_path / "reports").read_text()
+    assert "compared (step 12 of 12)" in listed
+    assert "training, step 6 of 12" in listed
+
+
+@pytest.mark.parametrize(("name", "said"), [("done", "done"), ("stopped", "stopped")])
+def test_a_run_of_before_is_watched(folder, name, said):
+    board = dashboard.watch(str(folder / name))
+    assert board.picture.words[0] == f"{name}  ·  {said}"
+    assert board.picture.png().startswith(b"\x89PNG")
+    assert len(board.picture.scorecard()) == 7
+    board.picture.view = View(log=False)
+    assert board.picture.png()
+
+
+def test_a_training_that_was_stopped_before_goes_on_as_if_it_never_had_been(folder):
+    bench = session.open_run("tiny.yaml", str(folder / "stopped"))
+    bench.train()
+    resumed, whole = Run(folder / "stopped"), Run(folder / "done")
+    assert resumed.is_trained
+    for table in (training_table, eval_table):
+        found, expected = table(resumed), table(whole)
+        assert list(found.columns) == list(expected.columns)
+        assert found["step"].tolist() == expected["step"].tolist()
+        for name in {*FIGURES, "kl_to_teacher", "perplexity", "accuracy"} & set(found.columns):
+            assert found[name].tolist() == pytest.approx(expected[name].tolist(), rel=1e-4), name
+
+
+def test_a_run_of_before_goes_on_with_its_own_settings_only(folder):
+    assert (
+        session.open_run("tiny.yaml", str(folder / "stopped"), {"loss.temperature": 2}).run.name == "stopped"
+    )
+    with pytest.raises(RunError, match=r"other settings.*\n  loss.temperature: 2.0 -> 3.0"):
+        session.open_run("tiny.yaml", str(folder / "stopped"), {"loss.temperature": 3})
