@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from kdlib.data.batches import Prepared, collate_classes
+from kdlib.metrics.classification import class_figures
 from kdlib.models.loading import load_tokenizer
 
 LABELS = ("tools", "animals", "weather")
@@ -166,9 +167,9 @@ def prepared_rows(
         "pad_id": ours.pad_token_id,
         "teacher_pad_id": theirs.pad_token_id if theirs else ours.pad_token_id,
     }
-    return Prepared(
-        rows(1, count), rows(2, held_out), {}, partial(collate_classes, **pads), len(LABELS), LABELS
-    )
+    made = partial(collate_classes, **pads)
+    held = rows(2, held_out)
+    return Prepared(rows(1, count), held, {}, made, len(LABELS), LABELS, figures=class_figures)
 
 
 def classification(teacher: str, student: str, **training) -> dict:

@@ -6,6 +6,7 @@ A row is {"input_ids": […]}, with "prompt_tokens" where its beginning is given
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,13 @@ from torch import Tensor
 from kdlib.losses.signals import IGNORED
 
 Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
+# mean measures, and of rows with a class [N, 2] what was said and what was right → {name: figure}
+Figures = Callable[[Mapping[str, float], np.ndarray | None], dict[str, float]]
+
+
+def perplexity(means: Mapping[str, float], answers: np.ndarray | None = None) -> dict[str, float]:
+    """exp(cross-entropy): among how many tokens a model hesitates, so to say."""
+    return {"perplexity": math.exp(min(means["ce"], 700.0))}
 
 
 @dataclass(frozen=True)
@@ -34,8 +42,19 @@ class Prepared:
     vocabulary: int  # what a model chooses among: the tokenizer's tokens, or the classes
     labels: tuple[str, ...] = ()  # the classes by name; none where tokens are predicted
     test: Dataset | None = None  # held out from every choice, where there are such rows
-    # split → every choice of every question (kdlib.tasks.question_answering)
+    # split → every choice of every question, a row each (kdlib.data.qa)
     choices: Mapping[str, Dataset] = field(default_factory=dict)
+    figures: Figures = perplexity  # what an evaluation tells beside the mean measures
+
+    @property
+    def measured_on(self) -> str:
+        """The split on which models are compared: test where there is one."""
+        return "test" if self.test is not None and len(self.test) else "validation"
+
+    @property
+    def measured(self) -> Dataset:
+        """Its rows."""
+        return getattr(self, self.measured_on)
 
 
 def collate(rows: Sequence[Mapping[str, Any]], *, pad_id: int) -> dict[str, Tensor]:

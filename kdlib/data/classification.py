@@ -18,6 +18,7 @@ from kdlib.data.labelled_rows import Texts, read_texts, shown, unique
 from kdlib.data.strata import held_out, sample
 from kdlib.data.text import cut_off
 from kdlib.errors import DataError, listed
+from kdlib.metrics.classification import class_figures
 
 IDS = datasets.List(datasets.Value("int32"))
 
@@ -59,7 +60,16 @@ def prepare(
     gathered = partial(
         collate_classes, pad_id=pad_id, teacher_pad_id=pad_id if teacher is None else teacher.pad_token_id
     )
-    return Prepared(rows["train"], rows["validation"], notes, gathered, len(labels), labels, rows.get("test"))
+    return Prepared(
+        rows["train"],
+        rows["validation"],
+        notes,
+        gathered,
+        len(labels),
+        labels,
+        rows.get("test"),
+        figures=class_figures,
+    )
 
 
 def split_texts(

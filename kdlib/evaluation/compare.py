@@ -1,176 +1,75 @@
-"""Teacher, untrained student, baseline and distilled student on the same held-out tokens, with intervals."""
+"""Teacher and students on the same held-out rows, with intervals: the models of a run, or any given ones."""
 
-import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
-from datasets import Dataset
+from datasets import concatenate_datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdlib.config.run import Config
+from kdlib.config.run import Config, pairs, parse
 from kdlib.data.batches import Prepared
-from kdlib.hardware import peak_memory, precision_of
-from kdlib.losses.objective import EVAL_TERMS, row_sums
-from kdlib.losses.signals import IGNORED, Signal, kept
-from kdlib.metrics.bootstrap import Bootstrap, interval
-from kdlib.models.efficiency import Batch, seconds_of
-from kdlib.models.loading import device_of, parameters
-from kdlib.models.teacher import LiveTeacher
-from kdlib.runs.files import write_json
+from kdlib.errors import ConfigError, RunError
+from kdlib.hardware import GIB, peak_memory, precision_of
+from kdlib.models.efficiency import stored_bytes, wait_for
+from kdlib.models.loading import device_of, load_config, load_tokenizer, parameters
+from kdlib.models.student import check_pair, tokenizer_of
+from kdlib.plots.axes import LABELS
+from kdlib.runs.files import StudentFolder, write_json
 from kdlib.runs.folder import Run
-from kdlib.tasks import base as tasks, classification as compare_classes
-from kdlib.tasks.classification import measured_on, rule_of, student_in
-from kdlib.tasks.question_answering import ChoiceTally
+from kdlib.tasks.base import TASKS, Comparison, asked, prepare, task_of, teacher_of, untrained_student
 
-BATCH = 8  # rows per forward pass
-METRICS = ("perplexity", "bits_per_byte", "kl_to_teacher", "agreement", "accuracy")
+LONGEST = 1024  # tokens of a row, where the models can read so many
 
 
-class Comparison:
-    """Measures models one after another on the same rows, the teacher first: the others are held against it.
+@dataclass(frozen=True)
+class Candidate:
+    """A model to be measured."""
 
-    Between models only the sums of each row are kept, and what the teacher said (its last hidden states).
+    load: Callable[[], PreTrainedModel]
+    source: str | None = None  # where its weights are stored; None for a model that is not stored
+    prepared: Prepared | None = None  # the same rows for one with a tokenizer of its own
+
+
+def measured(
+    comparison: Comparison, prepared: Prepared, candidates: Mapping[str, Candidate], student: str
+) -> dict[str, Any]:
+    """Each model in turn, the teacher first: what it says of the rows, its time, memory and size.
+
+    Args:
+        student: whom the comparison is about.
+
+    Returns:
+        What the comparison found, with what each model took beside its measures.
     """
-
-    def __init__(
-        self,
-        prepared: Prepared,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        device: torch.device | str = "cpu",
-        resamples: int = 2000,
-        seed: int = 0,
-    ) -> None:
-        """
-        Args:
-            prepared: its test rows, else its validation rows, and the choices of its questions are what the
-                models are measured on.
-            device: where the models are measured.
-            resamples: of the bootstrap; each draws rows with replacement, the same for every model.
-        """
-        self.tokenizer, self.device = tokenizer, torch.device(device)
-        self.prepared, self.rows = prepared, getattr(prepared, measured_on(prepared))
-        every = list(self.rows)
-        self.batches = [prepared.collate(every[i : i + BATCH]) for i in range(0, len(every), BATCH)]
-        labels = [row for batch in self.batches for row in batch["labels"]]
-        texts = tokenizer.batch_decode([row[row != IGNORED] for row in labels], skip_special_tokens=True)
-        self.row_bytes = np.array([len(text.encode()) for text in texts], dtype=float)  # of what is predicted
-        self.draws = Bootstrap(len(every), resamples, seed).times  # [resamples, rows] times drawn
-        self.tally = (
-            ChoiceTally(prepared, measured_on(prepared), resamples=resamples, seed=seed)
-            if prepared.choices
-            else None
-        )
-        self.said: list[Signal] = []  # by the teacher, batch by batch
-        self.sums: dict[str, np.ndarray] = {}  # model -> [rows, measures + 1]
-        self.facts: dict[str, dict[str, Any]] = {}
-        self.samples: dict[str, list[str]] = {}
-
-    def add(
-        self,
-        name: str,
-        load: Callable[[], PreTrainedModel],
-        *,
-        prompts: Sequence[Sequence[int]] = (),
-        new_tokens: int = 32,
-    ) -> None:
-        """Load one model and measure it: quality on all rows, speed, memory, size, greedy continuations
-        of the prompts.
-        """
-        with peak_memory(self.device) as peak:
-            model = load().to(self.device)
-            voice = tasks.voice_of(model, self.prepared)
-            self.sums[name] = np.concatenate(
-                [self._measure(number, voice) for number in range(len(self.batches))]
-            )
-            speed = forward_tokens_per_s(model, self.batches[0])
-            if self.tally:
-                self.tally.add(name, voice)
-        size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        self.facts[name] = {
+    costs: dict[str, dict[str, Any]] = {}
+    for name, each in candidates.items():
+        print(f"measuring {name} …", flush=True)
+        rows = each.prepared or prepared
+        with peak_memory(comparison.device) as peak:
+            started = perf_counter()
+            model = each.load().to(comparison.device)
+            wait_for(comparison.device)
+            loaded = perf_counter() - started
+            took = comparison.add(name, (asked if costs else teacher_of)(model, rows), rows)
+        comparison.show(name, model)
+        held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        costs[name] = {
             "parameters": parameters(model),
-            "size_on_disk_gib": size / 2**30,
-            "forward_tokens_per_s": speed,
-            "peak_memory_gib": peak.bytes / 2**30,
+            "size_on_disk_gib": ((each.source and stored_bytes(each.source)) or held) / GIB,
+            **took,
+            **({"load_seconds": loaded} if each.source else {}),
+            "peak_memory_gib": peak.bytes / GIB,
         }
-        self.samples[name] = continuations(model, self.tokenizer, prompts, new_tokens) if prompts else []
-
-    def _measure(self, number: int, voice: LiveTeacher) -> np.ndarray:
-        """[rows, measures + 1] sums of one batch."""
-        batch = {key: value.to(voice.model.device) for key, value in self.batches[number].items()}
-        tokens = kept(batch["labels"])
-        signal = voice(batch, tokens)
-        if number == len(self.said):  # the first model, the teacher, is heard once
-            self.said.append(signal)
-        sums = row_sums(
-            signal, self.said[number], tokens.targets, tokens.rows, row_count=len(batch["labels"])
-        )
-        return torch.stack(list(sums.values()), dim=1).cpu().double().numpy()
-
-    def results(self) -> dict[str, Any]:
-        """Everything as plain data: per model its figures with 95 % intervals, and every paired
-        difference.
-        """
-        everything = np.ones((1, len(self.row_bytes)))
-        found = {name: self._figures(sums, everything) for name, sums in self.sums.items()}
-        resampled = {name: self._figures(sums, self.draws) for name, sums in self.sums.items()}
-        figures = {name: {m: (found[name][m][0], resampled[name][m]) for m in METRICS} for name in found}
-        findings: dict[str, Any] = {}
-        if self.tally:
-            of_choices, findings = self.tally.figures(), self.tally.findings()
-            figures = {name: metrics | of_choices[name] for name, metrics in figures.items()}
-        of_mistakes = findings.pop("on_teachers_mistakes", {})
-        models = {
-            name: {
-                **{m: interval(*pair, share_of=self._share_of(name, m)) for m, pair in metrics.items()},
-                **self.facts[name],
-                **({"on_teachers_mistakes": of_mistakes[name]} if name in of_mistakes else {}),
-            }
-            for name, metrics in figures.items()
-        }
-        names = list(self.sums)
-        pairs = [(a, b) for i, b in enumerate(names) for a in names[i + 1 :]]
-        differences = [
-            {
-                "model": a,
-                "against": b,
-                "metric": m,
-                **interval(*(x - y for x, y in zip(figures[a][m], figures[b][m], strict=True))),
-            }
-            for a, b in pairs
-            for m in figures[a]
-        ]
-        return {
-            "models": models,
-            "differences": differences,
-            "rows": len(self.row_bytes),
-            "split": measured_on(self.prepared),
-            **({"questions": len(self.tally.draws[0]), **findings} if self.tally else {}),
-            "tokens": int(next(iter(self.sums.values()))[:, -1].sum()),
-            "resamples": len(self.draws),
-            "interval": "95 %, paired bootstrap over rows",
-            "samples": self.samples,
-        }
-
-    def _share_of(self, name: str, metric: str) -> int | None:
-        """Of how many questions a figure is the share; None where it is none, or certain as the teacher's
-        agreement with itself.
-        """
-        is_share = metric == "choice_accuracy" or (
-            metric == "choice_agreement" and name != next(iter(self.sums))
-        )
-        return len(self.tally.draws[0]) if self.tally and is_share else None
-
-    def _figures(self, sums: np.ndarray, draws: np.ndarray) -> dict[str, np.ndarray]:
-        """Each metric for each draw of rows, [draws, rows] times each row is drawn: [draws]."""
-        drawn = draws @ sums  # [draws, measures + 1]
-        mean = dict(zip(EVAL_TERMS, (drawn[:, :-1] / drawn[:, -1:]).T, strict=True))
-        nats, size = drawn[:, list(EVAL_TERMS).index("ce")], draws @ self.row_bytes
-        perplexity, bits_per_byte = np.exp(mean.pop("ce")), nats / math.log(2) / size
-        return {"perplexity": perplexity, "bits_per_byte": bits_per_byte, **mean}
+        del model
+    found = comparison.results(student)
+    models = {name: {**measures, **costs[name]} for name, measures in found["models"].items()}
+    return {**found, "models": models, "student": student, "split": prepared.measured_on}
 
 
 def compare_run(
@@ -184,94 +83,186 @@ def compare_run(
     Args:
         config: the run's, with the teacher that taught in it.
     """
-    if config.task == "sequence-classification":
-        results = compare_classes.compare(run, config, tokenizer, prepared)
-    else:
-        results = _compare_tokens(run, config, tokenizer, prepared)
+    dtype = _dtype(config)
+    untrained = untrained_student(config, prepared, run.manifest["student_layers"]).to(dtype)
+    sources = {"teacher": config.teacher.model, "distilled": student_in(run, prepared)}
+    if config.baseline:
+        sources["baseline"] = student_in(run.baseline, prepared)
+    stored = {name: _stored(config, source, prepared) for name, source in sources.items()}
+    # a copy, so that its memory is its own, not the teacher's that it is cut from
+    candidates = {"teacher": stored.pop("teacher"), "untrained": Candidate(lambda: deepcopy(untrained))}
+    candidates |= dict(sorted(stored.items()))  # the baseline before the distilled student
+    results = {
+        "task": task_of(config).rules.name,
+        **measured(_comparison(config, prepared, tokenizer), prepared, candidates, "distilled"),
+        "rule": rule_of(run.config, prepared),
+        "precision": str(dtype).removeprefix("torch."),
+    }
     write_json(run.path / "comparison_results.json", results)
     return results
 
 
-def _compare_tokens(
-    run: Run, config: Config, tokenizer: PreTrainedTokenizerBase, prepared: Prepared
-) -> dict[str, Any]:
-    device = device_of(config.wanted_device)
-    dtype, _ = precision_of(config.precision, device)
-    comparison = Comparison(
-        prepared, tokenizer, device=device, resamples=config.compare.resamples, seed=config.seed
+def rule_of(config: Config, prepared: Prepared) -> str:
+    """Which students of a run are compared, on which rows, and who has an advantage there."""
+    if prepared.measured_on == "test":
+        return (
+            "best_model/ of each student, chosen on the validation rows; measured on the test rows, on which "
+            "nothing was chosen"
+        )
+    ended = "after equally many steps"
+    if config.early_stopping:
+        ended = "when early stopping by these very rows ended it"
+    teacher = "; the teacher is the best by these rows, so its figures are rather too good"
+    return (
+        f"final_model/ of each student, {ended}; measured on the validation rows, as there are no test rows: "
+        f"best_model/ was chosen on these very rows{teacher if config.teacher_stage else ''}"
     )
-    prompts = prompts_of(config, comparison.rows)
 
-    def measure(name: str, load: Callable[[], PreTrainedModel]) -> None:
-        print(f"measuring the {name} model …", flush=True)
-        comparison.add(name, load, prompts=prompts, new_tokens=config.compare.new_tokens)
 
-    measure("teacher", lambda: tasks.load(config.teacher.model, prepared, dtype))
-    untrained = tasks.untrained_student(config, prepared, run.manifest["student_layers"]).to(dtype)
-    # so that its memory is its own, not the teacher's that it is cut from
-    measure("untrained", lambda: deepcopy(untrained))
-    if config.baseline:
-        measure("baseline", lambda: tasks.load(student_in(run.baseline, prepared), prepared, dtype))
-    measure("distilled", lambda: tasks.load(student_in(run, prepared), prepared, dtype))
+def student_in(folder: StudentFolder, prepared: Prepared) -> str:
+    """The student that is compared: one chosen on other rows than those it is measured on, else the last."""
+    return str(folder.best_model if prepared.measured_on == "test" else folder.final_model)
+
+
+def named_students(texts: Sequence[str]) -> dict[str, str]:
+    """Name -> model of each `name=MODEL` or `MODEL`, which is called by the last part of its path.
+
+    Raises:
+        ConfigError: two of one name, or a name that means another model in a comparison.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        given = None if Path(text).exists() else re.fullmatch(r"([\w.+-]+)=(.+)", text)
+        name, model = given.groups() if given else (Path(text).expanduser().absolute().name, text)
+        if name in found or name in LABELS:
+            raise ConfigError(
+                f"--student {text}: the name {name!r} is taken; give it one of its own: --student "
+                f"NAME={model}"
+            )
+        # a folder may be called `teacher`
+        found[name] = str(Path(model).absolute()) if Path(model).is_dir() else model
+    return found
+
+
+def compare(
+    teacher: str,
+    students: Mapping[str, str],
+    data: str,
+    *,
+    task: str = "sequence-classification",
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Measure models that were trained anywhere, on test rows of `data`, else validation rows, else all.
+
+    Args:
+        students: name -> model; the comparison is about the first, which is measured last, against all
+            others.
+        overrides: of a config, as after -o: what is read and how it is split, `compare.resamples`,
+            `precision`, `device`.
+
+    Returns:
+        What a run's comparison_results.json has, the models' places (`sources`), and which rows were measured
+        (`rule`).
+
+    Raises:
+        ConfigError: a task or a setting that does not fit.
+        DataError: no such rows or columns.
+        ModelError: no such model, other classes, or another vocabulary than the teacher's.
+    """
+    student, *others = students
+    every = [teacher, *students.values()]
+    configs = {
+        name: _config(teacher, students[name], data, task, overrides, among=every)
+        for name in (*others, student)
+    }
+    for config in configs.values():
+        check_pair(config, tokenizer_of(config))
+    config = configs[student]
+    is_split = {key for key, _ in pairs(overrides)} & {"data.validation", "data.test"}
+    read = prepare if is_split else _all_rows
+    tokenizer = tokenizer_of(config)
+    prepared = read(config, tokenizer)
+    candidates = {"teacher": _stored(config, teacher, prepared)}
+    for name, its in configs.items():
+        shares = name == student or task_of(config).rules.one_vocabulary
+        rows = prepared if shares else read(its, tokenizer_of(its))
+        candidates[name] = _stored(its, its.student.source, rows)
+    results = measured(_comparison(config, prepared, tokenizer), prepared, candidates, student)
+    split = results["split"]
+    how = prepared.notes["test" if split == "test" else "split"]
     return {
-        "task": config.task,
-        **comparison.results(),
-        "prompts": tokenizer.batch_decode(prompts),
-        "rule": rule_of(run.config, prepared),
-        "precision": str(dtype).removeprefix("torch."),
+        **results,
+        "task": task,
+        "sources": {"teacher": teacher, **students},
+        "rule": f"each model as given, on {results['rows']:,} {split} rows of {data} ({split}: {how})",
+        "precision": str(_dtype(config)).removeprefix("torch."),
     }
 
 
-@torch.no_grad()
-def forward_tokens_per_s(model: PreTrainedModel, batch: Batch, repeats: int = 2) -> float:
-    """Tokens per second of a plain forward pass with logits, the best of a few; padding is no token."""
-    inputs, seconds = (
-        {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")},
-        math.inf,
-    )
-    for _ in range(repeats):
-        seconds = min(seconds, seconds_of(lambda: model(**inputs, use_cache=False), model.device))
-    return int(inputs["attention_mask"].sum()) / seconds
+def folder_for(output: Path) -> Path:
+    """A folder for what `compare` found, made where it is missing.
 
-
-@torch.no_grad()
-def continuations(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    new_tokens: int,
-) -> list[str]:
-    """Greedy continuations of prompts, each by itself unless all are of one length (so that nothing is
-    padded).
+    Raises:
+        RunError: it is a run's, which has a comparison of its own, or the disk refuses.
     """
-    if len(set(map(len, prompts))) > 1:
-        return [text for prompt in prompts for text in continuations(model, tokenizer, [prompt], new_tokens)]
-    ids = torch.tensor([list(prompt) for prompt in prompts], device=model.device)
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        repetition_penalty=1.0,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+    if (output / "config.yaml").exists():
+        raise RunError(
+            f"--output {output}: is the folder of a run, which has a comparison of its own; name another"
+        )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"--output {output}: cannot be made: {error.strerror}; name a folder that you can write to"
+        ) from error
+    return output
 
 
-def prompts_of(config: Config, rows: Dataset) -> list[list[int]]:
-    """What the models are to continue: whole questions, or beginnings of text."""
-    if config.task == "question-answering":
-        return given_prompts(rows, count=config.compare.continuations)
-    return prompts_from(rows, count=config.compare.continuations, length=config.compare.prompt_tokens)
+def _comparison(config: Config, prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> Comparison:
+    return task_of(config).comparison(config, prepared, tokenizer, device_of(config.wanted_device))
 
 
-def prompts_from(rows: Dataset, *, count: int, length: int) -> list[list[int]]:
-    """The beginnings of `count` rows spread over the validation text, all of one length."""
-    fit = [row["input_ids"] for row in rows if len(row["input_ids"]) >= length]
-    return [list(fit[i * len(fit) // count][:length]) for i in range(min(count, len(fit)))]
+def _stored(config: Config, source: str, prepared: Prepared) -> Candidate:
+    return Candidate(lambda: task_of(config).load(source, prepared, _dtype(config)), source, prepared)
 
 
-def given_prompts(rows: Dataset, *, count: int) -> list[list[int]]:
-    """What is given of `count` rows spread over the validation rows: their questions."""
-    taken = [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
-    return [list(row["input_ids"][: row["prompt_tokens"]]) for row in taken]
+def _dtype(config: Config) -> torch.dtype:
+    return precision_of(config.precision, device_of(config.wanted_device))[0]
+
+
+def _all_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """The rows of the data; where nothing divides them all are for testing."""
+    prepared, is_own = prepare(config, tokenizer), "the source's own"
+    if prepared.test is not None or prepared.notes["split"] == is_own or task_of(config).compared_data:
+        return prepared
+    every, limit = concatenate_datasets([prepared.train, prepared.validation]), config.data.max_eval_rows
+    if limit is not None and limit < len(every):
+        every = every.shuffle(seed=config.seed).select(range(limit))
+    return replace(prepared, test=every, notes={**prepared.notes, "test": "all there are, each text once"})
+
+
+def _config(
+    teacher: str, student: str, data: str, task: str, overrides: Sequence[str], *, among: Sequence[str]
+) -> Config:
+    """A config that trains nothing; its rows are as long as the shortest of `among` can read."""
+    if task not in TASKS:
+        raise ConfigError(f"--task {task}: compared are models for {' or '.join(TASKS)}; name one of these")
+    for key, _ in pairs(overrides):
+        if key.partition(".")[0] in ("task", "teacher", "student"):
+            raise ConfigError(f"-o {key}: this has an option of its own: --task, --teacher, --student")
+    positions = [getattr(load_config(model), "max_position_embeddings", None) or LONGEST for model in among]
+    limits = [load_tokenizer(model).model_max_length for model in among]
+    read = {
+        "source": data,
+        "max_length": min(LONGEST, *positions, *limits),
+        **TASKS[task].compared_data,
+    }
+    raw = {
+        "task": task,
+        "teacher": {"model": teacher},
+        "student": {"from": student},
+        "loss": {"weights": {"ce": 1.0}},
+        "training": {},
+        "data": read,
+    }
+    return parse(raw, overrides, name="kd compare")

@@ -4,7 +4,7 @@ no torch.
 Axes: N items, C classes, or choices of an item.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -109,6 +109,15 @@ def values(answers: Answers, teacher: Answers, *, classes: bool) -> dict[str, fl
     if teacher.right.any():
         found["retention"] = 100 * found["accuracy"] / teacher.right.mean()
     return {name: float(value) for name, value in found.items()}
+
+
+def class_figures(means: Mapping[str, float], answers: np.ndarray) -> dict[str, float]:
+    """What an evaluation tells beside its mean measures; `answers` [N, 2]: what was said, what was right."""
+    from sklearn.metrics import f1_score  # as in `values`
+
+    said, right = answers.T
+    macro_f1 = f1_score(right, said, average="macro", zero_division=0.0)
+    return {"log_loss": means["ce"], "macro_f1": float(macro_f1)}
 
 
 def details(answers: Answers, labels: Sequence[str]) -> dict[str, Any]:

@@ -65,27 +65,42 @@ def results_of(
         measures["ece"]["low"] = max(measures["ece"]["low"], 0.0)
         behind = _with_f1(details(answers, labels), drawn[name])
         entries[name] = {**measures, **_on_mistakes(answers, teacher, drawn[name], independent), **behind}
-    pairs = [(a, b) for b, a in combinations(models, 2)]
-    differences = [
-        {
-            "model": a,
-            "against": b,
-            "metric": m,
-            **interval(found[a][m] - found[b][m], drawn[a][m] - drawn[b][m], centred=m in CENTRED),
-        }
-        for a, b in pairs
-        for m in found[a]
+    figures = {
+        name: {m: (value, drawn[name][m]) for m, value in each.items()} for name, each in found.items()
+    }
+    tests = [
+        {"model": a, "against": b, **_discordant(models[a], models[b])} for b, a in combinations(models, 2)
     ]
-    tests = [{"model": a, "against": b, **_discordant(models[a], models[b])} for a, b in pairs]
     return {
         "models": entries,
-        "differences": differences,
+        "differences": differences(figures, CENTRED),
         "mcnemar": tests,
         "labels": list(labels),
         "rows": len(teacher),
         "resamples": resamples,
         "interval": f"95 %, paired bootstrap over {over}",
     }
+
+
+def differences(
+    figures: Mapping[str, Mapping[str, tuple[float, np.ndarray]]], centred: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Each model's figures minus those of each before it, the teacher first, with intervals.
+
+    Args:
+        figures: model → measure → its value, and its values on the same resampled items.
+        centred: measures that resampling by itself makes larger.
+    """
+    return [
+        {
+            "model": a,
+            "against": b,
+            "metric": m,
+            **interval(value - figures[b][m][0], drawn - figures[b][m][1], centred=m in centred),
+        }
+        for b, a in combinations(figures, 2)
+        for m, (value, drawn) in figures[a].items()
+    ]
 
 
 def worst_rows(

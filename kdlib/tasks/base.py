@@ -1,73 +1,166 @@
-"""What a config's task makes of its data and models; everything above asks here and need not know which
-task it is.
+"""What a task is.  `task_of(config)` gives it, and nobody else asks which task a config has.
+
+A task is one file of this package, found because it stands here: a `Task` with its rules, and `register` at
+the end.  What is common to all tasks, teacher and untrained student of a config, stands below.
 """
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from kdlib.config import task_rules
 from kdlib.config.run import Config
-from kdlib.data import classification as classes, qa as questions, text as data
+from kdlib.config.task_rules import TaskRules
 from kdlib.data.batches import Prepared, calibration_rows
-from kdlib.errors import ConfigError
 from kdlib.hardware import precision_of
-from kdlib.models.classifier import load_classifier, named_classes
-from kdlib.models.loading import device_of, load_config, load_model, load_tokenizer
+from kdlib.models.loading import device_of
 from kdlib.models.student import chosen_layers, shallower
 from kdlib.models.teacher import LiveTeacher
 
+Check = Callable[[Any], Iterator[Any]]  # kdlib.diagnostics.context.Subject → findings
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The two models of a config, known by their configs alone, as they are when the task trains them."""
+
+    config: Config
+    student: PreTrainedConfig
+    teacher: PreTrainedConfig
+    vocabulary: int  # what they choose among: tokens, or classes
+    notes: Sequence[str] = ()  # what was taken for granted, in words
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A few held-out predictions to be looked at one by one: tokens of a text, or rows."""
+
+    batch: Mapping[str, Tensor]
+    texts: Sequence[str]  # [N] what came
+    before: Sequence[str]  # [N] what was read, and not predicted, since the one before; of rows their class
+    decode: Callable[[int], str]  # what a number stands for: a token's text, a class's name
+
+
+class Comparison(ABC):
+    """Models asked in turn about the same rows, the teacher first: the others are held against it."""
+
+    @abstractmethod
+    def add(self, name: str, model: LiveTeacher, prepared: Prepared) -> dict[str, Any]:
+        """Ask one model about all rows; what it took, beside what is measured of every model.
+
+        Args:
+            prepared: the same rows as this model reads them.
+        """
+
+    def show(self, name: str, model: PreTrainedModel) -> None:  # noqa: B027 — most tasks have nothing to show
+        """Look at what it makes of a few rows, when nothing is measured any more."""
+
+    @abstractmethod
+    def results(self, student: str) -> dict[str, Any]:
+        """Everything as plain data, as comparison_results.json has it; `student` is whom it is about.
+
+        Has "models": {name: {measure: {value, low, high}}}, "differences" (kdlib.metrics.paired), "rows".
+        """
+
+
+class Task(ABC):
+    """What there is to know of a task beside its rules; one instance each, without state."""
+
+    rules: TaskRules
+    kind: ClassVar[str]  # of its models, in words
+    known: ClassVar[Mapping[type, Any]]  # transformers' mapping of the configs that have such a model
+    checks: ClassVar[Sequence[str | Check]] = ()  # of the doctor, by name in kdlib.diagnostics, or its own
+    checks_on_batches: ClassVar[Sequence[str | Check]] = ()  # likewise, with the models loaded
+    compared_data: ClassVar[Mapping[str, Any]] = {}  # settings of `data:` where nothing is to be trained
+
+    @property
+    def unit(self) -> str:
+        """What is predicted, one by one: "token", or "row"."""
+        return self.rules.unit
+
+    @abstractmethod
+    def prepare(
+        self, config: Config, tokenizer: PreTrainedTokenizerBase, *, new_head: bool = False
+    ) -> Prepared:
+        """The rows of a config; `tokenizer` as `kdlib.models.student.tokenizer_of` gives it.
+
+        Args:
+            new_head: what the teacher chooses among is not asked for: it is to learn that of the data.
+
+        Raises:
+            DataError: nothing to read, not the named columns, or rows that the task can do nothing with.
+            ConfigError: the best model is to be chosen by a metric that these rows have not.
+        """
+
+    @abstractmethod
+    def load(
+        self, source: str, prepared: Prepared, dtype: torch.dtype = torch.float32, *, untrained: bool = False
+    ) -> PreTrainedModel:
+        """A model for these rows; a head that was never trained is refused unless it may be `untrained`."""
+
+    @abstractmethod
+    def blank(self, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+        """A model of this config with random weights; `name` is for the message of an error."""
+
+    @abstractmethod
+    def outlined(
+        self, config: Config, student: PreTrainedConfig, teacher: PreTrainedConfig, vocabulary: int | None
+    ) -> Outline:
+        """The two models as the task trains them; `vocabulary`: what they choose among, where it is known."""
+
+    @abstractmethod
+    def random_batch(self, plan: Outline, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Rows of random tokens as long as the config allows; unpacked, one is shorter, to need a mask."""
+
+    @abstractmethod
+    def facts(
+        self, prepared: Prepared, tokenizer: PreTrainedTokenizerBase, teacher: LiveTeacher
+    ) -> dict[str, str]:
+        """What both models choose among, to be read at the start of a run."""
+
+    @abstractmethod
+    def example(self, prepared: Prepared, tokenizer: PreTrainedTokenizerBase, teacher: LiveTeacher) -> Any:
+        """The first training row and what is learned of it: shown in a notebook, printed in a terminal."""
+
+    @abstractmethod
+    def sample(self, prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> Sample:
+        """Held-out predictions for the explorers."""
+
+    @abstractmethod
+    def comparison(
+        self, config: Config, prepared: Prepared, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    ) -> Comparison:
+        """What measures teacher and students on the test rows, else on the validation rows."""
+
+
+TASKS: dict[str, Task] = {}
+
+
+def register(task: Task) -> Task:
+    """Makes a task known, to configs and readers too."""
+    TASKS[task_rules.register(task.rules).name] = task
+    return task
+
+
+def task_of(config: Config) -> Task:
+    """The task of a config."""
+    return TASKS[config.task]
+
 
 def prepare(config: Config, tokenizer: PreTrainedTokenizerBase, *, new_head: bool = False) -> Prepared:
-    """The rows of a config; `tokenizer` as `kdlib.models.student.tokenizer_of` gives it.
-
-    Args:
-        new_head: whatever classes the teacher has are not asked for: it is to learn those of the data.
-
-    Raises:
-        DataError: nothing to read, not the named columns, or rows that the task can do nothing with, named
-            one by one.
-        ConfigError: the best model is to be chosen by a metric that these rows have not.
-    """
-    if config.task == "sequence-classification":
-        known = None if new_head or config.teacher_stage else named_classes(load_config(config.teacher.model))
-        return classes.prepare(
-            config.data, tokenizer, teacher=_teachers_own(config, tokenizer), seed=config.seed, known=known
-        )
-    prepare_rows = questions.prepare if config.task == "question-answering" else data.prepare
-    prepared = prepare_rows(config.data, tokenizer, seed=config.seed)
-    if (
-        config.training["metric_for_best_model"].removeprefix("eval_") == "choice_accuracy"
-        and not prepared.choices
-    ):
-        raise ConfigError(
-            f"training.metric_for_best_model: found eval_choice_accuracy, but {config.data.source} has no "
-            "choices "
-            f"({prepared.notes['form']}); write eval_perplexity or eval_kl_to_teacher"
-        )
-    return prepared
-
-
-def load(
-    source: str, prepared: Prepared, dtype: torch.dtype = torch.float32, *, untrained: bool = False
-) -> PreTrainedModel:
-    """A model for the task; a classifier without a trained head is refused unless it may be `untrained`."""
-    return (
-        load_classifier(source, prepared.labels, dtype, untrained=untrained)
-        if prepared.labels
-        else load_model(source, dtype)
-    )
+    """The rows of a config, as `Task.prepare` says."""
+    return task_of(config).prepare(config, tokenizer, new_head=new_head)
 
 
 def load_teacher(config: Config, prepared: Prepared, dtype: torch.dtype | None = None) -> LiveTeacher:
     """The teacher, in the precision of the run unless told otherwise."""
-    dtype = dtype or precision_of(config.precision, device_of(config.wanted_device))[0]
-    return teacher_of(_teacher_model(config, prepared, dtype), prepared)
-
-
-def _teacher_model(config: Config, prepared: Prepared, dtype: torch.dtype) -> PreTrainedModel:
-    """Before its own stage its head says nothing so far, and may be missing."""
-    return load(config.teacher.model, prepared, dtype, untrained=config.teacher_stage is not None)
+    chosen = dtype or precision_of(config.precision, device_of(config.wanted_device))[0]
+    return teacher_of(_teacher_model(config, prepared, chosen), prepared)
 
 
 def teacher_of(model: PreTrainedModel, prepared: Prepared) -> LiveTeacher:
@@ -76,22 +169,21 @@ def teacher_of(model: PreTrainedModel, prepared: Prepared) -> LiveTeacher:
     return LiveTeacher(model, prepared.vocabulary, reads)
 
 
-def voice_of(model: PreTrainedModel, prepared: Prepared) -> LiveTeacher:
-    """A loaded student, asked as a teacher is."""
+def asked(model: PreTrainedModel, prepared: Prepared) -> LiveTeacher:
+    """A loaded student, to be asked as a teacher is."""
     return LiveTeacher(model, prepared.vocabulary)
 
 
 def untrained_student(config: Config, prepared: Prepared, keep: Sequence[int] | None) -> PreTrainedModel:
-    """The student as its training starts with it, the same each time: the teacher's layers `keep`, or a model
-    of its own.
+    """The student as its training starts with it: the teacher's layers `keep`, or a model of its own.
 
-    In float32 from float32, whatever the teacher's precision in training: these are the weights that will be
-    trained.
+    The same each time, in float32 from float32, whatever the teacher's precision in training: these are the
+    weights that will be trained.
     """
     torch.manual_seed(config.seed)  # for a head that is made anew
     if config.student.source == "teacher":
         return shallower(_teacher_model(config, prepared, torch.float32), keep)
-    return load(config.student.source, prepared, untrained=True)
+    return task_of(config).load(config.student.source, prepared, untrained=True)
 
 
 def layers_for_student(config: Config, teacher: PreTrainedModel, prepared: Prepared) -> list[int] | None:
@@ -99,14 +191,8 @@ def layers_for_student(config: Config, teacher: PreTrainedModel, prepared: Prepa
     return chosen_layers(config, teacher, calibration_rows(prepared.train))
 
 
-def _teachers_own(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:
-    """The teacher's tokenizer, where it reads otherwise than the student's."""
-    if config.student.source == "teacher":
-        return None
-    other = load_tokenizer(config.teacher.model)
-    sample = "Déjà vu:  two\nlines."
-    alike = (
-        other.get_vocab() == tokenizer.get_vocab()
-        and other(sample)["input_ids"] == tokenizer(sample)["input_ids"]
+def _teacher_model(config: Config, prepared: Prepared, dtype: torch.dtype) -> PreTrainedModel:
+    """Before its own stage its head says nothing so far, and may be missing."""
+    return task_of(config).load(
+        config.teacher.model, prepared, dtype, untrained=config.teacher_stage is not None
     )
-    return None if alike else other

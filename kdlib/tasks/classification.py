@@ -1,73 +1,151 @@
-"""Teacher, untrained student, baseline and distilled student as classifiers of the same held-out rows,
-with intervals.
-"""
+"""Classification: a class for each row; what classifiers are compared by, row by row."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from kdlib.config.run import Config
-from kdlib.data.batches import Prepared
+from kdlib.config.task_rules import RULES
+from kdlib.data import classification
+from kdlib.data.batches import Prepared, collate_classes
 from kdlib.errors import ModelError
-from kdlib.hardware import peak_memory, precision_of
 from kdlib.losses.signals import kept
 from kdlib.metrics.classification import Answers
 from kdlib.metrics.paired import results_of, worst_rows
-from kdlib.models.efficiency import Batch, latency_ms, seconds_of, stored_bytes, wait_for
-from kdlib.models.loading import device_of, parameters
+from kdlib.models.classifier import blank_classifier, load_classifier, named_classes
+from kdlib.models.efficiency import latency_ms, seconds_of
+from kdlib.models.loading import load_config, load_tokenizer
 from kdlib.models.teacher import LiveTeacher
-from kdlib.runs.files import StudentFolder
-from kdlib.runs.folder import Run
-from kdlib.tasks import base as tasks
+from kdlib.plots.row_view import RowView
+from kdlib.tasks.base import Comparison, Outline, Sample, Task, register
+from kdlib.tasks.language_modeling import first_rows, random_ids
 
 BATCH = 32  # rows per forward pass
 SINGLE = 30  # rows that are answered one by one, for the latency
+LOOKED_AT = 32  # rows, spread over the held-out ones
+BEGINNING = 72  # letters of a row's text
 
 
-def measured_on(prepared: Prepared) -> str:
-    """The split on which models are compared: test where there is one."""
-    return "test" if prepared.test is not None and len(prepared.test) else "validation"
+class Classification(Task):
+    """Models with a head of classes, each of which may read by a tokenizer of its own."""
 
+    rules = RULES["sequence-classification"]
+    kind = "classifier of texts"
+    known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    checks = (
+        "documents_are_not_cut",
+        "held_out_text_is_new",
+        "teacher_has_a_head",
+        "both_models_read_their_tokens",
+        "enough_rows_are_held_out",
+        "held_out_groups_are_new",
+        "classes_are_large_enough",
+    )
+    checks_on_batches = ("teacher_knows_the_classes",)
 
-def rule_of(config: Config, prepared: Prepared) -> str:
-    """Which students of a run are compared, on which rows, and who has an advantage there."""
-    if measured_on(prepared) == "test":
-        return (
-            "best_model/ of each student, chosen on the validation rows; measured on the test rows, on "
-            "which nothing was chosen"
+    def prepare(
+        self, config: Config, tokenizer: PreTrainedTokenizerBase, *, new_head: bool = False
+    ) -> Prepared:
+        known = None
+        if not new_head and not config.teacher_stage:
+            known = named_classes(load_config(config.teacher.model))
+        return classification.prepare(
+            config.data, tokenizer, teacher=_teachers_own(config, tokenizer), seed=config.seed, known=known
         )
-    ended = (
-        "when early stopping by these very rows ended it"
-        if config.early_stopping
-        else "after equally many steps"
-    )
-    teacher = (
-        "; the teacher is the best by these rows, so its figures are rather too good"
-        if config.teacher_stage
-        else ""
-    )
-    return (
-        f"final_model/ of each student, {ended}; measured on the validation rows, as there are no test rows: "
-        "best_model/ was chosen on "
-        f"these very rows{teacher}"
-    )
+
+    def load(
+        self, source: str, prepared: Prepared, dtype: torch.dtype = torch.float32, *, untrained: bool = False
+    ) -> PreTrainedModel:
+        return load_classifier(source, prepared.labels, dtype, untrained=untrained)
+
+    def blank(self, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+        return blank_classifier(name, config, dtype)
+
+    def outlined(
+        self, config: Config, student: PreTrainedConfig, teacher: PreTrainedConfig, vocabulary: int | None
+    ) -> Outline:
+        notes, classes = [], vocabulary or len(config.data.labels or ())
+        if not classes:
+            classes = teacher.num_labels
+            notes.append(
+                f"the data was not read, so the teacher's {classes} classes are taken for the data's: they "
+                "weigh little"
+            )
+        notes.append(
+            f"each row is taken to have data.max_length ({config.data.max_length}) tokens; shorter texts "
+            "take less"
+        )
+        if config.teacher_stage:
+            notes.append(
+                "this is the student's training; the teacher's own stage before it is not forecast: put it "
+                "into a config of its own"
+            )
+        made = [deepcopy(each) for each in (student, teacher)]
+        for each in made:
+            each.num_labels = classes
+            if each.get_text_config().pad_token_id is None:
+                each.get_text_config().pad_token_id = 0
+        return Outline(config, *made, classes, tuple(notes))
+
+    def random_batch(self, plan: Outline, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """With tokens of the teacher's own, where the student does not come from it."""
+        length = plan.config.data.max_length
+        ours, theirs = (
+            random_ids(each.get_text_config().vocab_size, rows, length, generator, is_full=False)
+            for each in (plan.student, plan.teacher)
+        )
+        labels = torch.randint(plan.vocabulary, (rows,), generator=generator).tolist()
+        made = [{"input_ids": ids, "label": label} for ids, label in zip(ours, labels, strict=True)]
+        if plan.config.student.source != "teacher":
+            made = [{**row, "teacher_input_ids": ids} for row, ids in zip(made, theirs, strict=True)]
+        return collate_classes(made, pad_id=0, teacher_pad_id=0)
+
+    def facts(
+        self, prepared: Prepared, tokenizer: PreTrainedTokenizerBase, teacher: LiveTeacher
+    ) -> dict[str, str]:
+        table = classification.class_table(prepared)
+        own = "; the teacher reads with a tokenizer of its own" * bool(teacher.reads)
+        rows = ", ".join(f"{label} {' / '.join(map(str, counts))}" for label, *counts in table.itertuples())
+        return {"classes": f"{len(table)}, with their rows ({' / '.join(table)}): {rows}{own}"}
+
+    def example(
+        self, prepared: Prepared, tokenizer: PreTrainedTokenizerBase, teacher: LiveTeacher
+    ) -> RowView:
+        """The row's class, and what the teacher says of it."""
+        row, labels = prepared.train[0], prepared.labels
+        said = _logits(teacher, first_rows(prepared)).float().softmax(-1)[0].tolist()
+        return RowView(text_of(row, tokenizer), labels[row["label"]], list(zip(labels, said, strict=True)))
+
+    def sample(self, prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> Sample:
+        """Some of the held-out rows, from the first to the last."""
+        rows, labels = prepared.validation, prepared.labels
+        count = min(LOOKED_AT, len(rows))
+        some = [rows[i * len(rows) // count] for i in range(count)]
+        lines = [" ".join(text_of(row, tokenizer).split()) for row in some]
+        texts = [line if len(line) <= BEGINNING else f"{line[:BEGINNING]}…" for line in lines]
+        classes = [f"{labels[row['label']]}: " for row in some]
+        return Sample(prepared.collate(some), texts, classes, labels.__getitem__)
+
+    def comparison(
+        self, config: Config, prepared: Prepared, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    ) -> Comparison:
+        return ClassComparison(
+            prepared, tokenizer, device=device, resamples=config.compare.resamples, seed=config.seed
+        )
 
 
-def student_in(folder: StudentFolder, prepared: Prepared) -> str:
-    """The student that is compared: one chosen on other rows than those it is measured on, else the last."""
-    return str(folder.best_model if measured_on(prepared) == "test" else folder.final_model)
-
-
-class ClassComparison:
-    """Measures classifiers one after another on the same rows, the teacher first: the others are held
-    against it.
-    """
+class ClassComparison(Comparison):
+    """Classifiers by their probabilities for every row, and by how fast they answer."""
 
     def __init__(
         self,
@@ -80,147 +158,76 @@ class ClassComparison:
     ) -> None:
         """
         Args:
-            prepared: its test rows, or where there are none its validation rows, are what the models are
-                measured on.
             tokenizer: by which rows are made readable that do not carry their text.
             device: where the models are measured.
             resamples: of the bootstrap over rows, or over their groups, the same for every model.
         """
-        self.prepared, self.device, self.resamples, self.seed = (
-            prepared,
-            torch.device(device),
-            resamples,
-            seed,
-        )
-        rows = self._rows(prepared)
-        self.texts = (
-            rows["text"][:]
-            if "text" in rows.column_names
-            else tokenizer.batch_decode(rows["input_ids"], skip_special_tokens=True)
-        )
+        self.prepared, self.tokenizer, self.device = prepared, tokenizer, torch.device(device)
+        self.resamples, self.seed = resamples, seed
         self.answers: dict[str, Answers] = {}
-        self.facts: dict[str, dict[str, Any]] = {}
 
-    def add(
-        self,
-        name: str,
-        load: Callable[[], PreTrainedModel],
-        *,
-        source: str | None = None,
-        prepared: Prepared | None = None,
-    ) -> None:
-        """Load one model and measure it: its answers to all rows, time, memory, size.
-
-        Args:
-            source: where its weights are stored; None for a model that is not stored.
-            prepared: the same rows for a student with a tokenizer of its own.
+    def add(self, name: str, model: LiveTeacher, prepared: Prepared) -> dict[str, Any]:
+        """Its answers to all rows.
 
         Raises:
             ModelError: it answers with values that are not finite.
         """
-        prepared = prepared or self.prepared
-        with peak_memory(self.device) as peak:
-            started = perf_counter()
-            model = load().to(self.device)
-            wait_for(self.device)
-            loaded = perf_counter() - started
-            voice = (tasks.voice_of if self.answers else tasks.teacher_of)(model, prepared)
-            self.answers[name], speed = self._ask(name, voice, prepared)
-            latency = latency_ms(
-                lambda batch: _logits(voice, batch), list(self._batches(prepared, 1, SINGLE)), self.device
-            )
-        stored = stored_bytes(source) if source else None
-        size = stored or sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        self.facts[name] = {
-            "parameters": parameters(model),
-            "size_on_disk_gib": size / 2**30,
-            "latency_ms": latency,
-            "throughput_rows_per_s": speed,
-            **({"load_seconds": loaded} if source else {}),
-            "peak_memory_gib": peak.bytes / 2**30,
-        }
-
-    def _ask(self, name: str, voice: LiveTeacher, prepared: Prepared) -> tuple[Answers, float]:
-        """What it answers, and how many rows it answers in a second."""
         logits, seconds = [], 0.0
-        _logits(voice, next(self._batches(prepared, BATCH)))  # the first pass is not timed
+        _logits(model, next(self._batches(prepared, BATCH)))  # the first pass is not timed
         for batch in self._batches(prepared, BATCH):
-            seconds += seconds_of(lambda batch=batch: logits.append(_logits(voice, batch)), self.device)
+            seconds += seconds_of(lambda batch=batch: logits.append(_logits(model, batch)), self.device)
         values = torch.cat(logits).cpu().double()
         if len(broken := (~values.isfinite()).any(dim=1).nonzero()):
             raise ModelError(
                 f"{name}: its logits are not finite in {len(broken)} of {len(values)} rows, first in row "
-                f"{broken[0].item()}; "
-                "such a model cannot be compared: see whether its weights are sound, or set precision: "
-                "float32"
+                f"{broken[0].item()}; such a model cannot be compared: see whether its weights are sound, or "
+                "set precision: float32"
             )
-        labels = np.array(self._rows(prepared)["label"])
-        return Answers(values.softmax(dim=-1).numpy(), labels), len(values) / seconds
+        self.answers[name] = Answers(values.softmax(dim=-1).numpy(), np.array(prepared.measured["label"]))
+        single = list(self._batches(prepared, 1, SINGLE))
+        return {
+            "latency_ms": latency_ms(lambda batch: _logits(model, batch), single, self.device),
+            "throughput_rows_per_s": len(values) / seconds,
+        }
 
-    def _batches(self, prepared: Prepared, size: int, count: int | None = None) -> Iterator[Batch]:
-        rows = self._rows(prepared)
+    def _batches(
+        self, prepared: Prepared, size: int, count: int | None = None
+    ) -> Iterator[Mapping[str, Tensor]]:
+        rows = prepared.measured
         for start in range(0, min(len(rows), count or len(rows)), size):
             batch = prepared.collate([rows[i] for i in range(start, min(start + size, len(rows)))])
             yield {name: value.to(self.device) for name, value in batch.items()}
 
-    @staticmethod
-    def _rows(prepared: Prepared) -> Dataset:
-        return getattr(prepared, measured_on(prepared))
-
     def results(self, student: str) -> dict[str, Any]:
-        """Everything as plain data, as comparison_results.json has it; `student` is whom the comparison
-        is about.
-        """
-        rows = self._rows(self.prepared)
+        rows, labels = self.prepared.measured, self.prepared.labels
         groups = rows["group"][:] if "group" in rows.column_names else None
-        found = results_of(
-            self.answers, self.prepared.labels, groups=groups, resamples=self.resamples, seed=self.seed
-        )
-        models = {name: {**measures, **self.facts[name]} for name, measures in found["models"].items()}
+        found = results_of(self.answers, labels, groups=groups, resamples=self.resamples, seed=self.seed)
         shown = {name: answers for name, answers in self.answers.items() if name != "untrained"}
-        return {
-            **found,
-            "task": "sequence-classification",
-            "models": models,
-            "student": student,
-            "split": measured_on(self.prepared),
-            "worst": worst_rows(shown, student, self.texts, [self.prepared.labels] * len(self.texts)),
-            "batch_rows": BATCH,
-        }
+        texts = [text_of(row, self.tokenizer) for row in rows]
+        worst = worst_rows(shown, student, texts, [labels] * len(rows))
+        return {**found, "worst": worst, "batch_rows": BATCH}
 
 
-def compare(
-    run: Run, config: Config, tokenizer: PreTrainedTokenizerBase, prepared: Prepared
-) -> dict[str, Any]:
-    """Compare the classifiers of a finished run: the data of its comparison_results.json.
-
-    Args:
-        config: the run's, with the teacher that taught in it.
-    """
-    device = device_of(config.wanted_device)
-    dtype, _ = precision_of(config.precision, device)
-    comparison = ClassComparison(
-        prepared, tokenizer, device=device, resamples=config.compare.resamples, seed=config.seed
-    )
-
-    def measure(name: str, source: str | None, load: Callable[[], PreTrainedModel] | None = None) -> None:
-        print(f"measuring the {name} model …", flush=True)
-        comparison.add(name, load or (lambda: tasks.load(source, prepared, dtype)), source=source)
-
-    measure("teacher", config.teacher.model)
-    untrained = tasks.untrained_student(config, prepared, run.manifest["student_layers"]).to(dtype)
-    # so that its memory is its own, not the teacher's that it is cut from
-    measure("untrained", None, lambda: deepcopy(untrained))
-    if config.baseline:
-        measure("baseline", student_in(run.baseline, prepared))
-    measure("distilled", student_in(run, prepared))
-    return {
-        **comparison.results("distilled"),
-        "rule": rule_of(run.config, prepared),
-        "precision": str(dtype).removeprefix("torch."),
-    }
+def text_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a row; where it is not kept, as it can be read from the tokens."""
+    return row.get("text") or tokenizer.decode(row["input_ids"], skip_special_tokens=True)
 
 
-def _logits(voice: LiveTeacher, batch: Batch) -> torch.Tensor:
+def _logits(model: LiveTeacher, batch: Mapping[str, Tensor]) -> Tensor:
     """[B, C]"""
-    return voice(batch, kept(batch["labels"])).logits()
+    return model(batch, kept(batch["labels"])).logits()
+
+
+def _teachers_own(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:
+    """The teacher's tokenizer, where it reads otherwise than the student's."""
+    if config.student.source == "teacher":
+        return None
+    other, sample = load_tokenizer(config.teacher.model), "Déjà vu:  two\nlines."
+    is_alike = (
+        other.get_vocab() == tokenizer.get_vocab()
+        and other(sample)["input_ids"] == tokenizer(sample)["input_ids"]
+    )
+    return None if is_alike else other
+
+
+register(Classification())

@@ -22,11 +22,11 @@ from kdlib.losses.features import LayerPairs
 from kdlib.losses.ledger import LedgerWindow, breach
 from kdlib.losses.objective import EVAL_TERMS, Objective, ObjectiveAt, ledger, row_sums
 from kdlib.losses.signals import Kept, Signal, kept
+from kdlib.metrics.multiple_choice import accuracy as choice_accuracy
 from kdlib.models.loading import head_form
 from kdlib.models.teacher import PROJECTIONS, LiveTeacher, insides, signal_of
 from kdlib.runs.files import StudentFolder
 from kdlib.schedulers import Schedule
-from kdlib.tasks import question_answering as scoring
 from kdlib.training.callbacks import (
     LogBeforeSave,
     PrintedLines,
@@ -37,6 +37,8 @@ from kdlib.training.gradients import gradient_figures, term_gradients
 from kdlib.training.guarded_trainer import UNSHARDED, GuardedTrainer
 from kdlib.training.nan_guard import Scene
 from kdlib.training.trackers import MetricsFile
+
+SCORE = {"ce": EVAL_TERMS["ce"]}  # of a choice
 
 
 class DistillationTrainer(GuardedTrainer):
@@ -78,7 +80,7 @@ class DistillationTrainer(GuardedTrainer):
                 first micro-batch (of the first rank): one more forward pass, a backward pass per term, and
                 memory for terms x parameters.
             choices: of the held-out questions, scored at every evaluation
-                (kdlib.tasks.question_answering.choice_rows).
+                (kdlib.data.qa).
         """
         super().__init__(folder=folder, **options)
         if self.args.n_gpu > 1:
@@ -311,7 +313,7 @@ class DistillationTrainer(GuardedTrainer):
                     tokens.targets,
                     tokens.rows,
                     row_count=len(batch["labels"]),
-                    terms=scoring.SCORE,
+                    terms=SCORE,
                     chunk=self.workspace.chunk_for(student),
                 )
             parts.append(self.accelerator.gather_for_metrics(-sums["ce"]))
@@ -319,13 +321,13 @@ class DistillationTrainer(GuardedTrainer):
         if not scores.isfinite().all():
             row = rows[int((~scores.isfinite()).nonzero()[0, 0])]
             self.stop(
-                self.scene(plain, scoring.SCORE),
+                self.scene(plain, SCORE),
                 [self.asked(row)],
                 step=self.state.global_step,
                 stage="evaluation",
                 rows=rows,
             )
-        return scoring.accuracy(rows, scores.numpy())
+        return choice_accuracy(rows, scores.numpy())
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Evaluates, and keeps the student in best_model/ when its metric beats all earlier ones of this

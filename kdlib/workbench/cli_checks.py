@@ -181,15 +181,15 @@ def compare(
     data.split_seed=0, so that what they were trained on stays out; kd compare cannot know. Columns by other
     names: -o data.text=content -o data.label=topic.  What is written: report.html with figures and tables.
     """
-    from kdlib.evaluation import elsewhere
+    from kdlib.evaluation import compare
     from kdlib.plots import comparison as plots
+    from kdlib.reports.run import render_comparison
 
-    students = elsewhere.named_students(student)
-    folder = elsewhere.folder_for(
-        output or runs.project_root() / "reports" / f"compare_{next(iter(students))}"
-    )
-    results = elsewhere.compare(teacher, students, data, task=task, overrides=override or [])
-    elsewhere.write(results, folder)
+    students = compare.named_students(student)
+    folder = compare.folder_for(output or runs.project_root() / "reports" / f"compare_{next(iter(students))}")
+    results = compare.compare(teacher, students, data, task=task, overrides=override or [])
+    runs.write_json(folder / "comparison_results.json", results)
+    render_comparison(results, folder)
     for table in (plots.quality_table(results), plots.cost_table(results), plots.difference_table(results)):
         print(f"\n{table.to_string()}")
     print(f"\nmeasured: {results['rule']}\nwritten: {os.path.relpath(folder)}")

@@ -17,10 +17,9 @@ import transformers
 from kdlib.config import run as configs
 from kdlib.config.run import Config
 from kdlib.data.batches import Prepared
-from kdlib.data.classification import class_table
 from kdlib.diagnostics import doctor, findings, measurement, outlook, parity
 from kdlib.errors import RunError, nearest
-from kdlib.evaluation import compare, predictions as sights
+from kdlib.evaluation import compare, predictions
 from kdlib.hardware import device_memory, precision_of
 from kdlib.losses.objective import ObjectiveAt
 from kdlib.losses.signals import kept
@@ -28,15 +27,12 @@ from kdlib.models.loading import device_of, parameters
 from kdlib.models.student import check_pair, tokenizer_of
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots import comparison as plots
-from kdlib.plots.row_view import RowView
 from kdlib.plots.softening import Sight
-from kdlib.plots.token_view import TokenView, token_view
 from kdlib.runs import folder as runs
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.folder import Run
 from kdlib.runs.log import plan_table, terms_in, training_table
 from kdlib.tasks import base as tasks
-from kdlib.tasks.classification import student_in
 from kdlib.training import run as training, trackers
 from kdlib.training.plan import objective_of, training_arguments
 from kdlib.workbench import teacher_stage
@@ -164,7 +160,7 @@ class Workbench:
                     f"{parameters(student) / 1e6:.1f} M parameters, {student.config.num_hidden_layers} layers"
                 )
                 + (f": the teacher's {layers}" if layers else ""),
-                **self._choices(),
+                **tasks.task_of(self.config).facts(self.prepared, self.tokenizer, self.teacher),
                 **_texts(self.prepared.notes),
                 "fingerprint": self.prepared.notes["fingerprint"],
                 "precision": self.run.manifest["precision"],
@@ -175,15 +171,6 @@ class Workbench:
             }
         )
 
-    def _choices(self) -> dict[str, str]:
-        """What both models choose among."""
-        if not self.prepared.labels:
-            return {"vocabulary": f"{len(self.tokenizer):,} tokens, the same for both"}
-        table = class_table(self.prepared)
-        own = "; the teacher reads with a tokenizer of its own" * bool(self.teacher.reads)
-        rows = ", ".join(f"{label} {' / '.join(map(str, counts))}" for label, *counts in table.itertuples())
-        return {"classes": f"{len(table)}, with their rows ({' / '.join(table)}): {rows}{own}"}
-
     def formula(self) -> str:
         """The resolved objective at the start, and at the end where it moves."""
         start, end = self.objective_at().formula, self.objective_at(fraction=1.0).formula
@@ -193,38 +180,28 @@ class Workbench:
         """One training batch, and what each model makes of it."""
         batch = self._two_rows()
         tokens = kept(batch["labels"])
-        columns, is_of_rows = {}, bool(self.prepared.labels)
+        columns, unit = {}, tasks.task_of(self.config).unit
         for name, model in (
             ("teacher", self.teacher),
-            ("student", tasks.voice_of(self.student(), self.prepared)),
+            ("student", tasks.asked(self.student(), self.prepared)),
         ):
             signal = model(batch, tokens)
             columns[name] = {
                 "input_ids [B, T]": list(batch[f"{model.reads}input_ids"].shape),
-                "kept rows N" if is_of_rows else "kept tokens N": len(tokens.targets),
+                f"kept {unit}s N": len(tokens.targets),
                 "layers, hidden size": (
                     f"{model.model.config.num_hidden_layers}, {model.model.config.hidden_size}"
                 ),
                 "logits [N, V]": [len(signal), signal.logits(slice(0, 1)).shape[-1]],
                 "head": "applied in chunks"
                 if model.form
-                else f"all logits at once: {'classes' if is_of_rows else 'no plain head'}",
+                else f"all logits at once: {'classes' if unit == 'row' else 'no plain head'}",
             }
         return pd.DataFrame(columns)
 
-    def example(self) -> TokenView | RowView:
-        """The first training row, token by token, coloured by what is learned from it; or its class, and
-        what the teacher says of it.
-        """
-        if self.prepared.labels:
-            batch, row = self._two_rows(), self.prepared.train[0]
-            said = self.teacher(batch, kept(batch["labels"])).logits().float().softmax(-1)[0].tolist()
-            return RowView(
-                sights.text_of(row, self.tokenizer),
-                self.prepared.labels[row["label"]],
-                list(zip(self.prepared.labels, said, strict=True)),
-            )
-        return token_view(self._two_rows(), 0, self.tokenizer)
+    def example(self) -> Any:
+        """The first training row and what is learned of it, as the task shows it."""
+        return tasks.task_of(self.config).example(self.prepared, self.tokenizer, self.teacher)
 
     def _two_rows(self) -> dict[str, torch.Tensor]:
         rows = [self.prepared.train[i] for i in range(min(2, len(self.prepared.train)))]
@@ -291,7 +268,7 @@ class Workbench:
                 outlook.outlook(
                     self.config,
                     rows=len(self.prepared.train),
-                    classes=len(self.prepared.labels) or None,
+                    classes=self.prepared.vocabulary,
                 )
             )
         )
@@ -342,25 +319,22 @@ class Workbench:
             )
         dtype, _ = precision_of(self.config.precision, device_of(self.config.wanted_device))
 
-        def voice(name: str) -> LiveTeacher:
+        task = tasks.task_of(self.config)
+
+        def asked(name: str) -> LiveTeacher:
             print(f"asking the {name} model …", flush=True)
             if name == "teacher":
                 return self.teacher
-            compared = name in folders and student_in(folders[name], self.prepared)
-            return tasks.voice_of(
-                tasks.load(compared, self.prepared, dtype) if compared else self.student().to(dtype),
-                self.prepared,
-            )
+            if name == "untrained":
+                return tasks.asked(self.student().to(dtype), self.prepared)
+            source = compare.student_in(folders[name], self.prepared)
+            return tasks.asked(task.load(source, self.prepared, dtype), self.prepared)
 
         names = ["teacher", *(name for name in students if name != "baseline" or self.config.baseline)]
-        voices = {name: partial(voice, name) for name in names}
-        sight = (
-            sights.look_at_rows(voices, self.prepared, self.tokenizer)
-            if self.prepared.labels
-            else sights.look(voices, self.prepared.validation, self.tokenizer)
-        )
-        sights.write(self.run, sight)
-        return sight
+        sample = task.sample(self.prepared, self.tokenizer)
+        found = predictions.look({name: partial(asked, name) for name in names}, sample, task.unit)
+        predictions.write(self.run, found)
+        return found
 
     def _train(
         self,
