@@ -3,6 +3,7 @@ that it belongs to.
 """
 
 import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from made_classifiers import classification, classifier, prepared_rows, source
 
 from kdlib.config.run import parse
-from kdlib.data.batches import Prepared, collate_classes
+from kdlib.data.batches import collate_classes
 from kdlib.diagnostics import parity
 from kdlib.losses.signals import DenseSignal
 from kdlib.models.loading import load_tokenizer
@@ -39,9 +40,7 @@ def table(raw: dict, *, collate=collate_classes, own_tokenizer: bool = True):
     config = parse(raw)
     teacher, student = config.teacher.model, config.student.source
     made = prepared_rows(student, teacher if own_tokenizer else None)
-    prepared = Prepared(
-        made.train, made.validation, {}, partial(collate, pad_id=0, teacher_pad_id=0), 3, made.labels
-    )
+    prepared = replace(made, collate=partial(collate, pad_id=0, teacher_pad_id=0))
     return parity.parity(
         config,
         student=tasks.untrained_student(config, prepared, None),

@@ -1,124 +1,191 @@
-import math
-from functools import partial
+import json
 
-import numpy as np
 import pytest
-import torch
-from conftest import sentences, tiny_model, tiny_tokenizer
-from datasets import Dataset
+from conftest import sentences
+from made_questions import multiple_choice, tiny_gpt2, written
+from tiny_classifiers import LABELS, bert, llama, rows
+from typer.testing import CliRunner
 
-from kdlib.data.batches import Prepared, collate
-from kdlib.evaluation.compare import Comparison, continuations, prompts_from
-from kdlib.models.student import shallower
+from kdlib.errors import ConfigError, DataError, ModelError, RunError
+from kdlib.evaluation import compare
+from kdlib.plots import comparison as plots
+from kdlib.reports.run import render_comparison
+from kdlib.workbench.cli import app
 
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer(sentences(200))
-
-
-@pytest.fixture(scope="module")
-def rows(tokenizer):
-    return Dataset.from_dict({"input_ids": tokenizer(sentences(30, seed=3))["input_ids"]})
-
-
-def prepared(rows, tokenizer) -> Prepared:
-    return Prepared(rows, rows, {}, partial(collate, pad_id=tokenizer.pad_token_id), len(tokenizer))
+COLUMNS = ["data.text=content", "data.label=topic"]
+FEW = ["compare.resamples=100", "device=cpu", "precision=float32"]
 
 
 @pytest.fixture(scope="module")
-def results(rows, tokenizer):
-    teacher = tiny_model().eval()
-    comparison = Comparison(prepared(rows, tokenizer), tokenizer, resamples=400)
-    comparison.add("teacher", lambda: teacher)
-    comparison.add("twin", lambda: tiny_model().eval())
-    comparison.add("distilled", lambda: shallower(teacher, [0, 3]))
-    return comparison.results()
-
-
-def test_the_figures_are_those_of_plain_torch(results, rows, tokenizer):
-    student, teacher = shallower(tiny_model(), [0, 3]), tiny_model().eval()
-    nats = kl = agree = tokens = size = 0
-    for row in rows:
-        ids = torch.tensor([row["input_ids"]])
-        s, t = (
-            student(input_ids=ids).logits[0, :-1].log_softmax(-1),
-            teacher(input_ids=ids).logits[0, :-1].log_softmax(-1),
-        )
-        nats -= s[range(len(s)), ids[0, 1:]].sum().item()
-        kl += (t.exp() * (t - s)).sum().item()
-        agree += (s.argmax(-1) == t.argmax(-1)).sum().item()
-        tokens += len(s)
-        size += len(tokenizer.decode(ids[0, 1:]).encode())
-    found = {
-        name: results["models"]["distilled"][name]["value"]
-        for name in ("perplexity", "bits_per_byte", "kl_to_teacher", "agreement")
-    }
-    expected = {
-        "perplexity": math.exp(nats / tokens),
-        "bits_per_byte": nats / math.log(2) / size,
-        "kl_to_teacher": kl / tokens,
-        "agreement": agree / tokens,
-    }
-    assert found == pytest.approx(expected, rel=1e-4)
-    assert results["tokens"] == tokens
-
-
-def test_a_twin_of_the_teacher_differs_by_nothing(results):
-    twin = results["models"]["twin"]
-    assert twin["kl_to_teacher"]["value"] == pytest.approx(0, abs=1e-6)
-    assert twin["agreement"]["value"] == 1
-    for entry in results["differences"]:
-        if (entry["model"], entry["against"]) == ("twin", "teacher"):
-            assert (entry["value"], entry["low"], entry["high"]) == pytest.approx((0, 0, 0), abs=1e-5)
-
-
-def test_a_paired_interval_holds_its_value_and_is_narrower_than_the_unpaired(results):
-    for entry in results["differences"]:
-        assert entry["low"] - 1e-9 <= entry["value"] <= entry["high"] + 1e-9
-    paired = next(
-        d
-        for d in results["differences"]
-        if (d["model"], d["against"], d["metric"]) == ("distilled", "teacher", "perplexity")
-    )
-    widths = [results["models"][m]["perplexity"] for m in ("distilled", "teacher")]
-    assert paired["high"] - paired["low"] < sum(w["high"] - w["low"] for w in widths)
-
-
-def test_the_interval_covers_as_it_says(tokenizer):
-    """Rows drawn again and again from one population: the 95 % interval holds the population's mean about
-    that often.
+def place(tmp_path_factory):
+    """A decoder that knows the classes in another order, two encoders with tokenizers of their own, rows
+    with columns of other names.
     """
-    generator, covered = np.random.default_rng(0), 0
-    comparison = Comparison(
-        prepared(Dataset.from_dict({"input_ids": [[1, 2, 3]] * 60}), tokenizer), tokenizer, resamples=300
+    place = tmp_path_factory.mktemp("given")
+    llama(place / "teacher", labels=LABELS[::-1])
+    bert(place / "small")
+    bert(place / "other", seed=2, size=260)
+    lines = [json.dumps({"content": row["text"], "topic": row["label"]}) for row in rows()]
+    (place / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    return place
+
+
+def options(words):
+    return [word for text in words for word in ("-o", text)]
+
+
+def test_classifiers_are_compared_from_the_command_line_and_written(place, tmp_path):
+    words = [
+        "compare",
+        "--teacher",
+        place / "teacher",
+        "--student",
+        place / "small",
+        "--student",
+        f"wide={place / 'other'}",
+        "--data",
+        place / "rows.jsonl",
+        *options([*COLUMNS, *FEW, "data.test=0.5"]),
+        "--output",
+        tmp_path / "out",
+    ]
+    done = CliRunner().invoke(app, list(map(str, words)), catch_exceptions=False)
+    assert done.exit_code == 0
+    found = json.loads((tmp_path / "out" / "comparison_results.json").read_text())
+    assert list(found["models"]) == ["teacher", "wide", "small"]
+    assert (found["student"], found["split"], found["rows"]) == ("small", "test", 80)
+    assert found["models"]["teacher"]["kl_to_teacher"]["value"] == pytest.approx(0, abs=1e-9)
+    assert found["models"]["small"]["kl_to_teacher"]["value"] > 0
+    assert "on 80 test rows of" in done.output
+    assert "small against" in done.output
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "small compared" in page
+    assert "McNemar" in page
+    assert "on 80 test rows of" in page
+    assert str(place / "other") in page
+    assert {path.stem for path in (tmp_path / "out" / "figures").iterdir()} == {
+        "teacher_student_comparison",
+        "confusion",
+        "reliability",
+        "f1_per_class",
+    }
+
+
+def test_the_teacher_as_its_own_student_differs_in_nothing(place):
+    found = compare.compare(
+        str(place / "teacher"),
+        {"same": str(place / "teacher")},
+        str(place / "rows.jsonl"),
+        overrides=[*COLUMNS, *FEW, "data.validation=0.25"],
     )
-    for _ in range(200):
-        sums = np.stack([generator.normal(2.0, 1.0, 60)] * 4 + [np.ones(60)], axis=1)
-        low, high = np.percentile(comparison._figures(sums, comparison.draws)["agreement"], [2.5, 97.5])
-        covered += low <= 2.0 <= high
-    assert 0.88 <= covered / 200 <= 0.99
+    assert found["split"] == "validation"
+    assert {
+        d["value"] for d in found["differences"] if d["metric"] in ("accuracy", "agreement", "log_loss")
+    } == {0.0}
 
 
-def test_facts_are_measured(results):
-    facts = results["models"]["distilled"]
-    assert facts["parameters"] < results["models"]["teacher"]["parameters"]
-    assert facts["size_on_disk_gib"] == pytest.approx(facts["parameters"] * 4 / 2**30)
-    assert facts["forward_tokens_per_s"] > 0
+def test_nearly_a_whole_file_can_be_measured(place):
+    found = compare.compare(
+        str(place / "teacher"),
+        {"small": str(place / "small")},
+        str(place / "rows.jsonl"),
+        overrides=[*COLUMNS, *FEW, "data.test=0.99"],
+    )
+    assert found["rows"] == 160 - 2 * len(LABELS)
 
 
-def test_continuations_are_greedy(tokenizer):
-    model = tiny_model().eval()
-    prompts = [[1, 2, 3], [4, 5, 6]]
-    texts = continuations(model, tokenizer, prompts, 3)
-    ids = list(prompts[0])
-    for _ in range(3):
-        ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
-    assert texts[0] == tokenizer.decode(ids[3:], skip_special_tokens=True)
+def test_a_file_that_nothing_divides_is_measured_whole(place):
+    models = str(place / "teacher"), {"small": str(place / "small")}
+    found = compare.compare(*models, str(place / "rows.jsonl"), overrides=[*COLUMNS, *FEW])
+    assert (found["rows"], found["split"]) == (160, "test")
+    assert "all there are, each text once" in found["rule"]
+    assert (
+        compare.compare(
+            *models, str(place / "rows.jsonl"), overrides=[*COLUMNS, *FEW, "data.max_eval_rows=40"]
+        )["rows"]
+        == 40
+    )
 
 
-def test_prompts_have_one_length_and_come_from_all_over(rows):
-    prompts = prompts_from(rows, count=3, length=6)
-    assert [len(prompt) for prompt in prompts] == [6, 6, 6]
-    assert len({tuple(prompt) for prompt in prompts}) == 3
-    assert prompts_from(rows, count=3, length=10_000) == []
+def test_against_the_teacher_nothing_is_said_of_how_near_it_is_to_itself(place):
+    models = str(place / "teacher"), {"small": str(place / "small")}
+    found = compare.compare(*models, str(place / "rows.jsonl"), overrides=[*COLUMNS, *FEW])
+    said = plots.comparison_message(found)
+    assert "accuracy" in said
+    assert "KL to the teacher" not in said
+    assert "KL to teacher" not in plots.difference_table(found)["metric"].tolist()
+
+
+def test_a_missing_column_is_named_with_its_setting(place):
+    with pytest.raises(
+        DataError, match=r"no column 'body'.*it has content, topic: name the one with the text in data\.text"
+    ):
+        compare.compare(
+            str(place / "teacher"),
+            {"small": str(place / "small")},
+            str(place / "rows.jsonl"),
+            overrides=["data.text=body"],
+        )
+
+
+def test_language_models_are_compared_on_held_out_text(teacher_folder, narrow, place, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"content": line}) + "\n" for line in sentences(120, seed=1)))
+    settings = ["data.text=content", *FEW, "compare.prompt_tokens=6", "compare.new_tokens=4"]
+    found = compare.compare(
+        str(teacher_folder), {"narrow": narrow}, str(text), task="causal-lm", overrides=settings
+    )
+    render_comparison(found, tmp_path)
+    assert list(found["models"]) == ["teacher", "narrow"]
+    assert found["models"]["teacher"]["kl_to_teacher"]["value"] == pytest.approx(0, abs=1e-6)
+    assert found["models"]["narrow"]["kl_to_teacher"]["value"] > 0
+    assert "(test: all there are" in found["rule"]
+    with pytest.raises(ModelError, match="different vocabularies"):
+        compare.compare(
+            str(teacher_folder),
+            {"other": str(place / "other")},
+            str(text),
+            task="causal-lm",
+            overrides=settings,
+        )
+
+
+def test_models_are_asked_the_same_questions(tmp_path):
+    rows = written(multiple_choice(40), tmp_path / "asked.jsonl")
+    teacher, student = (
+        tiny_gpt2(tmp_path / name, layers=2, width=16, seed=seed)
+        for seed, name in enumerate(("teacher", "student"))
+    )
+    found = compare.compare(
+        str(teacher),
+        {"student": str(student)},
+        str(rows),
+        task="question-answering",
+        overrides=[*FEW, "data.validation=0.5", "compare.new_tokens=4"],
+    )
+    render_comparison(found, compare.folder_for(tmp_path / "out"))
+    assert found["questions"] == 20
+    assert found["models"]["teacher"]["choice_agreement"]["value"] == 1.0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "right choices" in page
+    assert found["prompts"][0].startswith("Question: What is the")
+
+
+def test_students_are_named_by_their_folders_or_as_given(tmp_path):
+    (tmp_path / "a=b").mkdir()
+    found = compare.named_students(["org/small", "mine=org/other", str(tmp_path / "a=b")])
+    assert found == {"small": "org/small", "mine": "org/other", "a=b": str(tmp_path / "a=b")}
+    with pytest.raises(
+        ConfigError, match="the name 'small' is taken; give it one of its own: --student NAME=them/small"
+    ):
+        compare.named_students(["org/small", "them/small"])
+
+
+def test_what_does_not_fit_is_refused_before_a_model_is_loaded(tmp_path):
+    with pytest.raises(ConfigError, match="--task ranking: compared are models for"):
+        compare.compare("a", {"b": "b"}, "c", task="ranking")
+    with pytest.raises(ConfigError, match=r"-o student\.from: this has an option of its own"):
+        compare.compare("a", {"b": "b"}, "c", overrides=["student.from=d"])
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(RunError, match="is the folder of a run"):
+        compare.folder_for(tmp_path)

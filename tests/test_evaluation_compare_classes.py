@@ -16,7 +16,7 @@ from kdlib.evaluation import compare
 from kdlib.models.student import tokenizer_of
 from kdlib.runs import folder as runs
 from kdlib.tasks import base as tasks
-from kdlib.tasks.classification import ClassComparison, rule_of
+from kdlib.tasks.classification import ClassComparison
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_without_test_rows_the_final_students_are_compared_on_the_validation_row
 
 def test_who_has_an_advantage_on_the_validation_rows_is_said(found, config):
     prepared = replace(found[1], test=None)
-    said = rule_of(config.model_copy(update={"early_stopping": EarlyStopping(patience=2)}), prepared)
+    said = compare.rule_of(config.model_copy(update={"early_stopping": EarlyStopping(patience=2)}), prepared)
     assert "when early stopping by these very rows ended it" in said
     assert "the teacher is the best by these rows" not in said
 
@@ -147,7 +147,7 @@ def test_a_model_whose_logits_are_not_finite_is_refused(place, config):
     tokenizer = tokenizer_of(config)
     prepared = tasks.prepare(config, tokenizer)
     comparison = ClassComparison(prepared, tokenizer, resamples=100)
-    model = tasks.load(str(place / "teacher"), prepared)
+    model = tasks.task_of(config).load(str(place / "teacher"), prepared)
     model.score.weight.data[0] = torch.nan
     with pytest.raises(ModelError, match="teacher: its logits are not finite in 40 of 40 rows"):
-        comparison.add("teacher", lambda: model)
+        comparison.add("teacher", tasks.teacher_of(model, prepared), prepared)

@@ -3,6 +3,7 @@ tokenizers, two orders of classes.
 """
 
 import json
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from kdlib.config.run import parse
-from kdlib.data.batches import Prepared, collate_classes
+from kdlib.data.batches import collate_classes
 from kdlib.errors import RunError
 from kdlib.losses.signals import kept
 from kdlib.models.classifier import load_classifier
@@ -122,7 +123,7 @@ def test_rows_permuted_within_the_step_and_padded_further_change_nothing(pair, t
 
     sequential = {"train_sampling_strategy": "sequential"}
     one, _ = steps(pair, tmp_path / "one", prepared=prepared, **sequential)
-    changed = Prepared(prepared.train.select(order), prepared.validation, {}, further, 3, LABELS)
+    changed = replace(prepared, train=prepared.train.select(order), collate=further)
     other, _ = steps(pair, tmp_path / "other", prepared=changed, **sequential)
     assert (other - one).norm() <= 1e-12 * one.norm()
 
@@ -331,7 +332,7 @@ def test_rows_without_a_class_are_left_out_of_every_figure(pair, tmp_path):
     pads = partial(collate_classes, pad_id=0, teacher_pad_id=0)
     found = [
         trained(
-            pair, tmp_path / name, prepared=Prepared(prepared.train, rows, {}, pads, 3, LABELS), max_steps=2
+            pair, tmp_path / name, prepared=replace(prepared, validation=rows, collate=pads), max_steps=2
         )[0]
         for name, rows in (("unknown", unknown), ("known", known))
     ]

@@ -10,16 +10,20 @@ from made_questions import multiple_choice, question_tokenizer, tiny_gpt2, writt
 
 from kdlib.config.run import parse
 from kdlib.config.sections import DataConfig
+from kdlib.config.task_rules import RULES
 from kdlib.data.qa import prepare
 from kdlib.diagnostics.doctor import diagnose
 from kdlib.diagnostics.parity import parity, shortened
-from kdlib.evaluation.compare import Comparison
+from kdlib.evaluation.compare import Candidate, measured
+from kdlib.metrics import multiple_choice as choices
 from kdlib.models.loading import BUILT_IN, load_model, load_tokenizer
 from kdlib.plots import comparison as plots
 from kdlib.plots.answer_tables import answer_tables
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.log import read_metrics
-from kdlib.tasks import base as tasks, question_answering as choices
+from kdlib.tasks import base as tasks, question_answering
+from kdlib.tasks.language_modeling import TokenComparison
+from kdlib.tasks.question_answering import ChoiceComparison, scores_of
 from kdlib.training import run as training
 
 
@@ -46,7 +50,7 @@ def prepared(source):
 
 @pytest.fixture(scope="module")
 def voice(folders, prepared):
-    return tasks.voice_of(load_model(str(folders["teacher"])), prepared)
+    return tasks.asked(load_model(str(folders["teacher"])), prepared)
 
 
 @pytest.fixture
@@ -76,8 +80,8 @@ def config(folders, source):
 
 
 def test_a_score_is_the_log_probability_of_the_choice_after_the_question(voice, prepared):
-    rows = choices.choice_rows(prepared)
-    scores = choices.scores_of(voice, prepared, rows)
+    rows = prepared.choices["validation"]
+    scores = scores_of(voice, prepared, rows)
     for number in range(0, len(rows), 7):
         ids, given = torch.tensor([rows[number]["input_ids"]]), rows[number]["prompt_tokens"]
         logits = voice.model(input_ids=ids).logits[0, :, : prepared.vocabulary].float().log_softmax(-1)
@@ -112,24 +116,24 @@ def test_of_equal_scores_the_first_choice_is_taken():
 
 
 def test_answers_are_arrays_for_whoever_measures_them(voice, prepared):
-    tally = choices.ChoiceTally(prepared, "validation", resamples=20, seed=0)
-    tally.add("teacher", voice)
-    answers = tally.answers()["teacher"]
+    comparison = ChoiceComparison(prepared, question_tokenizer(), resamples=20)
+    comparison.add("teacher", voice, prepared)
+    answers = comparison.answers()["teacher"]
     probabilities, labels = answers.probabilities, answers.labels
     assert probabilities.shape == (len(prepared.validation), 4)
     assert probabilities.sum(1) == pytest.approx(np.ones(len(labels)))
-    rows = choices.choice_rows(prepared)
+    rows = prepared.choices["validation"]
     assert (probabilities > 0).sum() == len(rows)
     assert (probabilities.argmax(1) == labels).mean() == choices.accuracy(
-        rows, choices.scores_of(voice, prepared, rows)
+        rows, scores_of(voice, prepared, rows)
     )
 
 
 def test_padding_and_order_change_no_score(voice, prepared, monkeypatch):
-    rows = choices.choice_rows(prepared).select(range(20))
-    together = choices.scores_of(voice, prepared, rows)
-    monkeypatch.setattr(choices, "BATCH", 1)
-    assert choices.scores_of(voice, prepared, rows) == pytest.approx(together, abs=1e-4)
+    rows = prepared.choices["validation"].select(range(20))
+    together = scores_of(voice, prepared, rows)
+    monkeypatch.setattr(question_answering, "BATCH", 1)
+    assert scores_of(voice, prepared, rows) == pytest.approx(together, abs=1e-4)
 
 
 def table(texts, answers):
@@ -156,9 +160,9 @@ def test_every_evaluation_measures_the_choices_and_the_best_model_goes_by_them(c
     prepared = trained(config, folder)
     logged = [line["eval/choice_accuracy"] for line in read_metrics(folder) if "eval/choice_accuracy" in line]
     assert len(logged) == 3
-    best = tasks.voice_of(load_model(str(folder.best_model)), prepared)
-    rows = choices.choice_rows(prepared)
-    assert choices.accuracy(rows, choices.scores_of(best, prepared, rows)) == pytest.approx(max(logged))
+    best = tasks.asked(load_model(str(folder.best_model)), prepared)
+    rows = prepared.choices["validation"]
+    assert choices.accuracy(rows, scores_of(best, prepared, rows)) == pytest.approx(max(logged))
 
 
 def test_training_stops_early_when_the_choices_get_no_better(config, tmp_path):
@@ -193,17 +197,23 @@ def prepared_perplexity(config) -> float:
     """Of the untrained student."""
     tokenizer = load_tokenizer(config.teacher.model)
     prepared = tasks.prepare(config, tokenizer)
-    comparison = Comparison(prepared, tokenizer, resamples=100)
-    comparison.add("untrained", lambda: load_model(config.student.source))
-    return comparison.results()["models"]["untrained"]["perplexity"]["value"]
+    comparison = TokenComparison(prepared, tokenizer, resamples=100)
+    untrained = {"untrained": Candidate(lambda: load_model(config.student.source))}
+    found = measured(comparison, prepared, untrained, "untrained")
+    return found["models"]["untrained"]["perplexity"]["value"]
+
+
+def compared(folders, prepared, models):
+    comparison = ChoiceComparison(prepared, question_tokenizer(), resamples=200)
+    candidates = {
+        name: Candidate(lambda folder=folder: load_model(str(folders[folder])))
+        for name, folder in models.items()
+    }
+    return measured(comparison, prepared, candidates, "distilled")
 
 
 def test_a_comparison_has_the_choices_with_paired_intervals(folders, prepared):
-    comparison = Comparison(prepared, question_tokenizer(), resamples=200)
-    comparison.add("teacher", lambda: load_model(str(folders["teacher"])))
-    comparison.add("twin", lambda: load_model(str(folders["teacher"])))
-    comparison.add("distilled", lambda: load_model(str(folders["student"])))
-    results = comparison.results()
+    results = compared(folders, prepared, {"teacher": "teacher", "twin": "teacher", "distilled": "student"})
     assert results["questions"] == len(prepared.validation)
     teacher, twin, student = (results["models"][name] for name in ("teacher", "twin", "distilled"))
     assert twin["choice_agreement"]["value"] == 1 > twin["choice_agreement"]["low"]  # on these few questions
@@ -212,8 +222,8 @@ def test_a_comparison_has_the_choices_with_paired_intervals(folders, prepared):
     assert student["choice_retention"]["value"] == pytest.approx(
         100 * student["choice_accuracy"]["value"] / teacher["choice_accuracy"]["value"]
     )
-    rows = choices.choice_rows(prepared)
-    scores = choices.scores_of(tasks.voice_of(load_model(str(folders["student"])), prepared), prepared, rows)
+    rows = prepared.choices["validation"]
+    scores = scores_of(tasks.asked(load_model(str(folders["student"])), prepared), prepared, rows)
     assert student["choice_accuracy"]["value"] == pytest.approx(choices.accuracy(rows, scores))
     assert student["choice_accuracy_raw"]["value"] == pytest.approx(
         choices.accuracy(rows, scores, normalised=False)
@@ -222,7 +232,7 @@ def test_a_comparison_has_the_choices_with_paired_intervals(folders, prepared):
         assert entry["low"] - 1e-9 <= entry["value"] <= entry["high"] + 1e-9
         if (entry["model"], entry["against"]) == ("twin", "teacher"):
             assert entry["value"] == pytest.approx(0, abs=1e-5)
-    assert {entry["metric"] for entry in results["differences"]} >= set(choices.METRICS)
+    assert {entry["metric"] for entry in results["differences"]} >= set(RULES["question-answering"].measures)
     json.dumps(results, allow_nan=False)
     assert {
         test["p_value"]
@@ -238,12 +248,8 @@ def test_a_comparison_has_the_choices_with_paired_intervals(folders, prepared):
 
 
 def test_the_picture_and_the_tables_of_a_comparison_begin_with_the_choices(folders, prepared):
-    comparison = Comparison(prepared, question_tokenizer(), resamples=100)
-    for name in ("teacher", "untrained", "distilled"):
-        comparison.add(
-            name, lambda name=name: load_model(str(folders["teacher" if name == "teacher" else "student"]))
-        )
-    results = comparison.results()
+    models = {"teacher": "teacher", "untrained": "student", "distilled": "student"}
+    results = {"task": "question-answering", **compared(folders, prepared, models)}
     assert list(plots.quality_table(results).columns)[:2] == ["right choices", "retention, %"]
     assert "the distilled student shows: no clear difference in right choices" in plots.comparison_message(
         results
@@ -254,8 +260,8 @@ def test_the_picture_and_the_tables_of_a_comparison_begin_with_the_choices(folde
 
 
 def test_bits_per_byte_counts_the_answers_alone(folders, prepared):
-    comparison = Comparison(prepared, question_tokenizer(), resamples=100)
-    rights = choices.choice_rows(prepared).filter(lambda row: row["is_answer"])
+    comparison = TokenComparison(prepared, question_tokenizer(), resamples=100)
+    rights = prepared.choices["validation"].filter(lambda row: row["is_answer"])
     assert comparison.row_bytes.tolist() == [1 + len(text.encode()) for text in rights["text"]]
 
 
@@ -306,8 +312,8 @@ def test_scores_and_accuracies_are_those_of_lm_eval(name, folders, tmp_path):
         tokenizer,
         seed=0,
     )
-    rows = choices.choice_rows(prepared)
-    scores = choices.scores_of(tasks.voice_of(model, prepared), prepared, rows)
+    rows = prepared.choices["validation"]
+    scores = scores_of(tasks.asked(model, prepared), prepared, rows)
     theirs, figures = scored_by_lm_eval(model, tokenizer, rows, tmp_path)
     assert len(theirs) == len(scores)
     assert scores == pytest.approx(np.array(theirs), abs=1e-4)

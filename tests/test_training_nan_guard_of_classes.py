@@ -3,17 +3,18 @@ rows have no token position.
 """
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from datasets import Dataset
-from made_classifiers import LABELS, classification, classifier, prepared_rows
+from made_classifiers import classification, classifier, prepared_rows
 from safetensors.torch import load_file
 from test_training_nan_guard import At, spoil
 
 from kdlib.config.run import parse
-from kdlib.data.batches import Prepared, collate_classes
+from kdlib.data.batches import collate_classes
 from kdlib.errors import NonFiniteLoss, RunError
 from kdlib.models.loading import load_tokenizer
 from kdlib.runs.files import StudentFolder
@@ -42,7 +43,7 @@ def stopped(tmp_path):
     rows = made.train.to_list()
     for name in ("input_ids", "teacher_input_ids"):
         rows[ROW][name][2] = RARE
-    prepared = Prepared(Dataset.from_list(rows), made.validation, {}, made.collate, 3, LABELS)
+    prepared = replace(made, train=Dataset.from_list(rows))
 
     def run(plant):
         config = parse(classification(teacher, student, **SLOW))
@@ -115,9 +116,7 @@ def test_a_step_without_a_class_says_which_rows(tmp_path):
     made = prepared_rows(teacher)
     rows = Dataset.from_list([{**row, "label": -100} for row in made.train])
     config = parse(classification(teacher, teacher, **SLOW))
-    prepared = Prepared(
-        rows, made.validation, {}, partial(collate_classes, pad_id=0, teacher_pad_id=0), 3, LABELS
-    )
+    prepared = replace(made, train=rows, collate=partial(collate_classes, pad_id=0, teacher_pad_id=0))
     with pytest.raises(
         RunError, match="step 1: no row has a class .* in rows \\[0, 1, 2, 3\\] of the training data"
     ):
@@ -149,7 +148,7 @@ def test_a_held_out_row_that_the_teacher_cannot_read_is_named(tmp_path):
     made = prepared_rows(teacher)
     rows = made.validation.to_list()
     rows[ROW]["input_ids"][1] = RARE
-    prepared = Prepared(made.train, Dataset.from_list(rows), {}, made.collate, 3, LABELS)
+    prepared = replace(made, validation=Dataset.from_list(rows))
     config = parse(classification(teacher, teacher, **{**SLOW, "eval_strategy": "steps", "eval_steps": 1}))
     voice = tasks.load_teacher(config, prepared)
     spoil(voice.model.model.embed_tokens.weight, RARE)

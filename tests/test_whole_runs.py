@@ -18,10 +18,10 @@ import yaml
 from made_questions import multiple_choice, tiny_gpt2, written
 
 from kdlib.config.run import load
+from kdlib.config.task_rules import RULES
 from kdlib.reports import explorers, run as reports
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import PARENT, Run, project_root
-from kdlib.tasks.question_answering import METRICS
 from kdlib.training.trackers import TRACKERS
 from kdlib.workbench.runner import NOTEBOOKS
 
@@ -118,7 +118,7 @@ def test_a_file_of_questions_runs_through_all_notebooks(run, project):
     assert results["split"] == "test"
     assert set(results["models"]) == {"teacher", "untrained", "baseline", "distilled"}
     for model in results["models"].values():
-        assert set(METRICS) <= set(model)
+        assert set(RULES["question-answering"].measures) <= set(model)
     assert all(
         prompt.startswith("Question: ") and prompt.endswith("\nAnswer:") for prompt in results["prompts"]
     )

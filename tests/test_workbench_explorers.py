@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import sentences, tiny_model, tiny_tokenizer
+from datasets import Dataset
 from IPython.display import HTML
 
 from kdlib.config.run import parse
+from kdlib.data.batches import Prepared, collate
 from kdlib.errors import RunError
 from kdlib.evaluation import predictions as sights
 from kdlib.models.student import shallower
@@ -29,6 +31,7 @@ from kdlib.plots.tokens import hardest, heat_map, limit, message, values
 from kdlib.reports import explorers
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import PARENT
+from kdlib.tasks.language_modeling import TOKENS, LanguageModeling, beginnings
 from kdlib.workbench.explorers import HeatMapExplorer, ScheduleDesigner, TemperatureExplorer
 from kdlib.workbench.session import Workbench
 
@@ -73,12 +76,9 @@ def voices(tokenizer):
 
 @pytest.fixture(scope="module")
 def sight(voices, rows, tokenizer) -> Sight:
-    return sights.look(
-        {name: lambda m=model: LiveTeacher(m, len(tokenizer)) for name, model in voices.items()},
-        rows,
-        tokenizer,
-        tokens=40,
-    )
+    made = Prepared(Dataset.from_list(rows), Dataset.from_list(rows), {}, collate, len(tokenizer))
+    loads = {name: lambda m=model: LiveTeacher(m, len(tokenizer)) for name, model in voices.items()}
+    return sights.look(loads, LanguageModeling().sample(made, tokenizer, tokens=40), "token")
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_the_choice_is_the_config_s_as_training_begins(raw_config):
 
 def test_a_sight_holds_what_each_model_says_of_each_token(sight, voices, rows):
     n = 0
-    for row in sights.beginnings(rows, 40):
+    for row in beginnings(rows, 40):
         ids = torch.tensor([row["input_ids"]])
         for name, model in voices.items():
             with torch.no_grad():
@@ -229,10 +229,10 @@ def sight_text(row, sight):
 
 def test_rows_are_taken_until_there_are_enough_tokens():
     rows = [{"input_ids": list(range(11))}] * 3
-    assert [len(row["input_ids"]) for row in sights.beginnings(rows, 5)] == [6]
-    assert [len(row["input_ids"]) for row in sights.beginnings(rows, 19)] == [11, 10]
-    assert [len(row["input_ids"]) for row in sights.beginnings(rows, 12)] == [11]
-    assert [len(row["input_ids"]) for row in sights.beginnings(rows, 500)] == [11, 11, 11]
+    assert [len(row["input_ids"]) for row in beginnings(rows, 5)] == [6]
+    assert [len(row["input_ids"]) for row in beginnings(rows, 19)] == [11, 10]
+    assert [len(row["input_ids"]) for row in beginnings(rows, 12)] == [11]
+    assert [len(row["input_ids"]) for row in beginnings(rows, 500)] == [11, 11, 11]
 
 
 def test_a_summary_has_each_token_s_figures(sight, facts):
@@ -415,7 +415,7 @@ def test_the_bench_asks_the_students_that_there_are(raw_config, tmp_path):
     run.add_to_manifest(student_layers=[0, 3])
     sight = Workbench(run).explore("untrained", "baseline")
     assert sight.students == ["untrained"]
-    assert len(sight.texts) == sights.TOKENS
+    assert len(sight.texts) == TOKENS
     assert len(runs.read_json(run.path / "explorers.json")["tokens"]) == len(sight.texts)
     with pytest.raises(RunError, match="no student 'destilled'; did you mean 'distilled'"):
         Workbench(run).explore("destilled")

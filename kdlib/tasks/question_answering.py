@@ -44,8 +44,8 @@ class QuestionAnswering(LanguageModeling):
         metric = config.training["metric_for_best_model"].removeprefix("eval_")
         if metric == "choice_accuracy" and not prepared.choices:
             raise ConfigError(
-                f"training.metric_for_best_model: found eval_choice_accuracy, but {config.data.source} has no "
-                f"choices ({prepared.notes['form']}); write eval_perplexity or eval_kl_to_teacher"
+                f"training.metric_for_best_model: found eval_choice_accuracy, but {config.data.source} has "
+                f"no choices ({prepared.notes['form']}); write eval_perplexity or eval_kl_to_teacher"
             )
         return prepared
 
