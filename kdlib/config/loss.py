@@ -1,16 +1,17 @@
 """The loss of a config: which terms, with which weights and temperatures over training, measured how.
-Imports no torch.
 
 Checks are written so that all faults come at once: a field that depends on others stands after them and sees
 those that are sound; so `curriculum` stands before `weights`, and `samples` after `divergence` and `top_k`.
 """
 
+import ast
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo, WrapValidator
+from pydantic_core import InitErrorDetails
 
-from kdlib.config.sections import Count, Number, Section, fraction, number, refuse, whole
+from kdlib.config.sections import Number, Positive, Section, fraction, number, refuse, statements, whole
 from kdlib.errors import nearest, printable
 from kdlib.schedulers import (
     SHAPES,
@@ -24,19 +25,15 @@ from kdlib.schedulers import (
 )
 
 DIVERGENCES = {
-    "forward_kl": (),
-    "reverse_kl": (),
-    "generalized_jsd": ("beta",),
-    "skewed_forward_kl": ("alpha",),
-    # with their options
-    "skewed_reverse_kl": ("alpha",),
-    "adaptive_kl": ("head",),
-    "total_variation": (),
+    node.name: tuple(option.arg for option in node.args.kwonlyargs)
+    for node in statements("kdlib.losses", "divergences.py")
+    if isinstance(node, ast.FunctionDef)
+    and any(ast.unparse(mark).startswith("divergence(") for mark in node.decorator_list)
 }
-TERM_NAMES = ("kd", "ce", *DIVERGENCES, "hidden", "attention", "relational", "contrastive")
-"""What may be weighted: what kdlib.losses.objective knows; a test keeps the two alike, and the
-divergences.
-"""
+"""{name: options} of those that kdlib.losses.divergences marks as such."""
+FEATURE_TERMS = ("hidden", "attention", "relational", "contrastive")
+"""The terms on what goes on inside, token by token: those of kdlib.losses.features."""
+TERM_NAMES = ("kd", "ce", *DIVERGENCES, *FEATURE_TERMS)
 TEMPERATURES = {**dict.fromkeys(("kd", *DIVERGENCES), 2.0), "contrastive": 0.1}
 """The terms that have a temperature, with the one they take unless told otherwise."""
 
@@ -45,18 +42,15 @@ def _divergence(value: Any) -> Any:
     """`reverse_kl`, or `{generalized_jsd: {beta: 0.3}}`."""
     name, options = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else (value, {})
     if not isinstance(name, str) or name not in DIVERGENCES:
-        raise ValueError(
-            f"found {value!r}{nearest(str(name), DIVERGENCES)}; it is one of {', '.join(DIVERGENCES)}"
-        )
-    known = DIVERGENCES[name]
-    if not isinstance(options, dict) or not all(option in known for option in options):
-        raise ValueError(
-            f"found {value!r}; {name} takes {', '.join(known) or 'no options'}: {{{name}: {{option: "
-            f"number}}}}"
-        )
+        hint = nearest(str(name), DIVERGENCES)
+        raise ValueError(f"found {value!r}{hint}; it is one of {', '.join(DIVERGENCES)}")
+    known = ", ".join(DIVERGENCES[name])
+    if not isinstance(options, dict) or not set(options) <= set(DIVERGENCES[name]):
+        form = f"{{{name}: {{option: number}}}}"
+        raise ValueError(f"found {value!r}; {name} takes {known or 'no options'}: {form}")
     numbers = {option: number(found) for option, found in options.items()}
-    if not all(isinstance(found, (int, float)) and 0 <= found <= 1 for found in numbers.values()):
-        raise ValueError(f"found {value!r}; {', '.join(known)} of {name} lies from 0 to 1")
+    if None in map(fraction, numbers.values()):
+        raise ValueError(f"found {value!r}; {known} of {name} lies from 0 to 1")
     return {name: numbers} if numbers else name
 
 
@@ -65,9 +59,8 @@ def _unfit(weights: Mapping[str, Any]) -> list[str]:
     faults = []
     for name, spec in weights.items():
         if name not in TERM_NAMES:
-            faults.append(
-                f"there is no term {name!r}{nearest(name, TERM_NAMES)}; the terms are {', '.join(TERM_NAMES)}"
-            )
+            hint = nearest(name, TERM_NAMES)
+            faults.append(f"there is no term {name!r}{hint}; the terms are {', '.join(TERM_NAMES)}")
         try:
             if min(sampled(spec)) < 0:
                 faults.append(f"{printable(name)}: found {spec}; weights are 0 or more")
@@ -76,36 +69,48 @@ def _unfit(weights: Mapping[str, Any]) -> list[str]:
     return faults
 
 
+def _normal(weights: Mapping[str, Any]) -> dict[str, Spec]:
+    return {name: normal(spec) for name, spec in weights.items()}
+
+
 def _weights(weights: dict, info: ValidationInfo) -> dict:
     """Sound one by one, and together with the curriculum where that is sound in itself."""
     phases = _plain(info.data.get("curriculum"))
     faults = _unfit(weights) + curriculum_conflicts(weights, phases)
     refuse(faults or (idle(weights, phases) if "curriculum" in info.data else []))
-    return {name: normal(spec) for name, spec in weights.items()}
+    return _normal(weights)
 
 
 def _baseline_weights(weights: dict) -> dict:
     refuse(_unfit(weights) or idle(weights, []))
-    return {name: normal(spec) for name, spec in weights.items()}
+    return _normal(weights)
 
 
 def _phase_weights(weights: dict, info: ValidationInfo) -> dict:
-    moving = [name for name, spec in weights.items() if isinstance(spec, Mapping) and info.data.get("ramp")]
-    refuse(
-        _unfit(weights)
-        + [
-            f"{name}: found the schedule {weights[name]} beside `ramp`, needs a number; or leave `ramp` out"
-            for name in moving
+    faults = _unfit(weights)
+    if info.data.get("ramp"):
+        faults += [
+            f"{name}: found the schedule {spec} beside `ramp`, needs a number; or leave `ramp` out"
+            for name, spec in weights.items()
+            if isinstance(spec, Mapping)
         ]
-    )
-    return {name: normal(spec) for name, spec in weights.items()}
+    refuse(faults)
+    return _normal(weights)
+
+
+def _by_term(temperature: Any) -> bool:
+    """A mapping from terms, and not one schedule for all: no shape has a term's name."""
+    return isinstance(temperature, Mapping) and not any(key in SHAPES for key in temperature)
 
 
 def _temperature(value: Any) -> Any:
-    """One for all terms, or one by term: no shape has a term's name."""
-    if not isinstance(value, Mapping) or any(key in SHAPES for key in value):
+    """One for all terms, or one by term."""
+    if not _by_term(value):
         return _above_zero(value)
-    faults, found, known = [], {}, f"the terms with a temperature are {', '.join(TEMPERATURES)}"
+    known = f"the terms with a temperature are {', '.join(TEMPERATURES)}"
+    if not value:
+        refuse([f"found {value!r}; it is a number, a schedule, or a mapping from terms to these; {known}"])
+    faults, found = [], {}
     for name, spec in value.items():
         if name not in TEMPERATURES:
             hint = "" if name in TERM_NAMES else nearest(str(name), [*TEMPERATURES, *SHAPES])
@@ -114,11 +119,7 @@ def _temperature(value: Any) -> Any:
             found[name] = _above_zero(spec)
         except ValueError as error:
             faults.append(f"{printable(str(name))}: {error}")
-    refuse(
-        faults
-        if value
-        else [f"found {value!r}; it is a number, a schedule, or a mapping from terms to these; {known}"]
-    )
+    refuse(faults)
     return found
 
 
@@ -148,8 +149,7 @@ def _samples(value: int | None, info: ValidationInfo) -> int | None:
     if value is not None and "adaptive_kl" in (info.data.get("divergence") or ()):
         faults.append(
             f"found {value} with the divergence adaptive_kl, which is no sum over tokens that a sample could "
-            "estimate; "
-            "take another divergence, or top_k"
+            "estimate; take another divergence, or top_k"
         )
     refuse(faults)
     return value
@@ -169,60 +169,49 @@ def _compile(value: Any) -> Any:
 
 def _layers(value: Any) -> Any:
     """`even`, `{last: 3}`, or pairs [student's layer, teacher's layer]."""
-    if value == "even" or (
-        isinstance(value, dict)
-        and list(value) == ["last"]
-        and type(value["last"]) is int
-        and value["last"] >= 1
-    ):
-        return value
-    if (
-        isinstance(value, list)
-        and value
-        and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
-        and all(type(layer) is int and layer >= 0 for pair in value for layer in pair)
-    ):
-        return value
-    raise ValueError(
-        f"found {value!r}; it is even, {{last: how many}}, or pairs of layer numbers, [[student's, "
-        "teacher's], …]"
-    )
+    if isinstance(value, dict):
+        fits = list(value) == ["last"] and type(value["last"]) is int and value["last"] >= 1
+    elif isinstance(value, list):
+        pairs = [pair if isinstance(pair, list) else [] for pair in value]
+        fits = bool(pairs) and all(
+            len(pair) == 2 and all(type(layer) is int and layer >= 0 for layer in pair) for pair in pairs
+        )
+    else:
+        fits = value == "even"
+    if not fits:
+        raise ValueError(
+            f"found {value!r}; it is even, {{last: how many}}, or pairs of layer numbers, [[student's, "
+            "teacher's], …]"
+        )
+    return value
 
 
 def _phases(value: Any, handler: Callable[[Any], list["PhaseConfig"]]) -> list["PhaseConfig"]:
     """Each phase by itself and their order, so that faults of both kinds come together."""
-    order, faults, phases = _disorder(value), [], []
-    if order:
-        faults = [
-            {"type": "value_error", "loc": (), "input": value, "ctx": {"error": ValueError("\n".join(order))}}
-        ]
+    faults: list[InitErrorDetails] = []
+    phases: list[PhaseConfig] = []
+    if order := _disorder(value):
+        error = ValueError("\n".join(order))
+        faults.append({"type": "value_error", "loc": (), "input": value, "ctx": {"error": error}})
     try:
         phases = handler(value)
     except ValidationError as error:
-        faults += [
-            {key: fault[key] for key in ("type", "loc", "input", "ctx") if key in fault}
-            for fault in error.errors()
-        ]
+        for fault in error.errors():
+            place: InitErrorDetails = {"type": fault["type"], "loc": fault["loc"], "input": fault["input"]}
+            faults.append({**place, "ctx": fault["ctx"]} if "ctx" in fault else place)
     if faults:
         raise ValidationError.from_exception_data("curriculum", faults)
     return phases
 
 
 def _disorder(value: Any) -> list[str]:
-    """What is wrong between phases; nothing where one has no numbers to judge that by, which is a fault
-    of its own.
-    """
+    """What is wrong between phases; nothing where one lacks the numbers to judge by, a fault of its own."""
     if not isinstance(value, list) or not all(isinstance(phase, Mapping) for phase in value):
         return []
     plain = [
-        {"until": fraction(phase.get("until")), "ramp": fraction(phase.get("ramp", 0.0) or 0.0)}
-        for phase in value
+        {"until": fraction(phase.get("until")), "ramp": fraction(phase.get("ramp") or 0.0)} for phase in value
     ]
-    return (
-        []
-        if any(found is None for phase in plain for found in phase.values())
-        else curriculum_disorder(plain)
-    )
+    return [] if any(None in phase.values() for phase in plain) else curriculum_disorder(plain)
 
 
 def _plain(curriculum: "list[PhaseConfig] | None") -> list[dict]:
@@ -238,18 +227,14 @@ class PhaseConfig(Section):
 
 
 class FeatureConfig(Section):
-    """How the terms that compare hidden states and attention pair the layers, and whether they compare
-    directions alone.
-    """
+    """How feature terms pair the layers, and whether hidden states are compared by direction alone."""
 
     layers: Annotated[Any, BeforeValidator(_layers)] = "even"
     normalise: bool = True
 
 
 class LossConfig(Section):
-    """The terms' weights and temperatures, numbers or schedules over training (kdlib.schedulers); and
-    what kd measures.
-    """
+    """The terms' weights and temperatures, numbers or schedules over training; and what kd measures."""
 
     curriculum: Annotated[list[PhaseConfig], WrapValidator(_phases)] | None = None
     weights: Annotated[dict[str, Any], AfterValidator(_weights)]
@@ -257,7 +242,7 @@ class LossConfig(Section):
     divergence: Annotated[Any, BeforeValidator(_divergence)] = "forward_kl"
     top_k: Annotated[Any, BeforeValidator(_top_k)] = None
     top_k_tail: Literal["bucket", "renormalise"] = "bucket"
-    samples: Annotated[Annotated[Count, Field(ge=1)] | None, AfterValidator(_samples)] = None
+    samples: Annotated[Positive | None, AfterValidator(_samples)] = None
     features: FeatureConfig = FeatureConfig()
     chunk: Annotated[Any, BeforeValidator(_chunk)] = "auto"
     compile: Annotated[Any, BeforeValidator(_compile)] = "auto"
@@ -267,27 +252,30 @@ class LossConfig(Section):
         """The weights over the whole training, the curriculum resolved into them."""
         return with_curriculum(self.weights, _plain(self.curriculum))
 
+    @property
+    def feature_terms(self) -> list[str]:
+        return [name for name in self.schedules if name in FEATURE_TERMS]
+
+    @property
+    def has_one_temperature(self) -> bool:
+        """Whether one temperature is given for all terms, and not one by term."""
+        return not _by_term(self.temperature)
+
     def temperatures(self, terms: Iterable[str]) -> dict[str, Spec]:
-        """The temperature over training of each of these terms that has one.
+        """The temperature over training of each of these terms, the weighted ones, that has one.
 
-        Args:
-            terms: the weighted ones, which may be the baseline's.
-
-        A temperature given for all terms is not meant for `contrastive`, whose similarities lie within -1 and
-        1.
+        What is given for all terms is not meant for `contrastive`, whose similarities lie within -1 and 1.
         """
-        by_term = isinstance(self.temperature, Mapping) and not any(key in SHAPES for key in self.temperature)
-        given = (
-            self.temperature
-            if by_term
-            else dict.fromkeys(set(TEMPERATURES) - {"contrastive"}, self.temperature)
-        )
-        return {term: given.get(term, TEMPERATURES[term]) for term in terms if term in TEMPERATURES}
+        for_all = dict.fromkeys(set(TEMPERATURES) - {"contrastive"}, self.temperature)
+        given = {**TEMPERATURES, **(for_all if self.has_one_temperature else self.temperature)}
+        return {term: given[term] for term in terms if term in TEMPERATURES}
 
 
 class BaselineConfig(Section):
-    """A second student that differs in its loss weights alone: same start, data, order, steps, learning
-    rate.
-    """
+    """A second student that differs in its loss weights alone: same start, data, order, steps, rate."""
 
     weights: Annotated[dict[str, Any], AfterValidator(_baseline_weights)] = {"ce": 1.0}
+
+    @property
+    def feature_terms(self) -> list[str]:
+        return [name for name in self.weights if name in FEATURE_TERMS]

@@ -45,9 +45,7 @@ SMOKE = {
 
 
 def smoke_for(raw: Mapping) -> Mapping:
-    """SMOKE for this config: less the warm-up steps where the learning rate is a schedule, which has its
-    own; for its task.
-    """
+    """SMOKE for this config and its task."""
     changes = {**SMOKE, "training": _steps(raw.get("training"))}
     if (rules := RULES.get(str(raw.get("task")))) and rules.smoke:
         data = {**SMOKE["data"], **rules.smoke}
@@ -58,30 +56,24 @@ def smoke_for(raw: Mapping) -> Mapping:
 
 
 def _steps(training: Any) -> Mapping[str, Any]:
-    is_course = isinstance(training, Mapping) and isinstance(training.get("lr_scheduler_type"), Mapping)
-    return {
-        name: value for name, value in SMOKE["training"].items() if not (is_course and name == "warmup_steps")
-    }
+    """Without warm-up steps where the learning rate is a schedule, which has its own."""
+    warms_up = not (isinstance(training, Mapping) and isinstance(training.get("lr_scheduler_type"), Mapping))
+    return {name: x for name, x in SMOKE["training"].items() if warms_up or name != "warmup_steps"}
 
 
 def _training(training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-    """TrainingArguments by their own names, with kdlib's defaults; a stage of the teacher's is of a
-    classification.
-    """
+    """TrainingArguments by their own names, with kdlib's defaults."""
     able = next(rules.name for rules in RULES.values() if rules.trains_teacher)  # a stage's own training
     metrics = RULES[info.data.get("task", able)].best_by
-    problems = {
-        name: problem for name, value in training.items() if (problem := problem_with(name, value, metrics))
-    }
-    sound = {name: typed(name, value) for name, value in training.items() if name not in problems}
-    refuse([*problems.values(), *clashes({**sound, "lr_scheduler_type": training.get("lr_scheduler_type")})])
+    problems = {name: problem_with(name, value, metrics) for name, value in training.items()}
+    sound = {name: typed(name, value) for name, value in training.items() if problems[name] is None}
+    clashing = clashes({**sound, "lr_scheduler_type": training.get("lr_scheduler_type")})
+    refuse([*filter(None, problems.values()), *clashing])
     return {**TRAINING_DEFAULTS, "metric_for_best_model": f"eval_{metrics[0]}", **sound}
 
 
 class TeacherStage(Section):
-    """The teacher learns the task first, with ce alone; its run folder is used again while nothing of
-    this changes.
-    """
+    """The teacher learns the task first, with ce alone; its run is used again while this stays as it is."""
 
     seed: Seed = 0
     training: Annotated[dict[str, Any], AfterValidator(_training)]
@@ -144,9 +136,8 @@ def load(
     Raises:
         ConfigError: unreadable, not YAML, or any key or value at fault: all faults in one message.
     """
-    return parse(
-        read_yaml(read_text(Path(path)), str(path)), overrides, smoke=smoke, name=str(path), kind=kind
-    )
+    raw = read_yaml(read_text(Path(path)), str(path))
+    return parse(raw, overrides, smoke=smoke, name=str(path), kind=kind)
 
 
 def parse(
@@ -168,9 +159,8 @@ def parse(
         return kind.model_validate(changed)
     except ValidationError as error:
         lines = [line for fault in error.errors() for line in _describe(fault, kind)]
-        raise ConfigError(
-            f"{name}: {len(lines)} fault{'s' * (len(lines) > 1)}\n" + "\n".join(f"  {x}" for x in lines)
-        ) from None
+        head = f"{name}: {len(lines)} fault{'s' * (len(lines) > 1)}"
+        raise ConfigError("\n  ".join([head, *lines])) from None
     except RecursionError:
         raise ConfigError(
             f"{name}: a value is nested too deeply, or within itself; a schedule needs a few levels at most"
@@ -204,9 +194,8 @@ def pairs(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, Any]]
     if isinstance(overrides, Mapping):
         return [(str(key), value) for key, value in overrides.items()]
     if isinstance(overrides, str) or not all(isinstance(text, str) for text in overrides):
-        raise ConfigError(
-            f'overrides are a list like ["loss.temperature=3"] or a mapping; found {overrides!r}'
-        )
+        form = 'a list like ["loss.temperature=3"] or a mapping'
+        raise ConfigError(f"overrides are {form}; found {overrides!r}")
     pairs = []
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -227,7 +216,7 @@ def read_yaml(text: str, name: str) -> Any:
     except RecursionError:
         raise ConfigError(f"{name}: not valid YAML: nested too deeply") from None
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
-        # PyYAML's own conversions: 2026-13-45, !!bool x
+        # all but the first from PyYAML's own conversions: 2026-13-45, !!bool x
         raise ConfigError(f"{name}: not valid YAML: {error}") from None
 
 
@@ -243,9 +232,7 @@ def with_override(raw: dict, key: str, value: Any, name: str) -> dict:
 
 
 def merged(raw: dict, change: Mapping) -> dict:
-    """`raw` with the leaves of `change` put in; a section that is no mapping is left for the checks to
-    refuse.
-    """
+    """`raw` with the leaves of `change` put in; a section that is no mapping is left for the checks."""
     result = dict(raw)
     for key, value in change.items():
         if not isinstance(value, Mapping):
@@ -285,14 +272,12 @@ def _keys(path: Sequence[str], section: type[Section]) -> list[str]:
     """The keys allowed at this path below a section, which may lead through lists: loss.curriculum.0."""
     for part in path:
         if not part.isdigit():
-            section = _section_in(section.model_fields[part].annotation)
+            (section,) = _sections_in(section.model_fields[part].annotation)
     return [field.alias or name for name, field in section.model_fields.items()]
 
 
-def _section_in(annotation: Any) -> type[Section] | None:
+def _sections_in(annotation: Any) -> list[type[Section]]:
     """The section that a field holds, be it one, a list of them, or none at all."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    return next(
-        (found for inner in getattr(annotation, "__args__", ()) if (found := _section_in(inner))), None
-    )
+        return [annotation]
+    return [found for inner in getattr(annotation, "__args__", ()) for found in _sections_in(inner)]

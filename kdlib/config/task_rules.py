@@ -11,9 +11,6 @@ from typing import Any
 
 from kdlib.metrics.names import MEASURES, TO_TEACHER
 
-# terms that compare the two models token by token
-OF_TOKENS = ("hidden", "attention", "relational", "contrastive")
-
 
 def _nothing(config: Any) -> Iterator[str]:
     return iter(())
@@ -53,14 +50,12 @@ def _of_language(config: Any) -> Iterator[str]:
 
 
 def _of_classes(config: Any) -> Iterator[str]:
-    baseline = config.baseline.weights if config.baseline else {}
-    for where, weights in (("loss", config.loss.schedules), ("baseline", baseline)):
-        for name in weights:
-            if name in OF_TOKENS:
-                yield (
-                    f"{where}.weights.{name}: it compares the models token by token, and rows are classified "
-                    "here, which the two may read with different tokenizers; leave it out"
-                )
+    for where, section in (("loss", config.loss), ("baseline", config.baseline)):
+        for name in section.feature_terms if section else ():
+            yield (
+                f"{where}.weights.{name}: it compares the models token by token, and rows are classified "
+                "here, which the two may read with different tokenizers; leave it out"
+            )
 
 
 def register(rules: TaskRules) -> TaskRules:

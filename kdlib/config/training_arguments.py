@@ -1,23 +1,16 @@
-"""What the config's `training:` section may hold: transformers' TrainingArguments, by their own names and
-types.
-"""
+"""What a config's `training:` may hold: transformers' TrainingArguments, by their own names and types."""
 
 import ast
-import importlib.util
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
+from kdlib.config.sections import statements
 from kdlib.errors import nearest, printable
 from kdlib.schedulers import normal, sampled
 
-# Where kdlib's default is not transformers' own.
-TRAINING_DEFAULTS = {
-    "report_to": "none",
-    "save_total_limit": 3,
-    "logging_steps": 10,
-}
+TRAINING_DEFAULTS = {"report_to": "none", "save_total_limit": 3, "logging_steps": 10}  # not transformers' own
 RESERVED = {
     "output_dir": "it is the run's folder",
     "seed": "write `seed:` at the top level",
@@ -52,31 +45,27 @@ WARM_UP = (
 
 @cache
 def training_fields() -> dict[str, str]:
-    """TrainingArguments' own field names with their annotations, read from its source so that torch stays
-    unloaded.
-    """
+    """TrainingArguments' own field names with their annotations."""
     return {
-        n.target.id: ast.unparse(n.annotation)
-        for n in _body("training_args.py", "TrainingArguments")
-        if isinstance(n, ast.AnnAssign) and not n.target.id.startswith("_")
+        node.target.id: ast.unparse(node.annotation)
+        for node in _body("training_args.py", "TrainingArguments")
+        if isinstance(node, ast.AnnAssign)
+        and isinstance(node.target, ast.Name)
+        and not node.target.id.startswith("_")
     }
 
 
 @cache
 def scheduler_names() -> tuple[str, ...]:
-    """The Trainer's own names of learning-rate schedules, read likewise."""
-    return tuple(
-        n.value.value for n in _body("trainer_utils.py", "SchedulerType") if isinstance(n, ast.Assign)
-    )
+    """The Trainer's own names of learning-rate schedules."""
+    body = _body("trainer_utils.py", "SchedulerType")
+    return tuple(ast.literal_eval(node.value) for node in body if isinstance(node, ast.Assign))
 
 
 def _body(file: str, name: str) -> list[ast.stmt]:
-    source = Path(importlib.util.find_spec("transformers").submodule_search_locations[0]) / file
-    return next(
-        node.body
-        for node in ast.parse(source.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.ClassDef) and node.name == name
-    )
+    """What a class of transformers' is made of, read from its source."""
+    classes = [node for node in statements("transformers", file) if isinstance(node, ast.ClassDef)]
+    return next(found.body for found in classes if found.name == name)
 
 
 def problem_with(name: str, value: Any, metrics: Sequence[str] = ()) -> str | None:
@@ -86,7 +75,7 @@ def problem_with(name: str, value: Any, metrics: Sequence[str] = ()) -> str | No
     if name not in training_fields():
         return f"{printable(name)}: TrainingArguments has no such name{nearest(name, training_fields())}"
     if name == "lr_scheduler_type":
-        return _problem_with_course(name, value)
+        return _problem_with_rate(name, value)
     try:
         value = typed(name, value)
     except (OverflowError, TypeError, ValueError):
@@ -106,20 +95,15 @@ def problem_with(name: str, value: Any, metrics: Sequence[str] = ()) -> str | No
     return None
 
 
-def _problem_with_course(name: str, value: Any) -> str | None:
-    """A learning rate's course is one of the Trainer's names, or a schedule whose values multiply
-    `learning_rate`.
-    """
+def _problem_with_rate(name: str, value: Any) -> str | None:
+    """The learning rate follows one of the Trainer's names, or a schedule that multiplies `learning_rate`."""
     if not isinstance(value, Mapping):
         known = scheduler_names()
+        if value in known:
+            return None
         return (
-            None
-            if value in known
-            else (
-                f"{name}: found {value!r}{nearest(str(value), known)}; it is one of {', '.join(known)}, or a "
-                "schedule that multiplies "
-                "learning_rate, as {cosine: [1, 0.1]}"
-            )
+            f"{name}: found {value!r}{nearest(str(value), known)}; it is one of {', '.join(known)}, or a "
+            "schedule that multiplies learning_rate, as {cosine: [1, 0.1]}"
         )
     try:
         values = sampled(value)
@@ -134,9 +118,7 @@ def _problem_with_course(name: str, value: Any) -> str | None:
 
 
 def clashes(training: Mapping[str, Any]) -> list[str]:
-    """What does not go together, a line each: a schedule is the learning rate's whole course, warm-up and
-    all.
-    """
+    """What does not go together, a line each: a schedule says all of the learning rate, warm-up and all."""
     if not isinstance(training.get("lr_scheduler_type"), Mapping):
         return []
     advice = {
@@ -155,24 +137,17 @@ def typed(name: str, value: Any) -> Any:
     """The value in its field's type; TrainingArguments itself would take `learning_rate="abc"`."""
     if name == "lr_scheduler_type" and isinstance(value, Mapping):
         return normal(value)
-    kinds = [kind.strip() for kind in training_fields()[name].split("|")]
+    kinds = {kind.strip() for kind in training_fields()[name].split("|")}
     if value is None:
-        if "None" in kinds:
-            return None
-        raise ValueError
-    if set(kinds) <= {"int", "float", "bool", "None"}:
-        if "bool" in kinds or isinstance(value, bool):
-            if not (isinstance(value, bool) and "bool" in kinds):
-                raise ValueError
-            return value
-        number = float(value)
-        if (
-            number != number
-            or abs(number) == float("inf")
-            or (number != int(number) and "float" not in kinds)
-        ):
-            raise ValueError
-        return number if "float" in kinds else int(number)
-    if set(kinds) <= {"str", "None"} and not isinstance(value, str):
-        raise ValueError
+        fits = "None" in kinds
+    elif not kinds <= {"int", "float", "bool", "None"}:
+        fits = isinstance(value, str) or not kinds <= {"str", "None"}
+    elif "bool" in kinds or isinstance(value, bool):
+        fits = isinstance(value, bool) and "bool" in kinds
+    else:
+        value = float(value)
+        fits = math.isfinite(value) and (value.is_integer() or "float" in kinds)
+        value = value if "float" in kinds or not fits else int(value)
+    if not fits:
+        raise ValueError(f"{value!r} is none of {', '.join(sorted(kinds))}")
     return value

@@ -3,14 +3,13 @@
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kdlib.hardware import device_memory
-from kdlib.losses.signals import Form, Signal
 
 PIECE, LEAST = 64, 8  # rows worked on at a time on a CPU, at most and at least; what is compiled
 CACHED = 8 * 2**20  # bytes of both models' logits in a piece, which a core's own caches hold between passes
@@ -19,6 +18,29 @@ CPU_BUDGET, BUDGET = 256 * 2**20, 2**30  # bytes of logits, student's and teache
 Sums = Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor], Tensor]
 """(products [n, V], the teacher's or None, targets [n], temperatures [terms], weights [terms]) -> sums."""
 log = logging.getLogger(__name__)
+
+
+class Products(Protocol):
+    """What is asked of a signal (`losses.signals`) here: products with its head into memory that is there."""
+
+    @property
+    def vocabulary(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def write(self, out: Tensor, rows: slice, /) -> None: ...
+
+
+class Head(Protocol):
+    """How such products become logits: a signal's `form`."""
+
+    def logits(self, products: Tensor, /) -> Tensor: ...
+
+    def __hash__(self) -> int: ...  # equal heads share compiled code
 
 
 class Workspace:
@@ -40,26 +62,28 @@ class Workspace:
         size = f"{self.chunk} tokens" if self.chunk else "as many tokens as memory suggests"
         return f"in chunks of {size}, the row arithmetic {'compiled' if self.compiled else 'not compiled'}"
 
-    def chunk_for(self, student: Signal) -> int:
+    def chunk_for(self, student: Products) -> int:
         """Tokens whose logits exist at a time."""
         if self.chunk is None:
             self.chunk = chunk_tokens(student.vocabulary, student.dtype.itemsize, student.device)
         return self.chunk
 
-    def products(self, student: Signal, teacher: Signal | None, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """The student's and the teacher's raw products with their heads for these rows, in the kept buffers.
+    def products(self, name: str, signal: Products, rows: slice) -> Tensor:
+        """A model's raw products with its head for these rows, in the kept buffer of this name.
 
         Returns:
-            [n or more, V] each: whole pieces where the arithmetic is compiled, so that it sees one shape.
+            [n or more, V]: whole pieces where the arithmetic is compiled, so that it sees one shape.
         """
-        theirs = None if teacher is None else self._product("teacher", teacher, rows)
-        return self._product("student", student, rows), theirs
+        tokens = rows.stop - rows.start
+        buffer = self._buffer(name, max(-(-tokens // PIECE), 1) * PIECE if self.compiled else tokens, signal)
+        signal.write(buffer[:tokens], rows)
+        return buffer
 
-    def rows(self, functions: Sequence[Callable], student: Form, teacher: Form | None) -> Sums:
+    def rows(self, functions: Sequence[Callable], student: Head, teacher: Head | None) -> Sums:
         """The arithmetic on a chunk: [terms] sums; the student's products are overwritten by the gradient."""
         return _by_pieces(self.arithmetic(functions, student, teacher), self.piece)
 
-    def arithmetic(self, functions: Sequence[Callable], student: Form, teacher: Form | None) -> Sums:
+    def arithmetic(self, functions: Sequence[Callable], student: Head, teacher: Head | None) -> Sums:
         """The same on one piece of a chunk: [terms, n] values."""
         return (_compiled if self.compiled else _row_arithmetic)(tuple(functions), student, teacher)
 
@@ -70,13 +94,7 @@ class Workspace:
         fit = CACHED // (2 * products.shape[1] * products.element_size())
         return min(max(1 << max(fit.bit_length() - 1, 0), LEAST), PIECE)
 
-    def _product(self, name: str, signal: Signal, rows: slice) -> Tensor:
-        tokens = rows.stop - rows.start
-        buffer = self._buffer(name, max(-(-tokens // PIECE), 1) * PIECE if self.compiled else tokens, signal)
-        signal.write(buffer[:tokens], rows)
-        return buffer
-
-    def _buffer(self, name: str, tokens: int, signal: Signal) -> Tensor:
+    def _buffer(self, name: str, tokens: int, signal: Products) -> Tensor:
         """[tokens, V] of the kept memory, which grows where it must."""
         kept, dtype, device = self._buffers.get(name), signal.dtype, signal.device
         width = row_width(signal.vocabulary, dtype.itemsize, device)
@@ -126,7 +144,7 @@ def _by_pieces(arithmetic: Sums, piece: Callable[[Tensor], int]) -> Sums:
     return sums
 
 
-def _row_arithmetic(functions: Sequence[Callable], student: Form, teacher: Form | None) -> Sums:
+def _row_arithmetic(functions: Sequence[Callable], student: Head, teacher: Head | None) -> Sums:
     """[terms, n] values of n rows; the gradient of sum(weights * values) takes the place of the products."""
 
     def arithmetic(
@@ -149,7 +167,7 @@ def _row_arithmetic(functions: Sequence[Callable], student: Form, teacher: Form 
 
 
 @cache
-def _compiled(functions: tuple[Callable, ...], student: Form, teacher: Form | None) -> Sums:
+def _compiled(functions: tuple[Callable, ...], student: Head, teacher: Head | None) -> Sums:
     """The arithmetic compiled, or as it is where the compiler cannot; the log says so."""
     eager = _row_arithmetic(functions, student, teacher)
     # counts what was compiled for every objective of this process, as all share one code

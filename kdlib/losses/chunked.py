@@ -106,7 +106,8 @@ class _ChunkedSums(torch.autograd.Function):
             arithmetic = workspace.rows(functions, student.form, form)
             sums = weights.new_zeros(len(terms))
             for rows in _chunks(len(student), workspace.chunk_for(student)):
-                products, others = workspace.products(student, teacher, rows)
+                products = workspace.products("student", student, rows)
+                others = None if teacher is None else workspace.products("teacher", teacher, rows)
                 sums += arithmetic(products, others, targets[rows], temperatures, weights)
                 gradients.add(rows, products[: rows.stop - rows.start], student)
         ctx.save_for_backward(*gradients.finished())

@@ -1,9 +1,10 @@
 """The ledger: what a step cost, term by term, with sum, count and weight kept apart."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +23,7 @@ class Entry:
 
     @property
     def mean(self) -> Tensor:
-        """Unweighted nats per token; 0 where nothing was kept."""
-        # no wait for the device
+        """Unweighted nats per token; 0 where nothing was kept.  Does not wait for the device."""
         return self.sum / torch.as_tensor(self.count, device=self.sum.device).clamp(min=1)
 
     @property
@@ -63,35 +63,29 @@ class LedgerWindow:
         self.steps: set[int] = set()
 
     def add(self, ledger: Ledger, step: int) -> None:
-        """Take in one micro-batch of an optimizer step; its entries are already divided by the whole
-        step's count.
-        """
+        """Take in a micro-batch of an optimizer step; its entries are divided by the whole step's count."""
         self.steps.add(step)
         for name, entry in ledger.detach().entries.items():
             self.means[name] = self.means.get(name, 0.0) + entry.mean
             self.shares[name] = self.shares.get(name, 0.0) + entry.share
             self.weights.setdefault(name, {})[step] = entry.weight
 
-    def figures(self, reduce=lambda tensor: tensor) -> dict[str, tuple[float, float]]:
-        """{term: (value in nats per token, weight)}; `reduce` sums over ranks."""
+    def figures(self, over_ranks: Callable[[Tensor], Any] = float) -> dict[str, tuple[float, float]]:
+        """{term: (value in nats per token, weight)}; `over_ranks` sums a number over ranks."""
         figures = {}
         for name, total in self.means.items():
             weights = list(self.weights[name].values())
-            value, share = (
-                float(reduce(total)) / len(weights),
-                float(reduce(self.shares[name])) / len(self.steps),
-            )
+            value = float(over_ranks(total)) / len(weights)
+            share = float(over_ranks(self.shares[name])) / len(self.steps)
             unmoved = len(weights) == len(self.steps) and min(weights) == max(weights)
             figures[name] = (value, weights[0] if unmoved or value == 0 else share / value)
         return figures
 
 
 def breach(figures: Mapping[str, tuple[float, float]], loss: float) -> str | None:
-    """How the logged terms fail to sum to the loss that was back-propagated, and the term that explains it;
-    None where they do sum.
+    """How the logged terms fail to sum to the loss that was back-propagated; None where they do sum.
 
-    A sum cannot prove whose fault it is: a term is named where one of the usual mistakes with it alone
-    explains the gap.
+    A sum cannot prove whose fault it is: a term is named where a usual mistake with it alone explains it.
 
     Args:
         figures: {term: (value, weight)}.
@@ -111,13 +105,9 @@ def breach(figures: Mapping[str, tuple[float, float]], loss: float) -> str | Non
         }
         mistakes |= {f"was taken without its weight {weight:g}": 1 / weight} if weight else {}
         factor = 1 + gap / share if share else 1.0  # with which it would have entered, were all others right
-        reasons += [
-            (abs(factor - found), f"{name} {words}") for words, found in mistakes.items() if found != 1
-        ]
+        reasons += [(abs(factor - x), f"{name} {words}") for words, x in mistakes.items() if x != 1]
     miss, reason = min(reasons, default=(float("inf"), ""))
     alike = f": the loss is {loss / total:g} x the sum" if total else ""
     why = f"as if {reason}" if miss <= EXPLAINED else f"no usual mistake with one term explains it{alike}"
-    terms = ", ".join(
-        f"{name}: {value} x {weight} = {shares[name]}" for name, (value, weight) in figures.items()
-    )
+    terms = ", ".join(f"{name}: {x} x {weight} = {shares[name]}" for name, (x, weight) in figures.items())
     return f"the terms sum to {total}, but {loss} was back-propagated, {gap:+g}: {why} ({terms})"

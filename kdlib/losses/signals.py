@@ -1,9 +1,8 @@
 """What a model said about a batch, and which of its tokens count.
 
-Axes: B batch, T position, N kept tokens, V vocabulary, H hidden.  The causal shift and the mask happen once,
-    in `kept`;
-below it no loss sees a label, a mask or a batch shape.  Where rows are classified, N are the rows and V the
-classes.
+Axes: B batch, T position, N kept tokens, V vocabulary, H hidden, A heads.  The causal shift and the mask
+happen once, in `kept`: below it no loss sees a label, a mask or a batch shape.  Where rows are classified, N
+are the rows and V the classes.
 """
 
 from collections.abc import Sequence
@@ -20,30 +19,24 @@ IGNORED = -100  # the label of a token that is not trained on; transformers' own
 
 @dataclass(frozen=True)
 class Kept:
-    """The N kept tokens of a batch: where they are predicted from, what they are, and which row they came
-    from.
-    """
+    """The N kept tokens of a batch: where they are predicted from, what they are, and from which row."""
 
-    # [N] index into the flattened [B * T]; the position whose output predicts the token.  Of rows, into [B]
-    positions: Tensor
+    positions: Tensor  # [N] into the flattened [B * T], or into [B]: whose output predicts the token
     targets: Tensor  # [N] token ids, or classes
     rows: Tensor  # [N] 0 .. B-1
 
     def select(self, outputs: Tensor) -> Tensor:
-        """[B, T, X], or [B, X] where rows are classified, to [N, X]: the outputs from which the kept are
-        predicted.
-        """
+        """[B, T, X], or [B, X] where rows are classified, to [N, X]: what the kept are predicted from."""
         per_position = outputs if outputs.ndim == 2 else outputs.flatten(0, 1)
         return per_position.index_select(0, self.positions)
 
 
 def kept(labels: Tensor) -> Kept:
-    """The causal shift and the mask, once for every term: output t predicts token t + 1; or the rows that
-    have a class.
+    """The causal shift and the mask, once for every term: output t predicts token t + 1.
 
     Args:
-        labels: [B, T] token ids, `IGNORED` where a token is not trained on.  The first of a row is never
-            predicted. [B] classes where rows are classified, `IGNORED` likewise; nothing is shifted then.
+        labels: [B, T] token ids, `IGNORED` where a token is not trained on; the first of a row is never
+            predicted.  Or [B] classes where rows are classified, `IGNORED` likewise; nothing is shifted then.
     """
     if labels.ndim == 1:
         (rows,) = (labels != IGNORED).nonzero(as_tuple=True)
@@ -55,9 +48,7 @@ def kept(labels: Tensor) -> Kept:
 
 @dataclass(frozen=True)
 class Form:
-    """How a head's products become logits: scaled (Cohere, Granite) and soft-capped (Gemma), or as they
-    are.
-    """
+    """How a head's products become logits: scaled (Cohere, Granite), soft-capped (Gemma), or as they are."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -72,15 +63,12 @@ class Form:
 
 @dataclass(frozen=True)
 class Features:
-    """What a model had inside at the N kept tokens, for each pair of layers, and which row each token
-    came from.
-    """
+    """What a model had inside at the N kept tokens, for each pair of layers."""
 
-    rows: Tensor  # [N]
+    rows: Tensor  # [N] the row that each token came from
     hidden: Sequence[Tensor] = ()  # [N, H] each: a layer's output
     attention: Sequence[Tensor] = ()  # [N, A, T] each: how much the token looks at each position
-    # [N, H of the teacher] each; the student's alone, where the sizes differ
-    projected: Sequence[Tensor] = ()
+    projected: Sequence[Tensor] = ()  # [N, H of the teacher] each; the student's alone
 
 
 @dataclass(frozen=True)
@@ -135,16 +123,11 @@ class LinearSignal:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which the product with the head is made: autocast's where it is active, else the
-        head's; none that is emulated.
-        """
-        device = self.hidden.device
-        asked = (
-            torch.get_autocast_dtype(device.type)
-            if torch.is_autocast_enabled(device.type)
-            else self.weight.dtype
-        )
-        return product_dtype(asked, device)
+        """Of the product with the head: autocast's where that is active, else the head's; none emulated."""
+        kind, asked = self.device.type, self.weight.dtype
+        if torch.is_autocast_enabled(kind):
+            asked = torch.get_autocast_dtype(kind)
+        return product_dtype(asked, self.device)
 
     @property
     def device(self) -> torch.device:
@@ -157,9 +140,7 @@ class LinearSignal:
             return self.form.logits(F.linear(ready.hidden[rows], ready.weight, ready.bias))
 
     def cast(self) -> "LinearSignal":
-        """The same in the dtype of the products, so that the head is converted once and not for each
-        chunk.
-        """
+        """The same in the dtype of the products, so that the head is converted once, not for each chunk."""
         bias = None if self.bias is None else self.bias.to(self.dtype)
         return replace(self, hidden=self.hidden.to(self.dtype), weight=self.weight.to(self.dtype), bias=bias)
 
