@@ -81,9 +81,9 @@ def tiny_model(vocabulary: int = 300, layers: int = 4, seed: int = 0) -> LlamaFo
     return LlamaForCausalLM(config)
 
 
-def kd_process(*words: object, **options) -> subprocess.Popen:
+def kd_process(*words: object, module: str = "kdlib", **options) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "kdlib", *map(str, words)],
+        [sys.executable, "-m", module, *map(str, words)],
         text=True,
         cwd=project_root(),
         stdout=subprocess.PIPE,

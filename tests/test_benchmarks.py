@@ -11,10 +11,10 @@ import torch
 import yaml
 from conftest import kd_process
 
-from kdlib.benchmarks import heads, peers, reading, rounds, settings, steps, study, targets
+from kdlib.benchmarks import heads, peers, report, rounds, settings, steps, study
+from kdlib.benchmarks.results import RESULTS, ratio, step_table, target_table, verdict
 from kdlib.config.run import load
 from kdlib.errors import ConfigError, RunError
-from kdlib.reports import run as reports
 from kdlib.runs import folder as runs
 
 CPU = torch.device("cpu")
@@ -74,13 +74,6 @@ def results():
                 ),
             }
         },
-        "dashboard": {
-            "steps": 1000,
-            "rounds": [
-                {"round": number, "first_s": first, "update_s": update}
-                for number, (first, update) in enumerate([(1.0, 0.1), (1.5, 0.3), (3.0, 0.4)])
-            ],
-        },
         "machine": {"processor": "one"},
     }
 
@@ -130,10 +123,10 @@ def test_rounds_are_interleaved_and_their_order_rotates_after_a_warm_up():
 
 
 def test_ratios_are_formed_within_a_round():
-    found = reading.ratio(lines(a=[1.0, 8.0, 3.0], b=[2.0, 4.0, 3.0]), "a", "b", "wall_s")
+    found = ratio(lines(a=[1.0, 8.0, 3.0], b=[2.0, 4.0, 3.0]), "a", "b", "wall_s")
     assert found == {"value": 1.0, "low": 0.5, "high": 2.0}
-    assert reading.ratio(lines(a=[3.0], b=[1.0], c=[2.0]), "a", ("b", "c"), "wall_s")["value"] == 1.0
-    assert reading.ratio(lines(a=[1.0]), "a", "missing", "wall_s") is None
+    assert ratio(lines(a=[3.0], b=[1.0], c=[2.0]), "a", ("b", "c"), "wall_s")["value"] == 1.0
+    assert ratio(lines(a=[1.0]), "a", "missing", "wall_s") is None
 
 
 def test_the_naive_way_needs_more_memory_than_ours_in_processes_of_their_own():
@@ -206,7 +199,7 @@ def test_the_flops_of_a_step_are_those_counted_by_hand(teacher_folder):
 
 
 def test_targets_say_what_was_measured_and_whether_it_is_met():
-    table = targets.target_table(results()).set_index("target")
+    table = target_table(results()).set_index("target")
     assert table.loc["KD + CE, float32: time ÷ naive", "measured"] == pytest.approx(0.65)
     assert table.loc["KD + CE, float32: peak memory ÷ naive", ["measured", "met"]].tolist() == [0.13, "yes"]
     assert table.loc["JSD(0.5), float32: peak memory ÷ TRL", "met"] == "yes"
@@ -224,23 +217,15 @@ def test_targets_say_what_was_measured_and_whether_it_is_met():
     later["steps"]["float32"]["rounds"] = [
         line | {"ledger_s": line["wall_s"] / 200} for line in later["steps"]["float32"]["rounds"]
     ]
-    assert targets.target_table(later).set_index("target").loc[books, ["measured", "met"]].tolist() == [
+    assert target_table(later).set_index("target").loc[books, ["measured", "met"]].tolist() == [
         pytest.approx(0.005),
         "yes",
     ]
-    assert table.loc["dashboard of 1,000 steps: first drawing, s", ["measured", "met"]].tolist() == [
-        1.5,
-        "yes",
-    ]
-    assert table.loc["dashboard of 1,000 steps: an update by one line, s", ["measured", "met"]].tolist() == [
-        0.3,
-        "no",
-    ]
-    assert "targets that were measured are met (float32: 40 tokens" in targets.verdict(results())
+    assert "targets that were measured are met (float32: 40 tokens" in verdict(results())
 
 
 def test_utilisation_counts_a_contenders_own_products():
-    table = reading.step_table(results(), "float32")
+    table = step_table(results(), "float32")
     assert table["MFU"].tolist()[:4] == pytest.approx(
         [0.3, 0.5 / 3, (0.8 / 3.6 + 0.8 / 3.8) / 2, (0.8 / 5.4 + 0.8 / 7.6) / 2]
     )
@@ -249,10 +234,10 @@ def test_utilisation_counts_a_contenders_own_products():
 
 def test_a_report_of_a_benchmark_has_its_verdict_figures_and_tables(tmp_path):
     run = runs.create(tmp_path, "measured", load("configs/benchmark.yaml", kind=settings.BenchmarkConfig))
-    runs.write_json(run.path / reading.RESULTS, results())
-    page = reports.render(run, tmp_path / "reports").read_text()
-    assert targets.verdict(results()) in page
-    assert "kd bench runs/measured/config.yaml" in page
+    runs.write_json(run.path / RESULTS, results())
+    page = report.render(run, tmp_path / "reports").read_text()
+    assert verdict(results()) in page
+    assert "python -m kdlib.benchmarks runs/measured/config.yaml" in page
     made = {path.name for path in (tmp_path / "reports" / "measured").glob("*/*")}
     assert {
         "time_float32.png",
@@ -261,6 +246,15 @@ def test_a_report_of_a_benchmark_has_its_verdict_figures_and_tables(tmp_path):
         "steps_float32.csv",
         "targets.csv",
     } <= made
+
+
+def test_a_study_of_before_that_also_drew_the_dashboard_opens_and_is_reported(tmp_path):
+    run = runs.create(tmp_path, "old", load("configs/benchmark.yaml", kind=settings.BenchmarkConfig))
+    with (run.path / "config.yaml").open("a") as file:
+        file.write("dashboard: {steps: 100000, rounds: 3}\n")
+    runs.write_json(run.path / RESULTS, {**results(), "dashboard": {"steps": 1000, "rounds": []}})
+    assert study.Study(run).results["heads"].keys() == {"float32"}
+    assert verdict(results()) in report.render(run, tmp_path / "reports").read_text()
 
 
 def test_a_bad_benchmark_is_refused_with_all_faults(teacher_folder):
@@ -298,14 +292,14 @@ def test_the_benchmark_notebook_runs_through_and_leaves_a_report(teacher_folder,
         "heads.float32.cases=[floor,naive,ours,ours_eager,ours_generalized_jsd]",
     )
     overrides = [word for setting in settings for word in ("-o", setting)]
-    process = kd_process("bench", "--smoke", "--name", "tiny", *overrides, *folders)
+    process = kd_process("--smoke", "--name", "tiny", *overrides, *folders, module="kdlib.benchmarks")
     out, said = process.communicate(timeout=800)
     assert process.returncode == 0, said
     assert out.strip().splitlines()[-1].startswith("report: ")
     run = runs.Run(tmp_path / "runs" / "tiny")
     assert run.status["state"] == "done"
     found = json.loads((run.path / "benchmark_results.json").read_text())
-    assert set(found) == {"machine", "heads", "steps", "dashboard"}
+    assert set(found) == {"machine", "heads", "steps"}
     assert (run.path / "figures" / "time_float32.png").exists()
     assert yaml.safe_load((run.path / "config.yaml").read_text())["heads"]["vocabulary"] == 500
     assert (tmp_path / "reports" / "tiny" / "report.html").exists()

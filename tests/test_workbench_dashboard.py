@@ -15,7 +15,6 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
-from kdlib.benchmarks import drawing
 from kdlib.config.run import parse
 from kdlib.errors import RunError
 from kdlib.plots import comparison, training as plots
@@ -375,12 +374,6 @@ def test_the_scorecard_is_escaped():
 def test_a_run_that_is_not_there_is_named(run):
     with pytest.raises(RunError, match="did you mean 'first'"):
         dashboard.watch(str(run.path.parent / "frist"))
-
-
-def test_the_benchmark_draws_and_updates():
-    measured = list(drawing.rounds(200, 2))
-    assert [line["round"] for line in measured] == [0, 1]
-    assert all(0 < line["update_s"] < line["first_s"] for line in measured)
 
 
 @pytest.mark.slow

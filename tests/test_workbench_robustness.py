@@ -19,14 +19,13 @@ from kdlib.runs.folder import Run
 RUN = """
 import sys
 from pathlib import Path
-import kdlib.workbench.kernels
-from kdlib.workbench import runner
-from kdlib.workbench.kernels import Kernels
+from kdlib.reports.run import render
 from kdlib.runs.folder import Run
-kdlib.workbench.kernels.WARM_UP = "pass"  # these notebooks import nothing
-with Kernels(Path.cwd()) as kernels:
-    options = {"reports_folder": Path("reports"), "kernels": kernels, "names": ("first", "second")}
-    runner.run_notebooks(Run(Path(sys.argv[1])), {}, **options)
+from kdlib.workbench import runner
+runner.WARM_UP = ("pass",)  # these notebooks import nothing
+with runner.Kernels(Path.cwd()) as kernels:
+    options = {"reports_folder": Path("reports"), "kernels": kernels, "render": render}
+    runner.run_notebooks(Run(Path(sys.argv[1])), {}, names=("first", "second"), **options)
 """
 
 

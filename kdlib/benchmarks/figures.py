@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kdlib.benchmarks import reading
+from kdlib.benchmarks.results import Lines, memory_table, ratio, step_table, time_table
 from kdlib.benchmarks.settings import CASES, CONTENDERS
 from kdlib.plots.axes import COLOURS, intervals
 
@@ -28,7 +28,7 @@ def run_figures(results: Mapping[str, Any]) -> dict[str, Figure]:
 
 def times(results: Mapping[str, Any], dtype: str) -> Figure:
     """Each case's time over naive's; the floor is a line."""
-    part, table = results["heads"][dtype], reading.time_table(results, dtype)
+    part, table = results["heads"][dtype], time_table(results, dtype)
     to = "÷ naive" if "÷ naive" in table else f"{'CPU' if 'CPU s' in table else 'wall'} s"
     floor = CASES["floor"]
     title = _sentence(
@@ -47,7 +47,7 @@ def times(results: Mapping[str, Any], dtype: str) -> Figure:
 
 def memory(results: Mapping[str, Any], dtype: str) -> Figure:
     """Each case's peak memory above its inputs."""
-    table = reading.memory_table(results, dtype)
+    table = memory_table(results, dtype)
     figure = _bars(
         table,
         "above inputs, MB",
@@ -63,10 +63,10 @@ def steps(results: Mapping[str, Any], precision: str) -> Figure:
     """Seconds per whole training step; what the matrix products take at the machine's measured peak is a
     line.
     """
-    part, table = results["steps"][precision], reading.step_table(results, precision)
+    part, table = results["steps"][precision], step_table(results, precision)
     title = f"A whole training step in {precision}"
-    both = reading.ratio(part["rounds"], "ours_kd", ("teacher", "trainer_sft"), "wall_s")
-    gkd = reading.ratio(part["rounds"], "trl_gkd", "ours_kd", "wall_s")
+    both = ratio(part["rounds"], "ours_kd", ("teacher", "trainer_sft"), "wall_s")
+    gkd = ratio(part["rounds"], "trl_gkd", "ours_kd", "wall_s")
     if both:
         title = (
             f"In {precision}, a KD step takes {both['value']:.2f} × the teacher's forward pass and an "
@@ -131,7 +131,7 @@ def _line(figure: Figure, value: float, label: str) -> None:
     )
 
 
-def _rounds(lines: reading.Lines) -> str:
+def _rounds(lines: Lines) -> str:
     count = len({line["round"] for line in lines})
     return f"median, lowest and highest of {count} rounds" if count > 1 else "one round"
 

@@ -1,20 +1,55 @@
-"""Measuring heads: interleaved rounds of time, agreement with float64, and peak memory in a fresh process
-per case.
-"""
+"""Measuring: interleaved rounds of time, agreement with float64, peak memory in a fresh process per case."""
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from kdlib.benchmarks import machine
 from kdlib.benchmarks.heads import Problem, Setting, agreement, problem
 from kdlib.benchmarks.peers import CASES
+from kdlib.diagnostics.measurement import in_fresh_process
 from kdlib.hardware import peak_memory
 
 WARMUP_CHUNKS = 1  # tokens of the warm-up, in chunks: what is compiled is compiled for the same shapes
+MATRICES = ((2048, 2048, 2048), (512, 576, 8192))  # rows x columns x columns of the products that are timed
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> dict[str, float | None]:
+    """How long one call takes: wall time, and this process's CPU time; on CUDA by events, without."""
+    if device.type == "cuda":
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        begin.record()
+        work()
+        end.record()
+        torch.cuda.synchronize(device)
+        return {"wall_s": begin.elapsed_time(end) / 1000, "cpu_s": None}
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+
+
+def rotated(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """(round, name): each name once a round, the order rotated, so that none always follows the same."""
+    for number in range(rounds):
+        first = number * len(names) // rounds
+        for name in (*names[first:], *names[:first]):
+            yield number, name
+
+
+def matmul_speed(dtype: torch.dtype, device: torch.device, *, tries: int = 5) -> float:
+    """FLOP/s of the fastest of a few matrix products: what this machine can do at best, now."""
+    best = 0.0
+    for rows, inner, columns in MATRICES:
+        left, right = torch.randn(rows, inner, device=device), torch.randn(inner, columns, device=device)
+        product = partial(torch.matmul, left.to(dtype), right.to(dtype))
+        times = [seconds(product, device)["wall_s"] for _ in range(tries)]
+        best = max(best, 2 * rows * inner * columns / min(times))
+    return best
 
 
 def interleaved(
@@ -27,8 +62,8 @@ def interleaved(
     """
     for step in steps.values():
         step()
-    for number, name in machine.rotated(list(steps), rounds):
-        yield {"round": number, "name": name, **machine.seconds(steps[name], device)}
+    for number, name in rotated(list(steps), rounds):
+        yield {"round": number, "name": name, **seconds(steps[name], device)}
 
 
 def prepared(
@@ -57,7 +92,7 @@ def memory(name: str, setting: Setting, **inputs: Any) -> dict[str, Any]:
         RunError: that process failed; its last words are in the message.
     """
     asked = {"name": name, "chunk": setting.chunk, "top_k": setting.top_k, "inputs": inputs}
-    found = machine.in_fresh_process(__name__, asked, what=f"measuring the memory of {name}")
+    found = in_fresh_process(__name__, asked, what=f"measuring the memory of {name}")
     return {"name": name, "tokens": inputs["tokens"], **found}
 
 

@@ -99,13 +99,6 @@ class StepsConfig(Section):
     contenders: Contenders = "all"
 
 
-class DashboardConfig(Section):
-    """The picture of a training: its first drawing, and an update by one more line."""
-
-    steps: Positive = 100_000
-    rounds: Positive = 3
-
-
 class BenchmarkConfig(Section):
     """One complete benchmark."""
 
@@ -128,10 +121,8 @@ class BenchmarkConfig(Section):
             "steps": 1,
             "contenders": ["ours_kd", "teacher", "trainer_sft", "trl_gkd"],
         },
-        "dashboard": {"steps": 1000, "rounds": 1},
     }
     seed: Annotated[Count, Field(ge=0, lt=2**32)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     heads: HeadsConfig | None = None
     steps: StepsConfig | None = None
-    dashboard: DashboardConfig | None = None

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,11 +31,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from kdlib.benchmarks import machine
 from kdlib.benchmarks.heads import CE, KD
 from kdlib.benchmarks.peers import module
+from kdlib.benchmarks.rounds import rotated, seconds
 from kdlib.benchmarks.settings import StepsConfig
 from kdlib.data.batches import collate
+from kdlib.diagnostics.measurement import in_fresh_process
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.objective import Objective
 from kdlib.models.loading import load_model, load_tokenizer
@@ -76,20 +76,14 @@ class BooksClock(TrainerCallback):
 
     def __init__(self, trainer: DistillationTrainer) -> None:
         self.trainer, self.now, self.steps = trainer, 0.0, []
-        for owner, name in (
-            (trainer.window, "add"),
-            (trainer.guard, "begin"),
-            (trainer.guard, "end"),
-            (trainer, "check_step"),
-        ):
+        window, guard = trainer.window, trainer.guard
+        for owner, name in ((window, "add"), (guard, "begin"), (guard, "end"), (trainer, "check_step")):
             setattr(owner, name, self._timed(getattr(owner, name)))
 
     def _timed(self, call: Callable) -> Callable:
         def timed(*arguments):
             answer = []
-            self.now += machine.seconds(lambda: answer.append(call(*arguments)), self.trainer.args.device)[
-                "wall_s"
-            ]
+            self.now += seconds(lambda: answer.append(call(*arguments)), self.trainer.args.device)["wall_s"]
             return answer[0]
 
         return timed
@@ -99,11 +93,9 @@ class BooksClock(TrainerCallback):
         self.now = 0.0
 
     def figures(self, warmup: int) -> dict[str, float]:
-        """Seconds of the median step after the warm-up, with its share of a log line every
-        `LOGGING_STEPS` steps.
-        """
+        """Seconds of the median step after the warm-up, with its share of a line of the log."""
         loss = sum(value * weight for value, weight in self.trainer.window.figures().values())
-        line = machine.seconds(lambda: self.trainer.term_figures(loss), self.trainer.args.device)["wall_s"]
+        line = seconds(lambda: self.trainer.term_figures(loss), self.trainer.args.device)["wall_s"]
         return {"ledger_s": statistics.median(self.steps[warmup:]) + line / LOGGING_STEPS}
 
 
@@ -154,31 +146,22 @@ def pair(settings: StepsConfig, *, precision: str, device: torch.device, seed: i
     """Teacher, student and tokens, the same for the same arguments."""
     torch.manual_seed(seed)
     teacher, tokenizer = load_model(settings.teacher), load_tokenizer(settings.teacher)
-    total = teacher.config.num_hidden_layers
+    layers = even_layers(settings.student_layers, teacher.config.num_hidden_layers)
     count = settings.batch * (settings.warmup + settings.steps)
     rows = Dataset.from_dict({"input_ids": torch.randint(len(tokenizer), (count, settings.length)).tolist()})
-    student = shallower(teacher, even_layers(settings.student_layers, total))
-    return Pair(
-        student,
-        teacher.to(device, getattr(torch, precision)).eval(),
-        tokenizer,
-        rows,
-        settings,
-        precision,
-        device,
-    )
+    student = shallower(teacher, layers)
+    teacher = teacher.to(device, getattr(torch, precision)).eval()
+    return Pair(student, teacher, tokenizer, rows, settings, precision, device)
 
 
 def ours(made: Pair, folder: Path, *, weights: Mapping[str, float]) -> Trainer:
     """kdlib's trainer."""
     teacher = LiveTeacher(made.teacher, len(made.tokenizer)) if "kd" in weights else None
-    objective = Objective(
-        {name: constant(weight) for name, weight in weights.items()}, constant(made.settings.temperature)
-    )
+    schedules = {name: constant(weight) for name, weight in weights.items()}
     return DistillationTrainer(
         **made.parts,
         args=TrainingArguments(str(folder), **made.options),
-        objective=objective,
+        objective=Objective(schedules, constant(made.settings.temperature)),
         teacher=teacher,
         vocabulary=len(made.tokenizer),
         workspace=Workspace(made.settings.chunk, compiled=True),
@@ -194,9 +177,8 @@ def trainer_sft(made: Pair, folder: Path) -> Trainer:
 def trl_sft(made: Pair, folder: Path) -> Trainer:
     """TRL's SFTTrainer on the same token ids."""
     trl = module("trl")
-    args = trl.SFTConfig(
-        str(folder), **made.options, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None
-    )
+    ready = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
+    args = trl.SFTConfig(str(folder), **made.options, **ready)
     return trl.SFTTrainer(**made.parts, args=args)
 
 
@@ -229,11 +211,11 @@ def rounds(settings: StepsConfig, skipped: dict[str, str], **options: Any) -> It
         {"round": …, "name": …, "wall_s": …, "cpu_s": …}; of ours also "ledger_s"; on CUDA "peak_bytes", of
         all that is allocated.
     """
-    for number, name in machine.rotated(settings.contenders, settings.rounds):
+    for number, name in rotated(settings.contenders, settings.rounds):
         if name in skipped:
             continue
         asked = {"name": name, "settings": settings.model_dump(), **options}
-        found = machine.in_fresh_process(__name__, asked, what=f"timing {name}", memory=False)
+        found = in_fresh_process(__name__, asked, what=f"timing {name}", memory=False)
         if "skipped" in found:
             skipped[name] = found["skipped"]
         else:
@@ -266,24 +248,13 @@ def _teacher_alone(made: Pair) -> dict[str, float]:
     times = []
     for number in range(made.settings.warmup + made.settings.steps):
         rows = [made.rows[i] for i in range(number * made.settings.batch, (number + 1) * made.settings.batch)]
-        batch = {
-            name: tensor.to(made.device)
-            for name, tensor in collate(rows, pad_id=0).items()
-            if name != "labels"
-        }
-        with (
-            torch.autocast(made.device.type, torch.bfloat16)
-            if made.precision == "bfloat16"
-            else nullcontext()
-        ):
-            times.append(
-                machine.seconds(lambda batch=batch: made.teacher(**batch, use_cache=False), made.device)
-            )
+        batch = {name: tensor.to(made.device) for name, tensor in collate(rows, pad_id=0).items()}
+        del batch["labels"]
+        with torch.autocast(made.device.type, torch.bfloat16, enabled=made.precision == "bfloat16"):
+            times.append(seconds(lambda batch=batch: made.teacher(**batch, use_cache=False), made.device))
     last = times[made.settings.warmup :]
-    return {
-        key: statistics.median(line[key] for line in last) if last[0][key] is not None else None
-        for key in last[0]
-    }
+    walls, cpus = ([line[key] for line in last] for key in ("wall_s", "cpu_s"))
+    return {"wall_s": statistics.median(walls), "cpu_s": None if None in cpus else statistics.median(cpus)}
 
 
 def flops(made: Pair) -> dict[str, float]:
@@ -292,23 +263,19 @@ def flops(made: Pair) -> dict[str, float]:
     Two per weight and position, four per attended pair and attention channel with half of the pairs behind
     the causal mask; a backward pass costs twice its forward pass; heads at the kept tokens only.
     """
-    positions, tokens = (
-        made.settings.batch * made.settings.length,
-        made.settings.batch * (made.settings.length - 1),
-    )
-    body = {
-        name: _body(model) * 2 * positions + _attention(model.config) * positions * made.settings.length / 2
-        for name, model in (("student", made.student), ("teacher", made.teacher))
-    }
-    heads = {
-        name: 2 * tokens * model.get_output_embeddings().weight.numel()
-        for name, model in (("student", made.student), ("teacher", made.teacher))
-    }
+    batch, length = made.settings.batch, made.settings.length
+
+    def body(model: PreTrainedModel) -> float:
+        return batch * length * (2 * _body(model) + _attention(model.config) * length / 2)
+
+    def head(model: PreTrainedModel) -> float:
+        return 2 * batch * (length - 1) * model.get_output_embeddings().weight.numel()
+
     return {
-        "teacher, forward": body["teacher"],
-        "teacher's head": heads["teacher"],
-        "student, forward and backward": 3 * body["student"],
-        "student's head, forward and backward": 3 * heads["student"],
+        "teacher, forward": body(made.teacher),
+        "teacher's head": head(made.teacher),
+        "student, forward and backward": 3 * body(made.student),
+        "student's head, forward and backward": 3 * head(made.student),
     }
 
 
@@ -325,13 +292,9 @@ def _attention(config) -> int:
 
 def main() -> None:
     asked = json.loads(sys.argv[1])
-    name, settings, device = (
-        asked.pop("name"),
-        StepsConfig(**asked.pop("settings")),
-        torch.device(asked.pop("device")),
-    )
+    name, settings = asked.pop("name"), StepsConfig(**asked.pop("settings"))
     try:
-        found = measured(name, pair(settings, device=device, **asked))
+        found = measured(name, pair(settings, device=torch.device(asked.pop("device")), **asked))
     except ImportError as error:
         found = {"skipped": str(error)}
     print(json.dumps(found))

@@ -3,24 +3,32 @@ benchmark_results.json.
 """
 
 import os
+import platform
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
+import torch
 import transformers
 import yaml
 
-from kdlib.benchmarks import drawing, figures, machine, reading, rounds, steps
+from kdlib.benchmarks import figures, rounds, steps
 from kdlib.benchmarks.heads import Setting, problem
+from kdlib.benchmarks.results import RESULTS, results_of, run_tables
 from kdlib.benchmarks.settings import BenchmarkConfig
-from kdlib.benchmarks.targets import target_table
 from kdlib.config import run as configs
 from kdlib.errors import ConfigError, RunError
+from kdlib.hardware import bf16_instructions
 from kdlib.models.loading import load_config, load_tokenizer
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run
 
 DTYPES = ("float32", "bfloat16")
+PACKAGES = ("kdlib", "torch", "transformers", "accelerate", "trl", "liger-kernel", "torchtune")
 
 
 def open_study(
@@ -59,7 +67,7 @@ def preflight(config: BenchmarkConfig) -> None:
     Raises:
         ConfigError, ModelError: with what to do.
     """
-    if config.device == "cuda" and machine.device_named("auto").type != "cuda":
+    if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: found cuda, but torch sees no CUDA device; use auto or cpu")
     if config.steps:
         load_tokenizer(config.steps.teacher)
@@ -75,19 +83,18 @@ class Study:
     """One benchmark and what it has found so far."""
 
     def __init__(self, run: Run) -> None:
-        text = (run.path / "config.yaml").read_text(encoding="utf-8")
-        self.run, self.config = (
-            run,
-            configs.parse(yaml.safe_load(text), name=str(run.path / "config.yaml"), kind=BenchmarkConfig),
-        )
-        self.device = machine.device_named(self.config.device)
-        self.results: dict[str, Any] = reading.results_of(run) or {"heads": {}, "steps": {}}
+        path = run.path / "config.yaml"
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        given.pop("dashboard", None)  # which studies of before measured too
+        self.run, self.config = run, configs.parse(given, name=str(path), kind=BenchmarkConfig)
+        self.device = device_named(self.config.device)
+        self.results: dict[str, Any] = results_of(run) or {"heads": {}, "steps": {}}
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
 
     def machine(self) -> pd.DataFrame:
         """The machine, as it goes into the results."""
-        self.results["machine"] = machine.description(self.device)
+        self.results["machine"] = description(self.device)
         self._save()
         return pd.DataFrame(
             {"": [str(value) for value in self.results["machine"].values()]},
@@ -144,16 +151,8 @@ class Study:
                 rounds=lines,
                 skipped=skipped,
                 flops=steps.flops(made),
-                flops_per_s=machine.matmul_speed(made.teacher.dtype, self.device),
+                flops_per_s=rounds.matmul_speed(made.teacher.dtype, self.device),
             )
-
-    def time_dashboard(self) -> None:
-        """The picture of a long training, from its metrics file."""
-        if self.config.dashboard:
-            steps, rounds = self.config.dashboard.steps, self.config.dashboard.rounds
-            lines = _followed(drawing.rounds(steps, rounds), f"dashboard of {steps:,} steps", rounds)
-            self.results["dashboard"] = {"steps": steps, "rounds": lines}
-            self._save()
 
     def finish(self) -> None:
         """Write every figure with its table beside it, and mark a study made by hand as done."""
@@ -161,10 +160,7 @@ class Study:
         folder.mkdir(exist_ok=True)
         for name, figure in figures.run_figures(self.results).items():
             figure.savefig(folder / f"{name}.png", dpi=130)
-        for name, table in {
-            "targets": target_table(self.results),
-            **reading.run_tables(self.results),
-        }.items():
+        for name, table in run_tables(self.results).items():
             table.to_csv(folder / f"{name}.csv")
         self.run.finish()
 
@@ -196,7 +192,7 @@ class Study:
         self._save()
 
     def _save(self) -> None:
-        runs.write_json(self.run.path / reading.RESULTS, self.results)
+        runs.write_json(self.run.path / RESULTS, self.results)
 
 
 def _followed(lines: Iterable[dict[str, Any]], what: str, rounds: int) -> list[dict[str, Any]]:
@@ -208,3 +204,43 @@ def _followed(lines: Iterable[dict[str, Any]], what: str, rounds: int) -> list[d
             print(f"{what}: round {line['round'] + 1} of {rounds}", flush=True)
         kept.append(line)
     return kept
+
+
+def description(device: torch.device) -> dict[str, object]:
+    """What others need to know to compare: processor, threads, versions; no names or paths of the host."""
+    instructions = bf16_instructions()
+    return {
+        "processor": _processor(),
+        "cores": psutil.cpu_count(logical=False),
+        "logical cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory, GiB": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "bfloat16 instructions": "unknown" if instructions is None else ", ".join(instructions) or "none",
+        **{name: found for name in PACKAGES if (found := _version(name))},
+    }
+
+
+def device_named(name: str) -> torch.device:
+    """`auto` is cuda where there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def _processor() -> str:
+    """`AMD EPYC 7R13`, and where the maker gives family and model only, those."""
+    facts: dict[str, str] = {}
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines():
+            name, _, value = line.partition(":")
+            facts[name.strip()] = value.strip()
+    known = {"cpu family", "model"} <= facts.keys()
+    family = f", family {facts['cpu family']} model {facts['model']}" if known else ""
+    return facts.get("model name", platform.processor() or platform.machine()) + family
+
+
+def _version(package: str) -> str | None:
+    with suppress(PackageNotFoundError):
+        return version(package)
+    return None

@@ -65,7 +65,7 @@ def render(run: Run, reports: Path) -> Path:
     if cards:
         tables["scorecard"] = scorecard_table(next(iter(cards.values())))
     content = {
-        **_run_content(run),
+        **run_content(run),
         **_comparison_content(results, pictures, tables),
         "cards": cards,
         "dashboard": pictures.get("dashboard"),
@@ -111,11 +111,11 @@ def comparison_tables(results: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     }
 
 
-def _run_content(run: Run) -> dict[str, Any]:
-    """What the page shows of a run's files as they are."""
+def run_content(run: Run, *, command: str = "kd run") -> dict[str, Any]:
+    """What the page shows of a run's files as they are; `command` makes it again."""
     manifest, status = run.manifest, run.status
     facts = {name: value for name, value in manifest.items() if name not in ("formula", "command", "stages")}
-    again = f"kd run runs/{run.name}/config.yaml"
+    again = f"{command} runs/{run.name}/config.yaml"
     commit = f"git checkout {manifest['commit']}\n" if manifest.get("commit") else ""
     doing = DOING.get(status["state"], status["state"])
     at = now()[:16].replace("T", " at ")

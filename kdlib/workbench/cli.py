@@ -2,8 +2,6 @@
 
 import os
 import shlex
-import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +9,7 @@ import typer
 
 from kdlib.config import run as configs
 from kdlib.config.run import Config, pairs
-from kdlib.errors import ConfigError, KdlibError
+from kdlib.errors import ConfigError
 from kdlib.runs import folder as runs
 from kdlib.workbench.cli_checks import checks
 from kdlib.workbench.cli_options import (
@@ -21,7 +19,13 @@ from kdlib.workbench.cli_options import (
     RunName,
     RunsFolder,
     Smoke,
+    bare_errors,
+    command,
+    created,
+    entered,
     folders,
+    free_name,
+    run_through,
 )
 
 BYTES = 4  # of a weight on disk
@@ -45,7 +49,10 @@ def run(
     config: ConfigFile,
     smoke: Smoke = False,
     resume: Annotated[
-        str | None, typer.Option("--resume", help="Go on with this run from its last checkpoint.")
+        str | None,
+        typer.Option(
+            "--resume", help="After a stop, a crash or kill -9: go on with this run from its last checkpoint."
+        ),
     ] = None,
     name: RunName = None,
     override: Overrides = None,
@@ -58,7 +65,10 @@ def run(
     runs_folder: RunsFolder = None,
     reports_folder: ReportsFolder = None,
 ) -> None:
-    """Run the numbered notebooks of CONFIG through papermill and render the report."""
+    """Run the numbered notebooks of CONFIG through papermill and render the report.
+
+    Ctrl-C, or a file STOP in the run's folder, saves a checkpoint and ends.
+    """
     root, reports = folders(runs_folder, reports_folder)
     resolved = configs.load(config, override or [], smoke=smoke)
     extra = _parameters(parameter or [])
@@ -67,49 +77,22 @@ def run(
             raise ConfigError("--name is for a new run; --resume goes on with one that has a name")
         opened = runs.open_run(root, resume, resolved)
     else:
-        name = _free_name(root, name, config, smoke=smoke)
+        name = free_name(root, name, config, smoke=smoke)
+    from kdlib.reports.run import render
     from kdlib.workbench import runner
-    from kdlib.workbench.kernels import Kernels
 
     notebooks = runner.without(without or [])
-    given = _entered(config, override, smoke=smoke) | extra
+    given = entered(config, override, smoke=smoke) | extra
     for notebook in notebooks:
         runner.check_parameters(Path("notebooks", f"{notebook}.ipynb"), {"run": "", **given})
-    with Kernels(runs.project_root()) as kernels:  # the first gets ready meanwhile
+    with runner.Kernels(runs.project_root()) as kernels:  # the first gets ready meanwhile
         if not resume:
-            from kdlib.workbench import session as workbench  # after the checks that need no torch
+            from kdlib.workbench import session  # after the checks that need no torch
 
             print(f"checking {config}, its models and data …", flush=True)
-            workbench.preflight(resolved)
-            opened = _created(root, name, resolved, given)
-        _through(notebooks, opened, given, reports, kernels)
-
-
-@app.command()
-def bench(
-    config: Annotated[str, typer.Argument(help="What is measured: a YAML file.")] = "configs/benchmark.yaml",
-    smoke: Smoke = False,
-    name: RunName = None,
-    override: Overrides = None,
-    runs_folder: RunsFolder = None,
-    reports_folder: ReportsFolder = None,
-) -> None:
-    """Measure losses and training steps beside other packages' by the benchmark notebook, and render the
-    report.
-    """
-    from kdlib.benchmarks.settings import BenchmarkConfig
-
-    root, reports = folders(runs_folder, reports_folder)
-    resolved = configs.load(config, override or [], smoke=smoke, kind=BenchmarkConfig)
-    name = _free_name(root, name, config, smoke=smoke)
-    from kdlib.benchmarks import study
-    from kdlib.workbench import runner
-    from kdlib.workbench.kernels import Kernels
-
-    given = _entered(config, override, smoke=smoke)
-    study.preflight(resolved)
-    with Kernels(runs.project_root()) as kernels:
-        _through(runner.BENCHMARK, _created(root, name, resolved, given), given, reports, kernels)
+            session.preflight(resolved)
+            opened = created(root, name, resolved, given)
+        run_through(notebooks, opened, given, reports, kernels, render)
 
 
 @app.command("dry-run")
@@ -125,39 +108,21 @@ def dry_run(
     """
     root, _ = folders(runs_folder, None)
     resolved = configs.load(config, override or [], smoke=smoke)
-    name = _free_name(root, name, config, smoke=smoke)
-    from kdlib.workbench import session as workbench
+    name = free_name(root, name, config, smoke=smoke)
+    from kdlib.workbench import session
 
-    given = _entered(config, override, smoke=smoke)
-    workbench.preflight(resolved)
-    opened = _created(root, name, resolved, given)
-    bench = workbench.Workbench(opened)
-    for part in (
-        bench.setup,
-        bench.doctor,
-        bench.shapes,
-        bench.example,
-        bench.selftest,
-        bench.dry_run,
-        bench.forecast,
-        bench.plan,
-    ):
-        made = part()  # or it has printed what it found
-        print(
-            "" if made is None else f"{made.to_string() if hasattr(made, 'to_string') else made}\n",
-            flush=True,
-        )
-    words = [
-        given["config"],
-        *(f"--override={text}" for text in override or []),
-        *["--smoke"] * smoke,
-        "--resume",
-        opened.name,
-    ]
-    print(
-        "all of it, from here: kd run "
-        f"{shlex.join(words)}{f' --runs {os.path.relpath(root)}' if runs_folder else ''}"
-    )
+    given = entered(config, override, smoke=smoke)
+    session.preflight(resolved)
+    opened = created(root, name, resolved, given)
+    bench = session.Workbench(opened)
+    parts = ("setup", "doctor", "shapes", "example", "selftest", "dry_run", "forecast", "plan")
+    for part in parts:
+        made = getattr(bench, part)()  # or it has printed what it found
+        text = made.to_string() if hasattr(made, "to_string") else str(made)
+        print("" if made is None else f"{text}\n", flush=True)
+    words = [given["config"], *(f"--override={text}" for text in override or []), *["--smoke"] * smoke]
+    words += ["--resume", opened.name, *(["--runs", os.path.relpath(root)] if runs_folder else [])]
+    print(f"all of it, from here: kd run {shlex.join(words)}")
 
 
 @app.command()
@@ -165,11 +130,11 @@ def train(
     run: Annotated[str, typer.Argument(help="A run's name, or its folder; 00_setup has prepared it.")],
 ) -> None:
     """Train the students of RUN without notebooks; under torchrun (-m kdlib train RUN) on several GPUs."""
-    from kdlib.workbench import session as workbench
+    from kdlib.workbench import session
 
     opened = runs.open_run(*runs.locate(run))
     os.chdir(runs.project_root())  # from which a trained teacher's folder is named
-    bench = workbench.Workbench(opened)
+    bench = session.Workbench(opened)
     bench.train()
     bench.train_baseline()
 
@@ -206,7 +171,7 @@ def sweep(
     order = Order(
         name=name or Path(file).stem + "-smoke" * (smoke and not settings.small),
         file=os.path.relpath(file, runs.project_root()),
-        command=_command(),
+        command=command(),
         smoke=smoke,
         overrides=dict(pairs(override or [])),
         jobs=jobs or settings.jobs,
@@ -244,57 +209,19 @@ def report(
 def clean(
     run: Annotated[str, typer.Argument(help="A run's name, or its folder.")], runs_folder: RunsFolder = None
 ) -> None:
-    """Delete the checkpoints of RUN, which is done: models, figures and reports stay."""
+    """Delete the checkpoints of RUN, which is done: models, figures and reports stay.
+
+    Checkpoints take most of the disk: 5 GB after a quickstart.
+    """
     root, _ = folders(runs_folder, None)
     freed = runs.clean(runs.open_run(*runs.locate(run, root)))
     print(f"{run}: {freed / 2**30:.2f} GiB freed")
 
 
 def main() -> None:
-    """Entry point: what a user can act on is printed bare, with exit status 1."""
-    try:
+    """Entry point."""
+    with bare_errors():
         app()
-    except KdlibError as error:
-        print(f"kd: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
-def _free_name(root: Path, name: str | None, config: str, *, smoke: bool) -> str:
-    """The name of a new run, given or made; refused where it is taken."""
-    name = name or runs.new_name(config, smoke=smoke)
-    runs.check_new(root, name)
-    return name
-
-
-def _entered(config: str, override: list[str] | None, *, smoke: bool) -> dict[str, Any]:
-    """Goes to the project's folder, as relative paths in a config mean the same everywhere; the
-    notebooks' parameters, seen from there.
-    """
-    given = {
-        "config": os.path.relpath(config, runs.project_root()),
-        "overrides": override or [],
-        "smoke": smoke,
-    }
-    os.chdir(runs.project_root())
-    return given
-
-
-def _created(root: Path, name: str, config: Any, given: Mapping[str, Any]) -> runs.Run:
-    origin = {"config_file": given["config"], "smoke": given["smoke"], "command": _command()}
-    return runs.create(root, name, config, **origin)
-
-
-def _through(
-    notebooks: Sequence[str], run: runs.Run, given: Mapping[str, Any], reports: Path, kernels: Any
-) -> None:
-    """The notebooks through papermill, in fresh kernels, and the report."""
-    from kdlib.workbench import runner
-
-    folder = os.path.join(".", os.path.relpath(run.path))  # with a separator: a folder, not a name
-    page = runner.run_notebooks(
-        run, {**given, "run": folder}, reports_folder=reports, kernels=kernels, names=notebooks
-    )
-    print(f"report: {os.path.relpath(page)}    index: {os.path.relpath(reports / 'index.html')}")
 
 
 def _cost(config: Config) -> Any:
@@ -306,10 +233,6 @@ def _cost(config: Config) -> Any:
     seconds = measurement.measured(config).seconds
     weights = BYTES * found.parameters["student"]
     return Cost(seconds, found.peak, found.peak * (1 + memory.MARGIN), found.free, weights)
-
-
-def _command() -> str:
-    return shlex.join(["kd", *sys.argv[1:]])
 
 
 def _parameters(texts: list[str]) -> dict:

@@ -1,11 +1,18 @@
-"""What the commands of `kd` have in common: options by their names, and the folders they mean."""
+"""What the commands have in common: options by their names, folders, a new run, errors printed bare."""
 
+import contextlib
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from kdlib.errors import KdlibError
 from kdlib.runs import folder as runs
+from kdlib.runs.folder import Run
 
 ConfigFile = Annotated[str, typer.Argument(help="The experiment: a YAML file.")]
 Overrides = Annotated[
@@ -23,6 +30,62 @@ ReportsFolder = Annotated[
 
 def folders(runs_folder: Path | None, reports_folder: Path | None) -> tuple[Path, Path]:
     """Where runs and reports are: as given, seen from here, or in the project."""
-    return (runs_folder or runs.default_root()).absolute(), (
-        reports_folder or runs.project_root() / "reports"
-    ).absolute()
+    reports = reports_folder or runs.project_root() / "reports"
+    return (runs_folder or runs.default_root()).absolute(), reports.absolute()
+
+
+def free_name(root: Path, name: str | None, config: str, *, smoke: bool) -> str:
+    """The name of a new run, given or made; refused where it is taken."""
+    name = name or runs.new_name(config, smoke=smoke)
+    runs.check_new(root, name)
+    return name
+
+
+def entered(config: str, override: list[str] | None, *, smoke: bool) -> dict[str, Any]:
+    """The notebooks' parameters, seen from the project's folder, to which this goes.
+
+    There relative paths in a config mean the same everywhere.
+    """
+    file = os.path.relpath(config, runs.project_root())
+    os.chdir(runs.project_root())
+    return {"config": file, "overrides": override or [], "smoke": smoke}
+
+
+def created(root: Path, name: str, config: Any, given: Mapping[str, Any], *, program: str = "kd") -> Run:
+    """The new run of this command, `given` what `entered` returned."""
+    origin = {"config_file": given["config"], "smoke": given["smoke"], "command": command(program)}
+    return runs.create(root, name, config, **origin)
+
+
+def command(program: str = "kd") -> str:
+    """What was typed."""
+    return f"{program} {shlex.join(sys.argv[1:])}"
+
+
+def run_through(
+    notebooks: Sequence[str],
+    run: Run,
+    given: Mapping[str, Any],
+    reports: Path,
+    kernels: Any,
+    render: Callable[[Run, Path], Path],
+) -> None:
+    """The notebooks through papermill, in fresh kernels, and the report that `render` makes."""
+    from kdlib.workbench.runner import run_notebooks
+
+    folder = os.path.join(".", os.path.relpath(run.path))  # with a separator: a folder, not a name
+    parameters = {**given, "run": folder}
+    page = run_notebooks(
+        run, parameters, reports_folder=reports, kernels=kernels, names=notebooks, render=render
+    )
+    print(f"report: {os.path.relpath(page)}    index: {os.path.relpath(reports / 'index.html')}")
+
+
+@contextlib.contextmanager
+def bare_errors() -> Iterator[None]:
+    """What a user can act on is printed bare, with exit status 1."""
+    try:
+        yield
+    except KdlibError as error:
+        print(f"kd: {error}", file=sys.stderr)
+        sys.exit(1)

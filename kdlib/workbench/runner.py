@@ -1,29 +1,32 @@
-"""Running notebooks headless: papermill, one notebook after another, with a status that survives a dead
-kernel.
-"""
+"""Running notebooks headless: papermill, one after another, with a status that survives a dead kernel."""
 
 import contextlib
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import papermill
-from jupyter_client.manager import KernelManager
+from jupyter_client.manager import AsyncKernelManager, KernelManager
+from jupyter_core.utils import run_sync
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from kdlib.errors import RunError, Stopped, nearest, refuse_keys
-from kdlib.reports import index as overview, run as reports
+from kdlib.reports.index import render_index
 from kdlib.runs.files import write_error
 from kdlib.runs.folder import PARENT, Run, project_root
-from kdlib.workbench.kernels import Kernels
 
 NOTEBOOKS = ("00_setup", "01_dry_run", "02_train", "03_compare")
-BENCHMARK = ("90_benchmark",)
 START_TIMEOUT = 600  # seconds; on a busy machine a kernel needs a minute to import torch
+# nine seconds of one core: torch, transformers, matplotlib; no collection need look at what they make
+WARM_UP = (
+    "import gc; gc.disable()",
+    "import kdlib.workbench.dashboard, kdlib.workbench.explorers, kdlib.workbench.session",
+    "gc.freeze(); gc.enable()",
+)
 
 
 def without(names: Sequence[str]) -> tuple[str, ...]:
@@ -34,13 +37,55 @@ def without(names: Sequence[str]) -> tuple[str, ...]:
     """
     for name in names:
         if name not in NOTEBOOKS[1:]:
-            why = (
-                "the others need it"
-                if name in NOTEBOOKS
-                else f"there is none of this name{nearest(name, NOTEBOOKS)}"
-            )
+            why = f"there is none of this name{nearest(name, NOTEBOOKS)}"
+            why = "the others need it" if name in NOTEBOOKS else why
             raise RunError(f"--without {name}: {why}; it is one of {', '.join(NOTEBOOKS[1:])}")
     return tuple(name for name in NOTEBOOKS if name not in names)
+
+
+class Kernels:
+    """Hands out fresh kernels; while one is at work, at most one other starts and waits, at some 0.5 GiB.
+
+    It imports what notebooks need; an import that fails is left to the notebook, whose own import says so.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """
+        Args:
+            folder: where the kernels work.
+        """
+        self.folder, self.waiting = folder, None
+
+    def __enter__(self) -> "Kernels":
+        self._start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.waiting is not None:
+            _end(self.waiting)
+
+    @contextlib.contextmanager
+    def taken(self, *, another: bool) -> Iterator[AsyncKernelManager]:
+        """The kernel that waits, which ends with the block; `another` starts now, to wait in its turn."""
+        kernel, self.waiting = self.waiting, None
+        try:
+            if another:
+                self._start()
+            yield kernel
+        finally:
+            _end(kernel)
+
+    def _start(self) -> None:
+        self.waiting = AsyncKernelManager(kernel_name="python3")
+        lines = [f"--IPKernelApp.exec_lines={line}" for line in WARM_UP]
+        options = ["--log-level=ERROR", "--HistoryManager.hist_file=:memory:", *lines]
+        environment = {**os.environ, PARENT: "kd"}
+        start = run_sync(self.waiting.start_kernel)
+        start(extra_arguments=options, cwd=str(self.folder), env=environment)
+
+
+def _end(kernel: AsyncKernelManager) -> None:
+    run_sync(kernel.shutdown_kernel)(now=True)  # nothing of it is needed any more: notebooks hand over files
 
 
 def run_notebooks(
@@ -50,35 +95,43 @@ def run_notebooks(
     reports_folder: Path,
     kernels: Kernels,
     names: Sequence[str] = NOTEBOOKS,
+    render: Callable[[Run, Path], Path],
 ) -> Path:
-    """Execute the numbered notebooks for a run, then render its report and the index; returns the report's
-    path.
+    """Execute the numbered notebooks for a run, then render its report and the index; returns the former.
 
     Finished notebooks of an earlier try are not repeated.  Whatever happens, status.json says how it ended
     and a report, if only a partial one, is written.
+
+    Args:
+        render: makes the report of the run.
 
     Raises:
         ConfigError: a parameter holds a key.
         Stopped: by Ctrl-C or a STOP file.
         RunError: a notebook failed, or its kernel died; or one does not declare a parameter it is given.
     """
-    if run.status["state"] == "running":
-        raise RunError(
-            f"run {run.name} is running already, in process {run.status['pid']}; wait for it, or stop it "
-            "first"
-        )
+    status = run.status
+    if status["state"] == "running":
+        where = f"in process {status['pid']}; wait for it, or stop it first"
+        raise RunError(f"run {run.name} is running already, {where}")
     refuse_keys(str(parameters))  # they stand in the executed notebooks
     run.set_status("running")
+
+    def rendered() -> Path:
+        page = render(run, reports_folder)
+        render_index(run.path.parent, reports_folder)
+        return page
+
     try:
         with _stop_file(run):
             _run_in_turn(run, parameters, names, kernels)
     except BaseException as error:
         with contextlib.suppress(RunError):  # a full disk must not hide what went wrong
             run.set_status(_state_after(error), str(error) or type(error).__name__)
-            _render(run, reports_folder)
+            rendered()
         raise
     run.set_status("done")
-    return _render(run, reports_folder)
+    return rendered()
 
 
 def _state_after(error: BaseException) -> str:
@@ -96,21 +149,11 @@ def _run_in_turn(run: Run, parameters: Mapping[str, Any], names: Sequence[str], 
         if _stop(run).exists():  # asked for while no training was there to hear it
             raise Stopped(f"stopped before {name}; go on with --resume {run.name}")
         print(f"— {name}", flush=True)
+        notebook, copy = project_root() / "notebooks" / f"{name}.ipynb", run.notebooks / f"{name}.ipynb"
         with kernels.taken(another=name != names[-1]) as kernel:
-            execute(
-                project_root() / "notebooks" / f"{name}.ipynb",
-                run.notebooks / f"{name}.ipynb",
-                parameters,
-                kernel,
-            )
+            execute(notebook, copy, parameters, kernel)
         done = [*done, name]
         run.add_to_manifest(stages=done)
-
-
-def _render(run: Run, reports_folder: Path) -> Path:
-    page = reports.render(run, reports_folder)
-    overview.render_index(run.path.parent, reports_folder)
-    return page
 
 
 def execute(
@@ -149,10 +192,8 @@ def execute(
     except OSError as error:
         raise write_error(output, error) from error
     except DeadKernelError as error:
-        raise RunError(
-            f"{notebook.stem}: its kernel died (killed, or out of memory); go on from the last checkpoint "
-            "with --resume"
-        ) from error
+        died = "its kernel died (killed, or out of memory); go on from the last checkpoint with --resume"
+        raise RunError(f"{notebook.stem}: {died}") from error
 
 
 def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
@@ -162,10 +203,8 @@ def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
     declared = papermill.inspect_notebook(str(notebook))
     for name in parameters:
         if name not in declared:
-            raise RunError(
-                f"{notebook.name} declares no parameter {name!r}{nearest(name, declared)}; it has "
-                f"{', '.join(declared)}"
-            )
+            hint = f"{nearest(name, declared)}; it has {', '.join(declared)}"
+            raise RunError(f"{notebook.name} declares no parameter {name!r}{hint}")
 
 
 def _stop(run: Run) -> Path:
@@ -174,9 +213,7 @@ def _stop(run: Run) -> Path:
 
 @contextlib.contextmanager
 def _stop_file(run: Run):
-    """Ctrl-C asks the training kernel for a checkpoint by a file named STOP; a second Ctrl-C ends
-    everything.
-    """
+    """Ctrl-C asks the training kernel for a checkpoint by a file named STOP; a second one ends everything."""
     previous_parent, stop = os.environ.get(PARENT), _stop(run)
     os.environ[PARENT] = "kd"
     stop.unlink(missing_ok=True)

@@ -1,12 +1,12 @@
-"""A benchmark's results as tables: medians and spreads, ratios formed within a round, targets.  Imports no
-torch.
+"""A benchmark's results as tables: medians and spreads, ratios formed within a round, and targets.
 
 benchmark_results.json:  machine,  heads.<dtype>.{tokens, vocabulary, rounds, agreement, memory, skipped},
-steps.<precision>.{tokens, rounds, flops, flops_per_s, skipped},  dashboard.{steps, rounds}
+steps.<precision>.{tokens, rounds, flops, flops_per_s, skipped}
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -19,6 +19,8 @@ from kdlib.runs.folder import Run
 RESULTS = "benchmark_results.json"
 MB = 1e6
 Lines = Sequence[Mapping[str, Any]]
+VARIANTS = ("ours_eager", "ours_top_k", "ours_half_masked")
+OTHERS = [name for name in CASES if name.startswith("ours_") and name not in VARIANTS]  # other divergences
 
 
 def results_of(run: Run) -> dict[str, Any] | None:
@@ -137,16 +139,6 @@ def floor_s(part: Mapping[str, Any], name: str = "ours_kd") -> float:
     )
 
 
-def dashboard_table(results: Mapping[str, Any]) -> pd.DataFrame:
-    """Seconds from a metrics file to the picture of it, and from one more line to the next picture."""
-    lines = results["dashboard"]["rounds"]
-    rows = {
-        name: _flat({"wall s": spread([line[key] for line in lines])})
-        for key, name in (("first_s", "first drawing"), ("update_s", "update by one line"))
-    }
-    return pd.DataFrame(rows).T
-
-
 def flops_table(results: Mapping[str, Any], precision: str) -> pd.DataFrame:
     """What a KD step's matrix products consist of, and what each part takes at the measured speed."""
     part = results["steps"][precision]
@@ -175,13 +167,13 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def run_tables(results: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
-    """Every table of measurements that the results allow, by name; a figure's table has its name."""
+    """Every table that the results allow, by name; a figure's table has its name."""
     makers = {
         "rounds": ("time", time_table),
         "memory": ("memory", memory_table),
         "agreement": ("agreement", agreement_table),
     }
-    tables = {
+    tables = {"targets": target_table(results)} | {
         f"{name}_{dtype}": make(results, dtype)
         for dtype, part in results["heads"].items()
         for key, (name, make) in makers.items()
@@ -192,7 +184,7 @@ def run_tables(results: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
             f"steps_{precision}": step_table(results, precision),
             f"flops_{precision}": flops_table(results, precision),
         }
-    return tables | ({"dashboard": dashboard_table(results)} if results.get("dashboard") else {})
+    return tables
 
 
 def _names(lines: Lines) -> list[str]:
@@ -209,3 +201,99 @@ def _three(value: Any) -> str:
     if isinstance(value, str):
         return value
     return "" if pd.isna(value) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+# what was promised for the sizes of configs/benchmark.yaml
+
+
+@dataclass(frozen=True)
+class Target:
+    """One figure that was promised."""
+
+    what: str
+    limit: float
+    found: Mapping[str, float] | None  # value, low, high
+    at_least: bool = False
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The median decides; low and high are the rounds' extremes."""
+        need = f"{'≥' if self.at_least else '≤'} {self.limit:g}"
+        row = {"target": self.what, "needed": need}
+        if self.found is None:
+            return {**row, "met": "not measured"}
+        met = self.found["value"] >= self.limit if self.at_least else self.found["value"] <= self.limit
+        return {**row, **_flat({"measured": self.found}), "met": "yes" if met else "no"}
+
+
+def target_table(results: Mapping[str, Any]) -> pd.DataFrame:
+    """Target, measured, met: a row each, for whatever was measured."""
+    rows = [target.row for target in (*_head_targets(results), *_step_targets(results))]
+    return pd.DataFrame(
+        rows, columns=["target", "needed", "measured", "measured, low", "measured, high", "met"]
+    )
+
+
+def verdict(results: Mapping[str, Any]) -> str:
+    """`14 of the 16 targets that were measured are met (float32: 2,048 tokens, V = 49,152; …)`"""
+    met = target_table(results)["met"]
+    sizes = "; ".join(
+        f"{dtype}: {part['tokens']:,} tokens, V = {part['vocabulary']:,}"
+        for dtype, part in results["heads"].items()
+    )
+    return (
+        f"{(met == 'yes').sum()} of the {(met != 'not measured').sum()} targets that were measured are "
+        f"met ({sizes or 'steps only'})"
+    )
+
+
+def _head_targets(results: Mapping[str, Any]) -> Iterator[Target]:
+    full, half = (results["heads"].get(dtype, {}) for dtype in ("float32", "bfloat16"))
+    yield Target("KD + CE, float32: time ÷ naive", 0.80, _time(full, "ours", "naive"))
+    yield Target("KD + CE, float32: time ÷ matrix products alone", 1.2, _time(full, "ours", "floor"))
+    yield Target("KD + CE, float32: peak memory ÷ naive", 0.15, _memory(full, "ours", "naive"))
+    yield Target("KD + CE, bfloat16: time ÷ matrix products alone", 1.4, _time(half, "ours", "floor"))
+    yield Target("KD + CE, bfloat16: time ÷ TRL's forward KL", 0.75, _time(half, "ours", "trl_forward_kl"))
+    for name in OTHERS:
+        yield Target(f"{CASES[name]}, float32: time ÷ forward KL", 1.5, _time(full, name, "ours"))
+    yield Target("JSD(0.5), float32: time ÷ TRL", 0.6, _time(full, "ours_generalized_jsd", "trl_jsd"))
+    yield Target(
+        "JSD(0.5), float32: peak memory ÷ TRL", 0.1, _memory(full, "ours_generalized_jsd", "trl_jsd")
+    )
+    yield Target("part masked, float32: time ÷ unmasked", 0.6, _time(full, "ours_half_masked", "ours"))
+    yield Target("peak memory above inputs and gradients with more tokens: change", 0.1, _growth(full))
+
+
+def _step_targets(results: Mapping[str, Any]) -> Iterator[Target]:
+    for precision, part in results["steps"].items():
+        lines = part["rounds"]
+        together = ratio(lines, "ours_kd", ("teacher", "trainer_sft"), "wall_s")
+        yield Target(
+            f"KD step, {precision}: time ÷ (teacher's forward pass + Trainer's SFT step)", 0.95, together
+        )
+        faster = ratio(lines, "trl_gkd", "ours_kd", "wall_s")
+        yield Target(f"KD step, {precision}: tokens per s ÷ TRL's GKDTrainer", 1.5, faster, at_least=True)
+        books = share(lines, "ours_kd", "ledger_s")
+        yield Target(
+            f"KD step, {precision}: ledger and guard, share of the step, a log every 10 steps", 0.01, books
+        )
+
+
+def _time(part: Mapping[str, Any], name: str, to: str) -> dict[str, float] | None:
+    lines = part.get("rounds", [])
+    return ratio(lines, name, to, clock_of(lines))
+
+
+def _memory(part: Mapping[str, Any], name: str, to: str) -> dict[str, float] | None:
+    # the first of a name wins
+    peaks = {line["name"]: line["peak_bytes"] for line in reversed(part.get("memory", []))}
+    return _single(peaks[name] / peaks[to]) if name in peaks and to in peaks else None
+
+
+def _growth(part: Mapping[str, Any]) -> dict[str, float] | None:
+    peaks = [above_gradients(line) for line in part.get("memory", []) if line["name"] == "ours"]
+    return _single(abs(peaks[1] / peaks[0] - 1)) if len(peaks) == 2 else None
+
+
+def _single(value: float) -> dict[str, float]:
+    return {"value": value, "low": value, "high": value}
