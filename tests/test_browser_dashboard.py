@@ -123,7 +123,7 @@ def test_after_a_restart_the_dashboard_shows_all_that_was_logged(lab, project, r
         ),
         "with dashboard.watch(run):\n    workbench.Workbench(run).train()",
         "board = dashboard.watch('runs/tiny')\nboard",
-        "print('steps', board.picture.course.step, 'of', len(run.metrics.read_text().splitlines()), 'lines')",
+        "print('steps', board.live.progress.step, 'of', len(run.metrics.read_text().splitlines()), 'lines')",
     )
     open_notebook(page, lab, "restart")
     choose(page, "Run", "Run All Cells")

@@ -45,11 +45,11 @@ def test_a_run_of_before_has_its_report_and_its_line_in_the_index(folder, tmp_pa
 @pytest.mark.parametrize(("name", "said"), [("done", "done"), ("stopped", "stopped")])
 def test_a_run_of_before_is_watched(folder, name, said):
     board = dashboard.watch(str(folder / name))
-    assert board.picture.words[0] == f"{name}  ·  {said}"
-    assert board.picture.png().startswith(b"\x89PNG")
-    assert len(board.picture.scorecard()) == 7
-    board.picture.view = View(log=False)
-    assert board.picture.png()
+    assert board.live.words[0] == f"{name}  ·  {said}"
+    assert board.live.png().startswith(b"\x89PNG")
+    assert len(board.live.scorecard()) == 7
+    board.live.view = View(log=False)
+    assert board.live.png()
 
 
 def test_a_training_that_was_stopped_before_goes_on_as_if_it_never_had_been(folder):

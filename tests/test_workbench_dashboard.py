@@ -270,7 +270,7 @@ def test_where_nothing_is_finite_or_shown_the_picture_is_drawn_all_the_same(run)
 
 def test_before_anything_is_logged_the_picture_says_so(raw_config, tmp_path):
     run = runs.create(tmp_path / "runs", "empty", parse(raw_config))
-    picture = dashboard.Picture(run, View())
+    picture = dashboard.LiveRun(run, View())
     assert picture.words[0] == "empty  ·  nothing logged yet"
     assert Image.open(io.BytesIO(picture.png())).size[0] == 800
     assert dashboard.card_html(picture.scorecard()) == ""
@@ -314,7 +314,7 @@ def test_each_control_changes_the_picture(board):
         control.value = value
         seen.append(controls.image.value != before)
     assert seen == [True] * 4
-    assert board.picture.view == View(terms=("ce",), smoothing=0.3, log=False, steps=(5.0, 10.0))
+    assert board.live.view == View(terms=("ce",), smoothing=0.3, log=False, steps=(5.0, 10.0))
 
 
 def test_a_dashboard_follows_its_run_and_ends_with_its_cell(run, monkeypatch):
@@ -327,8 +327,8 @@ def test_a_dashboard_follows_its_run_and_ends_with_its_cell(run, monkeypatch):
             time.sleep(0.05)
         append_metrics(run, logged(12))
     assert not board.thread.is_alive()
-    assert board.picture.course.step == 12
-    assert headline(board.picture.course) == "first  ·  stopped"
+    assert board.live.progress.step == 12
+    assert headline(board.live.progress) == "first  ·  stopped"
 
 
 def test_a_dashboard_ends_by_itself_when_its_run_is_over(run, monkeypatch):
@@ -344,22 +344,22 @@ def test_a_dashboard_ends_by_itself_when_its_run_is_over(run, monkeypatch):
 def test_stop_leaves_a_file_while_a_training_goes_on_and_nothing_after_it(board, run):
     board.controls.stop.click()
     assert (run.path / "STOP").exists()
-    assert f"--resume {run.name}" in board.controls.said.value
+    assert f"--resume {run.name}" in board.controls.message.value
     (run.path / "STOP").unlink()
     board.ended.set()
     board.controls.stop.click()
     assert not (run.path / "STOP").exists()
-    assert board.controls.said.value.startswith("No training")
+    assert board.controls.message.value.startswith("No training")
 
 
 def test_a_file_that_cannot_be_read_is_said_to_be_and_watching_goes_on(board, run):
     text = run.metrics.read_text()
     run.metrics.write_text(text + "{<oops>}\n")
     assert not board.refresh()
-    assert "a line that is no JSON" in board.controls.said.value
+    assert "a line that is no JSON" in board.controls.message.value
     run.metrics.write_text(text + json.dumps(logged(11)) + "\n")
     assert board.refresh()
-    assert board.picture.course.step == 11
+    assert board.live.progress.step == 11
 
 
 def test_the_scorecard_is_escaped():

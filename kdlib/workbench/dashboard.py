@@ -1,5 +1,4 @@
-"""A training seen live, in the notebook that trains or in any other: it reads the run's files and nothing
-else.  Imports no torch.
+"""A training seen live, in the notebook that trains or in any other: from the run's files alone.
 
 with dashboard.watch(bench.run):       # the picture moves while the cell trains
     bench.train()
@@ -32,7 +31,15 @@ from kdlib.runs.progress import FINAL, headline, progress, where_line
 SHARE = 0.05  # of the time, at most, that goes into watching
 PAUSE_S, HEADLESS_PAUSE_S = 1.0, 20.0  # between two looks, at least
 PATIENCE_S = 3600.0  # without news, after which nobody is waited for any more
-MARKS = {"pass": ("✓", "#2da44e"), "fail": ("✗", "#e5534b"), "not measured": ("–", "#8a8a8a")}
+PICTURE = {
+    "flex": "1 1 560px",
+    "min_width": "0",
+    "max_width": "800px",
+    "object_fit": "contain",
+    "align_self": "flex-start",
+}
+LATE = {"continuous_update": False}  # a slider speaks when it is let go
+MARKS = {"pass": ("#2da44e", "✓"), "fail": ("#e5534b", "✗"), "not measured": ("#8a8a8a", "–")}
 
 
 def watch(run: Run | str, view: View | None = None) -> "Dashboard":
@@ -50,14 +57,15 @@ def watch(run: Run | str, view: View | None = None) -> "Dashboard":
     return Dashboard(run, view or View())
 
 
-class Picture:
-    """A run's picture and scorecard, kept up to date from its files."""
+class LiveRun:
+    """What is seen of a run, kept up to date from its files."""
 
     def __init__(self, run: Run, view: View) -> None:
         self.run, self.view = run, view
         self.rivals = tuple(name for name in self.candidates if name == "baseline")
-        self.tails: dict[str, Tail] = {}
+        self.tails: dict[StudentFolder, Tail] = {}
         self.has_ended = False  # what trained in this kernel
+        self.words: tuple[str, ...] = ()
         self.read()
 
     @cached_property
@@ -73,46 +81,38 @@ class Picture:
     @property
     def is_training(self) -> bool:
         """Whether one of the run's students seems to learn just now."""
-        return "running" in (self.course.state, progress(self.run, self.run.baseline).state)
+        return "running" in (self.progress.state, progress(self.run, self.run.baseline).state)
 
     def read(self) -> bool:
         """Read on; True where there is something new to show."""
-        before = getattr(self, "words", None)
-        is_new = [
-            self._tail("", self.run).read(),
-            *(self._tail(name, folder).read() for name, (_, folder) in self._chosen().items()),
-        ]
-        self.course = progress(self.run, tail=self.tails[""])
-        if self.has_ended and self.course.state in ("running", "quiet"):
-            self.course = replace(self.course, state="stopped")
-        self.words = (headline(self.course), where_line(self.course), self.course.message)
+        before, folders = self.words, [self.run, *(self.candidates[name][1] for name in self.rivals)]
+        is_new = [self._tail(folder).read() for folder in folders]
+        self.progress = progress(self.run, tail=self._tail(self.run))
+        if self.has_ended and self.progress.state in ("running", "quiet"):
+            self.progress = replace(self.progress, state="stopped")
+        self.words = (headline(self.progress), where_line(self.progress), self.progress.message)
         return any(is_new) or self.words != before
 
     def png(self) -> bytes:
         """The picture as it stands."""
-        others = [
-            progress(run, folder, self._tail(name, folder)) for name, (run, folder) in self._chosen().items()
-        ]
-        shown = [other for other in others if len(other.tail.train)]
-        return png(dashboard(self.course, self.view, shown))
+        rivals = [(*self.candidates[name], self._tail(self.candidates[name][1])) for name in self.rivals]
+        shown = [progress(*rival) for rival in rivals if len(rival[-1].train)]
+        return png(dashboard(self.progress, self.view, shown))
 
     def scorecard(self) -> list[Line]:
-        return scorecard(self.run, tail=self.tails[""])
+        return scorecard(self.run, tail=self._tail(self.run))
 
-    def _chosen(self) -> dict[str, tuple[Run, StudentFolder]]:
-        return {name: self.candidates[name] for name in self.rivals}
-
-    def _tail(self, name: str, folder: StudentFolder) -> Tail:
-        if name not in self.tails:
-            self.tails[name] = Tail(folder)
-        return self.tails[name]
+    def _tail(self, folder: StudentFolder) -> Tail:
+        if folder not in self.tails:
+            self.tails[folder] = Tail(folder)
+        return self.tails[folder]
 
 
 class Dashboard:
     """A picture that follows its run, with controls where somebody is there to use them."""
 
     def __init__(self, run: Run, view: View) -> None:
-        self.run, self.picture = run, Picture(run, view)
+        self.run, self.live = run, LiveRun(run, view)
         self.drawing, self.ended = threading.RLock(), threading.Event()
         self.thread: threading.Thread | None = None
 
@@ -122,7 +122,7 @@ class Dashboard:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.picture.has_ended = True
+        self.live.has_ended = True
         self.close()
 
     def _ipython_display_(self) -> None:
@@ -138,14 +138,12 @@ class Dashboard:
         self.refresh(always=True)
 
     def refresh(self, *, always: bool = False) -> bool:
-        """Read on and draw what is new; True where anything was.  A fault in a file is said; the next
-        look may find it mended.
-        """
+        """Read on and draw what is new; True where anything was.  A fault in a file is only said."""
         with self.drawing:
             try:
-                is_new = self.picture.read()
+                is_new = self.live.read()
                 if is_new or always:
-                    self._put(self.picture.png())
+                    self._put(self.live.png())
             except KdlibError as error:
                 self.say(str(error))
                 return False
@@ -156,14 +154,13 @@ class Dashboard:
         if self.controls is None:
             print(text, flush=True)
         else:
-            self.controls.said.value = str(escape(text))
+            self.controls.message.value = str(escape(text))
 
     def _show(self) -> None:
         self.ended.clear()
         if runs.headless():  # widgets would stay blank, and Output or @interact would hang
-            # the cell's: its output is the one to update
-            self.controls, self.context = None, contextvars.copy_context()
-            self.handle = display(self._static(self.picture.png()), display_id=True)
+            self.controls, self.context = None, contextvars.copy_context()  # the cell's, whose output it is
+            self.handle = display(self._static(self.live.png()), display_id=True)
         else:
             self.context = _beside_cells()
             self.controls = self.context.run(Controls, self)
@@ -171,9 +168,7 @@ class Dashboard:
             display(self.controls.box)
 
     def _follow(self) -> None:
-        self.thread = threading.Thread(
-            target=self.context.run, args=(self._watch,), name="dashboard", daemon=True
-        )
+        self.thread = threading.Thread(target=self.context.run, args=(self._watch,), daemon=True)
         self.thread.start()
 
     def _watch(self) -> None:
@@ -183,7 +178,7 @@ class Dashboard:
             began, spent = time.monotonic(), time.thread_time()
             if self.refresh():
                 news = began
-            is_over = self.picture.run.status["state"] in FINAL and not self.picture.is_training
+            is_over = self.live.run.status["state"] in FINAL and not self.live.is_training
             if is_over or began - news > PATIENCE_S:
                 return
             pause = max(least, (time.thread_time() - spent) / SHARE)
@@ -195,119 +190,94 @@ class Dashboard:
             self.controls.show(png)
 
     def _static(self, png: bytes) -> Image:
-        return Image(data=png, format="png", alt=headline(self.picture.course))
+        return Image(data=png, format="png", alt=headline(self.live.progress))
 
 
 class Controls:
     """The widgets: picture, scorecard, what to show, and a stop."""
 
     def __init__(self, board: Dashboard) -> None:
-        self.board, self.picture = board, board.picture
-        view, terms = self.picture.view, list(board.run.config.loss.schedules)
-        self.image = ipywidgets.Image(
-            format="png",
-            layout={
-                "flex": "1 1 560px",
-                "min_width": "0",
-                "max_width": "800px",
-                "object_fit": "contain",
-                "align_self": "flex-start",
-            },
-        )
+        self.board, self.live, view = board, board.live, board.live.view
+        button = {"layout": {"width": "auto"}}
+        self.image = ipywidgets.Image(format="png", layout=PICTURE)
         self.card = ipywidgets.HTML(layout={"flex": "0 1 290px", "margin": "0 0 0 12px"})
+        self.message = ipywidgets.HTML()
         self.terms = [
             ipywidgets.ToggleButton(
-                value=view.terms is None or term in view.terms,
-                description=term,
-                tooltip=f"show {term}",
-                layout={"width": "auto"},
+                view.terms is None or term in view.terms, description=term, tooltip=f"show {term}", **button
             )
-            for term in terms
+            for term in board.run.config.loss.schedules
         ]
         self.log = ipywidgets.ToggleButton(
-            value=view.log,
+            view.log,
             description="log scale",
             tooltip="raw values and gradient norms on a log scale",
-            layout={"width": "auto"},
+            **button,
         )
         self.smoothing = ipywidgets.FloatSlider(
-            value=view.smoothing,
-            min=0,
-            max=0.3,
-            step=0.01,
-            description="smoothing",
-            readout_format=".0%",
-            continuous_update=False,
+            view.smoothing, min=0, max=0.3, step=0.01, description="smoothing", readout_format=".0%", **LATE
         )
-        self.steps = ipywidgets.IntRangeSlider(
-            value=(0, 100), description="steps, %", continuous_update=False
-        )
+        self.steps = ipywidgets.IntRangeSlider(value=(0, 100), description="steps, %", **LATE)
         self.rivals = ipywidgets.SelectMultiple(
-            options=list(self.picture.candidates), value=self.picture.rivals, rows=3, description="compare"
+            options=list(self.live.candidates), value=self.live.rivals, rows=3, description="compare"
         )
         self.stop = ipywidgets.Button(
             description="Stop",
             icon="stop",
             button_style="danger",
-            layout={"width": "auto"},
             tooltip="finish the step, save a checkpoint, stop",
+            **button,
         )
-        self.said = ipywidgets.HTML()
-        for control in (*self.terms, self.log, self.smoothing, self.steps, self.rivals):
+        controls = [*self.terms, self.log, self.smoothing, self.steps, self.rivals]
+        for control in controls:
             control.observe(self._changed, "value")
         self.stop.on_click(self._stop)
-        wrapped = {"flex_flow": "row wrap", "align_items": "center"}
-        shown = ipywidgets.HBox(
-            [*self.terms, self.log, self.smoothing, self.steps, self.rivals, self.stop], layout=wrapped
-        )
-        sight = ipywidgets.HBox([self.image, self.card], layout={"flex_flow": "row wrap"})
-        self.box = ipywidgets.VBox([shown, self.said, sight])
+        wrapped = {"flex_flow": "row wrap"}
+        above = ipywidgets.HBox([*controls, self.stop], layout={**wrapped, "align_items": "center"})
+        below = ipywidgets.HBox([self.image, self.card], layout=wrapped)
+        self.box = ipywidgets.VBox([above, self.message, below])
 
     def show(self, png: bytes) -> None:
         self.image.value = png
-        self.card.value = card_html(self.picture.scorecard())
+        self.card.value = card_html(self.live.scorecard())
 
     def _changed(self, change: object) -> None:
         chosen = tuple(button.description for button in self.terms if button.value)
-        low, high = (share / 100 * self.picture.course.step for share in self.steps.value)
+        low, high = (share / 100 * self.live.progress.step for share in self.steps.value)
         with self.board.drawing:
-            self.picture.view = View(
+            self.live.view = View(
                 terms=None if len(chosen) == len(self.terms) else chosen,
                 smoothing=self.smoothing.value,
                 log=self.log.value,
                 steps=None if self.steps.value == (0, 100) or low == high else (low, high),
             )
-            self.picture.rivals = self.rivals.value
+            self.live.rivals = self.rivals.value
             self.board.refresh(always=True)
 
     def _stop(self, button: object) -> None:
         """A click may come late, after the cell that it was meant to stop: then it must not stop the next."""
-        if self.board.ended.is_set() or not self.picture.is_training:
+        if self.board.ended.is_set() or not self.live.is_training:
             self.board.say("No training goes on here that could be stopped.")
             return
         (self.board.run.path / "STOP").touch()
         folder = os.path.relpath(self.board.run.path, runs.project_root())
         self.board.say(
             "It stops after this step, with a checkpoint. To go on, run the training cell again, or in a "
-            "terminal: "
-            f"kd run {folder}/config.yaml --resume {self.board.run.name}"
+            f"terminal: kd run {folder}/config.yaml --resume {self.board.run.name}"
         )
 
 
 def card_html(lines: list[Line]) -> str:
     """The scorecard as a narrow table in the notebook's own colours; every text in it is escaped."""
-    rows = Markup("").join(
-        Markup(
-            '<tr><td style="color:{};font-weight:bold;padding:0 .5em 0 0;vertical-align:top">{}</td><td '
-            'style="padding:0 0 .6em">{}<br>'
-            '<span style="opacity:.7">{}</span></td></tr>'
-        ).format(MARKS[line.result][1], MARKS[line.result][0], line.check, line.found)
-        for line in lines
+    row = Markup(
+        '<tr><td style="color:{};font-weight:bold;padding:0 .5em 0 0;vertical-align:top">{}</td>'
+        '<td style="padding:0 0 .6em">{}<br><span style="opacity:.7">{}</span></td></tr>'
     )
+    rows = Markup("").join(row.format(*MARKS[line.result], line.check, line.found) for line in lines)
     table = Markup(
         '<div style="line-height:1.35"><b>Scorecard</b><table style="margin-top:.4em">{}</table></div>'
-    ).format(rows)
-    return str(table) if lines else ""
+    )
+    return str(table.format(rows)) if lines else ""
 
 
 def _beside_cells() -> contextvars.Context:
