@@ -183,12 +183,12 @@ def test_the_picture_says_what_it_shows(run):
         "tokens_per_s",
         "memory_gib",
     ]
-    course = progress(run)
-    assert headline(course) == "first  ·  training"
-    assert where_line(course) == "step 10 of 20  ·  20 s left"
+    now = progress(run)
+    assert headline(now) == "first  ·  training"
+    assert where_line(now) == "step 10 of 20  ·  20 s left"
     assert (
-        held_out_line(course)
-        == "held-out: perplexity 40 (best 40 at step 10)  ·  KL to teacher 0.3  ·  agreement 0.4"
+        held_out_line(now)
+        == "held-out: perplexity 40 (best 40 at step 10)  ·  KL to teacher 0.3  ·  top-1 agreement 0.4"
     )
 
 
@@ -281,10 +281,10 @@ def test_a_run_that_failed_or_died_says_so_and_why(run, state):
     later = time.time() + 1
     run.set_status(state, "02_train: OutOfMemoryError")
     os.utime(run.metrics, (later - 100, later - 100))
-    course = progress(run)
-    assert headline(course) == f"first  ·  {state}"
-    assert course.message == "02_train: OutOfMemoryError"
-    assert "OutOfMemoryError" in plots.dashboard(course).texts[2].get_text()
+    now = progress(run)
+    assert headline(now) == f"first  ·  {state}"
+    assert now.message == "02_train: OutOfMemoryError"
+    assert "OutOfMemoryError" in plots.dashboard(now).texts[2].get_text()
 
 
 def test_a_training_by_hand_that_is_quiet_is_said_to_be_and_one_that_ended_is_trained(run):

@@ -107,9 +107,9 @@ def test_the_widgets_are_of_rows(bench):
 
 
 def test_held_out_figures_are_those_of_a_classification(bench):
-    course = progress(bench.run)
-    assert course.of == "row"
-    line = held_out_line(course)
+    now = progress(bench.run)
+    assert now.of == "row"
+    line = held_out_line(now)
     assert line.startswith("held-out: accuracy ")
     assert "log-loss" in line
     assert "perplexity" not in line

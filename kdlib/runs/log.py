@@ -1,4 +1,4 @@
-"""What a training logged: metrics.jsonl, written a line at a time and read on as it grows.  Imports no torch.
+"""What a training logged: metrics.jsonl, written a line at a time and read on as it grows.
 
 Each line is {"train/step": …, "train/epoch": …, "time": …} with `train/…` or `eval/…` figures.
 """
@@ -19,10 +19,7 @@ from kdlib.errors import RunError
 from kdlib.runs.files import StudentFolder, read_json, write_error, write_text
 
 POINTS = 1000  # that a curve is drawn from
-PAUSE, PAUSE_S = (
-    10.0,
-    60.0,
-)  # later than so many usual times, and than so many seconds: the training stood still
+PAUSE, PAUSE_S = 10.0, 60.0  # more usual times than that, and more seconds, from line to line: it stood still
 FORM = {
     "parse_options": pyarrow.json.ParseOptions(explicit_schema=pa.schema([("time", pa.string())])),
     "read_options": pyarrow.json.ReadOptions(use_threads=False),  # others compute here
@@ -73,14 +70,12 @@ def history(folder: StudentFolder) -> list[dict[str, float]]:
 
 
 class Tail:
-    """metrics.jsonl as tables, read on as it grows: a call of `read` takes in the lines written since the
-    last one.
+    """metrics.jsonl as tables, read on as it grows: `read` takes in the lines written since the last call.
 
     Attributes:
         train: one row per log, without the train/ prefix; empty at first.
         evaluation: one row per evaluation, with step and epoch, without the eval/ prefix.
-        broken: step and name of each logged figure that is nan or infinite, and whether it was of an
-            evaluation.
+        broken: step and name of each figure that is nan or infinite, and whether of an evaluation.
         figures: how many figures were logged.
     """
 
@@ -123,10 +118,8 @@ class Tail:
         try:
             return pyarrow.json.read_json(io.BytesIO(lines), **FORM)
         except pa.ArrowInvalid as error:
-            raise RunError(
-                f"{self.folder.metrics}: found a line that is no JSON ({error}); each must be an object; "
-                "delete it"
-            ) from error
+            what = f"found a line that is no JSON ({error}); each must be an object; delete it"
+            raise RunError(f"{self.folder.metrics}: {what}") from error
 
     def _take(self, lines: pa.Table) -> None:
         for name in lines.column_names:
@@ -153,13 +146,9 @@ def _of(lines: pa.Table, prefix: str) -> pd.DataFrame:
 
 
 def _joined(table: pd.DataFrame, more: pd.DataFrame) -> pd.DataFrame:
-    return (
-        pd.concat([table, more], ignore_index=True)
-        if len(table) and len(more)
-        else more
-        if len(more)
-        else table
-    )
+    if len(table) and len(more):
+        return pd.concat([table, more], ignore_index=True)
+    return more if len(more) else table
 
 
 def training_table(folder: StudentFolder) -> pd.DataFrame:
@@ -173,9 +162,7 @@ def eval_table(folder: StudentFolder) -> pd.DataFrame:
 
 
 def plan_table(folder: StudentFolder) -> pd.DataFrame:
-    """Learning rate, weights and temperatures over the whole training as plan.json has them: columns as
-    of `training_table`.
-    """
+    """plan.json: learning rate, weights and temperatures of the whole training, as in `training_table`."""
     return pd.DataFrame(read_json(folder.plan, []))
 
 
@@ -217,8 +204,7 @@ def duration(seconds: float) -> str:
 
 
 def thinned(curves: np.ndarray, *, points: int = POINTS) -> np.ndarray:
-    """Which positions of a long curve to draw so that no spike is lost: first, last, and of each bucket the
-    extremes.
+    """Which positions of a long curve to draw so that no spike is lost: the ends, and each bucket's extremes.
 
     Args:
         curves: [N], or [C, N] for curves that are drawn at the same positions.  Where nan or infinite values
@@ -236,10 +222,8 @@ def thinned(curves: np.ndarray, *, points: int = POINTS) -> np.ndarray:
     width = math.ceil(length / buckets)
     starts = np.arange(0, length, width)
     kept = [np.array([0, length - 1])]
-    is_finite, filled = (
-        np.isfinite(curves),
-        np.pad(curves, ((0, 0), (0, len(starts) * width - length)), mode="edge"),
-    )
+    is_finite = np.isfinite(curves)
+    filled = np.pad(curves, ((0, 0), (0, len(starts) * width - length)), mode="edge")
     for extreme, worst in ((np.argmin, np.inf), (np.argmax, -np.inf)):
         if not is_finite.all():
             filled[:, :length][~is_finite] = worst

@@ -1,6 +1,4 @@
-"""How a training stands: everything that its figures are made of, read from its folder's files.  Imports
-no torch.
-"""
+"""How a training stands: everything that its figures are made of, read from its folder's files."""
 
 import time
 from collections.abc import Mapping
@@ -19,12 +17,9 @@ from kdlib.runs.log import Tail, duration, plan_table, seconds_taken, terms_in, 
 QUIET_S = 60.0  # without a line, after which a training that nobody keeps a status of may have stopped
 RECENT = 50  # lines that a forecast goes by
 FINAL = ("done", "stopped", "failed", "died")
-SHOWN_AS = {
-    "kl_to_teacher": "KL to teacher",
-    "perplexity": "perplexity",
-    "log_loss": "log-loss",
-    "choice_accuracy": "right choices",
-    "agreement": "agreement",
+HELD_OUT = {  # told of the last evaluation, by what is predicted
+    "token": ("kl_to_teacher", "perplexity", "choice_accuracy", "agreement"),
+    "row": ("accuracy", "log_loss", "kl_to_teacher"),
 }
 
 
@@ -80,9 +75,7 @@ class Progress:
         return None if took is None else time_left(took, made, self.steps - self.step)
 
     def measured(self, measure: str) -> tuple[float, int, float] | None:
-        """(best value, its step, last value) of a measure on held-out text; None where it was not
-        evaluated.
-        """
+        """(best value, its step, last value) of a measure on held-out text; None if it was not evaluated."""
         table = self.tail.evaluation
         if measure not in table or not np.isfinite(table[measure]).any():
             return None
@@ -115,52 +108,43 @@ def progress(run: Run, folder: StudentFolder | None = None, tail: Tail | None = 
     )
 
 
-def headline(course: Progress) -> str:
+def headline(progress: Progress) -> str:
     """Which run, and how it stands."""
-    return f"{course.name}  ·  {state_words(course)}"
+    return f"{progress.name}  ·  {state_words(progress)}"
 
 
-def where_line(course: Progress) -> str:
+def where_line(progress: Progress) -> str:
     """The step of all steps, and the time that is left."""
-    if not len(course.tail.train):
-        return (
-            "Loss terms, weights, temperature, learning rate and gradient norms are drawn here as soon as "
-            "a step is logged."
-        )
-    left = course.seconds_left
-    of = f" of {course.steps:,}" if course.steps > course.step else ""
-    return f"step {course.step:,}{of}" + (f"  ·  {duration(left)} left" if left is not None else "")
+    if not len(progress.tail.train):
+        drawn = "Loss terms, weights, temperature, learning rate and gradient norms"
+        return f"{drawn} are drawn here as soon as a step is logged."
+    left = progress.seconds_left
+    of = f" of {progress.steps:,}" if progress.steps > progress.step else ""
+    return f"step {progress.step:,}{of}" + (f"  ·  {duration(left)} left" if left is not None else "")
 
 
-def state_words(course: Progress) -> str:
+def state_words(progress: Progress) -> str:
     """The state as one reads it."""
-    if course.state == "quiet":
-        return f"no news for {duration(course.quiet_s)}"
-    if course.state in ("created", "running"):
-        return "training" if len(course.tail.train) else "nothing logged yet"
-    return course.state
+    if progress.state == "quiet":
+        return f"no news for {duration(progress.quiet_s)}"
+    if progress.state in ("created", "running"):
+        return "training" if len(progress.tail.train) else "nothing logged yet"
+    return progress.state
 
 
-def held_out_line(course: Progress) -> str:
+def held_out_line(progress: Progress) -> str:
     """The last figure of each measure on held-out text, and the best of the one that chooses the model."""
-    usual = ("accuracy", "log_loss", "kl_to_teacher") if course.of == "row" else SHOWN_AS
-    measures = dict.fromkeys([course.best_by, *usual])
-    found = {
-        SHOWN_AS.get(measure, measure): figures
-        for measure in measures
-        if (figures := course.measured(measure))
-    }
-    parts = [
-        f"{name} {last:.3g}" + (f" (best {best:.3g} at step {step:,})" if i == 0 else "")
-        for i, (name, (best, step, last)) in enumerate(found.items())
-    ]
+    parts = []
+    for measure in dict.fromkeys([progress.best_by, *HELD_OUT[progress.of]]):
+        if figures := progress.measured(measure):
+            best, step, last = figures
+            ever = "" if parts else f" (best {best:.3g} at step {step:,})"
+            parts.append(f"{MEASURES[measure].name} {last:.3g}{ever}")
     return "held-out: " + "  ·  ".join(parts) if parts else "no evaluation yet"
 
 
 def _state(run: Run, folder: StudentFolder) -> tuple[str, float]:
-    """The state, and the seconds since something was logged.  A training by hand keeps no status: its
-    files tell.
-    """
+    """The state, and the seconds since a log.  A training by hand keeps no status: its files tell."""
     status, is_begun = run.status, folder.metrics.exists()
     logged = folder.metrics.stat().st_mtime if is_begun else 0.0
     quiet_s = time.time() - logged if is_begun else 0.0
