@@ -33,8 +33,6 @@ from typing import Any
 
 Schedule = Callable[[float], float]
 Spec = float | Mapping  # as it stands in a config
-TABLES = ("steps", "piecewise")  # shapes that a mapping from fractions to values describes
-SHAPES = ("linear", "cosine", "exponential", *TABLES, "joined")
 TINY = 1e-9  # fractions of training that differ by less are the same
 
 
@@ -60,9 +58,8 @@ def exponential(start: float, end: float) -> Schedule:
         ValueError: an end is 0 or less, where there is no logarithm.
     """
     if not (start > 0 and end > 0):
-        raise ValueError(
-            f"both ends must be above 0, found {start:g} and {end:g}; take a small positive number, or linear"
-        )
+        found = f"found {start:g} and {end:g}"
+        raise ValueError(f"both ends must be above 0, {found}; take a small positive number, or linear")
     return lambda fraction: start ** (1 - _clipped(fraction)) * end ** _clipped(fraction)
 
 
@@ -114,6 +111,11 @@ def joined(phases: Sequence[tuple[float, Schedule]]) -> Schedule:
     return at
 
 
+TABLES = {"steps": steps, "piecewise": piecewise}  # a mapping from fractions to values says all
+LINES = {"linear": linear, "cosine": cosine, "exponential": exponential}  # a list of two numbers does
+SHAPES = (*LINES, *TABLES, "joined")
+
+
 def from_spec(spec: Spec) -> Schedule:
     """The schedule that a config's number or one-key mapping describes (see the module's docstring).
 
@@ -130,9 +132,8 @@ def from_spec(spec: Spec) -> Schedule:
         with contextlib.suppress(OverflowError, TypeError, ValueError):
             if math.isfinite(value := _number(spec)):
                 return constant(value)
-    raise ValueError(
-        f"found {spec!r}; a schedule is a number or one of {', '.join(SHAPES)}, e.g. {{linear: [4, 1]}}"
-    )
+    form = f"one of {', '.join(SHAPES)}, e.g. {{linear: [4, 1]}}"
+    raise ValueError(f"found {spec!r}; a schedule is a number or {form}")
 
 
 def normal(spec: Spec) -> Spec:
@@ -186,10 +187,8 @@ def curriculum_disorder(curriculum: Sequence[Mapping]) -> list[str]:
         if until <= start:
             faults.append(f"phase {number} ends at {until:g}, needs an end after {start:g}, where it begins")
         elif ramp > until - start + TINY:
-            faults.append(
-                f"phase {number} has a ramp of {ramp:g}, needs one no longer than itself, "
-                f"{until - start:g} of training"
-            )
+            longest = f"no longer than itself, {until - start:g} of training"
+            faults.append(f"phase {number} has a ramp of {ramp:g}, needs one {longest}")
         start = until
     if not curriculum:
         faults.append("there is no phase; write one, as {until: 1.0, weights: {ce: 1.0}}, or null")
@@ -228,18 +227,17 @@ def idle(weights: Mapping[str, Spec], curriculum: Sequence[Mapping]) -> list[str
 
 def _shaped(shape: str, arguments: Any) -> Schedule:
     if shape in TABLES:
-        if not isinstance(arguments, Mapping):
-            raise TypeError(
-                f"a mapping from fractions to values is needed, as {{{shape}: {{0: 1.0, 0.5: 0.2}}}}"
-            )
-        return {"steps": steps, "piecewise": piecewise}[shape](_table(arguments))
+        if isinstance(arguments, Mapping):
+            return TABLES[shape](_table(arguments))
+        example = f"{{{shape}: {{0: 1.0, 0.5: 0.2}}}}"
+        raise TypeError(f"a mapping from fractions to values is needed, as {example}")
     if isinstance(arguments, (str, Mapping)) or not isinstance(arguments, Sequence):
         raise TypeError("a list is needed")
     if shape == "joined":
         return joined([(_number(until), from_spec(part)) for until, part in arguments])
     if len(arguments) != 2:
         raise ValueError(f"two numbers are needed, as {{{shape}: [4, 1]}}")
-    return {"linear": linear, "cosine": cosine, "exponential": exponential}[shape](*map(_number, arguments))
+    return LINES[shape](*map(_number, arguments))
 
 
 def _table(arguments: Mapping) -> dict[float, float]:
@@ -264,16 +262,17 @@ def _starts(values: Mapping[float, float]) -> list[float]:
 
 def _corners(spec: Spec) -> list[float]:
     """The fractions at which a spec's line may jump or turn."""
-    ((shape, arguments),) = spec.items() if isinstance(spec, Mapping) else [("constant", None)]
+    if not isinstance(spec, Mapping):
+        return []
+    ((shape, arguments),) = spec.items()
     if shape in TABLES:
         return list(_table(arguments))
-    if shape != "joined":
-        return []
-    ends = [float(until) for until, _ in arguments]
-    phases = zip([0.0, *ends], ends, arguments, strict=False)
-    return ends + [
-        start + (end - start) * corner for start, end, (_, part) in phases for corner in _corners(part)
-    ]
+    corners, start = [], 0.0
+    for until, part in arguments if shape == "joined" else ():
+        end = float(until)
+        corners += [end, *(start + (end - start) * corner for corner in _corners(part))]
+        start = end
+    return corners
 
 
 def _terms(curriculum: Sequence[Mapping]) -> dict[str, None]:
@@ -282,16 +281,15 @@ def _terms(curriculum: Sequence[Mapping]) -> dict[str, None]:
 
 def _over_phases(term: str, usual: Spec, curriculum: Sequence[Mapping]) -> Spec:
     """One term's weight, phase after phase, as one spec."""
-    pieces, start = [], 0.0
-    before = 0.0 if term in curriculum[0].get("weights", {}) else float(usual)
+    pieces: list[list] = []
+    start = 0.0
+    before = 0.0 if term in curriculum[0].get("weights", {}) else from_spec(usual)(0.0)
     for phase in curriculum:
         weight, until = normal(phase.get("weights", {}).get(term, usual)), phase["until"]
         if (ramp := phase.get("ramp")) and weight != before:
-            if (full := start + ramp) < until - TINY:
-                pieces += [[full, {"linear": [before, weight]}], [until, weight]]
-            else:
-                pieces.append([until, {"linear": [before, weight]}])
-        else:
+            full = start + ramp
+            pieces.append([full if full < until - TINY else until, {"linear": [before, weight]}])
+        if not pieces or pieces[-1][0] < until:
             pieces.append([until, weight])
         start, before = until, from_spec(weight)(1.0)
     return pieces[0][1] if len(pieces) == 1 else {"joined": pieces}

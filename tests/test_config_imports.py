@@ -10,8 +10,8 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from kdlib.config.import_table import OURS, read_settings
-from kdlib.config.imports import TO_FILL_IN, migrated
+from kdlib.config.import_table import read_settings
+from kdlib.config.imports import OURS, TO_FILL_IN, migrated
 from kdlib.config.run import load
 from kdlib.errors import ConfigError
 from kdlib.workbench import cli_checks

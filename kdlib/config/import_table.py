@@ -1,5 +1,6 @@
-"""How other projects write their settings: their files and flags, their names for what kdlib names
-otherwise.  Imports no torch.
+"""How other projects write their settings: their names for what kdlib names otherwise, their files and flags.
+
+The tables read `what: their names for it`.  Besides, a name of TrainingArguments is one of `training:`.
 """
 
 import json
@@ -14,16 +15,13 @@ from kdlib.config.run import read_text, read_yaml
 from kdlib.config.training_arguments import RESERVED
 from kdlib.errors import ConfigError
 
-NAMES = {
+AS_IT_IS = {  # our setting, whose value is theirs
     "teacher.model": "teacher teacher_model teacher_model_name teacher_name teacher_path teacher_model_path "
-    "teacher_name_or_path "
-    "teacher_model_name_or_path",
+    "teacher_name_or_path teacher_model_name_or_path",
     "student.from": "student student_model student_model_name student_name student_path student_model_path "
-    "student_name_or_path "
-    "student_model_name_or_path",
-    "data.source": (
-        "data dataset dataset_name train_data train_file train_path data_path data_file dataset_path"
-    ),
+    "student_name_or_path student_model_name_or_path",
+    "data.source": "data dataset dataset_name train_data train_file train_path data_path data_file "
+    "dataset_path",
     "data.subset": "subset dataset_config dataset_config_name",
     "data.text": "text_column text_columns text_field",
     "data.label": "label_column label_field",
@@ -48,59 +46,44 @@ NAMES = {
     "training.dataloader_num_workers": "num_workers",
     "training.activation_checkpointing": "use_gradient_checkpointing gradient_checkpointing",
 }
-"""Our settings, each with the names that others give it; besides, a name of TrainingArguments is one of
-`training:`.
-"""
-OURS = {theirs: ours for ours, names in NAMES.items() for theirs in names.split()}
-HALVES = {
-    "fp16": "float16",
-    "float16": "float16",
-    "half": "float16",
-    "bf16": "bfloat16",
-    "bfloat16": "bfloat16",
-    "no": "float32",
-    "fp32": "float32",
-    "float32": "float32",
+BY_MEANING = {  # our setting, whose value kdlib.config.imports works out of theirs
+    "task": "num_labels num_classes",
+    "loss.weights": "alpha alpha_kd alpha_feature alpha_attention alpha_layerwise alpha_contrastive",
+    "loss.curriculum": "use_curriculum",
+    "loss.features": "attention_layers",
+    "loss.temperature": "use_temperature_curriculum min_temperature contrastive_temp",
+    "precision": "use_amp precision mixed_precision dtype amp_dtype fp16 bf16",
+    "training.report_to": "use_wandb",
+    "early_stopping.patience": "early_stopping_patience patience",
+    "early_stopping.min_delta": "early_stopping_min_delta early_stopping_threshold",
+    "early_stopping": "early_stopping use_early_stopping",
 }
-COUNTS = ("num_labels", "num_classes")  # of classes: where one stands, rows are classified
-STOPS = {
-    "early_stopping_patience": "patience",
-    "patience": "patience",
-    "early_stopping_min_delta": "min_delta",
-    "early_stopping_threshold": "min_delta",
+LEFT_OUT = {  # why there is nothing like it here
+    "of the student-aware router, which kdlib does not have": "num_experts router_lr initial_top_k "
+    "final_top_k load_balance_weight noise_std",
+    "the router's, in the student-aware project; the teacher's likeliest tokens are loss.top_k here": "top_k",
+    "a run's folder is kdlib's own (runs/<run>/, reports/<run>/); downloads lie where HF_HOME says": ""
+    "output_dir checkpoint_dir log_dir cache_dir save_dir",
+    "kdlib keeps no average of the weights": "use_ema ema_decay",
+    "data.source is one source; where it has no validation split, data.validation says how much is held "
+    "out": "eval_data val_data validation_file eval_file datasets",
+    RESERVED["label_smoothing_factor"]: "label_smoothing",
+    "say training.save_strategy: epoch, or save_steps": "save_epochs",
+    "weights are never rescaled behind your back": "use_adaptive_loss_balancing",
+    "a run is named by --name": "project_name",
+    "batches have the size given": "use_dynamic_batching",
+    "loss.chunk: auto goes by the free memory": "memory_threshold",
 }
-STOP_SWITCHES = ("early_stopping", "use_early_stopping")
-ROUTER = "of the student-aware router, which kdlib does not have"
-PLACES = "a run's folder is kdlib's own (runs/<run>/, reports/<run>/); downloads lie where HF_HOME says"
-REASONS = {
-    **dict.fromkeys(
-        ("num_experts", "router_lr", "initial_top_k", "final_top_k", "load_balance_weight", "noise_std"),
-        ROUTER,
-    ),
-    "top_k": "the router's, in the student-aware project; the teacher's likeliest tokens are loss.top_k here",
-    **dict.fromkeys(("output_dir", "checkpoint_dir", "log_dir", "cache_dir", "save_dir"), PLACES),
-    **dict.fromkeys(("use_ema", "ema_decay"), "kdlib keeps no average of the weights"),
-    **dict.fromkeys(
-        ("eval_data", "val_data", "validation_file", "eval_file", "datasets"),
-        (
-            "data.source is one source; where it has no validation split, data.validation says how much is "
-            "held "
-            "out"
-        ),
-    ),
-    "label_smoothing": RESERVED["label_smoothing_factor"],
-    "save_epochs": "say training.save_strategy: epoch, or save_steps",
-    "use_adaptive_loss_balancing": "weights are never rescaled behind your back",
-    "project_name": "a run is named by --name",
-    "use_dynamic_batching": "batches have the size given",
-    "memory_threshold": "loss.chunk: auto goes by the free memory",
-}
-"""Why a setting of theirs has no counterpart."""
+DTYPES = {"float16": "fp16 float16 half", "bfloat16": "bf16 bfloat16", "float32": "no fp32 float32"}
+
+
+def by_name(table: Mapping[str, str]) -> dict[str, str]:
+    """{a name of theirs: what it is} of one of these tables."""
+    return {name: what for what, names in table.items() for name in names.split()}
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """{name: value} of a file of settings: names without dashes before them and with _ in them; of nested
-    ones the innermost.
+    """{name: value} of a file of settings: names with _ and no leading dashes; of nested ones the innermost.
 
     Raises:
         ConfigError: the file is none of JSON, YAML with names, or flags.
@@ -114,11 +97,11 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         else:
             found = read_yaml(text, name)
         if not isinstance(found, dict):
+            kind = type(found).__name__
             raise ConfigError(
-                f"{name}: settings are needed, as {{name: value}} or --name value; found "
-                f"{type(found).__name__}"
+                f"{name}: settings are needed, as {{name: value}} or --name value; found {kind}"
             )
-        pairs = [([_plain_name(part) for part in keys], value) for keys, value in _leaves(found, [])]
+        pairs = list(_leaves(found))
         times = Counter(keys[-1] for keys, _ in pairs)
         return _once([(keys[-1] if times[keys[-1]] == 1 else ".".join(keys), value) for keys, value in pairs])
     except RecursionError:
@@ -130,11 +113,9 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 def _flags(text: str, name: str) -> dict[str, Any]:
-    """`--alpha 0.5 --bf16 --lr=2e-5` as {alpha: 0.5, bf16: True, lr: 2e-5}; what stands before the first
-    flag is the command.
-    """
+    """`train.py --alpha 0.5 --bf16 --lr=2e-5` as {alpha: 0.5, bf16: True, lr: 2e-5}."""
     given: dict[str, list[str]] = {}
-    values: list[str] = []
+    values: list[str] = []  # of the flag before; what stands before the first is the command
     for word in shlex.split(text.replace("\\\n", " "), comments=True):
         if flag := re.fullmatch(r"--?([A-Za-z_][\w.-]*)(?:=(.*))?", word, re.DOTALL):
             if flag[1] in given:
@@ -143,9 +124,7 @@ def _flags(text: str, name: str) -> dict[str, Any]:
         else:
             values.append(word)
     read = {flag: [read_yaml(word, f"{name}: --{flag}") for word in words] for flag, words in given.items()}
-    return {
-        flag: True if not words else words[0] if len(words) == 1 else words for flag, words in read.items()
-    }
+    return {flag: words[0] if len(words) == 1 else words or True for flag, words in read.items()}
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -155,14 +134,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _leaves(found: Mapping, above: list[str]) -> Iterator[tuple[list[str], Any]]:
+def _leaves(found: Mapping, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Every value with the keys that lead to it."""
     for key, value in found.items():
+        keys = (*above, str(key).strip().lstrip("-").replace("-", "_"))
         if isinstance(value, dict) and value:
-            yield from _leaves(value, [*above, key])
+            yield from _leaves(value, keys)
         else:
-            yield [*above, key], value
-
-
-def _plain_name(key: Any) -> str:
-    return str(key).strip().lstrip("-").replace("-", "_")
+            yield keys, value

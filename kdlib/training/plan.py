@@ -19,7 +19,7 @@ from kdlib.losses.objective import Objective, feature_terms
 from kdlib.metrics.names import MEASURES
 from kdlib.models.loading import device_of
 from kdlib.models.teacher import PROJECTIONS
-from kdlib.schedulers import SHAPES, from_spec
+from kdlib.schedulers import from_spec
 from kdlib.training.trackers import check_installed
 
 DRY_RUN = {"save_strategy": "no", "logging_steps": 1, "eval_on_start": False, "report_to": "none"}
@@ -101,11 +101,10 @@ def objective_of(config: Config, weights: Mapping[str, Any] | None = None) -> Ob
     """The config's objective, or the same with other weights: the baseline."""
     loss = config.loss
     specs = loss.schedules if weights is None else weights
-    one = isinstance(loss.temperature, float) or next(iter(loss.temperature)) in SHAPES
-    each = {} if one else {name: from_spec(spec) for name, spec in loss.temperatures(specs).items()}
+    each = {name: from_spec(spec) for name, spec in loss.temperatures(specs).items()}
     return Objective(
         weights={name: from_spec(spec) for name, spec in specs.items()},
-        temperature=from_spec(loss.temperature) if one else each,
+        temperature=from_spec(loss.temperature) if loss.has_one_temperature else each,
         divergence=loss.divergence,
         top_k=None if loss.top_k is None else from_spec(loss.top_k),
         renormalise=loss.top_k_tail == "renormalise",

@@ -1,0 +1,118 @@
+"""A config in the making out of another project's settings: its values, their origins, what is left out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kdlib.config.import_table import BY_MEANING
+from kdlib.config.run import with_override
+from kdlib.config.sections import number
+from kdlib.errors import ConfigError, printable
+
+TO_FILL_IN = "TO-BE-FILLED-IN"
+SECTIONS = ("task", "seed", "precision", "teacher", "student", "data", "loss", "training", "early_stopping")
+
+
+@dataclass
+class Migration:
+    """Our values by their path (`section.key`) with their origins, out of their settings by name."""
+
+    name: str  # the file they came from
+    theirs: Mapping[str, Any]
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)  # `key = value: why`
+
+    @property
+    def missing(self) -> list[str]:
+        """The settings that only a person can name."""
+        return [path for path, value in self.values.items() if value == TO_FILL_IN]
+
+    def put(self, path: str, value: Any, origin: str) -> None:
+        """Set one of our values; a second origin must agree with the first."""
+        if path in self.values and self.values[path] != value:
+            one, other = f"{self.values[path]!r} ({self.origins[path]})", f"{value!r} ({_one_line(origin)})"
+            raise self.fault(path, f"found {one} and {other}; leave one out")
+        self.replace(path, value, origin)
+
+    def replace(self, path: str, value: Any, origin: str) -> None:
+        """Put a value in the place of one that it was made from."""
+        before = [self.origins[path]] if path in self.origins else []
+        self.values[path], self.origins[path] = value, ", ".join([*before, _one_line(origin)])
+
+    def leave_out(self, key: str, why: str) -> None:
+        self.left_out.append(f"{_one_line(key)} = {_one_line(self.theirs[key])}: {why}")
+
+    def fault(self, key: str, what: str) -> ConfigError:
+        return ConfigError(f"{self.name}: {_one_line(key)}: {what}")
+
+    def named(self, path: str) -> list[str]:
+        """Their settings that BY_MEANING has for one of ours."""
+        return [key for key in BY_MEANING[path].split() if key in self.theirs]
+
+    def number(self, key: str, most: float = float("inf")) -> float:
+        """The number of 0 or more that one of their settings is."""
+        found = self.theirs[key]
+        found = None if isinstance(found, bool) else number(found)
+        if not isinstance(found, (int, float)) or not 0 <= found <= most or found == float("inf"):
+            needed = "from 0 to 1" if most == 1 else "of 0 or more"
+            raise self.fault(key, f"found {self.theirs[key]!r}, needs a number {needed}")
+        return float(found)
+
+    def is_on(self, key: str) -> bool:
+        """The switch that one of their settings is."""
+        if not isinstance(found := self.theirs[key], bool):
+            raise self.fault(key, f"found {found!r}, needs true or false")
+        return found
+
+    def nested(self) -> dict[str, Any]:
+        """The config as plain data."""
+        raw: dict[str, Any] = {}
+        for path, value in self.values.items():
+            raw = with_override(raw, path, value, self.name)
+        return raw
+
+    def as_yaml(self) -> str:
+        """The config, each line with its origin; before it what must be filled in and what was left out."""
+        said = "each comment says which of its settings a value comes from."
+        lines = [f"# Made by `kd import` from {_one_line(self.name)}; {said}"]
+        if self.missing:
+            lines += [f"# To be filled in: {', '.join(self.missing)}"]
+        if self.left_out:
+            lines += ["# Without a counterpart here, so left out:", *(f"#   {x}" for x in self.left_out)]
+        section = None
+        for path in sorted(self.values, key=lambda path: SECTIONS.index(path.partition(".")[0])):
+            head, _, key = path.partition(".")
+            if head != section:
+                lines += ["", f"{head}:"] if key else [""]
+            lines.append(f"{f'  {key}' if key else head}: {_flow(self.values[path])}  # {self.origins[path]}")
+            section = head
+        return "\n".join(lines) + "\n"
+
+    def write(self, output: Path) -> None:
+        """`as_yaml` into a new file.
+
+        Raises:
+            ConfigError: it is there already, or cannot be written.
+        """
+        try:
+            with output.open("x", encoding="utf-8") as file:
+                file.write(self.as_yaml())
+        except FileExistsError:
+            raise ConfigError(f"{output}: is there already; name a new file") from None
+        except OSError as error:
+            raise ConfigError(f"{output}: cannot be written: {error}") from None
+
+
+def _one_line(value: Any) -> str:
+    return printable(value if isinstance(value, str) else repr(value))
+
+
+def _flow(value: Any) -> str:
+    """A value as one line of YAML."""
+    style: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "width": float("inf")}
+    text = yaml.safe_dump([value], allow_unicode=True, **style).strip()
+    return (text if text.isprintable() else yaml.safe_dump([value], default_style='"', **style).strip())[1:-1]
