@@ -13,12 +13,14 @@ from datasets import Dataset, DatasetDict
 from tiny_training import pieces
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from kdlib import hardware
 from kdlib.config.run import load, parse
 from kdlib.data.batches import collate
 from kdlib.diagnostics import config_checks, doctor, model_checks
-from kdlib.diagnostics.context import Subject
-from kdlib.diagnostics.findings import Finding
+from kdlib.diagnostics.context import Context, Finding, as_text, ordered
+from kdlib.diagnostics.doctor import Visit, rewritten
 from kdlib.diagnostics.memory import forecast
+from kdlib.errors import ConfigError
 from kdlib.losses.objective import ledger
 from kdlib.losses.signals import kept
 from kdlib.models.teacher import Inside, signal_of
@@ -27,6 +29,34 @@ from kdlib.runs.folder import project_root
 from kdlib.training.run import train
 from kdlib.workbench import cli
 
+QUICKSTART = (project_root() / "configs" / "quickstart.yaml").read_text()
+FOUR = """# four spaces, and room inside the brackets
+loss:
+    weights: { kd: 0.7,   ce: 0.3 }     # as ever
+    temperature:    200  # hot
+    curriculum:
+        - until: 0.3     # first
+          weights: {}
+        - until: 1.0
+teacher:  {model: 'quoted',}
+
+# the end
+"""
+FLAT = """loss:
+  curriculum:
+  - {until: 0.3}
+  # between
+  - until: 1.0
+    weights: {hidden: 0.5}
+  weights:
+    kd: 1e-4   # the last, and then
+
+# another section's comment
+training:
+  subset: null
+  empty:
+  flag: yes
+"""
 SICK = Path(__file__).parent / "sick"
 CULPRITS = {  # config → (setting, severity, a figure in the finding, what --fix writes)
     "steps_counted_in_batches": (
@@ -107,9 +137,9 @@ def well(patients) -> dict:
 @pytest.fixture(scope="session")
 def made(well) -> dict:
     """What does not depend on training and loss, made once for all tests."""
-    subject = Subject(parse(well))
+    context = Context(parse(well))
     return {
-        name: getattr(subject, name)
+        name: getattr(context, name)
         for name in ("tokenizer", "configs", "split", "prepared", "teacher", "student")
     }
 
@@ -124,7 +154,7 @@ def forecast_made_once(monkeypatch, usual_forecast):
     """A second for each of some seventy visits would tell nothing more: tests/test_diagnostics_memory.py
     asks about forecasts.
     """
-    monkeypatch.setattr(model_checks, "forecast", lambda config, **options: usual_forecast)
+    monkeypatch.setattr(doctor, "forecast", lambda config, **options: usual_forecast)
 
 
 @pytest.fixture
@@ -305,8 +335,8 @@ def test_a_loss_that_cannot_go_well_is_named(name, well, made):
 def test_what_is_measured_is_what_a_training_begins_with(well, made, tmp_path):
     """The first batch of the doctor, in the order of the rows, through the trainer's own objective."""
     config = parse({**well, "loss": {**well["loss"], "weights": {"kd": 0.7, "ce": 0.3, "hidden": 0.5}}})
-    subject = Subject(config, made)
-    at = subject.objective.at(0.0)
+    context = Context(config, made)
+    at = context.objective.at(0.0)
     batch = collate([made["prepared"].train[i] for i in range(8)], pad_id=0)
     tokens = kept(batch["labels"])
     inside = {"hidden": True, "attention": False}
@@ -316,7 +346,7 @@ def test_what_is_measured_is_what_a_training_begins_with(well, made, tmp_path):
         )
         teacher = made["teacher"](batch, tokens, Inside((1, 3), **inside))
         book = ledger(student, teacher, tokens.targets, at=at, count=len(tokens.targets))
-    assert subject.batch.means(at) == pytest.approx(
+    assert context.batch.means(at) == pytest.approx(
         {name: entry.mean.item() for name, entry in book.entries.items()}, rel=1e-4
     )
 
@@ -324,9 +354,9 @@ def test_what_is_measured_is_what_a_training_begins_with(well, made, tmp_path):
 def test_a_proposed_weight_makes_shares_equal(well, made):
     raw = {**well, "loss": {**well["loss"], "weights": {"kd": 1e-4, "ce": 0.3}}}
     (finding,) = [each for each in doctor.diagnose(parse(raw), made=made) if each.severity == "warning"]
-    subject = Subject(parse(raw, finding.change), made)
-    at = subject.objective.at(0.0)
-    shares = {name: at.weights[name] * mean for name, mean in subject.batch.means(at).items()}
+    context = Context(parse(raw, finding.change), made)
+    at = context.objective.at(0.0)
+    shares = {name: at.weights[name] * mean for name, mean in context.batch.means(at).items()}
     assert shares["kd"] == pytest.approx(shares["ce"], rel=0.05)
 
 
@@ -346,11 +376,11 @@ PRECISIONS = {
 @pytest.mark.parametrize("name", PRECISIONS)
 def test_a_dtype_that_the_machine_is_bad_at_is_named(name, well, monkeypatch):
     precision, device, capability, instructions, severity = PRECISIONS[name]
-    monkeypatch.setattr(config_checks, "device_of", lambda config: torch.device(device))
-    monkeypatch.setattr(config_checks.cpu, "bf16_instructions", lambda: instructions)
+    monkeypatch.setattr(model_checks, "device_of", lambda config: torch.device(device))
+    monkeypatch.setattr(hardware, "bf16_instructions", lambda: instructions)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    findings = list(config_checks.device_has_the_dtype(Subject(parse({**well, "precision": precision}))))
+    findings = list(model_checks.device_has_the_dtype(Context(parse({**well, "precision": precision}))))
     assert [(each.severity, each.change) for each in findings] == [(severity, {"precision": "auto"})] * bool(
         severity
     )
@@ -364,12 +394,12 @@ def test_reentrant_checkpointing_beside_a_feature_term_is_mended(well, made, kin
         f"{kind}_checkpointing_kwargs": {"use_reentrant": True},
     }
     raw = {**well, "training": training}
-    assert list(config_checks.checkpointing_lets_gradients_through(Subject(parse(raw), made))) == []
+    assert list(config_checks.checkpointing_lets_gradients_through(Context(parse(raw), made))) == []
     raw = {**raw, "loss": {**well["loss"], "weights": {"kd": 0.7, "hidden": 0.5}}}
-    (finding,) = config_checks.checkpointing_lets_gradients_through(Subject(parse(raw), made))
+    (finding,) = config_checks.checkpointing_lets_gradients_through(Context(parse(raw), made))
     assert finding.change == {f"training.{kind}_checkpointing_kwargs.use_reentrant": False}
     assert (
-        list(config_checks.checkpointing_lets_gradients_through(Subject(parse(raw, finding.change), made)))
+        list(config_checks.checkpointing_lets_gradients_through(Context(parse(raw, finding.change), made)))
         == []
     )
 
@@ -544,9 +574,80 @@ def test_the_command_mends_into_another_file_and_says_what_it_changed(kd_doctor,
 def test_a_training_that_does_not_fit_the_device_is_named_with_the_forecast(
     well, made, monkeypatch, gib, severity
 ):
-    monkeypatch.setattr(model_checks, "forecast", forecast)
+    monkeypatch.setattr(doctor, "forecast", forecast)
     monkeypatch.setattr("kdlib.diagnostics.memory.device_memory", lambda device: (int(gib * 2**30),) * 2)
     found = {each.where: each for each in doctor.diagnose(parse(well), quick=True, made=made)}
     assert getattr(found.get("training.per_device_train_batch_size"), "severity", None) == severity
     if severity:
         assert "and the device has 0.0" in found["training.per_device_train_batch_size"].what
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "lines"),
+    [
+        (QUICKSTART, {"training.warmup_steps": 0.2}, 1),
+        (QUICKSTART, {"loss.weights.kd": 0.5, "teacher.model": "another"}, 2),
+        (QUICKSTART, {"loss.temperature": 2, "training.optim": "sgd"}, 2),
+        (QUICKSTART, {"data.subset": None}, 0),
+        (QUICKSTART, {}, 0),
+        (FOUR, {"loss.temperature": 2}, 1),
+        (FOUR, {"loss.weights.hidden": 0.1}, 1),
+        (FOUR, {"loss.curriculum.0.weights.hidden": 0, "loss.curriculum.1.weights.kd": 1}, 2),
+        (FLAT, {"loss.curriculum.0.weights.hidden": 0}, 1),
+        (FLAT, {"loss.weights.ce": 0.3, "training.empty": 3}, 2),
+        (FLAT, {"training.activation_checkpointing_kwargs.use_reentrant": False, "seed": 3}, 2),
+    ],
+)
+def test_only_the_lines_that_change_are_written_anew(text, changes, lines):
+    after = rewritten(text, changes)
+    before, now = text.splitlines(), after.splitlines()
+    assert len([line for line in now if line not in before]) == lines
+    assert [line for line in now if line in before] == [line for line in before if line in now]
+    assert len([line for line in before if line not in now]) <= lines
+    assert all(comment in after for comment in [line.split("#")[1] for line in before if "#" in line])
+    assert yaml.safe_load(after) == _changed(yaml.safe_load(text), changes)
+
+
+def _changed(raw, changes):
+    """The same by plain dictionaries and lists."""
+    for path, value in changes.items():
+        *way, last = [int(key) if key.isdigit() else key for key in path.split(".")]
+        section = raw
+        for key in way:
+            section = section[key] if isinstance(key, int) else section.setdefault(key, {})
+        section[last] = value
+    return raw
+
+
+def test_a_new_key_does_not_come_between_a_comment_and_its_section():
+    after = rewritten(FLAT, {"loss.features": {"layers": "even"}, "training.optim": "sgd"})
+    assert after.replace("  features:\n    layers: even\n", "").replace("  optim: sgd\n", "") == FLAT
+    assert after.index("features:") < after.index("  weights:\n    kd")
+
+
+def test_the_second_of_two_equal_keys_is_not_lost():
+    with pytest.raises(ConfigError, match=r"cannot be changed in place: .*\n(.*\n)*found duplicate key"):
+        rewritten("seed: 1\nseed: 2\n", {"seed": 3})
+
+
+def test_findings_are_ordered_and_counted():
+    some = [
+        Finding(severity, f"a.{severity}", "what", "why", "fix")
+        for severity in ("note", "warning", "critical", "warning")
+    ]
+    found = ordered([*some, Finding("warning", "b", "what", "why", "fix", {"b": 1})])
+    assert [each.severity for each in found] == ["critical", "warning", "warning", "note"]
+    assert as_text(found).startswith("1 critical, 2 warnings, 1 note")
+    assert "--fix  b: 1" in as_text(found)
+    assert as_text([]) == "no findings"
+    assert Visit(found, [], {}, None).as_data()["found"][2]["change"] == {"b": 1}
+
+
+@pytest.mark.parametrize(
+    ("severities", "usual", "strict"),
+    [([], 0, 0), (["note"], 0, 0), (["note", "warning"], 0, 1), (["warning", "critical"], 2, 2)],
+)
+def test_the_exit_status_goes_by_the_gravest(severities, usual, strict):
+    some = [Finding(severity, "a", "what", "why", "fix") for severity in severities]
+    visit = Visit(some, some, {}, None)
+    assert (visit.exit_status(strict=False), visit.exit_status(strict=True)) == (usual, strict)

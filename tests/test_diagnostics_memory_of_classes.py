@@ -4,22 +4,18 @@ peak that real steps reach.
 
 import pytest
 import torch
-from made_classifiers import LABELS, classification, classifier, source
-from test_diagnostics_memory import parsed
+from made_classifiers import LABELS, classification, classifier
+from test_diagnostics_memory import parsed, plan_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPConfig
 
-from kdlib.diagnostics.allocations import Allocations
-from kdlib.diagnostics.fake_step import Rehearsal, outline
-from kdlib.diagnostics.measurement import filled, measured_here
+from kdlib.diagnostics.fake_step import Allocations, FakeStep
+from kdlib.diagnostics.forecast import advised, as_text
 from kdlib.diagnostics.memory import forecast
-from kdlib.diagnostics.outlook import described, outlook
 from kdlib.errors import ModelError
 from kdlib.losses.buffers import Workspace
 from kdlib.models.classifier import load_classifier
 from kdlib.models.loading import parameters
-from kdlib.models.student import tokenizer_of
-from kdlib.tasks import base as tasks
 from kdlib.training.plan import training_arguments, workspace_of
 
 
@@ -38,7 +34,7 @@ def raws(tmp_path_factory) -> dict[str, dict]:
 @pytest.mark.parametrize("pair", ["llama to bert", "llama to gpt2", "llama to its own layer"])
 def test_parameters_are_those_of_the_real_classifiers_and_every_moment_has_a_peak(raws, pair):
     config = parsed(raws[pair])
-    found = forecast(config, classes=3)
+    found = forecast(config, vocabulary=3)
     assert found.parameters["teacher"] == parameters(load_classifier(config.teacher.model, LABELS))
     if config.student.source != "teacher":
         assert found.parameters["student"] == parameters(
@@ -59,15 +55,15 @@ def test_parameters_are_those_of_the_real_classifiers_and_every_moment_has_a_pea
 
 
 @pytest.mark.parametrize("pair", ["llama to bert", "llama to gpt2", "llama to its own layer"])
-def test_a_rehearsal_without_data_holds_what_the_same_step_holds_with_data(raws, pair):
-    plan, held = outline(parsed(raws[pair]), 3), []
+def test_a_step_without_data_holds_what_the_same_step_holds_with_data(raws, pair):
+    plan, held = plan_of(parsed(raws[pair]), 3), []
     for mode in (FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[])):
         with mode:
-            rehearsal = Rehearsal(plan, dtype=torch.float32, workspace=Workspace(64))
-            batch = rehearsal.batch(4)
+            step = FakeStep(plan, dtype=torch.float32, workspace=Workspace(64))
+            batch = step.batch(4)
             with Allocations() as watch:
-                watch.hold([*rehearsal.student.parameters(), *rehearsal.teacher.parameters()])
-                rehearsal.train(batch, rehearsal.objectives[0], count=4, phase=watch.phase)
+                watch.hold([*step.student.parameters(), *step.teacher.parameters()])
+                step.train(batch, step.objectives[0], count=4, phase=watch.phase)
         held.append(
             {
                 name: sum(block.bytes for block in watch.held(watch.peak(*span)))
@@ -79,7 +75,7 @@ def test_a_rehearsal_without_data_holds_what_the_same_step_holds_with_data(raws,
 
 def test_each_model_reads_rows_of_its_own_where_the_student_is_not_made_from_the_teacher(raws):
     made = {
-        name: Rehearsal(outline(parsed(raws[name]), 3), dtype=torch.float32, workspace=Workspace(64)).batch(4)
+        name: FakeStep(plan_of(parsed(raws[name]), 3), dtype=torch.float32, workspace=Workspace(64)).batch(4)
         for name in ("llama to bert", "llama to its own layer")
     }
     both = made["llama to bert"]
@@ -92,10 +88,10 @@ def test_each_model_reads_rows_of_its_own_where_the_student_is_not_made_from_the
 
 def test_the_number_of_classes_is_the_datas_else_the_configs_else_the_teachers_and_said(raws):
     raw = raws["llama to bert"]
-    assert outline(parsed(raw), 7).student.num_labels == 7
-    named = outline(parsed({**raw, "data": {**raw["data"], "labels": ["a", "b", "c", "d"]}}))
+    assert plan_of(parsed(raw), 7).student.num_labels == 7
+    named = plan_of(parsed({**raw, "data": {**raw["data"], "labels": ["a", "b", "c", "d"]}}))
     assert named.vocabulary == named.teacher.num_labels == 4
-    guessed = outline(parsed(raw))
+    guessed = plan_of(parsed(raw))
     assert guessed.vocabulary == 3
     assert "the data was not read, so the teacher's 3 classes are taken" in guessed.notes[0]
 
@@ -103,32 +99,24 @@ def test_the_number_of_classes_is_the_datas_else_the_configs_else_the_teachers_a
 def test_a_longer_row_and_a_larger_batch_take_more(raws):
     raw = raws["llama to bert"]
     peaks = [
-        forecast(parsed(raw, **changes), classes=3).peak_in_training
+        forecast(parsed(raw, **changes), vocabulary=3).peak_in_training
         for changes in ({}, {"data__max_length": 64}, {"training__per_device_train_batch_size": 32})
     ]
     assert peaks[0] < min(peaks[1:])
 
 
 def test_bfloat16_is_forecast_and_said_in_words(raws):
-    said = described(outlook(parsed(raws["llama to bert"], precision="bfloat16"), classes=3, rows=48))
+    said = as_text(
+        advised(parsed(raws["llama to bert"], precision="bfloat16"), forecast, vocabulary=3, rows=48)
+    )
     assert "bfloat16 on cpu; all logits at once" in said
     assert "note: each row is taken to have" in said
-
-
-def test_memory_is_measured_on_rows_as_long_as_the_config_allows(raws, tmp_path):
-    config = parsed(raws["llama to bert"], data__source=source(tmp_path))
-    prepared = tasks.prepare(config, tokenizer_of(config))
-    rows = [filled(prepared.train, 32)[i] for i in (0, 1)]
-    batch = prepared.collate(rows)
-    assert batch["input_ids"].shape == batch["teacher_input_ids"].shape == (2, 32)
-    assert [row["label"] for row in rows] == prepared.train["label"][:2]
-    assert measured_here(config, memory=True, dense=False)["bytes"] >= 0
 
 
 def test_a_model_that_classifies_nothing_is_refused(raws, tmp_path):
     CLIPConfig().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="clip model, which is no classifier of texts"):
-        outline(parsed(raws["llama to bert"], teacher__model=str(tmp_path)))
+        plan_of(parsed(raws["llama to bert"], teacher__model=str(tmp_path)))
 
 
 def test_a_long_training_of_few_classes_is_not_worth_compiling(raws):

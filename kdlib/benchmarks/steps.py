@@ -36,13 +36,13 @@ from kdlib.benchmarks.peers import module
 from kdlib.benchmarks.rounds import rotated, seconds
 from kdlib.benchmarks.settings import StepsConfig
 from kdlib.data.batches import collate
-from kdlib.diagnostics.measurement import in_fresh_process
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.objective import Objective
 from kdlib.models.loading import load_model, load_tokenizer
 from kdlib.models.student import even_layers, shallower
 from kdlib.models.teacher import LiveTeacher
 from kdlib.runs.files import StudentFolder
+from kdlib.runs.fresh_process import in_fresh_process
 from kdlib.schedulers import constant
 from kdlib.training.trainer import DistillationTrainer
 

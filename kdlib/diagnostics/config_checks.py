@@ -1,106 +1,290 @@
-"""What the doctor asks of settings that are judged by themselves and by the machine: precision,
-checkpointing, idle settings.
-"""
+"""What the doctor asks of a training's settings: length, learning rate, intervals, batch, curriculum."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-import torch
-
-from kdlib import hardware as cpu
 from kdlib.config.loss import LossConfig
-from kdlib.diagnostics.context import Subject
-from kdlib.diagnostics.findings import Finding
-from kdlib.losses.features import feature_terms
-from kdlib.models.loading import device_of
+from kdlib.diagnostics.context import Context, Finding, critical, note, warning
+from kdlib.losses.features import FEATURE_TERMS, feature_terms
+from kdlib.schedulers import from_spec
 
-AUTO = {"precision": "auto"}
-
-
-def device_has_the_dtype(subject: Subject) -> Iterator[Finding]:
-    """The machine computes in the config's dtype, and gains by it."""
-    precision, device = subject.config.precision, device_of(subject.config.wanted_device).type
-    if precision == "float16" and device == "cpu":
-        yield Finding(
-            "critical",
-            "precision",
-            "float16 on a CPU",
-            (
-                "most CPUs emulate its products, 60 times slower than float32's; and it ends at 65,504, "
-                "which "
-                "logits pass"
-            ),
-            "write auto",
-            AUTO,
-        )
-    elif precision == "float16" and device == "cuda" and torch.cuda.get_device_capability()[0] >= 8:
-        yield Finding(
-            "warning",
-            "precision",
-            f"float16 on {torch.cuda.get_device_name()}, which has bfloat16",
-            (
-                "float16 ends at 65,504, which logits and gradients pass; bfloat16 has float32's range at "
-                "the "
-                "same speed"
-            ),
-            "write auto",
-            AUTO,
-        )
-    elif precision == "bfloat16" and device == "cpu" and cpu.emulates_bf16():
-        yield Finding(
-            "warning",
-            "precision",
-            "bfloat16 on a CPU without avx512_bf16 or amx_bf16",
-            "its products are then emulated, 4 to 100 times slower than float32's",
-            "write auto",
-            AUTO,
-        )
-    elif precision == "bfloat16" and device == "cuda" and torch.cuda.get_device_capability()[0] < 8:
-        yield Finding(
-            "warning",
-            "precision",
-            f"bfloat16 on {torch.cuda.get_device_name()}, which has no instructions for it",
-            "its products are then emulated, slower than float32's",
-            "write auto",
-            AUTO,
-        )
+REACHED = 0.5  # of training.learning_rate that the schedule must get to
+FLAT = 0.05  # of it, below which nothing is learned
+WITHOUT_WARM_UP = ("constant", "reduce_lr_on_plateau", "greedy")
+SAMPLES = 2000  # steps at which a schedule is looked at, at most
+LONG_WARM_UP = 0.5  # of the steps
+IN_BATCHES = (10, 3)  # max_steps equal to the batches of 1 to 3 passes, of 10 or more each, is no accident
+SHARE = 0.1  # of the steps: the warm-up that is proposed
+# AdamW's for N parameters: 6e-4 x (N / 125 M)^-0.37, see `learning_rate_in_range`
+REFERENCE_RATE = (6e-4, 125e6, -0.37)
+RATE_RANGE = (1 / 300, 5.0)  # of it
+LION = 1 / 5  # of AdamW's
+FAR_OUT = 10.0  # times beyond a limit: no training survives it
+SGD_RANGE = (1e-4, 1.0)
+FEW_ROWS = 8  # of a classification, in an optimizer step
+FEW_TOKENS, MANY_TOKENS = 256, 4e6  # of an optimizer step
 
 
-def checkpointing_lets_gradients_through(subject: Subject) -> Iterator[Finding]:
+def checkpointing_lets_gradients_through(context: Context) -> Iterator[Finding]:
     """Feature terms look inside layers, where re-entrant checkpointing keeps no gradient."""
-    training = subject.config.training
-    # its deprecated name
+    training = context.config.training
+    # gradient_…: its deprecated name
     kind = "activation" if training.get("activation_checkpointing") is not None else "gradient"
     options = training.get(f"{kind}_checkpointing_kwargs")
     reentrant = isinstance(options, dict) and options.get("use_reentrant")
-    if training.get(f"{kind}_checkpointing") and reentrant and feature_terms(subject.active):
+    if training.get(f"{kind}_checkpointing") and reentrant and feature_terms(context.active):
         where = f"training.{kind}_checkpointing_kwargs.use_reentrant"
-        yield Finding(
-            "critical",
+        yield critical(
             where,
             "true beside a term that looks inside the layers",
-            (
-                "re-entrant checkpointing runs a layer without gradient first, "
-                "so such a term would teach nothing"
-            ),
+            "re-entrant checkpointing runs a layer without gradient first, so such a term would teach "
+            "nothing",
             "write false",
             {where: False},
         )
 
 
-def settings_are_used(subject: Subject) -> Iterator[Finding]:
+def settings_are_used(context: Context) -> Iterator[Finding]:
     """What shapes the kd term stands beside a kd weight."""
-    loss = subject.config.loss
-    if "kd" in subject.active:
-        return
-    for name in ("divergence", "top_k", "samples"):
-        if getattr(loss, name) != LossConfig.model_fields[name].default:
-            yield Finding(
-                "warning",
+    loss = context.config.loss
+    for name in ("divergence", "top_k", "samples") if "kd" not in context.active else ():
+        if (value := getattr(loss, name)) != LossConfig.model_fields[name].default:
+            yield warning(
                 f"loss.{name}",
-                f"{getattr(loss, name)}, but no weight for kd, the term that it shapes",
-                f"only kd reads it; {', '.join(subject.active)} do not",
+                f"{value}, but no weight for kd, the term that it shapes",
+                f"only kd reads it; {', '.join(context.active)} do not",
                 "give kd a weight, or leave it out",
             )
 
 
-CONFIG_CHECKS = (device_has_the_dtype, checkpointing_lets_gradients_through, settings_are_used)
+def schedule_can_be_made(context: Context) -> Iterator[Finding]:
+    """The Trainer's schedule accepts its arguments, among which may be no `num_training_steps`."""
+    given = context.config.training.get("lr_scheduler_kwargs")
+    if isinstance(given, Mapping) and "num_training_steps" in given:
+        kept = {name: value for name, value in given.items() if name != "num_training_steps"}
+        yield critical(
+            "training.lr_scheduler_kwargs",
+            f"num_training_steps: {given['num_training_steps']} in a training of {context.steps} optimizer "
+            "steps",
+            "the Trainer counts the steps itself, and its schedule fails on two counts",
+            "leave num_training_steps out",
+            {"training.lr_scheduler_kwargs": kept or None},
+        )
+    else:
+        _ = context.learning_rate  # its failure is the finding
+
+
+def warm_up_fits(context: Context) -> Iterator[Finding]:
+    """The warm-up ends within the training, and leaves most of it."""
+    args, steps, schedule = context.args, context.steps, context.config.training.get("lr_scheduler_type")
+    warm_up = args.get_warmup_steps(steps)
+    if isinstance(schedule, Mapping) or schedule in WITHOUT_WARM_UP:
+        return
+    if warm_up <= LONG_WARM_UP * steps or steps < 2:
+        return
+    batches = ""
+    if (accumulation := args.gradient_accumulation_steps) > 1:
+        batches = (
+            f"; as batches, {accumulation} of which make an optimizer step, it would be "
+            f"{warm_up / accumulation:g} steps"
+        )
+    rate = args.learning_rate
+    peak = rate * min((steps - 1) / warm_up, 1.0)
+    yield Finding(
+        "critical" if peak < FLAT * rate else "warning",
+        "training.warmup_steps",
+        f"a warm-up of {warm_up} optimizer steps in a training of {steps}: the learning rate gets to "
+        f"{peak:.1e} of {rate:.1e}{batches}",
+        "while it warms up the learning rate is below what was chosen, and a schedule that counts batches "
+        "stays near zero to the end",
+        f"count optimizer steps, or give a share of them: warmup_steps: {SHARE:g}",
+        {"training.warmup_steps": SHARE},
+    )
+
+
+def learning_rate_reaches_its_peak(context: Context) -> Iterator[Finding]:
+    """The schedule gets to the learning rate that was chosen, and is not near zero for most of it."""
+    named = not isinstance(context.config.training.get("lr_scheduler_type"), Mapping)
+    args, steps = context.args, context.steps
+    rate, warm_up = args.learning_rate, args.get_warmup_steps(steps)
+    if context.learning_rate is None or steps < 2 or (named and warm_up > LONG_WARM_UP * steps):
+        return
+    values = _rates(context)
+    still = sum(value < FLAT * max(values) for value in values) / len(values)
+    if named and max(values) < REACHED:
+        yield Finding(
+            "critical" if max(values) < FLAT else "warning",
+            "training.lr_scheduler_kwargs",
+            f"the learning rate gets to {rate * max(values):.1e} of {rate:.1e} in {steps} steps",
+            "it never reaches what was chosen",
+            "leave lr_scheduler_kwargs out, or make the schedule fit the steps",
+        )
+    elif still > LONG_WARM_UP:
+        yield warning(
+            "training.lr_scheduler_type",
+            f"in {still:.0%} of the {steps} steps the learning rate is below {FLAT:.0%} of its peak",
+            "steps at a learning rate near zero take time and change nothing",
+            "stretch the schedule over the training, or train for fewer steps",
+        )
+
+
+def learning_rate_in_range(context: Context) -> Iterator[Finding]:
+    """The peak is one with which models of this size train.
+
+    For AdamW the reference is GPT-3's table, 6e-4 for 125 M parameters to 1e-4 for 13 B (Brown et al. 2020,
+    table 2.1), a power law of the size; 5 times that is too much for most trainings, a 300th hardly moves a
+    weight.  Lion takes a fifth (Chen et al. 2023: a third to a tenth).  Of SGD only the order of magnitude is
+    judged, of other optimizers nothing but that it is not 0.
+    """
+    rate, optimizer = context.args.learning_rate, context.args.optim
+    optimizer = getattr(optimizer, "value", str(optimizer))
+    own = isinstance(context.config.training.get("lr_scheduler_type"), Mapping)
+    if own and context.learning_rate is not None:
+        rate *= max(_rates(context))
+    where = "training.learning_rate"
+    if rate <= 0:
+        yield critical(where, f"{rate:g}", "no weight moves at a learning rate of 0", "give one, as 1e-4")
+        return
+    if optimizer == "sgd":
+        proposed, (low, high), rule = 0.05, SGD_RANGE, "SGD"
+    elif "adamw" in optimizer or "lion" in optimizer or optimizer == "adafactor":
+        base, at, power = REFERENCE_RATE
+        proposed = base * (context.size / at) ** power * (LION if "lion" in optimizer else 1)
+        low, high = (proposed * factor for factor in RATE_RANGE)
+        rule = f"{optimizer} and {context.size / 1e6:.3g} M parameters"
+    else:
+        return
+    if not low <= rate <= high:
+        far, rounded = not low / FAR_OUT <= rate <= high * FAR_OUT, float(f"{proposed:.1g}")
+        yield Finding(
+            "critical" if far else "warning",
+            where,
+            f"a peak of {rate:.1e}; with {rule} trainings go well from {low:.0e} to {high:.0e}",
+            "above it a training diverges, below it the weights hardly move before the steps are used up",
+            f"try {rounded:g}",
+            {where: rounded} if far and not own else None,
+        )
+
+
+def steps_are_not_batches(context: Context) -> Iterator[Finding]:
+    """`max_steps` is not the number of batches, which accumulation makes fewer steps of."""
+    (fewest, most), steps = IN_BATCHES, context.args.max_steps
+    accumulation = context.args.gradient_accumulation_steps
+    if steps <= 0 or accumulation == 1 or (batches := context.extent.batches) < fewest:
+        return
+    passes, odd = divmod(steps, batches)
+    if not odd and passes <= most:
+        meant = passes * -(-batches // accumulation)
+        yield warning(
+            "training.max_steps",
+            f"{steps}, which is the number of batches in {passes} pass{'es' * (passes > 1)} over "
+            f"{context.extent.rows} rows; {accumulation} batches make one optimizer step, so the training "
+            f"would pass {context.extent.passes:.1f} times over the text",
+            "steps are optimizer steps: counted in batches, a training and all its schedules are too long by "
+            "the accumulation",
+            f"write {meant}",
+            {"training.max_steps": meant},
+        )
+
+
+def intervals_fit(context: Context) -> Iterator[Finding]:
+    """The training is long enough to be logged and evaluated."""
+    steps, args = context.steps, context.args
+    logging = args.logging_steps if args.logging_strategy == "steps" else 0
+    evaluating = (args.eval_steps or args.logging_steps) if args.eval_strategy == "steps" else 0
+    for name, interval, times, lost in (
+        ("logging", logging, 20, "no figure of the training would be kept"),
+        ("eval", evaluating, 4, "no held-out figure would be made while it trains"),
+    ):
+        if interval > steps:
+            where, shorter = f"training.{name}_steps", max(steps // times, 1)
+            found = f"{interval:g} in a training of {steps} steps"
+            yield warning(where, found, lost, f"write {shorter}", {where: shorter})
+    if args.save_strategy == "steps" and args.save_steps > steps > 1:
+        yield note(
+            "training.save_steps",
+            f"{args.save_steps:g} in a training of {steps} steps",
+            "a training that is stopped by force starts again from the beginning",
+            "save more often, if it takes long",
+        )
+
+
+def batch_is_sensible(context: Context) -> Iterator[Finding]:
+    """An optimizer step sees enough for its gradient to mean something, and not the whole text."""
+    args, notes, are_rows = context.args, context.prepared.notes, context.rules.unit == "row"
+    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    tokens = rows * notes.get("train_learned_tokens", notes["train_tokens"]) / max(notes["train_rows"], 1)
+    seen = f"{rows} rows, {tokens:,.0f} {'' if are_rows else 'learned '}tokens, make an optimizer step"
+    do, chance = "lower batch size or accumulation", "the gradient is mostly chance"
+    if rows > context.extent.rows:
+        seen += f"; the training text has {context.extent.rows} rows"
+        why = "every step then sees the same text, and fewer rows than was meant"
+    elif are_rows and rows < FEW_ROWS:
+        why = f"below some {FEW_ROWS} rows, with a class each, {chance}"
+        do = "raise batch size or accumulation"
+    elif tokens > MANY_TOKENS:
+        why = "so large a step learns little more than a smaller one would, and there are fewer"
+    elif tokens < FEW_TOKENS and not are_rows:
+        why = f"below some {FEW_TOKENS} tokens {chance}"
+        do = f"raise batch size or accumulation by {-(-FEW_TOKENS // max(tokens, 1)):.0f} times"
+    else:
+        return
+    yield warning("training.gradient_accumulation_steps", seen, why, do)
+
+
+def phases_start(context: Context) -> Iterator[Finding]:
+    """Every phase of the curriculum has an optimizer step."""
+    start, steps = 0.0, context.steps
+    for number, phase in enumerate(context.config.loss.curriculum or []):
+        near = range(int(start * steps), min(int(phase.until * steps) + 1, steps))
+        if not any(start <= step / steps < phase.until for step in near):
+            span = f"phase {number + 1}, from {start:.4g} to {phase.until:.4g} of a training of {steps} steps"
+            yield warning(
+                f"loss.curriculum.{number}.until",
+                f"{span}, has no step",
+                "its weights never hold",
+                f"make it longer than {1 / steps:.2g} of the training, or leave it out",
+            )
+        start = phase.until
+
+
+def feature_terms_start_when_meant(context: Context) -> Iterator[Finding]:
+    """A feature term that a later phase brings in is off before it, where its usual weight else holds."""
+    loss, phases = context.config.loss, context.config.loss.curriculum or []
+    for term in [name for name in loss.weights if name in FEATURE_TERMS]:
+        first = next((number for number, phase in enumerate(phases) if term in phase.weights), 0)
+        if first == 0 or from_spec(loss.weights[term])(0.0) == 0:
+            continue
+        usual, later = loss.weights[term], from_spec(phases[first].weights[term])(1.0)
+        if later < usual:  # fading out, which is a use of the usual weight
+            continue
+        has_others = all(set(loss.weights) - {term} | set(phase.weights) for phase in phases[:first])
+        change = {f"loss.curriculum.{number}.weights.{term}": 0 for number in range(first)}
+        yield warning(
+            f"loss.curriculum.0.weights.{term}",
+            f"{term} comes in with phase {first + 1}, at {later:g}, but phase 1 does not name it and leaves "
+            f"it at {usual:g}",
+            "a phase that does not name a term leaves it at its usual weight, so the term acts from the "
+            "first step on",
+            f"write {term}: 0 in the weights of phase 1{f' to {first}' * (first > 1)}",
+            change if has_others else None,
+        )
+
+
+def _rates(context: Context) -> list[float]:
+    """The schedule at some of the steps, as multiples of the peak that was asked for."""
+    return [context.learning_rate(step) for step in range(0, context.steps, -(-context.steps // SAMPLES))]
+
+
+CONFIG_CHECKS = (
+    checkpointing_lets_gradients_through,
+    settings_are_used,
+    schedule_can_be_made,
+    warm_up_fits,
+    learning_rate_reaches_its_peak,
+    learning_rate_in_range,
+    steps_are_not_batches,
+    intervals_fit,
+    batch_is_sensible,
+    phases_start,
+    feature_terms_start_when_meant,
+)

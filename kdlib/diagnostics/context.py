@@ -1,12 +1,13 @@
-"""What the doctor looks at: a config, with its data and models, each loaded once, when a check first asks
-for it.
+"""What the doctor looks at and what it says: a config, its data and models loaded when a check first asks.
+
+Checks are generators: `Context` → `Finding`s, none for what is well.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import DatasetDict
@@ -16,16 +17,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.optimization import get_scheduler
 
 from kdlib.config.run import Config
-from kdlib.data import text as data
+from kdlib.config.task_rules import TaskRules, rules_of
+from kdlib.data import text
 from kdlib.data.batches import Prepared
-from kdlib.diagnostics.fake_step import outline
 from kdlib.errors import ConfigError, KdlibError
 from kdlib.hardware import precision_of
 from kdlib.losses.features import LayerPairs
 from kdlib.losses.objective import EVAL_TERMS, Objective, ObjectiveAt, row_sums
 from kdlib.losses.signals import Kept, Signal, kept
 from kdlib.models.loading import device_of, head_form, load_config, load_tokenizer, parameters
-from kdlib.models.student import shallower, tokenizer_of
+from kdlib.models.student import outline, shallower, tokenizer_of
 from kdlib.models.teacher import LiveTeacher, insides, signal_of
 from kdlib.schedulers import Schedule, Spec, from_spec, sampled
 from kdlib.tasks import base as tasks
@@ -33,6 +34,42 @@ from kdlib.training.plan import Extent, compared_layers, extent, objective_of, t
 
 TOKENS = 2048  # of the first batch, at most
 CHUNK = 128  # tokens whose logits exist at a time
+SEVERITIES = ("critical", "warning", "note")  # it will fail or teach nothing; it may go wrong; good to know
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a config does, or that follows from it."""
+
+    severity: Literal["critical", "warning", "note"]
+    where: str  # dotted path in the config: loss.curriculum.0.weights.hidden
+    what: str  # was found, with figures
+    why: str  # it matters
+    fix: str  # what to do
+    change: Mapping[str, Any] | None = (
+        None  # {path: new value}, where there is one fix that anybody would choose
+    )
+
+    def __str__(self) -> str:
+        change = "".join(f"\n  --fix  {path}: {value}" for path, value in (self.change or {}).items())
+        head = f"{self.severity.upper()}  {self.where}"
+        return f"{head}\n  found  {self.what}\n  why    {self.why}\n  do     {self.fix}{change}"
+
+
+critical, warning, note = (partial(Finding, severity) for severity in SEVERITIES)
+
+
+def ordered(findings: Iterable[Finding]) -> list[Finding]:
+    """Each once, the gravest first, else as they came."""
+    unique = {(each.severity, each.where, each.what): each for each in findings}
+    return sorted(unique.values(), key=lambda each: SEVERITIES.index(each.severity))
+
+
+def as_text(findings: Sequence[Finding]) -> str:
+    """How many there are, and a paragraph for each."""
+    counts = {name: sum(each.severity == name for each in findings) for name in SEVERITIES}
+    said = [f"{n} {name}{'s' * (n > 1 and name != 'critical')}" for name, n in counts.items() if n]
+    return "\n\n".join([", ".join(said) or "no findings", *map(str, findings)])
 
 
 class Unavailable(KdlibError):
@@ -43,7 +80,7 @@ class Unavailable(KdlibError):
         self.where = where
 
 
-def part(where: str) -> Callable[[Callable[["Subject"], Any]], property]:
+def part(where: str) -> Callable[[Callable[["Context"], Any]], property]:
     """A property that is made once; where that fails, the failure is kept too, and names this setting."""
 
     def decorate(make):
@@ -75,19 +112,13 @@ class FirstBatch:
     rows: int
 
     def means(self, at: ObjectiveAt) -> dict[str, float]:
-        """{term of that objective: unweighted nats per token}."""
+        """{term of the objective: unweighted nats per token}."""
+        targets, rows = self.tokens.targets, self.tokens.rows
+        terms = {"ce": EVAL_TERMS["ce"]}
         sums = row_sums(
-            self.student,
-            self.teacher,
-            self.tokens.targets,
-            self.tokens.rows,
-            row_count=self.rows,
-            at=at,
-            terms={"ce": EVAL_TERMS["ce"]},
-            chunk=CHUNK,
+            self.student, self.teacher, targets, rows, row_count=self.rows, at=at, terms=terms, chunk=CHUNK
         )
-        count = max(len(self.tokens.targets), 1)
-        return {name: float(sums[name].sum()) / count for name in at.weights}
+        return {name: float(sums[name].sum()) / max(len(targets), 1) for name in at.weights}
 
     def teacher_logits(self) -> Iterator[Tensor]:
         """[n, V] of each chunk, in float32."""
@@ -96,10 +127,8 @@ class FirstBatch:
                 yield self.teacher.logits(slice(start, start + CHUNK)).float()
 
 
-class Subject:
-    """A config and what it names.  A part that cannot be had raises `Unavailable` to each check that asks
-    for it.
-    """
+class Context:
+    """A config and what it names; a part that cannot be had raises `Unavailable` to each check that asks."""
 
     needs = {  # the sections on which a part depends, so that a mended config need not load it again
         "tokenizer": ("task", "teacher", "student"),
@@ -112,33 +141,87 @@ class Subject:
         "size": ("teacher", "student"),
     }
 
-    def __init__(self, config: Config, made: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        made: Mapping[str, Any] | None = None,
+        *,
+        forecast: Callable[..., Any] | None = None,
+    ) -> None:
         """
         Args:
             made: parts that are there already, by the names of the properties below.
+            forecast: kdlib.diagnostics.memory.forecast, for the check that asks whether memory suffices.
         """
-        self.config, self.made = config, dict(made or {})
+        self.config, self.made, self.forecast = config, dict(made or {}), forecast
 
-    def mended(self, config: Config) -> "Subject":
+    def mended(self, config: Config) -> "Context":
         """Another config, with what is the same for both."""
         same = {
             name
             for name, sections in self.needs.items()
-            if all(getattr(config, s) == getattr(self.config, s) for s in sections)
+            if all(getattr(config, section) == getattr(self.config, section) for section in sections)
         }
-        return Subject(config, {name: found for name, found in self.made.items() if name in same})
+        made = {name: found for name, found in self.made.items() if name in same}
+        return Context(config, made, forecast=self.forecast)
+
+    @property
+    def rules(self) -> TaskRules:
+        return rules_of(self.config)
+
+    @property
+    def objective(self) -> Objective:
+        return objective_of(self.config)
+
+    @property
+    def active(self) -> dict[str, Spec]:
+        """The weights over training of the terms that have one at some time."""
+        return {name: spec for name, spec in self.config.loss.schedules.items() if max(sampled(spec)) > 0}
 
     @part("training")
     def args(self) -> TrainingArguments:
         """In float32: whether the device has the config's dtype is a check of its own."""
         args = training_arguments(self.config.model_copy(update={"precision": "float32"}), Path("unused"))
-        if min(args.train_batch_size, args.gradient_accumulation_steps) < 1:
-            raise ConfigError(
-                f"found {args.train_batch_size} rows a batch and {args.gradient_accumulation_steps} batches "
-                "a step; "
-                "both must be 1 or more"
-            )
+        rows, batches = args.train_batch_size, args.gradient_accumulation_steps
+        if min(rows, batches) < 1:
+            found = f"found {rows} rows a batch and {batches} batches a step"
+            raise ConfigError(f"{found}; both must be 1 or more")
         return args
+
+    @part("training")
+    def extent(self) -> Extent:
+        found = extent(self.args, len(self.prepared.train))
+        if found.batches == 0:
+            why = f"{found.rows} rows make no whole batch, and dataloader_drop_last leaves the others out"
+            raise ConfigError(f"{why}; set it to false")
+        return found
+
+    @part("training")
+    def steps(self) -> int:
+        """Optimizer steps of the whole training; does not read the data where the config says `max_steps`."""
+        steps = self.args.max_steps if self.args.max_steps >= 0 else self.extent.steps
+        if steps < 1:
+            raise ConfigError("the training has no optimizer step; raise max_steps or num_train_epochs")
+        return steps
+
+    @part("training.lr_scheduler_kwargs")
+    def learning_rate(self) -> Schedule | None:
+        """Optimizer step, from 0 → multiple of `training.learning_rate`; None where it follows the losses."""
+        own, args, steps = self.config.training.get("lr_scheduler_type"), self.args, self.steps
+        if isinstance(own, Mapping):
+            schedule = from_spec(own)
+            return lambda step: schedule(step / steps)
+        kind, warm_up = args.lr_scheduler_type, args.get_warmup_steps(steps)
+        try:
+            optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+            scheduler = get_scheduler(kind, optimizer, warm_up, steps, args.lr_scheduler_kwargs)
+            schedule = scheduler.lr_lambdas[0] if isinstance(scheduler, LambdaLR) else None
+            if schedule:
+                schedule(steps - 1)  # some arguments are first read after the warm-up
+        except (ArithmeticError, TypeError, ValueError) as error:
+            why = f"transformers cannot make the schedule {kind.value} from these: {error}"
+            raise ConfigError(why) from error
+        return schedule
 
     @part("teacher.model")
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -151,9 +234,7 @@ class Subject:
 
     @part("teacher.model")
     def configs(self) -> dict[str, Any]:
-        """{"teacher": …, "student": …} the models' own; without a student where that is made from the
-        teacher.
-        """
+        """{"teacher": …, "student": …} the models' own; no student's where that is made from the teacher."""
         found = {"teacher": load_config(self.config.teacher.model)}
         if self.config.student.source != "teacher":
             try:
@@ -167,14 +248,13 @@ class Subject:
         """The student's parameters, counted on a model without weights."""
         _ = self.configs  # a model that cannot be had is named there
         with torch.device("meta"):
-            return parameters(outline(self.config).blank_student())
+            return parameters(outline(self.config, tasks.task_of(self.config)).blank_student())
 
     @part("data.source")
     def split(self) -> DatasetDict:
         """The documents, before they are tokens."""
-        return data.split_documents(
-            data.read_documents(self.config.data), self.config.data, seed=self.config.seed
-        )
+        data = self.config.data
+        return text.split_documents(text.read_documents(data), data, seed=self.config.seed)
 
     @part("data.source")
     def prepared(self) -> Prepared:
@@ -182,12 +262,11 @@ class Subject:
 
     @part("teacher.model")
     def teacher(self) -> LiveTeacher:
-        """In a dtype that the machine is good at, and that has float32's range: what float16 has no
-        number for is seen.
-        """
-        dtype, _ = precision_of("auto", device_of(self.config.wanted_device))
+        """In a dtype that the machine is good at and that has float32's range: what float16 lacks is seen."""
+        device = device_of(self.config.wanted_device)
+        dtype, _ = precision_of("auto", device)
         found = tasks.load_teacher(self.config, self.prepared, dtype)
-        found.model.to(device_of(self.config.wanted_device))
+        found.model.to(device)
         return found
 
     @part("student.from")
@@ -200,60 +279,6 @@ class Subject:
             made = shallower(self.teacher.model, layers)
         return made.to(self.teacher.model.device)
 
-    @property
-    def objective(self) -> Objective:
-        return objective_of(self.config)
-
-    @property
-    def active(self) -> dict[str, Spec]:
-        """The weights over training of the terms that have one at some moment."""
-        return {name: spec for name, spec in self.config.loss.schedules.items() if max(sampled(spec)) > 0}
-
-    @part("training")
-    def steps(self) -> int:
-        """Optimizer steps of the whole training; does not read the data where the config says `max_steps`."""
-        steps = self.args.max_steps if self.args.max_steps >= 0 else self.extent.steps
-        if steps < 1:
-            raise ConfigError("the training has no optimizer step; raise max_steps or num_train_epochs")
-        return steps
-
-    @part("training")
-    def extent(self) -> Extent:
-        found = extent(self.args, len(self.prepared.train))
-        if found.batches == 0:
-            raise ConfigError(
-                f"{found.rows} rows make no whole batch, and dataloader_drop_last leaves the others out; set "
-                "it to false"
-            )
-        return found
-
-    @part("training.lr_scheduler_kwargs")
-    def learning_rate(self) -> Schedule | None:
-        """Optimizer step, from 0 → multiple of `training.learning_rate`; None where it follows from how
-        the training goes.
-        """
-        course, args, steps = self.config.training.get("lr_scheduler_type"), self.args, self.steps
-        if isinstance(course, Mapping):
-            schedule = from_spec(course)
-            return lambda step: schedule(step / steps)
-        try:
-            optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
-            scheduler = get_scheduler(
-                args.lr_scheduler_type,
-                optimizer,
-                args.get_warmup_steps(steps),
-                steps,
-                args.lr_scheduler_kwargs,
-            )
-            course = scheduler.lr_lambdas[0] if isinstance(scheduler, LambdaLR) else None
-            if course:
-                course(steps - 1)  # some arguments are first read after the warm-up
-        except (ArithmeticError, TypeError, ValueError) as error:
-            raise ConfigError(
-                f"transformers cannot make the schedule {args.lr_scheduler_type.value} from these: {error}"
-            ) from error
-        return course
-
     @part("loss.features.layers")
     def pairs(self) -> LayerPairs:
         """The layers that feature terms compare; the student gets the projections that they need."""
@@ -262,21 +287,16 @@ class Subject:
     @part("loss.weights")
     def batch(self) -> FirstBatch:
         """The first rows, no more than `TOKENS` tokens, through both models."""
-        rows, total = [], 0
-        for row in self.prepared.train.select(
-            range(min(self.args.train_batch_size, len(self.prepared.train)))
-        ):
+        rows, total, prepared = [], 0, self.prepared
+        for row in prepared.train.select(range(min(self.args.train_batch_size, len(prepared.train)))):
             if rows and total + len(row["input_ids"]) > TOKENS:
                 break
             rows, total = [*rows, row], total + len(row["input_ids"])
-        batch = {
-            name: values.to(self.teacher.model.device) for name, values in self.prepared.collate(rows).items()
-        }
+        device, student, size = self.teacher.model.device, self.student, prepared.vocabulary
+        batch = {name: values.to(device) for name, values in prepared.collate(rows).items()}
         tokens, every = kept(batch["labels"]), ObjectiveAt(dict.fromkeys(self.active, 1.0), {})
-        ours, theirs = insides(every, self.pairs, self.student)
+        ours, theirs = insides(every, self.pairs, student)
         with torch.no_grad():
-            form = head_form(self.student)
-            student = signal_of(
-                self.student, batch, tokens, vocabulary=self.prepared.vocabulary, form=form, inside=ours
-            )
-        return FirstBatch(tokens, student, self.teacher(batch, tokens, theirs), len(rows))
+            form = head_form(student)
+            said = signal_of(student, batch, tokens, vocabulary=size, form=form, inside=ours)
+        return FirstBatch(tokens, said, self.teacher(batch, tokens, theirs), len(rows))

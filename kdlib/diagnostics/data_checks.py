@@ -1,53 +1,63 @@
-"""What the doctor asks of the text: is there something to predict in every document, and enough held out
-that is not trained on?
+"""What the doctor asks of the data: is there something to predict, and enough that is new held out?
+
+Which of them a task asks for stands in the `checks` of its kdlib.tasks.base.Task, by name.
 """
 
+import math
+from collections import Counter
 from collections.abc import Iterator
 
+import torch
 from datasets import Dataset
 
 from kdlib.data.text import tokenized
-from kdlib.diagnostics.context import Subject
-from kdlib.diagnostics.findings import Finding
+from kdlib.diagnostics.context import Context, Finding, Unavailable, critical, note, warning
+from kdlib.errors import ModelError
+from kdlib.losses.signals import kept
+from kdlib.models.classifier import class_order, named_classes
+from kdlib.models.loading import load_tokenizer
 
 LEFT_OUT = 0.05  # of the documents
 CUT_DOCUMENTS, CUT_TOKENS = 0.10, 0.05  # shares
-REPEATED = 0.01  # of the held-out documents
+REPEATED = 0.01  # of the held-out documents or questions
 MOSTLY = 0.5  # of the documents
-FEW_ROWS, FEW_TOKENS = 10, 1000  # held out
+FEW_ROWS, FEW_TOKENS = 10, 1000  # of text, held out
+FEW_HELD_OUT = 100  # rows that are classified, or questions
 SAMPLE = 200  # documents by which another column is judged
+LOOKED_AT, AT_ONCE = 128, 16  # training rows that a classifying teacher is asked about
+FEWEST = 8  # rows, below which an accuracy tells nothing
+CONFLICTING = 0.01  # of the texts
+RARE, FEW_TRAINED = 0.01, 10  # of a class: a share of the training rows, and rows
+FEW_OF_A_CLASS = 5  # held-out rows, below which its F1 moves by a tenth and more with each
+NAMED = 5  # classes
+BY_HEART = "held-out figures then tell what was learned by heart"
+OWN_SPLIT = "leave them out of one side, or give the source without its own split"
 
 
-def documents_have_something_to_predict(subject: Subject) -> Iterator[Finding]:
+def documents_have_something_to_predict(context: Context) -> Iterator[Finding]:
     """Documents of fewer than two tokens have no kept token, and are left out."""
-    # rows without a text, a class or an answer are refused when they are read
-    if subject.config.task != "causal-lm":
-        return
-    split = subject.split
-    column = subject.config.data.text
+    column = context.config.data.text
     for name in ("train", "validation"):
-        total, short = len(split[name]), _too_short(split[name], column, subject)
+        documents = context.split[name]
+        total, short = len(documents), _too_short(documents, column, context)
         if short <= LEFT_OUT * total:
             continue
-        sample = split[name].select(range(min(SAMPLE, total)))
+        sample = documents.select(range(min(SAMPLE, total)))
         others = [
             other
-            for other in _other_texts(sample, column)
-            if _too_short(sample, other, subject) <= LEFT_OUT * len(sample)
+            for other in documents.column_names
+            if other != column
+            and all(isinstance(text, str) for text in sample[other])
+            and _too_short(sample, other, context) <= LEFT_OUT * len(sample)
         ]
+        better = f"; those in {', '.join(others)} are not" if others else ""
         yield Finding(
             "critical" if short == total else "warning",
             "data.text",
-            (
-                f"{short} of the {total} {name} documents in the column {column!r} are shorter than two "
-                "tokens "
-                "and left out"
-            )
-            + f"; those in {', '.join(others)} are not" * bool(others),
-            (
-                "the first token of a row is never predicted, so such "
-                "a row has no kept token and teaches nothing"
-            ),
+            f"{short} of the {total} {name} documents in the column {column!r} are shorter than two tokens "
+            f"and left out{better}",
+            "the first token of a row is never predicted, so such a row has no kept token and teaches "
+            "nothing",
             f"name the column with the text: {others[0]}"
             if others
             else "look at the text, and leave such rows out of it",
@@ -55,51 +65,35 @@ def documents_have_something_to_predict(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def documents_are_not_cut(subject: Subject) -> Iterator[Finding]:
+def documents_are_not_cut(context: Context) -> Iterator[Finding]:
     """Without packing, what is longer than a row is lost."""
-    notes, is_packable = subject.prepared.notes, subject.config.task == "causal-lm"
+    notes, can_pack = context.prepared.notes, "packing" in context.rules.reads
     for name in ("train", "validation"):
-        # of which some are not taken
-        documents = notes[f"{name}_documents"] if is_packable else notes[f"{name}_rows"]
+        documents = notes[f"{name}_documents" if can_pack else f"{name}_rows"]  # of others not all are taken
         documents -= notes.get(f"{name}_documents_shorter_than_two_tokens", 0)
-        shortened, lost = (
-            notes.get(f"{name}_documents_cut", 0) / max(documents, 1),
-            notes.get(f"{name}_share_of_tokens_cut_off", 0.0),
+        shortened = notes.get(f"{name}_documents_cut", 0) / max(documents, 1)
+        lost = notes.get(f"{name}_share_of_tokens_cut_off", 0.0)
+        if shortened <= CUT_DOCUMENTS and lost <= CUT_TOKENS:
+            continue
+        found = (
+            f"{shortened:.0%} of the {name} documents are longer than {context.config.data.max_length} "
+            f"tokens and cut, which loses {lost:.0%} of all tokens; the longest has "
+            f"{notes[f'{name}_longest_document']}"
         )
-        if shortened > CUT_DOCUMENTS or lost > CUT_TOKENS:
-            of_rows = subject.config.task == "sequence-classification"
-            yield Finding(
-                "note" if of_rows else "warning",
-                "data.max_length",
-                f"{shortened:.0%} of the {name} documents are longer than {subject.config.data.max_length} "
-                "tokens and cut, which loses "
-                f"{lost:.0%} of all tokens; the longest has {notes[f'{name}_longest_document']}",
-                "what is cut off is not read: see whether the beginning of a text tells its class"
-                if of_rows
-                else "what is cut off is never trained on: the ends of long texts, or whole answers",
-                f"raise max_length{', or set packing: true' * is_packable}",
-            )
+        if context.rules.unit == "row":
+            why = "what is cut off is not read: see whether the beginning of a text tells its class"
+            yield note("data.max_length", found, why, "raise max_length")
+        else:
+            why = "what is cut off is never trained on: the ends of long texts, or whole answers"
+            do = "raise max_length, or set packing: true" if can_pack else "raise max_length"
+            yield warning("data.max_length", found, why, do)
 
 
-def held_out_text_is_new(subject: Subject) -> Iterator[Finding]:
-    """No held-out document is trained on; where kdlib splits, it sees to that."""
-    column, notes = subject.config.data.text, subject.prepared.notes
-    if subject.config.task == "question-answering":  # see question_checks
-        return
-    # of classes, every text is on one side
-    split = subject.split if subject.config.task == "causal-lm" else None
-    trained = set(split["train"][column]) if split else set()
-    repeated = sum(text in trained for text in split["validation"][column]) if split else 0
-    if split and repeated > REPEATED * len(split["validation"]):
-        yield Finding(
-            "warning",
-            "data.source",
-            f"{repeated} of the {len(split['validation'])} validation documents are training documents too",
-            "held-out figures then tell what was learned by heart",
-            "leave them out of one side, or give the source without its own split",
-        )
+def documents_came_once(context: Context) -> Iterator[Finding]:
+    """Where each text is kept once, on one side, few were left out for it."""
+    notes, column = context.prepared.notes, context.config.data.text
     out = notes.get("duplicate_documents_left_out", 0)
-    total = notes["train_documents"] + notes["validation_documents"] + out
+    total = out and notes["train_documents"] + notes["validation_documents"] + out
     if out > LEFT_OUT * total:
         yield Finding(
             "warning" if out > MOSTLY * total else "note",
@@ -110,46 +104,186 @@ def held_out_text_is_new(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def enough_is_held_out(subject: Subject) -> Iterator[Finding]:
+def held_out_text_is_new(context: Context) -> Iterator[Finding]:
+    """No held-out document is trained on; where kdlib splits, it sees to that."""
+    _ = context.prepared  # where no row can be made of the text, that is the finding
+    column, split = context.config.data.text, context.split
+    trained, held_out = set(split["train"][column]), split["validation"][column]
+    if (repeated := sum(text in trained for text in held_out)) > REPEATED * len(held_out):
+        yield warning(
+            "data.source",
+            f"{repeated} of the {len(held_out)} validation documents are training documents too",
+            BY_HEART,
+            OWN_SPLIT,
+        )
+
+
+def enough_is_held_out(context: Context) -> Iterator[Finding]:
     """A comparison on a handful of rows tells nothing."""
-    if subject.config.task != "causal-lm":  # see class_checks and question_checks
-        return
-    notes = subject.prepared.notes
-    rows, tokens = notes["validation_rows"], notes["validation_tokens"]
+    rows, tokens = (context.prepared.notes[f"validation_{name}"] for name in ("rows", "tokens"))
     if rows < FEW_ROWS or tokens < FEW_TOKENS:
-        limit = subject.config.data.max_eval_rows
-        where = "data.max_eval_rows" if limit is not None and rows == limit else "data.validation"
-        yield Finding(
-            "warning",
-            where,
+        yield warning(
+            "data.max_eval_rows" if rows == context.config.data.max_eval_rows else "data.validation",
             f"{rows} rows with {tokens} tokens are held out",
-            (
-                f"below {FEW_ROWS} rows or {FEW_TOKENS:,} tokens the intervals of a comparison are too wide "
-                "to "
-                "tell models apart"
-            ),
+            f"below {FEW_ROWS} rows or {FEW_TOKENS:,} tokens the intervals of a comparison are too wide to "
+            "tell models apart",
             "hold out more, or give more text",
         )
 
 
-def _too_short(documents: Dataset, column: str, subject: Subject) -> int:
+def held_out_questions_are_new(context: Context) -> Iterator[Finding]:
+    """No held-out question is trained on; where kdlib splits, it sees to that."""
+    trained = set(context.prepared.train["text"])
+    for split, rows in (("validation", context.prepared.validation), ("test", context.prepared.test)):
+        repeated = sum(text in trained for text in rows["text"]) if rows is not None else 0
+        if repeated > REPEATED * len(rows or ()):
+            found = f"{repeated} of the {len(rows)} {split} questions are training questions too"
+            yield warning("data.source", found, BY_HEART, OWN_SPLIT)
+
+
+def enough_questions_are_held_out(context: Context) -> Iterator[Finding]:
+    """An accuracy over few questions tells nothing."""
+    if (count := len(context.prepared.validation)) < FEW_HELD_OUT:
+        yield warning(
+            "data.max_eval_rows" if context.config.data.max_eval_rows == count else "data.validation",
+            f"{count} questions are held out",
+            f"an accuracy near one half is then known within ±{1.96 * math.sqrt(0.25 / count):.0%} only, "
+            "which tells few students apart",
+            "hold out more, or give more questions",
+        )
+
+
+def teacher_has_a_head(context: Context) -> Iterator[Finding]:
+    """The teacher was trained for the data's classes, by the same names; or a stage of its own does it."""
+    config = context.config
+    if config.teacher_stage is not None:
+        return
+    stated, labels = context.configs["teacher"], context.prepared.labels
+    try:
+        order = class_order(config.teacher.model, stated, labels)
+    except ModelError as error:
+        raise Unavailable("teacher.model", error) from error
+    kinds = getattr(stated, "architectures", None) or []
+    classifies = any("Classification" in kind for kind in kinds)
+    if order is not None and (not kinds or classifies):
+        if named_classes(stated) is None:
+            yield note(
+                "teacher.model",
+                f"its {len(labels)} classes have no names (LABEL_0, …)",
+                f"they are taken in the order of the data's ({', '.join(labels[:3])}, …); in another it "
+                "would teach nonsense",
+                "see that its accuracy is far above chance; or give data.labels in the teacher's order",
+            )
+        return
+    found = f"a head for {stated.num_labels} classes" if classifies else "no head for classes"
+    yield critical(
+        "teacher.model",
+        f"{config.teacher.model} has {found}; the data has {len(labels)}",
+        "a head that was never trained says nothing, so there is nothing to teach",
+        "train it first with a stage of its own (teacher_stage: {training: {num_train_epochs: 3, "
+        "learning_rate: 2e-5}}), or name a teacher that was trained on these classes",
+    )
+
+
+def both_models_read_their_tokens(context: Context) -> Iterator[Finding]:
+    """Each model has a row for every token of its own tokenizer; the two need not share a vocabulary."""
+    config = context.config
+    for name, stated in context.configs.items():
+        source = config.teacher.model if name == "teacher" else config.student.source
+        rows, tokens = stated.get_text_config().vocab_size, len(load_tokenizer(source))
+        if rows < tokens:
+            yield critical(
+                "teacher.model" if name == "teacher" else "student.from",
+                f"the {name}'s embedding has {rows} rows, but its tokenizer {tokens} tokens",
+                "the tokens beyond have no row to be looked up in",
+                "take the tokenizer that belongs to the model",
+            )
+
+
+def enough_rows_are_held_out(context: Context) -> Iterator[Finding]:
+    """An accuracy from few rows tells no models apart; texts with two classes teach none."""
+    notes, data = context.prepared.notes, context.config.data
+    rows, conflicting = notes["validation_rows"], notes.get("conflicting_documents_left_out", 0)
+    if rows < FEW_HELD_OUT:
+        is_limited = data.max_eval_rows is not None and rows >= data.max_eval_rows
+        yield warning(
+            "data.max_eval_rows" if is_limited else "data.validation",
+            f"{rows} rows are held out",
+            f"the accuracy of so few has a 95 % interval of up to ± {98 / math.sqrt(rows):.0f} points",
+            "hold out more",
+        )
+    if conflicting > CONFLICTING * (notes["train_documents"] + notes["validation_documents"]):
+        yield warning(
+            "data.label",
+            f"{conflicting} texts stand there with two classes, and were left out",
+            "what is labelled by chance cannot be learned",
+            f"look at the column {data.label!r}",
+        )
+
+
+def held_out_groups_are_new(context: Context) -> Iterator[Finding]:
+    """What belongs together is on one side; where kdlib splits, it sees to that."""
+    if count := context.prepared.notes.get("groups_on_two_sides", 0):
+        yield warning(
+            "data.group",
+            f"{count} groups of held-out rows are trained on as well",
+            "what is learned of a group is asked again, so the held-out figures read too high",
+            "mend the source's splits, or leave them out of it: kdlib's own keep groups whole",
+        )
+
+
+def classes_are_large_enough(context: Context) -> Iterator[Finding]:
+    """Each class has rows to learn it from, is no small minority, and has held-out rows enough of its own."""
+    data, notes = context.config.data, context.prepared.notes
+    for name in ("train", "validation", "test"):
+        counts, rows = notes.get(f"{name}_classes", {}), notes.get(f"{name}_rows", 0)
+        trains = name == "train"
+        least = max(FEW_TRAINED, RARE * rows) if trains else FEW_OF_A_CLASS
+        few = sorted((count, label) for label, count in counts.items() if count < least)
+        if not few:
+            continue
+        setting = "max_train_rows" if trains else "max_eval_rows"
+        limited = getattr(data, setting) is not None and rows < notes[f"{name}_documents"]
+        named = ", ".join(f"{label} {count}" for count, label in few[:NAMED]) + ", …" * (len(few) > NAMED)
+        where = f"data.{setting}" if limited else "data.label" if trains else f"data.{name}"
+        found = f"{len(few)} of {len(counts)} classes have fewer than {least:.0f} of the {rows} {name} rows"
+        if trains:
+            why = "the student hardly sees them, and accuracy hardly counts them: read macro-F1"
+            do = "give more rows of them, join them with others, or leave them out"
+        else:
+            why = "one row then moves a class's F1 by a tenth or more, and macro-F1 with it"
+            do = "hold out more, or give more rows of them"
+        yield warning(where, f"{found}: {named}", why, "take more rows" if limited else do)
+
+
+@torch.no_grad()
+def teacher_knows_the_classes(context: Context) -> Iterator[Finding]:
+    """Its accuracy on the first training rows is above that of always saying the commonest class."""
+    prepared, teacher, count = context.prepared, context.teacher, min(LOOKED_AT, len(context.prepared.train))
+    said, came = [], []
+    for start in range(0, count, AT_ONCE):
+        rows = [prepared.train[i] for i in range(start, min(start + AT_ONCE, count))]
+        batch = {name: values.to(teacher.model.device) for name, values in prepared.collate(rows).items()}
+        tokens = kept(batch["labels"])
+        said += teacher(batch, tokens).logits().argmax(-1).tolist()
+        came += tokens.targets.tolist()
+    if len(came) < FEWEST:
+        return
+    right = sum(a == b for a, b in zip(said, came, strict=True)) / len(came)
+    chance = Counter(came).most_common(1)[0][1] / len(came)
+    if right <= chance + 1.96 * math.sqrt(chance * (1 - chance) / len(came)):
+        yield Finding(
+            "critical" if right <= chance else "warning",
+            "teacher.model",
+            f"its accuracy on {len(came)} training rows is {right:.0%}, and always saying the commonest "
+            f"class gives {chance:.0%}",
+            "such a teacher was not trained for this, or its classes stand in another order: its soft labels "
+            "are noise",
+            "train it first (teacher_stage), or give data.labels in the order of the teacher's classes",
+        )
+
+
+def _too_short(documents: Dataset, column: str, context: Context) -> int:
     """How many have fewer than two tokens in this column."""
     texts = documents.select_columns([column])
-    return len(texts) - len(tokenized(texts, column, subject.tokenizer))
-
-
-def _other_texts(documents: Dataset, column: str) -> list[str]:
-    """The other columns with a text in every document."""
-    return [
-        name
-        for name in documents.column_names
-        if name != column and all(isinstance(text, str) for text in documents[name])
-    ]
-
-
-DATA_CHECKS = (
-    documents_have_something_to_predict,
-    documents_are_not_cut,
-    held_out_text_is_new,
-    enough_is_held_out,
-)
+    return len(texts) - len(tokenized(texts, column, context.tokenizer))

@@ -1,38 +1,40 @@
-"""The doctor: what is wrong with a config, found before its training; each check is a small function that
-yields findings.
-"""
+"""The doctor: what is wrong with a config before it trains, and what of that can be changed in its file."""
 
+import io
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
 import datasets
 import transformers
 import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.error import YAMLError
 
 from kdlib.config import run as configs
 from kdlib.config.run import Config, pairs
-from kdlib.diagnostics.batch_checks import BATCH_CHECKS
-from kdlib.diagnostics.class_checks import CLASS_BATCH_CHECKS, CLASS_CHECKS
+from kdlib.diagnostics import data_checks
 from kdlib.diagnostics.config_checks import CONFIG_CHECKS
-from kdlib.diagnostics.context import Subject, Unavailable
-from kdlib.diagnostics.data_checks import DATA_CHECKS
-from kdlib.diagnostics.findings import Finding, as_data, exit_status, ordered, text
-from kdlib.diagnostics.fixes import rewritten
-from kdlib.diagnostics.model_checks import MODEL_CHECKS, memory_suffices
-from kdlib.diagnostics.question_checks import QUESTION_CHECKS
-from kdlib.diagnostics.schedule_checks import SCHEDULE_CHECKS
+from kdlib.diagnostics.context import Context, Finding, Unavailable, as_text, ordered
+from kdlib.diagnostics.memory import forecast
+from kdlib.diagnostics.model_checks import BATCH_CHECKS, MODEL_CHECKS, memory_suffices
 from kdlib.errors import ConfigError
+from kdlib.tasks.base import task_of
 
-CHECKS = (*CONFIG_CHECKS, *SCHEDULE_CHECKS, *DATA_CHECKS, *MODEL_CHECKS)
-"""In the order in which they are made; those of the task, `memory_suffices` and `BATCH_CHECKS`, which
-load the models, follow.
-"""
-OF_TASK = {"sequence-classification": CLASS_CHECKS, "question-answering": QUESTION_CHECKS}
-ON_BATCHES_OF_TASK = {"sequence-classification": CLASS_BATCH_CHECKS}
+CHECKS = (*CONFIG_CHECKS, *MODEL_CHECKS)
+"""In the order in which they are made; the task's own, `memory_suffices` and `BATCH_CHECKS` follow."""
 ROUNDS = 5  # of changes: one may bring another to light
+LAYOUTS = [
+    {"mapping": deep, "sequence": offset + dash, "offset": offset}
+    for deep in (2, 4)
+    for offset in (0, 2, 4)
+    for dash in (2, 4)
+]
+"""How files are indented: a mapping, a list's dashes, and what stands after a dash."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,18 @@ class Visit:
 
     def __str__(self) -> str:
         changed = "".join(f"\n  {path}: {value}" for path, value in self.changes.items())
-        return text(self.found) + (
-            f"\n\nchanged:{changed}\n\nleft to you:\n\n{text(self.left)}" if self.changes else ""
-        )
+        left = f"\n\nchanged:{changed}\n\nleft to you:\n\n{as_text(self.left)}" if self.changes else ""
+        return as_text(self.found) + left
 
     def as_data(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        return {"found": as_data(self.found), "changes": dict(self.changes), "left": as_data(self.left)}
+        found, left = ([asdict(each) for each in some] for some in (self.found, self.left))
+        return {"found": found, "changes": dict(self.changes), "left": left}
 
     def exit_status(self, *, strict: bool) -> int:
-        return exit_status(self.left, strict=strict)
+        """2 with a critical finding, 1 with a warning where `strict`, else 0; notes do not count."""
+        left = {each.severity for each in self.left}
+        return 2 if "critical" in left else 1 if strict and "warning" in left else 0
 
 
 def diagnose(config: Config, *, quick: bool = False, made: Mapping[str, Any] | None = None) -> list[Finding]:
@@ -63,17 +67,18 @@ def diagnose(config: Config, *, quick: bool = False, made: Mapping[str, Any] | N
 
     Args:
         quick: leave out what needs the models' weights.
-        made: what is loaded already, by the names of kdlib.diagnostics.context.Subject: tokenizer, prepared,
+        made: what is loaded already, by the names of kdlib.diagnostics.context.Context: tokenizer, prepared,
             teacher, student.
     """
-    return examine(Subject(config, made), quick=quick)
+    return examine(Context(config, made, forecast=forecast), quick=quick)
 
 
 def visit(
     path: str | Path, overrides: Sequence[str] = (), *, quick: bool = False, fix: bool = False
 ) -> Visit:
-    """`diagnose` for a file, whose own faults are critical findings, and then nothing else is looked at;
-    writes nothing.
+    """`diagnose` for a file; where that has faults itself, they are critical, and nothing else is looked at.
+
+    Writes nothing.
 
     Args:
         fix: change what some finding proposes to change, and put the overrides in; look again until nothing
@@ -83,42 +88,45 @@ def visit(
         config = configs.load(path, overrides)
     except ConfigError as error:
         return Visit(faults(error), faults(error), {}, None)
-    subject, before = Subject(config), Path(path).read_text(encoding="utf-8")
-    found = left = examine(subject, quick=quick)
+    context, before = Context(config, forecast=forecast), Path(path).read_text(encoding="utf-8")
+    found = left = examine(context, quick=quick)
     if not fix:
         return Visit(found, left, {}, before)
-    changes, after = dict(pairs(overrides)), rewritten(before, dict(pairs(overrides)))
+    changes = dict(pairs(overrides))
+    after = rewritten(before, changes)
     for _ in range(ROUNDS):
         proposed = {where: value for each in left for where, value in (each.change or {}).items()}
         if proposed.items() <= changes.items():
             break
         changes |= proposed
         after = rewritten(before, changes)
-        subject = subject.mended(configs.parse(yaml.safe_load(after), name=f"{path}, mended"))
-        left = examine(subject, quick=quick)
+        context = context.mended(configs.parse(yaml.safe_load(after), name=f"{path}, mended"))
+        left = examine(context, quick=quick)
     return Visit(found, left, changes, after)
 
 
-def examine(subject: Subject, *, quick: bool = False) -> list[Finding]:
+def examine(context: Context, *, quick: bool = False) -> list[Finding]:
     """All checks in turn; what cannot be loaded is a finding, and the other checks go on."""
-    _without_bars()
-    task = subject.config.task
-    found = [finding for check in (*CHECKS, *OF_TASK.get(task, ())) for finding in _answers(check, subject)]
-    on_batches = (*BATCH_CHECKS, *ON_BATCHES_OF_TASK.get(task, ()))
+    datasets.disable_progress_bars()  # one for each file that is read is noise between findings
+    transformers.utils.logging.disable_progress_bar()
+    task = task_of(context.config)
+    on_batches = (*BATCH_CHECKS, *map(_named, task.checks_on_batches))
+    found = [each for check in (*CHECKS, *map(_named, task.checks)) for each in _answers(check, context)]
     if not any(each.severity == "critical" for each in found):  # what cannot train takes no memory
-        found += _answers(memory_suffices, subject)
-    if quick:
-        found.append(_not_measured("asked to be quick", on_batches))
-    elif stops := [
-        each
+        found += _answers(memory_suffices, context)
+    stops = (
+        each.where
         for each in found
         if each.severity == "critical" and each.where.split(".")[0] in ("teacher", "student", "data")
-    ]:
-        found.append(_not_measured(f"{stops[0].where} comes first", on_batches))
-    elif subject.config.teacher_stage:
+    )
+    if quick:
+        found.append(_not_measured("asked to be quick", on_batches))
+    elif first := next(stops, None):
+        found.append(_not_measured(f"{first} comes first", on_batches))
+    elif context.config.teacher_stage:
         found.append(_not_measured("the teacher is trained first (teacher_stage)", on_batches))
     else:
-        found += [finding for check in on_batches for finding in _answers(check, subject)]
+        found += [each for check in on_batches for each in _answers(check, context)]
     return ordered(found)
 
 
@@ -126,35 +134,101 @@ def faults(error: ConfigError) -> list[Finding]:
     """A config's faults, one finding each."""
     head, *lines = str(error).splitlines()
     if not re.search(r": \d+ faults?$", head):
-        head, lines = "", [f"config: {error}"]
+        lines = [f"config: {error}"]
     split = [line.strip().partition(": ") for line in lines]
-    return [
-        Finding("critical", where, what, "the config cannot be read as it stands", "mend it by hand")
-        for where, _, what in split
-    ]
+    why, do = "the config cannot be read as it stands", "mend it by hand"
+    return [Finding("critical", where, what, why, do) for where, _, what in split]
 
 
-def _answers(check, subject: Subject) -> Iterator[Finding]:
+def _named(check: Any) -> Any:
+    """A task's check: its own, or one of kdlib.diagnostics.data_checks by its name."""
+    return getattr(data_checks, check) if isinstance(check, str) else check
+
+
+def _answers(check, context: Context) -> Iterator[Finding]:
     try:
-        yield from check(subject)
+        yield from check(context)
     except Unavailable as error:
-        yield Finding(
-            "critical", error.where, str(error), "what depends on it could not be checked", "mend this first"
-        )
+        why = "what depends on it could not be checked"
+        yield Finding("critical", error.where, str(error), why, "mend this first")
 
 
-def _not_measured(why: str, checks: Sequence[Callable[[Subject], Iterator[Finding]]]) -> Finding:
+def _not_measured(why: str, checks: Sequence[Any]) -> Finding:
     names = ", ".join(check.__name__.replace("_", " ") for check in checks)
+    do = "ask again without --quick" if why.startswith("asked") else "ask again when that is done"
     return Finding(
-        "note",
-        "loss",
-        f"{why}: the first batch was not measured",
-        f"so these are open: {names}",
-        "ask again without --quick" if why.startswith("asked") else "ask again when that is done",
+        "note", "loss", f"{why}: the first batch was not measured", f"so these are open: {names}", do
     )
 
 
-def _without_bars() -> None:
-    """A progress bar for each file that is read is noise between findings."""
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
+def rewritten(text: str, changes: Mapping[str, Any]) -> str:
+    """The YAML text with each value put in at its dotted path; comments, order and other lines stay.
+
+    Sections on the way are made where they are missing.  A new key stands before the last of its section,
+    since what follows the last may be the next section's comment.
+
+    Raises:
+        ConfigError: ruamel.yaml, stricter than the reader of configs, refuses the file: a key stands there
+            twice.
+    """
+    try:
+        tree = YAML().load(text)
+    except YAMLError as error:
+        raise ConfigError(f"the config cannot be changed in place: {error}") from error
+
+    def kept_lines(layout: Mapping[str, int]) -> int:
+        return sum(
+            a == b for a, b in zip(text.splitlines(), _written(tree, layout).splitlines(), strict=False)
+        )
+
+    layout = max(LAYOUTS, key=kept_lines)
+    before = _written(tree, layout)
+    for path, value in changes.items():
+        _put(tree, path.split("."), value)
+    return _own_lines(text, before, _written(tree, layout))
+
+
+def _written(tree: Any, layout: Mapping[str, int]) -> str:
+    round_trip, stream = YAML(), io.StringIO()
+    round_trip.indent(**layout)
+    round_trip.preserve_quotes, round_trip.width = True, 2**20
+    round_trip.representer.add_representer(
+        type(None), lambda writer, _: writer.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
+    round_trip.dump(tree, stream)
+    return stream.getvalue()
+
+
+def _put(tree: Any, path: Sequence[str], value: Any) -> None:
+    head, *rest = path
+    key = int(head) if isinstance(tree, list) else head
+    if isinstance(tree, CommentedMap) and key not in tree:
+        tree.insert(max(len(tree) - 1, 1), key, None)
+    if not rest:
+        tree[key] = value
+        return
+    if tree[key] is None:
+        tree[key] = CommentedMap()
+    if not tree[key]:
+        tree[key].fa.set_flow_style()
+    _put(tree[key], rest, value)
+
+
+def _own_lines(text: str, before: str, after: str) -> str:
+    """`after`, with the lines that no change touched as they stand in the text, however that is laid out.
+
+    Args:
+        before: the text as it is written again without any change; where it has as many lines, they belong
+            together.
+    """
+    own, plain, changed = (each.splitlines(keepends=True) for each in (text, before, after))
+    if len(own) != len(plain):
+        return after
+    matches = SequenceMatcher(None, plain, changed, autojunk=False).get_opcodes()
+    lines = [own[a:b] if kind == "equal" else changed[c:d] for kind, a, b, c, d in matches]
+    merged = "".join(line for some in lines for line in some)
+    try:
+        same = yaml.safe_load(merged) == yaml.safe_load(after)
+    except yaml.YAMLError:  # lines of two layouts beside each other
+        same = False
+    return merged if same else after

@@ -1,79 +1,45 @@
-"""How much memory a training will take, moment by moment and part by part, known before a weight is
-loaded.
+"""How much memory a training will take, moment by moment and part by part, known before a weight is loaded.
 
-The step is rehearsed without data (kdlib.diagnostics.fake_step) and every tensor of it counted
-(kdlib.diagnostics.charges).
+The step is made without data (kdlib.diagnostics.fake_step) and every tensor of it counted; what stays between
+steps follows from the models' sizes.
 """
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel, TrainingArguments
 
 from kdlib.config.run import Config
-from kdlib.diagnostics.charges import GIB, Charges, RehearsedWorkspace, spread
-from kdlib.diagnostics.fake_step import outline
-from kdlib.hardware import device_memory, precision_of, product_dtype
+from kdlib.diagnostics.fake_step import PHASES, Allocations, Block, FakeStep, FakeWorkspace
+from kdlib.diagnostics.forecast import GIB, Forecast
+from kdlib.hardware import as_asked, device_memory, precision_of, product_dtype
 from kdlib.losses.buffers import chunk_tokens
+from kdlib.losses.features import feature_terms
+from kdlib.losses.objective import ObjectiveAt
+from kdlib.models.hooks import layers_of
 from kdlib.models.loading import device_of, parameters, stated_form
-from kdlib.training.plan import training_arguments, workspace_of
+from kdlib.models.student import Outline, outline
+from kdlib.tasks.base import task_of
+from kdlib.training.plan import compared_layers, objective_of, training_arguments, workspace_of
 
-MARGIN = 0.15  # of the forecast: what it may be wrong by
+# Python with torch and transformers loaded; or CUDA's context and cuBLAS's workspace
+FRAMEWORK = {"cpu": round(0.7 * GIB), "cuda": round(0.6 * GIB)}
+STATE_BYTES = {  # of optimizer state per parameter, by `training.optim`; whatever else begins with adamw: 8
+    **dict.fromkeys(("adamw", "paged_adamw_32bit"), 8),
+    **dict.fromkeys(("adagrad", "rmsprop", "lion_32bit", "paged_lion_32bit"), 4),
+    **dict.fromkeys(("adamw_torch_8bit", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit"), 2),
+    **dict.fromkeys(("adamw_torch_4bit", "lion_8bit", "paged_lion_8bit"), 1),
+    "sgd": 0,
+}
+SHARDED = ("student's parameters", "gradients", "optimizer state")  # by FSDP
 
-
-@dataclass(frozen=True)
-class Forecast:
-    """Bytes on one device at each moment of an optimizer step, and of an evaluation."""
-
-    device: str
-    precision: str
-    moments: Mapping[str, Mapping[str, int]]  # moment -> part -> bytes
-    total: int  # bytes of the device
-    free: int  # of these, now
-    devices: int
-    chunk: int | None  # tokens whose logits exist at a time; None: all
-    compiled: bool  # the row arithmetic between the products with the heads
-    flops: float  # multiplications and additions of the matrix products of an optimizer step
-    parameters: Mapping[str, int]  # of student and teacher
-    notes: tuple[str, ...] = ()
-
-    @property
-    def moment(self) -> str:
-        """At which most is held."""
-        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
-
-    @property
-    def peak(self) -> int:
-        """Bytes held then."""
-        return sum(self.moments[self.moment].values())
-
-    @property
-    def peak_in_training(self) -> int:
-        """Bytes held at the highest point of an optimizer step, without what the process itself takes: as
-        one measures it.
-        """
-        return max(
-            sum(parts.values()) - parts["framework"]
-            for name, parts in self.moments.items()
-            if name != "evaluation"
-        )
-
-    @property
-    def verdict(self) -> str:
-        return verdict(self.peak, self.free)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything as plain data."""
-        derived = {name: getattr(self, name) for name in ("moment", "peak", "peak_in_training", "verdict")}
-        return {**asdict(self), **derived}
-
-
-def verdict(peak: float, memory: float) -> str:
-    """`fits`, `tight` (within what the forecast may be wrong by) or `does not fit`."""
-    return "fits" if peak * (1 + MARGIN) <= memory else "tight" if peak <= memory else "does not fit"
+Sizes = Mapping[str, float]  # part -> bytes
 
 
 def forecast(
@@ -83,7 +49,7 @@ def forecast(
     device: str | None = None,
     devices: int | None = None,
     rows: int | None = None,
-    classes: int | None = None,
+    vocabulary: int | None = None,
     dense: bool = False,
     every_layer: bool = False,
 ) -> Forecast:
@@ -94,10 +60,10 @@ def forecast(
         device: cpu or cuda; where the config would run here, where None.  On another device `precision: auto`
             is bfloat16.
         devices: over which the training is spread; torchrun's WORLD_SIZE where None.
-        rows: of the training data: the choice of compiling depends on it.
-        classes: of the data, where rows are classified; what the config or the teacher says of it where None.
+        rows: of the training data: whether compiling pays depends on them.
+        vocabulary: what the models choose among; of classes, what the config or the teacher says where None.
         dense: all logits at once, whatever the models' heads.
-        every_layer: rehearse all layers, where a few alike would tell: the slow reference.
+        every_layer: make steps of all layers, where a few alike would tell: the slow reference.
 
     Raises:
         ModelError, ConfigError: models that do not exist or fit each other, arguments that transformers
@@ -106,31 +72,231 @@ def forecast(
     present = device_of(config.wanted_device)
     here = "cuda" if present.type == "cuda" else "cpu"
     kind = device or here
-    known = kind == here or config.precision != "auto"
-    dtype = precision_of(config.precision, present)[0] if known else torch.bfloat16
-    total, free = (round(memory * GIB),) * 2 if memory else device_memory(torch.device(kind))
-    args = training_arguments(config, Path("unused"))
-    plan, devices = outline(config, classes), devices or int(os.environ.get("WORLD_SIZE", 1))
+    there = torch.device(kind)
+    is_known = kind == here or config.precision != "auto"
+    dtype = precision_of(config.precision, present)[0] if is_known else torch.bfloat16
+    total, free = (round(memory * GIB),) * 2 if memory else device_memory(there)
+    args, plan = training_arguments(config, Path("unused")), outline(config, task_of(config), vocabulary)
+    devices = devices or int(os.environ.get("WORLD_SIZE", 1))
     compiled = workspace_of(config, args, rows or 0, plan.vocabulary).compiled
     chunk = config.loss.chunk
     if chunk == "auto":
-        chunk = chunk_tokens(
-            plan.vocabulary, product_dtype(dtype, torch.device(kind)).itemsize, torch.device(kind), free=free
-        )
-    charges = Charges(
-        plan, args, kind, dtype, RehearsedWorkspace(chunk, compiled=compiled, kind=kind), dense, every_layer
-    )
-    moments = charges.moments()
+        chunk = chunk_tokens(plan.vocabulary, product_dtype(dtype, there).itemsize, there, free=free)
+    workspace = FakeWorkspace(chunk, compiled=compiled, kind=kind)
+    breakdown = Breakdown(plan, args, kind, dtype, workspace, dense, every_layer)
+    moments = breakdown.moments().items()
     return Forecast(
         device=kind,
         precision=str(dtype).removeprefix("torch."),
         total=total,
         free=free,
         devices=devices,
-        moments={name: spread(parts, charges, devices) for name, parts in moments.items()},
+        moments={name: breakdown.on_each(parts, devices) for name, parts in moments},
         compiled=compiled,
-        chunk=None if dense or stated_form(charges.student) is None else chunk,
-        flops=charges.flops,
-        notes=(*plan.notes, *charges.notes),
-        parameters={"student": parameters(charges.student), "teacher": parameters(charges.teacher)},
+        chunk=None if dense or stated_form(breakdown.student) is None else chunk,
+        notes=(*plan.notes, *breakdown.notes),
+        parameters={"student": parameters(breakdown.student), "teacher": parameters(breakdown.teacher)},
     )
+
+
+@dataclass
+class Breakdown:
+    """The memory of one config's training, part by part."""
+
+    plan: Outline
+    args: TrainingArguments
+    kind: str  # of the device: cpu or cuda
+    dtype: torch.dtype
+    workspace: FakeWorkspace
+    dense: bool
+    every_layer: bool = False  # the slow reference
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """The two models in full, without memory: what is counted in them is exact."""
+        config = self.plan.config
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):  # `compared_layers` seeds it
+            self.student, self.teacher = self.plan.blank_student(), self.plan.blank_teacher(self.dtype)
+            compared_layers(config, self.student, self.teacher, objective_of(config))  # adds projections
+
+    def moments(self) -> dict[str, dict[str, int]]:
+        """{moment: {part: bytes}} for one device that holds everything."""
+        full, (small, large) = self.plan.layers, self.layers_tried()
+        with FakeTensorMode(allow_non_fake_inputs=True), nullcontext() if self.kind == "cpu" else as_asked():
+            low = self.passing(self.plan.with_layers(*small))
+            high = low if small == large else self.passing(self.plan.with_layers(*large))
+        found: dict[str, Sizes] = {}
+        for name, parts in high.items():
+            lines = {part: (low[name].get(part, 0), size) for part, size in parts.items()}
+            found[name] = {
+                part: round(at_layers(full, part, *ends, small, large)) for part, ends in lines.items()
+            }
+        halves = [found.pop(f"backward's {half}") for half in ("beginning", "end")]
+        found |= {"backward": max(halves, key=_total), "optimizer step": self.optimizer_step()}
+        lasting = {
+            "framework": FRAMEWORK[self.kind],
+            "teacher's weights": bytes_of(_tensors(self.teacher)),
+            "student's parameters": bytes_of(_tensors(self.student)),
+            "optimizer state": self.optimizer_state(),
+        }
+        order = (*PHASES, "optimizer step", "evaluation")
+        return {name: lasting | found[name] for name in order if name in found}
+
+    def layers_tried(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Two numbers of layers of student and teacher, from which the rest follows; all, where they differ.
+
+        Two at least: the first layer's input is also the embeddings, and so is no tensor of its own.
+        """
+        full = self.plan.layers
+        alike = all(map(_layers_are_alike, (self.student, self.teacher)))
+        if self.every_layer or not alike or feature_terms(objective_of(self.plan.config).weights):
+            return full, full
+        return tuple(min(count, 2) for count in full), tuple(min(count, 3) for count in full)
+
+    def passing(self, plan: Outline) -> dict[str, Sizes]:
+        """{moment: {part: bytes}} of what comes and goes, where in training most is asked for."""
+        found: dict[str, Sizes] = {}
+        with Allocations():
+            self.step = FakeStep(plan, dtype=self.dtype, workspace=self.workspace, dense=self.dense)
+        for at in self.step.objectives:
+            for name, parts in self.micro_batch(at).items():
+                found[name] = max(parts, found.get(name, {}), key=_total)
+        if str(self.args.eval_strategy.value) != "no" or self.args.eval_on_start:
+            found["evaluation"] = self.evaluation()
+        return found
+
+    def micro_batch(self, at: ObjectiveAt) -> dict[str, Sizes]:
+        """The parts at the highest point of each phase: of the second, where gradients accumulate."""
+        step, accumulation = self.step, self.args.gradient_accumulation_steps
+        batch = step.batch(self.args.per_device_train_batch_size)
+        count = batch["labels"].numel() * accumulation
+        if accumulation > 1:
+            with self.watch():
+                step.train(batch, at, count=count)
+        with self.watch() as watch:
+            watch.blocks_of(self.gradients())
+            step.train(batch, at, count=count, phase=watch.phase)
+            kept = self.kept_logits(watch)
+            kept |= {id(block): "gradients" for block in watch.blocks_of(self.gradients())}
+        begin, end = watch.spans["backward"]
+        middle = (begin + end) // 2
+        spans = {name: span for name, span in watch.spans.items() if name != "backward"}
+        spans |= {"backward's beginning": (begin, middle), "backward's end": (middle, end)}
+        step.student.zero_grad(set_to_none=True)
+        return {name: self.parts(watch, span, kept) for name, span in spans.items()}
+
+    def evaluation(self) -> Sizes:
+        batch = self.step.batch(self.args.per_device_eval_batch_size)
+        with self.watch() as watch:
+            self.step.evaluate(batch, self.step.objectives[-1], watch.phase)
+            kept = self.kept_logits(watch)
+        return self.parts(watch, watch.spans["evaluation"], kept)
+
+    def watch(self) -> Allocations:
+        """On CUDA the loss multiplies its gradient by a scale, on a CPU only if that is not 1."""
+        watch = Allocations(answer=1.0 if self.kind == "cpu" else 2.0)
+        watch.hold([*_tensors(self.step.student), *_tensors(self.step.teacher)])
+        return watch
+
+    def gradients(self) -> list[Tensor]:
+        return [each.grad for each in self.step.student.parameters() if each.grad is not None]
+
+    def kept_logits(self, watch: Allocations) -> dict[int, str]:
+        """The workspace's buffers, which are from the step before."""
+        blocks = watch.blocks_of(self.workspace.buffers)
+        for block in blocks:
+            block.born = 0
+        return {id(block): "logits" for block in blocks}
+
+    def parts(self, watch: Allocations, span: tuple[int, int], kept: Mapping[int, str]) -> Sizes:
+        """{part: bytes} at the highest point of a span."""
+        parts: dict[str, float] = {}
+        for block in watch.held(watch.peak(*span)):
+            name = kept.get(id(block)) or self.part(block, watch)
+            parts[name] = parts.get(name, 0) + block.bytes
+        return parts
+
+    def part(self, block: Block, watch: Allocations) -> str:
+        """What a block is: by its shape, the phase in which it was made, and whether it outlived that."""
+        head = self.step.student.get_output_embeddings()  # None of a classifier
+        rows = 0 if head is None else head.weight.shape[0]
+        lasting = block.phase in watch.spans and block.died > watch.spans[block.phase][1]
+        if len(block.shape) > 1 and block.shape[-1] in (self.plan.vocabulary, rows):
+            return "logits"
+        if block.phase == "teacher's forward":
+            return "teacher's activations"
+        if block.phase == "student's forward" and lasting:
+            return "cast weights" if self.is_cast(block) else "activations"
+        return "head's gradient" if block.phase == "loss" and lasting else "temporaries"
+
+    def is_cast(self, block: Block) -> bool:
+        """Whether autocast made it of a weight; kept to the end of the forward pass, by autograd longer."""
+        shapes = {tuple(weight.shape) for weight in self.step.student.parameters() if weight.ndim > 1}
+        return self.dtype is not torch.float32 and bool({block.shape, block.shape[::-1]} & shapes)
+
+    @property
+    def optimizer(self) -> str:
+        return getattr(self.args.optim, "value", self.args.optim)
+
+    def optimizer_state(self) -> int:
+        name = self.optimizer
+        if name == "adafactor":  # a row and a column per matrix
+            return sum(
+                4 * (sum(p.shape[-2:]) * p[..., 0, 0].numel() if p.ndim > 1 else p.numel())
+                for p in self.student.parameters()
+            )
+        if name not in STATE_BYTES and not name.startswith("adamw"):
+            known = f"training.optim {name}: its state is not known here"
+            self.notes.append(f"{known}; 8 bytes per parameter, as AdamW's, are assumed")
+        return STATE_BYTES.get(name, 8) * parameters(self.student)
+
+    def optimizer_step(self) -> Sizes:
+        """All gradients and what the optimizer needs while it works, beside the state that it keeps."""
+        sizes = [bytes_of([parameter]) for parameter in self.student.parameters()]
+        # CUDA: all in one go
+        scratch = 0 if "fused" in self.optimizer else sum(sizes) if self.kind == "cuda" else 2 * max(sizes)
+        return {"gradients": sum(sizes), "logits": bytes_of(self.workspace.buffers), "temporaries": scratch}
+
+    def on_each(self, parts: Mapping[str, int], devices: int) -> dict[str, int]:
+        """The parts on each of several devices: shards with FSDP, else a second copy of the gradients."""
+        if devices == 1:
+            return dict(parts)
+        if not self.args.fsdp:
+            return {**parts, "gradient buckets": parameters(self.student) * 4}
+        outside = bytes_of([self.student.get_input_embeddings().weight])
+        layers = bytes_of(self.student.parameters()) - outside
+        layer = layers // max(self.student.config.num_hidden_layers, 1)
+        shards = {name: -(-size // devices) for name, size in parts.items() if name in SHARDED}
+        return {**parts, **shards, "gathered weights": 2 * layer + outside}
+
+
+def at_layers(
+    full: tuple[int, int], name: str, low: float, high: float, small: tuple[int, int], large: tuple[int, int]
+) -> float:
+    """A quantity at all layers, on the line through two numbers of them; of the teacher's if it is named."""
+    model = 1 if "teacher" in name else 0
+    if large[model] == small[model]:
+        return high
+    return max(low + (high - low) / (large[model] - small[model]) * (full[model] - small[model]), 0.0)
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Memory of distinct tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _total(parts: Sizes) -> float:
+    return sum(parts.values())
+
+
+def _layers_are_alike(model: PreTrainedModel) -> bool:
+    """Whether each layer has the same matrices as the first, and none a kind of its own."""
+    shapes = [sorted(tuple(p.shape) for p in layer.parameters()) for layer in layers_of(model)]
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+    return len(kinds) < 2 and all(each == shapes[0] for each in shapes)
+
+
+def _tensors(model: torch.nn.Module) -> Iterable[Tensor]:
+    """Parameters and buffers, each once."""
+    yield from model.parameters()
+    yield from model.buffers()

@@ -1,6 +1,8 @@
 """Students: made from a teacher's layers, or blank; and whether a teacher can teach them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -165,3 +167,77 @@ def blank_model(name: str, config: PreTrainedConfig, dtype: torch.dtype = torch.
     """
     with explained(name, "causal language model"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The two models of a config, known by their configs alone, as they are when the task trains them."""
+
+    config: Config
+    student: PreTrainedConfig
+    teacher: PreTrainedConfig
+    vocabulary: int  # what they choose among: tokens, or classes
+    task: Any  # kdlib.tasks.base.Task
+    notes: Sequence[str] = ()  # what was taken for granted, in words
+
+    @property
+    def layers(self) -> tuple[int, int]:
+        """The student's and the teacher's."""
+        return self.student.num_hidden_layers, self.teacher.num_hidden_layers
+
+    def blank_student(self) -> PreTrainedModel:
+        """With random weights."""
+        return self.task.blank(self.config.student.source, self.student, torch.float32)
+
+    def blank_teacher(self, dtype: torch.dtype) -> PreTrainedModel:
+        """Likewise."""
+        return self.task.blank(self.config.teacher.model, self.teacher, dtype)
+
+    def random_batch(self, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Rows of random tokens as long as the config allows."""
+        return self.task.random_batch(self, rows, generator)
+
+    def with_layers(self, student: int, teacher: int) -> "Outline":
+        """The same with few layers of each model, evenly taken."""
+        ours, theirs = (
+            with_layers(each, even_layers(count, each.num_hidden_layers))
+            for each, count in ((self.student, student), (self.teacher, teacher))
+        )
+        return replace(self, student=ours, teacher=theirs)
+
+
+def outline(config: Config, task: Any, vocabulary: int | None = None) -> Outline:
+    """What is known of a config's models without their weights.
+
+    Args:
+        task: the config's kdlib.tasks.base.Task.
+        vocabulary: what the models choose among, where it is known: the number of the data's classes.
+
+    Raises:
+        ModelError: there is no such model; or the teacher lacks the student's layers.
+    """
+    name, source, notes = config.teacher.model, config.student.source, []
+    teacher = load_config(name)
+    student = teacher if source == "teacher" else load_config(source)
+    for each, stated in ((name, teacher), (source, student)):
+        if type(stated) not in task.known:
+            found = f"{each}: its config is of a {stated.model_type} model, which is no {task.kind}"
+            raise ModelError(f"{found}; choose one that is")
+    if source == "teacher":
+        check_layers(config, teacher.num_hidden_layers)
+        student = with_layers(teacher, kept_layers(config, teacher.num_hidden_layers))
+        if config.student.keep == "influence":
+            notes.append(
+                "which layers the student keeps is seen on text; taken evenly here, which matters where "
+                "layers differ in size"
+            )
+    if getattr(teacher, "quantization_config", None):
+        notes.append("the teacher's quantised weights are counted in the precision of the training")
+    made = task.outlined(config, student, teacher, vocabulary)
+    return replace(made, notes=(*notes, *made.notes))
+
+
+def kept_layers(config: Config, total: int) -> list[int]:
+    """The teacher's layers that its student has, evenly taken where their influence would choose."""
+    keep = config.student.keep
+    return keep if isinstance(keep, list) else even_layers(config.student.layers, total)

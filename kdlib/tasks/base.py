@@ -19,21 +19,10 @@ from kdlib.config.task_rules import TaskRules
 from kdlib.data.batches import Prepared, calibration_rows
 from kdlib.hardware import precision_of
 from kdlib.models.loading import device_of
-from kdlib.models.student import chosen_layers, shallower
+from kdlib.models.student import Outline, chosen_layers, shallower
 from kdlib.models.teacher import LiveTeacher
 
-Check = Callable[[Any], Iterator[Any]]  # kdlib.diagnostics.context.Subject → findings
-
-
-@dataclass(frozen=True)
-class Outline:
-    """The two models of a config, known by their configs alone, as they are when the task trains them."""
-
-    config: Config
-    student: PreTrainedConfig
-    teacher: PreTrainedConfig
-    vocabulary: int  # what they choose among: tokens, or classes
-    notes: Sequence[str] = ()  # what was taken for granted, in words
+Check = Callable[[Any], Iterator[Any]]  # kdlib.diagnostics.context.Context → findings
 
 
 @dataclass(frozen=True)

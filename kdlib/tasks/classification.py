@@ -25,9 +25,10 @@ from kdlib.metrics.paired import results_of, worst_rows
 from kdlib.models.classifier import blank_classifier, load_classifier, named_classes
 from kdlib.models.efficiency import latency_ms, seconds_of
 from kdlib.models.loading import load_config, load_tokenizer
+from kdlib.models.student import Outline
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots.row_view import RowView
-from kdlib.tasks.base import Comparison, Outline, Sample, Task, register
+from kdlib.tasks.base import Comparison, Sample, Task, register
 from kdlib.tasks.language_modeling import first_rows, random_ids
 
 BATCH = 32  # rows per forward pass
@@ -44,7 +45,7 @@ class Classification(Task):
     known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     checks = (
         "documents_are_not_cut",
-        "held_out_text_is_new",
+        "documents_came_once",
         "teacher_has_a_head",
         "both_models_read_their_tokens",
         "enough_rows_are_held_out",
@@ -95,7 +96,7 @@ class Classification(Task):
             each.num_labels = classes
             if each.get_text_config().pad_token_id is None:
                 each.get_text_config().pad_token_id = 0
-        return Outline(config, *made, classes, tuple(notes))
+        return Outline(config, *made, classes, self, notes)
 
     def random_batch(self, plan: Outline, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
         """With tokens of the teacher's own, where the student does not come from it."""

@@ -26,10 +26,10 @@ from kdlib.metrics.bootstrap import Bootstrap, interval
 from kdlib.metrics.paired import differences
 from kdlib.models.efficiency import seconds_of
 from kdlib.models.loading import load_model, load_tokenizer
-from kdlib.models.student import blank_model
+from kdlib.models.student import Outline, blank_model
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots.token_view import TokenView, token_view
-from kdlib.tasks.base import Comparison, Outline, Sample, Task, register
+from kdlib.tasks.base import Comparison, Sample, Task, register
 
 BATCH = 8  # rows per forward pass
 TOKENS = 128  # looked at one by one: as many as one reads
@@ -46,6 +46,7 @@ class LanguageModeling(Task):
     checks = (
         "documents_have_something_to_predict",
         "documents_are_not_cut",
+        "documents_came_once",
         "held_out_text_is_new",
         "enough_is_held_out",
     )
@@ -75,7 +76,7 @@ class LanguageModeling(Task):
                 f"no tokenizer is to be had for {config.teacher.model}: its head's {vocabulary:,} rows are "
                 "taken for the vocabulary"
             )
-        return Outline(config, student, teacher, vocabulary, tuple(notes))
+        return Outline(config, student, teacher, vocabulary, self, notes)
 
     def random_batch(self, plan: Outline, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
         data = plan.config.data

@@ -226,8 +226,9 @@ def main() -> None:
 
 def _cost(config: Config) -> Any:
     """What a run of a sweep takes: memory by tensors without data, time by a few real steps."""
-    from kdlib.diagnostics import measurement, memory
+    from kdlib.diagnostics import memory
     from kdlib.sweeps.run import Cost
+    from kdlib.workbench import measurement
 
     found = memory.forecast(config)
     seconds = measurement.measured(config).seconds

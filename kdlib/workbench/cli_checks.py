@@ -106,17 +106,15 @@ def forecast(
     --measure how long it takes.
     """
     resolved = configs.load(config, override or [])
-    from kdlib.diagnostics import outlook
+    from kdlib.diagnostics import forecast, memory as memories
+    from kdlib.workbench import measurement
 
-    data = outlook.outlook(
-        resolved,
-        memory=memory,
-        devices=devices,
-        rows=rows,
-        measure=measure,
-        every_card=cards,
-    )
-    print(json.dumps(data, indent=1) if as_json else outlook.described(data))
+    options = {"memory": memory, "devices": devices, "rows": rows}
+    data = forecast.advised(resolved, memories.forecast, every_card=cards, **options)
+    if measure:
+        peak = measurement.measured_peak(resolved)
+        data |= {"time": measurement.measured(resolved).as_dict(), "measured": {"peak_bytes": peak}}
+    print(json.dumps(data, indent=1) if as_json else forecast.as_text(data))
 
 
 @checks.command("import")

@@ -17,7 +17,8 @@ import transformers
 from kdlib.config import run as configs
 from kdlib.config.run import Config
 from kdlib.data.batches import Prepared
-from kdlib.diagnostics import doctor, findings, measurement, outlook, parity
+from kdlib.diagnostics import doctor, forecast, memory, parity
+from kdlib.diagnostics.context import as_text
 from kdlib.errors import RunError, nearest
 from kdlib.evaluation import compare, predictions
 from kdlib.hardware import device_memory, precision_of
@@ -35,7 +36,7 @@ from kdlib.runs.log import plan_table, terms_in, training_table
 from kdlib.tasks import base as tasks
 from kdlib.training import run as training, trackers
 from kdlib.training.plan import objective_of, training_arguments
-from kdlib.workbench import teacher_stage
+from kdlib.workbench import measurement, teacher_stage
 
 PACKAGES = ("kdlib", "torch", "transformers", "accelerate", "datasets", "tokenizers", "papermill", "numpy")
 DRY_STEPS = 5
@@ -222,7 +223,7 @@ class Workbench:
             "teacher": self.teacher,
             "student": self.student(),
         }
-        print(f"the doctor: {findings.text(doctor.diagnose(self.config, made=made))}")
+        print(f"the doctor: {as_text(doctor.diagnose(self.config, made=made))}")
 
     def selftest(self) -> pd.DataFrame:
         """What must be equal on this config, these models and this text, compared: a line each, pass or
@@ -263,15 +264,9 @@ class Workbench:
         """Say what the whole run will hold in memory, moment by moment; its time is what the dry run's
         steps foretell.
         """
-        print(
-            outlook.described(
-                outlook.outlook(
-                    self.config,
-                    rows=len(self.prepared.train),
-                    classes=self.prepared.vocabulary,
-                )
-            )
-        )
+        rows, vocabulary = len(self.prepared.train), self.prepared.vocabulary
+        found = forecast.advised(self.config, memory.forecast, rows=rows, vocabulary=vocabulary)
+        print(forecast.as_text(found))
 
     def plan(self) -> pd.DataFrame:
         """Learning rate, weights and temperature at every tenth of the training that the dry run began."""

@@ -4,9 +4,7 @@ The dry run looks at its own steps; `kd forecast --measure` and `kd sweep` have 
 """
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,12 +19,11 @@ from datasets import Dataset
 
 from kdlib.config import run as configs
 from kdlib.config.run import Config
-from kdlib.diagnostics.fake_step import kept_layers
-from kdlib.errors import RunError
 from kdlib.hardware import peak_memory, precision_of
 from kdlib.models.loading import device_of
-from kdlib.models.student import tokenizer_of
+from kdlib.models.student import kept_layers, tokenizer_of
 from kdlib.runs.files import StudentFolder
+from kdlib.runs.fresh_process import in_fresh_process
 from kdlib.tasks import base as tasks
 from kdlib.training import run as training
 from kdlib.training.plan import extent, training_arguments
@@ -49,6 +46,10 @@ class Measured:
     def seconds(self) -> float:
         """Of the whole training, without set-up, checkpoints, baseline and comparison."""
         return self.steps * self.step_s + self.evaluations * self.evaluation_s
+
+    def as_dict(self) -> dict[str, float]:
+        """Everything as plain data."""
+        return {**asdict(self), "seconds": self.seconds}
 
 
 def by_steps(
@@ -88,32 +89,6 @@ def measured_peak(config: Config, *, dense: bool = False) -> int:
     """
     asked = {"config": config.as_dict(), "memory": True, "dense": dense}
     return in_fresh_process(__name__, asked, what=f"training {MEMORY_STEPS} steps of this config")["bytes"]
-
-
-def in_fresh_process(
-    module: str, asked: Mapping[str, Any], *, what: str, memory: bool = True
-) -> dict[str, Any]:
-    """What `python -m module` prints as its last line, given `asked`, both in JSON.
-
-    Args:
-        what: is done there, for the message of an error.
-        memory: is measured there, and not time, which giving blocks back takes.
-
-    Raises:
-        RunError: that process failed; its last words are in the message.
-    """
-    # measured is what is held, not how a heap happened to be cut up: glibc gives blocks back when asked so
-    returned = {"MALLOC_MMAP_THRESHOLD_": "1000000"} if memory else {}
-    done = subprocess.run(
-        [sys.executable, "-m", module, json.dumps(asked)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **returned},
-    )
-    if done.returncode != 0:
-        raise RunError(f"{what} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measured_here(config: Config, *, memory: bool, dense: bool) -> dict[str, Any]:

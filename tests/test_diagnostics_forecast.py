@@ -1,0 +1,85 @@
+"""A forecast as one reads it: verdicts, what would make it fit, which card would do, and the command."""
+
+import sys
+
+import pytest
+from test_diagnostics_memory import parsed, raw
+
+from kdlib.config import run as configs
+from kdlib.diagnostics.forecast import GIB, cards, remedies, single_changes, verdict
+from kdlib.diagnostics.memory import forecast
+from kdlib.workbench import cli
+
+__all__ = ["raw"]
+
+
+def test_remedies_lower_the_peak_and_keep_the_effective_batch(raw):
+    config = parsed(raw, data__max_length=128, training__per_device_train_batch_size=8)
+    found = forecast(config)
+    tried = [changes for _, changes in single_changes(config, found)]
+    assert len(tried) == 7  # checkpointing, three smaller batches, chunks, bfloat16, half as long rows
+    for changes in (tried[0], tried[1], tried[-1]):
+        changed = configs.parse(config.as_dict(), changes)
+        assert forecast(changed).peak < found.peak
+        assert (
+            changed.training["per_device_train_batch_size"]
+            * changed.training.get("gradient_accumulation_steps", 1)
+            == 8
+        )
+
+
+class Fixed:
+    """A forecast of this peak."""
+
+    def __init__(self, peak):
+        self.peak, self.moment, self.chunk, self.precision = peak, "backward", 64, "bfloat16"
+
+
+def test_the_cheapest_remedies_that_suffice_are_named(raw):
+    peaks = {True: 50, False: 200}
+    config = parsed(raw, data__max_length=128)
+
+    def forecaster(changed):
+        return Fixed(peaks[bool(changed.training.get("activation_checkpointing"))])
+
+    named = remedies(config, Fixed(200), 100, forecaster)
+    assert [remedy.overrides for remedy in named] == ["-o training.activation_checkpointing=true"]
+    (least,) = remedies(config, Fixed(200), 10, forecaster)
+    assert least.peak == 50  # all together, and still too much
+    assert remedies(config, Fixed(200), 300, forecaster) == []
+
+
+def test_cards_are_judged_each_with_its_cheapest_change(raw):
+    config = parsed(raw, data__max_length=128)
+    lines = cards(
+        config,
+        Fixed(20 * GIB),
+        lambda changed: Fixed((9 if changed.training.get("activation_checkpointing") else 19) * GIB),
+        sizes=(8, 12, 24),
+    )
+    assert [line["verdict"] for line in lines] == ["does not fit", "does not fit", "fits"]
+    assert lines[0]["remedy"].peak == 9 * GIB  # at least
+    assert lines[1]["remedy"].changes == {"training.activation_checkpointing": True}
+    assert lines[2]["remedy"] is None
+
+
+def test_the_command_says_what_is_held_when_and_whether_it_fits(config_file, capsys):
+    cli.app(["forecast", str(config_file), "--memory", "16"], standalone_mode=False)
+    said = capsys.readouterr().out
+    assert "optimizer state" in said
+    assert "16.00 GiB: fits" in said
+    assert "time: measure it with --measure" in said
+
+
+def test_a_model_that_is_not_there_is_named_without_a_traceback(config_file, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kd", "forecast", str(config_file), "-o", "teacher.model=./nowhere"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    said = capsys.readouterr().err
+    assert "nowhere" in said
+    assert "Traceback" not in said
+
+
+def test_a_verdict_leaves_room_for_the_forecasts_error():
+    assert [verdict(100, memory) for memory in (116, 110, 99)] == ["fits", "tight", "does not fit"]
