@@ -7,8 +7,7 @@ from tokenizers.processors import TemplateProcessing
 
 from kdlib.config.run import parse
 from kdlib.config.sections import DataConfig
-from kdlib.data.prompts import continued
-from kdlib.data.qa import prepare
+from kdlib.data.qa import continued, prepare
 from kdlib.errors import ConfigError, DataError
 from kdlib.losses.signals import IGNORED
 from kdlib.tasks import base as tasks

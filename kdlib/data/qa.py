@@ -3,51 +3,55 @@
 A row is {"input_ids", "prompt_tokens", "text": the question}, with "read_only" in conversations.  Of a
 multiple choice the right choice is learned, and every choice of every held-out question stands in
 `Prepared.choices` to be scored.
+
+A multiple choice is written as lm-eval writes it, `Question: …\\nAnswer:` and ` <choice>`, without a chat
+template and without an end of text after the choice, so that what is trained is what is scored.  A free
+answer is written in the tokenizer's chat template where it has one, and ends as the model is to end it: with
+the template's own end of turn, or with EOS.
 """
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from os.path import commonprefix
 from typing import Any
 
 import datasets
 from datasets import Dataset
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from kdlib.config.sections import DataConfig
 from kdlib.data.batches import Prepared, collate, fingerprint
-from kdlib.data.prompts import Encoded, encoded_choices, encoded_response
-from kdlib.data.qa_rows import Item, collected, form_of, read_items, refusal
+from kdlib.data.qa_rows import Fault, Item, collected, form_of, read_items, refusal
 from kdlib.data.sources import read_splits
 from kdlib.data.text import beginning
 from kdlib.errors import DataError, nearest
 
-ROWS = datasets.Features(
-    {
-        "input_ids": datasets.List(datasets.Value("int32")),
-        "prompt_tokens": datasets.Value("int32"),
-        "text": datasets.Value("string"),
-        "read_only": datasets.List(datasets.Value("int32")),
-    }
-)
-CHOICES = datasets.Features(
-    {
-        "item": datasets.Value("int32"),
-        "choice": datasets.Value("int32"),
-        "input_ids": datasets.List(datasets.Value("int32")),
-        "prompt_tokens": datasets.Value("int32"),
-        "is_answer": datasets.Value("bool"),
-        "characters": datasets.Value("int32"),
-        "text": datasets.Value("string"),
-        "question": datasets.Value("string"),
-    }
-)
+INT, TEXT, IDS = datasets.Value("int32"), datasets.Value("string"), datasets.List(datasets.Value("int32"))
+ROWS = datasets.Features({"input_ids": IDS, "prompt_tokens": INT, "text": TEXT, "read_only": IDS})
+ASKED = {"item": INT, "choice": INT, "is_answer": datasets.Value("bool"), "text": TEXT, "question": TEXT}
+CHOICES = datasets.Features({**ASKED, "characters": INT, "input_ids": IDS, "prompt_tokens": INT})
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A row's tokens: the first `prompt_tokens` are given, and so are the spans `read_only`."""
+
+    input_ids: list[int]
+    prompt_tokens: int
+    read_only: tuple[int, ...] = ()  # start, end, start, end, …
+    turns_read_only: int = 0  # the assistant's, that the template shows otherwise once the talk has gone on
+
+    @property
+    def learned(self) -> int:
+        """How many tokens are learned."""
+        return len(self.input_ids) - self.prompt_tokens - sum(self.read_only[1::2]) + sum(self.read_only[::2])
 
 
 def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Prepared:
-    """Read, split by question and tokenize the questions of a config; nothing is cut, and nothing left out
-    but exact repetitions.
+    """Read, split by question and tokenize; nothing is cut, and nothing left out but exact repetitions.
 
     The split, the order and the fingerprint depend on the rows and `data.split_seed` (else the seed) alone.
 
@@ -66,69 +70,64 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int
     for name, items in splits.items():
         encoded = _encoded(config, name, items, form, tokenizer, first)
         limit = config.max_train_rows if name == "train" else config.max_eval_rows
-        taken = (
-            range(len(items))
-            if limit is None
-            else sorted(random.Random(seed).sample(range(len(items)), min(limit, len(items))))
-        )
-        items, encoded = [items[n] for n in taken], [encoded[n] for n in taken]
-        rows[name] = _rows(items, encoded)
+        if limit is not None and limit < len(items):
+            taken = sorted(random.Random(seed).sample(range(len(items)), limit))
+            items, encoded = [items[n] for n in taken], [encoded[n] for n in taken]
+        learned = [each[item.right] for item, each in zip(items, encoded, strict=True)]
+        rows[name] = _rows(items, learned)
         if form == "multiple choice" and name != "train":
             choices[name] = _choices(items, encoded)
-        notes |= {f"{name}_{what}": figure for what, figure in _counts(items, encoded).items()}
+        notes |= {
+            f"{name}_documents": len({item.question for item in items}),
+            f"{name}_documents_shorter_than_two_tokens": 0,
+            f"{name}_rows": len(items),
+            f"{name}_tokens": sum(len(row.input_ids) for row in learned),
+            f"{name}_learned_tokens": sum(row.learned for row in learned),
+            f"{name}_longest": max(len(row.input_ids) for each in encoded for row in each),
+        }
+        if form == "messages":
+            notes[f"{name}_turns_read_only"] = sum(row.turns_read_only for row in learned)
+        elif form == "multiple choice":
+            notes[f"{name}_choices"] = sum(len(item.answers) for item in items)
     notes |= {"form": form, "each_document_begins_with": tokenizer.decode(first)}
     notes["fingerprint"] = fingerprint(*rows.values(), *choices.values())
-    return Prepared(
-        rows["train"],
-        rows["validation"],
-        notes,
-        partial(collate, pad_id=tokenizer.pad_token_id),
-        len(tokenizer),
-        test=rows.get("test"),
-        choices=choices,
-    )
+    gathered, test = partial(collate, pad_id=tokenizer.pad_token_id), rows.get("test")
+    sides = rows["train"], rows["validation"]
+    return Prepared(*sides, notes, gathered, len(tokenizer), test=test, choices=choices)
 
 
 def _splits(
     config: DataConfig, found: Mapping[str, Dataset], form: str, *, seed: int, notes: dict[str, Any]
 ) -> dict[str, list[Item]]:
-    """Train, validation, and test where there is one: the source's own as they stand, else taken from
-    train by question.
-    """
-    named = {
-        "validation": config.validation if isinstance(config.validation, str) else "validation",
-        "test": config.test if isinstance(config.test, str) else "test",
-    }
-    for what, split in named.items():
-        if split not in found and split == getattr(config, what):
+    """Train, validation, test where there is one: the source's own as they stand, else taken by question."""
+    asked = {"validation": config.validation, "test": config.test}
+    own = {what: each if isinstance(each, str) else what for what, each in asked.items()}
+    for what, split in own.items():
+        if split not in found and split == asked[what]:
             raise DataError(
                 f"{config.source}: no split {split!r}{nearest(split, found)}; it has {', '.join(found)}: "
                 f"name one of them in data.{what}, or write a share of the rows, as 0.1"
             )
-    own = {what: split for what, split in named.items() if split in found}
+    own = {what: split for what, split in own.items() if split in found}
     if isinstance(config.test, float):
         own.pop("test", None)
-    elif (
-        own.get("test")
-        and config.test is None
-        and form == "multiple choice"
-        and _has_no_answers(found[own["test"]], config)
-    ):
-        notes["test"] = "the source's own has no answers and is not used"
-        own.pop("test")
+    elif "test" in own and config.test is None and form == "multiple choice":
+        rows = found[own["test"]]
+        answers = rows[config.answer] if config.answer in rows.column_names else [0]
+        if all(answer in (None, "", -1, "-1") for answer in answers):
+            notes["test"] = "the source's own has no answers and is not used"
+            own.pop("test")
     splits = {"train": read_items(config, found["train"], "train", form)}
     splits |= {what: read_items(config, found[split], split, form) for what, split in own.items()}
-    shares = {"validation": config.validation} if "validation" not in own else {}
+    shares = {} if "validation" in own else {"validation": config.validation}
     shares |= {"test": config.test} if isinstance(config.test, float) else {}
-    first = {}
+    notes["split"] = "by question" if "validation" in shares else "the source's own"
+    if "test" in shares or "test" in own:
+        notes["test"] = f"{config.test:g} of the questions" if "test" in shares else "the source's own"
+    first: dict[Item, Item] = {}
     for item in splits["train"]:
         first.setdefault(replace(item, where=""), item)
     unique = list(first.values())
-    notes["split"] = "by question" if "validation" in shares else "the source's own"
-    if "test" in shares:
-        notes["test"] = f"{shares['test']:g} of the questions"
-    elif "test" in own:
-        notes["test"] = "the source's own"
     notes["duplicate_documents_left_out"] = len(splits["train"]) - len(unique) if shares else 0
     if shares:
         splits |= _taken(config, unique, shares, seed)
@@ -149,19 +148,13 @@ def _taken(
     if start >= len(questions):
         raise DataError(
             f"{config.source}: {len(questions)} question{'s' * (len(questions) != 1)} in train, of which "
-            f"{start} would be held "
-            f"out for {' and '.join(shares)}; give more, or lower data.{' and data.'.join(shares)}"
+            f"{start} would be held out for {' and '.join(shares)}; give more, or lower "
+            f"data.{' and data.'.join(shares)}"
         )
-    return {
-        what: [item for item in items if side.get(item.question, "train") == what]
-        for what in ("train", *shares)
-    }
-
-
-def _has_no_answers(rows: Dataset, config: DataConfig) -> bool:
-    return config.answer in rows.column_names and all(
-        answer in (None, "", -1, "-1") for answer in rows[config.answer]
-    )
+    sides = {what: [] for what in ("train", *shares)}
+    for item in items:
+        sides[side.get(item.question, "train")].append(item)
+    return sides
 
 
 def _check_one_answer(config: DataConfig, items: Sequence[Item]) -> None:
@@ -173,17 +166,11 @@ def _check_one_answer(config: DataConfig, items: Sequence[Item]) -> None:
             if earlier.answers[earlier.right] != item.answers[item.right]:
                 faults.append(
                     f"{item.where}: asks what {earlier.where} asks, whose answer is "
-                    f"{earlier.answers[earlier.right]!r}, and "
-                    f"answers {item.answers[item.right]!r}"
+                    f"{earlier.answers[earlier.right]!r}, and answers {item.answers[item.right]!r}"
                 )
     if faults:
-        raise DataError(
-            refusal(
-                f"{config.source}: {{count}} with another answer to a "
-                "question asked before; keep one of each",
-                faults,
-            )
-        )
+        found = f"{config.source}: {{count}} with another answer to a question asked before; keep one of each"
+        raise DataError(refusal(found, faults))
 
 
 def _encoded(
@@ -199,38 +186,28 @@ def _encoded(
     Raises:
         DataError: rows that cannot be written, or that are longer than data.max_length.
     """
-    write = encoded_choices if form == "multiple choice" else lambda *args: [encoded_response(*args)]
-    made = collected(
-        lambda item: write(item, tokenizer, first),
-        items,
-        name=lambda item: item.where,
-        found=(
-            f"{config.source}: {{count}} of {name} that cannot be written as tokens; mend them, or take "
-            "them out"
-        ),
-    )
+    write, source = encoded_choices if form == "multiple choice" else encoded_response, config.source
+    wheres = [item.where for item in items]
+    found = f"{source}: {{count}} of {name} that cannot be written as tokens; mend them, or take them out"
+    made = collected(lambda item: write(item, tokenizer, first), items, wheres, found)
     longest = [max(each, key=lambda row: len(row.input_ids)) for each in made]
     faults = [
-        f"{item.where}: {len(row.input_ids)} tokens, {row.prompt_tokens} before the answer"
-        for item, row in zip(items, longest, strict=True)
+        f"{where}: {len(row.input_ids)} tokens, {row.prompt_tokens} before the answer"
+        for where, row in zip(wheres, longest, strict=True)
         if len(row.input_ids) > config.max_length
     ]
     if faults:
         needed = max(len(row.input_ids) for row in longest)
-        raise DataError(
-            refusal(
-                f"{config.source}: {{count}} of {name} longer than data.max_length = {config.max_length}, "
-                "whose answers would be cut; raise "
-                f"data.max_length to {needed}, or take them out",
-                faults,
-            )
+        found = (
+            f"{source}: {{count}} of {name} longer than data.max_length = {config.max_length}, whose answers "
+            f"would be cut; raise data.max_length to {needed}, or take them out"
         )
+        raise DataError(refusal(found, faults))
     return made
 
 
-def _rows(items: Sequence[Item], encoded: Sequence[Sequence[Encoded]]) -> Dataset:
+def _rows(items: Sequence[Item], learned: Sequence[Encoded]) -> Dataset:
     """What is learned of each item: its right choice, or its response."""
-    learned = [each[item.right] for item, each in zip(items, encoded, strict=True)]
     columns = {
         "input_ids": [row.input_ids for row in learned],
         "prompt_tokens": [row.prompt_tokens for row in learned],
@@ -238,43 +215,100 @@ def _rows(items: Sequence[Item], encoded: Sequence[Sequence[Encoded]]) -> Datase
         "read_only": [list(row.read_only) for row in learned],
     }
     made = Dataset.from_dict(columns, features=ROWS)
-    return made if any(row.read_only for row in learned) else made.remove_columns("read_only")
+    return made if any(columns["read_only"]) else made.remove_columns("read_only")
 
 
 def _choices(items: Sequence[Item], encoded: Sequence[Sequence[Encoded]]) -> Dataset:
     """Every choice of every item, a row each, in order."""
-    return Dataset.from_list(
-        [
-            {
-                "item": number,
-                "choice": choice,
-                "is_answer": choice == item.right,
-                "text": item.answers[choice],
-                "question": item.question,
-                "characters": len(item.answers[choice]),
-                "input_ids": row.input_ids,
-                "prompt_tokens": row.prompt_tokens,
-            }
-            for number, (item, each) in enumerate(zip(items, encoded, strict=True))
-            for choice, row in enumerate(each)
-        ],
-        features=CHOICES,
-    )
+    rows = []
+    for number, (item, each) in enumerate(zip(items, encoded, strict=True)):
+        for choice, (answer, row) in enumerate(zip(item.answers, each, strict=True)):
+            said = {"text": answer, "characters": len(answer), "is_answer": choice == item.right}
+            made = {"input_ids": row.input_ids, "prompt_tokens": row.prompt_tokens}
+            rows.append({"item": number, "choice": choice, "question": item.question, **said, **made})
+    return Dataset.from_list(rows, features=CHOICES)
 
 
-def _counts(items: Sequence[Item], encoded: Sequence[Sequence[Encoded]]) -> dict[str, Any]:
-    """What the notes say of a split."""
-    learned = [each[item.right] for item, each in zip(items, encoded, strict=True)]
-    counts = {
-        "documents": len({item.question for item in items}),
-        "documents_shorter_than_two_tokens": 0,
-        "rows": len(items),
-        "tokens": sum(len(row.input_ids) for row in learned),
-        "learned_tokens": sum(row.learned for row in learned),
-        "longest": max(len(row.input_ids) for each in encoded for row in each),
-    }
-    if any(item.messages for item in items):
-        counts["turns_read_only"] = sum(row.turns_read_only for row in learned)
-    elif any(len(item.answers) > 1 for item in items):
-        counts["choices"] = sum(len(item.answers) for item in items)
-    return counts
+def encoded_choices(item: Item, tokenizer: PreTrainedTokenizerBase, first: Sequence[int]) -> list[Encoded]:
+    """The prompt with each choice in turn; `first` begins every row ([BOS], or nothing).
+
+    Raises:
+        Fault: a choice has no token of its own.
+    """
+    asked = f"Question: {item.question}\nAnswer:"
+    made = [continued(asked, f" {choice}", tokenizer, first) for choice in item.answers]
+    for number, (choice, each) in enumerate(zip(item.answers, made, strict=True)):
+        if each.learned < 1:
+            raise Fault(f"choice {number}, {choice!r}, makes no token of its own after the prompt")
+    return made
+
+
+def encoded_response(item: Item, tokenizer: PreTrainedTokenizerBase, first: Sequence[int]) -> list[Encoded]:
+    """A free answer after its prompt, one row.
+
+    Raises:
+        Fault: the chat template refuses the messages, or there is none.
+    """
+    prompt, response = item.question, item.answers[0]
+    if tokenizer.chat_template:
+        messages = item.messages or (("user", prompt), ("assistant", response))
+        return [_conversation(messages, tokenizer)]
+    if item.messages:
+        raise Fault(
+            "messages need a chat template, and the tokenizer has none; write them as prompt and response"
+        )
+    between = "" if prompt[-1].isspace() or response[0].isspace() else " "
+    made = continued(prompt, between + response, tokenizer, first)
+    return [Encoded([*made.input_ids, tokenizer.eos_token_id], made.prompt_tokens)]
+
+
+def continued(
+    prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase, first: Sequence[int] = ()
+) -> Encoded:
+    """Both tokenized together, as a model reads them, and parted after as many tokens as the prompt has.
+
+    White space at the prompt's end goes to the answer, where tokenizers have it.  lm-eval does the same
+    (`_encode_pair`), which is what makes its scores and ours equal.
+    """
+    given = prompt.rstrip()
+    alone, whole = tokenizer([given, prompt + answer], add_special_tokens=False, verbose=False)["input_ids"]
+    return Encoded([*first, *alone, *whole[len(alone) :]], len(first) + len(alone))
+
+
+def _conversation(messages: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """All of a conversation, of which each answer of the assistant's is learned, with the end of its turn.
+
+    An answer is learned where the whole conversation shows it as it stood when it was given: templates that
+    strip an earlier turn (of its reasoning, say) leave no such place, and the turn is read only.  What a
+    template puts before an answer is given.
+    """
+    whole = _shown(messages, tokenizer)
+    spans, lost = [], 0
+    for number, (role, content) in enumerate(messages):
+        if role == "assistant":
+            before, after = (_shown(messages[:end], tokenizer).rstrip() for end in (number, number + 1))
+            opened = commonprefix([_shown(messages[:number], tokenizer, add_generation_prompt=True), whole])
+            place = whole.find(content.strip(), max(len(opened), len(before)), len(after))
+            is_there = whole.startswith(before) and whole.startswith(after) and place >= 0
+            spans, lost = [*spans, (place, len(after))] if is_there else spans, lost + (not is_there)
+    tokens = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    learned = [any(start <= place < end for start, end in spans) for place, _ in tokens["offset_mapping"]]
+    if not any(learned):
+        raise Fault(
+            "the chat template does not show the assistant's answer as it stands: nothing is there to learn"
+        )
+    ids = list(tokens["input_ids"])
+    if learned[-1] and ids[-1] not in tokenizer.all_special_ids:
+        ids, learned = [*ids, tokenizer.eos_token_id], [*learned, True]
+    prompt = learned.index(True)
+    edges = [place for place in range(prompt + 1, len(learned)) if learned[place] != learned[place - 1]]
+    read_only = [*edges, len(learned)] if len(edges) % 2 else edges
+    return Encoded(ids, prompt, tuple(read_only), lost)
+
+
+def _shown(messages: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
+    spoken = [{"role": role, "content": content} for role, content in messages]
+    try:
+        return tokenizer.apply_chat_template(spoken, tokenize=False, **options)
+    except TemplateError as error:
+        raise Fault(f"the chat template refuses these messages: {error}") from error

@@ -73,31 +73,26 @@ def read_items(config: DataConfig, rows: Dataset, split: str, form: str) -> list
             "in all splits"
         )
     readers = {"multiple choice": _multiple_choice, "messages": _conversation, "prompt and response": _pair}
+    wheres = [f"row {number} of {split}" for number in range(len(rows))]
+    nothing = "with nothing to ask or to answer; mend them, or take them out"
+    each, read = list(zip(wheres, rows, strict=True)), readers[form]
     return collected(
-        lambda number: readers[form](config, f"row {number} of {split}", rows[number]),
-        range(len(rows)),
-        name=lambda number: f"row {number} of {split}",
-        found=(
-            f"{config.source}: {{count}} of {split} with nothing to ask or to answer; mend them, or take "
-            "them out"
-        ),
+        lambda one: read(config, *one), each, wheres, f"{config.source}: {{count}} of {split} {nothing}"
     )
 
 
-def collected(
-    make: Callable[[Any], Any], each: Sequence[Any], *, name: Callable[[Any], str], found: str
-) -> list[Any]:
-    """`make` of each of them.
+def collected(make: Callable[[Any], Any], each: Sequence, wheres: Sequence[str], found: str) -> list[Any]:
+    """`make` of each of them; `wheres` says where each stands.
 
     Raises:
         DataError: `found`, with {count} as `3 rows`, and the first ten faults, a line each.
     """
     made, faults = [], []
-    for one in each:
+    for one, where in zip(each, wheres, strict=True):
         try:
             made.append(make(one))
         except Fault as fault:
-            faults.append(f"{name(one)}: {fault}")
+            faults.append(f"{where}: {fault}")
     if faults:
         raise DataError(refusal(found, faults))
     return made

@@ -5,7 +5,7 @@ from collections import Counter
 
 from hypothesis import given, settings, strategies as st
 
-from kdlib.data.strata import apportioned, held_out, sample
+from kdlib.data.classification import apportioned, held_out, sample
 
 SIZES = st.lists(st.integers(0, 50), min_size=1, max_size=8)
 

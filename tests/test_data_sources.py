@@ -11,8 +11,8 @@ from sklearn.linear_model import LogisticRegression
 
 from kdlib.config.sections import DataConfig
 from kdlib.data.classification import split_texts
-from kdlib.data.sections import SECTIONS, SHORTEST, stdlib_sections
-from kdlib.data.sources import read_splits
+from kdlib.data.labelled_rows import counts
+from kdlib.data.sources import SECTIONS, SHORTEST, read_splits, stdlib_sections
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +49,12 @@ def test_docstrings_are_read_without_importing_anything():
 
 def test_no_module_is_on_two_sides_and_every_class_is_near_its_share(split):
     splits, labels, notes = split
-    sides = [set(texts.groups) for texts in splits.values()]
+    sides = [set(texts["group"]) for texts in splits.values()]
     assert all(not one & other for one, other in [*pairwise(sides), (sides[0], sides[2])])
     whole = sum(map(len, splits.values()))
     assert 0.1 <= len(splits["validation"]) / whole <= 0.2
     assert 0.15 <= len(splits["test"]) / whole <= 0.25
-    assert all(min(texts.counts(labels).values()) >= 5 for texts in splits.values())
+    assert all(min(counts(texts, labels).values()) >= 5 for texts in splits.values())
     reached = len(splits["validation"]) / whole  # whole modules: near the share asked for, and said as it is
     assert notes["split"] == f"{reached:.3g} of the rows, by class, and whole modules"
 
@@ -62,6 +62,6 @@ def test_no_module_is_on_two_sides_and_every_class_is_near_its_share(split):
 def test_words_alone_tell_a_section_far_above_chance_but_not_for_certain(split):
     train, test = split[0]["train"], split[0]["test"]
     words = TfidfVectorizer(sublinear_tf=True, min_df=2)
-    model = LogisticRegression(C=10, max_iter=200).fit(words.fit_transform(train.texts), train.classes)
-    accuracy = model.score(words.transform(test.texts), test.classes)
+    model = LogisticRegression(C=10, max_iter=200).fit(words.fit_transform(train["text"]), train["class"])
+    accuracy = model.score(words.transform(test["text"]), test["class"])
     assert 0.3 < accuracy < 0.8  # always the largest class: 0.12
