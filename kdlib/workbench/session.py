@@ -23,8 +23,7 @@ from kdlib.errors import RunError, nearest
 from kdlib.evaluation import compare, predictions
 from kdlib.hardware import device_memory, precision_of
 from kdlib.losses.objective import ObjectiveAt
-from kdlib.losses.signals import kept
-from kdlib.models.loading import device_of, parameters
+from kdlib.models.loading import device_of
 from kdlib.models.student import check_pair, tokenizer_of
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots import comparison as plots
@@ -32,11 +31,11 @@ from kdlib.plots.softening import Sight
 from kdlib.runs import folder as runs
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.folder import Run
-from kdlib.runs.log import plan_table, terms_in, training_table
+from kdlib.runs.log import plan_table, training_table
 from kdlib.tasks import base as tasks
 from kdlib.training import run as training, trackers
 from kdlib.training.plan import objective_of, training_arguments
-from kdlib.workbench import measurement, teacher_stage
+from kdlib.workbench import measurement, tables, teacher_stage
 
 PACKAGES = ("kdlib", "torch", "transformers", "accelerate", "datasets", "tokenizers", "papermill", "numpy")
 DRY_STEPS = 5
@@ -63,13 +62,12 @@ def open_run(
     # relative paths in a config mean the same in JupyterLab, which starts in notebooks/
     os.chdir(runs.project_root())
     root, name = runs.locate(run) if run else (runs.default_root(), None)
+    origin = {"config_file": str(config), "smoke": smoke}
     if name is None and not new:
-        origin = {"config_file": str(config), "smoke": smoke}
-        found = [r.name for r in runs.all_runs(root) if origin.items() <= r.manifest.items()]
+        found = [each.name for each in runs.all_runs(root) if origin.items() <= each.manifest.items()]
         if not found:
-            raise RunError(
-                f"there is no {'smoke ' * smoke}run of {config} yet; run 00_setup first, or name one in `run`"
-            )
+            kind = f"{'smoke ' * smoke}run of {config}"
+            raise RunError(f"there is no {kind} yet; run 00_setup first, or name one in `run`")
         name = found[0]
     if name is not None and (root / name).exists():
         opened = runs.open_run(root, name)
@@ -77,9 +75,7 @@ def open_run(
             opened = runs.open_run(root, name, configs.parse(opened.config.as_dict(), overrides))
     else:
         resolved = configs.load(config, overrides, smoke=smoke)
-        opened = runs.create(
-            root, name or runs.new_name(config, smoke=smoke), resolved, config_file=str(config), smoke=smoke
-        )
+        opened = runs.create(root, name or runs.new_name(config, smoke=smoke), resolved, **origin)
     print(f"run: {opened.name} ({opened.status['state']})")
     return Workbench(opened)
 
@@ -102,6 +98,10 @@ class Workbench:
         transformers.utils.logging.disable_progress_bar()
         if runs.headless():  # and a frozen bar is noise in a log
             datasets.disable_progress_bars()
+
+    @property
+    def task(self) -> tasks.Task:
+        return tasks.task_of(self.config)
 
     @cached_property
     def tokenizer(self):
@@ -127,13 +127,13 @@ class Workbench:
         return objective_of(self.config, weights).at(fraction)
 
     def setup(self) -> pd.DataFrame:
-        """Load everything once, choose the student's layers, write the manifest; returns what was found, for
-        reading.
+        """Load everything once, choose the student's layers, write the manifest; returns what was found.
 
         A teacher that has a stage of its own to go through does so first.
         """
         self.config = teacher_stage.taught(self.run.config, self.run)
-        dtype, reason = precision_of(self.config.precision, device_of(self.config.wanted_device))
+        device = device_of(self.config.wanted_device)
+        dtype, reason = precision_of(self.config.precision, device)
         layers = tasks.layers_for_student(self.config, self.teacher.model, self.prepared)
         self.run.add_to_manifest(
             student_layers=layers,
@@ -147,30 +147,22 @@ class Workbench:
                 "system": platform.system(),
                 "processor": platform.machine(),
                 "threads": torch.get_num_threads(),
-                "memory_gib": round(device_memory(device_of(self.config.wanted_device))[0] / 2**30, 1),
+                "memory_gib": round(device_memory(device)[0] / 2**30, 1),
                 "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             },
         )
-        student = self.student()
-        return _facts(
-            {
-                "teacher": f"{self.config.teacher.model}: {parameters(self.teacher.model) / 1e6:.1f} "
-                "M parameters, "
-                f"{self.teacher.model.config.num_hidden_layers} layers",
-                "student": (
-                    f"{parameters(student) / 1e6:.1f} M parameters, {student.config.num_hidden_layers} layers"
-                )
-                + (f": the teacher's {layers}" if layers else ""),
-                **tasks.task_of(self.config).facts(self.prepared, self.tokenizer, self.teacher),
-                **_texts(self.prepared.notes),
-                "fingerprint": self.prepared.notes["fingerprint"],
-                "precision": self.run.manifest["precision"],
-                "objective": self.formula(),
-                "baseline": self.objective_at(self.config.baseline.weights).formula
-                if self.config.baseline
-                else "none",
-            }
-        )
+        baseline = self.config.baseline
+        facts = {
+            "teacher": f"{self.config.teacher.model}: {tables.size_of(self.teacher.model)}",
+            "student": tables.size_of(self.student()) + (f": the teacher's {layers}" if layers else ""),
+            **self.task.facts(self.prepared, self.tokenizer, self.teacher),
+            **tables.texts_in(self.prepared.notes),
+            "fingerprint": self.prepared.notes["fingerprint"],
+            "precision": self.run.manifest["precision"],
+            "objective": self.formula(),
+            "baseline": self.objective_at(baseline.weights).formula if baseline else "none",
+        }
+        return tables.of_facts(facts)
 
     def formula(self) -> str:
         """The resolved objective at the start, and at the end where it moves."""
@@ -179,34 +171,12 @@ class Workbench:
 
     def shapes(self) -> pd.DataFrame:
         """One training batch, and what each model makes of it."""
-        batch = self._two_rows()
-        tokens = kept(batch["labels"])
-        columns, unit = {}, tasks.task_of(self.config).unit
-        for name, model in (
-            ("teacher", self.teacher),
-            ("student", tasks.asked(self.student(), self.prepared)),
-        ):
-            signal = model(batch, tokens)
-            columns[name] = {
-                "input_ids [B, T]": list(batch[f"{model.reads}input_ids"].shape),
-                f"kept {unit}s N": len(tokens.targets),
-                "layers, hidden size": (
-                    f"{model.model.config.num_hidden_layers}, {model.model.config.hidden_size}"
-                ),
-                "logits [N, V]": [len(signal), signal.logits(slice(0, 1)).shape[-1]],
-                "head": "applied in chunks"
-                if model.form
-                else f"all logits at once: {'classes' if unit == 'row' else 'no plain head'}",
-            }
-        return pd.DataFrame(columns)
+        models = {"teacher": self.teacher, "student": tasks.asked(self.student(), self.prepared)}
+        return tables.of_shapes(models, self.prepared, self.task.unit)
 
     def example(self) -> Any:
         """The first training row and what is learned of it, as the task shows it."""
-        return tasks.task_of(self.config).example(self.prepared, self.tokenizer, self.teacher)
-
-    def _two_rows(self) -> dict[str, torch.Tensor]:
-        rows = [self.prepared.train[i] for i in range(min(2, len(self.prepared.train)))]
-        return self.prepared.collate(rows)
+        return self.task.example(self.prepared, self.tokenizer, self.teacher)
 
     @property
     def trial(self) -> StudentFolder:
@@ -214,33 +184,20 @@ class Workbench:
         return StudentFolder(self.run.path / "dry_run")
 
     def doctor(self) -> None:
-        """Say what is wrong with this config, data and models before they train; `kd doctor --fix` mends
-        what is unambiguous.
-        """
-        made = {
-            "tokenizer": self.tokenizer,
-            "prepared": self.prepared,
-            "teacher": self.teacher,
-            "student": self.student(),
-        }
-        print(f"the doctor: {as_text(doctor.diagnose(self.config, made=made))}")
+        """Say what is wrong with this config, data and models before they train; kd doctor --fix mends."""
+        print(f"the doctor: {as_text(doctor.diagnose(self.config, made=self._made()))}")
 
     def selftest(self) -> pd.DataFrame:
-        """What must be equal on this config, these models and this text, compared: a line each, pass or
-        fail.
-        """
-        return parity.parity(
-            self.config,
-            student=self.student(),
-            teacher=self.teacher,
-            tokenizer=self.tokenizer,
-            prepared=self.prepared,
-        )
+        """What must be equal on this config, these models and this text, compared: a line each."""
+        return parity.parity(self.config, **self._made())
+
+    def _made(self) -> dict[str, Any]:
+        """All that a training takes, with a fresh student."""
+        made = {"tokenizer": self.tokenizer, "prepared": self.prepared}
+        return {**made, "teacher": self.teacher, "student": self.student()}
 
     def dry_run(self) -> pd.DataFrame:
-        """Five optimizer steps of the real schedule and one evaluation; returns the component table, step
-        by step.
-        """
+        """Five optimizer steps of the real schedule and one evaluation; returns the terms, step by step."""
         folder = self.trial
         shutil.rmtree(folder.path, ignore_errors=True)
         trial = self._train(folder, None, label="dry run", stop_after=DRY_STEPS)
@@ -258,29 +215,17 @@ class Workbench:
             f"{took.step_s:.1f} s and {took.evaluations} evaluations, so {took.seconds / 60:.1f} minutes; "
             f"memory in use {table['memory_gib'].max():.1f} GiB"
         )
-        return _step_table(table)
+        return tables.of_steps(table)
 
     def forecast(self) -> None:
-        """Say what the whole run will hold in memory, moment by moment; its time is what the dry run's
-        steps foretell.
-        """
+        """Say what the whole run will hold in memory, moment by moment; the dry run's steps tell its time."""
         rows, vocabulary = len(self.prepared.train), self.prepared.vocabulary
         found = forecast.advised(self.config, memory.forecast, rows=rows, vocabulary=vocabulary)
         print(forecast.as_text(found))
 
     def plan(self) -> pd.DataFrame:
         """Learning rate, weights and temperature at every tenth of the training that the dry run began."""
-        table = plan_table(self.trial)
-        shown = (
-            table.iloc[[round(i * (len(table) - 1) / 10) for i in range(11)]]
-            .drop_duplicates()
-            .set_index("step")
-        )
-        return (
-            shown.assign(learning_rate=shown["learning_rate"].map("{:.1e}".format))
-            if "learning_rate" in shown
-            else shown
-        )
+        return tables.of_plan(plan_table(self.trial))
 
     def train(self) -> None:
         """The distilled student, from its last checkpoint where there is one."""
@@ -292,29 +237,23 @@ class Workbench:
             self._train(self.run.baseline, self.config.baseline.weights, label="baseline")
 
     def compare(self) -> dict[str, Any]:
-        """All models on the held-out rows; writes comparison_results.json and
-        teacher_student_comparison.png.
-        """
+        """All models on the held-out rows; writes comparison_results.json and the picture of it."""
         results = compare.compare_run(self.run, self.config, self.tokenizer, self.prepared)
         plots.comparison_bars(results).savefig(self.run.path / "teacher_student_comparison.png", dpi=130)
         return results
 
     def explore(self, *students: str) -> Sight:
-        """What the teacher and these students ("distilled", "baseline", "untrained") say about a held-out
-        text, token by token.
+        """What the teacher and these students ("distilled", "baseline", "untrained") say of held-out rows.
 
-        A summary goes into explorers.json, for `kdlib.reports.explorers` and the report.  A baseline that the
-        config has not is left out.
+        A summary goes into explorers.json, for the explorers and the report.  A baseline that the config has
+        not is left out.
         """
         folders = {"distilled": self.run, "baseline": self.run.baseline}
         known = (*folders, "untrained")
         for name in set(students).difference(known):
-            raise RunError(
-                f"there is no student {name!r}{nearest(name, known)}; there are {', '.join(known)}"
-            )
+            hint = f"{nearest(name, known)}; there are {', '.join(known)}"
+            raise RunError(f"there is no student {name!r}{hint}")
         dtype, _ = precision_of(self.config.precision, device_of(self.config.wanted_device))
-
-        task = tasks.task_of(self.config)
 
         def asked(name: str) -> LiveTeacher:
             print(f"asking the {name} model …", flush=True)
@@ -323,68 +262,19 @@ class Workbench:
             if name == "untrained":
                 return tasks.asked(self.student().to(dtype), self.prepared)
             source = compare.student_in(folders[name], self.prepared)
-            return tasks.asked(task.load(source, self.prepared, dtype), self.prepared)
+            return tasks.asked(self.task.load(source, self.prepared, dtype), self.prepared)
 
         names = ["teacher", *(name for name in students if name != "baseline" or self.config.baseline)]
-        sample = task.sample(self.prepared, self.tokenizer)
-        found = predictions.look({name: partial(asked, name) for name in names}, sample, task.unit)
+        sample = self.task.sample(self.prepared, self.tokenizer)
+        models = {name: partial(asked, name) for name in names}
+        found = predictions.look(models, sample, self.task.unit)
         predictions.write(self.run, found)
         return found
 
-    def _train(
-        self,
-        folder: StudentFolder,
-        weights: Mapping[str, Any] | None,
-        *,
-        label: str,
-        stop_after: int | None = None,
-    ):
+    def _train(self, folder: StudentFolder, weights: Any, *, label: str, stop_after: int | None = None):
         if folder.is_trained:
             print(f"{label}: trained already")
             return None
         print(f"{label}: {self.objective_at(weights).formula}")
-        return training.train(
-            self.config,
-            folder,
-            student=self.student(),
-            teacher=self.teacher,
-            tokenizer=self.tokenizer,
-            prepared=self.prepared,
-            weights=weights,
-            label=label,
-            stop_after=stop_after,
-        )
-
-
-def _facts(facts: Mapping[str, Any]) -> pd.DataFrame:
-    return pd.DataFrame({"": [str(value) for value in facts.values()]}, index=list(facts))
-
-
-def _texts(notes: Mapping[str, Any]) -> dict[str, str]:
-    """How much text there is to train on, to choose by, and to be compared on."""
-    names = {"train": "training text", "validation": "held-out text", "test": "test text"}
-    return {
-        what: (
-            f"{notes[f'{name}_documents']} documents, {notes[f'{name}_rows']} rows, "
-            f"{notes[f'{name}_tokens']:,} tokens"
-        )
-        for name, what in names.items()
-        if f"{name}_rows" in notes
-    }
-
-
-def _step_table(table: pd.DataFrame) -> pd.DataFrame:
-    shown = {"step": table["step"]}
-    for term in terms_in(table):
-        shown |= {
-            f"{term}, nats": table[f"{term}_loss"].map("{:.4f}".format),
-            f"{term} weight": table[f"{term}_weight"],
-        }
-    shown |= {
-        "loss": table["loss"].map("{:.4f}".format),
-        "T": table["temperature"],
-        "T²": table["temperature"] ** 2,
-        "learning rate": table["learning_rate"].map("{:.1e}".format),
-        "grad norm": table["grad_norm"].map("{:.2f}".format),
-    }
-    return pd.DataFrame(shown).set_index("step")
+        options = {"weights": weights, "label": label, "stop_after": stop_after}
+        return training.train(self.config, folder, **self._made(), **options)

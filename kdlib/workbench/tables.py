@@ -1,0 +1,81 @@
+"""What a notebook shows of a run at its start: what was found, shapes, the first steps, the plan."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from transformers import PreTrainedModel
+
+from kdlib.data.batches import Prepared
+from kdlib.losses.signals import kept
+from kdlib.models.loading import parameters
+from kdlib.models.teacher import LiveTeacher
+from kdlib.runs.log import terms_in
+
+TEXTS = {"train": "training text", "validation": "held-out text", "test": "test text"}
+
+
+def of_facts(facts: Mapping[str, Any]) -> pd.DataFrame:
+    """One line a fact."""
+    return pd.DataFrame({"": list(map(str, facts.values()))}, index=list(facts))
+
+
+def size_of(model: PreTrainedModel) -> str:
+    """`134.5 M parameters, 30 layers`"""
+    return f"{parameters(model) / 1e6:.1f} M parameters, {model.config.num_hidden_layers} layers"
+
+
+def texts_in(notes: Mapping[str, Any]) -> dict[str, str]:
+    """How much text there is to train on, to choose by, and to be compared on."""
+    found = {}
+    for name, what in TEXTS.items():
+        if f"{name}_rows" in notes:
+            documents, rows, tokens = (notes[f"{name}_{unit}"] for unit in ("documents", "rows", "tokens"))
+            found[what] = f"{documents} documents, {rows} rows, {tokens:,} tokens"
+    return found
+
+
+def of_shapes(models: Mapping[str, LiveTeacher], prepared: Prepared, unit: str) -> pd.DataFrame:
+    """One training batch, and what each model makes of it, a column each.
+
+    Args:
+        unit: what is predicted, one by one: "token", or "row".
+    """
+    batch = prepared.collate([prepared.train[i] for i in range(min(2, len(prepared.train)))])
+    tokens, columns = kept(batch["labels"]), {}
+    at_once = f"all logits at once: {'classes' if unit == 'row' else 'no plain head'}"
+    for name, model in models.items():
+        signal, settings = model(batch, tokens), model.model.config
+        columns[name] = {
+            "input_ids [B, T]": list(batch[f"{model.reads}input_ids"].shape),
+            f"kept {unit}s N": len(tokens.targets),
+            "layers, hidden size": f"{settings.num_hidden_layers}, {settings.hidden_size}",
+            "logits [N, V]": [len(signal), signal.logits(slice(0, 1)).shape[-1]],
+            "head": "applied in chunks" if model.form else at_once,
+        }
+    return pd.DataFrame(columns)
+
+
+def of_steps(log: pd.DataFrame) -> pd.DataFrame:
+    """Each term's value and weight, the loss, temperature, learning rate and gradient norm, step by step."""
+    shown = {"step": log["step"]}
+    for term in terms_in(log):
+        shown[f"{term}, nats"] = log[f"{term}_loss"].map("{:.4f}".format)
+        shown[f"{term} weight"] = log[f"{term}_weight"]
+    shown |= {
+        "loss": log["loss"].map("{:.4f}".format),
+        "T": log["temperature"],
+        "T²": log["temperature"] ** 2,
+        "learning rate": log["learning_rate"].map("{:.1e}".format),
+        "grad norm": log["grad_norm"].map("{:.2f}".format),
+    }
+    return pd.DataFrame(shown).set_index("step")
+
+
+def of_plan(plan: pd.DataFrame) -> pd.DataFrame:
+    """Learning rate, weights and temperature at every tenth of the training."""
+    tenths = [round(i * (len(plan) - 1) / 10) for i in range(11)]
+    shown = plan.iloc[tenths].drop_duplicates().set_index("step")
+    if "learning_rate" in shown:
+        shown["learning_rate"] = shown["learning_rate"].map("{:.1e}".format)
+    return shown
