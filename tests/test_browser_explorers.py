@@ -13,13 +13,13 @@ from kdlib.runs import folder as runs
 
 pytestmark = MARKS
 CELLS = (
-    "from kdlib.reports import explorers; from kdlib.workbench import session as workbench\n\nbench = "
-    'workbench.open_run("configs/quickstart.yaml", "one")\n'
+    "from kdlib.reports import explorers; from kdlib.workbench import session\n\nbench = "
+    'session.open_run("configs/quickstart.yaml", "one")\n'
     'sight = bench.explore("untrained")',
     "explorers.temperature_and_top_k(sight, bench.config)",
     "explorers.token_heat_map(bench.run)",
     "explorers.schedule_designer(bench.run)",
-    'evil = workbench.open_run("configs/quickstart.yaml", "evil").run\nexplorers.token_heat_map(evil)',
+    'evil = session.open_run("configs/quickstart.yaml", "evil").run\nexplorers.token_heat_map(evil)',
     'import os\n\nos.environ["KDLIB_RUN_BY"] = "a test"\nexplorers.token_heat_map(evil)',
     'print("every cell", "has run")',
 )

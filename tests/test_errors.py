@@ -29,7 +29,7 @@ def test_a_run_with_a_key_in_its_settings_is_refused_and_nothing_is_written(raw_
 def test_a_notebook_gets_no_key_as_parameter(raw_config, tmp_path):
     run = runs.create(tmp_path / "runs", "first", parse(raw_config))
     with pytest.raises(ConfigError, match="the value of"):
-        runner.run_notebooks(run, {"note": KEY}, reports_folder=tmp_path / "reports", kernels=None)
+        runner.run_notebooks(run, {"note": KEY}, None, None)
     assert run.status["state"] == "created"
 
 

@@ -20,7 +20,7 @@ from kdlib.errors import RunError
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run, project_root
 from kdlib.runs.log import read_metrics
-from kdlib.workbench import cli, runner, session as workbench
+from kdlib.workbench import cli, runner, session
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_a_parameter_is_checked_against_the_notebook_itself():
 
 
 def test_the_students_of_a_run_train_without_notebooks(raw_config, tmp_path, monkeypatch):
-    bench = workbench.Workbench(runs.create(tmp_path / "runs", "plain", parse(raw_config)))
+    bench = session.Workbench(runs.create(tmp_path / "runs", "plain", parse(raw_config)))
     monkeypatch.setattr(sys, "argv", ["kd", "train", str(bench.run.path)])
     with pytest.raises(RunError, match="run 00_setup first"):
         bench.student()
@@ -175,12 +175,12 @@ def test_a_notebook_finds_the_newest_run_of_its_config(config_file, tmp_path, mo
         (tmp_path / folder).mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")  # where JupyterLab starts
     with pytest.raises(RunError, match="there is no run of tiny.yaml yet; run 00_setup first"):
-        workbench.open_run("tiny.yaml")
-    made = workbench.open_run("tiny.yaml", new=True, overrides=["loss.temperature=3"])
-    workbench.open_run("tiny.yaml", new=True, smoke=True)
-    assert workbench.open_run("tiny.yaml").run == made.run
+        session.open_run("tiny.yaml")
+    made = session.open_run("tiny.yaml", new=True, overrides=["loss.temperature=3"])
+    session.open_run("tiny.yaml", new=True, smoke=True)
+    assert session.open_run("tiny.yaml").run == made.run
     with pytest.raises(RunError, match="other settings.*\n  loss.temperature: 3.0 -> 4.0"):
-        workbench.open_run("tiny.yaml", run=made.run.name, overrides=["loss.temperature=4"])
+        session.open_run("tiny.yaml", run=made.run.name, overrides=["loss.temperature=4"])
 
 
 def trained_to(step: int, run: Run, process) -> None:
@@ -202,7 +202,7 @@ def set_up(config_file, tmp_path):
         run = runs.create(
             tmp_path / "runs", name, configs.load(config_file), config_file=str(config_file), smoke=False
         )
-        workbench.Workbench(run).setup()
+        session.Workbench(run).setup()
         run.add_to_manifest(stages=["00_setup"])
         return run, [
             "run",

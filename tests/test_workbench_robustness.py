@@ -19,13 +19,16 @@ from kdlib.runs.folder import Run
 RUN = """
 import sys
 from pathlib import Path
+from kdlib.reports.index import render_index
 from kdlib.reports.run import render
 from kdlib.runs.folder import Run
 from kdlib.workbench import runner
+def rendered(run):
+    render_index(run.path.parent, Path("reports"))
+    return render(run, Path("reports"))
 runner.WARM_UP = ("pass",)  # these notebooks import nothing
 with runner.Kernels(Path.cwd()) as kernels:
-    options = {"reports_folder": Path("reports"), "kernels": kernels, "render": render}
-    runner.run_notebooks(Run(Path(sys.argv[1])), {}, names=("first", "second"), **options)
+    runner.run_notebooks(Run(Path(sys.argv[1])), {}, kernels, rendered, ("first", "second"))
 """
 
 

@@ -5,6 +5,7 @@ colours, accuracy while it trains.
 import json
 
 import pytest
+from matplotlib.text import Text
 import yaml
 from made_classifiers import LABELS, classification, classifier, source, taught
 
@@ -16,12 +17,12 @@ from kdlib.reports import explorers
 from kdlib.reports.summary import summary
 from kdlib.runs import folder as runs, log as metrics
 from kdlib.runs.progress import held_out_line, progress
-from kdlib.workbench import session as workbench
+from kdlib.workbench import session
 from kdlib.workbench.explorers import HeatMapExplorer, TemperatureExplorer
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory) -> workbench.Workbench:
+def bench(tmp_path_factory) -> session.Workbench:
     """A run of a tiny classification, set up, tried and trained."""
     folder = tmp_path_factory.mktemp("views")
     teacher = taught(folder / "teacher", "llama", labels=["weather", "tools", "animals"])
@@ -32,7 +33,7 @@ def bench(tmp_path_factory) -> workbench.Workbench:
         "baseline": {"weights": {"ce": 1.0}},
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(raw))
-    made = workbench.open_run(str(folder / "tiny.yaml"), str(folder / "run"), new=True)
+    made = session.open_run(str(folder / "tiny.yaml"), str(folder / "run"), new=True)
     made.setup_table = made.setup()
     made.dry_table = made.dry_run()
     made.train()
@@ -114,7 +115,7 @@ def test_held_out_figures_are_those_of_a_classification(bench):
     assert "log-loss" in line
     assert "perplexity" not in line
     assert set(summary(bench.run).keys) == {"accuracy", "macro_f1", "log_loss"}
-    assert "training, rows/s" in summary(bench.run).costs
+    assert "training, rows/s" in summary(bench.run).training_costs
     assert "rows_per_s" in metrics.training_table(bench.run)
 
 
@@ -123,5 +124,5 @@ def test_the_dashboard_is_in_nats_per_row(bench):
     labels = [axes.get_ylabel() for axes in figure.axes]
     assert "nats per row" in labels
     assert not any("token" in label for label in labels)
-    words = [text.get_text() for text in figure.texts]
+    words = [text.get_text() for text in figure.findobj(Text)]
     assert any("rows per second" in text for text in words)

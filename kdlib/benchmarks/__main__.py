@@ -1,5 +1,7 @@
 """`python -m kdlib.benchmarks`: measure losses and training steps beside other packages'."""
 
+import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -7,6 +9,7 @@ import typer
 from kdlib.benchmarks.settings import BenchmarkConfig
 from kdlib.config import run as configs
 from kdlib.runs import folder as runs
+from kdlib.runs.folder import Run
 from kdlib.workbench.cli_options import (
     Overrides,
     ReportsFolder,
@@ -18,7 +21,6 @@ from kdlib.workbench.cli_options import (
     entered,
     folders,
     free_name,
-    run_through,
 )
 
 NOTEBOOK = "90_benchmark"
@@ -41,22 +43,27 @@ def benchmark(
     from kdlib.reports.index import render_index
 
     root, reports = folders(runs_folder, reports_folder)
+
+    def rendered(study: Run) -> Path:
+        page = render(study, reports)
+        render_index(study.path.parent, reports)
+        return page
+
     if report:
-        opened = runs.open_run(*runs.locate(report, root))
-        page = render(opened, reports)
-        render_index(opened.path.parent, reports)
-        print(f"report: {page}")
+        page = rendered(runs.open_run(*runs.locate(report, root)))
+        print(f"report: {os.path.relpath(page)}")
         return
     resolved = configs.load(config, override or [], smoke=smoke, kind=BenchmarkConfig)
     name = free_name(root, name, config, smoke=smoke)
     from kdlib.benchmarks.study import preflight
-    from kdlib.workbench.runner import Kernels
+    from kdlib.workbench.runner import Kernels, run_notebooks
 
     given = entered(config, override, smoke=smoke)
     preflight(resolved)
     with Kernels(runs.project_root()) as kernels:
         study = created(root, name, resolved, given, program=PROGRAM)
-        run_through([NOTEBOOK], study, given, reports, kernels, render)
+        page = run_notebooks(study, given, kernels, rendered, [NOTEBOOK])
+    print(f"report: {os.path.relpath(page)}    index: {os.path.relpath(reports / 'index.html')}")
 
 
 if __name__ == "__main__":

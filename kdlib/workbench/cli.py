@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from kdlib.config import run as configs
 from kdlib.config.run import Config, pairs
 from kdlib.errors import ConfigError
 from kdlib.runs import folder as runs
+from kdlib.runs.folder import Run
 from kdlib.workbench.cli_checks import checks
 from kdlib.workbench.cli_options import (
     ConfigFile,
@@ -25,7 +27,6 @@ from kdlib.workbench.cli_options import (
     entered,
     folders,
     free_name,
-    run_through,
 )
 
 BYTES = 4  # of a weight on disk
@@ -78,7 +79,6 @@ def run(
         opened = runs.open_run(root, resume, resolved)
     else:
         name = free_name(root, name, config, smoke=smoke)
-    from kdlib.reports.run import render
     from kdlib.workbench import runner
 
     notebooks = runner.without(without or [])
@@ -92,7 +92,8 @@ def run(
             print(f"checking {config}, its models and data …", flush=True)
             session.preflight(resolved)
             opened = created(root, name, resolved, given)
-        run_through(notebooks, opened, given, reports, kernels, render)
+        page = runner.run_notebooks(opened, given, kernels, partial(_rendered, reports=reports), notebooks)
+    print(f"report: {os.path.relpath(page)}    index: {os.path.relpath(reports / 'index.html')}")
 
 
 @app.command("dry-run")
@@ -192,17 +193,12 @@ def report(
     reports_folder: ReportsFolder = None,
 ) -> None:
     """Render the report of RUN again, from its files."""
-    from kdlib.reports import index as overview, run as reports
-    from kdlib.sweeps import report as sweep_report, results as sweeps
+    from kdlib.sweeps.results import exists
 
-    root, folder = folders(runs_folder, reports_folder)
+    root, reports = folders(runs_folder, reports_folder)
     root, name = runs.locate(run, root)
-    if sweeps.exists(root, name):
-        page = sweep_report.render(sweeps.Sweep(root / name), folder)
-    else:
-        page = reports.render(runs.open_run(root, name), folder)
-    overview.render_index(root, folder)
-    print(f"report: {os.path.relpath(page)}")
+    opened = Run(root / name) if exists(root, name) else runs.open_run(root, name)
+    print(f"report: {os.path.relpath(_rendered(opened, reports))}")
 
 
 @app.command()
@@ -222,6 +218,21 @@ def main() -> None:
     """Entry point."""
     with bare_errors():
         app()
+
+
+def _rendered(run: Run, reports: Path) -> Path:
+    """Make the report of a run or a sweep, and the index over all runs; returns the former's path."""
+    from kdlib.reports import run as run_report
+    from kdlib.reports.index import render_index
+    from kdlib.sweeps import report as sweep_report
+    from kdlib.sweeps.results import Sweep, exists
+
+    if exists(run.path.parent, run.name):
+        page = sweep_report.render(Sweep(run.path), reports)
+    else:
+        page = run_report.render(run, reports)
+    render_index(run.path.parent, reports)
+    return page
 
 
 def _cost(config: Config) -> Any:

@@ -4,7 +4,7 @@ import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,25 +60,6 @@ def created(root: Path, name: str, config: Any, given: Mapping[str, Any], *, pro
 def command(program: str = "kd") -> str:
     """What was typed."""
     return f"{program} {shlex.join(sys.argv[1:])}"
-
-
-def run_through(
-    notebooks: Sequence[str],
-    run: Run,
-    given: Mapping[str, Any],
-    reports: Path,
-    kernels: Any,
-    render: Callable[[Run, Path], Path],
-) -> None:
-    """The notebooks through papermill, in fresh kernels, and the report that `render` makes."""
-    from kdlib.workbench.runner import run_notebooks
-
-    folder = os.path.join(".", os.path.relpath(run.path))  # with a separator: a folder, not a name
-    parameters = {**given, "run": folder}
-    page = run_notebooks(
-        run, parameters, reports_folder=reports, kernels=kernels, names=notebooks, render=render
-    )
-    print(f"report: {os.path.relpath(page)}    index: {os.path.relpath(reports / 'index.html')}")
 
 
 @contextlib.contextmanager

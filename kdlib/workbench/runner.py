@@ -15,7 +15,6 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from kdlib.errors import RunError, Stopped, nearest, refuse_keys
-from kdlib.reports.index import render_index
 from kdlib.runs.files import write_error
 from kdlib.runs.folder import PARENT, Run, project_root
 
@@ -90,20 +89,19 @@ def _end(kernel: AsyncKernelManager) -> None:
 
 def run_notebooks(
     run: Run,
-    parameters: Mapping[str, Any],
-    *,
-    reports_folder: Path,
+    given: Mapping[str, Any],
     kernels: Kernels,
+    render: Callable[[Run], Path],
     names: Sequence[str] = NOTEBOOKS,
-    render: Callable[[Run, Path], Path],
 ) -> Path:
-    """Execute the numbered notebooks for a run, then render its report and the index; returns the former.
+    """Execute the numbered notebooks for a run, then render its report; returns the report's path.
 
     Finished notebooks of an earlier try are not repeated.  Whatever happens, status.json says how it ended
     and a report, if only a partial one, is written.
 
     Args:
-        render: makes the report of the run.
+        given: the notebooks' parameters, but for `run`.
+        render: makes the run's report.
 
     Raises:
         ConfigError: a parameter holds a key.
@@ -114,24 +112,19 @@ def run_notebooks(
     if status["state"] == "running":
         where = f"in process {status['pid']}; wait for it, or stop it first"
         raise RunError(f"run {run.name} is running already, {where}")
-    refuse_keys(str(parameters))  # they stand in the executed notebooks
+    refuse_keys(str(given))  # they stand in the executed notebooks
+    folder = os.path.join(".", os.path.relpath(run.path))  # with a separator: a folder, not a name
     run.set_status("running")
-
-    def rendered() -> Path:
-        page = render(run, reports_folder)
-        render_index(run.path.parent, reports_folder)
-        return page
-
     try:
         with _stop_file(run):
-            _run_in_turn(run, parameters, names, kernels)
+            _run_in_turn(run, {**given, "run": folder}, names, kernels)
     except BaseException as error:
         with contextlib.suppress(RunError):  # a full disk must not hide what went wrong
             run.set_status(_state_after(error), str(error) or type(error).__name__)
-            rendered()
+            render(run)
         raise
     run.set_status("done")
-    return rendered()
+    return render(run)
 
 
 def _state_after(error: BaseException) -> str:
