@@ -5,9 +5,9 @@ colours, accuracy while it trains.
 import json
 
 import pytest
-from matplotlib.text import Text
 import yaml
 from made_classifiers import LABELS, classification, classifier, source, taught
+from matplotlib.text import Text
 
 from kdlib.plots import comparison as plots
 from kdlib.plots.candidates import candidate_bars
