@@ -1,4 +1,4 @@
-"""What all pages share: template and style, tables, and pictures.  Imports no torch.
+"""What all pages share: template and style, tables, and pictures.
 
 A page is one file.  Text is escaped, and a content-security policy (templates/page.html.j2) forbids scripts
 and outside requests besides.
@@ -56,9 +56,7 @@ def page(template: str, **content: Any) -> str:
 
 
 def table(frame: pd.DataFrame) -> Markup:
-    """A table that scrolls by itself where it is too wide; its text is escaped, and broken into lines
-    where it is long.
-    """
+    """A table that scrolls where it is too wide; its text is escaped, and broken into lines where long."""
     words = "words" if frame.astype(str).map(len).to_numpy().max(initial=0) > LONG else None
     html = frame.rename_axis(None).to_html(border=0, escape=True, justify="left", classes=words)
     return Markup('<div class="wide">{}</div>').format(Markup(html))
@@ -72,8 +70,7 @@ def write(
     *,
     index: bool = True,
 ) -> Path:
-    """Write report.html with its pictures and tables as files beside it, and return its path; `index` keeps
-    the tables' row names.
+    """Write report.html, and its pictures and tables beside it; `index` keeps the tables' row names.
 
     Raises:
         RunError: the disk refuses.
@@ -101,24 +98,17 @@ def picture(figure: Figure, name: str = "") -> Picture:
 
 
 def take_literally(figure: Figure) -> None:
-    """Read a `$` as a dollar, as text may come from data and hold half a formula; except in tick labels
-    that matplotlib writes itself.
-    """
-    written = {
-        id(text) for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for text in _own_text(axis)
-    }
+    """Read a `$` as a dollar, as text may come from data; except in tick labels of matplotlib's own."""
+    sides = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+    written = {id(text) for axis in sides for text in _own_text(axis)}
     for text in figure.findobj(Text):
         if id(text) not in written:
             text.set_parse_math(False)
 
 
 def _own_text(axis: Axis) -> list[Text]:
-    labels = (
-        []
-        if isinstance(axis.get_major_formatter(), (FixedFormatter, FuncFormatter))
-        else axis.get_ticklabels(which="both")
-    )
-    return [*labels, axis.get_offset_text()]
+    given = isinstance(axis.get_major_formatter(), (FixedFormatter, FuncFormatter))
+    return [axis.get_offset_text(), *([] if given else axis.get_ticklabels(which="both"))]
 
 
 def _saved(figure: Figure, kind: str) -> bytes:
@@ -129,9 +119,7 @@ def _saved(figure: Figure, kind: str) -> bytes:
 
 
 def _style() -> str:
-    """All style sheets: a notebook's own are not taken over into a page, so the page has what they show
-    ours with.
-    """
+    """All style sheets: a notebook's own are not taken over, so the page has what they show ours with."""
     light, dark = (
         HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("default", "github-dark")
     )

@@ -1,4 +1,4 @@
-"""All runs on one page: sorted, filtered and put beside each other without scripts.  Imports no torch.
+"""All runs on one page: sorted, filtered and put beside each other without scripts.
 
 Every sortable column gives every row its place, upwards and downwards; a ticked heading makes that place the
 row's `order`.  Settings, scorecards and costs are further columns, shown when asked for.
@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from kdlib.metrics.names import with_interval
 from kdlib.plots.axes import LABELS
 from kdlib.reports.html import page
 from kdlib.reports.summary import Summary, keys_of, number, report_link, summaries
@@ -113,16 +112,9 @@ def _scorecard(each: Summary) -> Cell:
 
 
 def _costs(found: Sequence[Summary]) -> dict[str, list[Cell]]:
-    costs = [each.training_costs | each.model_costs for each in found]
-    columns = {
-        name: [Cell(cost.get(name, "")) for cost in costs]
-        for name in dict.fromkeys(name for cost in costs for name in cost)
-    }
-    if any(each.against for each in found):
-        columns["KL, difference to the baseline"] = [
-            Cell(with_interval(each.against, "+") if each.against else "") for each in found
-        ]
-    return columns
+    costs = [{**each.training_costs, **each.model_costs, **each.against} for each in found]
+    names = dict.fromkeys(name for cost in costs for name in cost)
+    return {name: [Cell(cost.get(name, "")) for cost in costs] for name in names}
 
 
 def _rank(state: str) -> tuple[int, str]:
@@ -168,12 +160,7 @@ def _curve(each: Summary) -> Markup | str:
 
 
 def small_curve(curves: Mapping[str, pd.Series], words: str) -> Markup:
-    """Curves against the step as a line without axes, the last one on top.
-
-    Args:
-        curves: student, whose colour style.css has → values, indexed by step.
-        words: what is shown; said by the picture when it is pointed at.
-    """
+    """Students' curves (values by step) without axes, the last on top; pointed at, they say `words`."""
     kept = {name: values.iloc[thinned(values.to_numpy(), points=POINTS)] for name, values in curves.items()}
     finite = {name: values[np.isfinite(values)] for name, values in kept.items()}
     every = pd.concat(list(finite.values()))

@@ -1,4 +1,4 @@
-"""An executed notebook as the inside of a page: prose and results, code folded away.  Imports no torch.
+"""An executed notebook as the inside of a page: prose and results, code folded away.
 
 What a cell displays may come out of data, as HTML, Markdown or a picture.  So of the finished HTML only what
 can neither act nor fetch is kept, and a notebook's outputs together have a limit, as the page they go into is
@@ -26,122 +26,27 @@ from kdlib.reports.html import TEMPLATES
 LARGEST = 600_000  # characters of all outputs of a notebook
 LONGEST = 20_000  # characters of one text
 ACTIVE = ("application/javascript", "application/vnd.jupyter.widget-view+json")
-DROPPED = {
-    "iframe",
-    "noembed",
-    "noframes",
-    "noscript",
-    "object",
-    "plaintext",
-    "script",
-    "select",
-    "style",
-    "template",
-    "textarea",
-    "title",
-    "xmp",
-}
-TAGS = {
-    "a",
-    "abbr",
-    "b",
-    "blockquote",
-    "br",
-    "caption",
-    "code",
-    "col",
-    "colgroup",
-    "dd",
-    "del",
-    "details",
-    "div",
-    "dl",
-    "dt",
-    "em",
-    "figcaption",
-    "figure",
-    "form",
-    "h1",
-    "h2",
-    "h3",
-    "h4",
-    "h5",
-    "h6",
-    "hr",
-    "i",
-    "img",
-    "input",
-    "kbd",
-    "label",
-    "li",
-    "mark",
-    "ol",
-    "p",
-    "pre",
-    "s",
-    "samp",
-    "section",
-    "small",
-    "span",
-    "strong",
-    "sub",
-    "summary",
-    "sup",
-    "table",
-    "tbody",
-    "td",
-    "tfoot",
-    "th",
-    "thead",
-    "tr",
-    "u",
-    "ul",
-}
-STYLES = [
-    "background",
-    "background-color",
-    "border",
-    "border-bottom",
-    "border-collapse",
-    "border-left",
-    "border-radius",
-    "border-right",
-    "border-top",
-    "color",
-    "display",
-    "font-family",
-    "font-size",
-    "font-style",
-    "font-weight",
-    "line-height",
-    "margin",
-    "max-width",
-    "min-width",
-    "opacity",
-    "padding",
-    "text-align",
-    "text-decoration",
-    "vertical-align",
-    "white-space",
-    "width",
-    "--ce",
-    "--differs",
-    "--kl",  # a heat map's
-]
-ATTRIBUTES = {
-    "alt",
-    "checked",
-    "class",
-    "colspan",
-    "dir",
-    "height",
-    "lang",
-    "open",
-    "rowspan",
-    "start",
-    "title",
-    "width",
-}
+
+
+def _set(words: str) -> set[str]:
+    return set(words.split())
+
+
+DROPPED = _set(
+    "iframe noembed noframes noscript object plaintext script select style template textarea title xmp"
+)
+TAGS = _set(
+    "a abbr b blockquote br caption code col colgroup dd del details div dl dt em figcaption figure form "
+    "h1 h2 h3 h4 h5 h6 hr i img input kbd label li mark ol p pre s samp section small span strong sub "
+    "summary sup table tbody td tfoot th thead tr u ul"
+)
+STYLES = _set(
+    "background background-color border border-bottom border-collapse border-left border-radius border-right "
+    "border-top color display font-family font-size font-style font-weight line-height margin max-width "
+    "min-width opacity padding text-align text-decoration vertical-align white-space width "
+    "--ce --differs --kl"  # a heat map's
+)
+ATTRIBUTES = _set("alt checked class colspan dir height lang open rowspan start title width")
 
 
 def notebook_html(path: Path) -> Markup:
@@ -156,9 +61,7 @@ def notebook_html(path: Path) -> Markup:
 
 @cache
 def _exporter() -> HTMLExporter:
-    """nbconvert's, with `harmless` where it cleans HTML: of code, prose and outputs, each on its own, so
-    that none leaves anything open.
-    """
+    """nbconvert's, cleaned by `harmless`: code, prose, outputs each on its own, so that none stays open."""
     exporter = HTMLExporter(
         template_name="notebook",
         extra_template_basedirs=[str(TEMPLATES)],
@@ -166,15 +69,12 @@ def _exporter() -> HTMLExporter:
         sanitize_html=True,
     )
     exporter.register_filter("clean_html", harmless)
-    # lines printed one after another are one text
-    exporter.register_preprocessor(CoalesceStreamsPreprocessor(), enabled=True)
+    exporter.register_preprocessor(CoalesceStreamsPreprocessor(), enabled=True)  # lines become one text
     return exporter
 
 
 def harmless(html: str) -> str:
-    """HTML with nothing in it that could act, fetch, or reach what surrounds it: no script, frame, id,
-    outside picture, foreign style.
-    """
+    """HTML that can neither act nor fetch: no script, frame, id, outside picture, foreign style."""
     # the dropped ones are allowed at first, so that the filter sees where they begin and end
     cleaner = Cleaner(
         tags=TAGS | DROPPED,

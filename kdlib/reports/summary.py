@@ -38,7 +38,7 @@ class Summary:
     steps: int | None = None  # planned
     stage: str = ""
     keys: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # metric → value (and low, high)
-    against: Mapping[str, float] | None = None  # the baseline: the paired difference in KL to the teacher
+    against: Mapping[str, str] = field(default_factory=dict)  # the baseline: the paired difference in KL
     train: pd.DataFrame = field(default_factory=pd.DataFrame)
     evaluation: pd.DataFrame = field(default_factory=pd.DataFrame)
     baseline: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -164,10 +164,11 @@ def _keys(
     return {metric: {"value": float(evaluation[metric].iloc[-1])} for metric in named if metric in evaluation}
 
 
-def _against_baseline(results: Mapping[str, Any] | None) -> dict[str, float] | None:
-    if results and "baseline" in results["models"]:
-        return difference(results, "distilled", "baseline", "kl_to_teacher")
-    return None
+def _against_baseline(results: Mapping[str, Any] | None) -> dict[str, str]:
+    if not results or "baseline" not in results["models"]:
+        return {}
+    found = difference(results, "distilled", "baseline", "kl_to_teacher")
+    return {"KL, difference to the baseline": with_interval(found, "+")}
 
 
 def _training_costs(train: pd.DataFrame, evaluation: pd.DataFrame) -> dict[str, str]:
