@@ -10,8 +10,7 @@ from tiny_training import pieces
 from transformers.optimization import get_scheduler
 
 from kdlib.config.run import parse
-from kdlib.plots.schedule_designer import COURSES, SHAPES, Design, Phase, as_yaml, design_of, pasted
-from kdlib.plots.schedules import course_figure, curves, rate_course
+from kdlib.plots.schedules import (DECAYS, SHAPES, Design, Phase, curves, design_of, pasted, rate_schedule, schedules_figure, schedules_of)
 from kdlib.runs import log as metrics
 from kdlib.runs.files import StudentFolder
 from kdlib.schedulers import from_spec
@@ -35,7 +34,7 @@ def designs(draw):
     return Design(
         draw(st.sampled_from([6e-4, 1e-3, 5e-5])),
         draw(st.sampled_from([0.0, 0.03, 0.1, 0.5])),
-        draw(st.sampled_from(COURSES)),
+        draw(st.sampled_from(DECAYS)),
         draw(st.sampled_from([0.0, 0.1, 1.0])),
         (hot, cold),
         shape,
@@ -48,7 +47,7 @@ def rate(design: Design, done: float) -> float:
     if done < design.warm_up:
         return design.learning_rate * done / design.warm_up
     rest = (done - design.warm_up) / (1 - design.warm_up)
-    fall = {"constant": 0.0, "linear": rest, "cosine": 0.5 - 0.5 * math.cos(math.pi * rest)}[design.course]
+    fall = {"constant": 0.0, "linear": rest, "cosine": 0.5 - 0.5 * math.cos(math.pi * rest)}[design.decay]
     return design.learning_rate * (1 - (1 - design.last) * fall)
 
 
@@ -82,7 +81,7 @@ def beside_corners(design: Design, table: pd.DataFrame) -> pd.DataFrame:
 @given(design=designs())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 def test_the_yaml_gives_exactly_the_curves_that_the_sliders_promise(raw_config, design):
-    made = pasted(parse(raw_config), as_yaml(design.loss(), design.training()))
+    made = pasted(parse(raw_config), design.yaml())
     table = beside_corners(design, curves(made, 100))
     assert len(table) > 90
     for done, line in zip(table["fraction"], table.to_dict("records"), strict=True):
@@ -95,21 +94,22 @@ def test_the_yaml_gives_exactly_the_curves_that_the_sliders_promise(raw_config, 
 @given(design=designs())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
 def test_the_designer_starts_from_what_it_wrote(raw_config, design):
-    made = pasted(parse(raw_config), as_yaml(design.loss(), design.training()))
+    made = pasted(parse(raw_config), design.yaml())
     again, notes = design_of(made, 100)
     assert notes == []
-    twice = pasted(parse(raw_config), as_yaml(again.loss(), again.training()))
+    twice = pasted(parse(raw_config), again.yaml())
     pd.testing.assert_frame_equal(curves(twice, 100), curves(made, 100), check_like=True)
 
 
-def test_a_training_plans_the_course_that_was_designed(raw_config, tmp_path):
+def test_a_training_plans_the_schedules_that_were_designed(raw_config, tmp_path):
     phases = (Phase(0.5, {"kd": 1.0, "ce": 0.2}), Phase(1.0, {"kd": 0.3, "ce": 0.7}, 0.25))
     design = Design(2e-3, 0.25, "cosine", 0.1, (4.0, 1.0), "linear", phases)
-    config = pasted(parse(raw_config), as_yaml(design.loss(), design.training()))
+    config = pasted(parse(raw_config), design.yaml())
     folder = StudentFolder(tmp_path / "dry_run")
     training.train(config, folder, label="tiny", stop_after=1, **pieces(config))
     plan = metrics.plan_table(folder)
     assert len(plan) == 12
+    assert schedules_figure(plan).axes[1].get_title(loc="left") == "Weights: kd 1 → 0.3, ce 0.2 → 0.7"
     for step, line in zip(plan["step"], plan.to_dict("records"), strict=True):
         done = (step - 1) / 12
         assert line["learning_rate"] == pytest.approx(rate(design, done))
@@ -121,28 +121,28 @@ def test_a_training_plans_the_course_that_was_designed(raw_config, tmp_path):
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant", "constant_with_warmup"])
 @pytest.mark.parametrize("warm_up", [0, 0.1, 7, 20])
-def test_the_trainer_s_own_courses_in_our_words(raw_config, name, warm_up):
+def test_the_trainer_s_own_schedules_in_our_words(raw_config, name, warm_up):
     raw_config["training"] |= {"lr_scheduler_type": name, "warmup_steps": warm_up, "max_steps": 20}
     args = training_arguments(parse(raw_config), "unused")
     scheduler = get_scheduler(
         name, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), args.get_warmup_steps(20), 20
     )
-    ours = from_spec(course if (course := rate_course(parse(raw_config), 20)) is not None else 1.0)
+    ours = from_spec(ours if (ours := rate_schedule(parse(raw_config), 20)) is not None else 1.0)
     assert [ours(step / 20) for step in range(20)] == pytest.approx(
         [scheduler.lr_lambdas[0](step) for step in range(20)]
     )
 
 
-def test_a_course_without_words_of_ours_is_taken_from_the_plan(raw_config):
+def test_a_schedule_without_words_of_ours_is_taken_from_the_plan(raw_config):
     raw_config["training"] |= {"lr_scheduler_type": "inverse_sqrt", "warmup_steps": 2}
     config, plan = parse(raw_config), pd.DataFrame({"step": [1, 7, 12], "learning_rate": [0.0, 1e-3, 5e-4]})
-    assert rate_course(config, 12) is None
+    assert rate_schedule(config, 12) is None
     assert "learning_rate" not in curves(config, 12)
     table = curves(config, 12, plan)
     assert np.interp(0.25, table["fraction"], table["learning_rate"]) == pytest.approx(5e-4)
-    assert "a course of the Trainer's own" in course_figure(curves(config, 12)).axes[0].get_title(loc="left")
+    assert "a schedule of the Trainer's own" in schedules_figure(curves(config, 12)).axes[0].get_title(loc="left")
     design, notes = design_of(config, 12)
-    assert (design.warm_up, design.course) == (0.1, "cosine")
+    assert (design.warm_up, design.decay) == (0.1, "cosine")
     assert notes == [
         "training.lr_scheduler_type is inverse_sqrt; the designer starts from a warm-up and a cosine"
     ]
@@ -158,14 +158,14 @@ def test_what_the_designer_cannot_hold_is_said(raw_config):
     assert (design.phases[0].weights, design.temperature) == ({"kd": 1.0, "ce": 0.5}, (3.0, 3.0))
 
 
-def test_what_stood_beside_the_old_course_does_not_clash_with_the_new(raw_config):
+def test_what_stood_beside_the_old_schedule_does_not_clash_with_the_new(raw_config):
     raw_config["training"] |= {
         "lr_scheduler_type": "cosine_with_restarts",
         "lr_scheduler_kwargs": {"num_cycles": 2},
         "warmup_steps": 3,
     }
     design, _ = design_of(parse(raw_config), 12)
-    assert pasted(parse(raw_config), as_yaml(design.loss(), design.training())).training["warmup_steps"] == 0
+    assert pasted(parse(raw_config), design.yaml()).training["warmup_steps"] == 0
 
 
 def test_titles_tell_the_turns(raw_config):
@@ -175,9 +175,9 @@ def test_titles_tell_the_turns(raw_config):
         Phase(1.0, {"kd": 0.3, "ce": 0.2, "hidden": 0.0}),
     )
     design = Design(1e-3, 0.1, "cosine", 0.0, (4.0, 1.0), "linear", phases)
-    made = pasted(parse(raw_config), as_yaml(design.loss(), design.training()))
+    made = pasted(parse(raw_config), design.yaml())
     titles = [
-        axes.get_title(loc="left") for axes in course_figure(curves(made, 12), (0.5, 0.8, 1.0), 12).axes
+        axes.get_title(loc="left") for axes in schedules_figure(curves(made, 12), (0.5, 0.8, 1.0), 12).axes
     ]
     assert titles == [
         "The learning rate peaks at 1.0e-03 and ends at 0.0e+00",
@@ -212,7 +212,7 @@ def test_sliders_change_picture_and_yaml_and_faults_are_shown(raw_config):
     assert "learning_rate: 0.5" in designer.yaml.value
 
 
-def test_the_designer_begins_with_the_run_s_own_course(raw_config):
+def test_the_designer_begins_with_the_run_s_own_schedules(raw_config):
     raw_config["loss"]["curriculum"] = [
         {"until": 0.4, "weights": {"kd": 1.0}},
         {"until": 1.0, "weights": {"kd": 0.2}, "ramp": 0.2},
@@ -220,7 +220,7 @@ def test_the_designer_begins_with_the_run_s_own_course(raw_config):
     raw_config["training"] |= {"lr_scheduler_type": "cosine", "warmup_steps": 3}
     config = parse(raw_config)
     designer = ScheduleDesigner(config, 12)
-    made = pasted(config, as_yaml(designer.design().loss(), designer.design().training()))
+    made = pasted(config, designer.design().yaml())
     pd.testing.assert_frame_equal(curves(made, 12), curves(config, 12))
     assert SimpleNamespace(count=designer.count.value, shown=len(designer.row.children)) == SimpleNamespace(
         count=2, shown=2

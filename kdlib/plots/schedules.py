@@ -1,59 +1,58 @@
-"""What a config's schedules do while a student learns: learning rate, weights, temperatures; as a table and a
-figure.
+"""Learning rate, weights, temperatures over a training: a table, a figure, a design.  Imports no torch.
 
-Works from the config alone, in fractions of training; `kdlib.plots.comparison.schedules` draws what a run's
-own plan says.  Imports no torch.
+Works from a config, in fractions of training, or from a run's plan.  What a person designs is written as
+YAML, and drawn from that YAML as a config reads it back (`pasted`): what is shown is what a run would do.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kdlib.config.run import Config
-from kdlib.plots.axes import TERM_COLOURS
+from kdlib.config.run import Config, parse
+from kdlib.plots.axes import SOFT, colours_of
 from kdlib.schedulers import Spec, breakpoints, from_spec
 
 LEARNING_RATE = 5e-5  # TrainingArguments' own, where a config is silent
-# the Trainer's courses that kdlib.schedulers has words for
-NAMED = ("cosine", "linear", "constant", "constant_with_warmup")
+DECAYS = ("cosine", "linear", "constant")
+NAMED = (*DECAYS, "constant_with_warmup")  # the Trainer's that kdlib.schedulers has words for
+SHAPES = ("constant", "linear", "cosine", "exponential")
+BESIDE = {"warmup_steps": 0, "lr_scheduler_kwargs": None}  # what must not stand beside a schedule
 
 
-def warmed(warm_up: float, course: str, last: float = 0.0) -> Spec:
-    """A straight line from 0 over the warm-up, a fraction of training; then `course` from 1 to `last`."""
-    main = 1.0 if course == "constant" else {course: [1.0, last]}
+def warmed(warm_up: float, decay: str, last: float = 0.0) -> Spec:
+    """A straight line from 0 over the warm-up, a fraction of training; then `decay` from 1 to `last`."""
+    main = 1.0 if decay == "constant" else {decay: [1.0, last]}
     if warm_up:
         return {"joined": [[warm_up, {"linear": [0.0, 1.0]}], [1.0, main]]}
     return {"linear": [1.0, 1.0]} if main == 1.0 else main
 
 
-def rate_course(config: Config, steps: int | None = None) -> Spec | None:
-    """The multiple of `learning_rate` over the whole training; None for a course that kdlib.schedulers has no
-    words for.
+def rate_schedule(config: Config, steps: int | None = None) -> Spec | None:
+    """The multiple of `learning_rate` over the training; None for one that kdlib.schedulers has no words for.
 
     Args:
         steps: optimizer steps of the training: a warm-up is a whole number of them.
     """
     training = config.training
-    course = training.get("lr_scheduler_type", "linear")
-    if isinstance(course, Mapping):
-        return course
-    if training.get("lr_scheduler_kwargs") or course not in NAMED:
+    named = training.get("lr_scheduler_type", "linear")
+    if isinstance(named, Mapping):
+        return named
+    if training.get("lr_scheduler_kwargs") or named not in NAMED:
         return None
-    warm_up = warm_up_of(config, steps) if course != "constant" else 0.0
+    warm_up = warm_up_of(config, steps) if named != "constant" else 0.0
     if warm_up is None or warm_up > 1:
         return None
-    if warm_up == 1:
-        return {"linear": [0.0, 1.0]}
-    return warmed(warm_up, course.removesuffix("_with_warmup"))
+    return {"linear": [0.0, 1.0]} if warm_up == 1 else warmed(warm_up, named.removesuffix("_with_warmup"))
 
 
 def warm_up_of(config: Config, steps: int | None) -> float | None:
-    """The warm-up as a fraction of training, rounded to whole steps as the Trainer does; None where that
-    needs `steps`.
-    """
+    """The warm-up as a fraction of training, in whole steps as the Trainer's; None if that needs `steps`."""
     given = config.training.get("warmup_steps") or 0
     if given < 1:
         return math.ceil(steps * given) / steps if steps else float(given)
@@ -61,50 +60,49 @@ def warm_up_of(config: Config, steps: int | None) -> float | None:
 
 
 def curves(config: Config, steps: int | None = None, plan: pd.DataFrame | None = None) -> pd.DataFrame:
-    """Learning rate, weights and temperatures over training: columns as of `metrics.plan_table`, `fraction`
-    in place of step.
+    """Learning rate, weights and temperatures over training: a plan's columns, `fraction` in place of step.
 
     Args:
-        plan: of a run, whose learning rate stands in where the config's course has no words in
-            kdlib.schedulers.
+        plan: of a run, whose learning rate stands in where kdlib.schedulers has no words for the config's.
     """
-    loss = config.loss
-    specs = {f"{name}_weight": spec for name, spec in loss.schedules.items()}
-    temperatures = {
-        name: spec for name, spec in loss.temperatures(loss.schedules).items() if name != "contrastive"
-    }
-    one = (
-        {"temperature": next(iter(temperatures.values()))}
-        if len({str(spec) for spec in temperatures.values()}) == 1
-        else {}
+    weights = config.loss.schedules
+    temperatures = {n: spec for n, spec in config.loss.temperatures(weights).items() if n != "contrastive"}
+    specs = {f"{name}_weight": spec for name, spec in weights.items()}
+    if len({str(spec) for spec in temperatures.values()}) == 1:
+        specs["temperature"] = next(iter(temperatures.values()))
+    else:
+        specs |= {f"{name}_temperature": spec for name, spec in temperatures.items()}
+    rate = rate_schedule(config, steps)
+    when = breakpoints(*specs.values(), *[] if rate is None else [rate])
+    table = pd.DataFrame(
+        {"fraction": when, **{name: [*map(from_spec(s), when)] for name, s in specs.items()}}
     )
-    specs |= one or {f"{name}_temperature": spec for name, spec in temperatures.items()}
-    course = rate_course(config, steps)
-    when = breakpoints(*specs.values(), *[] if course is None else [course])
-    table = {
-        "fraction": when,
-        **{name: [from_spec(spec)(moment) for moment in when] for name, spec in specs.items()},
-    }
-    if course is not None:
-        peak, schedule = config.training.get("learning_rate", LEARNING_RATE), from_spec(course)
-        table["learning_rate"] = [peak * schedule(moment) for moment in when]
+    if rate is not None:
+        table["learning_rate"] = table["fraction"].map(from_spec(rate))
+        table["learning_rate"] *= config.training.get("learning_rate", LEARNING_RATE)
     elif plan is not None and "learning_rate" in plan:
-        known = plan.assign(fraction=(plan["step"] - 1) / plan["step"].max())
-        rates = pd.Series(known["learning_rate"].values, index=known["fraction"])
-        table["learning_rate"] = (
-            rates.reindex(rates.index.union(when)).interpolate("index").loc[when].tolist()
-        )
-    return pd.DataFrame(table)
+        known = pd.Series(plan["learning_rate"].values, (plan["step"] - 1) / plan["step"].max())
+        at_all = known.reindex(known.index.union(when)).interpolate("index")
+        table["learning_rate"] = at_all.loc[when].to_numpy()
+    return table
 
 
-def course_figure(table: pd.DataFrame, ends: Sequence[float] = (), steps: int | None = None) -> Figure:
-    """Learning rate, weights and temperature, one below the other, over the fraction of training and its
-    steps.
+def schedules_of(config: Config, steps: int | None = None, plan: pd.DataFrame | None = None) -> Figure:
+    """What a config's schedules do, with the phases of its curriculum shaded."""
+    ends = [phase.until for phase in config.loss.curriculum or []]
+    return schedules_figure(curves(config, steps, plan), ends, steps)
+
+
+def schedules_figure(table: pd.DataFrame, ends: Sequence[float] = (), steps: int | None = None) -> Figure:
+    """Learning rate, weights and temperature, one below the other, over the training and its steps.
 
     Args:
-        table: by `curves`.
-        ends: of the curriculum's phases.
+        table: by `curves`, or the plan of a run.
+        ends: of the curriculum's phases, as fractions.
     """
+    if "step" in table:
+        steps = int(table["step"].max())
+        table = table.assign(fraction=(table["step"] - 1) / steps)
     figure = Figure(figsize=(9, 5.4))
     upper, middle, lower = figure.subplots(3, 1, sharex=True, height_ratios=(1, 1.3, 1))
     figure.subplots_adjust(left=0.1, right=0.88, bottom=0.12, top=0.95, hspace=0.36)
@@ -112,86 +110,190 @@ def course_figure(table: pd.DataFrame, ends: Sequence[float] = (), steps: int | 
     if "learning_rate" in table:
         upper.plot(when, table["learning_rate"], color="black")
         upper.yaxis.set_major_formatter(lambda rate, _: f"{rate:.1e}")
-    for name in (name for name in table if name.endswith("_weight")):
-        term = name.removesuffix("_weight")
-        middle.plot(when, table[name], color=TERM_COLOURS.get(term, "#56b4e9"), label=term)
+    terms = [name.removesuffix("_weight") for name in table if name.endswith("_weight")]
+    colours = colours_of(terms)
+    for term in terms:
+        middle.plot(when, table[f"{term}_weight"], color=colours[term], label=term)
     _shade(middle, ends)
-    for number, name in enumerate(name for name in table if name.endswith("temperature")):
-        lower.plot(
-            when,
-            table[name],
-            color="#cc79a7",
-            linestyle=("-", "--", ":", "-.")[number % 4],
-            label="all terms" if name == "temperature" else name.removesuffix("_temperature"),
-        )
-    for axes, ylabel, title in (
-        (upper, "learning rate", _rate_title(table)),
-        (middle, "weight", _weights_title(table)),
-        (lower, "temperature", _temperature_title(table)),
-    ):
-        _panel(axes, ylabel, title)
+    temperatures = _temperatures(table)
+    for number, name in enumerate(temperatures):
+        label = "all terms" if name == "temperature" else name.removesuffix("_temperature")
+        style = ("-", "--", ":", "-.")[number % 4]
+        lower.plot(when, table[name], color="#cc79a7", linestyle=style, label=label)
+    turns = ", ".join(f"{term} {_turns(table[f'{term}_weight'])}" for term in terms)
+    first = f"Temperature: {_turns(table[temperatures[0]])}" if temperatures else "No term has a temperature"
+    _dress(upper, "learning rate", _rate_title(table))
+    _dress(middle, "weight", f"Weights: {turns}")
+    _dress(lower, "temperature", first)
     lower.set(xlim=(0, 100), xlabel="training done" + ", and optimizer steps" * bool(steps))
-    lower.set_xticks(
-        range(0, 101, 10),
-        [f"{share} %" + (f"\n{share * steps / 100:.0f}" if steps else "") for share in range(0, 101, 10)],
-    )
+    shares = range(0, 101, 10)
+    below = [f"\n{share * steps / 100:.0f}" if steps else "" for share in shares]
+    lower.set_xticks(shares, [f"{share} %{step}" for share, step in zip(shares, below, strict=True)])
     return figure
 
 
+def _temperatures(table: pd.DataFrame) -> list[str]:
+    """The columns of temperatures: of each term where they have their own, else the one of all."""
+    own = [name for name in table if name.endswith("_temperature")]
+    return own or [name for name in table if name == "temperature"]
+
+
 def _shade(axes: Axes, ends: Sequence[float]) -> None:
-    for number, (start, end) in enumerate(zip([0.0, *ends[:-1]], ends, strict=True) if ends else []):
-        axes.axvspan(100 * start, 100 * end, color="#6e6e6e", alpha=0.12 if number % 2 else 0.04, linewidth=0)
-        axes.text(
-            50 * (start + end),
-            0.97,
-            f"phase {number + 1}",
-            ha="center",
-            va="top",
-            fontsize=8,
-            color="#6e6e6e",
-            transform=axes.get_xaxis_transform(),
-        )
+    for number, (start, end) in enumerate(zip([0.0, *ends], ends, strict=False), start=1):
+        axes.axvspan(100 * start, 100 * end, color=SOFT, alpha=0.04 if number % 2 else 0.12, linewidth=0)
+        look = {"ha": "center", "va": "top", "fontsize": 8, "color": SOFT}
+        axes.text(50 * (start + end), 0.97, f"phase {number}", transform=axes.get_xaxis_transform(), **look)
 
 
-def _panel(axes: Axes, ylabel: str, title: str) -> None:
+def _dress(axes: Axes, ylabel: str, title: str) -> None:
     axes.set_ylabel(ylabel, fontsize=9)
     axes.set_title(title, loc="left", fontsize=9.5, y=1.03)
     axes.set_ylim(0, 1.15 * max([1e-12, *(max(line.get_ydata()) for line in axes.lines)]))
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.lines and axes.get_legend_handles_labels()[1]:
+    if axes.get_legend_handles_labels()[1]:
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _rate_title(table: pd.DataFrame) -> str:
     if "learning_rate" not in table:
         return (
-            "The learning rate follows a course of the Trainer's own, known once the dry run has planned it"
+            "The learning rate follows a schedule of the Trainer's own, known once the dry run has planned it"
         )
-    return (
-        f"The learning rate peaks at {table['learning_rate'].max():.1e} and ends at "
-        f"{table['learning_rate'].iloc[-1]:.1e}"
-    )
-
-
-def _weights_title(table: pd.DataFrame) -> str:
-    return "Weights: " + ", ".join(
-        f"{name.removesuffix('_weight')} {_turns(table[name])}" for name in table if name.endswith("_weight")
-    )
+    rate = table["learning_rate"]
+    return f"The learning rate peaks at {rate.max():.1e} and ends at {rate.iloc[-1]:.1e}"
 
 
 def _turns(values: pd.Series) -> str:
     """`1 → 0.2`, by way of the highest or lowest where that is not an end; one number where nothing moves."""
     start, end = values.iloc[0], values.iloc[-1]
-    far = next(
-        (value for value in (values.max(), values.min()) if not min(start, end) <= value <= max(start, end)),
-        end,
-    )
-    way = [f"{value:.3g}" for value in (start, far, end)]
+    extremes = [x for x in (values.max(), values.min()) if not min(start, end) <= x <= max(start, end)]
+    way = [f"{value:.3g}" for value in (start, *extremes[:1], end)]
     return " → ".join(each for number, each in enumerate(way) if number == 0 or each != way[number - 1])
 
 
-def _temperature_title(table: pd.DataFrame) -> str:
-    courses = [table[name] for name in table if name.endswith("temperature")]
-    if not courses:
-        return "No term has a temperature"
-    return f"Temperature: {_turns(courses[0])}"
+@dataclass(frozen=True)
+class Phase:
+    """Until which fraction of training, with which weights, reached over which fraction."""
+
+    until: float
+    weights: Mapping[str, float]
+    ramp: float = 0.0
+
+
+@dataclass(frozen=True)
+class Design:
+    """The settings that the designer moves."""
+
+    learning_rate: float  # at its peak
+    warm_up: float  # fraction of training
+    decay: str  # after the warm-up: one of DECAYS
+    last: float  # multiple of the peak at the end
+    temperature: tuple[float, float]  # at start and end
+    shape: str  # of the temperature: one of SHAPES
+    phases: tuple[Phase, ...]  # one: no curriculum
+
+    def yaml(self) -> str:
+        """What to paste into a config."""
+        start, end = self.temperature
+        terms = [name for name in self.phases[0].weights if any(phase.weights[name] for phase in self.phases)]
+        moving = [name for name in terms if len({phase.weights[name] for phase in self.phases}) > 1]
+        curriculum = [
+            {"until": phase.until, "weights": {name: phase.weights[name] for name in moving}}
+            | ({"ramp": phase.ramp} if phase.ramp else {})
+            for phase in self.phases
+        ]
+        loss = {
+            "weights": {name: self.phases[0].weights[name] for name in terms},
+            "curriculum": curriculum if len(curriculum) > 1 else None,
+            "temperature": start if self.shape == "constant" else {self.shape: [start, end]},
+        }
+        rate = warmed(self.warm_up, self.decay, self.last)
+        training = {"learning_rate": self.learning_rate, "lr_scheduler_type": rate, **BESIDE}
+        return as_yaml({"loss": loss, "training": training})
+
+
+def as_yaml(sections: Mapping[str, Mapping[str, Any]]) -> str:
+    """Sections of a config as one would write them: a line a setting, a line a phase."""
+    lines = []
+    for section, settings in sections.items():
+        lines.append(f"{section}:")
+        for name, value in settings.items():
+            if name == "curriculum" and value:
+                lines += [f"  {name}:", *(f"    - {_flow(phase)}" for phase in value)]
+            else:
+                lines.append(f"  {name}: {_flow(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def pasted(config: Config, text: str) -> Config:
+    """The config with these lines in place of its own.
+
+    Raises:
+        ConfigError: they are no sound config; every fault is in the message.
+    """
+    plain = config.as_dict()
+    changed = {name: plain[name] | settings for name, settings in yaml.safe_load(text).items()}
+    return parse(plain | changed, name="this design")
+
+
+def design_of(config: Config, steps: int | None = None) -> tuple[Design, list[str]]:
+    """Where the designer starts: the config's own schedules, and a line for each part that it cannot hold."""
+    notes, loss = [], config.loss
+    usual = {name: _level(spec, f"loss.weights.{name}", notes) for name, spec in loss.weights.items()}
+    phases = []
+    for number, phase in enumerate(loss.curriculum or []):
+        specs = {name: phase.weights.get(name, usual.get(name, 0.0)) for name in {**usual, **loss.schedules}}
+        where = f"loss.curriculum.{number}.weights"
+        weights = {name: _level(spec, f"{where}.{name}", notes) for name, spec in specs.items()}
+        phases.append(Phase(phase.until, weights, phase.ramp or 0.0))
+    shape, temperature = _two_ends(_one_temperature(config, notes), notes)
+    warm_up, decay, last = _rate(config, steps, notes)
+    rate, phases = config.training.get("learning_rate", LEARNING_RATE), phases or [Phase(1.0, usual)]
+    return Design(rate, warm_up, decay, last, temperature, shape, tuple(phases)), notes
+
+
+def _level(spec: Spec, where: str, notes: list[str]) -> float:
+    if isinstance(spec, Mapping):
+        notes.append(f"{where} is {_flow(spec)}; the designer moves numbers, and starts from its first value")
+    return float(from_spec(spec)(0.0))
+
+
+def _one_temperature(config: Config, notes: list[str]) -> Spec:
+    found = config.loss.temperature
+    if not isinstance(found, Mapping) or next(iter(found)) in (*SHAPES, "steps", "piecewise", "joined"):
+        return found
+    notes.append(f"loss.temperature is {_flow(found)}; the designer has one for all terms")
+    return found.get("kd", next(iter(found.values())))
+
+
+def _two_ends(spec: Spec, notes: list[str]) -> tuple[str, tuple[float, float]]:
+    ((shape, ends),) = spec.items() if isinstance(spec, Mapping) else [("constant", [spec, spec])]
+    if shape in SHAPES:
+        return shape, (float(ends[0]), float(ends[1]))
+    words = "the designer has shapes with two ends, and starts from a line between its own"
+    notes.append(f"loss.temperature is {_flow(spec)}; {words}")
+    return "linear", (from_spec(spec)(0.0), from_spec(spec)(1.0))
+
+
+def _rate(config: Config, steps: int | None, notes: list[str]) -> tuple[float, str, float]:
+    """Warm-up, decay, and its end; what fits no such form is noted, and a usual one taken."""
+    schedule = rate_schedule(config, steps)
+    warm_up, main = 0.0, schedule
+    match schedule:
+        case {"joined": [[until, {"linear": [0.0, 1.0]}], [_, after]]}:
+            warm_up, main = float(until), after
+    match main:
+        case 1.0 | {"linear": [1.0, 1.0]}:
+            return warm_up, "constant", 1.0
+        case {"cosine": [1, last]} | {"linear": [1, last]}:
+            return warm_up, next(iter(main)), float(last)
+    shown = schedule if schedule is not None else config.training["lr_scheduler_type"]
+    words = "the designer starts from a warm-up and a cosine"
+    notes.append(f"training.lr_scheduler_type is {_flow(shown)}; {words}")
+    return 0.1, "cosine", 0.0
+
+
+def _flow(value: Any) -> str:
+    """One line of YAML."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), sort_keys=False)
+    return text.removesuffix("\n").removesuffix("\n...")

@@ -1,5 +1,4 @@
-"""What temperature and top k do to a teacher's distribution: its entropy, and the mass outside the top k.
-Imports no torch.
+"""What temperature and top k do to a teacher's distribution: entropy, mass outside.  Imports no torch.
 
 Axes: N tokens, V vocabulary, K numbers of top tokens.  A softening is plain data, as explorers.json keeps it:
 
@@ -20,11 +19,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kdlib.config.run import Config
+from kdlib.plots.axes import SOFT
 from kdlib.schedulers import from_spec
 
 TEMPERATURES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-# one line each: the softer, the darker
-SHOWN = {1.0: "#9ecae1", 2.0: "#4292c6", 4.0: "#2171b5", 8.0: "#08306b"}
+SHOWN = {1.0: "#9ecae1", 2.0: "#4292c6", 4.0: "#2171b5", 8.0: "#08306b"}  # the softer, the darker
 CHOSEN, TOKEN = "#d55e00", "#009e73"
 QUARTILES = (25, 50, 75)
 ENOUGH = 0.95  # of the mass: the top k that is proposed where the config has none
@@ -32,19 +31,24 @@ FLOOR = 1e-4  # of the mass: where the axis ends
 
 
 @dataclass(frozen=True)
-class Sight:
-    """A held-out text, and what each model said about each of its tokens, or about each of some rows; in
-    memory only.
+class Predictions:
+    """What each model says of each token of a held-out text, or of some rows where they are classified.
+
+    Attributes:
+        texts: [N] the tokens that came; of rows their beginnings.
+        before: [N] what was read and not predicted since the token before: a row's first token, a prompt; of
+            rows the class (`tools: `).
+        targets: [N] ids of tokens or classes.
+        logits: model -> [N, V] float32; the teacher first, then students.
+        decode: an id's text, or a class's name.
+        of: tokens or rows.
     """
 
-    texts: Sequence[str]  # [N] the tokens that came
-    # [N] what was read, and not predicted, since the token before: a row's first token, a prompt
+    texts: Sequence[str]
     before: Sequence[str]
-    targets: np.ndarray  # [N] ids
-    logits: Mapping[str, np.ndarray]  # model -> [N, V] float32; the teacher first, then students
-    decode: Callable[[int], str]  # an id's text, or a class's name
-    # or rows, where they are classified: texts are their beginnings, `before` (`tools: `) and targets their
-    # classes
+    targets: np.ndarray
+    logits: Mapping[str, np.ndarray]
+    decode: Callable[[int], str]
     of: str = "tokens"
 
     @cached_property
@@ -102,48 +106,36 @@ def softening(ranked: np.ndarray, temperatures: Sequence[float], top: Sequence[i
 
 
 def chosen(config: Config) -> tuple[float, int | None]:
-    """Temperature and top k of kd, or of the first term that has a temperature, as a config's training
-    begins.
-    """
-    terms = config.loss.temperatures(["kd", *config.loss.schedules])
-    term = next(name for name in (*config.loss.schedules, "kd") if name in terms and name != "contrastive")
-    return from_spec(terms[term])(0.0), None if config.loss.top_k is None else round(
-        from_spec(config.loss.top_k)(0.0)
-    )
+    """Temperature and top k of kd, or of the first term with a temperature, as a config's training begins."""
+    loss = config.loss
+    terms = loss.temperatures(["kd", *loss.schedules])
+    term = next(name for name in (*loss.schedules, "kd") if name in terms and name != "contrastive")
+    top_k = None if loss.top_k is None else round(from_spec(loss.top_k)(0.0))
+    return from_spec(terms[term])(0.0), top_k
 
 
-def softening_of(sight: Sight, config: Config) -> dict[str, Any]:
-    """{"temperature": …, "top_k": …, "softening": …}: the config's own choice, and what others would do
-    to this teacher.
-    """
+def softening_of(predictions: Predictions, config: Config) -> dict[str, Any]:
+    """{"temperature", "top_k", "softening"}: a config's choice, and what others do to this teacher."""
     temperature, top_k = chosen(config)
-    vocabulary = sight.ranked.shape[-1]
+    vocabulary = predictions.ranked.shape[-1]
     top_k = top_k and min(top_k, vocabulary)
-    table = softening(
-        sight.ranked, [*TEMPERATURES, temperature], sizes(vocabulary, *[top_k] if top_k else [])
-    )
-    return {"temperature": temperature, "top_k": top_k, "softening": {**table, "of": sight.of}}
+    top = sizes(vocabulary, *[top_k] if top_k else [])
+    table = softening(predictions.ranked, [*TEMPERATURES, temperature], top)
+    return {"temperature": temperature, "top_k": top_k, "softening": {**table, "of": predictions.of}}
 
 
 def message(table: Mapping[str, Any], temperature: float, top_k: int | None = None) -> str:
-    """`At T = 2 the top 256 hold 97 % of the teacher's mass`, at the median token; without a top k, the
-    fewest that hold enough.
+    """`At T = 2 the top 256 hold 97 % of the teacher's mass`, at the median token.
 
-    Of classes, which are few, the likeliest.
+    Without a top k, the fewest that hold enough; of classes, which are few, the likeliest.
     """
-    medians = _row(table, temperature)["outside"][1]
-    held = {k: 1 - outside for k, outside in zip(table["sizes"], medians, strict=True)}
-    if table.get("of") == "rows" and not top_k:
-        return (
-            f"At T = {temperature:g} the likeliest class holds {_percent(held[1])} of the teacher's mass, "
-            "at the median row"
-        )
+    one, many = words(table)
+    held = {k: 1 - x for k, x in zip(table["sizes"], _row(table, temperature)["outside"][1], strict=True)}
     k = min(top_k or next(k for k, mass in held.items() if mass >= ENOUGH), table["sizes"][-1])
-    one, _ = words(table)
-    return (
-        f"At T = {temperature:g} the top {k:,} hold {_percent(held[k])} of the teacher's mass, at the "
-        f"median {one}"
-    )
+    what, mass = f"top {k:,} hold", held[k]
+    if many == "classes" and not top_k:
+        what, mass = "likeliest class holds", held[1]
+    return f"At T = {temperature:g} the {what} {_percent(mass)} of the teacher's mass, at the median {one}"
 
 
 def words(table: Mapping[str, Any]) -> tuple[str, str]:
@@ -157,8 +149,7 @@ def softening_figure(
     top_k: int | None = None,
     token: Mapping[str, Any] | None = None,
 ) -> Figure:
-    """Entropy against the temperature, and the mass outside the top k against k: median and quartiles over a
-    text's tokens.
+    """Entropy against the temperature, and the mass outside the top k against k: median and quartiles.
 
     Args:
         table: with a row for `temperature`, and a size for `top_k`.
@@ -168,79 +159,46 @@ def softening_figure(
     left, right = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.06, right=0.985, bottom=0.14, top=0.79, wspace=0.24)
     _entropies(left, table, temperature, token)
-    _masses(right, table, temperature, top_k, token)
+    _masses(right, table, temperature, token)
+    if top_k:
+        right.axvline(top_k, color="black", linestyle=":", linewidth=1)
+        above = right.get_xaxis_transform()
+        right.text(top_k, 1.02, f"k = {top_k:,}", ha="center", va="bottom", fontsize=8, transform=above)
     for axes, title in ((left, "How soft the teacher is"), (right, "Mass outside the top k")):
-        # a place of its own: finding one costs as much as the drawing
-        axes.set_title(title, loc="left", fontsize=9.5, y=1.07)
+        axes.set_title(title, loc="left", fontsize=9.5, y=1.07)  # its own place: finding one takes long
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
     figure.suptitle(message(table, temperature, top_k), fontsize=11, x=0.01, y=0.98, ha="left", va="top")
     return figure
 
 
-def _entropies(
-    axes: Axes, table: Mapping[str, Any], temperature: float, token: Mapping[str, Any] | None
-) -> None:
+def _entropies(axes: Axes, table: Mapping, temperature: float, token: Mapping | None) -> None:
     at, (one, many) = [row["temperature"] for row in table["rows"]], words(table)
     low, median, high = zip(*(row["entropy"] for row in table["rows"]), strict=True)
-    axes.fill_between(
-        at, low, high, color="#4292c6", alpha=0.2, linewidth=0, label=f"middle half of the {one}s"
-    )
+    half, even = f"middle half of the {one}s", f"all {many} equally likely"
+    axes.fill_between(at, low, high, color="#4292c6", alpha=0.2, linewidth=0, label=half)
     axes.plot(at, median, color="#2171b5", label=f"median {one}")
-    axes.axhline(
-        np.log(table["sizes"][-1]),
-        color="#6e6e6e",
-        linestyle="--",
-        linewidth=0.8,
-        label=f"all {many} equally likely",
-    )
+    axes.axhline(np.log(table["sizes"][-1]), color=SOFT, linestyle="--", linewidth=0.8, label=even)
     now = _row(table, temperature)["entropy"][1]
     axes.plot([temperature], [now], "o", color=CHOSEN, label=f"T = {temperature:g}: {now:.2f} nats")
     if token:
-        axes.plot(
-            [temperature],
-            [token["entropy"]],
-            "D",
-            color=TOKEN,
-            label=f"this {one}: {token['entropy']:.2f} nats",
-        )
+        label = f"this {one}: {token['entropy']:.2f} nats"
+        axes.plot([temperature], [token["entropy"]], "D", color=TOKEN, label=label)
     axes.set(xlabel="temperature T", ylabel="entropy, nats", ylim=(0, None))
 
 
-def _masses(
-    axes: Axes,
-    table: Mapping[str, Any],
-    temperature: float,
-    top_k: int | None,
-    token: Mapping[str, Any] | None,
-) -> None:
+def _masses(axes: Axes, table: Mapping, temperature: float, token: Mapping | None) -> None:
     top, (one, many) = table["sizes"], words(table)
     below = top[:-1]  # outside the whole vocabulary lies nothing, which has no logarithm
-    for other, colour in SHOWN.items():
-        if other != temperature and (row := _row(table, other, needed=False)):
-            axes.plot(below, row["outside"][1][:-1], color=colour, linewidth=1, label=f"T = {other:g}")
+    for row in table["rows"]:
+        if (other := row["temperature"]) in SHOWN and other != temperature:
+            axes.plot(below, row["outside"][1][:-1], color=SHOWN[other], linewidth=1, label=f"T = {other:g}")
     low, median, high = (np.maximum(line[:-1], FLOOR / 10) for line in _row(table, temperature)["outside"])
     axes.fill_between(below, low, high, color=CHOSEN, alpha=0.18, linewidth=0)
     axes.plot(below, median, color=CHOSEN, linewidth=2, label=f"T = {temperature:g}, and its middle half")
     if token:
-        axes.plot(
-            below,
-            np.maximum(token["outside"][:-1], FLOOR / 10),
-            color=TOKEN,
-            linewidth=1.5,
-            label=f"this {one}",
-        )
-    if top_k:
-        axes.axvline(top_k, color="black", linestyle=":", linewidth=1)
-        axes.text(
-            top_k,
-            1.02,
-            f"k = {top_k:,}",
-            ha="center",
-            va="bottom",
-            fontsize=8,
-            transform=axes.get_xaxis_transform(),
-        )
+        outside = np.maximum(token["outside"][:-1], FLOOR / 10)
+        axes.plot(below, outside, color=TOKEN, linewidth=1.5, label=f"this {one}")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.minorticks_off()
@@ -251,13 +209,11 @@ def _masses(
     axes.set_yticks(shares, [f"{100 * share:g} %" for share in shares])
 
 
-def _row(table: Mapping[str, Any], temperature: float, *, needed: bool = True) -> Mapping[str, Any] | None:
-    found = next((row for row in table["rows"] if row["temperature"] == temperature), None)
-    if found is None and needed:
-        raise KeyError(
-            f"T = {temperature:g} is not in the table; it has {[row['temperature'] for row in table['rows']]}"
-        )
-    return found
+def _row(table: Mapping[str, Any], temperature: float) -> Mapping[str, Any]:
+    rows = {row["temperature"]: row for row in table["rows"]}
+    if temperature not in rows:
+        raise KeyError(f"T = {temperature:g} is not in the table; it has {list(rows)}")
+    return rows[temperature]
 
 
 def _percent(share: float) -> str:

@@ -1,68 +1,85 @@
-"""A held-out text coloured by how hard each token is for a student: HTML that needs no script.  Imports no
-torch.
+"""Tokens and rows to be looked at: what is learned, how hard each is, what models would say.  HTML, no torch.
 
-Reads what `kdlib.evaluation.predictions.summary` keeps in explorers.json; where rows are classified, each is
-coloured as a whole.  Ink and background are the page's own, and colours lie thinly over them, so that it
-reads in light and dark; text stands in `code`, where no notebook looks for formulas, and is escaped.
+Ink and background are the page's own, and colours lie thinly over them, so that it reads in light and dark;
+text stands in `code`, where no notebook looks for formulas, and is escaped.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
-from kdlib.plots.axes import LABELS
-from kdlib.plots.visible import visible
+from kdlib.plots.axes import COLOURS, LABELS
+from kdlib.plots.softening import Predictions
 
 MEASURES = {"kl": "KL to the teacher", "ce": "cross-entropy", "differs": "disagreement"}
 FULL = 0.72  # opacity of the strongest colour
 BROAD = 95  # per cent of the tokens that the colours tell apart; those above are as strong as it gets
 HARDEST = 8  # in the list
-STYLE = Path(__file__).with_name("heat_map.css").read_text(encoding="utf-8")
+BARS = 12  # candidates shown; the others of the top k in one line
+CONTEXT = 24  # tokens of text before and 8 after
+LONGEST = 14  # em, of the longest bar
+HERE = Path(__file__).parent
+STYLE = Markup((HERE / "heat_map.css").read_text(encoding="utf-8"))
+STATES = {  # of a token: its colour in a page and in a terminal, and what that means
+    "learned": ("#c6e7f7", "\x1b[30;46m", "predicted, and counted in the loss"),
+    "context": ("#eeeeee", "\x1b[2m", "read, not learned"),
+    "padding": ("#ffffff", "\x1b[2;9m", "not even read"),
+}
+CLASSES = 8  # of a row, the likeliest; the others in one line
+WIDEST = 16  # em, of the bar of a certain class
+
+
+def visible(text: str) -> str:
+    """A token with its white space and control characters to be seen."""
+    signs = {" ": "·", "\n": "⏎", "\t": "→"}
+    return "".join(signs.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in text) or "∅"
 
 
 def heat_map(
     facts: Mapping[str, Any], student: str, measure: str | None = None, *, marked: int | None = None
 ) -> str:
-    """The text in colours, with the candidates of teacher and student for the token under the cursor, and the
-    hardest tokens.
+    """A text in colours, what teacher and student say of the token under the cursor, and the hardest tokens.
 
     Args:
-        facts: explorers.json.
+        facts: explorers.json (kdlib.evaluation.predictions.summary); classified rows are coloured as a whole.
         student: one of its students.
         measure: one of `MEASURES`; with None the page itself offers the choice.
         marked: the token whose candidates are shown while no other is pointed at; the hardest unless given.
     """
     marked = hardest(facts, student, measure or "kl", 1)[0] if marked is None else marked
-    strengths = {name: _strengths(facts, student, name) for name in MEASURES}
-    tokens = "".join(
-        _token(facts, student, number, strengths, marked=number == marked)
-        for number in range(len(facts["tokens"]))
-    )
-    resting = f'<span class="resting">{_card(facts, student, marked)}</span>'
-    choice = "".join(
-        (
-            f'<label><input type="radio" name="measure" value="{name}"{" checked" * (name == "kl")}> '
-            f"{words}</label>"
-        )
-        for name, words in MEASURES.items()
-    )
-    before = f'<p class="choice">coloured by: {choice}</p>' if measure is None else ""
-    leads = "".join(
-        (
-            f'<p class="of {name}"><span class="lead">{message(facts, student, name)}.</span> '
-            f"{_legend(facts, name)}</p>"
-        )
-        for name in MEASURES
-    )
-    lists = "".join(
-        f'<div class="of {name}">{_hardest_table(facts, student, name)}</div>' for name in MEASURES
-    )
-    return (
-        f'<style>{STYLE}</style><form class="kd-heat{f" {measure}" if measure else ""}">{before}{leads}'
-        f'<code class="text">{tokens}{resting}</code>{lists}</form>'
+    teacher, said = facts["teacher"], facts["students"][student]
+    limits = {name: limit(facts, name) for name in MEASURES}
+    strengths = {n: FULL * np.minimum(values(facts, student, n) / limits[n], 1.0) for n in MEASURES}
+    tokens = [
+        token
+        | {
+            "number": n + 1,
+            "context": _context(facts, n),
+            "strengths": {m: s[n] for m, s in strengths.items()},
+        }
+        | {"kl": said["kl"][n], "ce": said["ce"][n], "teacher_ce": teacher["ce"][n]}
+        | {"tops": list(zip(teacher["top"][n], said["top"][n], strict=True))}
+        for n, token in enumerate(facts["tokens"])
+    ]
+    return _filled(
+        "heat_map.html.j2",
+        of(facts),
+        style=STYLE,
+        who=LABELS.get(student, student),
+        measure=measure,
+        measures=MEASURES,
+        limits=limits,
+        message=partial(message, facts, student),
+        tokens=tokens,
+        marked=tokens[marked],
+        hardest=lambda name: [tokens[n] for n in hardest(facts, student, name, HARDEST)],
     )
 
 
@@ -74,11 +91,9 @@ def values(facts: Mapping[str, Any], student: str, measure: str) -> np.ndarray:
 
 def hardest(facts: Mapping[str, Any], student: str, measure: str, count: int | None = None) -> list[int]:
     """The tokens' numbers, the hardest first; first choices that differ in the order of their KL."""
-    order = (
-        values(facts, student, measure) * 1e6 + values(facts, student, "kl")
-        if measure == "differs"
-        else (values(facts, student, measure))
-    )
+    order = values(facts, student, measure)
+    if measure == "differs":
+        order = order * 1e6 + values(facts, student, "kl")
     return np.argsort(-order, kind="stable")[:count].tolist()
 
 
@@ -93,15 +108,12 @@ def limit(facts: Mapping[str, Any], measure: str) -> float:
 def message(facts: Mapping[str, Any], student: str, measure: str) -> str:
     """What the map shows, in a sentence: how much of it sits in how few tokens."""
     found, who = values(facts, student, measure), LABELS.get(student, student)
+    where = f"{len(found)} {of(facts)}"
     if measure == "differs":
-        return (
-            f"Teacher and {who} have different first choices at {found.sum():.0f} of {len(found)} {of(facts)}"
-        )
+        return f"Teacher and {who} have different first choices at {found.sum():.0f} of {where}"
     half = int(np.searchsorted(np.cumsum(-np.sort(-found)), found.sum() / 2)) + 1
-    return (
-        f"Half of the {who}'s {MEASURES[measure]} sits in {half} of {len(found)} {of(facts)}; the mean is "
-        f"{found.mean():.2f} nats"
-    )
+    mean = f"the mean is {found.mean():.2f} nats"
+    return f"Half of the {who}'s {MEASURES[measure]} sits in {half} of {where}; {mean}"
 
 
 def of(facts: Mapping[str, Any]) -> str:
@@ -109,109 +121,149 @@ def of(facts: Mapping[str, Any]) -> str:
     return facts.get("of", "tokens")
 
 
-def _strengths(facts: Mapping[str, Any], student: str, measure: str) -> np.ndarray:
-    return FULL * np.minimum(values(facts, student, measure) / limit(facts, measure), 1.0)
-
-
-def _token(
-    facts: Mapping[str, Any], student: str, number: int, strengths: Mapping[str, np.ndarray], *, marked: bool
-) -> str:
-    token = facts["tokens"][number]
-    style = ";".join(f"--{name}:{strength[number]:.2f}" for name, strength in strengths.items())
-    row = (
-        f'{"<br>" * (number > 0)}<span class="before">{_seen(facts, token["before"])}</span>'
-        if token["before"]
-        else ""
-    )
-    return (
-        f'{row}<span class="t{" marked" * marked}" '
-        f'style="{style}">{_seen(facts, token["text"])}{_card(facts, student, number)}</span>'
-    ) + "<br>" * token["text"].count("\n")
-
-
-def _card(facts: Mapping[str, Any], student: str, number: int) -> str:
-    """What came, what it cost, and what both models would have said."""
-    teacher, said = facts["teacher"], facts["students"][student]
-    columns = [
-        [
-            f'<span><code>{_seen(facts, text)}</code><span class="soft">{_share(p)}</span></span>'
-            for text, p in top
-        ]
-        for top in (teacher["top"][number], said["top"][number])
-    ]
-    pairs = "".join(a + b for a, b in zip(*columns, strict=True))
-    token = facts["tokens"][number]
-    came = (
-        f'<b><code>{_seen(facts, token["text"])}</code></b> <span class="soft">came, token '
-        f"{number + 1}</span>"
-    )
-    if of(facts) == "rows":
-        came = (
-            f'<span class="soft">row {number + 1}, of the class</span> '
-            f"<b>{_seen(facts, _context(facts, number))}</b>"
-        )
-    cost = (
-        f"KL {said['kl'][number]:.2f} · cross-entropy {said['ce'][number]:.2f}, the teacher's "
-        f"{teacher['ce'][number]:.2f} nats"
-    )
-    return (
-        f'<span class="card">{came}<br><span class="soft">{cost}</span><span class="pair"><b>teacher</b><b>'
-        f"{escape(LABELS.get(student, student))}</b>{pairs}</span></span>"
-    )
-
-
-def _hardest_table(facts: Mapping[str, Any], student: str, measure: str) -> str:
-    said, teacher = facts["students"][student], facts["teacher"]
-    names = (
-        "hardest",
-        "class" if of(facts) == "rows" else "after",
-        "KL",
-        "cross-entropy",
-        "teacher's choice",
-        "student's choice",
-    )
-    rows = "".join(
-        f"<tr><td><b><code>{_seen(facts, facts['tokens'][n]['text'])}</code></b></td>"
-        f'<td class="soft"><code>{_seen(facts, _context(facts, n))}</code></td>'
-        f'<td class="n">{said["kl"][n]:.2f}</td><td '
-        f'class="n">{said["ce"][n]:.2f}</td><td>{_first(facts, teacher["top"][n])}</td>'
-        f"<td>{_first(facts, said['top'][n])}</td></tr>"
-        for n in hardest(facts, student, measure, HARDEST)
-    )
-    return f"<table><tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>{rows}</table>"
-
-
 def _context(facts: Mapping[str, Any], number: int, length: int = 24) -> str:
     """The end of what was read before a token, within its row; of a row, its class."""
+    tokens = facts["tokens"]
+    text = tokens[number]["before"]
     if of(facts) == "rows":
-        return facts["tokens"][number]["before"].removesuffix(": ")
-    text = ""
-    for token in reversed(facts["tokens"][: number + 1]):
-        text = (
-            token["before"] if token is facts["tokens"][number] else token["before"] + token["text"]
-        ) + text
-        if token["before"] or len(text) > length:
-            break
+        return text.removesuffix(": ")
+    while number and not tokens[number]["before"] and len(text) <= length:
+        number -= 1
+        text = tokens[number]["before"] + tokens[number]["text"] + text
     return text[-length:]
 
 
-def _legend(facts: Mapping[str, Any], measure: str) -> str:
-    if measure == "differs":
-        return '<span class="legend"><span class="two"></span> first choices differ</span>'
-    return (
-        f'<span class="legend">0 <span class="scale"></span> {limit(facts, measure):g} nats and more</span>'
+def candidate_bars(predictions: Predictions, number: int, temperature: float, k: int) -> str:
+    """The likeliest candidates for one token: what each model gives them at a temperature, as bars in HTML.
+
+    Args:
+        number: of the token, from 0.
+        k: up to the vocabulary.
+    """
+    probs = {n: probabilities(logits[number], temperature) for n, logits in predictions.logits.items()}
+    teacher, rivals = probs["teacher"], [name for name in probs if name != "teacher"]
+    order = np.argsort(-predictions.logits["teacher"][number], kind="stable")[:k]
+    longest = max(values[order[:BARS]].max() for values in probs.values())
+    bars = [(name, COLOURS.get(name, "#56b4e9"), values) for name, values in probs.items()]
+    around = range(max(number - CONTEXT, 0), min(number + 9, len(predictions.texts)))
+    return _filled(
+        "candidates.html.j2",
+        predictions.of,
+        around=[(predictions.before[n], predictions.texts[n], n - number) for n in around],
+        temperature=temperature,
+        entropy=-np.sum(teacher * np.log(teacher, where=teacher > 0, out=np.zeros_like(teacher))) + 0.0,
+        k=len(order),
+        same=[(LABELS.get(name, name), probs[name][order].sum()) for name in rivals],
+        many="classes" if predictions.of == "rows" else "tokens",
+        names=[LABELS.get(name, name) for name in probs],
+        bars=[
+            (
+                predictions.decode(int(token)),
+                token == predictions.targets[number],
+                [(LONGEST * values[token] / longest, colour, values[token]) for _, colour, values in bars],
+            )
+            for token in order[:BARS]
+        ],
+        more=max(len(order) - BARS, 0),
+        rest=[values[order[BARS:]].sum() for values in probs.values()],
+        # summed from what is outside, so that a small mass keeps its digits
+        outside=[float(np.delete(values, order).sum()) for values in probs.values()],
     )
 
 
-def _first(facts: Mapping[str, Any], top: Sequence[tuple[str, float]]) -> str:
-    text, share = top[0]
-    return f'<code>{_seen(facts, text)}</code> <span class="soft">{_share(share)}</span>'
+def probabilities(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """softmax(logits / T) along the last axis, in float64."""
+    weights = np.exp((logits - logits.max(-1, keepdims=True)).astype(np.float64) / temperature)
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def _filled(template: str, of: str, **content: Any) -> str:
+    """A template with text escaped; tokens with their white space, which is part of them."""
+    page = Environment(loader=FileSystemLoader(HERE), autoescape=True)
+    page.filters |= {"seen": str if of == "rows" else visible, "share": _share, "percent": _percent}
+    return page.get_template(template).render(br=Markup("<br>"), rows=of == "rows", **content)
 
 
 def _share(probability: float) -> str:
-    return f"{probability:.1%}".replace("%", " %") if probability >= 0.001 else "&lt; 0.1 %"
+    return f"{100 * probability:.1f} %" if probability >= 0.001 else "< 0.1 %"
 
 
-def _seen(facts: Mapping[str, Any], text: str) -> Markup:
-    """Of a token with its white space, which is part of it."""
-    return escape(text if of(facts) == "rows" else visible(text))
+def _percent(share: float) -> str:
+    return "0 %" if share <= 1e-9 else "< 0.01 %" if share < 1e-4 else f"{100 * share:.3g} %"
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """The tokens of a row as models see it, each learned, context, or padding: coloured, in a terminal too."""
+
+    texts: Sequence[str]
+    states: Sequence[str]
+
+    def _repr_html_(self) -> str:
+        """Text from data is escaped."""
+        spans = "".join(
+            f'<span title="{number}: {state}" style="{self._ink(state)};border-left:1px solid #8c959f">'
+            f"{escape(visible(text))}</span>{'<br>' * text.count(chr(10))}"
+            for number, (text, state) in enumerate(zip(self.texts, self.states, strict=True))
+        )
+        legend = "; ".join(f'<span style="{self._ink(s)}">{words}</span>' for s, words in self._legend())
+        style = "font-family:monospace;line-height:1.7;white-space:pre-wrap"
+        return f'<div style="{style}">{spans}</div><p>{legend}</p>'
+
+    def __str__(self) -> str:
+        coloured = "".join(
+            f"{STATES[state][1]}{visible(text)}\x1b[0m{chr(10) * text.count(chr(10))}"
+            for text, state in zip(self.texts, self.states, strict=True)
+        )
+        return f"{coloured}\n" + "; ".join(f"{STATES[s][1]}{words}\x1b[0m" for s, words in self._legend())
+
+    def _ink(self, state: str) -> str:
+        return f"background:{STATES[state][0]};color:#1f2328"
+
+    def _legend(self) -> list[tuple[str, str]]:
+        """[(state, `learned: 127 (predicted, and counted in the loss)`)] of the states that occur."""
+        counts = Counter(self.states)
+        return [(s, f"{s}: {counts[s]} ({meaning})") for s, (*_, meaning) in STATES.items() if counts[s]]
+
+
+def token_view(
+    ids: Sequence[int], learned: Sequence[bool], read: Sequence[bool], decode: Callable[[list[int]], str]
+) -> TokenView:
+    """A row's tokens as text, and what becomes of each: whether it is learned, or at least read."""
+    states = [
+        "learned" if is_learned else "context" if is_read else "padding"
+        for is_learned, is_read in zip(learned, read, strict=True)
+    ]
+    return TokenView([decode([token]) for token in ids], states)
+
+
+@dataclass(frozen=True)
+class RowView:
+    """A classified row as the student reads it, its class, and the teacher's probabilities at T = 1."""
+
+    text: str
+    label: str
+    said: Sequence[tuple[str, float]]
+
+    @property
+    def lines(self) -> list[tuple[str, float]]:
+        """The likeliest classes first, the rest of many together."""
+        ranked = sorted(self.said, key=lambda pair: -pair[1])
+        rest = ranked[CLASSES:]
+        return [*ranked[:CLASSES], *([(f"{len(rest)} others", sum(p for _, p in rest))] if rest else [])]
+
+    def _repr_html_(self) -> str:
+        """Text from data is escaped, and stands in `code`, where no notebook looks for formulas."""
+        cell = "padding:.1rem .9rem .1rem 0;border:0;text-align:left;background:none"
+        bar = "display:inline-block;height:.8em;background:#8c959f"
+        rows = "".join(
+            f'<tr><td style="{cell}">{f"<b>{escape(n)}</b>, its class" if n == self.label else escape(n)}</td>'
+            f'<td style="{cell}"><span style="{bar};width:{WIDEST * p:.2f}em"></span> {p:.1%}</td></tr>'
+            for n, p in self.lines
+        )
+        text = f'<code style="white-space:pre-wrap;color:inherit;background:none">{escape(self.text)}</code>'
+        return f"<p>{text}</p><p>The teacher says:</p><table>{rows}</table>"
+
+    def __str__(self) -> str:
+        said = (f"  {p:6.1%}  {n}{'  (its class)' if n == self.label else ''}\n" for n, p in self.lines)
+        return f"{self.text}\nclass: {self.label}\nthe teacher says:\n{''.join(said)}".removesuffix("\n")
