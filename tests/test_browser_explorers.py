@@ -13,7 +13,7 @@ from kdlib.runs import folder as runs
 
 pytestmark = MARKS
 CELLS = (
-    "from kdlib.reports import explorers; from kdlib.workbench import session\n\nbench = "
+    "from kdlib.workbench import explorers; from kdlib.workbench import session\n\nbench = "
     'session.open_run("configs/quickstart.yaml", "one")\n'
     'sight = bench.explore("untrained")',
     "explorers.temperature_and_top_k(sight, bench.config)",

@@ -3,9 +3,8 @@ import json
 import made_answers
 
 from kdlib.plots import comparison as plots
-from kdlib.plots.answer_tables import answer_tables
 from kdlib.plots.axes import LABELS, called, on_axis
-from kdlib.plots.classification import answer_figures
+from kdlib.plots.classification import answer_figures, answer_tables
 from kdlib.reports import html as pages
 
 

@@ -10,7 +10,17 @@ from tiny_training import pieces
 from transformers.optimization import get_scheduler
 
 from kdlib.config.run import parse
-from kdlib.plots.schedules import (DECAYS, SHAPES, Design, Phase, curves, design_of, pasted, rate_schedule, schedules_figure, schedules_of)
+from kdlib.plots.schedules import (
+    DECAYS,
+    SHAPES,
+    Design,
+    Phase,
+    curves,
+    design_of,
+    pasted,
+    rate_schedule,
+    schedules_figure,
+)
 from kdlib.runs import log as metrics
 from kdlib.runs.files import StudentFolder
 from kdlib.schedulers import from_spec
@@ -140,7 +150,9 @@ def test_a_schedule_without_words_of_ours_is_taken_from_the_plan(raw_config):
     assert "learning_rate" not in curves(config, 12)
     table = curves(config, 12, plan)
     assert np.interp(0.25, table["fraction"], table["learning_rate"]) == pytest.approx(5e-4)
-    assert "a schedule of the Trainer's own" in schedules_figure(curves(config, 12)).axes[0].get_title(loc="left")
+    assert "a schedule of the Trainer's own" in schedules_figure(curves(config, 12)).axes[0].get_title(
+        loc="left"
+    )
     design, notes = design_of(config, 12)
     assert (design.warm_up, design.decay) == (0.1, "cosine")
     assert notes == [

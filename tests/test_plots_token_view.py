@@ -1,14 +1,15 @@
 from conftest import sentences, tiny_tokenizer
 
 from kdlib.data.batches import collate
-from kdlib.plots.token_view import token_view
-from kdlib.plots.visible import visible
+from kdlib.losses.signals import IGNORED
+from kdlib.plots.tokens import token_view, visible
 
 
 def view(row, rows=("the student learns", "a teacher says what it sees when words come back")):
     tokenizer = tiny_tokenizer(sentences(50))
     batch = collate([{"input_ids": tokenizer(text)["input_ids"]} for text in rows], pad_id=0)
-    return token_view(batch, row, tokenizer)
+    ids, labels, read = (batch[name][row].tolist() for name in ("input_ids", "labels", "attention_mask"))
+    return token_view(ids, [label != IGNORED for label in labels], read, tokenizer.decode)
 
 
 def test_each_token_is_learned_or_read_or_padding():

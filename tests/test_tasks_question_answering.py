@@ -18,7 +18,7 @@ from kdlib.evaluation.compare import Candidate, measured
 from kdlib.metrics import multiple_choice as choices
 from kdlib.models.loading import BUILT_IN, load_model, load_tokenizer
 from kdlib.plots import comparison as plots
-from kdlib.plots.answer_tables import answer_tables
+from kdlib.plots.classification import answer_tables
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.log import read_metrics
 from kdlib.tasks import base as tasks, question_answering

@@ -15,10 +15,9 @@ from kdlib.errors import RunError
 from kdlib.evaluation import predictions as sights
 from kdlib.models.student import shallower
 from kdlib.models.teacher import LiveTeacher
-from kdlib.plots.candidates import candidate_bars, probabilities
 from kdlib.plots.softening import (
     TEMPERATURES,
-    Sight,
+    Predictions,
     chosen,
     message as softening_message,
     sizes,
@@ -27,11 +26,12 @@ from kdlib.plots.softening import (
     softening_figure,
     softening_of,
 )
-from kdlib.plots.tokens import hardest, heat_map, limit, message, values
-from kdlib.reports import explorers
+from kdlib.plots.tokens import candidate_bars, hardest, heat_map, limit, message, probabilities, values
+from kdlib.reports import explorers as still
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import PARENT
 from kdlib.tasks.language_modeling import TOKENS, LanguageModeling, beginnings
+from kdlib.workbench import explorers
 from kdlib.workbench.explorers import HeatMapExplorer, ScheduleDesigner, TemperatureExplorer
 from kdlib.workbench.session import Workbench
 
@@ -75,7 +75,7 @@ def voices(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def sight(voices, rows, tokenizer) -> Sight:
+def sight(voices, rows, tokenizer) -> Predictions:
     made = Prepared(Dataset.from_list(rows), Dataset.from_list(rows), {}, collate, len(tokenizer))
     loads = {name: lambda m=model: LiveTeacher(m, len(tokenizer)) for name, model in voices.items()}
     return sights.look(loads, LanguageModeling().sample(made, tokenizer, tokens=40), "token")
@@ -251,7 +251,7 @@ def test_a_summary_has_each_token_s_figures(sight, facts):
 
 
 def test_students_of_the_same_text_stay_together(run, sight):
-    untrained = Sight(
+    untrained = Predictions(
         sight.texts,
         sight.before,
         sight.targets,
@@ -261,7 +261,7 @@ def test_students_of_the_same_text_stay_together(run, sight):
     sights.write(run, untrained)
     found = runs.read_json(run.path / "explorers.json")
     assert list(found["students"]) == ["untrained", "distilled", "baseline"]
-    other = Sight(["x", *sight.texts[1:]], sight.before, sight.targets, untrained.logits, sight.decode)
+    other = Predictions(["x", *sight.texts[1:]], sight.before, sight.targets, untrained.logits, sight.decode)
     sights.write(run, other)
     assert list(runs.read_json(run.path / "explorers.json")["students"]) == ["untrained"]
 
@@ -289,7 +289,7 @@ def test_the_candidates_of_a_token_are_escaped_too():
         name: np.arange(len(EVIL), dtype=np.float32)[None].repeat(len(EVIL), 0)
         for name in ("teacher", "untrained")
     }
-    sight = Sight(EVIL, EVIL, np.arange(len(EVIL)), logits, EVIL.__getitem__)
+    sight = Predictions(EVIL, EVIL, np.arange(len(EVIL)), logits, EVIL.__getitem__)
     page = Page(candidate_bars(sight, 4, 2.0, 4096))
     assert "script" not in page.tags
     assert not [name for name in page.attributes if name.startswith("on")]
@@ -383,20 +383,20 @@ def test_with_a_person_there_are_widgets_and_headless_there_are_none(run, sight,
 
 
 def test_still_pages_need_no_script_and_nothing_from_outside(run):
-    pages = explorers.static_html(run)
-    assert list(pages) == ["Temperature and top k", "Token by token", "Course of the training"]
+    pages = still.static_html(run)
+    assert list(pages) == ["Temperature and top k", "Token by token", "Schedules of the training"]
     for page in map(Page, pages.values()):
         assert "script" not in page.tags
         assert not {"src", "href", "onclick", "action"} & set(page.attributes) - {"src"}
     assert all(page.count('src="') == page.count('src="data:image/png;base64,') for page in pages.values())
-    assert "temperature: 2.0" in pages["Course of the training"]
+    assert "temperature: 2.0" in pages["Schedules of the training"]
     assert pages["Token by token"].count("kd-heat kl") == 0
     assert pages["Token by token"].count("<details>") == 1
 
 
 def test_a_run_that_was_not_explored_has_no_pages(raw_config, tmp_path):
     run = runs.create(tmp_path / "runs", "none", parse(raw_config))
-    assert explorers.static_html(run) == {}
+    assert still.static_html(run) == {}
     with pytest.raises(RunError, match="has no explorers.json yet; call"):
         explorers.token_heat_map(run)
 

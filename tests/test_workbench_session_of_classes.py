@@ -10,9 +10,7 @@ from made_classifiers import LABELS, classification, classifier, source, taught
 from matplotlib.text import Text
 
 from kdlib.plots import comparison as plots
-from kdlib.plots.candidates import candidate_bars
-from kdlib.plots.row_view import RowView
-from kdlib.plots.tokens import heat_map
+from kdlib.plots.tokens import RowView, candidate_bars, heat_map
 from kdlib.reports import explorers
 from kdlib.reports.summary import summary
 from kdlib.runs import folder as runs, log as metrics

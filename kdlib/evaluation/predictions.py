@@ -11,7 +11,7 @@ from kdlib.config.run import Config
 from kdlib.losses.objective import SoftTargets, agreement, cross_entropy
 from kdlib.losses.signals import kept
 from kdlib.models.teacher import LiveTeacher
-from kdlib.plots.softening import Sight, softening_of
+from kdlib.plots.softening import Predictions, softening_of
 from kdlib.runs.files import read_json, write_json
 from kdlib.runs.folder import Run
 from kdlib.tasks.base import Sample
@@ -19,7 +19,7 @@ from kdlib.tasks.base import Sample
 CANDIDATES = 5  # of each model, kept for each token
 
 
-def look(loads: Mapping[str, Callable[[], LiveTeacher]], sample: Sample, unit: str) -> Sight:
+def look(loads: Mapping[str, Callable[[], LiveTeacher]], sample: Sample, unit: str) -> Predictions:
     """Ask models, one after another, about a task's sample of held-out predictions.
 
     Args:
@@ -31,33 +31,32 @@ def look(loads: Mapping[str, Callable[[], LiveTeacher]], sample: Sample, unit: s
         model = load()
         batch = {key: value.to(model.model.device) for key, value in sample.batch.items()}
         logits[name] = model(batch, kept(batch["labels"])).logits().float().cpu().numpy()
-    return Sight(sample.texts, sample.before, targets, logits, sample.decode, of=f"{unit}s")
+    return Predictions(sample.texts, sample.before, targets, logits, sample.decode, of=f"{unit}s")
 
 
-def summary(sight: Sight, config: Config) -> dict[str, Any]:
-    """A sight as plain data: temperatures x top k of the teacher, and each token with what every model
-    made of it.
-    """
-    logits = {name: torch.from_numpy(values) for name, values in sight.logits.items()}
-    targets = torch.from_numpy(sight.targets)
+def summary(predictions: Predictions, config: Config) -> dict[str, Any]:
+    """As plain data: temperatures x top k of the teacher, and each token with what every model made of it."""
+    logits = {name: torch.from_numpy(values) for name, values in predictions.logits.items()}
+    targets = torch.from_numpy(predictions.targets)
     return {
-        **softening_of(sight, config),
-        "of": sight.of,
+        **softening_of(predictions, config),
+        "of": predictions.of,
         "tokens": [
-            {"text": text, "before": before} for text, before in zip(sight.texts, sight.before, strict=True)
+            {"text": text, "before": before}
+            for text, before in zip(predictions.texts, predictions.before, strict=True)
         ],
-        "teacher": _said(logits["teacher"], targets, sight.decode),
+        "teacher": _said(logits["teacher"], targets, predictions.decode),
         "students": {
-            name: _said(logits[name], targets, sight.decode)
+            name: _said(logits[name], targets, predictions.decode)
             | _against(logits[name], logits["teacher"], targets)
-            for name in sight.students
+            for name in predictions.students
         },
     }
 
 
-def write(run: Run, sight: Sight) -> None:
+def write(run: Run, predictions: Predictions) -> None:
     """Write explorers.json; students seen before on the same text stay in it."""
-    path, found = run.path / "explorers.json", summary(sight, run.config)
+    path, found = run.path / "explorers.json", summary(predictions, run.config)
     earlier = read_json(path, {})
     if earlier.get("tokens") == found["tokens"]:
         found["students"] = found["students"] | {

@@ -6,6 +6,8 @@ from textwrap import wrap
 from typing import Any
 
 import numpy as np
+from IPython import get_ipython
+from IPython.core.pylabtools import select_figure_formats
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -16,8 +18,7 @@ TERM_COLOURS = {
     "attention": "#cc79a7",
     "relational": "#d55e00",
     "contrastive": "#56b4e9",
-}  # Okabe and Ito's, safe for colour-blind eyes
-# Tol's, and theirs
+}  # Okabe and Ito's, safe for colour-blind eyes; spare ones by Tol, and theirs
 SPARE = ("#332288", "#117733", "#882255", "#999933", "#aa4499", "#d55e00", "#56b4e9", "#cc79a7")
 INK, SOFT, SHADE, BROKEN = "#1f2328", "#6e6e6e", "#f1f1ee", "#cc0000"
 
@@ -28,8 +29,11 @@ LABELS = {
     "baseline": "CE-only baseline",
     "distilled": "distilled student",
 }
-# of models with names of their own
-OTHERS = ("#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#882255", "#999933")
+OTHERS = ("#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#882255", "#999933")  # of models with own names
+
+# IPython knows what a Figure is only where pyplot is imported, which nothing here does
+if (shell := get_ipython()) is not None:
+    select_figure_formats(shell, {"png"})
 
 
 def colours_of_models(names: Iterable[str]) -> dict[str, str]:
@@ -72,6 +76,12 @@ def intervals(axes: Axes, at: Any, found: Mapping[str, Any], *, lying: bool = Fa
     gaps = [np.maximum(value - low, 0), np.maximum(high - value, 0)]
     x, y = (value, np.atleast_1d(at)) if lying else (np.atleast_1d(at), value)
     axes.errorbar(x, y, **{"xerr" if lying else "yerr": gaps}, **{"capsize": 3, "fmt": "o"} | look)
+
+
+def titled(figure: Figure, title: str) -> Figure:
+    """With its message at the upper left; names from data are no formulas."""
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left", parse_math=False)
+    return figure
 
 
 def png(figure: Figure, dpi: int = 100) -> bytes:

@@ -1,21 +1,24 @@
-"""Figures of classifiers: what is taken for what, how sure against how right, F1 of each class.  Imports no
-torch.
-
-One message each, stated in the title from the figures themselves.
-"""
+"""Figures and tables of answers: what is taken for what, how sure and how right.  Imports no torch."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from kdlib.metrics.names import student_of, with_interval
-from kdlib.plots.axes import INK, called, colours_of_models, label_of
+from kdlib.metrics.names import rivals_of, student_of, with_interval
+from kdlib.plots.axes import INK, called, colours_of_models, intervals, label_of, titled
 
+TITLES = {
+    "mcnemar": "McNemar's test",
+    "on_teachers_mistakes": "On the teacher's mistakes",
+    "f1_per_class": "F1 by class",
+    "worst": "Worst examples",
+}
 ANSWER_FIGURES = ("confusion", "reliability", "f1_per_class")
 COUNTED = 30  # classes, above which a matrix has no counts, as they could not be read
 NAMED = 60  # classes, above which its axes have no names
@@ -26,21 +29,14 @@ FULL_BIN = 10  # rows, below which a bin of the reliability plot is drawn pale
 
 def answer_figures(results: Mapping[str, Any]) -> dict[str, Figure]:
     """Every figure of these that the results allow, by name; none where tokens were predicted."""
-    models = results["models"]
-    figures = {}
-    if all("confusion" in facts for facts in models.values()):
-        figures["confusion"] = confusion(results)
-    if all("reliability" in facts for facts in models.values()):
-        figures["reliability"] = reliability(results)
-    if all("per_class" in facts for facts in models.values()):
-        figures["f1_per_class"] = f1_per_class(results)
-    return figures
+    models = results["models"].values()
+    drawn = {"confusion": confusion, "reliability": reliability, "per_class": f1_per_class}
+    found = [draw for needed, draw in drawn.items() if all(needed in facts for facts in models)]
+    return {draw.__name__: draw(results) for draw in found}
 
 
 def confusion(results: Mapping[str, Any]) -> Figure:
-    """For each true class, what it is taken for: shares of its row as colour, counts as numbers; a matrix
-    for each trained model.
-    """
+    """For each true class, what it is taken for: shares as colour, counts as numbers."""
     labels, models = results["labels"], _trained(results)
     columns = len(models) if len(labels) <= 6 else 2 if len(labels) <= COUNTED else 1
     rows, size = math.ceil(len(models) / columns), min(max(1.2 + 0.42 * len(labels), 3.2), 11)
@@ -53,21 +49,17 @@ def confusion(results: Mapping[str, Any]) -> Figure:
         _matrix(axes, counts, labels)
         right = counts.trace() / counts.sum()
         axes.set_title(f"{label_of(name)}: {right:.1%} right", fontsize=9, loc="left", parse_math=False)
-    return _titled(
-        figure,
-        f"{_most_confused(results)}\nColour: share of the true class; numbers: rows; n = {results['rows']:,}",
-    )
+    note = f"Colour: share of the true class; numbers: rows; n = {results['rows']:,}"
+    return titled(figure, f"{_most_confused(results)}\n{note}")
 
 
 def _matrix(axes: Axes, counts: np.ndarray, labels: Sequence[str]) -> None:
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="equal")
-    if len(labels) <= COUNTED:
-        size = 8 if len(labels) <= 16 else 6
-        for (true, said), count in np.ndenumerate(counts):
-            if count:
-                colour = "white" if shares[true, said] > 0.55 else INK
-                axes.text(said, true, f"{count:,}", ha="center", va="center", fontsize=size, color=colour)
+    for (true, said), count in np.ndenumerate(counts) if len(labels) <= COUNTED else ():
+        if count:
+            look = {"fontsize": 8 if len(labels) <= 16 else 6, "ha": "center", "va": "center"}
+            axes.text(said, true, f"{count:,}", color="white" if shares[true, said] > 0.55 else INK, **look)
     names = [_short(label) for label in labels] if len(labels) <= NAMED else []
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8, parse_math=False)
     axes.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
@@ -83,17 +75,13 @@ def _most_confused(results: Mapping[str, Any]) -> str:
     if not wrong.any():
         return f"{called(student, 'The')} takes no row for another class"
     true, said = np.unravel_index(wrong.argmax(), wrong.shape)
-    return (
-        f"{called(student, 'The')} most often takes {_short(labels[true], 40)} for "
-        f"{_short(labels[said], 40)}: "
-        f"{wrong[true, said]:,} of {counts[true].sum():,} rows"
-    )
+    taken = f"takes {_short(labels[true], 40)} for {_short(labels[said], 40)}"
+    share = f"{wrong[true, said]:,} of {counts[true].sum():,} rows"
+    return f"{called(student, 'The')} most often {taken}: {share}"
 
 
 def reliability(results: Mapping[str, Any]) -> Figure:
-    """How often each model is right where it is so sure; on the diagonal it is as right as it is sure.
-    Below: how often it is so sure.
-    """
+    """How often each model is right where it is so sure: on the diagonal as often; below, how often it is."""
     models = _trained(results)
     colours = colours_of_models(results["models"])
     figure = Figure(figsize=(7, 5.6), layout="constrained")
@@ -110,16 +98,13 @@ def reliability(results: Mapping[str, Any]) -> Figure:
     for axes in (upper, lower):
         axes.spines[["top", "right"]].set_visible(False)
     note = f"n = {results['rows']:,}; a bin of less than {FULL_BIN} rows is pale; {results['interval']}"
-    return _titled(figure, f"{_sureness(results)}\n{note}")
+    return titled(figure, f"{_sureness(results)}\n{note}")
 
 
 def _reliability_lines(upper: Axes, lower: Axes, results: Mapping[str, Any], name: str, colour: str) -> None:
     facts = results["models"][name]
-    look = {
-        "color": colour,
-        "linestyle": "--" if name == "teacher" else "-",
-        "linewidth": 1 if name == "baseline" else 2,
-    }
+    style, width = "--" if name == "teacher" else "-", 1 if name == "baseline" else 2
+    look = {"color": colour, "linestyle": style, "linewidth": width}
     filled = [each for each in facts["reliability"] if each["count"]]
     sure, right = ([each[key] for each in filled] for key in ("confidence", "accuracy"))
     upper.plot(sure, right, label=f"{label_of(name)}: error {with_interval(facts['ece'])}", **look)
@@ -140,69 +125,106 @@ def _sureness(results: Mapping[str, Any]) -> str:
 
 
 def f1_per_class(results: Mapping[str, Any]) -> Figure:
-    """F1 of each class that has rows, for the trained models, with intervals; the student's worst class
-    at the top.
-    """
+    """F1 of each class that has rows, for the trained models; the student's worst at the top."""
     models, student = _trained(results), student_of(results)
     colours = colours_of_models(results["models"])
-    of_student = results["models"][student]["per_class"]
-    order = sorted(
-        (number for number, each in enumerate(of_student) if each["support"]),
-        key=lambda number: of_student[number]["f1"]["value"],
-    )
+    own = results["models"][student]["per_class"]
+    order = sorted((n for n, each in enumerate(own) if each["support"]), key=lambda n: own[n]["f1"]["value"])
     figure = Figure(figsize=(8, 1.5 + (0.12 + 0.13 * len(models)) * len(order)), layout="constrained")
-    axes = figure.subplots()
+    axes, places = figure.subplots(), np.arange(len(order))
     for place, name in enumerate(models):
-        entries = [results["models"][name]["per_class"][number]["f1"] for number in order]
-        height = [position + 0.7 * ((place + 0.5) / len(models) - 0.5) for position in range(len(order))]
-        value, low, high = (np.array([each[key] for each in entries]) for key in ("value", "low", "high"))
-        axes.errorbar(
-            value,
-            height,
-            xerr=[np.maximum(value - low, 0), np.maximum(high - value, 0)],
-            color=colours[name],
-            capsize=2,
-            fmt="D" if name == "teacher" else "o",
-            markersize=4,
-            elinewidth=1,
-            linestyle="none",
-            label=label_of(name),
-        )
-    support = [of_student[number]["support"] for number in order]
-    names = [
-        f"{_short(results['labels'][number])} ({count:,})"
-        for number, count in zip(order, support, strict=True)
-    ]
-    axes.set_yticks(range(len(order)), names, fontsize=8, parse_math=False)
+        found = pd.DataFrame([results["models"][name]["per_class"][number]["f1"] for number in order])
+        look = {"fmt": "D" if name == "teacher" else "o", "markersize": 4, "elinewidth": 1, "capsize": 2}
+        height = places + 0.7 * ((place + 0.5) / len(models) - 0.5)
+        intervals(axes, height, found, lying=True, color=colours[name], label=label_of(name), **look)
+    names = [f"{_short(results['labels'][number])} ({own[number]['support']:,})" for number in order]
+    axes.set_yticks(places, names, fontsize=8, parse_math=False)
     axes.set(xlabel="F1 (in brackets: rows of the class)", ylim=(len(order) - 0.4, -0.6), xlim=(None, 1.02))
     axes.grid(axis="y", color="#eeeeee")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(
-        *axes.get_legend_handles_labels(),
-        frameon=False,
-        fontsize=8,
-        loc="outside lower center",
-        ncols=len(models),
-    )
-    return _titled(figure, f"{_hardest(results, order)}\nn = {results['rows']:,}; {results['interval']}")
+    look = {"frameon": False, "fontsize": 8, "ncols": len(models)}
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", **look)
+    return titled(figure, f"{_hardest(results, order)}\nn = {results['rows']:,}; {results['interval']}")
 
 
 def _hardest(results: Mapping[str, Any], order: Sequence[int]) -> str:
-    student = student_of(results)
+    student, labels = student_of(results), results["labels"]
     ours, theirs = (results["models"][name]["per_class"] for name in (student, "teacher"))
-    gap, furthest = max(
-        (theirs[number]["f1"]["value"] - ours[number]["f1"]["value"], -number) for number in order
-    )
-    opening = (
-        f"{_short(results['labels'][order[0]], 40)} is {called(student)}'s worst class: F1 "
-        f"{ours[order[0]]['f1']['value']:.2f}"
-    )
-    if gap <= 0:
+    behind = {number: theirs[number]["f1"]["value"] - ours[number]["f1"]["value"] for number in order}
+    furthest = max(sorted(order), key=behind.get)
+    worst = f"F1 {ours[order[0]]['f1']['value']:.2f}"
+    opening = f"{_short(labels[order[0]], 40)} is {called(student)}'s worst class: {worst}"
+    if behind[furthest] <= 0:
         return f"{opening}; in none is it behind the teacher"
-    return (
-        f"{opening};\nfurthest behind the teacher: {_short(results['labels'][-furthest], 40)}, by {gap:.2f}"
-    )
+    least = f"{_short(labels[furthest], 40)}, by {behind[furthest]:.2f}"
+    return f"{opening};\nfurthest behind the teacher: {least}"
+
+
+def answer_tables(results: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
+    """Every table of these that the results allow, by its file's name; none where tokens were predicted."""
+    found = {}
+    if results.get("mcnemar"):
+        found["mcnemar"] = mcnemar_table(results)
+    if any("on_teachers_mistakes" in facts for facts in results["models"].values()):
+        found["on_teachers_mistakes"] = mistakes_table(results)
+    if results.get("labels"):
+        found["f1_per_class"] = class_table(results)
+    if results.get("worst"):
+        found["worst"] = worst_table(results)
+    return found
+
+
+def mcnemar_table(results: Mapping[str, Any]) -> pd.DataFrame:
+    """The student against each other model: rows that only one has right; how likely between equals."""
+    student = student_of(results)
+    rows = {}
+    for rival in rivals_of(results):
+        test = next(t for t in results["mcnemar"] if {t["model"], t["against"]} == {student, rival})
+        ours, theirs = test["only_model_right"], test["only_other_right"]
+        if test["model"] == rival:
+            ours, theirs = theirs, ours
+        rows[label_of(rival)] = {
+            f"only {called(student)} is right": ours,
+            "only the other is right": theirs,
+            "p": f"{test['p_value']:.2g}",
+            "test": test["test"],
+        }
+    return _table(rows, "McNemar's test against")
+
+
+def mistakes_table(results: Mapping[str, Any]) -> pd.DataFrame:
+    """What becomes of the rows that the teacher gets wrong: its mistake repeated, or the right answer."""
+    rows = {
+        label_of(name): {
+            "the teacher's mistakes": facts["on_teachers_mistakes"]["rows"],
+            "repeated": with_interval(facts["on_teachers_mistakes"]["repeated"]),
+            "answered rightly": with_interval(facts["on_teachers_mistakes"]["mended"]),
+        }
+        for name, facts in results["models"].items()
+        if name != "teacher" and "on_teachers_mistakes" in facts
+    }
+    return _table(rows, "share, with 95 % interval")
+
+
+def class_table(results: Mapping[str, Any]) -> pd.DataFrame:
+    """F1 of each class by model, and how many rows it has."""
+    rows = {}
+    for number, label in enumerate(results["labels"]):
+        entries = {label_of(n): facts["per_class"][number] for n, facts in results["models"].items()}
+        scores = {n: with_interval(each["f1"]) if each["support"] else "—" for n, each in entries.items()}
+        rows[label] = {"rows": next(iter(entries.values()))["support"]} | scores
+    return _table(rows, "F1 of the class")
+
+
+def worst_table(results: Mapping[str, Any]) -> pd.DataFrame:
+    """The rows on which the student is most wrong or furthest from the teacher; likeliest classes of both."""
+    shown = ("teacher", student_of(results))
+    lines = []
+    for row in results["worst"]:
+        said = {label_of(n): ", ".join(f"{label} {p:.0%}" for label, p in row["said"][n]) for n in shown}
+        lines.append({"why": row["why"], "text": " ".join(row["text"].split()), "right": row["label"]} | said)
+    return pd.DataFrame(lines).set_index("why")
 
 
 def _trained(results: Mapping[str, Any]) -> list[str]:
@@ -213,6 +235,7 @@ def _short(label: str, length: int = SHORT) -> str:
     return label if len(label) <= length else f"{label[: length - 1]}…"
 
 
-def _titled(figure: Figure, title: str) -> Figure:
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left", parse_math=False)
-    return figure
+def _table(rows: Mapping[str, Mapping[str, Any]], title: str) -> pd.DataFrame:
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table.index.name = title
+    return table

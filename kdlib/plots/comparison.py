@@ -1,6 +1,5 @@
-"""Figures from a run's files: one message each, stated in the title from the figures themselves.
+"""Figures and tables from a run's files: one message each, in the title.  Imports no torch.
 
-Figures are made from metrics.jsonl, plan.json and comparison_results.json; nothing here imports torch.
 Teacher hatched grey, distilled student blue, baseline thin orange, untrained student light grey; safe for
 colour-blind eyes.
 """
@@ -10,19 +9,25 @@ from contextlib import suppress
 from typing import Any
 
 import pandas as pd
-from IPython import get_ipython
-from IPython.core.pylabtools import select_figure_formats
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kdlib.config.task_rules import differing, rules_in, shown_in
 from kdlib.errors import ConfigError
 from kdlib.metrics.names import DRAWN, MEASURES, difference, rivals_of, student_of, with_interval
-from kdlib.plots.axes import COLOURS, LABELS, called, colours_of, colours_of_models, label_of, on_axis
+from kdlib.plots.axes import (
+    COLOURS,
+    LABELS,
+    called,
+    colours_of_models,
+    intervals,
+    label_of,
+    on_axis,
+    titled,
+)
 from kdlib.plots.classification import answer_figures
 from kdlib.plots.training import dashboard
 from kdlib.runs.folder import Run
-from kdlib.runs.log import eval_table, terms_in, training_table
+from kdlib.runs.log import eval_table, training_table
 from kdlib.runs.progress import progress
 
 COSTS = {  # what a comparison measures of it: how a column is headed, and its figures written
@@ -36,96 +41,47 @@ COSTS = {  # what a comparison measures of it: how a column is headed, and its f
 }
 
 BARS = "teacher_student_comparison"  # the figure over all models
-# over the steps, where measured
 LEARNED = ("choice_accuracy", "accuracy", "macro_f1", "log_loss", "kl_to_teacher", "perplexity")
-
-# IPython knows what a Figure is only where pyplot is imported, which nothing here does
-if (shell := get_ipython()) is not None:
-    select_figure_formats(shell, {"png"})
-
-
-def schedules(table: pd.DataFrame) -> Figure:
-    """Learning rate, weights and temperature against the optimizer step: the plan of a training."""
-    colours = colours_of(terms_in(table))
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    upper.plot(table["step"], table["learning_rate"], color="black")
-    upper.set(ylabel="learning rate")
-    upper.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    peak = table["learning_rate"].idxmax()
-    upper.set_title(
-        f"The learning rate peaks at {table['learning_rate'][peak]:.1e} and ends at "
-        f"{table['learning_rate'].iloc[-1]:.1e}",
-        loc="left",
-    )
-    for term in terms_in(table):
-        lower.plot(table["step"], table[f"{term}_weight"], color=colours[term], label=f"weight of {term}")
-    lower.plot(table["step"], table["temperature"], color="#cc79a7", linestyle=":", label="temperature")
-    lower.set_ylim(bottom=0)
-    return _labelled(figure, lower, "weight, temperature")
 
 
 def learning_curves(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """What was measured on held-out rows while training; none depends on the weights, so the students can
-    be compared.
-    """
+    """What was measured on held-out rows while training; none depends on the weights."""
     shown = [name for name in LEARNED if all(name in table for table in tables.values())]
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         for name, table in tables.items():
-            axes.plot(
-                table["step"],
-                table[metric],
-                color=COLOURS[name],
-                marker="o",
-                markersize=4,
-                label=LABELS[name],
-                linewidth=1 if name == "baseline" else 2,
-            )
+            look = {"color": COLOURS[name], "linewidth": 1 if name == "baseline" else 2, "marker": "o"}
+            axes.plot(table["step"], table[metric], markersize=4, label=LABELS[name], **look)
         last = [f"{table[metric].iloc[-1]:#.3g}".rstrip(".") for table in tables.values()]
         axes.set_title(f"{MEASURES[metric].brief}: {' / '.join(last)}", loc="left", fontsize=10)
         if metric == "kl_to_teacher":
             axes.set_ylim(bottom=0)
-        _labelled(figure, axes, "")
-    figure.suptitle(
-        f"On held-out rows, at the end: {' / '.join(LABELS[name] for name in tables)}",
-        fontsize=10,
-        x=0.01,
-        ha="left",
-    )
-    return figure
+        axes.set_xlabel("optimizer step")
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    who = " / ".join(LABELS[name] for name in tables)
+    return titled(figure, f"On held-out rows, at the end: {who}")
 
 
 def comparison_bars(results: Mapping[str, Any]) -> Figure:
     """All models on the same held-out rows, with 95 % intervals."""
     figure, drawn = Figure(figsize=(10, 4.4), layout="constrained"), shown_in(results)[:DRAWN]
-    models = list(results["models"])
+    models = results["models"]
     colours = colours_of_models(models)
     for axes, metric in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
-        for position, name in enumerate(models):
-            figures = results["models"][name][metric]
-            low, high = figures["value"] - figures["low"], figures["high"] - figures["value"]
-            axes.bar(
-                position,
-                figures["value"],
-                color=colours[name],
-                hatch="//" if name == "teacher" else None,
-                edgecolor="white",
-                yerr=[[max(low, 0)], [max(high, 0)]],
-                capsize=3,
-            )
-            axes.text(
-                position, figures["high"], f" {figures['value']:.3g}", ha="center", va="bottom", fontsize=8
-            )
+        for place, (name, facts) in enumerate(models.items()):
+            found, hatch = facts[metric], "//" if name == "teacher" else None
+            axes.bar(place, found["value"], color=colours[name], hatch=hatch, edgecolor="white")
+            intervals(axes, place, found, fmt="none", ecolor="black")
+            axes.text(place, found["high"], f" {found['value']:.3g}", ha="center", va="bottom", fontsize=8)
         if metric == "perplexity":
             axes.set_yscale("log")
         axes.set_xticks(range(len(models)), [on_axis(m) for m in models], fontsize=8, parse_math=False)
         axes.set_title(MEASURES[metric].label(rules_in(results).unit).strip(), fontsize=9, loc="left")
         axes.margins(y=0.15)
-        _plain_spines(axes)
+        axes.spines[["top", "right"]].set_visible(False)
     message = comparison_message(results).replace(": ", ":\n", 1).replace("; ", ",\n")
-    figure.suptitle(f"{message}\n{sample_of(results)}", fontsize=10, x=0.01, ha="left", parse_math=False)
-    return figure
+    return titled(figure, f"{message}\n{sample_of(results)}")
 
 
 def sample_of(results: Mapping[str, Any]) -> str:
@@ -177,14 +133,9 @@ def difference_table(results: Mapping[str, Any]) -> pd.DataFrame:
     for rival in rivals_of(results):
         for metric in differing(results, rival):
             d = difference(results, student, rival, metric)
-            rows.append(
-                {
-                    heading: label_of(rival),
-                    "metric": MEASURES[metric].name,
-                    "difference and 95 % interval": with_interval(d, "+"),
-                    "excludes zero": "yes" if d["low"] > 0 or d["high"] < 0 else "no",
-                }
-            )
+            clear = "yes" if d["low"] > 0 or d["high"] < 0 else "no"
+            found = {"difference and 95 % interval": with_interval(d, "+"), "excludes zero": clear}
+            rows.append({heading: label_of(rival), "metric": MEASURES[metric].name} | found)
     return pd.DataFrame(rows).set_index(heading)
 
 
@@ -207,16 +158,3 @@ def run_figures(run: Run, results: Mapping[str, Any] | None) -> dict[str, Figure
             {who: evaluation} | ({"baseline": baseline} if len(baseline) else {})
         )
     return figures
-
-
-def _labelled(figure: Figure, axes: Axes, ylabel: str) -> Figure:
-    axes.set(xlabel="optimizer step", ylabel=ylabel)
-    axes.legend(frameon=False, fontsize=8)
-    for each in figure.axes:
-        each.title.set_fontsize(10)
-        _plain_spines(each)
-    return figure
-
-
-def _plain_spines(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)

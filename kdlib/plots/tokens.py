@@ -194,7 +194,7 @@ def _percent(share: float) -> str:
 
 @dataclass(frozen=True)
 class TokenView:
-    """The tokens of a row as models see it, each learned, context, or padding: coloured, in a terminal too."""
+    """The tokens of a row as models see it, each learned, context, or padding; coloured, if in a terminal."""
 
     texts: Sequence[str]
     states: Sequence[str]
@@ -256,10 +256,11 @@ class RowView:
         """Text from data is escaped, and stands in `code`, where no notebook looks for formulas."""
         cell = "padding:.1rem .9rem .1rem 0;border:0;text-align:left;background:none"
         bar = "display:inline-block;height:.8em;background:#8c959f"
+        names = [f"<b>{escape(n)}</b>, its class" if n == self.label else escape(n) for n, _ in self.lines]
         rows = "".join(
-            f'<tr><td style="{cell}">{f"<b>{escape(n)}</b>, its class" if n == self.label else escape(n)}</td>'
+            f'<tr><td style="{cell}">{name}</td>'
             f'<td style="{cell}"><span style="{bar};width:{WIDEST * p:.2f}em"></span> {p:.1%}</td></tr>'
-            for n, p in self.lines
+            for name, (_, p) in zip(names, self.lines, strict=True)
         )
         text = f'<code style="white-space:pre-wrap;color:inherit;background:none">{escape(self.text)}</code>'
         return f"<p>{text}</p><p>The teacher says:</p><table>{rows}</table>"

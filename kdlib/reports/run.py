@@ -15,9 +15,8 @@ from kdlib.config.task_rules import rules_in, shown_in
 from kdlib.errors import RunError
 from kdlib.metrics.names import MEASURES, with_interval
 from kdlib.plots import comparison as plots
-from kdlib.plots.answer_tables import TITLES, answer_tables
 from kdlib.plots.axes import LABELS, label_of
-from kdlib.plots.classification import ANSWER_FIGURES
+from kdlib.plots.classification import ANSWER_FIGURES, TITLES, answer_tables
 from kdlib.reports import html
 from kdlib.reports.explorers import static_html
 from kdlib.reports.notebook_html import notebook_html

@@ -27,7 +27,7 @@ from kdlib.models.efficiency import latency_ms, seconds_of
 from kdlib.models.loading import load_config, load_tokenizer
 from kdlib.models.student import Outline
 from kdlib.models.teacher import LiveTeacher
-from kdlib.plots.row_view import RowView
+from kdlib.plots.tokens import RowView
 from kdlib.tasks.base import Comparison, Sample, Task, register
 from kdlib.tasks.language_modeling import first_rows, random_ids
 

@@ -28,7 +28,7 @@ from kdlib.models.efficiency import seconds_of
 from kdlib.models.loading import load_model, load_tokenizer
 from kdlib.models.student import Outline, blank_model
 from kdlib.models.teacher import LiveTeacher
-from kdlib.plots.token_view import TokenView, token_view
+from kdlib.plots.tokens import TokenView, token_view
 from kdlib.tasks.base import Comparison, Sample, Task, register
 
 BATCH = 8  # rows per forward pass
@@ -92,7 +92,9 @@ class LanguageModeling(Task):
         self, prepared: Prepared, tokenizer: PreTrainedTokenizerBase, teacher: LiveTeacher
     ) -> TokenView:
         """Token by token, coloured by what is learned."""
-        return token_view(first_rows(prepared), 0, tokenizer)
+        batch = first_rows(prepared)
+        ids, labels, read = (batch[name][0].tolist() for name in ("input_ids", "labels", "attention_mask"))
+        return token_view(ids, [label != IGNORED for label in labels], read, tokenizer.decode)
 
     def sample(self, prepared: Prepared, tokenizer: PreTrainedTokenizerBase, tokens: int = TOKENS) -> Sample:
         """The first tokens of the held-out rows; each row costs one more, its first."""

@@ -27,7 +27,7 @@ from kdlib.models.loading import device_of
 from kdlib.models.student import check_pair, tokenizer_of
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots import comparison as plots
-from kdlib.plots.softening import Sight
+from kdlib.plots.softening import Predictions
 from kdlib.runs import folder as runs
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.folder import Run
@@ -242,7 +242,7 @@ class Workbench:
         plots.comparison_bars(results).savefig(self.run.path / "teacher_student_comparison.png", dpi=130)
         return results
 
-    def explore(self, *students: str) -> Sight:
+    def explore(self, *students: str) -> Predictions:
         """What the teacher and these students ("distilled", "baseline", "untrained") say of held-out rows.
 
         A summary goes into explorers.json, for the explorers and the report.  A baseline that the config has
