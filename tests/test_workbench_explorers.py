@@ -389,6 +389,7 @@ def test_still_pages_need_no_script_and_nothing_from_outside(run):
         assert "script" not in page.tags
         assert not {"src", "href", "onclick", "action"} & set(page.attributes) - {"src"}
     assert all(page.count('src="') == page.count('src="data:image/png;base64,') for page in pages.values())
+    assert [Page(page).tags.count("img") for page in pages.values()] == [1, 0, 1]
     assert "temperature: 2.0" in pages["Schedules of the training"]
     assert pages["Token by token"].count("kd-heat kl") == 0
     assert pages["Token by token"].count("<details>") == 1

@@ -7,7 +7,7 @@ import base64
 from collections.abc import Mapping
 from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import escape
 from matplotlib.figure import Figure
 
 from kdlib.plots.axes import LABELS, png
@@ -76,12 +76,10 @@ def steps_of(run: Run) -> int | None:
 
 def yaml_html(text: str) -> str:
     """YAML to be selected and copied."""
-    return Markup(
-        '<pre class="kd-yaml" style="color:inherit;user-select:all;margin:.4rem 0">{}</pre>'
-    ).format(text)
+    return f'<pre class="kd-yaml" style="color:inherit;user-select:all;margin:.4rem 0">{escape(text)}</pre>'
 
 
 def _picture(figure: Figure, words: str) -> str:
-    source = f"data:image/png;base64,{base64.b64encode(png(figure, dpi=130)).decode()}"
-    image = Markup('<img alt="{}" src="{}" style="max-width:100%">').format(words, source)
+    encoded = base64.b64encode(png(figure, dpi=130)).decode()
+    image = f'<img alt="{escape(words)}" src="data:image/png;base64,{encoded}" style="max-width:100%">'
     return f'<figure style="margin:.4rem 0">{image}</figure>'
