@@ -9,7 +9,6 @@ from made_runs import EVIL, RAW, made_run, results
 from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from kdlib.plots import comparison as plots
 from kdlib.reports import index as overview, run as reports
 from kdlib.runs import folder as runs
 
@@ -90,7 +89,7 @@ def test_nothing_in_a_run_acts_or_fetches_and_all_of_it_is_seen_as_text(browser,
         axes.legend()
         return {"dashboard": figure}
 
-    monkeypatch.setattr(plots, "run_figures", figures)
+    monkeypatch.setattr(reports, "run_figures", figures)
     page = opened(browser, reports.render(run, tmp_path / "reports"))
     assert asks_for_nothing(page)
     page.eval_on_selector_all("details", "all => all.forEach(each => each.open = true)")

@@ -17,7 +17,7 @@ from PIL import Image
 
 from kdlib.config.run import parse
 from kdlib.errors import RunError
-from kdlib.plots import comparison, training as plots
+from kdlib.plots import training as plots
 from kdlib.plots.axes import png
 from kdlib.plots.training_panels import View
 from kdlib.reports.scorecard import Line
@@ -193,7 +193,7 @@ def test_the_picture_says_what_it_shows(run):
 
 
 def test_shares_are_stacked_to_the_loss(run):
-    figure = comparison.run_figures(run, None)["dashboard"]
+    figure = plots.run_figures(run, None)["dashboard"]
     areas = [area for area in figure.axes[1].collections if area.get_paths()]
     top = max(area.get_paths()[0].vertices[:, 1].max() for area in areas)
     assert top == pytest.approx(Tail(run).train["loss"].max())
@@ -385,7 +385,7 @@ def test_a_headless_notebook_is_left_with_a_static_picture(run, tmp_path, monkey
         "with dashboard.watch(folder):\n    print('trains')",
         "dashboard.watch(folder)",
         (
-            "from kdlib.plots import comparison as plots; from kdlib.runs import folder as "
+            "from kdlib.plots import training as plots; from kdlib.runs import folder as "
             "runs\nplots.run_figures(runs.open_run(*runs.locate(folder)), None)['dashboard']"
         ),
     ]

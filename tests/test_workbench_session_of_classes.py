@@ -9,8 +9,8 @@ import yaml
 from made_classifiers import LABELS, classification, classifier, source, taught
 from matplotlib.text import Text
 
-from kdlib.plots import comparison as plots
 from kdlib.plots.tokens import RowView, candidate_bars, heat_map
+from kdlib.plots.training import run_figures
 from kdlib.reports import explorers
 from kdlib.reports.summary import summary
 from kdlib.runs import folder as runs, log as metrics
@@ -83,7 +83,7 @@ def test_the_explorers_show_classes_and_rows(bench, monkeypatch):
     assert facts["of"] == "rows"
     assert {name for name, _ in facts["teacher"]["top"][0]} == set(LABELS)
     page = explorers.static_html(bench.run)
-    assert list(page) == ["Temperature and top k", "Row by row", "Course of the training"]
+    assert list(page) == ["Temperature and top k", "Row by row", "Schedules of the training"]
     assert "32 rows" in page["Row by row"]
     assert "the likeliest class holds" in page["Temperature and top k"]
     assert "at the median row" in page["Temperature and top k"]
@@ -118,7 +118,7 @@ def test_held_out_figures_are_those_of_a_classification(bench):
 
 
 def test_the_dashboard_is_in_nats_per_row(bench):
-    figure = plots.run_figures(bench.run, None)["dashboard"]
+    figure = run_figures(bench.run, None)["dashboard"]
     labels = [axes.get_ylabel() for axes in figure.axes]
     assert "nats per row" in labels
     assert not any("token" in label for label in labels)

@@ -5,14 +5,12 @@ colour-blind eyes.
 """
 
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from kdlib.config.task_rules import differing, rules_in, shown_in
-from kdlib.errors import ConfigError
 from kdlib.metrics.names import DRAWN, MEASURES, difference, rivals_of, student_of, with_interval
 from kdlib.plots.axes import (
     COLOURS,
@@ -25,10 +23,6 @@ from kdlib.plots.axes import (
     titled,
 )
 from kdlib.plots.classification import answer_figures
-from kdlib.plots.training import dashboard
-from kdlib.runs.folder import Run
-from kdlib.runs.log import eval_table, training_table
-from kdlib.runs.progress import progress
 
 COSTS = {  # what a comparison measures of it: how a column is headed, and its figures written
     "parameters": ("parameters", lambda count: f"{count / 1e6:.1f} M"),
@@ -142,19 +136,3 @@ def difference_table(results: Mapping[str, Any]) -> pd.DataFrame:
 def comparison_figures(results: Mapping[str, Any]) -> dict[str, Figure]:
     """Every figure of a comparison, by name."""
     return {BARS: comparison_bars(results), **answer_figures(results)}
-
-
-def run_figures(run: Run, results: Mapping[str, Any] | None) -> dict[str, Figure]:
-    """Every figure that the files of a run allow, by name: for notebook and report alike."""
-    evaluation, baseline = eval_table(run), eval_table(run.baseline)
-    figures = comparison_figures(results) if results else {}
-    if len(training_table(run)):
-        with suppress(ConfigError):  # of another version: its report says so
-            others = [progress(run, run.baseline)] if len(training_table(run.baseline)) else []
-            figures["dashboard"] = dashboard(progress(run), others=others)
-    if any(name in evaluation for name in LEARNED):
-        who = "teacher" if run.manifest.get("teacher_stage") else "distilled"
-        figures["learning_curves"] = learning_curves(
-            {who: evaluation} | ({"baseline": baseline} if len(baseline) else {})
-        )
-    return figures

@@ -1,6 +1,9 @@
 """The picture of a training: panels above each other on one x axis.  Imports no torch."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -8,21 +11,41 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from kdlib.plots.axes import INK, SHADE, SOFT
+from kdlib.errors import ConfigError
+from kdlib.plots.axes import INK, SHADE, SOFT, colours_of
+from kdlib.plots.comparison import LEARNED, comparison_figures, learning_curves
 from kdlib.plots.training_panels import HELD_OUT, PANELS, TRAIN, Panel, Scene, View, weights
-from kdlib.runs.progress import Progress, headline, held_out_line, where_line
+from kdlib.runs.folder import Run
+from kdlib.runs.log import eval_table, training_table
+from kdlib.runs.progress import Progress, headline, held_out_line, progress, where_line
 
 WIDTH, LEFT, RIGHT, HEAD, FOOT, GAP, EPOCHS, BLANK = 8.0, 0.92, 0.3, 1.62, 0.5, 0.36, 0.44, 1.0  # inches
 LETTERS = 104  # that a line of the head holds
 
 
-def dashboard(progress: Progress, view: View | None = None, others: Sequence[Progress] = ()) -> Figure:
+def run_figures(run: Run, results: Mapping[str, Any] | None) -> dict[str, Figure]:
+    """Every figure that the files of a run allow, by name: for notebook and report alike."""
+    evaluation, baseline = eval_table(run), eval_table(run.baseline)
+    figures = comparison_figures(results) if results else {}
+    if len(training_table(run)):
+        with suppress(ConfigError):  # of another version: its report says so
+            others = [progress(run, run.baseline)] if len(training_table(run.baseline)) else []
+            figures["dashboard"] = dashboard(progress(run), others=others)
+    if any(name in evaluation for name in LEARNED):
+        who = "teacher" if run.manifest.get("teacher_stage") else "distilled"
+        figures["learning_curves"] = learning_curves(
+            {who: evaluation} | ({"baseline": baseline} if len(baseline) else {})
+        )
+    return figures
+
+
+def dashboard(training: Progress, view: View | None = None, others: Sequence[Progress] = ()) -> Figure:
     """The whole picture of a training, with other trainings behind it, dashed."""
-    scene = Scene(progress, view or View(), others)
+    scene = _scene(training, view or View(), others)
     panels = [panel for panel in PANELS if panel.needs in scene.train]
     tall = HEAD + sum(panel.height + GAP for panel in panels) - GAP + FOOT if panels else BLANK
     figure = Figure(figsize=(WIDTH, tall), facecolor="white")
-    _head(figure, progress, has_panels=bool(panels))
+    _head(figure, training, has_panels=bool(panels))
     if not panels:
         return figure
     top, first = HEAD, None
@@ -36,10 +59,37 @@ def dashboard(progress: Progress, view: View | None = None, others: Sequence[Pro
     return figure
 
 
-def _head(figure: Figure, progress: Progress, *, has_panels: bool) -> None:
+def _scene(training: Progress, view: View, others: Sequence[Progress]) -> Scene:
+    """The training as one wants to see it: without a span of steps, some room ahead of where it stands.
+
+    Its right end is the whole training, or half, a quarter … of it, not yet passed: so it seldom moves.
+    Where the whole is not planned, it is the next round number.
+    """
+    step, ahead = max(training.step, 1), training.steps
+    if len(training.plan):
+        ahead /= 2 ** max(math.floor(math.log2(ahead / step)), 0)
+    else:
+        unit = 10 ** max(math.floor(math.log10(step)) - 1, 0)
+        ahead = math.ceil(step / unit) * unit
+    return Scene(
+        view,
+        training.tail,
+        training.plan,
+        training.phases,
+        training.step,
+        training.steps,
+        training.of,
+        colours=colours_of(training.terms),
+        terms=[term for term in training.terms if view.terms is None or term in view.terms],
+        span=view.steps or (0, ahead),
+        others={other.name: other.tail for other in others},
+    )
+
+
+def _head(figure: Figure, training: Progress, *, has_panels: bool) -> None:
     """Which run, how it stands, and what it said, or has reached."""
-    said = progress.message or (held_out_line(progress) if has_panels else "")
-    lines = (headline(progress), where_line(progress), said)
+    said = training.message or (held_out_line(training) if has_panels else "")
+    lines = (headline(training), where_line(training), said)
     for text, at, size in zip(lines, (0.3, 0.55, 0.77), (12, 9.5, 9.5), strict=True):
         first = text.strip().partition("\n")[0]
         shown = first if len(first) <= LETTERS else first[: LETTERS - 1] + "…"
@@ -49,7 +99,7 @@ def _head(figure: Figure, progress: Progress, *, has_panels: bool) -> None:
 
 def _draw(panel: Panel, scene: Scene, axes: Axes, *, title_above: float) -> None:
     """A panel in its axes; log only where there is something above 0 to show."""
-    axes.set_ylabel(panel.unit.replace("per token", f"per {scene.progress.of}"), fontsize=8, color=SOFT)
+    axes.set_ylabel(panel.unit.replace("per token", f"per {scene.of}"), fontsize=8, color=SOFT)
     axes.yaxis.set_label_coords(-0.6 / (WIDTH - LEFT - RIGHT), 0.5)  # the same for all: aligned
     axes.tick_params(labelsize=8, labelbottom=False, length=3, color=SOFT)
     axes.spines[["top", "right"]].set_visible(False)
@@ -72,12 +122,12 @@ def _draw(panel: Panel, scene: Scene, axes: Axes, *, title_above: float) -> None
         LogLocator(subs=(1, 2, 5), numticks=ticks) if is_wide else MaxNLocator(min(ticks, 5))
     )
     axes.yaxis.set_major_formatter(lambda value, _: "0" if value == 0 else panel.form.format(value))
-    _phases(scene.progress, axes, named=panel.draw is weights)
+    _phases(scene, axes, named=panel.draw is weights)
 
 
-def _phases(progress: Progress, axes: Axes, *, named: bool) -> None:
+def _phases(scene: Scene, axes: Axes, *, named: bool) -> None:
     """Where the curriculum's phases end; in one panel shaded, and by name."""
-    ends = [0.0, *(until * progress.steps for until, _ in progress.phases)]
+    ends = [0.0, *(until * scene.steps for until, _ in scene.phases)]
     for end in ends[1:-1]:
         axes.axvline(end, color=SOFT, linewidth=0.6, zorder=0)
     for number, (start, end) in enumerate(zip(ends, ends[1:], strict=False) if named else (), start=1):
@@ -93,7 +143,7 @@ def _steps_and_epochs(scene: Scene, first: Axes, last: Axes) -> None:
     first.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     last.set_xlabel("optimizer step", fontsize=9, color=INK)
     last.tick_params(labelbottom=True)
-    per_step = scene.train["epoch"].iloc[-1] / max(scene.progress.step, 1) or 1.0
+    per_step = scene.train["epoch"].iloc[-1] / max(scene.step, 1) or 1.0
     above = first.secondary_xaxis("top", functions=(lambda x: x * per_step, lambda x: x / per_step))
     above.tick_params(labelsize=8, length=3, color=SOFT)
     above.set_xlabel("epoch", fontsize=8, color=SOFT)
@@ -105,8 +155,8 @@ def _legend(figure: Figure, scene: Scene) -> None:
         *(Patch(color=scene.colours[term], label=term) for term in scene.terms),
         Line2D([], [], color=TRAIN, label="training loss"),
         Line2D([], [], color=HELD_OUT, marker="o", markersize=3.5, label="held-out loss"),
-        *[Line2D([], [], color=SOFT, linewidth=0.8, label="as planned")][: len(scene.progress.plan)],
-        *(Line2D([], [], color=SOFT, linestyle=dash, label=other.name) for other, dash in scene.others),
+        *[Line2D([], [], color=SOFT, linewidth=0.8, label="as planned")][: len(scene.plan)],
+        *(Line2D([], [], color=SOFT, linestyle=dash, label=name) for name, _, dash in scene.dashed),
     ]
     at = (LEFT / WIDTH - 0.004, 1 - 0.88 / figure.get_figheight())
     look = {"ncols": 9, "frameon": False, "fontsize": 8.5, "labelcolor": INK, "handlelength": 1.4}

@@ -4,16 +4,15 @@ A panel is a function that draws a scene into axes and returns the title, and a 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from kdlib.plots.axes import BROKEN, INK, colours_of
-from kdlib.runs.log import thinned
-from kdlib.runs.progress import Progress
+from kdlib.plots.axes import BROKEN, INK
+from kdlib.runs.log import Tail, thinned
 
 TRAIN, HELD_OUT = "#0072b2", INK
 DASHES = ((0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (9, 3)))  # of other runs, in turn
@@ -36,24 +35,51 @@ class View:
     steps: tuple[float, float] | None = None
 
 
+@dataclass(frozen=True)
 class Scene:
-    """A training as one wants to see it, with others behind it: what the panels draw from, and how."""
+    """What the panels draw from: a training's tables, what is shown of them, and other trainings behind.
 
-    def __init__(self, progress: Progress, view: View, others: Sequence[Progress] = ()) -> None:
-        self.progress, self.view = progress, view
-        self.train, self.evaluation = progress.tail.train, progress.tail.evaluation
-        self.others = list(zip(others, DASHES, strict=False))
-        self.colours = colours_of(progress.terms)
-        self.terms = [term for term in progress.terms if view.terms is None or term in view.terms]
-        self.span = view.steps or (0, _horizon(progress))
+    Attributes:
+        tail: its metrics.jsonl.
+        plan: as of `kdlib.runs.log.plan_table`.
+        phases: of the curriculum: (fraction of training at its end, the weights that it names, in words).
+        step: the last one logged.
+        steps: of the whole training.
+        of: what is predicted, a token or a row.
+        colours: of its terms.
+        terms: those shown.
+        span: the first and last step shown.
+        others: the same of other trainings, by name.
+    """
+
+    view: View
+    tail: Tail
+    plan: pd.DataFrame
+    phases: Sequence[tuple[float, str]]
+    step: int
+    steps: int
+    of: str
+    colours: Mapping[str, str]
+    terms: Sequence[str]
+    span: tuple[float, float]
+    others: Mapping[str, Tail]
+
+    @property
+    def train(self) -> pd.DataFrame:
+        return self.tail.train
+
+    @property
+    def dashed(self) -> list[tuple[str, Tail, tuple]]:
+        """The others, each with its dashes."""
+        return [(name, tail, dash) for (name, tail), dash in zip(self.others.items(), DASHES, strict=False)]
 
     def figure(self, axes: Axes, name: str, colour: str, *, is_noisy: bool = False) -> None:
         """What was logged under a name, over the same of the others, crosses where it was nan or infinite."""
-        for other, dash in self.others:
-            if name in (table := other.tail.train):
+        for other, tail, dash in self.dashed:
+            if name in (table := tail.train):
                 values = self.smoothed(table[name]) if is_noisy else table[name]
                 look = {"color": colour, "linestyle": dash, "linewidth": 1}
-                self.curve(axes, f"{other.name} {name}", table["step"], values, **look)
+                self.curve(axes, f"{other} {name}", table["step"], values, **look)
         if name not in self.train:
             return
         steps, values = self.train["step"], self.train[name]
@@ -72,7 +98,7 @@ class Scene:
 
     def planned(self, axes: Axes, name: str) -> None:
         """The plan of a schedule, thin, beneath what was logged."""
-        plan = self.progress.plan
+        plan = self.plan
         if name in plan:
             first, last = self.span
             steps = [first, *plan["step"][plan["step"].between(first, last)], last]
@@ -84,7 +110,7 @@ class Scene:
 
     def crosses(self, axes: Axes, name: str, *, evaluation: bool = False) -> None:
         """At the upper edge, where a figure was nan or infinite."""
-        broken = self.progress.tail.broken
+        broken = self.tail.broken
         steps = broken["step"][(broken["name"] == name) & (broken["evaluation"] == evaluation)]
         steps = steps[steps.between(*self.span)].to_numpy()
         if len(steps):
@@ -118,7 +144,7 @@ def values(scene: Scene, axes: Axes) -> str:
     term, table = known[0], scene.train[["step", f"{known[0]}_loss"]].dropna()
     first, last = table[f"{term}_loss"].iloc[0], table[f"{term}_loss"].iloc[-1]
     verb = "fell" if last < first else "rose" if last > first else "went"
-    unit, steps = f"nats per {scene.progress.of}", table["step"].iloc[-1]
+    unit, steps = f"nats per {scene.of}", table["step"].iloc[-1]
     return f"The {term} loss {verb} from {first:.2f} to {last:.2f} {unit} in {steps:,} steps"
 
 
@@ -143,12 +169,12 @@ def shares(scene: Scene, axes: Axes) -> str:
 
 def total(scene: Scene, axes: Axes) -> str:
     """How the last held-out loss compares with the training loss before it: the objective is the same."""
-    train, held_out = scene.train, scene.evaluation
+    train, held_out = scene.train, scene.tail.evaluation
     scene.figure(axes, "loss", TRAIN, is_noisy=True)
-    for other, dash in scene.others:
-        if "loss" in (table := other.tail.evaluation):
+    for other, tail, dash in scene.dashed:
+        if "loss" in (table := tail.evaluation):
             look = {"color": HELD_OUT, "linestyle": dash, "linewidth": 1}
-            scene.curve(axes, f"{other.name} held-out", table["step"], table["loss"], **look)
+            scene.curve(axes, f"{other} held-out", table["step"], table["loss"], **look)
     if not len(held_out):
         return f"The training loss is {train['loss'].iloc[-1]:.3f}"
     look = {
@@ -166,7 +192,7 @@ def total(scene: Scene, axes: Axes) -> str:
 
 
 def weights(scene: Scene, axes: Axes) -> str:
-    progress, train, now = scene.progress, scene.train, {}
+    train, phases, now = scene.train, scene.phases, {}
     for term in scene.terms:
         name = f"{term}_weight"
         values = train[name].fillna(0.0) if name in train else 0.0 * train["step"]  # weight 0: not logged
@@ -174,12 +200,12 @@ def weights(scene: Scene, axes: Axes) -> str:
         scene.planned(axes, name)
         scene.curve(axes, name, train["step"], values, color=scene.colours[term], linewidth=1.6)
     title = "eights now: " + ", ".join(f"{term} {value:.2g}" for term, value in now.items())
-    if not progress.phases:
+    if not phases:
         return f"W{title}"
     if math.isfinite(axes.dataLim.y1):  # the phases' names stand above the lines
         axes.update_datalim([(scene.span[0], 1.35 * axes.dataLim.y1)])
-    phase = sum(until <= progress.step / progress.steps for until, _ in progress.phases[:-1])
-    return f"Phase {phase + 1} of {len(progress.phases)} ({progress.phases[phase][1]}); w{title}"
+    phase = sum(until <= scene.step / scene.steps for until, _ in phases[:-1])
+    return f"Phase {phase + 1} of {len(phases)} ({phases[phase][1]}); w{title}"
 
 
 def temperature(scene: Scene, axes: Axes) -> str:
@@ -262,15 +288,3 @@ PANELS = (
     Panel(rows_per_s, "rows_per_s", 0.5, "rows/s"),
     Panel(memory_gib, "memory_gib", 0.5, "GiB"),
 )
-
-
-def _horizon(progress: Progress) -> float:
-    """The right end of the x axis: the whole training, or half, a quarter … of it, not yet passed.
-
-    So it seldom moves; where the whole is not planned, it is the next round number.
-    """
-    step = max(progress.step, 1)
-    if not len(progress.plan):
-        unit = 10 ** max(math.floor(math.log10(step)) - 1, 0)
-        return math.ceil(step / unit) * unit
-    return progress.steps / 2 ** max(math.floor(math.log2(progress.steps / step)), 0)

@@ -17,6 +17,7 @@ from kdlib.metrics.names import MEASURES, with_interval
 from kdlib.plots import comparison as plots
 from kdlib.plots.axes import LABELS, label_of
 from kdlib.plots.classification import ANSWER_FIGURES, TITLES, answer_tables
+from kdlib.plots.training import run_figures
 from kdlib.reports import html
 from kdlib.reports.explorers import static_html
 from kdlib.reports.notebook_html import notebook_html
@@ -55,7 +56,7 @@ def render(run: Run, reports: Path) -> Path:
             f"{run.name} is a benchmark: `python -m kdlib.benchmarks --report {run.name}` makes its page"
         )
     results, brief = read_json(run.path / "comparison_results.json"), summary(run)
-    pictures = {name: html.picture(figure, name) for name, figure in plots.run_figures(run, results).items()}
+    pictures = {name: html.picture(figure, name) for name, figure in run_figures(run, results).items()}
     students = {"teacher" if brief.is_teacher else "distilled student": run, "baseline": run.baseline}
     cards = {name: lines for name, student in students.items() if (lines := card(run, student))}
     tables = {"metrics": brief.train, "evaluation": brief.evaluation}
