@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader
@@ -45,6 +46,11 @@ class Picture:
         drawn = len(self.svg) <= LARGEST_SVG
         kind, content = ("svg+xml", self.svg) if drawn else ("png", self.png)
         return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def report_link(name: str, reports: Path) -> str | None:
+    """The report of this run as seen from the folder of reports; None where there is none."""
+    return f"{quote(name)}/report.html" if (reports / name / "report.html").exists() else None
 
 
 def page(template: str, **content: Any) -> str:

@@ -14,8 +14,8 @@ import pandas as pd
 from markupsafe import Markup
 
 from kdlib.plots.axes import LABELS
-from kdlib.reports.html import page
-from kdlib.reports.summary import Summary, keys_of, number, report_link, summaries
+from kdlib.reports.html import page, report_link
+from kdlib.reports.summary import Summary, keys_of, number, summaries
 from kdlib.runs.files import write_error, write_text
 from kdlib.runs.log import thinned
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pandas as pd
 import yaml
@@ -98,11 +97,6 @@ def flat(nested: Mapping[str, Any], separator: str = ".", prefix: str = "") -> I
             yield from flat(value, separator, f"{prefix}{name}{separator}")
         else:
             yield f"{prefix}{name}", value
-
-
-def report_link(name: str, reports: Path) -> str | None:
-    """The report of this run as seen from the folder of reports; None where there is none."""
-    return f"{quote(name)}/report.html" if (reports / name / "report.html").exists() else None
 
 
 def card(run: Run, student: StudentFolder | None = None) -> list[Line]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from kdlib.errors import RunError
 from kdlib.metrics.names import with_interval
-from kdlib.reports.summary import report_link
+from kdlib.reports.html import report_link
 from kdlib.runs import folder as runs
 from kdlib.runs.files import write_json
 from kdlib.runs.folder import Run

@@ -8,7 +8,6 @@ import yaml
 
 from kdlib.metrics.names import MEASURES, with_interval
 from kdlib.reports import html
-from kdlib.reports.summary import report_link
 from kdlib.sweeps.figures import run_figures
 from kdlib.sweeps.results import (
     COSTS,
@@ -91,5 +90,5 @@ def _best(sweep: Sweep, settings: pd.DataFrame, reports: Path) -> dict[str, Any]
 
 def _link(run: str, reports: Path) -> str | None:
     """The run's report as seen from the sweep's own; None where there is none."""
-    link = report_link(run, reports)
+    link = html.report_link(run, reports)
     return link and f"../{link}"
