@@ -6,7 +6,7 @@ from conftest import tiny_model
 from tiny_training import pieces
 
 from kdlib.config.run import parse
-from kdlib.losses.objective import Objective
+from kdlib.losses.objective import Objective, shares
 from kdlib.losses.signals import kept
 from kdlib.models.loading import head_form
 from kdlib.models.teacher import LiveTeacher, signal_of
@@ -36,7 +36,8 @@ def test_each_terms_gradient_is_that_of_plain_autograd():
     tokens, parameters = kept(ids), list(student.parameters())
     at = Objective({"kd": constant(0.7), "ce": constant(0.3)}, constant(2.0)).at(0)
     signal = signal_of(student, batch, tokens, vocabulary=300, form=head_form(student))
-    found = term_gradients(signal, teacher(batch, tokens), tokens, at=at, parameters=parameters, chunk=7)
+    terms = shares(signal, teacher(batch, tokens), tokens.targets, at=at, chunk=7)
+    found = term_gradients(terms, parameters)
     logits, theirs = (tokens.select(model(**batch).logits) for model in (student, teacher.model))
     log_p, log_q = (theirs / 2).log_softmax(-1), (logits / 2).log_softmax(-1)
     terms = {

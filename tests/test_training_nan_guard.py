@@ -28,8 +28,8 @@ from kdlib.models.loading import load_model, load_tokenizer
 from kdlib.models.student import shallower
 from kdlib.models.teacher import LiveTeacher
 from kdlib.runs.files import StudentFolder
-from kdlib.training.culprits import Broken, Culprit
-from kdlib.training.nan_report import Standing, put_aside, report_of
+from kdlib.training.nan_report import StepState, put_aside, report_of
+from kdlib.training.nan_search import Broken, Origin
 from kdlib.training.plan import objective_of, training_arguments
 from kdlib.training.trainer import DistillationTrainer
 
@@ -300,7 +300,7 @@ def test_an_evaluation_leaves_a_report_too(tiny, tmp_path, monkeypatch):
     ]
 
 
-STANDING = Standing(
+STATE = StepState(
     stage="training",
     step=9,
     precision={"student": "float32", "teacher": "float32", "autocast": "off"},
@@ -314,41 +314,41 @@ STANDING = Standing(
 
 
 @pytest.mark.parametrize(
-    ("culprit", "standing", "words"),
+    ("origin", "state", "words"),
     [
         (
-            Culprit("student"),
+            Origin("student"),
             {"precision": {"student": "float32", "autocast": "float16"}},
             ["float16 ends at 65504", "too large"],
         ),
         (
-            Culprit("student", tensors={"w": Broken(1, [0])}),
+            Origin("student", tensors={"w": Broken(1, [0])}),
             {},
             ["an update made w not finite: go on from the last checkpoint"],
         ),
         (
-            Culprit("student", tensors={"w": Broken(1, [0])}),
+            Origin("student", tensors={"w": Broken(1, [0])}),
             {"grad_norms": []},
             ["no step was made yet, so w came so"],
         ),
         (
-            Culprit("student"),
+            Origin("student"),
             {"grad_norms": [1.0, 1.0, 3.0, 40.0]},
             ["too large to compute with", "grew from 1 to 40 in the 4 steps"],
         ),
-        (Culprit("teacher", module="m"), {}, ["its outputs in float32 are not"]),
+        (Origin("teacher", module="m"), {}, ["its outputs in float32 are not"]),
         (
-            Culprit("gradient", tensors={"w": Broken(3, [0])}),
+            Origin("gradient", tensors={"w": Broken(3, [0])}),
             {"max_grad_norm": 0.0},
             ["gradient of w is not: lower.*clipping is off"],
         ),
-        (Culprit("nobody"), {}, ["loss.compile: false"]),
+        (Origin("nobody"), {}, ["loss.compile: false"]),
     ],
 )
-def test_advice_follows_from_what_was_seen(culprit, standing, words):
+def test_advice_follows_from_what_was_seen(origin, state, words):
     batch = collate([{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6]}], pad_id=0)
     batch["labels"][1] = -100
-    report = report_of(culprit, replace(STANDING, **standing), [batch], tokenizer=None, rows=None)
+    report = report_of(origin, replace(STATE, **state), [batch], tokenizer=None, rows=None)
     found = report["suggestions"]
     assert len(found) == len(words) + 1
     for advice, expected in zip(found, words, strict=False):

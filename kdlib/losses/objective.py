@@ -1,6 +1,6 @@
 """The objective: terms x schedules -> Ledger.  A plain function, the same for training and evaluation."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -252,6 +252,41 @@ def ledger(
     return Ledger({name: Entry(sums[name], count, weight) for name, weight in at.weights.items()})
 
 
+def shares(
+    student: Signal, teacher: Signal | None, targets: Tensor, *, at: ObjectiveAt, chunk: int | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Each term by itself: weight x mean over these tokens, made as it is asked for, with its own graph.
+
+    In a workspace of its own, as nothing is to be compiled for it; otherwise as of `ledger`.
+    """
+    for name in at.weights:
+        alone, space = at.alone(name), Workspace(chunk)
+        yield name, ledger(student, teacher, targets, at=alone, count=len(targets), workspace=space).total
+
+
+def values_of(
+    student: Signal,
+    teacher: Signal | None,
+    targets: Tensor,
+    *,
+    terms: Mapping[str, Weighted],
+    at: ObjectiveAt | None = None,
+    chunk: int | None = None,
+) -> dict[str, Tensor]:
+    """Each term's unweighted value for every kept token, {term: [N]}.
+
+    Args:
+        terms: beside the objective's `at`; one that is in both is made once.
+        chunk: tokens whose logits are made at a time.
+    """
+    wanted = {**(at.logit_terms if at else {}), **terms}
+    values = at.feature_values(student, teacher) if at else {}
+    if not wanted:
+        return values
+    made = token_values(student, teacher, targets, terms=list(wanted.values()), chunk=chunk)
+    return dict(zip(wanted, made, strict=True)) | values
+
+
 @torch.no_grad()
 def row_sums(
     student: Signal,
@@ -270,14 +305,11 @@ def row_sums(
 
     Args:
         rows: [N] the row of each kept token, below `row_count`.
-        terms: beside the objective's `at`; one that is in both is made once.
-        chunk: tokens whose logits are made at a time.
+        terms, at, chunk: as of `values_of`.
 
     Returns:
         {term: [row_count]}.
     """
-    wanted = {**(at.logit_terms if at else {}), **terms}
-    made = token_values(student, teacher, targets, terms=list(wanted.values()), chunk=chunk)
-    values = dict(zip(wanted, made, strict=True)) | (at.feature_values(student, teacher) if at else {})
+    values = values_of(student, teacher, targets, terms=terms, at=at, chunk=chunk)
     values["tokens"] = next(iter(values.values())).new_ones(len(targets))
     return {name: value.new_zeros(row_count).index_add_(0, rows, value) for name, value in values.items()}

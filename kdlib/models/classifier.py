@@ -1,6 +1,4 @@
-"""Models that classify rows: loaded with their outputs in the order of the data's classes, which are
-matched by name.
-"""
+"""Models that classify rows, their outputs in the order of the data's classes, matched by name."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,8 +15,7 @@ from kdlib.models.loading import explained, folder_of, load_config, load_tokeniz
 def load_classifier(
     model: str, labels: Sequence[str], dtype: torch.dtype = torch.float32, *, untrained: bool = False
 ) -> PreTrainedModel:
-    """A classifier of rows whose outputs stand in the order of `labels`, whatever the model's own order;
-    named as in `load_model`.
+    """A classifier of rows, named as in `load_model`, whose outputs stand in the order of `labels`.
 
     Args:
         untrained: a head without training will do: it is made anew, from torch's random numbers, where the
@@ -34,10 +31,8 @@ def load_classifier(
         if not untrained:
             raise
         order, other_classes = None, True  # as many, but not these
-    names = {
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: number for number, label in enumerate(labels)},
-    }
+    numbers = {label: number for number, label in enumerate(labels)}
+    names = {"id2label": dict(enumerate(labels)), "label2id": numbers}
     options = {} if order else {**names, "ignore_mismatched_sizes": True}
     with explained(model, "model"), _no_report() if untrained else nullcontext():
         made, info = AutoModelForSequenceClassification.from_pretrained(
@@ -47,8 +42,7 @@ def load_classifier(
     if fresh and not untrained:
         raise ModelError(
             f"{model} has no trained head for the {len(labels)} classes ({', '.join(labels[:3])}, …), so it "
-            "has nothing to teach; "
-            "name one that was trained on them, or let `teacher_stage:` train it first"
+            "has nothing to teach; name one that was trained on them, or let `teacher_stage:` train it first"
         )
     if other_classes:
         _renew_head(model, made, len(labels))
@@ -56,18 +50,15 @@ def load_classifier(
         _reorder_head(model, made, order)
     made.config.id2label, made.config.label2id = names["id2label"], names["label2id"]
     made.config.problem_type = "single_label_classification"
-    # a decoder's head reads the last token that is no padding
+    # a decoder's head reads the last token that is no padding: of what rows are padded with
     if (padding := load_tokenizer(model).pad_token_id) is not None:
-        # of what rows are padded with, whatever the model's file says
         made.config.get_text_config().pad_token_id = padding
     return made.eval()
 
 
 @contextmanager
 def _no_report() -> Iterator[None]:
-    """Without transformers' report of weights that are missing, which is no news of a head that is to be
-    made.
-    """
+    """Without transformers' report of missing weights, which is no news of a head that is to be made."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -79,8 +70,7 @@ def _no_report() -> Iterator[None]:
 def blank_classifier(
     name: str, config: PreTrainedConfig, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """A classifier of this config, with as many classes as it says and random weights; `name` is for the
-    message of an error.
+    """A classifier of this config with random weights; `name` is for the message of an error.
 
     Raises:
         ModelError: the config is of no such model.
@@ -90,8 +80,7 @@ def blank_classifier(
 
 
 def class_order(name: str, config: PreTrainedConfig, labels: Sequence[str]) -> list[int] | None:
-    """Which output of a model stands for each of these classes, by name; None where the model has no such
-    head.
+    """Which output of a model stands for each of these classes; None where the model has no such head.
 
     Heads whose classes have no names (LABEL_0, …) are taken as they stand, where there are as many.
 
@@ -105,11 +94,11 @@ def class_order(name: str, config: PreTrainedConfig, labels: Sequence[str]) -> l
         return list(range(len(labels)))
     place = {label.casefold(): number for number, label in enumerate(theirs)}
     if missing := [label for label in labels if label.casefold() not in place]:
+        verb = "is" if len(missing) == 1 else "are"
         raise ModelError(
-            f"{name}: its classes are {', '.join(theirs)}; the data's {', '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} "
-            "not among them. Classes are matched by name: rename those of the data (data.labels), or take a "
-            "model trained on them"
+            f"{name}: its classes are {', '.join(theirs)}; the data's {', '.join(missing)} {verb} not among "
+            "them. Classes are matched by name: rename those of the data (data.labels), or take a model "
+            "trained on them"
         )
     return [place[label.casefold()] for label in labels]
 
@@ -129,15 +118,13 @@ def _reorder_head(name: str, model: PreTrainedModel, order: Sequence[int]) -> No
     """
     ids = torch.arange(1, 5, device=model.device)[None]
     before = model(input_ids=ids).logits[:, list(order)]
-    heads = _heads(model, len(order))
-    if heads:
-        for parameter in heads[-1].parameters():
-            parameter.copy_(parameter[list(order)].clone())
-    if not heads or not torch.allclose(model(input_ids=ids).logits, before, rtol=1e-3, atol=1e-3):
+    head = _head(model, len(order))
+    for parameter in head.parameters() if head else ():
+        parameter.copy_(parameter[list(order)].clone())
+    if not head or not torch.allclose(model(input_ids=ids).logits, before, rtol=1e-3, atol=1e-3):
         raise ModelError(
             f"{name}: its classes stand in another order than the data's, and its head is no single matrix "
-            "that could be "
-            "sorted; give data.labels in the model's order"
+            "that could be sorted; give data.labels in the model's order"
         )
 
 
@@ -148,17 +135,17 @@ def _renew_head(name: str, model: PreTrainedModel, classes: int) -> None:
     Raises:
         ModelError: no single matrix makes its outputs.
     """
-    if not (heads := _heads(model, classes)):
+    if not (head := _head(model, classes)):
         raise ModelError(
             f"{name}: it knows as many classes by other names, and its head is no single matrix that could "
-            "be made anew; "
-            "name the model it was trained from"
+            "be made anew; name the model it was trained from"
         )
-    nn.init.normal_(heads[-1].weight, std=getattr(model.config.get_text_config(), "initializer_range", 0.02))
-    if heads[-1].bias is not None:
-        nn.init.zeros_(heads[-1].bias)
+    nn.init.normal_(head.weight, std=getattr(model.config.get_text_config(), "initializer_range", 0.02))
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)
 
 
-def _heads(model: PreTrainedModel, classes: int) -> list[nn.Linear]:
-    """What may make a model's outputs, the likeliest last."""
-    return [part for part in model.modules() if isinstance(part, nn.Linear) and part.out_features == classes]
+def _head(model: PreTrainedModel, classes: int) -> nn.Linear | None:
+    """What most likely makes a model's outputs: the last matrix with as many."""
+    found = [part for part in model.modules() if isinstance(part, nn.Linear) and part.out_features == classes]
+    return found[-1] if found else None

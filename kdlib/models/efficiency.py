@@ -1,6 +1,4 @@
-"""What a model takes to keep and to run, measured here: time to load, memory, bytes on disk, time for an
-answer.
-"""
+"""What a model takes to keep and to run, measured here: bytes on disk, time for an answer."""
 
 import json
 import statistics
@@ -37,9 +35,7 @@ def seconds_of(action: Callable[[], object], device: torch.device) -> float:
 def latency_ms(
     ask: Callable[[Batch], object], batches: Sequence[Batch], device: torch.device
 ) -> dict[str, float]:
-    """Milliseconds for one row by itself, its inputs at hand on the device: the median over these rows,
-    with the middle half of them.
-    """
+    """Milliseconds for one row by itself, its inputs at hand: median of these rows, and the middle half."""
     for batch in batches[:WARM_UP]:
         ask(batch)
     times = [1e3 * seconds_of(lambda batch=batch: ask(batch), device) for batch in batches]
@@ -48,18 +44,15 @@ def latency_ms(
 
 
 def stored_bytes(source: str) -> int | None:
-    """Bytes of a model's weights as they are stored, in its folder or the hub's cache; None where they
-    are in neither.
-    """
+    """Bytes of a model's weights in its folder or the hub's cache; None where they are in neither."""
     try:
         folder = folder_of(source)
         path = Path(folder if Path(folder).is_dir() else snapshot_download(source, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    index = path / "model.safetensors.index.json"
-    if (whole := path / "model.safetensors").exists():
-        return whole.stat().st_size
-    if not index.exists():
-        return None
-    parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    parts, index = {"model.safetensors"}, path / "model.safetensors.index.json"
+    if not (path / "model.safetensors").exists():
+        if not index.exists():
+            return None
+        parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     return sum((path / name).stat().st_size for name in parts)

@@ -5,7 +5,7 @@ in the dtype in which the model computed.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -16,15 +16,10 @@ from kdlib.errors import ModelError
 
 @contextmanager
 def captured_hidden(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Collects the last hidden states [B, T, H], those that the head reads, of each forward pass made
-    inside.
-    """
+    """Collects the last hidden states [B, T, H], which the head reads, of each forward pass made inside."""
     states: list[Tensor] = []
-    handle = model.base_model.register_forward_hook(lambda module, args, output: states.append(output[0]))
-    try:
+    with model.base_model.register_forward_hook(lambda module, args, output: states.append(output[0])):
         yield states
-    finally:
-        handle.remove()
 
 
 @dataclass(frozen=True)
@@ -45,51 +40,44 @@ def captured_layers(
         ModelError: a layer showed no attention map: the model's attention does not make them (see
             `attend_eagerly`).
     """
-    captured, handles = Captured(), []
-    layers = layers_of(model) if hidden or attention else []
+    captured = Captured()
 
-    def keep_output(number):
-        return lambda module, args, output: captured.hidden.update(
-            {number: output[0] if isinstance(output, tuple) else output}
-        )
-
-    def keep_map(number):
-        # the innermost module that returns (states, [B, A, T, T]); found by its looks
+    def keep_output(number: int):
         def look(module, args, output):
-            second = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-            if isinstance(second, Tensor) and second.ndim == 4 and number not in captured.attention:
-                captured.attention[number] = second
+            captured.hidden[number] = output[0] if isinstance(output, tuple) else output
 
         return look
 
-    for number in dict.fromkeys(numbers) if layers else ():
-        if hidden:
-            handles.append(layers[number].register_forward_hook(keep_output(number)))
-        if attention:
-            handles += [
-                part.register_forward_hook(keep_map(number))
-                for part in layers[number].modules()
-                if part is not layers[number]
-            ]
-    try:
+    def keep_map(number: int):  # of the innermost module that returns (states, [B, A, T, T])
+        def look(module, args, output):
+            second = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+            if isinstance(second, Tensor) and second.ndim == 4:
+                captured.attention.setdefault(number, second)
+
+        return look
+
+    with ExitStack() as hooks:
+        layers = layers_of(model) if hidden or attention else nn.ModuleList()
+        for number in dict.fromkeys(numbers) if len(layers) else ():
+            if hidden:
+                hooks.enter_context(layers[number].register_forward_hook(keep_output(number)))
+            for part in layers[number].modules() if attention else ():
+                if part is not layers[number]:
+                    hooks.enter_context(part.register_forward_hook(keep_map(number)))
         yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
     if attention and (silent := [number for number in numbers if number not in captured.attention]):
         raise ModelError(
             f"{type(model).__name__} with {model.config._attn_implementation} attention shows no attention "
-            f"maps in layers {silent}; "
-            "the attention term needs a model whose eager attention returns them: leave that term out"
+            f"maps in layers {silent}; the attention term needs a model whose eager attention returns them: "
+            "leave that term out"
         )
 
 
 def attend_eagerly(model: PreTrainedModel, eager: bool) -> None:
-    """Let the model make its attention maps, [B, A, T, T] per layer in memory, or go back to what it was
-    loaded with.
+    """Let the model make its attention maps, or go back to what it was loaded with.
 
-    Eager attention is slower than SDPA, and its memory grows with T squared: asked for only while an
-    attention term is active.
+    Eager attention is slower than SDPA, and its memory, [B, A, T, T] per layer, grows with T squared: asked
+    for only while an attention term is active.
     """
     if not hasattr(model, "_loaded_attention"):
         model._loaded_attention = model.config._attn_implementation
@@ -105,9 +93,8 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
 
 def layers_name(model: PreTrainedModel) -> str:
     """The dotted name of the list of layers: `model.layers`, `transformer.h`, …"""
+    count = model.config.num_hidden_layers
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
+        if isinstance(module, nn.ModuleList) and len(module) == count:
             return name
-    raise ModelError(
-        f"{type(model).__name__}: found no list of {model.config.num_hidden_layers} layers to choose from"
-    )
+    raise ModelError(f"{type(model).__name__}: found no list of {count} layers to choose from")

@@ -1,6 +1,7 @@
 """Students: made from a teacher's layers, or blank; and whether a teacher can teach them."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from kdlib.config.run import Config
+from kdlib.config.task_rules import rules_of
 from kdlib.errors import ModelError
 from kdlib.models.hooks import layers_name, layers_of
 from kdlib.models.loading import explained, load_config, load_tokenizer, plain_config
@@ -25,10 +27,9 @@ from kdlib.models.loading import explained, load_config, load_tokenizer, plain_c
 def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
     """The one by which rows are made and with which the student is saved: the teacher's, which both share.
 
-    Where rows are classified the student has its own; the teacher may read otherwise
-    (kdlib.data.classification).
+    Where a task needs no common vocabulary the student has its own, and the teacher may read otherwise.
     """
-    is_own = config.task == "sequence-classification" and config.student.source != "teacher"
+    is_own = not rules_of(config).one_vocabulary and config.student.source != "teacher"
     return load_tokenizer(config.student.source if is_own else config.teacher.model)
 
 
@@ -38,32 +39,25 @@ def check_pair(config: Config, teacher: PreTrainedTokenizerBase) -> None:
     Raises:
         ModelError: names the layers, or the first tokens that differ.
     """
-    configs = {
-        name: load_config(name) for name in {config.teacher.model, config.student.source} - {"teacher"}
-    }
+    teachers, students, length = config.teacher.model, config.student.source, config.data.max_length
+    configs = {name: load_config(name) for name in {teachers, students} - {"teacher"}}
     for name, each in configs.items():
         positions = getattr(each, "max_position_embeddings", None)
-        if positions and config.data.max_length > positions:
-            raise ModelError(
-                f"data.max_length is {config.data.max_length}, but {name} has {positions} positions; lower it"
-            )
-    if config.student.source == "teacher":
-        check_layers(config, configs[config.teacher.model].num_hidden_layers)
+        if positions and length > positions:
+            raise ModelError(f"data.max_length is {length}, but {name} has {positions} positions; lower it")
+    if students == "teacher":
+        check_layers(config, configs[teachers].num_hidden_layers)
         return
-    # each reads the rows in its own way; what they share is the classes
-    if config.task == "sequence-classification":
+    if not rules_of(config).one_vocabulary:  # each reads the rows in its own way
         return
-    student, ours = load_tokenizer(config.student.source).get_vocab(), teacher.get_vocab()
-    if student != ours:
-        differing = [token for token in {**student, **ours} if student.get(token) != ours.get(token)]
-        shown = ", ".join(
-            f"{t!r}: {student.get(t, 'absent')} / {ours.get(t, 'absent')}" for t in sorted(differing)[:3]
-        )
+    ours, theirs = load_tokenizer(students).get_vocab(), teacher.get_vocab()
+    if differing := sorted(t for t in {**ours, **theirs} if ours.get(t) != theirs.get(t)):
+        shown = [f"{t!r}: {ours.get(t, 'absent')} / {theirs.get(t, 'absent')}" for t in differing[:3]]
         raise ModelError(
-            f"student {config.student.source} ({len(student)} tokens) and teacher {config.teacher.model} "
-            f"({len(ours)}) have different vocabularies: {len(differing)} tokens differ, e.g. {shown} "
-            "(student / teacher id). The kd term compares token by token and needs one vocabulary: use a "
-            "student of the teacher's family, or `student: {from: teacher}`"
+            f"student {students} ({len(ours)} tokens) and teacher {teachers} ({len(theirs)}) have different "
+            f"vocabularies: {len(differing)} tokens differ, e.g. {', '.join(shown)} (student / teacher id). "
+            "The kd term compares token by token and needs one vocabulary: use a student of the teacher's "
+            "family, or `student: {from: teacher}`"
         )
 
 
@@ -120,12 +114,10 @@ def layer_influence(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
         after = output[0] if isinstance(output, tuple) else output
         influence.append(1 - F.cosine_similarity(before.float(), after.float(), dim=-1).mean())
 
-    handles = [layer.register_forward_hook(measure, with_kwargs=True) for layer in layers_of(model)]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers_of(model):
+            hooks.enter_context(layer.register_forward_hook(measure, with_kwargs=True))
         model.base_model(input_ids=input_ids.to(model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return torch.stack(influence)
 
 

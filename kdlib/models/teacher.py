@@ -101,6 +101,10 @@ class LiveTeacher:
         self.model.eval().requires_grad_(False)
         self.form = head_form(self.model)
 
+    def to(self, device: torch.device) -> None:
+        """Puts the model there."""
+        self.model.to(device)
+
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor], kept: Kept, inside: Inside | None = None) -> Signal:
         """The teacher's signal for the kept tokens; without gradient."""

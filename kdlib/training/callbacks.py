@@ -54,7 +54,7 @@ class PlanFile(TrainerCallback):
         """Of this optimizer step, counted from 1; nothing where it depends on what is measured."""
         if not isinstance(scheduler, LambdaLR):
             return {}
-        return {"learning_rate": scheduler.base_lrs[0] * scheduler.lr_lambdas[0](step - 1)}
+        return {"learning_rate": float(scheduler.base_lrs[0]) * scheduler.lr_lambdas[0](step - 1)}
 
 
 class PrintedLines(TrainerCallback):
@@ -194,7 +194,7 @@ class StopAfter(TrainerCallback):
 
 def best_metric(args: TrainingArguments) -> str:
     """The metric that chooses best_model/, by the name under which it is logged."""
-    return "eval_" + args.metric_for_best_model.removeprefix("eval_")
+    return f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
 
 
 def last_checkpoint(folder: StudentFolder) -> str | None:

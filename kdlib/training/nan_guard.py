@@ -1,5 +1,4 @@
-"""The guard: at the first value that is not finite training stops, before the optimizer takes it in, and says
-whose it is.
+"""At the first value that is not finite training stops, before the optimizer takes it in, and says why.
 
 While all is well it costs one look per optimizer step, at the sum of the step's loss and the gradient norm
 that the Trainer makes anyway: a few scalar operations and one wait for the device.  It keeps references to
@@ -7,115 +6,182 @@ the step's micro-batches, and the state of the random numbers before each, so th
 asked once more, dropout and all.
 """
 
+from abc import abstractmethod
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from accelerate import DistributedType
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from kdlib.losses.chunked import Weighted
-from kdlib.losses.objective import ObjectiveAt
-from kdlib.training.culprits import WHO, Ask, Culprit, broken_gradients, broken_weights, examined
+from kdlib.errors import NonFiniteLoss, RunError
+from kdlib.hardware import memory_kept
+from kdlib.runs.files import StudentFolder
+from kdlib.training import nan_report
+from kdlib.training.callbacks import last_checkpoint
+from kdlib.training.nan_search import WHO, Batch, MicroBatch, Replay, is_finite, origin_of
 
+# every rank has the whole student
+UNSHARDED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 REMEMBERED = 10  # gradient norms
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """One micro-batch, and the random numbers that it met."""
-
-    inputs: Mapping[str, Tensor]
-    random: Sequence[Tensor]  # states of the CPU's and, where there is one, the GPU's generator
-
-    @classmethod
-    def of(cls, inputs: Mapping[str, Tensor]) -> "MicroBatch":
-        """With the random numbers that it is about to meet."""
-        return cls(
-            inputs,
-            [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if inputs["input_ids"].is_cuda else [])],
-        )
-
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
-        """The random numbers as they were; afterwards as if nothing had been drawn."""
-        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if len(self.random) > 1 else []):
-            torch.set_rng_state(self.random[0])
-            if len(self.random) > 1:
-                torch.cuda.set_rng_state(self.random[1])
-            yield
 
 
 class NanGuard:
     """What a diagnosis will need, kept as long as the optimizer step lasts."""
 
     def __init__(self) -> None:
-        self.step, self.micro_batches, self.norms = -1, [], deque(maxlen=REMEMBERED)
+        self.step, self.loss, self.count = -1, torch.zeros(()), torch.zeros(())
+        self.micro_batches: list[MicroBatch] = []
+        self.norms: deque[Tensor] = deque(maxlen=REMEMBERED)
 
-    def begin(self, inputs: Mapping[str, Tensor], step: int) -> bool:
+    def begin(self, inputs: Batch, step: int) -> bool:
         """A micro-batch of this optimizer step comes; True for its first."""
         if step != self.step:
-            self.step, self.micro_batches, self.loss = step, [], 0.0
+            self.step, self.micro_batches = step, []
+            self.loss = torch.zeros((), device=inputs["labels"].device)
         self.micro_batches.append(MicroBatch.of(inputs))
         return len(self.micro_batches) == 1
 
     def end(self, loss: Tensor, count: Tensor | int) -> None:
-        """What the micro-batch cost; `count` is the kept tokens of the whole step.  No wait for the
-        device.
-        """
-        self.loss, self.count = self.loss + loss.detach(), count
+        """What the micro-batch cost; `count`: kept tokens of the whole step.  No wait for the device."""
+        self.loss, self.count = self.loss + loss.detach(), torch.as_tensor(count, device=loss.device)
 
-    def faults(self, norm: Tensor | float) -> Tensor:
-        """[3] on the device, 1 where so: the loss is not finite; the gradient norm is not; the step has
-        no kept token.
-        """
-        norm, count = (torch.as_tensor(number, device=self.loss.device) for number in (norm, self.count))
-        return torch.stack([~self.loss.isfinite(), ~norm.isfinite(), count == 0]).float()
+    def faults(self, norm: Tensor) -> Tensor:
+        """[3] on the device, 1 where so: loss not finite, gradient norm not finite, no kept token."""
+        norm = torch.as_tensor(norm, device=self.loss.device)
+        return torch.stack([~self.loss.isfinite(), ~norm.isfinite(), self.count == 0]).float()
 
-    def passed(self, norm: Tensor | float) -> None:
+    def passed(self, norm: Tensor) -> None:
         """The step is sound; its gradient norm is kept for the report of a later one that is not."""
         self.norms.append(norm)
         self.step = -1
 
 
-@dataclass(frozen=True)
-class Scene:
-    """How a batch is asked once more."""
+class GuardedTrainer(Trainer):
+    """Looks at each optimizer step before it is made; a subclass tells `guard` of every micro-batch.
 
-    models: Mapping[str, nn.Module]  # student, and teacher where it is asked
-    ask: Ask
-    at: ObjectiveAt
-    chunk: int
-    measures: Mapping[str, Weighted] = field(default_factory=dict)
-
-
-def culprit_of(scene: Scene, micro_batches: Sequence[MicroBatch], *, with_gradients: bool) -> Culprit:
-    """The culprit of these micro-batches: whatever a model computed first, in the first of them.
-
-    So a row of an embedding is found at its own token even where it is a row of the head too, which spoils
-    all tokens alike.
-
-    Args:
-        with_gradients: look at the gradients that are there, not clipped yet, where every term is finite.
+    Several ranks stop together, at the same step: each looks at its own micro-batches, and the lowest that
+    has the origin writes the report.  Weights that are not finite reach no checkpoint and no model.  Not
+    tried: sharded students, float16's loss scaler.
     """
-    found = []
-    for number, micro_batch in enumerate(micro_batches):  # all of them: sharded models wait for each other
-        with micro_batch.replayed():
-            culprit = examined(
-                micro_batch.inputs,
-                scene.ask,
-                models=scene.models,
-                at=scene.at,
-                measures=scene.measures,
-                chunk=scene.chunk,
-            )
-        found += [replace(culprit, micro_batch=number)] if culprit else []
-    if found:
-        return min(found, key=lambda culprit: (WHO.index(culprit.who), culprit.depth))
-    student = scene.models["student"]
-    if weights := broken_weights(student):
-        return Culprit("student", tensors=weights)
-    if with_gradients:
-        return Culprit("gradient", tensors=broken_gradients(student))
-    return Culprit("nobody")
+
+    # narrower than the Trainer's own
+    model: PreTrainedModel
+    train_dataset: Dataset
+    processing_class: PreTrainedTokenizerBase | None
+
+    def __init__(self, *, folder: StudentFolder, **options: Any) -> None:
+        super().__init__(**options)
+        self.folder, self.guard = folder, NanGuard()
+
+    @abstractmethod
+    def replay(self) -> Replay:
+        """How a batch of this optimizer step is asked once more."""
+
+    def train(self, *arguments, **options):
+        """As the Trainer's; on a CPU a step finds the memory that the step before has freed."""
+        with memory_kept() if self.args.device.type == "cpu" else nullcontext():
+            return super().train(*arguments, **options)
+
+    def _clip_grad_norm(self, model):
+        """Looks before it clips: a norm that is nan would make every gradient nan, and hide whose was."""
+        limit = self.args.max_grad_norm
+        if self.accelerator.distributed_type not in UNSHARDED or self._has_mixed_mesh_grads(model):
+            norm = (super()._clip_grad_norm if limit > 0 else super()._get_grad_norm)(model)
+            self.check_step(norm)
+            return norm
+        self.accelerator.unscale_gradients()
+        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        norm = get_total_norm([parameter.grad for parameter in parameters])
+        self.check_step(norm)
+        if limit > 0:
+            clip_grads_with_norm_(parameters, limit, norm)
+        return norm
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The Trainer calls it at each step, with the norm where `_clip_grad_norm` was called before."""
+        return self._clip_grad_norm(model) if grad_norm is None else super()._get_grad_norm(model, grad_norm)
+
+    def check_step(self, norm: Tensor) -> None:
+        """Raises where the optimizer step that is about to be made is not sound on every rank.
+
+        With float16, gradients that leave its range are left to the loss scaler, which skips the step and
+        halves its scale; they stop training once the scale is 1, as then it is not the scale that is too
+        large.
+        """
+        loss, gradient, empty = self.accelerator.reduce(self.guard.faults(norm), reduction="sum").tolist()
+        step, scaler = self.state.global_step + 1, self.accelerator.scaler
+        if empty:
+            batches = [each.inputs for each in self.guard.micro_batches]
+            raise RunError(nan_report.nothing_kept(step, batches, self.train_dataset))
+        if loss or (gradient and (scaler is None or scaler.get_scale() <= 1)):
+            self.stop(self.replay(), self.guard.micro_batches, step=step, with_gradients=bool(gradient))
+        self.guard.passed(norm)
+
+    def check_weights(self) -> None:
+        """Raises rather than let weights that are not finite reach a checkpoint or a model."""
+        broken = ~is_finite(self.accelerator.unwrap_model(self.model))
+        if self.accelerator.reduce(broken.float(), reduction="sum") > 0:
+            asked = self.guard.micro_batches or [self.micro_batch_of(self.train_dataset[0])]
+            self.stop(self.replay(), asked, step=self.state.global_step)
+
+    def _save_checkpoint(self, model, trial):
+        self.check_weights()
+        super()._save_checkpoint(model, trial)
+
+    def micro_batch_of(self, row: dict[str, Any]) -> MicroBatch:
+        """A batch of one row of the data."""
+        return MicroBatch.of(self._prepare_inputs(self.data_collator([row])))
+
+    def stop(
+        self,
+        replay: Replay,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        step: int,
+        stage: str = "training",
+        rows: Any = None,
+        with_gradients: bool = False,
+    ) -> NoReturn:
+        """Finds what is not finite, writes the report and raises; every rank must call it.
+
+        Args:
+            rows: the data set in which the row is looked up; the training rows where None.
+            with_gradients: see origin_of.
+        """
+        with self.accelerator.autocast():
+            origin = origin_of(replay, micro_batches, with_gradients=with_gradients)
+        batches, state = [each.inputs for each in micro_batches], self._state_at(replay, step, stage)
+        rows = self.train_dataset if rows is None else rows
+        report = nan_report.report_of(origin, state, batches, tokenizer=self.processing_class, rows=rows)
+        found = gather_object([{**report, "rank": self.args.process_index}])
+        first = min(found, key=lambda each: (WHO.index(each["who"]), each["rank"]))
+        if first["rank"] == self.args.process_index:
+            nan_report.write(self.folder, first, batches)
+        # a rank that ends sooner would have the others killed, the report half written
+        self.accelerator.wait_for_everyone()
+        raise NonFiniteLoss(nan_report.message(first, self.folder))
+
+    def _state_at(self, replay: Replay, step: int, stage: str) -> nan_report.StepState:
+        args, checkpoint = self.args, last_checkpoint(self.folder)
+        precision = {who: str(model.dtype).removeprefix("torch.") for who, model in replay.models.items()}
+        autocast = "float16" if args.fp16 else "bfloat16" if args.bf16 else "off"
+        in_step = stage == "training" and step > self.state.global_step
+        return nan_report.StepState(
+            stage=stage,
+            step=step,
+            precision={**precision, "autocast": autocast},
+            loss=float(self.guard.loss) if in_step else None,
+            learning_rate=self._get_learning_rate() if self.lr_scheduler else args.learning_rate,
+            max_grad_norm=args.max_grad_norm or 0.0,
+            grad_norms=[float(norm) for norm in self.guard.norms],
+            last_log=next((line for line in reversed(self.state.log_history) if "loss" in line), {}),
+            checkpoint=checkpoint and str(Path(checkpoint).relative_to(self.folder.path)),
+        )

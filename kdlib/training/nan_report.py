@@ -1,8 +1,7 @@
-"""What is said and written of a value that is not finite: report.json, the batch, and what to do, from what
-was seen.
+"""What is said and written of a value that is not finite: report.json, the batch, and what to do.
 
-    runs/<run>/nan_report/  report.json   batch.safetensors: input_ids, attention_mask, labels [B, T] of the
-    optimizer step
+    runs/<run>/nan_report/  report.json
+                            batch.safetensors: input_ids, attention_mask, labels [B, T] of the optimizer step
 
 Where rows are classified, labels are [B] and counts are of rows; what a teacher with another tokenizer reads
 is there too.
@@ -22,26 +21,22 @@ from transformers import PreTrainedTokenizerBase
 
 from kdlib.losses.signals import IGNORED
 from kdlib.runs.files import StudentFolder, write_json
-from kdlib.training.culprits import Culprit
+from kdlib.training.nan_search import Batch, Origin
 
 FOLDER = "nan_report"
-# what pads them
-NAMES = {
-    "input_ids": 0,
-    "attention_mask": 0,
-    "teacher_input_ids": 0,
-    "teacher_attention_mask": 0,
-    "labels": IGNORED,
-}
+PADDING = {"input_ids": 0, "attention_mask": 0, "teacher_input_ids": 0, "teacher_attention_mask": 0}
 AROUND = 12  # tokens shown on either side
 BEGINNING = 40  # tokens shown of a row that is classified
 GREW = 5.0  # times the median of those before: a gradient norm that was running away
-SEARCHED = 200_000  # rows of the data set, at most, among which the culprit's is looked up
+SEARCHED = 200_000  # rows of the data set, at most, among which the one at fault is looked up
+
+Rows = Sequence[Mapping[str, Any]]
+Report = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Standing:
-    """Where training stood."""
+class StepState:
+    """How training stood at the step."""
 
     stage: str  # training, evaluation
     step: int
@@ -55,61 +50,57 @@ class Standing:
 
 
 def report_of(
-    culprit: Culprit,
-    standing: Standing,
-    micro_batches: Sequence[Mapping[str, Tensor]],
+    origin: Origin,
+    state: StepState,
+    micro_batches: Sequence[Batch],
     *,
     tokenizer: PreTrainedTokenizerBase | None,
-    rows: Sequence[Mapping[str, Any]] | None,
+    rows: Rows | None,
 ) -> dict[str, Any]:
-    """All that is known, as plain data.  A row is counted over this rank's micro-batches of the optimizer
-    step, as they are saved.
+    """All that is known, as plain data.  A row is counted over this rank's micro-batches, as they are saved.
 
     Args:
         rows: the data set, in which the row is looked up.
     """
-    batch, row = joined(micro_batches), culprit.row
+    batch, row = joined(micro_batches), origin.row
     if row is not None:
-        row += sum(len(each["labels"]) for each in micro_batches[: culprit.micro_batch])
-    found = {
-        "stage": standing.stage,
-        "step": standing.step,
-        "who": culprit.who,
-        "term": next(iter(culprit.terms), None),
-        "terms": {
-            name: {"value": str(value), "tokens": count} for name, (value, count) in culprit.terms.items()
-        },
-        "tokens": culprit.tokens,
+        row += sum(len(each["labels"]) for each in micro_batches[: origin.micro_batch])
+    norms = [_written(norm) for norm in state.grad_norms]
+    found: dict[str, Any] = {
+        "stage": state.stage,
+        "step": state.step,
+        "who": origin.who,
+        "term": next(iter(origin.terms), None),
+        "terms": {name: {"value": str(value), "tokens": n} for name, (value, n) in origin.terms.items()},
+        "tokens": origin.tokens,
         "of": "tokens" if of_tokens(batch) else "rows",
-        "module": culprit.module,
-        "parameter": next(iter(culprit.tensors), None),
-        "tensors": {name: asdict(broken) for name, broken in culprit.tensors.items()},
-        "micro_batch": culprit.micro_batch,
-        "row_of_micro_batch": culprit.row,
+        "module": origin.module,
+        "parameter": next(iter(origin.tensors), None),
+        "tensors": {name: asdict(broken) for name, broken in origin.tensors.items()},
+        "micro_batch": origin.micro_batch,
+        "row_of_micro_batch": origin.row,
         "row": row,
-        "position": culprit.position,
+        "position": origin.position,
         "row_of_data": None,
         "text": None,
         "rows_without_kept_token": _silent_rows(batch["labels"]),
-        "precision": dict(standing.precision),
-        "loss": _written(standing.loss),
-        "learning_rate": standing.learning_rate,
-        "max_grad_norm": standing.max_grad_norm,
-        "grad_norm_before": _written(standing.grad_norms[-1]) if standing.grad_norms else None,
-        "grad_norms_before": [_written(norm) for norm in standing.grad_norms],
-        "last_log": {name: _written(value) for name, value in standing.last_log.items()},
-        "last_checkpoint": standing.checkpoint,
+        "precision": dict(state.precision),
+        "loss": _written(state.loss),
+        "learning_rate": state.learning_rate,
+        "max_grad_norm": state.max_grad_norm,
+        "grad_norm_before": norms[-1] if norms else None,
+        "grad_norms_before": norms,
+        "last_log": {name: _written(value) for name, value in state.last_log.items()},
+        "last_checkpoint": state.checkpoint,
     }
     if row is not None:
         ids = _unpadded(batch, row)
         found["row_of_data"] = row_of_data(ids, rows)
-        found["text"] = text_around(tokenizer, batch["input_ids"][row].tolist(), culprit.position, len(ids))
+        found["text"] = text_around(tokenizer, batch["input_ids"][row].tolist(), origin.position, len(ids))
     return {**found, "suggestions": list(suggestions(found))}
 
 
-def write(
-    folder: StudentFolder, report: Mapping[str, Any], micro_batches: Sequence[Mapping[str, Tensor]]
-) -> None:
+def write(folder: StudentFolder, report: Report, micro_batches: Sequence[Batch]) -> None:
     """report.json and batch.safetensors."""
     place = folder.path / FOLDER
     place.mkdir(parents=True, exist_ok=True)
@@ -124,22 +115,19 @@ def put_aside(folder: StudentFolder) -> None:
         (folder.path / FOLDER).rename(folder.path / f"{FOLDER}_before")
 
 
-def joined(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def joined(batches: Sequence[Batch]) -> dict[str, Tensor]:
     """Micro-batches one below the other, padded on the right to one length; on the CPU."""
     found = {}
-    for name, fill in NAMES.items():
+    for name, fill in {**PADDING, "labels": IGNORED}.items():
         if parts := [batch[name].cpu() for batch in batches if name in batch]:
             longest = max(part.shape[-1] for part in parts)
-            found[name] = torch.cat(
-                [
-                    F.pad(part, (0, longest - part.shape[-1]), value=fill) if part.ndim > 1 else part
-                    for part in parts
-                ]
-            )
+            missing = [(0, longest - part.shape[-1]) if part.ndim > 1 else (0, 0) for part in parts]
+            padded = [F.pad(part, more, value=fill) for part, more in zip(parts, missing, strict=True)]
+            found[name] = torch.cat(padded)
     return found
 
 
-def of_tokens(batch: Mapping[str, Tensor]) -> bool:
+def of_tokens(batch: Batch) -> bool:
     """Whether tokens are predicted, and not rows classified."""
     return batch["labels"].ndim == 2
 
@@ -150,9 +138,7 @@ def _silent_rows(labels: Tensor) -> list[int]:
     return masked.nonzero()[:, 0].tolist()
 
 
-def nothing_kept(
-    step: int, micro_batches: Sequence[Mapping[str, Tensor]], rows: Sequence[Mapping[str, Any]] | None
-) -> str:
+def nothing_kept(step: int, micro_batches: Sequence[Batch], rows: Rows | None) -> str:
     """The words for an optimizer step from which nothing can be learned."""
     batch = joined(micro_batches)
     numbers = [row_of_data(_unpadded(batch, row), rows) for row in range(len(batch["labels"]))]
@@ -163,22 +149,21 @@ def nothing_kept(
         )
     return (
         f"step {step}: no row has a token that counts: every label is masked ({IGNORED}), in rows {numbers} "
-        "of the training data; leave "
-        "such rows out, or lengthen data.max_length where it cuts off what is to be learned"
+        "of the training data; leave such rows out, or lengthen data.max_length where it cuts off what is to "
+        "be learned"
     )
 
 
-def message(report: Mapping[str, Any], folder: StudentFolder) -> str:
+def message(report: Report, folder: StudentFolder) -> str:
     """The error's words: what was not finite, where, when; what to do."""
     where = "on held-out text " if report["stage"] == "evaluation" else ""
     of = f"of {report['tokens']} {report['of']}"
-    terms = ", ".join(
-        f"{name} = {term['value']} at {term['tokens']} {of}" for name, term in report["terms"].items()
-    )
+    terms = [f"{name} = {term['value']} at {term['tokens']} {of}" for name, term in report["terms"].items()]
     norm = report["grad_norm_before"]
     known = "unknown" if norm is None else norm if isinstance(norm, str) else f"{norm:.3g}"
+    found = f"{', '.join(terms)}{': ' if terms else ''}{_blame(report)}{_where(report)}"
     lines = [
-        f"step {report['step']}: {where}{terms}{': ' if terms else ''}{_blame(report)}{_where(report)}",
+        f"step {report['step']}: {where}{found}",
         "training has stopped before this reached a checkpoint (the last one: "
         f"{report['last_checkpoint'] or 'none yet'}); "
         f"learning rate {report['learning_rate']:.1e}, gradient norm before {known}",
@@ -188,7 +173,7 @@ def message(report: Mapping[str, Any], folder: StudentFolder) -> str:
     return "\n  ".join(lines)
 
 
-def suggestions(report: Mapping[str, Any]) -> Iterator[str]:
+def suggestions(report: Report) -> Iterator[str]:
     """What to do, the likeliest first; each follows from something in the report."""
     who, weights, half = report["who"], report["tensors"], "float16" in report["precision"].values()
     first, rate = report["parameter"], f"training.learning_rate (now {report['learning_rate']:.1e})"
@@ -198,15 +183,12 @@ def suggestions(report: Mapping[str, Any]) -> Iterator[str]:
             "teacher.model was converted"
         )
     elif half and who in ("teacher", "student", "loss") and not weights:
-        yield (
-            f"float16 ends at 65504, and {report['module'] or 'a term'} passed it: set precision: bfloat16 "
-            "(or float32)"
-        )
+        passed = report["module"] or "a term"
+        yield f"float16 ends at 65504, and {passed} passed it: set precision: bfloat16 (or float32)"
     elif who == "teacher":
-        dtype = report["precision"].get("teacher")
         yield (
-            f"the teacher's weights are finite, its outputs in {dtype} are not: ask it in float32 "
-            "(precision: float32)"
+            f"the teacher's weights are finite, its outputs in {report['precision'].get('teacher')} are not: "
+            "ask it in float32 (precision: float32)"
         )
     if who == "student" and weights and not report["grad_norms_before"]:
         yield (
@@ -223,82 +205,68 @@ def suggestions(report: Mapping[str, Any]) -> Iterator[str]:
     if who == "loss":
         yield (
             f"both models are finite at this {report['of'].removesuffix('s')}, so {report['term']} itself is "
-            "not: look at its "
-            f"temperature and divergence, or leave it out to go on (loss.weights.{report['term']}: 0)"
+            "not: look at its temperature and divergence, or leave it out to go on "
+            f"(loss.weights.{report['term']}: 0)"
         )
+    limit = report["max_grad_norm"]
     if who == "gradient":
-        clipping = f"; clipping is off: set training.max_grad_norm to 1 (now {report['max_grad_norm']:g})" * (
-            report["max_grad_norm"] <= 0
-        )
-        yield f"the loss is finite and the gradient of {first} is not: lower {rate}{clipping}"
+        off = "" if limit > 0 else f"; clipping is off: set training.max_grad_norm to 1 (now {limit:g})"
+        yield f"the loss is finite and the gradient of {first} is not: lower {rate}{off}"
     norms = [norm for norm in report["grad_norms_before"] if not isinstance(norm, str)]
     if len(norms) > 2 and norms[-1] > GREW * sorted(norms[:-1])[len(norms) // 2 - 1]:
         yield (
             f"the gradient norm grew from {norms[0]:.3g} to {norms[-1]:.3g} in the {len(norms)} steps "
-            f"before: lower {rate}, warm up "
-            f"longer, or clip harder (training.max_grad_norm, now {report['max_grad_norm']:g})"
+            f"before: lower {rate}, warm up longer, or clip harder (training.max_grad_norm, now {limit:g})"
         )
     if who == "nobody":
         yield (
             "asked once more, the same batch is finite: try loss.compile: false; where it comes back at "
-            "other steps, suspect the "
-            "memory or the device"
+            "other steps, suspect the memory or the device"
         )
     if masked := report["rows_without_kept_token"]:
         why = "every label is masked" if report["of"] == "tokens" else "there is no class"
-        yield (
-            f"in rows {masked} of the batch {why}, so nothing is learned from them: leave them out of the "
-            "data"
-        )
+        lost = f"in rows {masked} of the batch {why}, so nothing is learned from them"
+        yield f"{lost}: leave them out of the data"
 
 
 def text_around(
-    tokenizer: PreTrainedTokenizerBase | None, ids: Sequence[int], position: int | None, end: int
+    tokenizer: PreTrainedTokenizerBase | None, ids: list[int], position: int | None, end: int
 ) -> str | None:
     """The tokens around a position decoded, the one at it between ⟦ ⟧; without one, the row's first.
-    `end` is where padding begins.
+
+    Args:
+        end: where padding begins.
     """
     if tokenizer is None:
         return None
     if position is None:
-        return tokenizer.decode(ids[: min(BEGINNING, end)]) + "…" * (end > BEGINNING)
-    before, after = (
-        ids[max(position - AROUND, 0) : position],
-        ids[position + 1 : min(position + 1 + AROUND, max(end, position + 1))],
-    )
-    return f"{tokenizer.decode(before)}⟦{tokenizer.decode([ids[position]])}⟧{tokenizer.decode(after)}"
+        return f"{tokenizer.decode(ids[: min(BEGINNING, end)])}{'…' * (end > BEGINNING)}"
+    before, at, after = ids[max(position - AROUND, 0) : position], ids[position], ids[position + 1 : end]
+    return "{}⟦{}⟧{}".format(*(tokenizer.decode(part) for part in (before, [at], after[:AROUND])))
 
 
-def row_of_data(ids: Sequence[int], rows: Sequence[Mapping[str, Any]] | None) -> int | None:
-    """The first row of the data set with these tokens; None where it is not among the first `SEARCHED`,
-    or cannot be looked up.
+def row_of_data(ids: Sequence[int], rows: Rows | None) -> int | None:
+    """The first row of the data set with these tokens; None where it is not among the first `SEARCHED`.
+
+    None too where the data set cannot be looked up by number.
     """
     if rows is None or not hasattr(rows, "__getitem__"):
         return None
-    return next(
-        (
-            number
-            for number in range(min(len(rows), SEARCHED))
-            if list(rows[number]["input_ids"]) == list(ids)
-        ),
-        None,
-    )
+    numbers = range(min(len(rows), SEARCHED))
+    return next((number for number in numbers if list(rows[number]["input_ids"]) == list(ids)), None)
 
 
-def _unpadded(batch: Mapping[str, Tensor], row: int) -> list[int]:
+def _unpadded(batch: Batch, row: int) -> list[int]:
     return batch["input_ids"][row][batch["attention_mask"][row] != 0].tolist()
 
 
-def _blame(report: Mapping[str, Any]) -> str:
+def _blame(report: Report) -> str:
     who, tensors = report["who"], report["tensors"]
-    broken = ", ".join(
-        f"{name} ({found['values']} values, the first at {found['first']})"
-        for name, found in list(tensors.items())[:3]
-    )
+    shown = list(tensors.items())[:3]
+    broken = ", ".join(f"{name} ({at['values']} values, the first at {at['first']})" for name, at in shown)
     if who == "gradient" and not tensors[report["parameter"]]["values"]:
-        return (
-            f"the gradient's norm is not finite; every value of it is, the largest in {report['parameter']}"
-        )
+        largest = report["parameter"]
+        return f"the gradient's norm is not finite; every value of it is, the largest in {largest}"
     if who == "gradient":
         return f"the loss is finite ({report['loss']:.3g}), but not the gradient of {broken}"
     if who == "loss":
@@ -306,12 +274,11 @@ def _blame(report: Mapping[str, Any]) -> str:
     if who == "nobody":
         return "the loss or its gradient was not finite; asked once more, it is"
     module = f": {report['module']} is the first module whose output is not" if report["module"] else ""
-    return f"the {who} is not finite{module}" + (
-        f"; weights not finite: {broken}" if broken else "; its weights are"
-    )
+    weights = f"; weights not finite: {broken}" if broken else "; its weights are"
+    return f"the {who} is not finite{module}{weights}"
 
 
-def _where(report: Mapping[str, Any]) -> str:
+def _where(report: Report) -> str:
     if report["row"] is None:
         return ""
     data = "" if report["row_of_data"] is None else f" (row {report['row_of_data']} of the data)"

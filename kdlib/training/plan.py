@@ -20,7 +20,7 @@ from kdlib.metrics.names import MEASURES
 from kdlib.models.loading import device_of
 from kdlib.models.teacher import PROJECTIONS
 from kdlib.schedulers import from_spec
-from kdlib.training.trackers import check_installed
+from kdlib.training.trackers import check_installed, named_in
 
 DRY_RUN = {"save_strategy": "no", "logging_steps": 1, "eval_on_start": False, "report_to": "none"}
 WORTH_COMPILING = 4e9  # logits of a training; below it the compiler takes longer than it spares
@@ -56,9 +56,9 @@ def extent(args: TrainingArguments, rows: int | None, *, devices: int | None = N
 
 def _evaluations(args: TrainingArguments, steps: int, passes: float | None) -> int | None:
     """How often a training evaluates; by the epoch, one that ends within a pass evaluates at that end too."""
-    if args.eval_strategy.value == "epoch":
+    if args.eval_strategy == "epoch":
         return None if passes is None else math.ceil(passes) + bool(args.eval_on_start)
-    if args.eval_strategy.value == "no":
+    if args.eval_strategy == "no":
         return int(args.eval_on_start)
     every = args.eval_steps or args.logging_steps
     return steps // max(math.ceil(steps * every) if every < 1 else int(every), 1) + bool(args.eval_on_start)
@@ -93,7 +93,7 @@ def training_arguments(config: Config, output: Path, **changes: Any) -> Training
         args = TrainingArguments(**{**config.training, **fixed, **changes})
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"training: transformers refuses these arguments: {error}") from error
-    check_installed(args.report_to)
+    check_installed(named_in(args))
     return args
 
 
@@ -118,7 +118,7 @@ def workspace_of(config: Config, args: TrainingArguments, rows: int, vocabulary:
     """The losses' workspace; `compile: auto` compiles the row arithmetic of a training that repays it."""
     predicted = 1 if rules_of(config).unit == "row" else config.data.max_length  # in a row
     tokens = args.per_device_train_batch_size * args.gradient_accumulation_steps * predicted
-    repays = extent(args, rows).steps * tokens * vocabulary > WORTH_COMPILING
+    repays = (extent(args, rows).steps or 0) * tokens * vocabulary > WORTH_COMPILING
     chunk, compiled = config.loss.chunk, config.loss.compile
     return Workspace(None if chunk == "auto" else chunk, compiled=repays if compiled == "auto" else compiled)
 

@@ -1,6 +1,4 @@
-"""One training from a config: its arguments and objective, resumed where it stopped, its files left
-behind.
-"""
+"""One training from a config: resumed where it stopped, its files left behind."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -66,12 +64,11 @@ def train(
         NonFiniteLoss: a value became nan or infinite; nan_report/ says which.
     """
     resume = last_checkpoint(folder)
-    # that evaluation is in metrics.jsonl already
+    # where it goes on, that evaluation is in metrics.jsonl already
     changes = DRY_RUN if stop_after else {"eval_on_start": False} if resume else {}
     args = training_arguments(config, folder.checkpoints, **changes)
-    told = [name for name in args.report_to if name in trackers.TRACKERS]
-    # transformers' own callbacks serve the others
-    args.report_to = [name for name in args.report_to if name not in told]
+    told = trackers.named_in(args)
+    args.report_to = [name for name in args.report_to or () if name not in told]
     trackers.check_key(told)
     if not stop_after:
         check_disk(folder, weights=4 * parameters(student), args=args)
@@ -85,7 +82,7 @@ def train(
         if hasattr(student, PROJECTIONS) and args.ddp_find_unused_parameters is None:
             # DDP sees only its forward, and would take the projections for unused
             args.ddp_find_unused_parameters = False
-        course = config.training.get("lr_scheduler_type")
+        schedule = config.training.get("lr_scheduler_type")
         trainer = DistillationTrainer(
             model=student,
             args=args,
@@ -98,33 +95,31 @@ def train(
             vocabulary=prepared.vocabulary,
             layer_pairs=pairs,
             workspace=workspace_of(config, args, len(prepared.train), prepared.vocabulary),
-            learning_rate_schedule=from_spec(course) if isinstance(course, Mapping) else None,
+            learning_rate_schedule=from_spec(schedule) if isinstance(schedule, Mapping) else None,
             folder=folder,
             label=label,
             last_step=stop_after,
             grad_norms_every=config.diagnostics.grad_norms_every,
             dense=dense,
+            figures=prepared.figures,
             choices=prepared.choices.get("validation"),
             callbacks=[*callbacks],
         )
         if (stops := config.early_stopping) and not stop_after:
             trainer.add_callback(EarlyStop(stops.patience, stops.min_delta))
-        trainer.add_callback(PlanFile(folder, objective.planned))
         stop = StopRequest(folder.path, folder.path.parent, *([asked_by.path] if asked_by else []))
-        trainer.add_callback(StopAfter(stop_after) if stop_after else stop)
-        above = folder.path if isinstance(folder, Run) else folder.path.parent
-        told_of = trackers.TrackedTraining(folder, above, label, _facts(config, objective))
-        tracking = trackers.Tracking(told, told_of)
-        trainer.add_callback(tracking)
+        tracking = trackers.Tracking(told, _tracked(config, folder, label, objective))
+        ends = StopAfter(stop_after) if stop_after else stop
+        for callback in (PlanFile(folder, objective.planned), ends, tracking):
+            trainer.add_callback(callback)
         with nullcontext() if stop_after else stop, tracking:
             _run(trainer, resume)
         if stop_after:
             return trainer
-        if stop.requested and trainer.state.global_step < trainer.state.max_steps:
-            raise Stopped(
-                f"stopped at step {trainer.state.global_step} with a checkpoint; go on with --resume, or run "
-                "this cell again"
-            )
+        step = trainer.state.global_step
+        if stop.requested and step < trainer.state.max_steps:
+            how = "go on with --resume, or run this cell again"
+            raise Stopped(f"stopped at step {step} with a checkpoint; {how}")
         _finish(trainer, folder)
     except Exception as error:
         # a full disk: torch, safetensors and tokenizers (a bare Exception) each have errors of their own
@@ -134,10 +129,23 @@ def train(
     return trainer
 
 
-def _facts(config: Config, objective: Objective) -> dict[str, Any]:
-    """What a tracker shows beside the figures."""
+def _tracked(
+    config: Config, folder: StudentFolder, label: str, objective: Objective
+) -> trackers.TrackedTraining:
+    """What trackers are told of, with what they show beside the figures: the formula and the config."""
+    run = folder.path if isinstance(folder, Run) else folder.path.parent
     formulas = dict.fromkeys(objective.at(fraction).formula for fraction in (0.0, 1.0))
-    return {"formula": "  …  ".join(formulas), **config.as_dict()}
+    facts = {"formula": "  …  ".join(formulas), **config.as_dict()}
+    return trackers.TrackedTraining(folder, run, label, facts)
+
+
+def _run(trainer: DistillationTrainer, resume: str | None) -> None:
+    if resume:
+        state = read_json(Path(resume) / "trainer_state.json")
+        if state["global_step"] >= state["max_steps"]:
+            trainer._load_from_checkpoint(resume)  # killed after its last step: the Trainer would go on
+            return
+    trainer.train(resume_from_checkpoint=resume)
 
 
 def _finish(trainer: DistillationTrainer, folder: StudentFolder) -> None:
@@ -146,12 +154,3 @@ def _finish(trainer: DistillationTrainer, folder: StudentFolder) -> None:
         trainer.save_student(folder.best_model)
     if trainer.is_world_process_zero():
         write_json(folder.history, history(folder))  # the last file: it says that training reached its end
-
-
-def _run(trainer: DistillationTrainer, resume: str | None) -> None:
-    state = read_json(Path(resume) / "trainer_state.json") if resume else None
-    # killed after the last step: the Trainer would make one more
-    if state and state["global_step"] >= state["max_steps"]:
-        trainer._load_from_checkpoint(resume)
-    else:
-        trainer.train(resume_from_checkpoint=resume)

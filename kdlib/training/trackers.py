@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import rewrite_logs
 
 from kdlib.errors import ConfigError
@@ -92,7 +92,7 @@ class WandbRun:
             finish_timeout=mine.finish_timeout or PATIENCE,
             finish_timeout_raises=True,
         )
-        options = {
+        options: dict[str, Any] = {
             "project": training.project,
             "name": training.name,
             "group": training.run.name,
@@ -173,10 +173,15 @@ class TrackioRun:
 TRACKERS: dict[str, type[Tracker]] = {"wandb": WandbRun, "tensorboard": TensorboardRun, "trackio": TrackioRun}
 
 
+def named_in(args: TrainingArguments) -> list[str]:
+    """Those of TRACKERS that a training reports to; transformers' own callbacks serve the others."""
+    return [name for name in args.report_to or () if name in TRACKERS]
+
+
 def check_installed(names: Iterable[str]) -> None:
     """Raises a ConfigError for a tracker that is not here."""
     for name in names:
-        if name in TRACKERS and find_spec(name) is None:
+        if find_spec(name) is None:
             raise ConfigError(f"training.report_to: {name} is not installed; run: pip install {name}")
 
 

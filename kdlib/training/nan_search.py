@@ -1,0 +1,238 @@
+"""Where a value first stopped being finite: which model, term or gradient; module and weight; row.
+
+Nothing here runs while all is well.  A batch is asked once more, with a look at what every module gives:
+without it the place is lost, as attention spreads one bad token over its whole row, masked tokens included (0
+x nan is nan).
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_forward_hook
+
+from kdlib.losses.signals import Kept, Signal
+
+Batch = Mapping[str, Tensor]
+WHO = ("teacher", "student", "loss", "gradient", "nobody")  # nobody: asked once more, all is finite
+
+
+@dataclass(frozen=True)
+class Broken:
+    """What is not finite in a weight or a gradient."""
+
+    values: int
+    first: Sequence[int]  # index of the first
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What was found first to be not finite.
+
+    Where rows are classified there is no position: they are learned as a whole, and the two models may read
+    them in other tokens.
+    """
+
+    who: str  # one of WHO
+    terms: Mapping[str, tuple[float, int]] = field(default_factory=dict)  # first value, at how many tokens
+    tokens: int = 0  # kept in that micro-batch
+    module: str | None = None  # of who, the first whose output is not finite
+    depth: int = 0  # its place among the modules; a head's is behind all that have none
+    tensors: Mapping[str, Broken] = field(default_factory=dict)  # its weights, or the gradients
+    micro_batch: int | None = None
+    row: int | None = None  # in the micro-batch
+    position: int | None = None  # of the token read (by a module), or predicted (by a head or a term)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch, and the random numbers that it met."""
+
+    inputs: Batch
+    random: Sequence[Tensor]  # states of the CPU's and, where there is one, the GPU's generator
+
+    @classmethod
+    def of(cls, inputs: Batch) -> "MicroBatch":
+        """With the random numbers that it is about to meet."""
+        cuda = [torch.cuda.get_rng_state()] if inputs["input_ids"].is_cuda else []
+        return cls(inputs, [torch.get_rng_state(), *cuda])
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """The random numbers as they were; afterwards as if nothing had been drawn."""
+        cpu, *cuda = self.random
+        with torch.random.fork_rng(devices=[torch.cuda.current_device() for _ in cuda]):
+            torch.set_rng_state(cpu)
+            for state in cuda:
+                torch.cuda.set_rng_state(state)
+            yield
+
+
+@dataclass(frozen=True)
+class Replay:
+    """How a batch is asked once more."""
+
+    models: Mapping[str, nn.Module]  # student, and teacher where it is asked
+    signals: Callable[[Batch], tuple[Kept, Signal, Signal | None]]  # the kept tokens, student, teacher
+    values: Callable[[Signal, Signal | None, Tensor], Mapping[str, Tensor]]  # of [N] targets: {term: [N]}
+    chunk: int  # tokens whose logits are made at a time
+
+
+def origin_of(replay: Replay, micro_batches: Sequence[MicroBatch], *, with_gradients: bool) -> Origin:
+    """What is not finite in these micro-batches: whatever a model computed first, in the first of them.
+
+    So a row of an embedding is found at its own token even where it is a row of the head too, which spoils
+    all tokens alike.
+
+    Args:
+        with_gradients: look at the gradients that are there, not clipped yet, where every term is finite.
+    """
+    found = []
+    for number, micro_batch in enumerate(micro_batches):  # all of them: sharded models wait for each other
+        with micro_batch.replayed():
+            if origin := _origin_in(micro_batch.inputs, replay):
+                found.append(replace(origin, micro_batch=number))
+    if found:
+        return min(found, key=lambda origin: (WHO.index(origin.who), origin.depth))
+    student = replay.models["student"]
+    if weights := broken_weights(student):
+        return Origin("student", tensors=weights)
+    return Origin("gradient", tensors=broken_gradients(student)) if with_gradients else Origin("nobody")
+
+
+@torch.no_grad()
+def _origin_in(batch: Batch, replay: Replay) -> Origin | None:
+    """Of one micro-batch, asked once more; None where every term of every kept token is finite."""
+    ids = batch["input_ids"]
+    shapes = {"student": ids.shape, "teacher": batch.get("teacher_input_ids", ids).shape}
+    length = ids.shape[1] if batch["labels"].ndim == 2 else None
+    with _first_broken(replay.models, shapes) as broken:
+        tokens, student, teacher = replay.signals(batch)
+    values = replay.values(student, teacher, tokens.targets)
+    bad = {name: ~value.isfinite() for name, value in values.items()}
+    terms = {name: (float(values[name][at][0]), int(at.sum())) for name, at in bad.items() if at.any()}
+    if not terms:
+        return None
+    origin = partial(Origin, terms=terms, tokens=len(tokens.targets))
+    for who, signal in (("teacher", teacher), ("student", student)):
+        if signal is None or not (lost := _lost(signal, replay.chunk)).any():
+            continue
+        module, row, position = broken.get(who, (None, None, None))
+        if position is None:
+            row, position = _predicted(tokens, lost, length)
+        names = [name for name, _ in replay.models[who].named_modules()]
+        weights = sorted(
+            broken_weights(replay.models[who]).items(), key=lambda item: not item[0].startswith(f"{module}.")
+        )
+        return origin(
+            who,
+            module=module,
+            depth=sys.maxsize if module is None else names.index(module),
+            tensors=dict(weights),
+            row=row,
+            position=position if length else None,
+        )
+    row, position = _predicted(tokens, torch.stack([*bad.values()]).any(0), length)
+    return origin("loss", row=row, position=position)
+
+
+@torch.no_grad()
+def is_finite(model: nn.Module) -> Tensor:
+    """Whether every parameter is; of a sharded model, this rank's part.  No wait for the device.
+
+    By the extremes, which nan and infinity pass through: one pass without a temporary tensor, some twenty
+    times faster than `isfinite`.
+    """
+    # a rank may hold nothing of a small one
+    parts = [part for weight in model.parameters() if (part := _local(weight)).numel()]
+    return torch.stack([extreme for part in parts for extreme in torch.aminmax(part)]).isfinite().all()
+
+
+def broken_weights(model: nn.Module) -> dict[str, Broken]:
+    """Every parameter that is not finite."""
+    return _broken({name: weight.detach() for name, weight in model.named_parameters()})
+
+
+def broken_gradients(model: nn.Module) -> dict[str, Broken]:
+    """Every parameter whose gradient is not finite, the last first, as the backward pass meets it.
+
+    Where all are finite and only their norm is not, the one with the largest value, with 0 values.
+    """
+    weights = reversed(list(model.named_parameters()))
+    gradients = {name: weight.grad for name, weight in weights if weight.grad is not None}
+    if found := _broken(gradients):
+        return found
+    return {max(gradients, key=lambda name: float(_local(gradients[name]).abs().max())): Broken(0, [])}
+
+
+def _broken(tensors: Mapping[str, Tensor]) -> dict[str, Broken]:
+    places = {name: (~_local(tensor).isfinite()).nonzero() for name, tensor in tensors.items()}
+    return {name: Broken(len(found), found[0].tolist()) for name, found in places.items() if len(found)}
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def _first_broken(
+    models: Mapping[str, nn.Module], shapes: Mapping[str, Sequence[int]]
+) -> Iterator[dict[str, tuple[str, int | None, int | None]]]:
+    """By model, (module, row, position) of its first output that is not finite, in passes made inside."""
+    found: dict[str, tuple[str, int | None, int | None]] = {}
+    names = {module: (who, name) for who, model in models.items() for name, module in model.named_modules()}
+
+    def look(module: nn.Module, args: Any, output: Any) -> None:
+        who, name = names.get(module, ("", ""))
+        if who and who not in found:
+            for tensor in _floats(output):
+                if not tensor.isfinite().all():
+                    found[who] = (name, *_place(tensor, shapes[who]))
+                    return
+
+    with register_module_forward_hook(look):
+        yield found
+
+
+def _floats(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, (tuple, list, Mapping)):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from _floats(part)
+
+
+def _place(tensor: Tensor, shape: Sequence[int]) -> tuple[int | None, int | None]:
+    """Row and position of the first such value in [B, T, …], or in [B * T, …] as experts see it."""
+    rows, length = shape
+    if tensor.shape[:1] == (rows * length,) and rows > 1:
+        tensor = tensor.unflatten(0, (rows, length))
+    if tuple(tensor.shape[:2]) != (rows, length):
+        return None, None
+    return divmod(int((~tensor.isfinite()).reshape(rows * length, -1).any(-1).nonzero()[0, 0]), length)
+
+
+def _lost(signal: Signal, chunk: int) -> Tensor:
+    """[N] True where what a model gave is not finite; a logit of -inf is a token ruled out, and sound."""
+    size, parts = max(len(signal), 1), []
+    for start in range(0, size, chunk):
+        logits = signal.logits(slice(start, min(start + chunk, size)))
+        parts.append((logits.isnan() | logits.isposinf()).any(-1))
+    lost, inside = torch.cat(parts), signal.features
+    for state in (*inside.hidden, *inside.attention, *inside.projected) if inside else ():
+        lost |= ~state.isfinite().flatten(1).all(-1)
+    return lost
+
+
+def _predicted(tokens: Kept, bad: Tensor, length: int | None) -> tuple[int, int | None]:
+    """Row and position of the first bad token: where it stands, not where it is predicted from."""
+    first = bad.nonzero()[0, 0]
+    return int(tokens.rows[first]), None if length is None else int(tokens.positions[first]) % length + 1
