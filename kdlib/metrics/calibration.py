@@ -1,5 +1,6 @@
 """Whether a model is as often right as it is sure: reliability bins and the expected calibration error."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,42 +21,22 @@ def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> 
         confidence: [N] the probability of the answer given.
         right: [N] whether that answer is right.
     """
-    place, edges = bin_of(confidence, bins), np.linspace(0, 1, bins + 1)
-    found = []
-    for number in range(bins):
+    place, edges, found = bin_of(confidence, bins), np.linspace(0, 1, bins + 1).tolist(), []
+    for number, (low, high) in enumerate(pairwise(edges)):
         inside = place == number
         count = int(inside.sum())
-        means = (
-            {"confidence": float(confidence[inside].mean()), "accuracy": float(right[inside].mean())}
-            if count
-            else {}
-        )
-        found.append(
-            {
-                "low": float(edges[number]),
-                "high": float(edges[number + 1]),
-                "count": count,
-                "confidence": None,
-                "accuracy": None,
-                **means,
-            }
-        )
+        sure, known = (float(each[inside].mean()) if count else None for each in (confidence, right))
+        found.append({"low": low, "high": high, "count": count, "confidence": sure, "accuracy": known})
     return found
 
 
 def calibration_gaps(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> np.ndarray:
-    """[N, bins] right minus confidence, in the column of the item's bin and 0 elsewhere: what the error
-    below is a sum of.
-    """
-    return np.equal.outer(bin_of(confidence, bins), np.arange(bins)) * (right - confidence)[:, None]
+    """[N, bins] right minus confidence, in the column of the item's bin and 0 elsewhere.
 
-
-def expected_calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> float:
-    """How far accuracy is from confidence within a bin, on average over the items: 0 (as right as it is sure)
-    to 1.
-
-    Of few items it is too high rather than too low, as chance parts the two in every bin.
+    The expected calibration error is |their sums over items|, summed and divided by N: how far accuracy is
+    from confidence within a bin, on average, 0 (as right as it is sure) to 1.  Of few items it is too high
+    rather than too low, as chance parts the two in every bin.
 
     Reference: Guo et al. 2017, https://arxiv.org/abs/1706.04599, eq. 3
     """
-    return float(np.abs(calibration_gaps(confidence, right, bins).sum(axis=0)).sum() / len(confidence))
+    return np.equal.outer(bin_of(confidence, bins), np.arange(bins)) * (right - confidence)[:, None]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kdlib.metrics.calibration import calibration_gaps, expected_calibration_error, reliability
+from kdlib.metrics.calibration import calibration_gaps, reliability
 
 # a probability below it counts as this, as scikit-learn's log_loss has it: 36 nats at most
 SMALLEST = np.finfo(float).eps
@@ -33,10 +33,8 @@ class Answers:
     labels: np.ndarray
 
     def __post_init__(self) -> None:
-        probabilities, labels = (
-            np.asarray(self.probabilities, dtype=float),
-            np.asarray(self.labels, dtype=int),
-        )
+        probabilities = np.asarray(self.probabilities, dtype=float)
+        labels, fault = np.asarray(self.labels, dtype=int), ""
         if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1] or not len(labels):
             raise ValueError(
                 f"answers: found probabilities {probabilities.shape} and labels {labels.shape}; needed [N, "
@@ -44,16 +42,14 @@ class Answers:
             )
         sums = probabilities.sum(axis=1)
         broken = np.flatnonzero(~(np.abs(sums - 1) < 1e-3) | (probabilities < 0).any(axis=1))
+        outside = np.flatnonzero((labels < 0) | (labels >= probabilities.shape[1]))
         if len(broken):
-            raise ValueError(
-                f"answers: {len(broken)} rows are no distribution, first {broken[0]}: "
-                f"{probabilities[broken[0]]}"
-            )
-        if len(outside := np.flatnonzero((labels < 0) | (labels >= probabilities.shape[1]))):
-            raise ValueError(
-                f"answers: row {outside[0]} has the label {labels[outside[0]]}; it must be 0 to "
-                f"{probabilities.shape[1] - 1}"
-            )
+            fault = f"{len(broken)} rows are no distribution, first {broken[0]}: {probabilities[broken[0]]}"
+        elif len(outside):
+            row, most = outside[0], probabilities.shape[1] - 1
+            fault = f"row {row} has the label {labels[row]}; it must be 0 to {most}"
+        if fault:
+            raise ValueError(f"answers: {fault}")
         object.__setattr__(self, "probabilities", probabilities / sums[:, None])
         object.__setattr__(self, "labels", labels)
 
@@ -87,33 +83,9 @@ class Answers:
         return np.maximum((theirs * ratio).sum(axis=1), 0.0)
 
 
-def values(answers: Answers, teacher: Answers, *, classes: bool) -> dict[str, float]:
-    """Each measure over all items, by scikit-learn.
-
-    Args:
-        classes: the choices mean the same for every item, so that F1 means something.
-    """
-    # takes two seconds, and not every process compares
-    from sklearn.metrics import accuracy_score, f1_score, log_loss
-
-    found = {"accuracy": accuracy_score(answers.labels, answers.said)}
-    if classes:
-        found["macro_f1"] = f1_score(answers.labels, answers.said, average="macro", zero_division=0.0)
-    every = np.arange(answers.probabilities.shape[1])
-    found |= {
-        "log_loss": log_loss(answers.labels, answers.probabilities, labels=every),
-        "ece": expected_calibration_error(answers.confidence, answers.right),
-        "kl_to_teacher": answers.kl_from(teacher).mean(),
-        "agreement": accuracy_score(teacher.said, answers.said),
-    }
-    if teacher.right.any():
-        found["retention"] = 100 * found["accuracy"] / teacher.right.mean()
-    return {name: float(value) for name, value in found.items()}
-
-
 def class_figures(means: Mapping[str, float], answers: np.ndarray) -> dict[str, float]:
     """What an evaluation tells beside its mean measures; `answers` [N, 2]: what was said, what was right."""
-    from sklearn.metrics import f1_score  # as in `values`
+    from sklearn.metrics import f1_score  # as in `details`
 
     said, right = answers.T
     macro_f1 = f1_score(right, said, average="macro", zero_division=0.0)
@@ -121,29 +93,23 @@ def class_figures(means: Mapping[str, float], answers: np.ndarray) -> dict[str, 
 
 
 def details(answers: Answers, labels: Sequence[str]) -> dict[str, Any]:
-    """What lies behind the measures: the reliability bins, and of named classes precision, recall, F1 and
-    the confusion matrix.
-    """
+    """What lies behind the measures: reliability bins; of named classes precision, recall, F1, confusion."""
     found: dict[str, Any] = {
         "reliability": reliability(answers.confidence, answers.right),
         "confidence": float(answers.confidence.mean()),
     }
     if labels:
-        from sklearn.metrics import confusion_matrix, precision_recall_fscore_support  # as in `values`
+        # takes two seconds, and not every process compares
+        from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-        every = range(len(labels))
-        columns = precision_recall_fscore_support(
-            answers.labels, answers.said, labels=every, zero_division=0.0
-        )
+        asked = {"y_true": answers.labels, "y_pred": answers.said, "labels": range(len(labels))}
+        columns = precision_recall_fscore_support(**asked, zero_division=0.0)
         names = ("precision", "recall", "f1", "support")
         found["per_class"] = [
-            {
-                "class": label,
-                **{name: column[number].item() for name, column in zip(names, columns, strict=True)},
-            }
-            for number, label in enumerate(labels)
+            {"class": label, **{name: each.item() for name, each in zip(names, row, strict=True)}}
+            for label, *row in zip(labels, *columns, strict=True)
         ]
-        found["confusion"] = confusion_matrix(answers.labels, answers.said, labels=every).tolist()
+        found["confusion"] = confusion_matrix(**asked).tolist()
     return found
 
 
@@ -184,10 +150,9 @@ class ItemFigures:
         return np.concatenate(list(self.columns.values()), axis=1)
 
     def measures(self, sums: np.ndarray) -> dict[str, np.ndarray]:
-        """[R, all columns] sums over R draws of items to each measure, [R]; nan where a draw has nothing to
-        make it of.
+        """[R, all columns] sums over R draws of items to each measure, [R]; nan where nothing makes it.
 
-        Beside those of `values`: `repeated` and `mended`, shares of the teacher's mistakes, and `f1`, [R, C].
+        Beside those that are told: `repeated` and `mended`, shares of the teacher's mistakes; `f1`, [R, C].
         """
         ends = np.cumsum([column.shape[1] for column in self.columns.values()])
         drawn = dict(zip(self.columns, np.split(sums, ends[:-1], axis=1), strict=True))
@@ -199,16 +164,13 @@ class ItemFigures:
                 f1 = 2 * drawn["hit"] / (drawn["true"] + drawn["said"])
                 # over the classes that occur, as scikit-learn's
                 found |= {"macro_f1": np.nanmean(f1, axis=1), "f1": f1}
-            found |= {
+            taught = np.where(one["teacher_right"], one["teacher_right"], np.nan)
+            return found | {
                 "log_loss": one["nats"] / count,
                 "ece": np.abs(drawn["gaps"]).sum(axis=1) / count,
                 "kl_to_teacher": one["kl"] / count,
                 "agreement": one["agrees"] / count,
-                # nan: no such draw
-                "retention": 100
-                * one["right"]
-                / np.where(one["teacher_right"], one["teacher_right"], np.nan),
+                "retention": 100 * one["right"] / taught,
                 "repeated": one["repeated"] / one["missed"],
                 "mended": one["mended"] / one["missed"],
             }
-        return found

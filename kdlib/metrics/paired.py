@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from kdlib.metrics.bootstrap import Bootstrap, interval, mcnemar
-from kdlib.metrics.classification import Answers, ItemFigures, details, values
+from kdlib.metrics.classification import Answers, ItemFigures, details
 
-SHARES = ("accuracy", "agreement")
 CENTRED = ("ece",)  # chance parts accuracy from confidence in every bin, and resampling adds more of it
 FEW_GROUPS = 10  # of which a bootstrap's intervals are far too narrow
 LONGEST = 300  # characters of a text that is shown
@@ -45,36 +44,33 @@ def results_of(
             raise ValueError(
                 f"{name} was asked other questions than the teacher; needed the same items in the same order"
             )
-    bootstrap = Bootstrap(len(teacher), resamples, seed, groups)
-    found = {name: values(answers, teacher, classes=bool(labels)) for name, answers in models.items()}
-    drawn = _drawn(models, bootstrap, classes=bool(labels))
     independent = len(teacher) if groups is None else len(set(groups))
-    over = (
-        "rows"
-        if groups is None
-        else f"{independent} groups of rows" + ", too few to trust" * (independent < FEW_GROUPS)
-    )
-    entries = {}
+    over = "rows"
+    if groups is not None:
+        over = f"{independent} groups of rows" + ", too few to trust" * (independent < FEW_GROUPS)
+    bootstrap = Bootstrap(len(teacher), resamples, seed, groups)
+    figures, entries = _figures(models, bootstrap, classes=bool(labels)), {}
     for name, answers in models.items():
-        # it agrees with itself for certain
-        shares = dict.fromkeys(SHARES if answers is not teacher else SHARES[:1], independent)
-        measures = {
-            m: interval(value, drawn[name][m], centred=m in CENTRED, share_of=shares.get(m))
-            for m, value in found[name].items()
+        f1, repeated, mended = (figures[name].pop(m, None) for m in ("f1", "repeated", "mended"))
+        # the teacher agrees with itself for certain
+        shares = {"accuracy": independent, "agreement": None if answers is teacher else independent}
+        entries[name] = entry = {
+            m: interval(value, drawn, centred=m in CENTRED, share_of=shares.get(m))
+            for m, (value, drawn) in figures[name].items()
         }
-        measures["ece"]["low"] = max(measures["ece"]["low"], 0.0)
-        behind = _with_f1(details(answers, labels), drawn[name])
-        entries[name] = {**measures, **_on_mistakes(answers, teacher, drawn[name], independent), **behind}
-    figures = {
-        name: {m: (value, drawn[name][m]) for m, value in each.items()} for name, each in found.items()
-    }
-    tests = [
-        {"model": a, "against": b, **_discordant(models[a], models[b])} for b, a in combinations(models, 2)
-    ]
+        entry["ece"]["low"] = max(entry["ece"]["low"], 0.0)
+        if missed := int((~teacher.right).sum()):
+            share_of = min(missed, independent) if answers is not teacher else None
+            both = {"repeated": repeated, "mended": mended}
+            shown = {m: interval(*pair, share_of=share_of) for m, pair in both.items()}
+            entry["on_teachers_mistakes"] = {"rows": missed, **shown}
+        entry |= details(answers, labels)
+        for number, of_class in enumerate(entry.get("per_class", [])):
+            of_class["f1"] = _f1(of_class["f1"], f1[1][:, number])
     return {
         "models": entries,
         "differences": differences(figures, CENTRED),
-        "mcnemar": tests,
+        "mcnemar": [_discordant(models, a, b) for b, a in combinations(models, 2)],
         "labels": list(labels),
         "rows": len(teacher),
         "resamples": resamples,
@@ -145,60 +141,37 @@ def worst_rows(
     ]
 
 
-def _drawn(
+def _figures(
     models: Mapping[str, Answers], bootstrap: Bootstrap, *, classes: bool
-) -> dict[str, dict[str, np.ndarray]]:
-    """Every measure of every model on the same resampled items: model → measure → [resamples]."""
+) -> dict[str, dict[str, tuple[Any, np.ndarray]]]:
+    """model → measure → its value, and its values on resampled items, which are the same for all models."""
     teacher = next(iter(models.values()))
-    figures = [ItemFigures.of(answers, teacher, classes=classes) for answers in models.values()]
-    tables = [each.table for each in figures]
-    parts = np.split(
-        bootstrap.sums(np.concatenate(tables, axis=1)),
-        np.cumsum([table.shape[1] for table in tables])[:-1],
-        axis=1,
+    items = [ItemFigures.of(answers, teacher, classes=classes) for answers in models.values()]
+    table = np.concatenate([each.table for each in items], axis=1)
+    ends = np.cumsum([each.table.shape[1] for each in items])[:-1]
+    parts = (
+        np.split(sums, ends, axis=1) for sums in (table.sum(axis=0, keepdims=True), bootstrap.sums(table))
     )
-    return {name: each.measures(part) for name, each, part in zip(models, figures, parts, strict=True)}
-
-
-def _on_mistakes(
-    answers: Answers, teacher: Answers, drawn: Mapping[str, np.ndarray], independent: int
-) -> dict[str, Any]:
-    """What becomes of the teacher's mistakes: shares that are repeated as they are, and that are answered
-    rightly.
-    """
-    missed = ~teacher.right
-    if not missed.any():
-        return {}
-    shares = {
-        "repeated": (answers.said == teacher.said)[missed].mean(),
-        "mended": answers.right[missed].mean(),
-    }
-    count = int(missed.sum())
-    share_of = min(count, independent) if answers is not teacher else None
-    return {
-        "on_teachers_mistakes": {
-            "rows": count,
-            **{m: interval(value, drawn[m], share_of=share_of) for m, value in shares.items()},
-        }
-    }
-
-
-def _with_f1(found: dict[str, Any], drawn: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """F1 of each class with its interval; without one where no draw has the class."""
-    for number, entry in enumerate(found.get("per_class", [])):
-        resampled = drawn["f1"][:, number]
-        known = not np.isnan(resampled).all()
-        entry["f1"] = (
-            interval(entry["f1"], resampled)
-            if known
-            else {"value": entry["f1"], "low": entry["f1"], "high": entry["f1"]}
-        )
+    found = {}
+    for name, each, whole, drawn in zip(models, items, *parts, strict=True):
+        values, resampled = each.measures(whole), each.measures(drawn)
+        made = {m: value[0] for m, value in values.items() if not np.isnan(value).all()}
+        found[name] = {m: (value, resampled[m]) for m, value in made.items()}
     return found
 
 
-def _discordant(one: Answers, other: Answers) -> dict[str, Any]:
-    only_one, only_other = int((one.right & ~other.right).sum()), int((~one.right & other.right).sum())
-    return {"only_model_right": only_one, "only_other_right": only_other, **mcnemar(only_one, only_other)}
+def _f1(value: float, drawn: np.ndarray) -> dict[str, float]:
+    """With its interval; without one where no draw has the class."""
+    certain = {"value": value, "low": value, "high": value}
+    return certain if np.isnan(drawn).all() else interval(value, drawn)
+
+
+def _discordant(models: Mapping[str, Answers], a: str, b: str) -> dict[str, Any]:
+    """On how many items only one of two is right, and McNemar's test of that."""
+    one, other = models[a].right, models[b].right
+    first, second = int((one & ~other).sum()), int((~one & other).sum())
+    counts = {"only_model_right": first, "only_other_right": second}
+    return {"model": a, "against": b, **counts, **mcnemar(first, second)}
 
 
 def _top(probabilities: np.ndarray, choices: Sequence[str]) -> list[list[Any]]:
