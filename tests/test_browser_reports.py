@@ -166,7 +166,7 @@ def test_ticked_runs_stand_beside_each_other_with_the_settings_that_differ(brows
     for head, cell in zip(heads, first.locator("td").filter(visible=True).all(), strict=True):
         assert head.bounding_box()["x"] == cell.bounding_box()["x"]
     page.get_by_label("scorecard").check()
-    page.get_by_label("cost", exact=True).check()
+    page.get_by_label("cost, and").check()
     assert page.get_by_text("pass", exact=False).filter(visible=True).count() >= 2
     page.get_by_role("button", name="show all").click()
     assert len(names(page)) == 4

@@ -113,7 +113,7 @@ def test_held_out_figures_are_those_of_a_classification(bench):
     assert "log-loss" in line
     assert "perplexity" not in line
     assert set(summary(bench.run).keys) == {"accuracy", "macro_f1", "log_loss"}
-    assert "training, rows/s" in summary(bench.run).training_costs
+    assert "training, rows/s" in summary(bench.run).costs
     assert "rows_per_s" in metrics.training_table(bench.run)
 
 

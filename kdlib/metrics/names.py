@@ -78,10 +78,12 @@ def difference(results: Mapping[str, Any], model: str, against: str, metric: str
     )
 
 
+def three_digits(value: float, sign: str = "") -> str:
+    """0.420, 12.3; whole numbers from 1,000 on."""
+    return f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}#.3g}".rstrip(".")
+
+
 def with_interval(figures: Mapping[str, float], sign: str = "") -> str:
     """`1.22 [1.13, 1.33]`: three digits each, whole numbers from 1,000 on; `sign` is + for differences."""
-    three = [
-        f"{x:{sign},.0f}" if abs(x) >= 1000 else f"{x:{sign}#.3g}".rstrip(".")
-        for x in map(figures.get, ("value", "low", "high"))
-    ]
-    return "{} [{}, {}]".format(*three)
+    value, low, high = (three_digits(figures[name], sign) for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"

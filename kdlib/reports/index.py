@@ -13,9 +13,10 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
+from kdlib.metrics.names import three_digits
 from kdlib.plots.axes import LABELS
 from kdlib.reports.html import page, report_link
-from kdlib.reports.summary import Summary, keys_of, number, summaries
+from kdlib.reports.summary import Summary, keys_of, summaries
 from kdlib.runs.files import write_error, write_text
 from kdlib.runs.log import thinned
 
@@ -112,9 +113,8 @@ def _scorecard(each: Summary) -> Cell:
 
 
 def _costs(found: Sequence[Summary]) -> dict[str, list[Cell]]:
-    costs = [{**each.training_costs, **each.model_costs, **each.against} for each in found]
-    names = dict.fromkeys(name for cost in costs for name in cost)
-    return {name: [Cell(cost.get(name, "")) for cost in costs] for name in names}
+    names = dict.fromkeys(name for each in found for name in each.costs)
+    return {name: [Cell(each.costs.get(name, "")) for each in found] for name in names}
 
 
 def _rank(state: str) -> tuple[int, str]:
@@ -153,7 +153,7 @@ def _curve(each: Summary) -> Markup | str:
     if column in each.baseline:
         curves = {"baseline": each.baseline.set_index("step")[column], **curves}
     ends = "; ".join(
-        f"{LABELS[name]} {number(values.iloc[0])} → {number(values.iloc[-1])}"
+        f"{LABELS[name]} {three_digits(values.iloc[0])} → {three_digits(values.iloc[-1])}"
         for name, values in curves.items()
     )
     return small_curve(curves, f"{words}, steps {table['step'].iloc[0]} to {table['step'].iloc[-1]}: {ends}")

@@ -13,7 +13,7 @@ from nbconvert.filters import strip_ansi
 
 from kdlib.config.task_rules import rules_in, shown_in
 from kdlib.errors import RunError
-from kdlib.metrics.names import MEASURES, with_interval
+from kdlib.metrics.names import MEASURES, three_digits, with_interval
 from kdlib.plots import comparison as plots
 from kdlib.plots.axes import LABELS, label_of
 from kdlib.plots.classification import ANSWER_FIGURES, TITLES, answer_tables
@@ -22,7 +22,7 @@ from kdlib.reports import html
 from kdlib.reports.explorers import static_html
 from kdlib.reports.notebook_html import notebook_html
 from kdlib.reports.scorecard import Line, scorecard_table
-from kdlib.reports.summary import Summary, card, flat, is_benchmark, keys_of, number, summary
+from kdlib.reports.summary import Summary, card, flat, is_benchmark, keys_of, summary
 from kdlib.runs.files import now, read_json
 from kdlib.runs.folder import Run
 
@@ -149,11 +149,11 @@ def _strip(
         strip.append((label, value, [interval, against]))
     if results:
         student, teacher = (results["models"][name]["parameters"] / 1e6 for name in ("distilled", "teacher"))
-        share = f"{student / teacher:.0%} of the teacher's {number(teacher)} M"
-        strip.append(("parameters", f"{number(student)} M", [share]))
+        share = f"{student / teacher:.0%} of the teacher's {three_digits(teacher)} M"
+        strip.append(("parameters", f"{three_digits(student)} M", [share]))
     if brief.step is not None:
         strip.append(("steps", f"{brief.step:,}", [f"of {brief.steps:,}"] if brief.steps else []))
-    strip += [(name, value, []) for name, value in brief.training_costs.items()]
+    strip += [(name, cost, []) for name, cost in brief.costs.items() if name.startswith("training")]
     if lines := next(iter(cards.values()), None):
         failed = [f"fails: {line.check}" for line in lines if line.passed is False]
         passed = f"{sum(line.passed is True for line in lines)} of {len(lines)} pass"

@@ -12,7 +12,7 @@ import yaml
 
 from kdlib.config.task_rules import rules_in
 from kdlib.errors import ConfigError, KdlibError
-from kdlib.metrics.names import MEASURES, difference, with_interval
+from kdlib.metrics.names import MEASURES, difference, three_digits, with_interval
 from kdlib.plots.axes import LABELS
 from kdlib.plots.comparison import cost_table
 from kdlib.reports.scorecard import Line, scorecard
@@ -37,12 +37,10 @@ class Summary:
     steps: int | None = None  # planned
     stage: str = ""
     keys: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # metric → value (and low, high)
-    against: Mapping[str, str] = field(default_factory=dict)  # the baseline: the paired difference in KL
     train: pd.DataFrame = field(default_factory=pd.DataFrame)
     evaluation: pd.DataFrame = field(default_factory=pd.DataFrame)
     baseline: pd.DataFrame = field(default_factory=pd.DataFrame)
-    training_costs: Mapping[str, str] = field(default_factory=dict)  # name → figure with its unit
-    model_costs: Mapping[str, str] = field(default_factory=dict)  # to keep it, and to run it
+    costs: Mapping[str, str] = field(default_factory=dict)  # of training and of the student; and the gain
     settings: Mapping[str, str] = field(default_factory=dict)  # dotted name → as text
     card: tuple[Line, ...] = ()
 
@@ -56,7 +54,7 @@ class Summary:
         figures = self.keys.get(metric)
         if figures is None:
             return ""
-        return with_interval(figures) if "low" in figures else number(figures["value"])
+        return with_interval(figures) if "low" in figures else three_digits(figures["value"])
 
 
 def summaries(root: Path) -> list[Summary]:
@@ -83,11 +81,6 @@ def summary(run: Run) -> Summary:
 def is_benchmark(run: Run) -> bool:
     """Whether this is a folder of `kdlib.benchmarks`, which teaches no student."""
     return "student" not in _settings(run)
-
-
-def number(value: float) -> str:
-    """Three digits, whole numbers from 1,000 on."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
 
 
 def flat(nested: Mapping[str, Any], separator: str = ".", prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -130,22 +123,23 @@ def _read(run: Run) -> Summary:
         steps=int(plan["step"].max()) if len(plan) else manifest.get("optimizer_steps"),
         stage=_stage(run, results, steps),
         keys=_keys(settings, results, evaluation),
-        against=_against_baseline(results),
         train=train,
         evaluation=evaluation,
         baseline=eval_table(run.baseline),
-        training_costs=_training_costs(train, evaluation),
-        model_costs=cost_table(results).loc[LABELS["distilled"]].to_dict() if results else {},
+        costs=_costs(results, train, evaluation),
         settings={name: _as_text(value) for name, value in flat(settings)},
         card=tuple(card(run)),
     )
 
 
 def _stage(run: Run, results: Mapping | None, steps: list[int]) -> str:
-    reached = {"compared": results, "trained": run.is_trained, "training": steps}
-    return next(
-        (stage for stage, is_there in reached.items() if is_there), "set up" * ("formula" in run.manifest)
-    )
+    reached = {
+        "compared": results,
+        "trained": run.is_trained,
+        "training": steps,
+        "set up": "formula" in run.manifest,
+    }
+    return next((stage for stage, is_there in reached.items() if is_there), "")
 
 
 def _keys(
@@ -158,20 +152,20 @@ def _keys(
     return {metric: {"value": float(evaluation[metric].iloc[-1])} for metric in named if metric in evaluation}
 
 
-def _against_baseline(results: Mapping[str, Any] | None) -> dict[str, str]:
-    if not results or "baseline" not in results["models"]:
-        return {}
-    found = difference(results, "distilled", "baseline", "kl_to_teacher")
-    return {"KL, difference to the baseline": with_interval(found, "+")}
-
-
-def _training_costs(train: pd.DataFrame, evaluation: pd.DataFrame) -> dict[str, str]:
+def _costs(
+    results: Mapping[str, Any] | None, train: pd.DataFrame, evaluation: pd.DataFrame
+) -> dict[str, str]:
     paces = [what for what in ("tokens", "rows") if f"{what}_per_s" in train]
-    found = {f"training, {what}/s": number(train[f"{what}_per_s"].median()) for what in paces}
+    found = {f"training, {what}/s": three_digits(train[f"{what}_per_s"].median()) for what in paces}
     if "memory_gib" in train:
         found["training, peak GiB"] = f"{train['memory_gib'].max():.2f}"
     if seconds := seconds_taken(train, evaluation):
         found["training, time"] = duration(seconds)
+    if results:
+        found |= cost_table(results).loc[LABELS["distilled"]].to_dict()
+    if results and "baseline" in results["models"]:
+        gain = difference(results, "distilled", "baseline", "kl_to_teacher")
+        found["KL, difference to the baseline"] = with_interval(gain, "+")
     return found
 
 

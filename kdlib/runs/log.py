@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -218,18 +219,13 @@ def thinned(curves: np.ndarray, *, points: int = POINTS) -> np.ndarray:
     count, length = curves.shape
     if length <= points:
         return np.arange(length)
-    buckets = max(points // (2 * count), 50)
-    width = math.ceil(length / buckets)
-    starts = np.arange(0, length, width)
-    kept = [np.array([0, length - 1])]
     is_finite = np.isfinite(curves)
-    filled = np.pad(curves, ((0, 0), (0, len(starts) * width - length)), mode="edge")
-    for extreme, worst in ((np.argmin, np.inf), (np.argmax, -np.inf)):
-        if not is_finite.all():
-            filled[:, :length][~is_finite] = worst
-            filled[:, length:] = worst
-        found = starts + extreme(filled.reshape(count, len(starts), width), axis=2)
-        kept.append(np.minimum(found, length - 1).ravel())
     gaps = np.flatnonzero(np.diff(is_finite).any(axis=0)) + 1
-    kept.append(gaps if len(gaps) <= points else gaps[:0])
-    return np.unique(np.concatenate(kept))
+    kept = {0, length - 1, *(gaps if len(gaps) <= points else ())}
+    edges = np.linspace(0, length, max(points // (2 * count), 50) + 1).astype(int)
+    for low, high in zip(
+        np.where(is_finite, curves, np.inf), np.where(is_finite, curves, -np.inf), strict=True
+    ):
+        for start, end in pairwise(edges):
+            kept |= {start + low[start:end].argmin(), start + high[start:end].argmax()}
+    return np.array(sorted(kept))
