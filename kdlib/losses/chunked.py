@@ -16,7 +16,8 @@ from torch import Tensor
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.signals import LinearSignal, Signal
 
-TokenFunction = Callable[[Tensor, Tensor | None, Tensor, Tensor | float], Tensor]
+Number = Tensor | float
+TokenFunction = Callable[[Tensor, Tensor | None, Tensor, Number], Tensor]
 """(student logits [n, V], teacher's [n, V] or None, targets [n], temperature) -> [n] per-token values."""
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlib.losses.divergences import skewed_forward_kl
-from kdlib.losses.signals import Features
+from kdlib.losses.signals import Signal
 
 LayerPairs = Sequence[tuple[int, int]]  # (student's layer, teacher's layer), counted from 0
 
@@ -103,14 +103,18 @@ class FeatureTerm:
     attention: bool = False  # of the maps, not of the hidden states
     projected: bool = False  # needs the student's states in the teacher's size
 
-    def values(self, student: Features, teacher: Features, *, temperature: float, normalise: bool) -> Tensor:
-        """[N] per-token values."""
-        states = student.projected if self.projected else student.hidden
-        ours, theirs = (student.attention, teacher.attention) if self.attention else (states, teacher.hidden)
-        pairs = zip(ours, theirs, strict=True)
-        return torch.stack(
-            [self.per_pair(a, b, student.rows, temperature, normalise) for a, b in pairs]
-        ).mean(0)
+    def values(
+        self, student: Signal, teacher: Signal | None, *, temperature: float, normalise: bool
+    ) -> Tensor:
+        """[N] per-token values of two signals that have what this term looks at."""
+        inside, other = student.features, None if teacher is None else teacher.features
+        assert inside is not None
+        assert other is not None
+        ours, theirs = inside.projected if self.projected else inside.hidden, other.hidden
+        if self.attention:
+            ours, theirs = inside.attention, other.attention
+        how = inside.rows, temperature, normalise
+        return torch.stack([self.per_pair(a, b, *how) for a, b in zip(ours, theirs, strict=True)]).mean(0)
 
 
 FEATURE_TERMS = {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdlib.config.loss import TEMPERATURES
 from kdlib.losses.buffers import Workspace
-from kdlib.losses.chunked import TokenFunction, Weighted, term_sums, token_values
+from kdlib.losses.chunked import Number, TokenFunction, Weighted, term_sums, token_values
 from kdlib.losses.divergences import KNOWN, Divergence, OnSamples, OnTopK, chosen, forward_kl
 from kdlib.losses.features import FEATURE_TERMS, feature_terms
 from kdlib.losses.ledger import Entry, Ledger
@@ -17,7 +17,7 @@ from kdlib.losses.signals import Signal
 from kdlib.schedulers import Schedule, constant
 
 
-def log_probs(logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
+def log_probs(logits: Tensor, temperature: Number = 1.0) -> Tensor:
     """log softmax(logits / T), in float32 at least, whatever the model's dtype."""
     logits = logits.to(log_probs_dtype(logits))
     if not torch.compiler.is_compiling():
@@ -40,11 +40,7 @@ class SoftTargets:
     divergence: Divergence = forward_kl
 
     def __call__(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor | None,
-        targets: Tensor,
-        temperature: Tensor | float,
+        self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, temperature: Number
     ) -> Tensor:
         assert teacher_logits is not None
         student_log_probs = log_probs(student_logits, temperature)
@@ -52,7 +48,7 @@ class SoftTargets:
 
 
 def cross_entropy(
-    student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, temperature: Tensor | float = 1.0
+    student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, temperature: Number = 1.0
 ) -> Tensor:
     """-log p(the token that came), always at T = 1; [n] nats."""
     logs = log_probs(student_logits)
@@ -64,22 +60,20 @@ def cross_entropy(
 
 
 def accuracy(
-    student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, temperature: Tensor | float = 1.0
+    student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, temperature: Number = 1.0
 ) -> Tensor:
     """1 where the student's first choice is the token that came."""
     return (student_logits.argmax(-1) == targets).to(log_probs_dtype(student_logits))
 
 
 def agreement(
-    student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, temperature: Tensor | float = 1.0
+    student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, temperature: Number = 1.0
 ) -> Tensor:
     """1 where student and teacher have the same first choice."""
     assert teacher_logits is not None
     return (student_logits.argmax(-1) == teacher_logits.argmax(-1)).to(log_probs_dtype(student_logits))
 
 
-TERMS = ("kd", "ce", *KNOWN, *FEATURE_TERMS)
-"""What a config may weight: kd is the divergence that it names, the others are what their names say."""
 EVAL_TERMS = {
     "ce": Weighted(cross_entropy),
     "kl_to_teacher": Weighted(SoftTargets()),
@@ -188,16 +182,9 @@ class ObjectiveAt:
         """{term: [N] unweighted values} of the terms on features; nothing is asked where there is none."""
         found = {}
         for name in self.weights:
-            if name in FEATURE_TERMS:
-                assert student.features is not None
-                assert teacher is not None
-                assert teacher.features is not None
-                found[name] = FEATURE_TERMS[name].values(
-                    student.features,
-                    teacher.features,
-                    temperature=self.temperatures.get(name, 1.0),
-                    normalise=self.normalise,
-                )
+            if term := FEATURE_TERMS.get(name):
+                temperature = self.temperatures.get(name, 1.0)
+                found[name] = term.values(student, teacher, temperature=temperature, normalise=self.normalise)
         return found
 
     @property
@@ -255,12 +242,9 @@ def ledger(
 def shares(
     student: Signal, teacher: Signal | None, targets: Tensor, *, at: ObjectiveAt, chunk: int | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Each term by itself: weight x mean over these tokens, made as it is asked for, with its own graph.
-
-    In a workspace of its own, as nothing is to be compiled for it; otherwise as of `ledger`.
-    """
+    """Each term by itself: weight x mean over these tokens, made as it is asked for, with its own graph."""
     for name in at.weights:
-        alone, space = at.alone(name), Workspace(chunk)
+        alone, space = at.alone(name), Workspace(chunk)  # its own, as nothing is to be compiled for this
         yield name, ledger(student, teacher, targets, at=alone, count=len(targets), workspace=space).total
 
 
