@@ -6,6 +6,7 @@ weight of the teacher's term in some projects and of the cross-entropy in others
 """
 
 from pathlib import Path
+from typing import Any
 
 from kdlib.config.import_table import AS_IT_IS, BY_MEANING, DTYPES, LEFT_OUT, by_name, read_settings
 from kdlib.config.migration import TO_FILL_IN, Migration
@@ -127,29 +128,24 @@ def _inside(made: Migration) -> None:
     """The terms on what goes on inside, their layers, and the student-aware project's three phases."""
     weights: dict[str, float] = {}
     early: dict[str, float] = {}
-    origins = []
-    for key, (term, is_early) in INSIDE.items():
-        weight = made.number(key) if key in made.theirs else None
-        if weight is not None and "task" in made.values:
+    for key in (key for key in INSIDE if key in made.theirs):
+        (term, is_early), weight = INSIDE[key], made.number(key)
+        if "task" in made.values:
             made.leave_out(key, "it compares the models token by token, and here rows are classified")
-        elif weight is not None:
-            weights[term] = round(weights.get(term, 0.0) + weight, 12)
-            early[term] = early.get(term, 0.0) + is_early * weight
-            origins.append(f"{term} from {key}")
-    if weights:
-        made.replace("loss.weights", {**made.values["loss.weights"], **weights}, ", ".join(origins))
+            continue
+        weights[term] = round(weights.get(term, 0.0) + weight, 12)
+        early[term] = early.get(term, 0.0) + is_early * weight
+        made.replace("loss.weights", {**made.values["loss.weights"], **weights}, f"{term} from {key}")
     if "use_curriculum" in made.theirs:
-        phases, origin = None, "no term comes in later"
+        phases = [
+            {"until": 0.3, "weights": dict.fromkeys(weights, 0.0)},
+            {"until": 0.6, "ramp": 0.3, "weights": early},
+            {"until": 1.0, "ramp": 0.4, "weights": weights},
+        ]
         if made.is_on("use_curriculum") and any(weights.values()):
-            phases, origin = (
-                [
-                    {"until": 0.3, "weights": dict.fromkeys(weights, 0.0)},
-                    {"until": 0.6, "ramp": 0.3, "weights": early},
-                    {"until": 1.0, "ramp": 0.4, "weights": weights},
-                ],
-                "its three phases",
-            )
-        made.put("loss.curriculum", phases, f"use_curriculum: {origin}")
+            made.put("loss.curriculum", phases, "use_curriculum: its three phases")
+        else:
+            made.put("loss.curriculum", None, "use_curriculum: no term comes in later")
     if layers := made.theirs.get("attention_layers"):
         origin = "attention_layers, here of every term on what goes on inside"
         made.put("loss.features", {"layers": {"last": layers}}, origin)
@@ -160,8 +156,9 @@ def _inside(made: Migration) -> None:
 def _temperature(made: Migration) -> None:
     """The temperature that falls in the student-aware project, and that of its contrastive term."""
     theirs, start = made.theirs, made.values.get("loss.temperature")
-    told = [key for key in ("use_temperature_curriculum", "min_temperature") if key in theirs]
-    falls = made.is_on(told[0]) if told[:1] == ["use_temperature_curriculum"] else bool(told)
+    switch = "use_temperature_curriculum"
+    told = [key for key in (switch, "min_temperature") if key in theirs]
+    falls = made.is_on(switch) if switch in theirs else bool(told)
     if falls and start is not None:
         end = theirs.get("min_temperature", 2.0)  # 2 where that project's file is silent
         made.replace("loss.temperature", {"linear": [start, end]}, ", ".join(told))
@@ -178,23 +175,24 @@ def _temperature(made: Migration) -> None:
 def _precision(made: Migration) -> None:
     """The dtype of matrix products, which projects switch on by many names; and where figures are sent."""
     theirs, dtypes = made.theirs, by_name(DTYPES)
+
+    def dtype_of(value: Any) -> Any:
+        return dtypes.get(str(value).removeprefix("torch."), value)
+
     is_off = "use_amp" in theirs and not made.is_on("use_amp")
     for key in made.named("precision"):
-        value = theirs["amp_dtype"] if key == "use_amp" and "amp_dtype" in theirs else theirs[key]
-        dtype = dtypes.get(str(value).removeprefix("torch."), value)
+        value = theirs[key]
         if key == "use_amp" and is_off:
             made.put("precision", "float32", "use_amp: false")
-        elif key == "use_amp" and "amp_dtype" not in theirs:
-            made.put("precision", "float16", "use_amp: torch's usual mixed precision")
-        elif key in ("fp16", "bf16"):
-            if made.is_on(key):
-                made.put("precision", dtypes[key], key)
-            else:
-                made.leave_out(key, "it is off")
-        elif is_off:
+        elif key == "use_amp":
+            origin = "use_amp" if "amp_dtype" in theirs else "use_amp: torch's usual mixed precision"
+            made.put("precision", dtype_of(theirs.get("amp_dtype", "half")), origin)
+        elif key in ("fp16", "bf16") and not made.is_on(key):
+            made.leave_out(key, "it is off")
+        elif is_off and key not in ("fp16", "bf16"):
             made.leave_out(key, "use_amp is off")
         else:
-            made.put("precision", dtype, key)
+            made.put("precision", dtype_of(key if value is True else value), key)
     if "use_wandb" in theirs:
         made.put("training.report_to", "wandb" if made.is_on("use_wandb") else "none", "use_wandb")
 
