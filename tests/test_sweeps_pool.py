@@ -25,11 +25,10 @@ from kdlib.reports.index import render_index
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run
 from kdlib.runs.log import read_metrics
-from kdlib.sweeps import pool, processes, results, run as sweep_run
+from kdlib.sweeps import pool, processes, report, results, run as sweep_run
 from kdlib.sweeps.config import SweepConfig
-from kdlib.sweeps.pool import Clock
+from kdlib.sweeps.pool import Clock, Cost, Order
 from kdlib.sweeps.results import Sweep
-from kdlib.sweeps.run import Cost, Order
 from kdlib.sweeps.trials import Search, base_of, expanded
 from kdlib.workbench import cli, runner
 
@@ -105,14 +104,10 @@ def acted(config_file, tmp_path, monkeypatch, rendered):
             json.dumps({trials[number].run: deed for number, deed in dict(deeds).items()})
         )
         acting = Acted(tmp_path / "reports", jobs=jobs, timeout_s=timeout_s)
-        made = pool.Pool(
-            sweep,
-            base,
-            acting,
-            Clock(),
-            render_run=lambda run, folder: rendered.append(run.name),  # there is nothing in them
-            render_index=render_index,
-        )
+        folders = (tmp_path / "runs", tmp_path / "reports")
+        pages = (lambda run, folder: rendered.append(run.name), render_index)  # there is nothing in the runs
+        order = Order("s", "s.yaml", "kd sweep s.yaml", *folders, *pages, jobs=jobs)
+        made = pool.Pool(sweep, base, order, acting, Clock(), report.render)
         if meanwhile:
             threading.Thread(target=meanwhile, args=(made.processes,), daemon=True).start()
         made.run(pool.Listed(sweep_run.to_do(sweep, trials)))

@@ -19,8 +19,8 @@ from kdlib.reports import run as reports
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run
 from kdlib.sweeps import figures, maps, report, results, run as sweep_run
-from kdlib.sweeps.config import SweepConfig
-from kdlib.sweeps.maps import heights, variance_shares
+from kdlib.sweeps.config import UNITS, WORDS, SweepConfig
+from kdlib.sweeps.maps import variance_shares
 from kdlib.sweeps.results import Sweep
 from kdlib.sweeps.trials import base_of, expanded
 from kdlib.workbench import cli
@@ -414,7 +414,7 @@ def test_seeds_that_differ_in_nothing_else_are_one_setting_held_against_the_base
     assert gain["high"] - gain["value"] == pytest.approx(spread, rel=1e-4)
     text = report.render(sweep, tmp_path / "reports").read_text()
     assert found in text
-    assert f"{results.WORDS[metric][0].upper()}{results.WORDS[metric][1:]} is " in text
+    assert f"{WORDS[metric][0].upper()}{WORDS[metric][1:]} is " in text
     assert "over 3 seeds." in text
     assert {path.stem for path in (tmp_path / "reports" / "s" / "figures").iterdir()} == {"gains", "models"}
 
@@ -494,13 +494,12 @@ def test_figures_follow_from_what_differs(swept):
     swept_names: list[str] = []
     assert made([], grid=GRID) == set()
     assert made([1.0, 2.0], grid={"loss.temperature": [1, 4]}) == {"ranking", "course"}
-    assert made([1.0, 0.8, 0.9, 0.7], grid=GRID) == {"ranking", "map", "parallel_coordinates"}
+    assert made([1.0, 0.8, 0.9, 0.7], grid=GRID) == {"ranking", "map", "parameters"}
     assert made([1.0, 2.0], grid={"seed": [1, 4]}) == set()
     space = {"loss.temperature": {"uniform": [1, 6]}, "training.learning_rate": {"log_uniform": [1e-5, 1e-3]}}
     assert made([float(i) for i in range(14)], random={"trials": 14, "from": space}) == {
         "ranking",
-        "map",
-        "parallel_coordinates",
+        "parameters",
     }
 
 
@@ -512,14 +511,16 @@ def test_the_titles_say_what_the_figures_hold(swept):
         == "KL to the teacher is lowest with temperature 1, kd:ce 0.9,\nwith 1 of 3 others within the "
         "intervals"
     )
-    assert "alone explains" in title(made["parallel_coordinates"])
+    assert "alone explains" in title(made["parameters"])
 
 
-def test_values_stand_on_an_axis_by_size_or_side_by_side():
-    assert heights([1, 2, 5], [1, 2, 5]) == [0, 0.25, 1]
-    assert heights([1e-5, 1e-3], [1e-5, 1e-4, 1e-3]) == pytest.approx([0, 1])
-    assert heights([1e-4], [1e-5, 1e-4, 1e-3]) == pytest.approx([0.5])
-    assert heights(["b", None], ["a", "b", None]) == [0.5, 1]
+def test_values_stand_on_an_axis_by_size_or_side_by_side(swept):
+    space = {"training.learning_rate": [1e-5, 1e-4, 1e-3], "loss.divergence": ["reverse_kl", "forward_kl"]}
+    rates, divergences = figures_of(swept([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], grid=space))["parameters"].axes
+    assert rates.get_xscale() == "log"
+    assert set(rates.lines[0].get_xdata()) == {1e-5, 1e-4, 1e-3}
+    assert [label.get_text() for label in divergences.get_xticklabels()] == ["reverse_kl", "forward_kl"]
+    assert set(divergences.lines[0].get_xdata()) == {0, 1}
 
 
 def test_the_report_shows_every_trial_escaped_and_asks_for_nothing(swept, tmp_path):
@@ -538,7 +539,7 @@ def test_the_report_shows_every_trial_escaped_and_asks_for_nothing(swept, tmp_pa
     assert {path.stem for path in (folder / "figures").iterdir()} == {
         "ranking",
         "map",
-        "parallel_coordinates",
+        "parameters",
     }
     trials = pd.read_csv(folder / "tables" / "trials.csv")
     assert trials["value"].tolist()[:2] == [1.0, 0.8]
@@ -588,4 +589,4 @@ def test_a_metric_that_the_task_does_not_measure_is_refused_before_a_run(trials_
 
 
 def test_every_metric_of_a_sweep_has_words_and_a_unit():
-    assert results.WORDS.keys() == results.UNITS.keys() == MEASURES.keys()
+    assert WORDS.keys() == UNITS.keys() == MEASURES.keys()

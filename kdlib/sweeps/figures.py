@@ -14,13 +14,22 @@ from matplotlib.ticker import MaxNLocator
 from kdlib.config.task_rules import rules_in
 from kdlib.metrics.names import DRAWN, MEASURES
 from kdlib.plots.axes import COLOURS, called, intervals, on_axis
-from kdlib.sweeps import maps
-from kdlib.sweeps.maps import BEST, MANY, SMALL, levels, rescaled, short, titled, variance_shares
+from kdlib.sweeps.config import UNITS, WORDS, upper
+from kdlib.sweeps.maps import (
+    BEST,
+    MANY,
+    OTHER,
+    SMALL,
+    heat_map,
+    levels,
+    parameters,
+    short,
+    titled,
+    variance_shares,
+)
 from kdlib.sweeps.results import (
     ALONE,
     COSTS,
-    UNITS,
-    WORDS,
     Sweep,
     averaged,
     clear_words,
@@ -29,11 +38,9 @@ from kdlib.sweeps.results import (
     overlapping,
     pareto,
     results_of,
-    upper,
 )
 from kdlib.sweeps.trials import plain
 
-OTHER = "#8a939b"
 MOST = 30  # settings that a ranking shows
 ALIKE = 0.1  # costs that differ by less than this share of the lowest are called alike
 
@@ -50,13 +57,12 @@ def run_figures(
         figures["gains"] = gains_by_setting(gains, names)
     if (results := results_of(sweep, settings.iloc[0]["runs"])) and len(common(results)[0]) > 1:
         figures["models"] = models(results, label(settings.iloc[0], names))
-    if len(names) == 1:
-        figures["course"] = course(settings, names[0], metric)
+    if names:
+        figures["course" if len(names) == 1 else "parameters"] = parameters(settings, names, metric)
     if len(names) > 1:
         across, along = list(variance_shares(settings, names))[:2]
-        scattered = max(len(levels(trials[name])) for name in (across, along)) > MANY
-        figures["map"] = (maps.scatter if scattered else maps.heat_map)(trials, across, along, metric)
-        figures["parallel_coordinates"] = maps.parallel(trials, names, metric)
+        if max(len(levels(trials[name])) for name in (across, along)) <= MANY:
+            figures["map"] = heat_map(trials, across, along, metric)
     if len(settings) > 1 and (costs := compared_costs(settings)):
         figures["pareto"] = price(settings, costs, metric)
     return figures
@@ -137,25 +143,6 @@ def models(results: Sequence[Mapping[str, Any]], setting: str) -> Figure:
     words = f": against {called(ALONE)}, {clear_words(results)}" if ALONE in names else ""
     seeds = f"{len(results)} seeds" if len(results) > 1 else "one training"
     return titled(figure, f"{upper(setting)}, {seeds}{words}")
-
-
-def course(settings: pd.DataFrame, name: str, metric: str) -> Figure:
-    """The metric over the one parameter that differs."""
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
-    axes, values = figure.subplots(), levels(settings[name])
-    labels, numbers = [plain(value) for value in values], maps.are_numbers(values)
-    ordered = settings.set_index(settings[name].map(plain)).loc[labels]
-    at = values if numbers else range(len(values))
-    intervals(axes, at, ordered, fmt="o-" if numbers else "o", color=BEST)
-    if numbers:
-        rescaled(axes, "x", values)
-    if not numbers or len(values) <= MANY:
-        axes.set_xticks(at, labels, **SMALL)
-    axes.set_xlabel(name, parse_math=False)
-    axes.set_ylabel(f"{WORDS[metric]}\n{UNITS[metric]}")
-    best = settings.iloc[0]
-    where = f"{short(name)} {plain(best[name])}: {best['value']:.4g}"
-    return titled(figure, f"{upper(WORDS[metric])} is best at {where}")
 
 
 def price(settings: pd.DataFrame, costs: Sequence[str], metric: str) -> Figure:

@@ -1,6 +1,6 @@
-"""The metric over two parameters or all of them: heat map, scatter, parallel coordinates.
+"""The metric over two parameters, as a map, and over each by itself: what matters here.
 
-The darker the better; the best is blue.  Numbers stand on an axis by size, other values side by side.
+Numbers stand on an axis by size, other values side by side.
 """
 
 import textwrap
@@ -11,31 +11,33 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, ListedColormap, Normalize
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from kdlib.metrics.names import MEASURES
-from kdlib.plots.axes import COLOURS
-from kdlib.sweeps.results import UNITS, WORDS, upper
+from kdlib.plots.axes import COLOURS, intervals
+from kdlib.sweeps.config import UNITS, WORDS, upper
 from kdlib.sweeps.trials import plain
 
-BEST = COLOURS["distilled"]
+BEST, OTHER = COLOURS["distilled"], "#8a939b"
 CHARACTERS = 11  # of a title to the inch
 SMALL = {"fontsize": 8, "parse_math": False}  # a `$` in somebody's text is a dollar
 MANY = 12  # values, above which a parameter is a range rather than a grid
-WIDE = 100  # the highest over the lowest value, above which an axis is logarithmic
+WIDE = 30  # the highest over the lowest value, above which an axis is logarithmic
 EMPTY = {"facecolor": "#f1f1f1", "edgecolor": "#c8c8c8", "hatch": "///", "linewidth": 0}
 PAPER = {"facecolor": "white", "edgecolor": "none"}
 
 
 def heat_map(trials: pd.DataFrame, across: str, along: str, metric: str) -> Figure:
-    """The metric over two parameters, a cell the mean of its runs; hatched where none is finished."""
+    """The metric over two parameters, a cell the mean of its runs, the darker the better; hatched without."""
     columns, rows = ([plain(value) for value in levels(trials[name])] for name in (across, along))
     grid, counts = cells(trials, across, along)
     width = max(max(1.0, 0.08 * max(map(len, columns))) * len(columns), 5.4)
     figure = Figure(figsize=(2.6 + width, 1.6 + 0.62 * max(len(rows), 2)), layout="constrained")
-    axes, colours, norm = figure.subplots(), _darker_is_better(metric), _norm(grid)
+    axes, norm = figure.subplots(), Normalize(np.nanmin(grid), np.nanmax(grid))
+    shades = matplotlib.colormaps["YlGnBu"](np.linspace(0.22, 1, 256))  # the palest cannot be seen on white
+    colours = ListedColormap(shades if MEASURES[metric].higher_is_better else shades[::-1])
     shown = np.ma.masked_invalid(grid)
     mesh = axes.pcolormesh(shown, cmap=colours, norm=norm, edgecolors="white", linewidth=2)
     several = counts.max() > 1
@@ -53,7 +55,8 @@ def heat_map(trials: pd.DataFrame, across: str, along: str, metric: str) -> Figu
     axes.set_ylabel(along, parse_math=False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    _colour_bar(axes, mesh, f"{WORDS[metric]}\n{UNITS[metric]}")
+    bar = figure.colorbar(mesh, ax=axes, label=f"{WORDS[metric]}\n{UNITS[metric]}")
+    bar.outline.set_visible(False)
     best = (np.nanargmax if MEASURES[metric].higher_is_better else np.nanargmin)(grid)
     row, column = np.unravel_index(best, grid.shape)
     where = f"{short(across)} {columns[column]}, {short(along)} {rows[row]}"
@@ -66,102 +69,48 @@ def cells(trials: pd.DataFrame, across: str, along: str) -> tuple[np.ndarray, np
     columns, rows = ([plain(value) for value in levels(trials[name])] for name in (across, along))
     done = trials[trials["value"].notna()]
     groups = done.groupby([done[along].map(plain), done[across].map(plain)])["value"]
-    mean, count = (
-        each.unstack().reindex(index=rows, columns=columns) for each in (groups.mean(), groups.count())
-    )
-    return mean.to_numpy(dtype=float), count.fillna(0).to_numpy(dtype=int)
+    found = [each.unstack().reindex(rows, columns=columns) for each in (groups.mean(), groups.count())]
+    return found[0].to_numpy(dtype=float), found[1].fillna(0).to_numpy(dtype=int)
 
 
-def scatter(trials: pd.DataFrame, across: str, along: str, metric: str) -> Figure:
-    """The metric over two parameters of which no value comes twice: a point a run, a cross without result."""
-    figure = Figure(figsize=(8, 4.4), layout="constrained")
-    axes, is_done = figure.subplots(), trials["value"].notna()
-    done, names = trials[is_done], (across, along)
-    places = [_places(axes, side, name, trials[name]) for side, name in zip("xy", names, strict=True)]
-    x, y = (np.asarray(place, dtype=float) for place in places)
-    look = {"cmap": _darker_is_better(metric), "norm": _norm(done["value"]), "edgecolors": "#444444"}
-    points = axes.scatter(x[is_done], y[is_done], c=done["value"], s=90, linewidth=0.6, zorder=3, **look)
-    if not is_done.all():
-        cross = {"marker": "x", "color": "#c0392b", "label": "no result"}
-        axes.scatter(x[~is_done], y[~is_done], zorder=3, **cross)
-        axes.legend(frameon=False, fontsize=8)
-    value = trials["value"].astype(float)
-    best = int((value.argmax if MEASURES[metric].higher_is_better else value.argmin)())
-    axes.scatter(x[best], y[best], s=260, facecolors="none", edgecolors=BEST, linewidth=2)
-    _colour_bar(axes, points, f"{WORDS[metric]}\n{UNITS[metric]}")
-    where = ", ".join(f"{short(name)} {plain(trials.iloc[best][name])}" for name in names)
-    return titled(figure, f"{upper(WORDS[metric])} is best at {where}: {value.iloc[best]:.4g} (ringed)")
+def parameters(settings: pd.DataFrame, names: Sequence[str], metric: str) -> Figure:
+    """The metric over each parameter by itself, settings as dots; over a single one with their intervals."""
+    figure, alone = Figure(figsize=(max(8, 2.6 * len(names)), 3.4), layout="constrained"), len(names) == 1
+    every = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    best, value = settings.iloc[0], settings["value"]
+    for axes, name in zip(every, names, strict=True):
+        at = _places(axes, name, settings[name])
+        if alone:
+            intervals(axes, at, settings, color=OTHER)
+        axes.plot(at, value, "o", color=OTHER)
+        mean = value.groupby(at).mean()
+        if len(mean) <= MANY and are_numbers(settings[name]):
+            axes.plot(mean.index, mean, color=OTHER, linewidth=1)
+        axes.plot(at[0], best["value"], "o", color=BEST, markersize=8, zorder=4)
+        axes.margins(x=0.12)
+    every[0].set_ylabel(f"{WORDS[metric]}\n{UNITS[metric]}")
+    if alone:
+        where = f"{short(names[0])} {plain(best[names[0]])}: {best['value']:.4g}"
+        return titled(figure, f"{upper(WORDS[metric])} is best at {where}")
+    lead, share = next(iter(variance_shares(settings, names).items()))
+    words = f"explains {share:.0%} of the variance between {len(settings)} settings; the best is blue"
+    return titled(figure, f"{upper(short(lead))} alone {words}")
 
 
-def _places(axes: Axes, side: str, name: str, values: pd.Series) -> list[float]:
-    """Where a parameter's values stand on an axis, which is labelled with them."""
+def _places(axes: Axes, name: str, values: pd.Series) -> list[float]:
+    """Where a parameter's values stand on the x axis, which is labelled with them."""
     known = levels(values)
-    getattr(axes, f"set_{side}label")(name, parse_math=False)
-    if are_numbers(known):
-        rescaled(axes, side, known)
-        return list(values)
+    axes.set_xlabel(name, parse_math=False, fontsize=9)
     labels = [plain(value) for value in known]
-    getattr(axes, f"set_{side}ticks")(range(len(labels)), labels, **SMALL)
-    return [labels.index(plain(value)) for value in values]
-
-
-def parallel(trials: pd.DataFrame, names: Sequence[str], metric: str) -> Figure:
-    """A line a finished run through its values of all parameters, to its metric; the best in front."""
-    upwards = MEASURES[metric].higher_is_better
-    done = trials[trials["value"].notna()].sort_values("value", ascending=upwards)
-    figure = Figure(figsize=(max(1.9 * (len(names) + 1), 8), 4), layout="constrained")
-    axes, colours, norm = figure.subplots(), _darker_is_better(metric), _norm(done["value"])
-    columns = np.array([heights(done[name], done[name]) for name in (*names, "value")])  # [axes, runs]
-    curves = np.linspace(0, len(names), 60 * len(names) + 1)
-    for number, value in enumerate(done["value"]):
-        style = {"color": colours(norm(value)), "zorder": 2, "linewidth": 1.4, "alpha": 0.75}
-        if number == len(done) - 1:
-            style = {"color": BEST, "zorder": 3, "linewidth": 3}
-        axes.plot(curves, _eased(curves, columns[:, number]), **style)
-    for place, name in enumerate(names):
-        known = levels(done[name])
-        known = [known[0], known[-1]] if len(known) > MANY else known  # of a range its ends
-        ticks = zip(heights(known, done[name]), map(plain, known), strict=True)
-        _upright(axes, place, ticks, short(name))
-    ends = sorted({done["value"].min(), done["value"].max()})
-    ticks = zip(heights(ends, done["value"]), [f"{end:.4g}" for end in ends], strict=True)
-    words = WORDS[metric].replace(" the ", "\nthe ", 1).replace(" with", "\nwith")
-    _upright(axes, len(names), ticks, words)
-    axes.set(ylim=(-0.06, 1.06), xlim=(-0.35, len(names) + 0.5))
-    axes.axis("off")
-    _colour_bar(axes, ScalarMappable(norm, colours), UNITS[metric], fraction=0.04)
-    shares = variance_shares(done, names)
-    lead, missing = next(iter(shares)), len(trials) - len(done)
-    title = f"{upper(short(lead))} alone explains {shares[lead]:.0%} of the variance between {len(done)} runs"
-    return titled(figure, title + (f"; {missing} without a result are left out" if missing else ""))
-
-
-def _eased(at: np.ndarray, heights: np.ndarray) -> np.ndarray:
-    """A smooth line through the heights at 0, 1, 2 …, level at each: lines that meet can be told apart."""
-    left = np.minimum(at.astype(int), len(heights) - 2)
-    part = at - left
-    return heights[left] + (heights[left + 1] - heights[left]) * (3 - 2 * part) * part**2
-
-
-def _upright(axes: Axes, place: int, ticks: Iterable[tuple[float, str]], name: str) -> None:
-    """An axis among others side by side, with its name above it."""
-    axes.plot([place, place], [0, 1], color="black", linewidth=1, zorder=4)
-    for height, text in ticks:
-        paper = {**PAPER, "alpha": 0.75, "pad": 1}
-        axes.text(place + 0.04, height, text, va="center", zorder=5, bbox=paper, **SMALL)
-    bold = {"fontsize": 9, "fontweight": "bold", "parse_math": False}
-    axes.text(place, 1.06, name, ha="center", va="bottom", **bold)
-
-
-def heights(values: Iterable[Any], every: Iterable[Any]) -> list[float]:
-    """Where values stand on an upright axis that reaches from 0 to 1 over every value."""
-    known = levels(every)
-    if are_numbers(known):
-        scale = np.log if _is_wide(known) else np.asarray
-        low, high = float(scale(min(known))), float(scale(max(known)))
-        return [(float(scale(value)) - low) / (high - low) if high > low else 0.5 for value in values]
-    order = [plain(value) for value in known]
-    return [order.index(plain(value)) / max(len(order) - 1, 1) for value in values]
+    numbers = are_numbers(known)
+    if numbers and min(known) > 0 and max(known) / min(known) >= WIDE:
+        axes.set_xscale("log")
+    elif numbers:
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+    if not numbers or len(known) <= MANY:
+        axes.set_xticks(known if numbers else range(len(known)), labels, **SMALL)
+        axes.minorticks_off()
+    return list(values) if numbers else [labels.index(plain(value)) for value in values]
 
 
 def variance_shares(settings: pd.DataFrame, names: Sequence[str]) -> dict[str, float]:
@@ -197,17 +146,6 @@ def short(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def _is_wide(values: Sequence[float]) -> bool:
-    """Whether numbers are better told apart by their logarithms."""
-    return min(values) > 0 and max(values) / min(values) >= WIDE
-
-
-def rescaled(axes: Axes, side: str, values: Sequence[float]) -> None:
-    """Make an axis (x or y) logarithmic where its values ask for it."""
-    if _is_wide(values):
-        getattr(axes, f"set_{side}scale")("log")
-
-
 def titled(figure: Figure, title: str) -> Figure:
     """The figure with its message above it, as wide as it is."""
     width = int(figure.get_figwidth() * CHARACTERS)
@@ -216,20 +154,6 @@ def titled(figure: Figure, title: str) -> Figure:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def _colour_bar(axes: Axes, mappable: ScalarMappable, label: str, **options: Any) -> None:
-    bar = axes.figure.colorbar(mappable, ax=axes, label=label, **options)
-    bar.outline.set_visible(False)
-
-
-def _norm(values: Any) -> Normalize:
-    return Normalize(np.nanmin(values), np.nanmax(values))
-
-
-def _darker_is_better(metric: str) -> Colormap:
-    shades = matplotlib.colormaps["YlGnBu"](np.linspace(0.22, 1, 256))  # the palest cannot be seen on white
-    return ListedColormap(shades if MEASURES[metric].higher_is_better else shades[::-1])
 
 
 def _ink(colour: Sequence[float]) -> str:

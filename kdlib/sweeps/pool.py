@@ -8,11 +8,13 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from tqdm import tqdm
 
+from kdlib.config.run import Config
 from kdlib.errors import RunError
 from kdlib.metrics.names import with_interval
 from kdlib.reports.html import report_link
@@ -20,39 +22,56 @@ from kdlib.runs import folder as runs
 from kdlib.runs.files import write_json
 from kdlib.runs.folder import Run
 from kdlib.runs.log import duration, time_left
-from kdlib.sweeps import report
+from kdlib.sweeps.config import WORDS
 from kdlib.sweeps.processes import Outcome, Processes
-from kdlib.sweeps.results import FILE, WORDS, Sweep, distilled_of
-from kdlib.sweeps.trials import Base, Trial, described
-
-
-class Supply(Protocol):
-    """Where trials come from: a list, or a search."""
-
-    def next(self) -> Trial | None:
-        """The next to run; None where there are no more."""
-
-    def told(self, trial: Trial, value: float | None) -> None:
-        """What came of one: the metric; None where it failed."""
-
-    def ahead(self) -> list[str]:
-        """The runs still to come."""
+from kdlib.sweeps.results import FILE, Sweep, distilled_of
+from kdlib.sweeps.trials import Base, Search, Trial, described
 
 
 class Listed:
-    """Trials that are known before."""
+    """Trials that are known before, given as a Search gives its own."""
 
     def __init__(self, trials: Sequence[Trial]) -> None:
         self.trials = deque(trials)
 
     def next(self) -> Trial | None:
+        """The next to run; None where there are no more."""
         return self.trials.popleft() if self.trials else None
 
     def told(self, trial: Trial, value: float | None) -> None:
-        """Nothing follows from it."""
+        """What came of one, of which nothing follows."""
 
     def ahead(self) -> list[str]:
+        """The runs still to come."""
         return [trial.run for trial in self.trials]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run takes, forecast."""
+
+    seconds: float | None  # of a student's training, by a few real steps; None where it is not known
+    peak: float  # bytes of memory
+    at_most: float  # the same with what the forecast may be wrong by
+    free: float  # bytes of memory that there are
+    weights: float  # bytes of a student on disk
+
+
+@dataclass(frozen=True)
+class Order:
+    """One start of a sweep, as it was asked for."""
+
+    name: str
+    file: str  # seen from the project's folder
+    command: str
+    root: Path  # of the runs
+    reports: Path
+    render_run: Callable[[Run, Path], object]  # the report of a run, into the folder of reports
+    render_index: Callable[[Path, Path], object]  # the page over all runs
+    jobs: int = 1
+    smoke: bool = False
+    overrides: Mapping[str, Any] | None = None  # in all trials
+    forecast: Callable[[Config], Cost] | None = None  # raises a KdlibError for what cannot be run
 
 
 class Clock:
@@ -87,34 +106,25 @@ class Pool:
     """One start of a sweep."""
 
     def __init__(
-        self,
-        sweep: Sweep,
-        base: Base,
-        processes: Processes,
-        clock: Clock,
-        *,
-        render_run: Callable[[Run, Path], object],
-        render_index: Callable[[Path, Path], object],
-        keep_checkpoints: bool = False,
+        self, sweep: Sweep, base: Base, order: Order, processes: Processes, clock: Clock, render: Callable
     ) -> None:
         """
         Args:
-            render_run, render_index: make the report of a run, and the page over a folder of runs, into a
-                folder of reports.
+            render: makes the sweep's report, into a folder of reports.
         """
-        self.sweep, self.base, self.processes, self.clock = sweep, base, processes, clock
-        self.render_run, self.render_index = render_run, render_index
-        self.keep_checkpoints = keep_checkpoints
+        self.sweep, self.base, self.order, self.render = sweep, base, order, render
+        self.processes, self.clock = processes, clock
+        self.keep_checkpoints = sweep.facts["settings"]["keep_checkpoints"]
         self.outcomes: list[Outcome] = []
 
-    def run(self, supply: Supply) -> Path:
+    def run(self, supply: Listed | Search) -> Path:
         """Run what the supply gives, so many at a time, a line for every event; returns the report.
 
         Raises:
             RunError: runs failed, or the sweep was stopped; the others' results are there.
         """
         at_work: dict[Future, Trial] = {}
-        jobs, stopping = self.processes.jobs, self.processes.stopping
+        jobs, stopping = self.order.jobs, self.processes.stopping
         bar = tqdm(total=len(supply.ahead()), unit="run", disable=None, smoothing=0)
         with _stoppable(self.processes), bar, ThreadPoolExecutor(jobs) as threads:
             while True:
@@ -137,16 +147,9 @@ class Pool:
             write_json(self.sweep.path / FILE, facts)
         if not (root / trial.run / "config.yaml").exists():
             shutil.rmtree(root / trial.run, ignore_errors=True)  # killed before it was whole
-            run = runs.create(
-                root,
-                trial.run,
-                trial.config,
-                config_file=facts["file"],
-                smoke=self.base.smoke,
-                sweep=self.sweep.name,
-                parameters=dict(trial.parameters),
-                command=self.base.command(trial.parameters),
-            )
+            origin = {"config_file": facts["file"], "smoke": self.base.smoke, "sweep": self.sweep.name}
+            origin |= {"parameters": trial.parameters, "command": self.base.command(trial.parameters)}
+            run = runs.create(root, trial.run, trial.config, **origin)
         else:
             run = runs.open_run(root, trial.run, trial.config)
         state = run.status["state"]
@@ -169,12 +172,12 @@ class Pool:
             self.clock.learn(run.name, outcome.seconds)
         time = f"; took {duration(outcome.seconds)}" if outcome.seconds else ""
         if ahead:
-            left = self.clock.left(ahead, self.processes.jobs)
+            left = self.clock.left(ahead, self.order.jobs)
             time += f"; {len(ahead)} to go" + (f", about {duration(left)}" if left else "")
         say(f"{outcome.state:8} {run.name}  {described(trial.parameters)}: {what}{time}{log}")
         if outcome.unreported:
-            self.render_run(run, self.processes.reports)
-        report.render(self.sweep, self.processes.reports)
+            self.order.render_run(run, self.order.reports)
+        self.render(self.sweep, self.order.reports)
         return value
 
     def _tidy(self, run: Run) -> None:
@@ -182,8 +185,8 @@ class Pool:
         if not self.keep_checkpoints:
             for student in (run, run.baseline):
                 shutil.rmtree(student.checkpoints, ignore_errors=True)
-        if report_link(run.name, self.processes.reports) is None:
-            self.render_run(run, self.processes.reports)
+        if report_link(run.name, self.order.reports) is None:
+            self.order.render_run(run, self.order.reports)
 
     def _closed(self) -> Path:
         """The last report, and how the sweep ended."""
@@ -197,9 +200,9 @@ class Pool:
             run = self.sweep.run(trial["run"])
             if run.status["state"] == "done":
                 self._tidy(run)
-        reports = self.processes.reports
-        page = report.render(self.sweep, reports)
-        self.render_index(self.sweep.path.parent, reports)
+        reports = self.order.reports
+        page = self.render(self.sweep, reports)
+        self.order.render_index(self.sweep.path.parent, reports)
         overview = os.path.relpath(reports / "index.html")
         print(f"report: {os.path.relpath(page)}    index: {overview}", flush=True)
         if message:

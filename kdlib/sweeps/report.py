@@ -8,11 +8,10 @@ import yaml
 
 from kdlib.metrics.names import MEASURES, with_interval
 from kdlib.reports import html
+from kdlib.sweeps.config import UNITS, WORDS
 from kdlib.sweeps.figures import run_figures
 from kdlib.sweeps.results import (
     COSTS,
-    UNITS,
-    WORDS,
     Sweep,
     gain_tables,
     gain_words,

@@ -21,6 +21,7 @@ from kdlib.plots.axes import LABELS, label_of
 from kdlib.runs.files import read_json
 from kdlib.runs.folder import Run
 from kdlib.runs.log import seconds_taken, training_table
+from kdlib.sweeps.config import WORDS, upper
 from kdlib.sweeps.trials import described, plain
 
 FILE = "sweep.json"
@@ -28,8 +29,6 @@ SEED = "seed"
 STUDENT, ALONE = "distilled", "baseline"
 MODELS = ("teacher", STUDENT, ALONE, "untrained")  # in the order of the table
 DIFFERENCE = f"{LABELS[STUDENT]} − {LABELS[ALONE]}"
-WORDS = {name: measure.words for name, measure in MEASURES.items()}
-UNITS = {name: measure.unit.format(item="prediction") for name, measure in MEASURES.items()}
 COSTS = {
     "parameters": ("student's parameters, millions", False),
     "tokens_per_s": ("forward pass, tokens/s", True),
@@ -164,10 +163,6 @@ def verdict(sweep: Sweep, settings: pd.DataFrame) -> str:
     second = settings.iloc[1]
     worse = f"{described(second[sweep.varied])}, is worse beyond the intervals: {with_interval(second)}"
     return f"{opening}; the next, {worse}"
-
-
-def upper(words: str) -> str:
-    return words[:1].upper() + words[1:]
 
 
 def pareto(table: pd.DataFrame, cost: str, *, higher_is_better: bool) -> pd.DataFrame:

@@ -3,18 +3,18 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kdlib.config.run import Config
 from kdlib.errors import KdlibError, RunError
 from kdlib.runs.files import now, write_error, write_json
-from kdlib.runs.folder import Run, check_new
+from kdlib.runs.folder import check_new
 from kdlib.runs.log import duration
+from kdlib.sweeps import report
 from kdlib.sweeps.config import SweepConfig
-from kdlib.sweeps.pool import Clock, Listed, Pool, Supply, say
+from kdlib.sweeps.pool import Clock, Cost, Listed, Order, Pool, say
 from kdlib.sweeps.processes import Processes
 from kdlib.sweeps.results import FILE, Sweep, distilled_of
 from kdlib.sweeps.trials import Base, Search, Trial, base_of, described, expanded, first_of
@@ -37,38 +37,6 @@ NEUTRAL = {
     ),
 }
 """What changes neither memory nor time."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a run takes, forecast."""
-
-    seconds: float | None  # of a student's training, by a few real steps; None where it is not known
-    peak: float  # bytes of memory
-    at_most: float  # the same with what the forecast may be wrong by
-    free: float  # bytes of memory that there are
-    weights: float  # bytes of a student on disk
-
-
-Forecast = Callable[[Config], Cost]
-"""Raises a KdlibError for a config that cannot be run."""
-
-
-@dataclass(frozen=True)
-class Order:
-    """One start of a sweep, as it was asked for."""
-
-    name: str
-    file: str  # seen from the project's folder
-    command: str
-    root: Path  # of the runs
-    reports: Path
-    render_run: Callable[[Run, Path], object]  # the report of a run, into the folder of reports
-    render_index: Callable[[Path, Path], object]  # the page over all runs
-    jobs: int = 1
-    smoke: bool = False
-    overrides: Mapping[str, Any] | None = None  # in all trials
-    forecast: Forecast | None = None  # asked once for each distinct cost
 
 
 def run_sweep(settings: SweepConfig, order: Order, *, dry_run: bool = False) -> Path | None:
@@ -97,29 +65,11 @@ def run_sweep(settings: SweepConfig, order: Order, *, dry_run: bool = False) -> 
         print(text, flush=True)
     if dry_run:
         return None
-    begin(
-        sweep,
-        settings,
-        trials,
-        file=order.file,
-        base=settings.base,
-        smoke=base.smoke,
-        command=order.command,
-        repeated=repeated,
-        forecast=text,
-    )
+    facts = {"file": order.file, "base": settings.base, "smoke": base.smoke, "command": order.command}
+    begin(sweep, settings, trials, **facts, repeated=repeated, forecast=text)
     limit = settings.timeout_minutes and settings.timeout_minutes * 60
     processes = Processes(order.reports, jobs=order.jobs, timeout_s=limit)
-    pool = Pool(
-        sweep,
-        base,
-        processes,
-        clock,
-        render_run=order.render_run,
-        render_index=order.render_index,
-        keep_checkpoints=settings.keep_checkpoints,
-    )
-    return pool.run(supply)
+    return Pool(sweep, base, order, processes, clock, report.render).run(supply)
 
 
 def listing(sweep: Sweep, trials: Sequence[Trial], repeated: Sequence[str], *, more: int = 0) -> str:
@@ -140,7 +90,7 @@ def to_do(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
     return sorted(left, key=lambda trial: states[trial.run] == "running")
 
 
-def supply_of(sweep: Sweep, settings: SweepConfig, base: Base, trials: Sequence[Trial]) -> Supply:
+def supply_of(sweep: Sweep, settings: SweepConfig, base: Base, trials: Sequence[Trial]) -> Listed | Search:
     """The trials to run; a search remembers the finished ones."""
     if not settings.search:
         return Listed(to_do(sweep, trials))

@@ -165,7 +165,8 @@ def sweep(
     """
     from kdlib.reports import index, run as report
     from kdlib.sweeps.config import SweepConfig
-    from kdlib.sweeps.run import Order, run_sweep
+    from kdlib.sweeps.pool import Order
+    from kdlib.sweeps.run import run_sweep
 
     root, reports = folders(runs_folder, reports_folder)
     settings = configs.load(file, kind=SweepConfig)
@@ -238,7 +239,7 @@ def _rendered(run: Run, reports: Path) -> Path:
 def _cost(config: Config) -> Any:
     """What a run of a sweep takes: memory by tensors without data, time by a few real steps."""
     from kdlib.diagnostics import memory
-    from kdlib.sweeps.run import Cost
+    from kdlib.sweeps.pool import Cost
     from kdlib.workbench import measurement
 
     found = memory.forecast(config)
