@@ -1,4 +1,4 @@
-"""Tokens and rows to be looked at: what is learned, how hard each is, what models would say.  HTML, no torch.
+"""Tokens and rows to be looked at: what is learned, how hard each is, what models say.  Imports no torch.
 
 Ink and background are the page's own, and colours lie thinly over them, so that it reads in light and dark;
 text stands in `code`, where no notebook looks for formulas, and is escaped.
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from kdlib.plots.axes import COLOURS, LABELS
 from kdlib.plots.softening import Predictions
@@ -33,7 +33,6 @@ STATES = {  # of a token: its colour in a page and in a terminal, and what that 
     "padding": ("#ffffff", "\x1b[2;9m", "not even read"),
 }
 CLASSES = 8  # of a row, the likeliest; the others in one line
-WIDEST = 16  # em, of the bar of a certain class
 
 
 def visible(text: str) -> str:
@@ -58,14 +57,14 @@ def heat_map(
     limits = {name: limit(facts, name) for name in MEASURES}
     strengths = {n: FULL * np.minimum(values(facts, student, n) / limits[n], 1.0) for n in MEASURES}
     tokens = [
-        token
-        | {
+        {
+            **token,
             "number": n + 1,
             "context": _context(facts, n),
-            "strengths": {m: s[n] for m, s in strengths.items()},
+            "strengths": {name: strength[n] for name, strength in strengths.items()},
+            "costs": (said["kl"][n], said["ce"][n], teacher["ce"][n]),
+            "tops": list(zip(teacher["top"][n], said["top"][n], strict=True)),
         }
-        | {"kl": said["kl"][n], "ce": said["ce"][n], "teacher_ce": teacher["ce"][n]}
-        | {"tops": list(zip(teacher["top"][n], said["top"][n], strict=True))}
         for n, token in enumerate(facts["tokens"])
     ]
     return _filled(
@@ -201,14 +200,8 @@ class TokenView:
 
     def _repr_html_(self) -> str:
         """Text from data is escaped."""
-        spans = "".join(
-            f'<span title="{number}: {state}" style="{self._ink(state)};border-left:1px solid #8c959f">'
-            f"{escape(visible(text))}</span>{'<br>' * text.count(chr(10))}"
-            for number, (text, state) in enumerate(zip(self.texts, self.states, strict=True))
-        )
-        legend = "; ".join(f'<span style="{self._ink(s)}">{words}</span>' for s, words in self._legend())
-        style = "font-family:monospace;line-height:1.7;white-space:pre-wrap"
-        return f'<div style="{style}">{spans}</div><p>{legend}</p>'
+        tokens = list(zip(self.texts, self.states, strict=True))
+        return _filled("token_view.html.j2", "tokens", tokens=tokens, states=STATES, legend=self._legend())
 
     def __str__(self) -> str:
         coloured = "".join(
@@ -216,9 +209,6 @@ class TokenView:
             for text, state in zip(self.texts, self.states, strict=True)
         )
         return f"{coloured}\n" + "; ".join(f"{STATES[s][1]}{words}\x1b[0m" for s, words in self._legend())
-
-    def _ink(self, state: str) -> str:
-        return f"background:{STATES[state][0]};color:#1f2328"
 
     def _legend(self) -> list[tuple[str, str]]:
         """[(state, `learned: 127 (predicted, and counted in the loss)`)] of the states that occur."""
@@ -254,16 +244,7 @@ class RowView:
 
     def _repr_html_(self) -> str:
         """Text from data is escaped, and stands in `code`, where no notebook looks for formulas."""
-        cell = "padding:.1rem .9rem .1rem 0;border:0;text-align:left;background:none"
-        bar = "display:inline-block;height:.8em;background:#8c959f"
-        names = [f"<b>{escape(n)}</b>, its class" if n == self.label else escape(n) for n, _ in self.lines]
-        rows = "".join(
-            f'<tr><td style="{cell}">{name}</td>'
-            f'<td style="{cell}"><span style="{bar};width:{WIDEST * p:.2f}em"></span> {p:.1%}</td></tr>'
-            for name, (_, p) in zip(names, self.lines, strict=True)
-        )
-        text = f'<code style="white-space:pre-wrap;color:inherit;background:none">{escape(self.text)}</code>'
-        return f"<p>{text}</p><p>The teacher says:</p><table>{rows}</table>"
+        return _filled("row_view.html.j2", "rows", row=self)
 
     def __str__(self) -> str:
         said = (f"  {p:6.1%}  {n}{'  (its class)' if n == self.label else ''}\n" for n, p in self.lines)
