@@ -5,8 +5,8 @@ text from data stays text.
 import nbformat
 import pytest
 from browser import MARKS
+from made_predictions import EVIL, evil_facts
 from nbformat.v4 import new_code_cell, new_notebook
-from test_workbench_explorers import EVIL, evil_facts
 
 from kdlib.config.run import parse
 from kdlib.runs import folder as runs

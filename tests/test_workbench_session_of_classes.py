@@ -75,10 +75,10 @@ def test_the_dry_run_shows_every_term(bench):
 
 def test_the_explorers_show_classes_and_rows(bench, monkeypatch):
     monkeypatch.setattr(runs, "headless", lambda: True)
-    sight = bench.explore("distilled", "baseline", "untrained")
-    assert sight.of == "rows"
-    assert sight.logits["teacher"].shape == (32, 3)
-    assert set(sight.students) == {"distilled", "baseline", "untrained"}
+    predictions = bench.explore("distilled", "baseline", "untrained")
+    assert predictions.of == "rows"
+    assert predictions.logits["teacher"].shape == (32, 3)
+    assert set(predictions.students) == {"distilled", "baseline", "untrained"}
     facts = json.loads((bench.run.path / "explorers.json").read_text())
     assert facts["of"] == "rows"
     assert {name for name, _ in facts["teacher"]["top"][0]} == set(LABELS)
@@ -94,11 +94,11 @@ def test_the_explorers_show_classes_and_rows(bench, monkeypatch):
 
 
 def test_the_widgets_are_of_rows(bench):
-    sight = bench.explore("distilled")
-    widget = TemperatureExplorer(sight, bench.config)
+    predictions = bench.explore("distilled")
+    widget = TemperatureExplorer(predictions, bench.config)
     assert widget.token.description == "row"
     widget.token.value, widget.temperature.value = 5, 4.0
-    bars = candidate_bars(sight, 4, 2.0, 3)
+    bars = candidate_bars(predictions, 4, 2.0, 3)
     assert all(label in bars for label in LABELS)
     assert "gives the same classes" in bars
     facts = json.loads((bench.run.path / "explorers.json").read_text())
