@@ -46,9 +46,7 @@ class Finding:
     what: str  # was found, with figures
     why: str  # it matters
     fix: str  # what to do
-    change: Mapping[str, Any] | None = (
-        None  # {path: new value}, where there is one fix that anybody would choose
-    )
+    change: Mapping[str, Any] | None = None  # {path: new value}, where anybody would choose the same
 
     def __str__(self) -> str:
         change = "".join(f"\n  --fix  {path}: {value}" for path, value in (self.change or {}).items())
@@ -113,12 +111,12 @@ class FirstBatch:
 
     def means(self, at: ObjectiveAt) -> dict[str, float]:
         """{term of the objective: unweighted nats per token}."""
-        targets, rows = self.tokens.targets, self.tokens.rows
-        terms = {"ce": EVAL_TERMS["ce"]}
-        sums = row_sums(
-            self.student, self.teacher, targets, rows, row_count=self.rows, at=at, terms=terms, chunk=CHUNK
+        of, terms = (
+            (self.student, self.teacher, self.tokens.targets, self.tokens.rows),
+            {"ce": EVAL_TERMS["ce"]},
         )
-        return {name: float(sums[name].sum()) / max(len(targets), 1) for name in at.weights}
+        sums = row_sums(*of, row_count=self.rows, at=at, terms=terms, chunk=CHUNK)
+        return {name: float(sums[name].sum()) / max(len(self.tokens.targets), 1) for name in at.weights}
 
     def teacher_logits(self) -> Iterator[Tensor]:
         """[n, V] of each chunk, in float32."""
@@ -130,22 +128,14 @@ class FirstBatch:
 class Context:
     """A config and what it names; a part that cannot be had raises `Unavailable` to each check that asks."""
 
-    needs = {  # the sections on which a part depends, so that a mended config need not load it again
-        "tokenizer": ("task", "teacher", "student"),
-        "split": ("data", "seed"),
-        "prepared": ("task", "data", "seed", "teacher", "student"),
-        "teacher": ("task", "teacher", "teacher_stage"),
-        "student": ("teacher", "student", "data", "seed"),
-        "configs": ("teacher", "student"),
-        "student_tokenizer": ("student",),
-        "size": ("teacher", "student"),
-    }
+    # what is loaded, and the sections of a config on which it depends
+    loaded = ("tokenizer", "student_tokenizer", "configs", "size", "split", "prepared", "teacher", "student")
+    sections = ("task", "teacher", "student", "data", "seed", "teacher_stage")
 
     def __init__(
         self,
         config: Config,
         made: Mapping[str, Any] | None = None,
-        *,
         forecast: Callable[..., Any] | None = None,
     ) -> None:
         """
@@ -156,14 +146,10 @@ class Context:
         self.config, self.made, self.forecast = config, dict(made or {}), forecast
 
     def mended(self, config: Config) -> "Context":
-        """Another config, with what is the same for both."""
-        same = {
-            name
-            for name, sections in self.needs.items()
-            if all(getattr(config, section) == getattr(self.config, section) for section in sections)
-        }
-        made = {name: found for name, found in self.made.items() if name in same}
-        return Context(config, made, forecast=self.forecast)
+        """Another config, with what is loaded, where it names the same."""
+        same = all(getattr(config, section) == getattr(self.config, section) for section in self.sections)
+        made = {name: self.made[name] for name in self.loaded if same and name in self.made}
+        return Context(config, made, self.forecast)
 
     @property
     def rules(self) -> TaskRules:
@@ -272,12 +258,11 @@ class Context:
     @part("student.from")
     def student(self) -> PreTrainedModel:
         """Untrained, as a run would start with it."""
-        layers = tasks.layers_for_student(self.config, self.teacher.model, self.prepared)
-        if layers is None:
-            made = tasks.untrained_student(self.config, self.prepared, layers)
-        else:
-            made = shallower(self.teacher.model, layers)
-        return made.to(self.teacher.model.device)
+        config, teacher, prepared = self.config, self.teacher.model, self.prepared
+        layers = tasks.layers_for_student(config, teacher, prepared)
+        own = layers is None
+        made = tasks.untrained_student(config, prepared, None) if own else shallower(teacher, layers)
+        return made.to(teacher.device)
 
     @part("loss.features.layers")
     def pairs(self) -> LayerPairs:

@@ -5,7 +5,7 @@ Which of them a task asks for stands in the `checks` of its kdlib.tasks.base.Tas
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from datasets import Dataset
@@ -15,7 +15,6 @@ from kdlib.diagnostics.context import Context, Finding, Unavailable, critical, n
 from kdlib.errors import ModelError
 from kdlib.losses.signals import kept
 from kdlib.models.classifier import class_order, named_classes
-from kdlib.models.loading import load_tokenizer
 
 LEFT_OUT = 0.05  # of the documents
 CUT_DOCUMENTS, CUT_TOKENS = 0.10, 0.05  # shares
@@ -30,8 +29,6 @@ CONFLICTING = 0.01  # of the texts
 RARE, FEW_TRAINED = 0.01, 10  # of a class: a share of the training rows, and rows
 FEW_OF_A_CLASS = 5  # held-out rows, below which its F1 moves by a tenth and more with each
 NAMED = 5  # classes
-BY_HEART = "held-out figures then tell what was learned by heart"
-OWN_SPLIT = "leave them out of one side, or give the source without its own split"
 
 
 def documents_have_something_to_predict(context: Context) -> Iterator[Finding]:
@@ -108,14 +105,7 @@ def held_out_text_is_new(context: Context) -> Iterator[Finding]:
     """No held-out document is trained on; where kdlib splits, it sees to that."""
     _ = context.prepared  # where no row can be made of the text, that is the finding
     column, split = context.config.data.text, context.split
-    trained, held_out = set(split["train"][column]), split["validation"][column]
-    if (repeated := sum(text in trained for text in held_out)) > REPEATED * len(held_out):
-        yield warning(
-            "data.source",
-            f"{repeated} of the {len(held_out)} validation documents are training documents too",
-            BY_HEART,
-            OWN_SPLIT,
-        )
+    yield from _repeated("validation", "documents", split["train"][column], split["validation"][column])
 
 
 def enough_is_held_out(context: Context) -> Iterator[Finding]:
@@ -133,12 +123,9 @@ def enough_is_held_out(context: Context) -> Iterator[Finding]:
 
 def held_out_questions_are_new(context: Context) -> Iterator[Finding]:
     """No held-out question is trained on; where kdlib splits, it sees to that."""
-    trained = set(context.prepared.train["text"])
-    for split, rows in (("validation", context.prepared.validation), ("test", context.prepared.test)):
-        repeated = sum(text in trained for text in rows["text"]) if rows is not None else 0
-        if repeated > REPEATED * len(rows or ()):
-            found = f"{repeated} of the {len(rows)} {split} questions are training questions too"
-            yield warning("data.source", found, BY_HEART, OWN_SPLIT)
+    prepared = context.prepared
+    for name, rows in (("validation", prepared.validation), ("test", prepared.test)):
+        yield from _repeated(name, "questions", prepared.train["text"], rows["text"] if rows else [])
 
 
 def enough_questions_are_held_out(context: Context) -> Iterator[Finding]:
@@ -183,21 +170,6 @@ def teacher_has_a_head(context: Context) -> Iterator[Finding]:
         "train it first with a stage of its own (teacher_stage: {training: {num_train_epochs: 3, "
         "learning_rate: 2e-5}}), or name a teacher that was trained on these classes",
     )
-
-
-def both_models_read_their_tokens(context: Context) -> Iterator[Finding]:
-    """Each model has a row for every token of its own tokenizer; the two need not share a vocabulary."""
-    config = context.config
-    for name, stated in context.configs.items():
-        source = config.teacher.model if name == "teacher" else config.student.source
-        rows, tokens = stated.get_text_config().vocab_size, len(load_tokenizer(source))
-        if rows < tokens:
-            yield critical(
-                "teacher.model" if name == "teacher" else "student.from",
-                f"the {name}'s embedding has {rows} rows, but its tokenizer {tokens} tokens",
-                "the tokens beyond have no row to be looked up in",
-                "take the tokenizer that belongs to the model",
-            )
 
 
 def enough_rows_are_held_out(context: Context) -> Iterator[Finding]:
@@ -280,6 +252,18 @@ def teacher_knows_the_classes(context: Context) -> Iterator[Finding]:
             "such a teacher was not trained for this, or its classes stand in another order: its soft labels "
             "are noise",
             "train it first (teacher_stage), or give data.labels in the order of the teacher's classes",
+        )
+
+
+def _repeated(split: str, what: str, trained: Sequence[str], held_out: Sequence[str]) -> Iterator[Finding]:
+    """Held-out texts that are trained on."""
+    known = set(trained)
+    if (repeated := sum(text in known for text in held_out)) > REPEATED * len(held_out):
+        yield warning(
+            "data.source",
+            f"{repeated} of the {len(held_out)} {split} {what} are training {what} too",
+            "held-out figures then tell what was learned by heart",
+            "leave them out of one side, or give the source without its own split",
         )
 
 

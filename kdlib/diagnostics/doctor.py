@@ -1,19 +1,14 @@
 """The doctor: what is wrong with a config before it trains, and what of that can be changed in its file."""
 
-import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
 import datasets
 import transformers
 import yaml
-from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap
-from ruamel.yaml.error import YAMLError
 
 from kdlib.config import run as configs
 from kdlib.config.run import Config, pairs
@@ -28,13 +23,6 @@ from kdlib.tasks.base import task_of
 CHECKS = (*CONFIG_CHECKS, *MODEL_CHECKS)
 """In the order in which they are made; the task's own, `memory_suffices` and `BATCH_CHECKS` follow."""
 ROUNDS = 5  # of changes: one may bring another to light
-LAYOUTS = [
-    {"mapping": deep, "sequence": offset + dash, "offset": offset}
-    for deep in (2, 4)
-    for offset in (0, 2, 4)
-    for dash in (2, 4)
-]
-"""How files are indented: a mapping, a list's dashes, and what stands after a dash."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +58,7 @@ def diagnose(config: Config, *, quick: bool = False, made: Mapping[str, Any] | N
         made: what is loaded already, by the names of kdlib.diagnostics.context.Context: tokenizer, prepared,
             teacher, student.
     """
-    return examine(Context(config, made, forecast=forecast), quick=quick)
+    return examine(Context(config, made, forecast), quick=quick)
 
 
 def visit(
@@ -162,73 +150,70 @@ def _not_measured(why: str, checks: Sequence[Any]) -> Finding:
 
 
 def rewritten(text: str, changes: Mapping[str, Any]) -> str:
-    """The YAML text with each value put in at its dotted path; comments, order and other lines stay.
+    """The YAML text with each value put in at its dotted path; every other character stays as it is.
 
     Sections on the way are made where they are missing.  A new key stands before the last of its section,
     since what follows the last may be the next section's comment.
 
     Raises:
-        ConfigError: ruamel.yaml, stricter than the reader of configs, refuses the file: a key stands there
-            twice.
+        ConfigError: a key stands in the file twice, so that a change could come to nothing.
     """
-    try:
-        tree = YAML().load(text)
-    except YAMLError as error:
-        raise ConfigError(f"the config cannot be changed in place: {error}") from error
-
-    def kept_lines(layout: Mapping[str, int]) -> int:
-        return sum(
-            a == b for a, b in zip(text.splitlines(), _written(tree, layout).splitlines(), strict=False)
-        )
-
-    layout = max(LAYOUTS, key=kept_lines)
-    before = _written(tree, layout)
     for path, value in changes.items():
-        _put(tree, path.split("."), value)
-    return _own_lines(text, before, _written(tree, layout))
+        text = _put(text, path.split("."), value)
+    return text
 
 
-def _written(tree: Any, layout: Mapping[str, int]) -> str:
-    round_trip, stream = YAML(), io.StringIO()
-    round_trip.indent(**layout)
-    round_trip.preserve_quotes, round_trip.width = True, 2**20
-    round_trip.representer.add_representer(
-        type(None), lambda writer, _: writer.represent_scalar("tag:yaml.org,2002:null", "null")
-    )
-    round_trip.dump(tree, stream)
-    return stream.getvalue()
+def _put(text: str, path: Sequence[str], value: Any) -> str:
+    node, start = yaml.compose(text), 0  # the value, and where what stands before it ends
+    for depth, name in enumerate(path):
+        if isinstance(node, yaml.SequenceNode):
+            node = node.value[int(name)]
+            start = node.start_mark.index
+            continue
+        rest = value
+        for key in reversed(path[depth + 1 :]):
+            rest = {key: rest}
+        if not isinstance(node, yaml.MappingNode) or not node.value:  # null, or {}
+            return _replaced(text, node, start, {name: rest})
+        keys = [key.value for key, _ in node.value]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            where = f"the config cannot be changed in place:{node.start_mark}"
+            raise ConfigError(f"{where}\nfound duplicate key {twice!r}; leave one of them out")
+        if name not in keys:
+            return _inserted(text, node, f"{name}: {_flow(rest)}")
+        key, node = node.value[keys.index(name)]
+        start = text.index(":", key.end_mark.index) + 1
+    return _replaced(text, node, start, value)
 
 
-def _put(tree: Any, path: Sequence[str], value: Any) -> None:
-    head, *rest = path
-    key = int(head) if isinstance(tree, list) else head
-    if isinstance(tree, CommentedMap) and key not in tree:
-        tree.insert(max(len(tree) - 1, 1), key, None)
-    if not rest:
-        tree[key] = value
-        return
-    if tree[key] is None:
-        tree[key] = CommentedMap()
-    if not tree[key]:
-        tree[key].fa.set_flow_style()
-    _put(tree[key], rest, value)
+def _inserted(text: str, section: yaml.MappingNode, line: str) -> str:
+    """The text with another key and value before the last of a section, or after its only one."""
+    last = section.value[-1][0].start_mark
+    if section.flow_style:
+        return f"{text[: last.index]}{line}, {text[last.index :]}"
+    indented = "\n" + " " * last.column
+    if len(section.value) > 1:
+        return f"{text[: last.index]}{line}{indented}{text[last.index :]}"
+    end = text.find("\n", _end(section))
+    end = len(text) if end < 0 else end
+    return f"{text[:end]}{indented}{line}{text[end:]}"
 
 
-def _own_lines(text: str, before: str, after: str) -> str:
-    """`after`, with the lines that no change touched as they stand in the text, however that is laid out.
+def _replaced(text: str, node: yaml.Node, start: int, value: Any) -> str:
+    """The text with another value in place of a node, which begins somewhere after `start`."""
+    begin = node.start_mark.index
+    before = text[:begin] if begin > start and text[start:begin].strip(" ") == "" else f"{text[:start]} "
+    return f"{before}{_flow(value)}{text[_end(node) :]}"
 
-    Args:
-        before: the text as it is written again without any change; where it has as many lines, they belong
-            together.
-    """
-    own, plain, changed = (each.splitlines(keepends=True) for each in (text, before, after))
-    if len(own) != len(plain):
-        return after
-    matches = SequenceMatcher(None, plain, changed, autojunk=False).get_opcodes()
-    lines = [own[a:b] if kind == "equal" else changed[c:d] for kind, a, b, c, d in matches]
-    merged = "".join(line for some in lines for line in some)
-    try:
-        same = yaml.safe_load(merged) == yaml.safe_load(after)
-    except yaml.YAMLError:  # lines of two layouts beside each other
-        same = False
-    return merged if same else after
+
+def _end(node: yaml.Node) -> int:
+    """Where a node ends: in block style with its last scalar, before what stands between it and the next."""
+    while not isinstance(node, yaml.ScalarNode) and not node.flow_style:
+        node = node.value[-1][1] if isinstance(node, yaml.MappingNode) else node.value[-1]
+    return node.end_mark.index
+
+
+def _flow(value: Any) -> str:
+    """A value in one line of YAML."""
+    dumped = yaml.safe_dump(value, default_flow_style=True, width=2**20, sort_keys=False)
+    return dumped.removesuffix("...\n").strip()

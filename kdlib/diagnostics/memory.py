@@ -51,7 +51,6 @@ def forecast(
     rows: int | None = None,
     vocabulary: int | None = None,
     dense: bool = False,
-    every_layer: bool = False,
 ) -> Forecast:
     """What a config's training will hold in memory, per device.
 
@@ -63,7 +62,6 @@ def forecast(
         rows: of the training data: whether compiling pays depends on them.
         vocabulary: what the models choose among; of classes, what the config or the teacher says where None.
         dense: all logits at once, whatever the models' heads.
-        every_layer: make steps of all layers, where a few alike would tell: the slow reference.
 
     Raises:
         ModelError, ConfigError: models that do not exist or fit each other, arguments that transformers
@@ -71,10 +69,9 @@ def forecast(
     """
     present = device_of(config.wanted_device)
     here = "cuda" if present.type == "cuda" else "cpu"
-    kind = device or here
-    there = torch.device(kind)
-    is_known = kind == here or config.precision != "auto"
-    dtype = precision_of(config.precision, present)[0] if is_known else torch.bfloat16
+    there = torch.device(kind := device or here)
+    elsewhere = kind != here and config.precision == "auto"
+    dtype = torch.bfloat16 if elsewhere else precision_of(config.precision, present)[0]
     total, free = (round(memory * GIB),) * 2 if memory else device_memory(there)
     args, plan = training_arguments(config, Path("unused")), outline(config, task_of(config), vocabulary)
     devices = devices or int(os.environ.get("WORLD_SIZE", 1))
@@ -83,7 +80,7 @@ def forecast(
     if chunk == "auto":
         chunk = chunk_tokens(plan.vocabulary, product_dtype(dtype, there).itemsize, there, free=free)
     workspace = FakeWorkspace(chunk, compiled=compiled, kind=kind)
-    breakdown = Breakdown(plan, args, kind, dtype, workspace, dense, every_layer)
+    breakdown = Breakdown(plan, args, kind, dtype, workspace, dense)
     moments = breakdown.moments().items()
     return Forecast(
         device=kind,
@@ -109,7 +106,6 @@ class Breakdown:
     dtype: torch.dtype
     workspace: FakeWorkspace
     dense: bool
-    every_layer: bool = False  # the slow reference
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -125,12 +121,13 @@ class Breakdown:
         with FakeTensorMode(allow_non_fake_inputs=True), nullcontext() if self.kind == "cpu" else as_asked():
             low = self.passing(self.plan.with_layers(*small))
             high = low if small == large else self.passing(self.plan.with_layers(*large))
-        found: dict[str, Sizes] = {}
-        for name, parts in high.items():
-            lines = {part: (low[name].get(part, 0), size) for part, size in parts.items()}
-            found[name] = {
-                part: round(at_layers(full, part, *ends, small, large)) for part, ends in lines.items()
+        found = {
+            name: {
+                part: round(at_layers(full, part, low[name].get(part, 0), size, small, large))
+                for part, size in parts.items()
             }
+            for name, parts in high.items()
+        }
         halves = [found.pop(f"backward's {half}") for half in ("beginning", "end")]
         found |= {"backward": max(halves, key=_total), "optimizer step": self.optimizer_step()}
         lasting = {
@@ -149,7 +146,7 @@ class Breakdown:
         """
         full = self.plan.layers
         alike = all(map(_layers_are_alike, (self.student, self.teacher)))
-        if self.every_layer or not alike or feature_terms(objective_of(self.plan.config).weights):
+        if not alike or feature_terms(objective_of(self.plan.config).weights):
             return full, full
         return tuple(min(count, 2) for count in full), tuple(min(count, 3) for count in full)
 

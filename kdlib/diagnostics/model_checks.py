@@ -15,7 +15,7 @@ from kdlib.errors import ModelError
 from kdlib.hardware import emulates_bf16
 from kdlib.losses.features import FEATURE_TERMS
 from kdlib.losses.objective import log_probs
-from kdlib.models.loading import device_of
+from kdlib.models.loading import device_of, load_tokenizer
 from kdlib.models.student import check_pair
 from kdlib.schedulers import SHAPES, breakpoints, from_spec
 
@@ -28,7 +28,6 @@ TELLING = 0.6  # of log V: that of a temperature which is proposed
 PROPOSED = (4.0, 3.0, 2.0, 1.0)
 UNLIKE = 100.0  # times, between weighted terms
 EQUAL = 1e-6  # nats: student and teacher say the same
-NO_ROW = "the tokens beyond have no row to be looked up in"
 
 
 def device_has_the_dtype(context: Context) -> Iterator[Finding]:
@@ -87,20 +86,27 @@ def rows_fit_the_positions(context: Context) -> Iterator[Finding]:
 
 
 def models_are_a_pair(context: Context) -> Iterator[Finding]:
-    """The student has layers that the teacher has, or a tokenizer whose ids mean the same."""
+    """The student has layers of the teacher's, or ids that mean the same; each model a row for every id."""
     config = context.config
     try:
         data = config.data.model_copy(update=NO_LENGTH)
         check_pair(config.model_copy(update={"data": data}), context.tokenizer)
     except ModelError as error:
         raise Unavailable("student", error) from error
-    for name, each in context.configs.items() if context.rules.one_vocabulary else ():
+    is_one = context.rules.one_vocabulary
+    for name, each in context.configs.items():
         where = "teacher.model" if name == "teacher" else "student.from"
-        rows, tokens = each.get_text_config().vocab_size, len(context.tokenizer)
+        source = config.teacher.model if name == "teacher" else config.student.source
+        rows, tokens = (
+            each.get_text_config().vocab_size,
+            len(context.tokenizer if is_one else load_tokenizer(source)),
+        )
         if rows < tokens:
-            found = f"the {name}'s head has {rows} rows, but the tokenizer {tokens} tokens"
-            yield critical(where, found, NO_ROW, "take the tokenizer that belongs to the model")
-        elif rows > tokens:
+            matrix, whose = ("head", "the") if is_one else ("embedding", "its")
+            found = f"the {name}'s {matrix} has {rows} rows, but {whose} tokenizer {tokens} tokens"
+            why = "the tokens beyond have no row to be looked up in"
+            yield critical(where, found, why, "take the tokenizer that belongs to the model")
+        elif rows > tokens and is_one:
             found = f"the {name}'s head is padded from {tokens} tokens to {rows} rows"
             do = "nothing: they are left out on both sides"
             yield note(where, found, "rows beyond the tokenizer mean nothing", do)

@@ -229,7 +229,9 @@ def outline(config: Config, task: Any, vocabulary: int | None = None) -> Outline
     return replace(made, notes=(*notes, *made.notes))
 
 
-def kept_layers(config: Config, total: int) -> list[int]:
-    """The teacher's layers that its student has, evenly taken where their influence would choose."""
+def kept_layers(config: Config, total: int) -> list[int] | None:
+    """The teacher's layers that the student has, evenly where influence would choose; None without any."""
     keep = config.student.keep
+    if config.student.source != "teacher":
+        return None
     return keep if isinstance(keep, list) else even_layers(config.student.layers, total)

@@ -47,7 +47,6 @@ class Classification(Task):
         "documents_are_not_cut",
         "documents_came_once",
         "teacher_has_a_head",
-        "both_models_read_their_tokens",
         "enough_rows_are_held_out",
         "held_out_groups_are_new",
         "classes_are_large_enough",
