@@ -14,18 +14,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainingArguments
 
 from kdlib.errors import RunError
+from kdlib.metrics.names import MEASURES
 from kdlib.runs.files import StudentFolder, read_json, write_json
 from kdlib.runs.log import duration, time_left
 
-HELD_OUT = {
-    "eval_loss": ("loss", ".3f"),
-    "eval_perplexity": ("perplexity", ".1f"),
-    "eval_log_loss": ("log-loss", ".3f"),
-    "eval_accuracy": ("accuracy", ".3f"),
-    "eval_macro_f1": ("macro-F1", ".3f"),
-    "eval_choice_accuracy": ("right choices", ".3f"),
-    "eval_kl_to_teacher": ("KL to teacher", ".3f"),
-}  # of an evaluation, as they are printed
+# of an evaluation, as they are printed
+HELD_OUT = ("perplexity", "log_loss", "accuracy", "macro_f1", "choice_accuracy", "kl_to_teacher")
 PLANNED = 400  # steps at which a plan is written down, at most twice as many
 FULL = 64 * 2**20  # bytes left: a failed write is put down to the disk
 
@@ -80,8 +74,11 @@ class PrintedLines(TrainerCallback):
             line = f"loss {logs['loss']:.3f} = {'  '.join(terms)}  lr {logs['learning_rate']:.1e}{pace}"
             line += "" if left is None else f"  {duration(left)} left"
         elif "eval_loss" in logs:
-            figures = [f"{words} {logs[n]:{form}}" for n, (words, form) in HELD_OUT.items() if n in logs]
-            line = f"held-out: {'  '.join(figures)}"
+            line = f"held-out: loss {logs['eval_loss']:.3f}"
+            for name in HELD_OUT:
+                if f"eval_{name}" in logs:
+                    form = ".1f" if name == "perplexity" else ".3f"
+                    line += f"  {MEASURES[name].name} {logs[f'eval_{name}']:{form}}"
         else:
             return
         print(f"{self.label} step {step}/{last}  {line}", flush=True)

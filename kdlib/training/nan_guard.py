@@ -169,19 +169,22 @@ class GuardedTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         raise NonFiniteLoss(nan_report.message(first, self.folder))
 
-    def _state_at(self, replay: Replay, step: int, stage: str) -> nan_report.StepState:
+    def _state_at(self, replay: Replay, step: int, stage: str) -> dict[str, Any]:
+        """How training stands at this step, by the names of the report; stage: training or evaluation."""
         args, checkpoint = self.args, last_checkpoint(self.folder)
         precision = {who: str(model.dtype).removeprefix("torch.") for who, model in replay.models.items()}
         autocast = "float16" if args.fp16 else "bfloat16" if args.bf16 else "off"
+        norms = [float(norm) for norm in self.guard.norms]  # of the optimizer steps before, the last one last
         in_step = stage == "training" and step > self.state.global_step
-        return nan_report.StepState(
-            stage=stage,
-            step=step,
-            precision={**precision, "autocast": autocast},
-            loss=float(self.guard.loss) if in_step else None,
-            learning_rate=self._get_learning_rate() if self.lr_scheduler else args.learning_rate,
-            max_grad_norm=args.max_grad_norm or 0.0,
-            grad_norms=[float(norm) for norm in self.guard.norms],
-            last_log=next((line for line in reversed(self.state.log_history) if "loss" in line), {}),
-            checkpoint=checkpoint and str(Path(checkpoint).relative_to(self.folder.path)),
-        )
+        return {
+            "stage": stage,
+            "step": step,
+            "precision": {**precision, "autocast": autocast},
+            "loss": float(self.guard.loss) if in_step else None,  # this rank's part of it
+            "learning_rate": self._get_learning_rate() if self.lr_scheduler else args.learning_rate,
+            "max_grad_norm": args.max_grad_norm or 0.0,
+            "grad_norm_before": norms[-1] if norms else None,
+            "grad_norms_before": norms,
+            "last_log": next((line for line in reversed(self.state.log_history) if "loss" in line), {}),
+            "last_checkpoint": checkpoint and str(Path(checkpoint).relative_to(self.folder.path)),
+        }

@@ -10,7 +10,7 @@ is there too.
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -34,24 +34,9 @@ Rows = Sequence[Mapping[str, Any]]
 Report = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class StepState:
-    """How training stood at the step."""
-
-    stage: str  # training, evaluation
-    step: int
-    precision: Mapping[str, str]  # dtype of student and teacher, and autocast's
-    loss: float | None  # of the step, this rank's part of it; None outside a step
-    learning_rate: float
-    max_grad_norm: float
-    grad_norms: Sequence[float]  # of the optimizer steps before, the last one last
-    last_log: Mapping[str, Any]
-    checkpoint: str | None
-
-
 def report_of(
     origin: Origin,
-    state: StepState,
+    state: Report,
     micro_batches: Sequence[Batch],
     *,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -60,43 +45,26 @@ def report_of(
     """All that is known, as plain data.  A row is counted over this rank's micro-batches, as they are saved.
 
     Args:
+        state: how training stood at the step.
         rows: the data set, in which the row is looked up.
     """
     batch, row = joined(micro_batches), origin.row
     if row is not None:
         row += sum(len(each["labels"]) for each in micro_batches[: origin.micro_batch])
-    norms = [_written(norm) for norm in state.grad_norms]
-    found: dict[str, Any] = {
-        "stage": state.stage,
-        "step": state.step,
-        "who": origin.who,
-        "term": next(iter(origin.terms), None),
-        "terms": {name: {"value": str(value), "tokens": n} for name, (value, n) in origin.terms.items()},
-        "tokens": origin.tokens,
-        "of": "tokens" if of_tokens(batch) else "rows",
-        "module": origin.module,
-        "parameter": next(iter(origin.tensors), None),
-        "tensors": {name: asdict(broken) for name, broken in origin.tensors.items()},
-        "micro_batch": origin.micro_batch,
-        "row_of_micro_batch": origin.row,
+    ids = [] if row is None else _unpadded(batch, row)
+    shown = None if row is None else batch["input_ids"][row].tolist()
+    found = {
+        **_written(state),
+        **asdict(origin),
         "row": row,
-        "position": origin.position,
-        "row_of_data": None,
-        "text": None,
+        "row_of_micro_batch": origin.row,
+        "row_of_data": row_of_data(ids, rows) if ids else None,
+        "text": text_around(tokenizer, shown, origin.position, len(ids)) if tokenizer and shown else None,
         "rows_without_kept_token": _silent_rows(batch["labels"]),
-        "precision": dict(state.precision),
-        "loss": _written(state.loss),
-        "learning_rate": state.learning_rate,
-        "max_grad_norm": state.max_grad_norm,
-        "grad_norm_before": norms[-1] if norms else None,
-        "grad_norms_before": norms,
-        "last_log": {name: _written(value) for name, value in state.last_log.items()},
-        "last_checkpoint": state.checkpoint,
+        "of": "tokens" if of_tokens(batch) else "rows",
+        "term": next(iter(origin.terms), None),
+        "parameter": next(iter(origin.tensors), None),
     }
-    if row is not None:
-        ids = _unpadded(batch, row)
-        found["row_of_data"] = row_of_data(ids, rows)
-        found["text"] = text_around(tokenizer, batch["input_ids"][row].tolist(), origin.position, len(ids))
     return {**found, "suggestions": list(suggestions(found))}
 
 
@@ -229,16 +197,12 @@ def suggestions(report: Report) -> Iterator[str]:
         yield f"{lost}: leave them out of the data"
 
 
-def text_around(
-    tokenizer: PreTrainedTokenizerBase | None, ids: list[int], position: int | None, end: int
-) -> str | None:
+def text_around(tokenizer: PreTrainedTokenizerBase, ids: list[int], position: int | None, end: int) -> str:
     """The tokens around a position decoded, the one at it between ⟦ ⟧; without one, the row's first.
 
     Args:
         end: where padding begins.
     """
-    if tokenizer is None:
-        return None
     if position is None:
         return f"{tokenizer.decode(ids[: min(BEGINNING, end)])}{'…' * (end > BEGINNING)}"
     before, at, after = ids[max(position - AROUND, 0) : position], ids[position], ids[position + 1 : end]
@@ -288,4 +252,8 @@ def _where(report: Report) -> str:
 
 def _written(value: Any) -> Any:
     """JSON knows no nan."""
+    if isinstance(value, Mapping):
+        return {name: _written(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_written(each) for each in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -20,15 +20,8 @@ from torch.nn.modules.module import register_module_forward_hook
 from kdlib.losses.signals import Kept, Signal
 
 Batch = Mapping[str, Tensor]
+Facts = Mapping[str, Any]  # as they stand in the report
 WHO = ("teacher", "student", "loss", "gradient", "nobody")  # nobody: asked once more, all is finite
-
-
-@dataclass(frozen=True)
-class Broken:
-    """What is not finite in a weight or a gradient."""
-
-    values: int
-    first: Sequence[int]  # index of the first
 
 
 @dataclass(frozen=True)
@@ -40,11 +33,11 @@ class Origin:
     """
 
     who: str  # one of WHO
-    terms: Mapping[str, tuple[float, int]] = field(default_factory=dict)  # first value, at how many tokens
+    terms: Mapping[str, Facts] = field(default_factory=dict)  # {"value": the first, "tokens": at how many}
     tokens: int = 0  # kept in that micro-batch
     module: str | None = None  # of who, the first whose output is not finite
     depth: int = 0  # its place among the modules; a head's is behind all that have none
-    tensors: Mapping[str, Broken] = field(default_factory=dict)  # its weights, or the gradients
+    tensors: Mapping[str, Facts] = field(default_factory=dict)  # its weights, or the gradients: see broken
     micro_batch: int | None = None
     row: int | None = None  # in the micro-batch
     position: int | None = None  # of the token read (by a module), or predicted (by a head or a term)
@@ -112,18 +105,21 @@ def _origin_in(batch: Batch, replay: Replay) -> Origin | None:
     ids = batch["input_ids"]
     shapes = {"student": ids.shape, "teacher": batch.get("teacher_input_ids", ids).shape}
     length = ids.shape[1] if batch["labels"].ndim == 2 else None
-    with _first_broken(replay.models, shapes) as broken:
+    with _first_broken(replay.models, shapes) as found:
         tokens, student, teacher = replay.signals(batch)
     values = replay.values(student, teacher, tokens.targets)
     bad = {name: ~value.isfinite() for name, value in values.items()}
-    terms = {name: (float(values[name][at][0]), int(at.sum())) for name, at in bad.items() if at.any()}
+    terms = {}
+    for name, at in bad.items():
+        if at.any():
+            terms[name] = {"value": str(float(values[name][at][0])), "tokens": int(at.sum())}
     if not terms:
         return None
     origin = partial(Origin, terms=terms, tokens=len(tokens.targets))
     for who, signal in (("teacher", teacher), ("student", student)):
         if signal is None or not (lost := _lost(signal, replay.chunk)).any():
             continue
-        module, row, position = broken.get(who, (None, None, None))
+        module, row, position = found.get(who, (None, None, None))
         if position is None:
             row, position = _predicted(tokens, lost, length)
         names = [name for name, _ in replay.models[who].named_modules()]
@@ -154,26 +150,28 @@ def is_finite(model: nn.Module) -> Tensor:
     return torch.stack([extreme for part in parts for extreme in torch.aminmax(part)]).isfinite().all()
 
 
-def broken_weights(model: nn.Module) -> dict[str, Broken]:
+def broken(tensors: Mapping[str, Tensor]) -> dict[str, Facts]:
+    """Those that are not finite: {"values": how many, "first": index of the first}."""
+    places = {name: (~_local(tensor).isfinite()).nonzero() for name, tensor in tensors.items()}
+    return {name: {"values": len(at), "first": at[0].tolist()} for name, at in places.items() if len(at)}
+
+
+def broken_weights(model: nn.Module) -> dict[str, Facts]:
     """Every parameter that is not finite."""
-    return _broken({name: weight.detach() for name, weight in model.named_parameters()})
+    return broken({name: weight.detach() for name, weight in model.named_parameters()})
 
 
-def broken_gradients(model: nn.Module) -> dict[str, Broken]:
+def broken_gradients(model: nn.Module) -> dict[str, Facts]:
     """Every parameter whose gradient is not finite, the last first, as the backward pass meets it.
 
     Where all are finite and only their norm is not, the one with the largest value, with 0 values.
     """
     weights = reversed(list(model.named_parameters()))
     gradients = {name: weight.grad for name, weight in weights if weight.grad is not None}
-    if found := _broken(gradients):
+    if found := broken(gradients):
         return found
-    return {max(gradients, key=lambda name: float(_local(gradients[name]).abs().max())): Broken(0, [])}
-
-
-def _broken(tensors: Mapping[str, Tensor]) -> dict[str, Broken]:
-    places = {name: (~_local(tensor).isfinite()).nonzero() for name, tensor in tensors.items()}
-    return {name: Broken(len(found), found[0].tolist()) for name, found in places.items() if len(found)}
+    largest = max(gradients, key=lambda name: float(_local(gradients[name]).abs().max()))
+    return {largest: {"values": 0, "first": []}}
 
 
 def _local(tensor: Tensor) -> Tensor:

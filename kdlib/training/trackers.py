@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import rewrite_logs
@@ -64,19 +64,23 @@ class TrackedTraining:
         return self.facts.get("training", {}).get("project") or os.environ.get("WANDB_PROJECT") or "kdlib"
 
 
-class Tracker(Protocol):
+class Tracker:
     """One training's run in one tracker; made with the optimizer step that it goes on from, 0 if new."""
 
     where: str  # it can be looked at, in words
+    run: Any  # the tracker's own
 
-    def __init__(self, training: TrackedTraining, step: int) -> None: ...
+    def __init__(self, training: TrackedTraining, step: int) -> None:
+        raise NotImplementedError
 
-    def log(self, figures: Mapping[str, float], step: int) -> None: ...
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        self.run.log(dict(figures), step=step)
 
-    def finish(self, failed: bool) -> None: ...
+    def finish(self, failed: bool) -> None:
+        self.run.finish()
 
 
-class WandbRun:
+class WandbRun(Tracker):
     """WANDB_MODE, WANDB_PROJECT, WANDB_DIR … mean what they always do; unreachable, it records offline."""
 
     def __init__(self, training: TrackedTraining, step: int) -> None:
@@ -85,13 +89,10 @@ class WandbRun:
         known = training.folder.path / "wandb_id.txt"
         if not (step and known.exists()):
             write_text(known, uuid.uuid4().hex[:8])
-        mine = wandb.setup().settings
-        settings = wandb.Settings(  # neither draws into a notebook nor captures what is printed there
-            silent=True,
-            console="off",
-            finish_timeout=mine.finish_timeout or PATIENCE,
-            finish_timeout_raises=True,
-        )
+        # neither draws into a notebook nor captures what is printed there
+        patience = wandb.setup().settings.finish_timeout or PATIENCE
+        quiet = {"silent": True, "console": "off"}
+        settings = wandb.Settings(**quiet, finish_timeout=patience, finish_timeout_raises=True)
         options: dict[str, Any] = {
             "project": training.project,
             "name": training.name,
@@ -113,14 +114,11 @@ class WandbRun:
         local = f"send it with: wandb sync {os.path.relpath(Path(self.run.dir).parent)}"
         self.where = local if self.run.offline else str(self.run.url)
 
-    def log(self, figures: Mapping[str, float], step: int) -> None:
-        self.run.log(dict(figures), step=step)
-
     def finish(self, failed: bool) -> None:
         self.run.finish(exit_code=int(failed))
 
 
-class TensorboardRun:
+class TensorboardRun(Tracker):
     """Event files below runs/<run>/tensorboard; those after a checkpoint that is gone on from are purged."""
 
     def __init__(self, training: TrackedTraining, step: int) -> None:
@@ -142,7 +140,7 @@ class TensorboardRun:
         self.writer.close()
 
 
-class TrackioRun:
+class TrackioRun(Tracker):
     """In trackio's own folder (TRACKIO_DIR), or wherever TRACKIO_SPACE_ID or TRACKIO_SERVER_URL says."""
 
     def __init__(self, training: TrackedTraining, step: int) -> None:
@@ -150,24 +148,15 @@ class TrackioRun:
 
         settings = training.facts.get("training", {})
         spaces = {name: settings.get(f"trackio_{name}") for name in ("space_id", "bucket_id")}
+        known = {"name": training.name, "group": training.run.name, "config": dict(training.facts), **spaces}
         with contextlib.redirect_stdout(io.StringIO()):  # it says where its folder is: a path of this machine
-            self.run = trackio.init(
-                training.project,
-                name=training.name,
-                group=training.run.name,
-                config=dict(training.facts),
-                resume="allow" if step else "never",
-                embed=False,
-                **spaces,
-            )
+            resume = "allow" if step else "never"
+            self.run = trackio.init(training.project, resume=resume, embed=False, **known)
         self.where = f"look at it with: trackio show --project {training.project}"
-
-    def log(self, figures: Mapping[str, float], step: int) -> None:
-        self.run.log(dict(figures), step=step)
 
     def finish(self, failed: bool) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            self.run.finish()
+            super().finish(failed)
 
 
 TRACKERS: dict[str, type[Tracker]] = {"wandb": WandbRun, "tensorboard": TensorboardRun, "trackio": TrackioRun}
@@ -193,9 +182,8 @@ def check_key(names: Iterable[str]) -> None:
     from requests.utils import get_netrc_auth
 
     mine = wandb.setup().settings
-    if mine.mode not in OFFLINE and not (
-        mine.api_key or mine.identity_token_file or get_netrc_auth(mine.base_url)
-    ):
+    known = mine.api_key or mine.identity_token_file or get_netrc_auth(mine.base_url)
+    if mine.mode not in OFFLINE and not known:
         wandb.teardown()  # else it would not see a WANDB_MODE or a key that is set now, in the same kernel
         raise ConfigError(
             "training.report_to: wandb is online and has no API key; run `wandb login` or set WANDB_API_KEY, "
