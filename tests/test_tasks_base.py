@@ -13,6 +13,8 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 from kdlib.config.run import parse
 from kdlib.config.task_rules import RULES, TaskRules
 from kdlib.data.batches import Prepared, collate_classes, fingerprint
+from kdlib.diagnostics.context import Finding
+from kdlib.diagnostics.doctor import diagnose
 from kdlib.errors import ConfigError
 from kdlib.evaluation.compare import compare_run
 from kdlib.losses.signals import kept
@@ -41,6 +43,11 @@ from kdlib.training.run import train
 SIDES = ("even", "odd")
 
 
+def texts_have_words(context):
+    if min(len(text.split()) for text in context.prepared.train["text"]) < 10:
+        yield Finding("note", "data.text", "few words", "there is little to count", "nothing")
+
+
 class Counting(Task):
     """Whether a text has an even or an odd number of words."""
 
@@ -55,6 +62,8 @@ class Counting(Task):
     )
     kind = "classifier of texts"
     known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    checks = ("documents_are_not_cut", texts_have_words)
 
     def prepare(self, config, tokenizer, *, new_head=False):
         texts = load_dataset("json", data_files=config.data.source)["train"]["text"]
@@ -74,7 +83,7 @@ class Counting(Task):
         return blank_classifier(name, config, dtype)
 
     def outlined(self, config, student, teacher, vocabulary):
-        return Outline(config, student, teacher, 2)
+        return Outline(config, student, teacher, 2, self)
 
     def random_batch(self, plan, rows, generator):
         return collate_classes([{"input_ids": [1, 2], "label": 0}] * rows, pad_id=0, teacher_pad_id=0)
@@ -152,7 +161,7 @@ def test_a_task_of_one_file_trains_and_is_compared_by_the_ordinary_road(config, 
     )
     evaluated = [line for line in read_metrics(run) if "eval/loss" in line]
     assert [line["train/step"] for line in evaluated][-1] == 2
-    assert all("eval/accuracy" in line for line in evaluated)
+    assert all(line["eval/rounds"] == 1.0 and "eval/accuracy" in line for line in evaluated)
     results = compare_run(run, config, tokenizer, prepared)
     assert list(results["models"]) == ["teacher", "untrained", "distilled"]
     assert results["models"]["distilled"]["questions_asked"] == 1
@@ -160,6 +169,10 @@ def test_a_task_of_one_file_trains_and_is_compared_by_the_ordinary_road(config, 
     assert "hesitation" in comparison_message(results)
     assert comparison_bars(results).axes[1].get_title(loc="left") == "hesitation\nof a row"
     assert run.config.task == "counting"
+
+
+def test_the_doctor_makes_a_task_s_own_checks(config):
+    assert "few words" in [each.what for each in diagnose(config, quick=True)]
 
 
 def test_the_rules_of_a_task_hold_for_its_configs(config):

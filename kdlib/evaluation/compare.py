@@ -4,13 +4,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 from datasets import concatenate_datasets
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.config.run import Config, pairs, parse
 from kdlib.data.batches import Prepared
@@ -72,9 +73,7 @@ def measured(
     return {**found, "models": models, "student": student, "split": prepared.measured_on}
 
 
-def compare_run(
-    run: Run, config: Config, tokenizer: PreTrainedTokenizerBase, prepared: Prepared
-) -> dict[str, Any]:
+def compare_run(run: Run, config: Config, tokenizer: Tokenizer, prepared: Prepared) -> dict[str, Any]:
     """Compare the models of a finished run and write its comparison_results.json.
 
     The students are the final ones, after equally many steps, and not those chosen on these very rows
@@ -83,15 +82,15 @@ def compare_run(
     Args:
         config: the run's, with the teacher that taught in it.
     """
-    dtype = _dtype(config)
+    dtype, stored = _dtype(config), partial(_stored, config, prepared)
     untrained = untrained_student(config, prepared, run.manifest["student_layers"]).to(dtype)
-    sources = {"teacher": config.teacher.model, "distilled": student_in(run, prepared)}
-    if config.baseline:
-        sources["baseline"] = student_in(run.baseline, prepared)
-    stored = {name: _stored(config, source, prepared) for name, source in sources.items()}
-    # a copy, so that its memory is its own, not the teacher's that it is cut from
-    candidates = {"teacher": stored.pop("teacher"), "untrained": Candidate(lambda: deepcopy(untrained))}
-    candidates |= dict(sorted(stored.items()))  # the baseline before the distilled student
+    candidates = {
+        "teacher": stored(config.teacher.model),
+        # a copy, so that its memory is its own, not the teacher's that it is cut from
+        "untrained": Candidate(lambda: deepcopy(untrained)),
+        **({"baseline": stored(student_in(run.baseline, prepared))} if config.baseline else {}),
+        "distilled": stored(student_in(run, prepared)),
+    }
     results = {
         "task": task_of(config).rules.name,
         **measured(_comparison(config, prepared, tokenizer), prepared, candidates, "distilled"),
@@ -155,10 +154,8 @@ def compare(
     """Measure models that were trained anywhere, on test rows of `data`, else validation rows, else all.
 
     Args:
-        students: name -> model; the comparison is about the first, which is measured last, against all
-            others.
-        overrides: of a config, as after -o: what is read and how it is split, `compare.resamples`,
-            `precision`, `device`.
+        students: name -> model; the comparison is about the first, which is measured last, against all.
+        overrides: of a config, as after -o: what is read, how it is split, `compare.resamples`, `precision`.
 
     Returns:
         What a run's comparison_results.json has, the models' places (`sources`), and which rows were measured
@@ -182,11 +179,11 @@ def compare(
     read = prepare if is_split else _all_rows
     tokenizer = tokenizer_of(config)
     prepared = read(config, tokenizer)
-    candidates = {"teacher": _stored(config, teacher, prepared)}
+    candidates = {"teacher": _stored(config, prepared, teacher)}
     for name, its in configs.items():
         shares = name == student or task_of(config).rules.one_vocabulary
         rows = prepared if shares else read(its, tokenizer_of(its))
-        candidates[name] = _stored(its, its.student.source, rows)
+        candidates[name] = _stored(its, rows, its.student.source)
     results = measured(_comparison(config, prepared, tokenizer), prepared, candidates, student)
     split = results["split"]
     how = prepared.notes["test" if split == "test" else "split"]
@@ -218,11 +215,11 @@ def folder_for(output: Path) -> Path:
     return output
 
 
-def _comparison(config: Config, prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> Comparison:
+def _comparison(config: Config, prepared: Prepared, tokenizer: Tokenizer) -> Comparison:
     return task_of(config).comparison(config, prepared, tokenizer, device_of(config.wanted_device))
 
 
-def _stored(config: Config, source: str, prepared: Prepared) -> Candidate:
+def _stored(config: Config, prepared: Prepared, source: str) -> Candidate:
     return Candidate(lambda: task_of(config).load(source, prepared, _dtype(config)), source, prepared)
 
 
@@ -230,7 +227,7 @@ def _dtype(config: Config) -> torch.dtype:
     return precision_of(config.precision, device_of(config.wanted_device))[0]
 
 
-def _all_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+def _all_rows(config: Config, tokenizer: Tokenizer) -> Prepared:
     """The rows of the data; where nothing divides them all are for testing."""
     prepared, is_own = prepare(config, tokenizer), "the source's own"
     if prepared.test is not None or prepared.notes["split"] == is_own or task_of(config).compared_data:
@@ -252,17 +249,7 @@ def _config(
             raise ConfigError(f"-o {key}: this has an option of its own: --task, --teacher, --student")
     positions = [getattr(load_config(model), "max_position_embeddings", None) or LONGEST for model in among]
     limits = [load_tokenizer(model).model_max_length for model in among]
-    read = {
-        "source": data,
-        "max_length": min(LONGEST, *positions, *limits),
-        **TASKS[task].compared_data,
-    }
-    raw = {
-        "task": task,
-        "teacher": {"model": teacher},
-        "student": {"from": student},
-        "loss": {"weights": {"ce": 1.0}},
-        "training": {},
-        "data": read,
-    }
+    rows = {"source": data, "max_length": min(LONGEST, *positions, *limits), **TASKS[task].compared_data}
+    pair = {"teacher": {"model": teacher}, "student": {"from": student}}
+    raw = {"task": task, **pair, "loss": {"weights": {"ce": 1.0}}, "training": {}, "data": rows}
     return parse(raw, overrides, name="kd compare")

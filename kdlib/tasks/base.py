@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel as Model, PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.config import task_rules
 from kdlib.config.run import Config
@@ -46,7 +46,7 @@ class Comparison(ABC):
             prepared: the same rows as this model reads them.
         """
 
-    def show(self, name: str, model: PreTrainedModel) -> None:  # noqa: B027 — most tasks have nothing to show
+    def show(self, name: str, model: Model) -> None:  # noqa: B027 — most tasks have nothing to show
         """Look at what it makes of a few rows, when nothing is measured any more."""
 
     @abstractmethod
@@ -73,9 +73,7 @@ class Task(ABC):
         return self.rules.unit
 
     @abstractmethod
-    def prepare(
-        self, config: Config, tokenizer: PreTrainedTokenizerBase, *, new_head: bool = False
-    ) -> Prepared:
+    def prepare(self, config: Config, tokenizer: Tokenizer, *, new_head: bool = False) -> Prepared:
         """The rows of a config; `tokenizer` as `kdlib.models.student.tokenizer_of` gives it.
 
         Args:
@@ -89,11 +87,11 @@ class Task(ABC):
     @abstractmethod
     def load(
         self, source: str, prepared: Prepared, dtype: torch.dtype = torch.float32, *, untrained: bool = False
-    ) -> PreTrainedModel:
+    ) -> Model:
         """A model for these rows; a head that was never trained is refused unless it may be `untrained`."""
 
     @abstractmethod
-    def blank(self, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    def blank(self, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> Model:
         """A model of this config with random weights; `name` is for the message of an error."""
 
     @abstractmethod
@@ -107,22 +105,20 @@ class Task(ABC):
         """Rows of random tokens as long as the config allows; unpacked, one is shorter, to need a mask."""
 
     @abstractmethod
-    def facts(
-        self, prepared: Prepared, tokenizer: PreTrainedTokenizerBase, teacher: LiveTeacher
-    ) -> dict[str, str]:
+    def facts(self, prepared: Prepared, tokenizer: Tokenizer, teacher: LiveTeacher) -> dict[str, str]:
         """What both models choose among, to be read at the start of a run."""
 
     @abstractmethod
-    def example(self, prepared: Prepared, tokenizer: PreTrainedTokenizerBase, teacher: LiveTeacher) -> Any:
+    def example(self, prepared: Prepared, tokenizer: Tokenizer, teacher: LiveTeacher) -> Any:
         """The first training row and what is learned of it: shown in a notebook, printed in a terminal."""
 
     @abstractmethod
-    def sample(self, prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> Sample:
+    def sample(self, prepared: Prepared, tokenizer: Tokenizer) -> Sample:
         """Held-out predictions for the explorers."""
 
     @abstractmethod
     def comparison(
-        self, config: Config, prepared: Prepared, tokenizer: PreTrainedTokenizerBase, device: torch.device
+        self, config: Config, prepared: Prepared, tokenizer: Tokenizer, device: torch.device
     ) -> Comparison:
         """What measures teacher and students on the test rows, else on the validation rows."""
 
@@ -141,7 +137,7 @@ def task_of(config: Config) -> Task:
     return TASKS[config.task]
 
 
-def prepare(config: Config, tokenizer: PreTrainedTokenizerBase, *, new_head: bool = False) -> Prepared:
+def prepare(config: Config, tokenizer: Tokenizer, *, new_head: bool = False) -> Prepared:
     """The rows of a config, as `Task.prepare` says."""
     return task_of(config).prepare(config, tokenizer, new_head=new_head)
 
@@ -152,18 +148,18 @@ def load_teacher(config: Config, prepared: Prepared, dtype: torch.dtype | None =
     return teacher_of(_teacher_model(config, prepared, chosen), prepared)
 
 
-def teacher_of(model: PreTrainedModel, prepared: Prepared) -> LiveTeacher:
+def teacher_of(model: Model, prepared: Prepared) -> LiveTeacher:
     """A loaded model as the teacher of these rows."""
     reads = "teacher_" if "teacher_input_ids" in prepared.train.column_names else ""
     return LiveTeacher(model, prepared.vocabulary, reads)
 
 
-def asked(model: PreTrainedModel, prepared: Prepared) -> LiveTeacher:
+def asked(model: Model, prepared: Prepared) -> LiveTeacher:
     """A loaded student, to be asked as a teacher is."""
     return LiveTeacher(model, prepared.vocabulary)
 
 
-def untrained_student(config: Config, prepared: Prepared, keep: Sequence[int] | None) -> PreTrainedModel:
+def untrained_student(config: Config, prepared: Prepared, keep: Sequence[int] | None) -> Model:
     """The student as its training starts with it: the teacher's layers `keep`, or a model of its own.
 
     The same each time, in float32 from float32, whatever the teacher's precision in training: these are the
@@ -175,12 +171,12 @@ def untrained_student(config: Config, prepared: Prepared, keep: Sequence[int] | 
     return task_of(config).load(config.student.source, prepared, untrained=True)
 
 
-def layers_for_student(config: Config, teacher: PreTrainedModel, prepared: Prepared) -> list[int] | None:
+def layers_for_student(config: Config, teacher: Model, prepared: Prepared) -> list[int] | None:
     """Which of the teacher's layers the student keeps; None where it is not made from the teacher."""
     return chosen_layers(config, teacher, calibration_rows(prepared.train))
 
 
-def _teacher_model(config: Config, prepared: Prepared, dtype: torch.dtype) -> PreTrainedModel:
+def _teacher_model(config: Config, prepared: Prepared, dtype: torch.dtype) -> Model:
     """Before its own stage its head says nothing so far, and may be missing."""
     return task_of(config).load(
         config.teacher.model, prepared, dtype, untrained=config.teacher_stage is not None

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
+    PreTrainedModel as Model,
+    PreTrainedTokenizerBase as Tokenizer,
 )
 
 from kdlib.config.run import Config
@@ -53,9 +53,7 @@ class Classification(Task):
     )
     checks_on_batches = ("teacher_knows_the_classes",)
 
-    def prepare(
-        self, config: Config, tokenizer: PreTrainedTokenizerBase, *, new_head: bool = False
-    ) -> Prepared:
+    def prepare(self, config: Config, tokenizer: Tokenizer, *, new_head: bool = False) -> Prepared:
         known = None
         if not new_head and not config.teacher_stage:
             known = named_classes(load_config(config.teacher.model))
@@ -65,10 +63,10 @@ class Classification(Task):
 
     def load(
         self, source: str, prepared: Prepared, dtype: torch.dtype = torch.float32, *, untrained: bool = False
-    ) -> PreTrainedModel:
+    ) -> Model:
         return load_classifier(source, prepared.labels, dtype, untrained=untrained)
 
-    def blank(self, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    def blank(self, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> Model:
         return blank_classifier(name, config, dtype)
 
     def outlined(
@@ -110,23 +108,19 @@ class Classification(Task):
             made = [{**row, "teacher_input_ids": ids} for row, ids in zip(made, theirs, strict=True)]
         return collate_classes(made, pad_id=0, teacher_pad_id=0)
 
-    def facts(
-        self, prepared: Prepared, tokenizer: PreTrainedTokenizerBase, teacher: LiveTeacher
-    ) -> dict[str, str]:
+    def facts(self, prepared: Prepared, tokenizer: Tokenizer, teacher: LiveTeacher) -> dict[str, str]:
         table = classification.class_table(prepared)
         own = "; the teacher reads with a tokenizer of its own" * bool(teacher.reads)
         rows = ", ".join(f"{label} {' / '.join(map(str, counts))}" for label, *counts in table.itertuples())
         return {"classes": f"{len(table)}, with their rows ({' / '.join(table)}): {rows}{own}"}
 
-    def example(
-        self, prepared: Prepared, tokenizer: PreTrainedTokenizerBase, teacher: LiveTeacher
-    ) -> RowView:
+    def example(self, prepared: Prepared, tokenizer: Tokenizer, teacher: LiveTeacher) -> RowView:
         """The row's class, and what the teacher says of it."""
         row, labels = prepared.train[0], prepared.labels
         said = _logits(teacher, first_rows(prepared)).float().softmax(-1)[0].tolist()
         return RowView(text_of(row, tokenizer), labels[row["label"]], list(zip(labels, said, strict=True)))
 
-    def sample(self, prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> Sample:
+    def sample(self, prepared: Prepared, tokenizer: Tokenizer) -> Sample:
         """Some of the held-out rows, from the first to the last."""
         rows, labels = prepared.validation, prepared.labels
         count = min(LOOKED_AT, len(rows))
@@ -137,11 +131,10 @@ class Classification(Task):
         return Sample(prepared.collate(some), texts, classes, labels.__getitem__)
 
     def comparison(
-        self, config: Config, prepared: Prepared, tokenizer: PreTrainedTokenizerBase, device: torch.device
+        self, config: Config, prepared: Prepared, tokenizer: Tokenizer, device: torch.device
     ) -> Comparison:
-        return ClassComparison(
-            prepared, tokenizer, device=device, resamples=config.compare.resamples, seed=config.seed
-        )
+        drawn = {"resamples": config.compare.resamples, "seed": config.seed}
+        return ClassComparison(prepared, tokenizer, device=device, **drawn)
 
 
 class ClassComparison(Comparison):
@@ -150,7 +143,7 @@ class ClassComparison(Comparison):
     def __init__(
         self,
         prepared: Prepared,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         *,
         device: torch.device | str = "cpu",
         resamples: int = 2000,
@@ -208,7 +201,7 @@ class ClassComparison(Comparison):
         return {**found, "worst": worst, "batch_rows": BATCH}
 
 
-def text_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+def text_of(row: Mapping[str, Any], tokenizer: Tokenizer) -> str:
     """The text of a row; where it is not kept, as it can be read from the tokens."""
     return row.get("text") or tokenizer.decode(row["input_ids"], skip_special_tokens=True)
 
@@ -218,7 +211,7 @@ def _logits(model: LiveTeacher, batch: Mapping[str, Tensor]) -> Tensor:
     return model(batch, kept(batch["labels"])).logits()
 
 
-def _teachers_own(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:
+def _teachers_own(config: Config, tokenizer: Tokenizer) -> Tokenizer | None:
     """The teacher's tokenizer, where it reads otherwise than the student's."""
     if config.student.source == "teacher":
         return None

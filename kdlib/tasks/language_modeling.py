@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
+    PreTrainedModel as Model,
+    PreTrainedTokenizerBase as Tokenizer,
 )
 
 from kdlib.config.run import Config
@@ -51,17 +51,15 @@ class LanguageModeling(Task):
         "enough_is_held_out",
     )
 
-    def prepare(
-        self, config: Config, tokenizer: PreTrainedTokenizerBase, *, new_head: bool = False
-    ) -> Prepared:
+    def prepare(self, config: Config, tokenizer: Tokenizer, *, new_head: bool = False) -> Prepared:
         return text.prepare(config.data, tokenizer, seed=config.seed)
 
     def load(
         self, source: str, prepared: Prepared, dtype: torch.dtype = torch.float32, *, untrained: bool = False
-    ) -> PreTrainedModel:
+    ) -> Model:
         return load_model(source, dtype)
 
-    def blank(self, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    def blank(self, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> Model:
         return blank_model(name, config, dtype)
 
     def outlined(
@@ -83,20 +81,16 @@ class LanguageModeling(Task):
         ids = random_ids(plan.vocabulary, rows, data.max_length, generator, is_full=data.packing)
         return collate([{"input_ids": each} for each in ids], pad_id=0)
 
-    def facts(
-        self, prepared: Prepared, tokenizer: PreTrainedTokenizerBase, teacher: LiveTeacher
-    ) -> dict[str, str]:
+    def facts(self, prepared: Prepared, tokenizer: Tokenizer, teacher: LiveTeacher) -> dict[str, str]:
         return {"vocabulary": f"{len(tokenizer):,} tokens, the same for both"}
 
-    def example(
-        self, prepared: Prepared, tokenizer: PreTrainedTokenizerBase, teacher: LiveTeacher
-    ) -> TokenView:
+    def example(self, prepared: Prepared, tokenizer: Tokenizer, teacher: LiveTeacher) -> TokenView:
         """Token by token, coloured by what is learned."""
         batch = first_rows(prepared)
         ids, labels, read = (batch[name][0].tolist() for name in ("input_ids", "labels", "attention_mask"))
         return token_view(ids, [label != IGNORED for label in labels], read, tokenizer.decode)
 
-    def sample(self, prepared: Prepared, tokenizer: PreTrainedTokenizerBase, tokens: int = TOKENS) -> Sample:
+    def sample(self, prepared: Prepared, tokenizer: Tokenizer, tokens: int = TOKENS) -> Sample:
         """The first tokens of the held-out rows; each row costs one more, its first."""
         batch = collate(beginnings(prepared.validation, tokens), pad_id=tokenizer.pad_token_id)
         predicted = kept(batch["labels"])
@@ -110,18 +104,15 @@ class LanguageModeling(Task):
         return Sample(batch, texts, before, lambda token: tokenizer.decode([token]))
 
     def comparison(
-        self, config: Config, prepared: Prepared, tokenizer: PreTrainedTokenizerBase, device: torch.device
+        self, config: Config, prepared: Prepared, tokenizer: Tokenizer, device: torch.device
     ) -> Comparison:
-        chosen = config.compare
-        return TokenComparison(
-            prepared,
-            tokenizer,
-            device=device,
-            resamples=chosen.resamples,
-            seed=config.seed,
-            prompts=self.prompts(config, prepared.measured),
-            new_tokens=chosen.new_tokens,
-        )
+        options = {"device": device, "resamples": config.compare.resamples, "seed": config.seed}
+        asked = {"prompts": self.prompts(config, prepared.measured), "new_tokens": config.compare.new_tokens}
+        return self.compared_by(prepared)(prepared, tokenizer, **options, **asked)
+
+    def compared_by(self, prepared: Prepared) -> type["TokenComparison"]:
+        """What measures models on these rows."""
+        return TokenComparison
 
     def prompts(self, config: Config, rows: Dataset) -> list[list[int]]:
         """What the models are to continue: beginnings of rows spread over the text, all of one length."""
@@ -136,7 +127,7 @@ class TokenComparison(Comparison):
     def __init__(
         self,
         prepared: Prepared,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         *,
         device: torch.device | str = "cpu",
         resamples: int = 2000,
@@ -165,7 +156,7 @@ class TokenComparison(Comparison):
         self.sums[name] = np.concatenate([self._sums(number, model) for number in range(len(self.batches))])
         return {"forward_tokens_per_s": forward_tokens_per_s(model.model, self.batches[0])}
 
-    def show(self, name: str, model: PreTrainedModel) -> None:
+    def show(self, name: str, model: Model) -> None:
         made = self.prompts and continuations(model, self.tokenizer, self.prompts, self.new_tokens)
         self.samples[name] = list(made)
 
@@ -211,7 +202,7 @@ class TokenComparison(Comparison):
 
 
 @torch.no_grad()
-def forward_tokens_per_s(model: PreTrainedModel, batch: Mapping[str, Tensor], repeats: int = 2) -> float:
+def forward_tokens_per_s(model: Model, batch: Mapping[str, Tensor], repeats: int = 2) -> float:
     """Tokens per second of a plain forward pass with logits, the best of a few; padding is no token."""
     inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
     seconds = min(seconds_of(lambda: model(**inputs, use_cache=False), model.device) for _ in range(repeats))
@@ -220,8 +211,8 @@ def forward_tokens_per_s(model: PreTrainedModel, batch: Mapping[str, Tensor], re
 
 @torch.no_grad()
 def continuations(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Model,
+    tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
 ) -> list[str]:

@@ -7,9 +7,8 @@ beyond the tokenizer are left out here, and take part there.
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.config.run import Config
 from kdlib.config.task_rules import RULES
@@ -22,7 +21,7 @@ from kdlib.metrics.classification import Answers
 from kdlib.metrics.multiple_choice import probabilities, right_choices
 from kdlib.metrics.paired import results_of, worst_rows
 from kdlib.models.teacher import LiveTeacher
-from kdlib.tasks.base import Comparison, register
+from kdlib.tasks.base import register
 from kdlib.tasks.language_modeling import LanguageModeling, TokenComparison
 
 BATCH = 16  # rows per forward pass
@@ -37,9 +36,7 @@ class QuestionAnswering(LanguageModeling):
     checks = ("documents_are_not_cut", "held_out_questions_are_new", "enough_questions_are_held_out")
     compared_data = {"validation": 0.99}  # nearly all: questions to train on have no choices to be scored
 
-    def prepare(
-        self, config: Config, tokenizer: PreTrainedTokenizerBase, *, new_head: bool = False
-    ) -> Prepared:
+    def prepare(self, config: Config, tokenizer: Tokenizer, *, new_head: bool = False) -> Prepared:
         prepared = qa.prepare(config.data, tokenizer, seed=config.seed)
         metric = config.training["metric_for_best_model"].removeprefix("eval_")
         if metric == "choice_accuracy" and not prepared.choices:
@@ -49,14 +46,8 @@ class QuestionAnswering(LanguageModeling):
             )
         return prepared
 
-    def comparison(
-        self, config: Config, prepared: Prepared, tokenizer: PreTrainedTokenizerBase, device: torch.device
-    ) -> Comparison:
-        of = TokenComparison if prepared.measured_on not in prepared.choices else ChoiceComparison
-        chosen = config.compare
-        options = {"device": device, "resamples": chosen.resamples, "seed": config.seed}
-        prompts = self.prompts(config, prepared.measured)
-        return of(prepared, tokenizer, **options, prompts=prompts, new_tokens=chosen.new_tokens)
+    def compared_by(self, prepared: Prepared) -> type[TokenComparison]:
+        return ChoiceComparison if prepared.measured_on in prepared.choices else TokenComparison
 
     def prompts(self, config: Config, rows: Dataset) -> list[list[int]]:
         """What is given of a few rows, spread over all: their questions."""
@@ -68,7 +59,7 @@ class QuestionAnswering(LanguageModeling):
 class ChoiceComparison(TokenComparison):
     """Beside the tokens of the answers: which choice each model finds likeliest."""
 
-    def __init__(self, prepared: Prepared, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
+    def __init__(self, prepared: Prepared, tokenizer: Tokenizer, **options: Any) -> None:
         super().__init__(prepared, tokenizer, **options)
         self.choices, self.scores = prepared.choices[prepared.measured_on], {}
 
