@@ -280,7 +280,7 @@ def test_faults_in_nested_sections_and_between_fields_come_all_at_once(raw_confi
 def test_an_own_course_of_the_learning_rate_refuses_a_warm_up_beside_it(raw_config):
     course = "training.lr_scheduler_type={piecewise: {0: 0, 0.1: 1, 1: 0}}"
     assert (
-        "warmup_steps: found 5.0 beside a schedule as lr_scheduler_type; the schedule is the whole course; "
+        "warmup_steps: found 5.0 beside a schedule as lr_scheduler_type; the schedule is all of it; "
         "write the warm-up as its "
         "first part" in faults(raw_config, [course, "training.warmup_steps=5"])
     )

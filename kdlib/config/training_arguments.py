@@ -38,7 +38,7 @@ RESERVED = {
 }
 
 WARM_UP = (
-    "the schedule is the whole course; write the warm-up as its first part, as "
+    "the schedule is all of it; write the warm-up as its first part, as "
     "{joined: [[0.1, {linear: [0, 1]}], [1.0, {cosine: [1, 0]}]]}"
 )
 

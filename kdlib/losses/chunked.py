@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kdlib.losses.buffers import Workspace
-from kdlib.losses.signals import LinearSignal, Signal
+from kdlib.losses.signals import LinearSignal, Signal, wide
 
 Number = Tensor | float
 TokenFunction = Callable[[Tensor, Tensor | None, Tensor, Number], Tensor]
@@ -96,7 +96,7 @@ class _ChunkedSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, student, teacher, targets, terms, count, workspace):
         student, teacher = _cast(student), None if teacher is None else _cast(teacher)
-        numbers = {"dtype": torch.promote_types(student.dtype, torch.float32), "device": hidden.device}
+        numbers = {"dtype": wide(student.dtype), "device": hidden.device}
         temperatures = torch.tensor([term.temperature for term in terms], **numbers)
         weights = torch.tensor([term.weight for term in terms], **numbers)
         if student.dtype is not torch.float16:  # whose range a gradient per token would leave unscaled

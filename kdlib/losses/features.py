@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlib.losses.divergences import skewed_forward_kl
-from kdlib.losses.signals import Signal
+from kdlib.losses.signals import Signal, wide
 
 LayerPairs = Sequence[tuple[int, int]]  # (student's layer, teacher's layer), counted from 0
 
@@ -184,4 +184,4 @@ def _log(probabilities: Tensor) -> Tensor:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to(wide(tensor.dtype))

@@ -102,8 +102,8 @@ def breach(figures: Mapping[str, tuple[float, float]], loss: float) -> str | Non
             "was left out": 0.0,
             "was counted twice": 2.0,
             f"was weighted by {weight:g} twice": weight,
+            f"was taken without its weight {weight:g}": 1 / weight if weight else 1.0,
         }
-        mistakes |= {f"was taken without its weight {weight:g}": 1 / weight} if weight else {}
         factor = 1 + gap / share if share else 1.0  # with which it would have entered, were all others right
         reasons += [(abs(factor - x), f"{name} {words}") for words, x in mistakes.items() if x != 1]
     miss, reason = min(reasons, default=(float("inf"), ""))

@@ -13,24 +13,19 @@ from kdlib.losses.chunked import Number, TokenFunction, Weighted, term_sums, tok
 from kdlib.losses.divergences import KNOWN, Divergence, OnSamples, OnTopK, chosen, forward_kl
 from kdlib.losses.features import FEATURE_TERMS, feature_terms
 from kdlib.losses.ledger import Entry, Ledger
-from kdlib.losses.signals import Signal
+from kdlib.losses.signals import Signal, wide
 from kdlib.schedulers import Schedule, constant
 
 
 def log_probs(logits: Tensor, temperature: Number = 1.0) -> Tensor:
     """log softmax(logits / T), in float32 at least, whatever the model's dtype."""
-    logits = logits.to(log_probs_dtype(logits))
+    logits = logits.to(wide(logits.dtype))
     if not torch.compiler.is_compiling():
         return F.log_softmax(logits * (1 / temperature), dim=-1)
     # written out it fuses with its surroundings, and terms share it whatever their T
     top = logits.detach().amax(-1, keepdim=True)
     scaled = (logits - top) * (1 / temperature)
     return scaled - scaled.exp().sum(-1, keepdim=True).log()
-
-
-def log_probs_dtype(logits: Tensor) -> torch.dtype:
-    """float64 for float64 logits (tests), float32 for all others."""
-    return torch.promote_types(logits.dtype, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ def accuracy(
     student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, temperature: Number = 1.0
 ) -> Tensor:
     """1 where the student's first choice is the token that came."""
-    return (student_logits.argmax(-1) == targets).to(log_probs_dtype(student_logits))
+    return (student_logits.argmax(-1) == targets).to(wide(student_logits.dtype))
 
 
 def agreement(
@@ -71,7 +66,7 @@ def agreement(
 ) -> Tensor:
     """1 where student and teacher have the same first choice."""
     assert teacher_logits is not None
-    return (student_logits.argmax(-1) == teacher_logits.argmax(-1)).to(log_probs_dtype(student_logits))
+    return (student_logits.argmax(-1) == teacher_logits.argmax(-1)).to(wide(student_logits.dtype))
 
 
 EVAL_TERMS = {

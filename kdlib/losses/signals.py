@@ -17,6 +17,11 @@ from kdlib.hardware import product_dtype
 IGNORED = -100  # the label of a token that is not trained on; transformers' own convention
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What softmaxes and sums are made in: float32, whatever the model's dtype; float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 @dataclass(frozen=True)
 class Kept:
     """The N kept tokens of a batch: where they are predicted from, what they are, and from which row."""
@@ -57,7 +62,7 @@ class Form:
         """softcap · tanh(scale · products / softcap), in float32 at least where there is anything to do."""
         if self == Form():
             return products
-        scaled = products.to(torch.promote_types(products.dtype, torch.float32)) * self.scale
+        scaled = products.to(wide(products.dtype)) * self.scale
         return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
 
 

@@ -14,8 +14,8 @@ from kdlib.config.task_rules import rules_of
 from kdlib.errors import ConfigError
 from kdlib.hardware import precision_of
 from kdlib.losses.buffers import Workspace
-from kdlib.losses.features import LayerPairs, layer_pairs, projections
-from kdlib.losses.objective import Objective, feature_terms
+from kdlib.losses.features import LayerPairs, feature_terms, layer_pairs, projections
+from kdlib.losses.objective import Objective
 from kdlib.metrics.names import MEASURES
 from kdlib.models.loading import device_of
 from kdlib.models.teacher import PROJECTIONS
