@@ -21,8 +21,8 @@ from kdlib.plots.training import run_figures
 from kdlib.reports import html
 from kdlib.reports.explorers import static_html
 from kdlib.reports.notebook_html import notebook_html
-from kdlib.reports.scorecard import Line, scorecard_table
-from kdlib.reports.summary import Summary, card, flat, is_benchmark, keys_of, summary
+from kdlib.reports.scorecard import Line, scorecard, scorecard_table
+from kdlib.reports.summary import Summary, flat, is_benchmark, keys_of, summary
 from kdlib.runs.files import now, read_json
 from kdlib.runs.folder import Run
 
@@ -58,7 +58,7 @@ def render(run: Run, reports: Path) -> Path:
     results, brief = read_json(run.path / "comparison_results.json"), summary(run)
     pictures = {name: html.picture(figure, name) for name, figure in run_figures(run, results).items()}
     students = {"teacher" if brief.is_teacher else "distilled student": run, "baseline": run.baseline}
-    cards = {name: lines for name, student in students.items() if (lines := card(run, student))}
+    cards = {name: lines for name, student in students.items() if (lines := scorecard(run, student))}
     tables = {"metrics": brief.train, "evaluation": brief.evaluation}
     if results:
         tables |= comparison_tables(results)
@@ -77,8 +77,9 @@ def render(run: Run, reports: Path) -> Path:
         "scorecard": not cards,
         "training": not (content["dashboard"] or content["pictures"]),
         "comparison": not results,
+        "samples": not (results and results.get("prompts")),
         "formula": not run.manifest.get("formula"),
-        **{name: not content[name] for name in ("samples", "explorers", "notebooks")},
+        **{name: not content[name] for name in ("explorers", "notebooks")},
     }
     sections = {name: title for name, title in SECTIONS.items() if not empty.get(name)}
     page = html.page("report.html.j2", sections=sections, **content)
@@ -166,36 +167,17 @@ def _comparison_content(
     pictures: Mapping[str, html.Picture],
     tables: Mapping[str, pd.DataFrame],
 ) -> dict[str, Any]:
-    """What templates/comparison.html.j2 takes; next to nothing where nothing was compared."""
+    """What templates/comparison.html.j2 takes; nothing where nothing was compared."""
+    if not results:
+        return {}
+    lower = [MEASURES[name].brief for name in shown_in(results) if not MEASURES[name].higher_is_better]
     return {
+        "results": results,
+        "rows": rules_in(results).rows,
+        "lower": lower,
+        "label_of": label_of,
         "comparison": pictures.get(plots.BARS),
         "answer_pictures": [pictures[name] for name in ANSWER_FIGURES if name in pictures],
-        **{name: html.table(tables[name]) for name in ("quality", "cost", "differences") if name in tables},
+        **{name: html.table(tables[name]) for name in ("quality", "cost", "differences")},
         "answers": {title: html.table(tables[name]) for name, title in TITLES.items() if name in tables},
-        "measured_on": _measured_on(results) if results else "",
-        "samples": _samples(results) if results else [],
     }
-
-
-def _measured_on(results: Mapping[str, Any]) -> str:
-    """Of what the intervals speak, which way is better, and which students were measured."""
-    rows = rules_in(results).rows
-    lower = [MEASURES[name].brief for name in shown_in(results) if not MEASURES[name].higher_is_better]
-    note = ""
-    if "groups" in results["interval"]:
-        note = " McNemar's test takes each row by itself."
-    elif rows == "blocks":
-        note = " Blocks of one document resemble each other, so the intervals are rather too narrow."
-    rule = f" Measured: {results['rule']}." if "rule" in results else ""
-    return (
-        f"Paired on the same {results['rows']:,} {rows}; intervals: {results['interval']}. "
-        f"Lower is better: {', '.join(lower)}.{note}{rule}"
-    )
-
-
-def _samples(results: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
-    """Each prompt with what every model makes of it, by the model's name for reading."""
-    return [
-        (prompt, {label_of(model): texts[i] for model, texts in results["samples"].items()})
-        for i, prompt in enumerate(results.get("prompts", []))
-    ]

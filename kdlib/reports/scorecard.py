@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import linregress
 
+from kdlib.errors import ConfigError
 from kdlib.metrics.names import MEASURES
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.folder import Run
@@ -48,9 +49,14 @@ def scorecard(run: Run, folder: StudentFolder | None = None, tail: Tail | None =
     """
     folder = folder or run
     tail = tail or Tail(folder)
-    train, evaluation, training = tail.train, tail.evaluation, run.config.training
+    train, evaluation = tail.train, tail.evaluation
     if not len(train):
         return []
+    try:
+        training = run.config.training
+    except ConfigError as error:  # of another version
+        faults = "; ".join(line.strip() for line in str(error).splitlines()[1:])
+        return [Line("the settings can be read", faults, "a config of this version", None)]
     return [
         _learning(train),
         _evaluation(evaluation, training["metric_for_best_model"].removeprefix("eval_")),

@@ -11,12 +11,12 @@ import pandas as pd
 import yaml
 
 from kdlib.config.task_rules import rules_in
-from kdlib.errors import ConfigError, KdlibError
+from kdlib.errors import KdlibError
 from kdlib.metrics.names import MEASURES, difference, three_digits, with_interval
 from kdlib.plots.axes import LABELS
 from kdlib.plots.comparison import cost_table
 from kdlib.reports.scorecard import Line, scorecard
-from kdlib.runs.files import StudentFolder, read_json
+from kdlib.runs.files import read_json
 from kdlib.runs.folder import Run
 from kdlib.runs.log import duration, eval_table, plan_table, seconds_taken, training_table
 
@@ -92,15 +92,6 @@ def flat(nested: Mapping[str, Any], separator: str = ".", prefix: str = "") -> I
             yield f"{prefix}{name}", value
 
 
-def card(run: Run, student: StudentFolder | None = None) -> list[Line]:
-    """The scorecard; of a run whose settings this version refuses, why there is none."""
-    try:
-        return scorecard(run, student)
-    except ConfigError as error:
-        faults = "; ".join(line.strip() for line in str(error).splitlines()[1:])
-        return [Line("the settings can be read", faults, "a config of this version", None)]
-
-
 def _settings(run: Run) -> dict[str, Any]:
     return yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8")) or {}
 
@@ -128,7 +119,7 @@ def _read(run: Run) -> Summary:
         baseline=eval_table(run.baseline),
         costs=_costs(results, train, evaluation),
         settings={name: _as_text(value) for name, value in flat(settings)},
-        card=tuple(card(run)),
+        card=tuple(scorecard(run)),
     )
 
 
