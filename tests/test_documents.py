@@ -5,12 +5,15 @@ import importlib
 import importlib.util
 import re
 import shlex
+from itertools import pairwise
 
 import pytest
 import typer.main
 import yaml
 
 import kdlib
+from kdlib.benchmarks.__main__ import benchmark
+from kdlib.benchmarks.settings import BenchmarkConfig
 from kdlib.config.run import load, parse
 from kdlib.runs.folder import project_root
 from kdlib.sweeps.config import SweepConfig
@@ -23,7 +26,9 @@ CHANGES = ROOT / "CHANGELOG.md"  # which also says what was
 DOCUMENTS = [README, *GUIDES, ROOT / "CONTRIBUTING.md"]
 each = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
 every = pytest.mark.parametrize("document", [*DOCUMENTS, CHANGES], ids=lambda path: path.stem)
-COMMANDS = typer.main.get_command(app).commands
+MEASURING = typer.Typer()
+MEASURING.command("kdlib.benchmarks")(benchmark)
+COMMANDS = typer.main.get_command(app).commands | {"kdlib.benchmarks": typer.main.get_command(MEASURING)}
 BASES = {"classification": "stdlib_sections", "questions": "quantumbench_qa"}  # else the quickstart
 MADE = {"configs/mine.yaml"}  # by the reader
 
@@ -45,7 +50,7 @@ def lines_of_code(document):
 def commands_in(document):
     """(command, its words) of every `kd …` that the document shows."""
     for line in lines_of_code(document):
-        if found := re.search(r"(?:\bkd|-m kdlib) ([a-z][\w-]*)\b(?!:)(.*)", line):
+        if found := re.search(r"(?:\bkd |-m kdlib |-m (?=kdlib\.))([a-z][\w.-]*)\b(?!:)(.*)", line):
             yield found[1], shlex.split(found[2])
 
 
@@ -81,17 +86,19 @@ def test_commands_and_their_options_exist(document):
 
 def test_every_command_is_shown_somewhere():
     shown = {command for document in [README, *GUIDES] for command, _ in commands_in(document)}
-    assert set(COMMANDS) - {"bench"} <= shown
+    assert set(COMMANDS) <= shown
 
 
 @each
 def test_configs_and_overrides_of_commands_are_read(document):
     for command, words in commands_in(document):
+        overrides = [value for option, value in pairwise(words) if option == "-o"]
         for path in (word for word in words if word.startswith("configs/")):
             assert path in MADE or (ROOT / path).exists(), path
             if command == "run":
-                overrides = [b for a, b in zip(words, words[1:], strict=False) if a == "-o"]
                 load(ROOT / ("configs/quickstart.yaml" if path in MADE else path), overrides)
+        if command == "kdlib.benchmarks":
+            load(ROOT / "configs" / "benchmark.yaml", overrides, kind=BenchmarkConfig)
 
 
 @each
