@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -10,17 +9,19 @@ from kdlib.benchmarks.settings import BenchmarkConfig
 from kdlib.config import run as configs
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run
-from kdlib.workbench.cli_options import (
+from kdlib.workbench.cli_checks import (
     Overrides,
     ReportsFolder,
     RunName,
     RunsFolder,
     Smoke,
+    argument,
     bare_errors,
     created,
     entered,
     folders,
     free_name,
+    option,
 )
 
 NOTEBOOK = "90_benchmark"
@@ -28,13 +29,11 @@ PROGRAM = "python -m kdlib.benchmarks"
 
 
 def benchmark(
-    config: Annotated[str, typer.Argument(help="What is measured: a YAML file.")] = "configs/benchmark.yaml",
+    config: argument("What is measured: a YAML file.") = "configs/benchmark.yaml",
     smoke: Smoke = False,
     name: RunName = None,
     override: Overrides = None,
-    report: Annotated[
-        str | None, typer.Option("--report", help="Measure nothing: the page of this study again.")
-    ] = None,
+    report: option(str | None, "--report", help="Measure nothing: the page of this study again.") = None,
     runs_folder: RunsFolder = None,
     reports_folder: ReportsFolder = None,
 ) -> None:

@@ -4,7 +4,7 @@ import os
 import shlex
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -13,23 +13,27 @@ from kdlib.config.run import Config, pairs
 from kdlib.errors import ConfigError
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run
-from kdlib.workbench.cli_checks import checks
-from kdlib.workbench.cli_options import (
+from kdlib.workbench.cli_checks import (
     ConfigFile,
     Overrides,
     ReportsFolder,
     RunName,
     RunsFolder,
     Smoke,
+    Texts,
+    argument,
     bare_errors,
+    checks,
     command,
     created,
     entered,
     folders,
     free_name,
+    option,
 )
 
 BYTES = 4  # of a weight on disk
+RESUME = "After a stop, a crash or kill -9: go on with this run from its last checkpoint."
 
 app = typer.Typer(
     help="kdlib: knowledge distillation of language models, seen term by term.",
@@ -49,20 +53,11 @@ def kd() -> None:
 def run(
     config: ConfigFile,
     smoke: Smoke = False,
-    resume: Annotated[
-        str | None,
-        typer.Option(
-            "--resume", help="After a stop, a crash or kill -9: go on with this run from its last checkpoint."
-        ),
-    ] = None,
+    resume: option(str | None, "--resume", help=RESUME) = None,
     name: RunName = None,
     override: Overrides = None,
-    parameter: Annotated[
-        list[str] | None, typer.Option("-p", "--parameter", help="name=value for the notebooks.")
-    ] = None,
-    without: Annotated[
-        list[str] | None, typer.Option("--without", help="Leave this notebook out, e.g. 01_dry_run.")
-    ] = None,
+    parameter: option(Texts, "-p", "--parameter", help="name=value for the notebooks.") = None,
+    without: option(Texts, "--without", help="Leave this notebook out, e.g. 01_dry_run.") = None,
     runs_folder: RunsFolder = None,
     reports_folder: ReportsFolder = None,
 ) -> None:
@@ -104,9 +99,7 @@ def dry_run(
     override: Overrides = None,
     runs_folder: RunsFolder = None,
 ) -> None:
-    """Try CONFIG, in the terminal: the doctor, shapes, what is learned from, the self-test, five steps,
-    forecast and plan.
-    """
+    """Try CONFIG in the terminal: doctor, shapes, what is learned from, self-test, five steps, forecast."""
     root, _ = folders(runs_folder, None)
     resolved = configs.load(config, override or [], smoke=smoke)
     name = free_name(root, name, config, smoke=smoke)
@@ -128,7 +121,7 @@ def dry_run(
 
 @app.command()
 def train(
-    run: Annotated[str, typer.Argument(help="A run's name, or its folder; 00_setup has prepared it.")],
+    run: argument("A run's name, or its folder; 00_setup has prepared it."),
 ) -> None:
     """Train the students of RUN without notebooks; under torchrun (-m kdlib train RUN) on several GPUs."""
     from kdlib.workbench import session
@@ -142,27 +135,17 @@ def train(
 
 @app.command()
 def sweep(
-    file: Annotated[str, typer.Argument(help="The sweep: a YAML file.")],
+    file: argument("The sweep: a YAML file."),
     smoke: Smoke = False,
-    jobs: Annotated[
-        int | None, typer.Option("--jobs", help="Runs side by side; as the file says unless given.", min=1)
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option("--name", help="The sweep's name; that of its file unless given.")
-    ] = None,
-    override: Annotated[
-        list[str] | None, typer.Option("-o", "--override", help="key=value in all runs, e.g. seed=1.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the runs and the forecast, and run nothing.")
-    ] = False,
-    no_forecast: Annotated[bool, typer.Option("--no-forecast", help="Start at once.")] = False,
+    jobs: option(int | None, "--jobs", help="Runs side by side; else as the file says.", min=1) = None,
+    name: option(str | None, "--name", help="The sweep's name; that of its file unless given.") = None,
+    override: option(Texts, "-o", "--override", help="key=value in all runs, e.g. seed=1.") = None,
+    dry_run: option(bool, "--dry-run", help="List the runs and the forecast, and run nothing.") = False,
+    no_forecast: option(bool, "--no-forecast", help="Start at once.") = False,
     runs_folder: RunsFolder = None,
     reports_folder: ReportsFolder = None,
 ) -> None:
-    """Run what FILE lists over its base config, some side by side, and render their report; again: go on
-    where it stopped.
-    """
+    """Run what FILE lists over its base config, and report; the same command goes on where it stopped."""
     from kdlib.reports import index, run as report
     from kdlib.sweeps.config import SweepConfig
     from kdlib.sweeps.pool import Order
@@ -189,7 +172,7 @@ def sweep(
 
 @app.command()
 def report(
-    run: Annotated[str, typer.Argument(help="The name of a run or a sweep, or its folder.")],
+    run: argument("The name of a run or a sweep, or its folder."),
     runs_folder: RunsFolder = None,
     reports_folder: ReportsFolder = None,
 ) -> None:
@@ -203,9 +186,7 @@ def report(
 
 
 @app.command()
-def clean(
-    run: Annotated[str, typer.Argument(help="A run's name, or its folder.")], runs_folder: RunsFolder = None
-) -> None:
+def clean(run: argument("A run's name, or its folder."), runs_folder: RunsFolder = None) -> None:
     """Delete the checkpoints of RUN, which is done: models, figures and reports stay.
 
     Checkpoints take most of the disk: 5 GB after a quickstart.
@@ -251,11 +232,10 @@ def _cost(config: Config) -> Any:
 def _parameters(texts: list[str]) -> dict:
     """Further notebook parameters: name=value, read as overrides are."""
     given = dict(pairs(texts))
-    for name in given:
-        if name in ("config", "run", "overrides", "smoke"):
-            raise ConfigError(
-                f"-p {name}: this parameter has a way of its own: CONFIG, --resume, -o, --smoke"
-            )
+    own = sorted({"config", "run", "overrides", "smoke"} & set(given))
+    if own:
+        ways = "this parameter has a way of its own: CONFIG, --resume, -o, --smoke"
+        raise ConfigError(f"-p {own[0]}: {ways}")
     return given
 
 

@@ -1,28 +1,92 @@
-"""The commands of `kd` that look at a config, make one, or compare models, and train nothing."""
+"""What the commands of `kd` have in common, and those that look at a config, make one, or compare models."""
 
 import contextlib
 import json
 import os
+import shlex
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kdlib.config import run as configs
-from kdlib.errors import ConfigError
+from kdlib.errors import ConfigError, KdlibError
 from kdlib.runs import folder as runs
-from kdlib.workbench.cli_options import ConfigFile, Overrides, Smoke
+from kdlib.runs.files import write_json, write_text
+from kdlib.runs.folder import Run
 
 checks = typer.Typer()
 
 
+def option(kind: Any, *names: str, **about: Any) -> Any:
+    """The type of a command's option, by its names."""
+    return Annotated[kind, typer.Option(*names, **about)]
+
+
+def argument(text: str) -> Any:
+    """The type of a command's argument, which is a text."""
+    return Annotated[str, typer.Argument(help=text)]
+
+
+Texts = list[str] | None
+ConfigFile = argument("The experiment: a YAML file.")
+Overrides = option(Texts, "-o", "--override", help="key=value, e.g. loss.temperature=3.")
+Smoke = option(bool, "--smoke", help="The same with few steps and short rows.")
+RunName = option(str | None, "--name", help="The run's name; <config>_<time> unless given.")
+RunsFolder = option(Path | None, "--runs", help="Folder of runs; runs/ in the project unless given.")
+ReportsFolder = option(
+    Path | None, "--reports", help="Folder of reports; reports/ in the project unless given."
+)
+
+
+def folders(runs_folder: Path | None, reports_folder: Path | None) -> tuple[Path, Path]:
+    """Where runs and reports are: as given, seen from here, or in the project."""
+    reports = reports_folder or runs.project_root() / "reports"
+    return (runs_folder or runs.default_root()).absolute(), reports.absolute()
+
+
+def free_name(root: Path, name: str | None, config: str, *, smoke: bool) -> str:
+    """The name of a new run, given or made; refused where it is taken."""
+    name = name or runs.new_name(config, smoke=smoke)
+    runs.check_new(root, name)
+    return name
+
+
+def entered(config: str, override: list[str] | None, *, smoke: bool) -> dict[str, Any]:
+    """The notebooks' parameters, seen from the project's folder, to which this goes.
+
+    There relative paths in a config mean the same everywhere.
+    """
+    file = os.path.relpath(config, runs.project_root())
+    os.chdir(runs.project_root())
+    return {"config": file, "overrides": override or [], "smoke": smoke}
+
+
+def created(root: Path, name: str, config: Any, given: Mapping[str, Any], *, program: str = "kd") -> Run:
+    """The new run of this command, `given` what `entered` returned."""
+    origin = {"config_file": given["config"], "smoke": given["smoke"], "command": command(program)}
+    return runs.create(root, name, config, **origin)
+
+
+def command(program: str = "kd") -> str:
+    """What was typed."""
+    return f"{program} {shlex.join(sys.argv[1:])}"
+
+
+@contextlib.contextmanager
+def bare_errors() -> Iterator[None]:
+    """What a user can act on is printed bare, with exit status 1."""
+    try:
+        yield
+    except KdlibError as error:
+        print(f"kd: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
 @checks.command()
-def selftest(
-    config: ConfigFile,
-    smoke: Smoke = False,
-    override: Overrides = None,
-) -> None:
+def selftest(config: ConfigFile, smoke: Smoke = False, override: Overrides = None) -> None:
     """Compare what must be equal on CONFIG, its models and data; exit status 1 where something is not."""
     resolved = configs.load(config, override or [], smoke=smoke)
     from kdlib.diagnostics import parity
@@ -36,28 +100,16 @@ def selftest(
 @checks.command()
 def doctor(
     config: ConfigFile,
-    fix: Annotated[
-        bool,
-        typer.Option("--fix", help="Write the fixes that are unambiguous, and the overrides, into --output."),
-    ] = False,
-    output: Annotated[
-        Path | None, typer.Option("--output", help="The file that --fix writes; may be CONFIG itself.")
-    ] = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with status 1 where there are warnings.")
-    ] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Leave out what needs the models' weights.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    fix: option(bool, "--fix", help="Write unambiguous fixes, and the overrides, into --output.") = False,
+    output: option(Path | None, "--output", help="The file that --fix writes; may be CONFIG itself.") = None,
+    strict: option(bool, "--strict", help="Exit with status 1 where there are warnings.") = False,
+    quick: option(bool, "--quick", help="Leave out what needs the models' weights.") = False,
+    as_json: option(bool, "--json", help="Print JSON.") = False,
     override: Overrides = None,
 ) -> None:
-    """Say what is wrong with CONFIG before it trains.  Exit status 2 with critical findings, else 0; see
-    --strict.
-    """
+    """Say what is wrong with CONFIG before it trains.  Exit status 2 with critical findings, else 0."""
     if fix != (output is not None):
-        raise ConfigError(
-            "--fix and --output go together: --fix --output FILE writes the mended config, and nothing is "
-            "written without"
-        )
+        raise ConfigError("--fix and --output go together: --fix --output FILE writes the mended config")
     from kdlib.diagnostics import doctor
 
     path, target = Path(config).absolute(), output and output.absolute()
@@ -66,7 +118,7 @@ def doctor(
     with contextlib.redirect_stdout(sys.stderr):  # what loading says
         visit = doctor.visit(path, override or [], quick=quick, fix=fix)
     if target and visit.text is not None:
-        runs.write_text(target, visit.text)
+        write_text(target, visit.text)
     print(json.dumps(visit.as_data(), indent=1, ensure_ascii=False) if as_json else visit)
     raise typer.Exit(visit.exit_status(strict=strict))
 
@@ -75,36 +127,14 @@ def doctor(
 def forecast(
     config: ConfigFile,
     override: Overrides = None,
-    memory: Annotated[
-        float | None, typer.Option("--memory", help="GiB of the device; what is here unless given.", min=0.1)
-    ] = None,
-    devices: Annotated[
-        int | None, typer.Option("--devices", help="Devices that share the training.", min=1)
-    ] = None,
-    rows: Annotated[
-        int | None,
-        typer.Option(
-            "--rows",
-            help="Training rows, where they are known: whether compiling pays depends on them.",
-            min=1,
-        ),
-    ] = None,
-    measure: Annotated[
-        bool,
-        typer.Option(
-            "--measure", help="Also train a few steps in processes of their own: how long it takes."
-        ),
-    ] = False,
-    cards: Annotated[
-        bool, typer.Option("--cards", help="Also which of the usual cards would do, and with which change.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Everything as JSON, in bytes and seconds.")
-    ] = False,
+    memory: option(float | None, "--memory", help="GiB of the device; else what is here.", min=0.1) = None,
+    devices: option(int | None, "--devices", help="Devices that share the training.", min=1) = None,
+    rows: option(int | None, "--rows", help="Training rows; they tell whether compiling pays.", min=1) = None,
+    measure: option(bool, "--measure", help="Also train a few steps: how long it takes.") = False,
+    cards: option(bool, "--cards", help="Also which usual cards would do, with which change.") = False,
+    as_json: option(bool, "--json", help="Everything as JSON, in bytes and seconds.") = False,
 ) -> None:
-    """Say how much memory CONFIG will take, moment by moment, what would make it fit, and with
-    --measure how long it takes.
-    """
+    """Say how much memory CONFIG will take, what would make it fit, and with --measure how long it takes."""
     resolved = configs.load(config, override or [])
     from kdlib.diagnostics import forecast, memory as memories
     from kdlib.workbench import measurement
@@ -119,18 +149,12 @@ def forecast(
 
 @checks.command("import")
 def migrate(
-    file: Annotated[
-        str, typer.Argument(help="Another project's settings: JSON, YAML, or a text with command-line flags.")
-    ],
-    alpha_on: Annotated[
-        str | None, typer.Option("--alpha-on", help="kd or ce: the term that its `alpha` weights.")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", help="A new YAML file; printed unless given.")
-    ] = None,
-    teacher: Annotated[str | None, typer.Option("--teacher", help="Where FILE does not name it.")] = None,
-    student: Annotated[str | None, typer.Option("--student", help="Likewise.")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="Likewise.")] = None,
+    file: argument("Another project's settings: JSON, YAML, or a text with command-line flags."),
+    alpha_on: option(str | None, "--alpha-on", help="kd or ce: the term that its `alpha` weights.") = None,
+    output: option(Path | None, "--output", help="A new YAML file; printed unless given.") = None,
+    teacher: option(str | None, "--teacher", help="Where FILE does not name it.") = None,
+    student: option(str | None, "--student", help="Likewise.") = None,
+    data: option(str | None, "--data", help="Likewise.") = None,
 ) -> None:
     """Turn another project's FILE of settings into a config of ours; what has no counterpart is listed."""
     from kdlib.config.imports import migrated
@@ -141,38 +165,20 @@ def migrate(
     else:
         made.write(output)
         print(f"{output}: {len(made.values)} settings")
-    for line in made.left_out:
-        print(f"left out: {line}", file=sys.stderr)
-    for path in made.missing:
-        print(f"to be filled in: {path}", file=sys.stderr)
+    left = [*(f"left out: {x}" for x in made.left_out), *(f"to be filled in: {x}" for x in made.missing)]
+    print("".join(f"{line}\n" for line in left), end="", file=sys.stderr)
 
 
 @checks.command()
 def compare(
-    teacher: Annotated[
-        str, typer.Option("--teacher", help="A hub id, a folder, a .gguf file or a built-in name.")
-    ],
-    student: Annotated[
-        list[str],
-        typer.Option(
-            "--student", help="Likewise, or name=MODEL; several: the comparison is about the first."
-        ),
-    ],
-    data: Annotated[str, typer.Option("--data", help="Rows: a file, a folder, a hub id or a built-in name.")],
-    task: Annotated[
-        str, typer.Option("--task", help="Or causal-lm, question-answering.")
-    ] = "sequence-classification",
-    override: Annotated[
-        list[str] | None,
-        typer.Option("-o", "--override", help="key=value of a config, e.g. data.text=content."),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", help="Folder; reports/compare_<student> in the project unless given."),
-    ] = None,
+    teacher: option(str, "--teacher", help="A hub id, a folder, a .gguf file or a built-in name."),
+    student: option(list[str], "--student", help="Likewise, or name=MODEL; several: about the first."),
+    data: option(str, "--data", help="Rows: a file, a folder, a hub id or a built-in name."),
+    task: option(str, "--task", help="Or causal-lm, question-answering.") = "sequence-classification",
+    override: option(Texts, "-o", "--override", help="key=value, e.g. data.text=content.") = None,
+    output: option(Path | None, "--output", help="Folder; reports/compare_<student> unless given.") = None,
 ) -> None:
-    """Compare models that were trained elsewhere, on the same rows: quality with intervals, cost, paired
-    differences.
+    """Compare models that were trained elsewhere, on the same rows: quality, cost, paired differences.
 
     Measured are the rows of the source's own test split (of text: validation split), else of its validation
     split, else all its rows. Students of a run on the run's own data: give its split, -o data.test=0.2 -o
@@ -186,7 +192,7 @@ def compare(
     students = compare.named_students(student)
     folder = compare.folder_for(output or runs.project_root() / "reports" / f"compare_{next(iter(students))}")
     results = compare.compare(teacher, students, data, task=task, overrides=override or [])
-    runs.write_json(folder / "comparison_results.json", results)
+    write_json(folder / "comparison_results.json", results)
     render_comparison(results, folder)
     for table in (plots.quality_table(results), plots.cost_table(results), plots.difference_table(results)):
         print(f"\n{table.to_string()}")
