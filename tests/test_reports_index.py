@@ -12,7 +12,6 @@ from kdlib.reports import index as overview, run as reports
 from kdlib.reports.index import small_curve
 from kdlib.reports.summary import Summary, summaries, summary
 from kdlib.runs import folder as runs
-from kdlib.runs.log import thinned
 
 
 @pytest.fixture
@@ -88,14 +87,6 @@ def test_curves_stay_within_their_picture_and_mark_where_they_broke():
     assert svg.find("title").text == "KL & <more>"
     assert svg.find("path").get("class") == "broken"
     assert small_curve({"distilled": values[:1]}, "") == ""
-
-
-def test_a_thinned_curve_keeps_its_peaks_and_what_is_not_finite():
-    values = pd.Series(np.linspace(2, 1, 100_000))
-    values[54_321], values[70_000], values[90_000] = 99.0, -99.0, np.nan
-    kept = thinned(values.to_numpy(), points=120)
-    assert len(kept) <= 130
-    assert {54_321, 70_000, 90_000, 0, 99_999} <= set(kept)
 
 
 def test_settings_that_differ_have_a_column_each_and_what_is_unusual_is_marked():

@@ -8,8 +8,7 @@ import pytest
 
 from kdlib.config.run import parse
 from kdlib.errors import RunError
-from kdlib.runs import folder as runs, log as metrics
-from kdlib.runs.files import StudentFolder
+from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run, clean
 
 
@@ -88,25 +87,6 @@ def test_only_a_run_that_is_done_loses_its_checkpoints(run):
     assert not run.checkpoints.exists()
     assert not run.baseline.checkpoints.exists()
     assert clean(run) == 0
-
-
-def test_metrics_survive_a_torn_line_and_are_cut_to_a_step(tmp_path):
-    folder = StudentFolder(tmp_path)
-    assert metrics.read_metrics(folder) == []
-    for step in (1, 2, 3):
-        metrics.append_metrics(folder, {"train/step": step, "train/loss": 0.5})
-    with folder.metrics.open("a") as file:
-        file.write('{"train/step": 4, "tra')  # a kill in the middle of a write
-    assert [line["train/step"] for line in metrics.read_metrics(folder)] == [1, 2, 3]
-    metrics.cut_metrics(folder, 2)
-    metrics.append_metrics(folder, {"train/step": 3})
-    assert [line["train/step"] for line in metrics.read_metrics(folder)] == [1, 2, 3]
-
-
-def test_a_disk_that_is_full_says_so(tmp_path):
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.raises(RunError, match="No space left on device; free some space, then go on with --resume"):
-        metrics.append_metrics(StudentFolder(tmp_path), {"train/step": 1})
 
 
 def test_a_status_that_cannot_be_written_says_so(run):
