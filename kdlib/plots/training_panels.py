@@ -6,6 +6,7 @@ A panel is a function that draws a scene into axes and returns the title, and a 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -64,11 +65,12 @@ class Scene:
     span: tuple[float, float]
     others: Mapping[str, Tail]
 
-    @property
+    @cached_property
     def train(self) -> pd.DataFrame:
-        return self.tail.train
+        """What was logged, by step."""
+        return by_step(self.tail.train)
 
-    @property
+    @cached_property
     def dashed(self) -> list[tuple[str, Tail, tuple]]:
         """The others, each with its dashes."""
         return [(name, tail, dash) for (name, tail), dash in zip(self.others.items(), DASHES, strict=False)]
@@ -76,53 +78,49 @@ class Scene:
     def figure(self, axes: Axes, name: str, colour: str, *, is_noisy: bool = False) -> None:
         """What was logged under a name, over the same of the others, crosses where it was nan or infinite."""
         for other, tail, dash in self.dashed:
-            if name in (table := tail.train):
-                values = self.smoothed(table[name]) if is_noisy else table[name]
+            if name in tail.train:
+                values = by_step(tail.train)[name]
                 look = {"color": colour, "linestyle": dash, "linewidth": 1}
-                self.curve(axes, f"{other} {name}", table["step"], values, **look)
+                self.curve(axes, self.smoothed(values) if is_noisy else values, f"{other} {name}", **look)
         if name not in self.train:
             return
-        steps, values = self.train["step"], self.train[name]
+        values = self.train[name]
         is_smoothed = is_noisy and self._width(values) >= 2
         look = {"linewidth": 0.7, "alpha": 0.3} if is_smoothed else {"linewidth": 1.4}
-        self.curve(axes, name, steps, values, color=colour, **look)
+        self.curve(axes, values, name, color=colour, **look)
         if is_smoothed:
-            self.curve(axes, f"{name} smoothed", steps, self.smoothed(values), color=colour, linewidth=1.6)
+            self.curve(axes, self.smoothed(values), f"{name} smoothed", color=colour, linewidth=1.6)
         self.crosses(axes, name)
 
-    def curve(self, axes: Axes, label: str, steps: pd.Series, values: pd.Series, **look) -> None:
+    def curve(self, axes: Axes, values: pd.Series, label: str, **look) -> None:
         """A line through what is seen of these; nan leaves a gap."""
-        x, y = self.seen(steps, steps), self.seen(steps, values)
-        at = thinned(y)
-        axes.plot(x[at], y[at], label=label, **look)
+        seen = self.seen(values)
+        seen = seen.iloc[thinned(seen.to_numpy())]
+        axes.plot(seen.index, seen, label=label, **look)
 
     def planned(self, axes: Axes, name: str) -> None:
         """The plan of a schedule, thin, beneath what was logged."""
-        plan = self.plan
-        if name in plan:
-            first, last = self.span
-            steps = [first, *plan["step"][plan["step"].between(first, last)], last]
+        if name in self.plan:
+            plan, (first, last) = by_step(self.plan)[name], self.span
+            steps = [first, *self.seen(plan).index, last]
             colour = self.colours.get(name.rsplit("_", 1)[0], INK)
-            values = np.interp(steps, plan["step"], plan[name])
-            axes.plot(
-                steps, values, color=colour, linewidth=0.8, alpha=0.6, zorder=1, label=f"{name} planned"
-            )
+            look = {"color": colour, "linewidth": 0.8, "alpha": 0.6, "zorder": 1}
+            axes.plot(steps, np.interp(steps, plan.index, plan), label=f"{name} planned", **look)
 
     def crosses(self, axes: Axes, name: str, *, evaluation: bool = False) -> None:
         """At the upper edge, where a figure was nan or infinite."""
-        broken = self.tail.broken
-        steps = broken["step"][(broken["name"] == name) & (broken["evaluation"] == evaluation)]
-        steps = steps[steps.between(*self.span)].to_numpy()
+        broken = by_step(self.tail.broken)
+        steps = self.seen(broken[(broken["name"] == name) & (broken["evaluation"] == evaluation)]).index
         if len(steps):
-            steps = steps[thinned(steps)]
+            steps = steps[thinned(steps.to_numpy())]
             look = {"color": BROKEN, "markersize": 6, "markeredgewidth": 1.6, "clip_on": False, "zorder": 9}
             at_top = axes.get_xaxis_transform()
             axes.plot(steps, np.full(len(steps), 0.97), "x", transform=at_top, label=f"{name} broken", **look)
 
-    def seen(self, steps: pd.Series, values: pd.Series) -> np.ndarray:
-        """The values at the steps that are shown."""
+    def seen(self, values: pd.Series | pd.DataFrame) -> pd.Series | pd.DataFrame:
+        """Those of the steps that are shown."""
         first, last = self.span
-        return values.to_numpy()[np.searchsorted(steps, first) : np.searchsorted(steps, last, "right")]
+        return values[(values.index >= first) & (values.index <= last)]
 
     def smoothed(self, values: pd.Series) -> pd.Series:
         """The running mean of the finite values, with the gaps where nothing was logged."""
@@ -135,30 +133,36 @@ class Scene:
         return self.view.smoothing * len(values)
 
 
+def by_step(table: pd.DataFrame) -> pd.DataFrame:
+    """Nothing is logged where there is no step."""
+    return table.set_index("step") if "step" in table else table
+
+
 def values(scene: Scene, axes: Axes) -> str:
     for term in scene.terms:
         scene.figure(axes, f"{term}_loss", scene.colours[term], is_noisy=True)
     known = [term for term in ("kd", *scene.terms) if term in scene.terms and f"{term}_loss" in scene.train]
     if not known:
         return "None of the terms shown is logged yet"
-    term, table = known[0], scene.train[["step", f"{known[0]}_loss"]].dropna()
-    first, last = table[f"{term}_loss"].iloc[0], table[f"{term}_loss"].iloc[-1]
+    loss = scene.train[f"{known[0]}_loss"].dropna()
+    first, last = loss.iloc[0], loss.iloc[-1]
     verb = "fell" if last < first else "rose" if last > first else "went"
-    unit, steps = f"nats per {scene.of}", table["step"].iloc[-1]
-    return f"The {term} loss {verb} from {first:.2f} to {last:.2f} {unit} in {steps:,} steps"
+    way = f"from {first:.2f} to {last:.2f} nats per {scene.of}"
+    return f"The {known[0]} loss {verb} {way} in {loss.index[-1]:,} steps"
 
 
 def shares(scene: Scene, axes: Axes) -> str:
-    train, steps = scene.train, scene.train["step"]
-    shown = [term for term in scene.terms if f"{term}_loss" in train]
+    train, shown = scene.train, [term for term in scene.terms if f"{term}_loss" in scene.train]
     by_term = {term: (train[f"{term}_weight"] * train[f"{term}_loss"]).fillna(0.0) for term in shown}
-    curves = [scene.seen(steps, scene.smoothed(each)) for each in (*by_term.values(), train["loss"])]
-    at, floor = thinned(np.stack(curves)), 0.0
-    x = scene.seen(steps, steps)[at]
-    for term, curve in zip(by_term, curves, strict=False):
-        lower, floor = floor + 0 * curve[at], floor + curve[at]
-        axes.fill_between(x, lower, floor, color=scene.colours[term], alpha=0.75, linewidth=0, label=term)
-    axes.plot(x, curves[-1][at], color=INK, linewidth=1, label="loss")
+    curves = pd.DataFrame({term: scene.smoothed(share) for term, share in by_term.items()})
+    curves["whole loss"] = scene.smoothed(train["loss"])
+    curves = scene.seen(curves)
+    curves, floor = curves.iloc[thinned(curves.to_numpy().T)], 0.0
+    for term in shown:
+        lower, floor = floor + 0 * curves[term], floor + curves[term]
+        look = {"color": scene.colours[term], "alpha": 0.75, "linewidth": 0}
+        axes.fill_between(curves.index, lower, floor, label=term, **look)
+    axes.plot(curves.index, curves["whole loss"], color=INK, linewidth=1, label="loss")
     sums = {term: share[np.isfinite(share)].sum() for term, share in by_term.items()}
     whole, lead = train["loss"][np.isfinite(train["loss"])].sum(), max(sums, key=sums.get, default=None)
     if not lead or not whole > 0:
@@ -169,24 +173,20 @@ def shares(scene: Scene, axes: Axes) -> str:
 
 def total(scene: Scene, axes: Axes) -> str:
     """How the last held-out loss compares with the training loss before it: the objective is the same."""
-    train, held_out = scene.train, scene.tail.evaluation
     scene.figure(axes, "loss", TRAIN, is_noisy=True)
     for other, tail, dash in scene.dashed:
-        if "loss" in (table := tail.evaluation):
+        if "loss" in tail.evaluation:
             look = {"color": HELD_OUT, "linestyle": dash, "linewidth": 1}
-            scene.curve(axes, f"{other} held-out", table["step"], table["loss"], **look)
-    if not len(held_out):
-        return f"The training loss is {train['loss'].iloc[-1]:.3f}"
-    look = {
-        "color": HELD_OUT,
-        "linewidth": 1.3,
-        "marker": "o",
-        "markersize": 3.5 if len(held_out) < 60 else 0,
-    }
-    scene.curve(axes, "held-out", held_out["step"], held_out["loss"], **look)
+            scene.curve(axes, by_step(tail.evaluation)["loss"], f"{other} held-out", **look)
+    loss = scene.train["loss"]
+    if not len(scene.tail.evaluation):
+        return f"The training loss is {loss.iloc[-1]:.3f}"
+    held_out = by_step(scene.tail.evaluation)["loss"]
+    look = {"color": HELD_OUT, "linewidth": 1.3, "marker": "o", "markersize": 3.5 * (len(held_out) < 60)}
+    scene.curve(axes, held_out, "held-out", **look)
     scene.crosses(axes, "loss", evaluation=True)
-    at, last = held_out["step"].iloc[-1], held_out["loss"].iloc[-1]
-    near = train["loss"][train["step"].between(0.8 * at, at)].mean()
+    at, last = held_out.index[-1], held_out.iloc[-1]
+    near = loss[(loss.index >= 0.8 * at) & (loss.index <= at)].mean()
     found = f"{last / near:.2f} × the training loss before it" if near > 0 else f"{last:.3f}"
     return f"At step {at:,} the held-out loss is {found}"
 
@@ -195,10 +195,10 @@ def weights(scene: Scene, axes: Axes) -> str:
     train, phases, now = scene.train, scene.phases, {}
     for term in scene.terms:
         name = f"{term}_weight"
-        values = train[name].fillna(0.0) if name in train else 0.0 * train["step"]  # weight 0: not logged
+        values = train[name].fillna(0.0) if name in train else 0.0 * train["epoch"]  # weight 0: not logged
         now[term] = values.iloc[-1]
         scene.planned(axes, name)
-        scene.curve(axes, name, train["step"], values, color=scene.colours[term], linewidth=1.6)
+        scene.curve(axes, values, name, color=scene.colours[term], linewidth=1.6)
     title = "eights now: " + ", ".join(f"{term} {value:.2g}" for term, value in now.items())
     if not phases:
         return f"W{title}"
@@ -212,8 +212,8 @@ def temperature(scene: Scene, axes: Axes) -> str:
     for name in [name for name in scene.train if name.endswith("_temperature")] or ["temperature"]:
         scene.planned(axes, name)
         colour = scene.colours.get(name.removesuffix("_temperature"), INK)
-        scene.curve(axes, name, scene.train["step"], scene.train[name], color=colour, linewidth=1.4)
-    first, last = scene.train["temperature"].iloc[0], scene.train["temperature"].iloc[-1]
+        scene.curve(axes, scene.train[name], name, color=colour, linewidth=1.4)
+    first, last = scene.train["temperature"].iloc[[0, -1]]
     return f"The temperature is {last:.3g}" + (f", from {first:.3g}" if first != last else " throughout")
 
 
@@ -228,13 +228,12 @@ def grad_norm(scene: Scene, axes: Axes) -> str:
     scene.figure(axes, "grad_norm", INK, is_noisy=True)
     by_term = [term for term in scene.terms if f"{term}_grad_norm" in scene.train]
     for term in by_term:
-        logged = scene.train[["step", f"{term}_grad_norm"]].dropna()  # every so many steps
-        smooth = scene.smoothed(logged[f"{term}_grad_norm"])
-        scene.curve(axes, term, logged["step"], smooth, color=scene.colours[term], linewidth=1.2)
+        logged = scene.smoothed(scene.train[f"{term}_grad_norm"].dropna())  # every so many steps
+        scene.curve(axes, logged, term, color=scene.colours[term], linewidth=1.2)
     norm = scene.train["grad_norm"].where(np.isfinite(scene.train["grad_norm"]))
     if not norm.notna().any():
         return "The gradient norm was never finite"
-    most = f"{norm.max():.3g} at most (step {scene.train['step'][norm.idxmax()]:,})"
+    most = f"{norm.max():.3g} at most (step {norm.idxmax():,})"
     coloured = "; coloured: of each term" if by_term else ""
     return f"The gradient norm has a median of {norm.median():.2g} and is {most}{coloured}"
 
