@@ -18,7 +18,7 @@ from markupsafe import Markup
 from kdlib.plots.axes import COLOURS, LABELS
 from kdlib.plots.softening import Predictions
 
-MEASURES = {"kl": "KL to the teacher", "ce": "cross-entropy", "differs": "disagreement"}
+COLOURED_BY = {"kl": "KL to the teacher", "ce": "cross-entropy", "differs": "disagreement"}
 FULL = 0.72  # opacity of the strongest colour
 BROAD = 95  # per cent of the tokens that the colours tell apart; those above are as strong as it gets
 HARDEST = 8  # in the list
@@ -49,13 +49,13 @@ def heat_map(
     Args:
         facts: explorers.json (kdlib.evaluation.predictions.summary); classified rows are coloured as a whole.
         student: one of its students.
-        measure: one of `MEASURES`; with None the page itself offers the choice.
+        measure: one of `COLOURED_BY`; with None the page itself offers the choice.
         marked: the token whose candidates are shown while no other is pointed at; the hardest unless given.
     """
     marked = hardest(facts, student, measure or "kl", 1)[0] if marked is None else marked
     teacher, said = facts["teacher"], facts["students"][student]
-    limits = {name: limit(facts, name) for name in MEASURES}
-    strengths = {n: FULL * np.minimum(values(facts, student, n) / limits[n], 1.0) for n in MEASURES}
+    limits = {name: limit(facts, name) for name in COLOURED_BY}
+    strengths = {n: FULL * np.minimum(values(facts, student, n) / limits[n], 1.0) for n in COLOURED_BY}
     tokens = [
         {
             **token,
@@ -73,7 +73,7 @@ def heat_map(
         style=STYLE,
         who=LABELS.get(student, student),
         measure=measure,
-        measures=MEASURES,
+        measures=COLOURED_BY,
         limits=limits,
         message=partial(message, facts, student),
         tokens=tokens,
@@ -112,7 +112,7 @@ def message(facts: Mapping[str, Any], student: str, measure: str) -> str:
         return f"Teacher and {who} have different first choices at {found.sum():.0f} of {where}"
     half = int(np.searchsorted(np.cumsum(-np.sort(-found)), found.sum() / 2)) + 1
     mean = f"the mean is {found.mean():.2f} nats"
-    return f"Half of the {who}'s {MEASURES[measure]} sits in {half} of {where}; {mean}"
+    return f"Half of the {who}'s {COLOURED_BY[measure]} sits in {half} of {where}; {mean}"
 
 
 def of(facts: Mapping[str, Any]) -> str:
@@ -143,7 +143,7 @@ def candidate_bars(predictions: Predictions, number: int, temperature: float, k:
     teacher, rivals = probs["teacher"], [name for name in probs if name != "teacher"]
     order = np.argsort(-predictions.logits["teacher"][number], kind="stable")[:k]
     longest = max(values[order[:BARS]].max() for values in probs.values())
-    bars = [(name, COLOURS.get(name, "#56b4e9"), values) for name, values in probs.items()]
+    coloured = [(COLOURS.get(name, "#56b4e9"), values) for name, values in probs.items()]
     around = range(max(number - CONTEXT, 0), min(number + 9, len(predictions.texts)))
     return _filled(
         "candidates.html.j2",
@@ -159,7 +159,7 @@ def candidate_bars(predictions: Predictions, number: int, temperature: float, k:
             (
                 predictions.decode(int(token)),
                 token == predictions.targets[number],
-                [(LONGEST * values[token] / longest, colour, values[token]) for _, colour, values in bars],
+                [(LONGEST * values[token] / longest, colour, values[token]) for colour, values in coloured],
             )
             for token in order[:BARS]
         ],

@@ -31,10 +31,10 @@ def static_html(run: Run) -> dict[str, str]:
         return {}
     first, *others = most_trained(facts)
     folded = (f"<details><summary>{LABELS[n]}</summary>{heat_map(facts, n)}</details>" for n in others)
+    by = "Row by row" if of(facts) == "rows" else "Token by token"
     return {
         "Temperature and top k": softening_page(facts),
-        "Row by row" if of(facts) == "rows" else "Token by token": heat_map_page(facts, first)
-        + "".join(folded),
+        by: heat_map_page(facts, first) + "".join(folded),
         "Schedules of the training": schedules_page(run),
     }
 
@@ -52,11 +52,8 @@ def heat_map_page(facts: Mapping[str, Any], student: str) -> str:
 
 def schedules_page(run: Run) -> str:
     """A run's own schedules, and the lines of its config that make them."""
-    own, plans = (
-        run.config.as_dict(),
-        [plan_table(each) for each in (run, StudentFolder(run.path / "dry_run"))],
-    )
-    plan = next((plan for plan in plans if len(plan)), None)
+    plans = [plan_table(each) for each in (run, StudentFolder(run.path / "dry_run"))]
+    own, plan = run.config.as_dict(), next((plan for plan in plans if len(plan)), None)
     settings = {part: {n: own[part][n] for n in names if n in own[part]} for part, names in SETTINGS.items()}
     figure = schedules_of(run.config, steps_of(run), plan)
     picture = _picture(figure, "Learning rate, weights and temperature over the training")

@@ -26,7 +26,7 @@ from kdlib.plots.softening import (
     softening_figure,
     softening_of,
 )
-from kdlib.plots.tokens import MEASURES, candidate_bars, hardest, heat_map, of
+from kdlib.plots.tokens import COLOURED_BY, candidate_bars, hardest, heat_map, of
 from kdlib.reports import explorers as still
 from kdlib.runs.files import read_json
 from kdlib.runs.folder import Run, headless
@@ -54,18 +54,16 @@ def token_heat_map(run: Run) -> widgets.Widget | HTML:
     facts = read_json(run.path / "explorers.json")
     if facts is None:
         raise RunError(f'run {run.name} has no explorers.json yet; call `bench.explore("distilled")` first')
-    return (
-        HTML(still.heat_map_page(facts, still.most_trained(facts)[0]))
-        if headless()
-        else HeatMapExplorer(facts)
-    )
+    if headless():
+        return HTML(still.heat_map_page(facts, still.most_trained(facts)[0]))
+    return HeatMapExplorer(facts)
 
 
 def schedule_designer(run: Run) -> widgets.Widget | HTML:
     """Warm-up, phases, weights and temperature: their curves over training, and the YAML to paste."""
-    return (
-        HTML(still.schedules_page(run)) if headless() else ScheduleDesigner(run.config, still.steps_of(run))
-    )
+    if headless():
+        return HTML(still.schedules_page(run))
+    return ScheduleDesigner(run.config, still.steps_of(run))
 
 
 class TemperatureExplorer(widgets.VBox):
@@ -80,10 +78,8 @@ class TemperatureExplorer(widgets.VBox):
         soft = min(max(temperature, 0.5), 8.0)
         self.token = _slider(widgets.IntSlider, one, 1, min=1, max=count)
         self.temperature = _slider(widgets.FloatSlider, "temperature T", soft, min=0.5, max=8.0, step=0.1)
-        first, options = (
-            max(k for k in self.top if k <= (top_k or USUAL_K)),
-            [(f"{k:,}", k) for k in self.top],
-        )
+        options = [(f"{k:,}", k) for k in self.top]
+        first = max(k for k in self.top if k <= (top_k or USUAL_K))
         self.top_k = _slider(widgets.SelectionSlider, "top k", first, options=options)
         self.bars, self.picture = widgets.HTML(), _picture()
         controls = [self.token, self.temperature, self.top_k]
@@ -109,7 +105,7 @@ class HeatMapExplorer(widgets.VBox):
     def __init__(self, facts: Mapping[str, Any]) -> None:
         self.facts, count = facts, len(facts["tokens"])
         students = [(LABELS.get(name, name), name) for name in facts["students"]]
-        measures = [(words, name) for name, words in MEASURES.items()]
+        measures = [(words, name) for name, words in COLOURED_BY.items()]
         self.student = _slider(widgets.Dropdown, "student", students[0][1], options=students)
         self.measure = _slider(widgets.Dropdown, "coloured by", "kl", options=measures)
         self.rank = _slider(widgets.IntSlider, f"hardest {of(facts).removesuffix('s')}", 1, min=1, max=count)
