@@ -6,9 +6,10 @@ import pytest
 from test_diagnostics_memory import parsed, raw
 
 from kdlib.config import run as configs
-from kdlib.diagnostics.forecast import GIB, cards, remedies, single_changes, verdict
+from kdlib.diagnostics.forecast import GIB, advised, as_text, cards, remedies, single_changes, verdict
 from kdlib.diagnostics.memory import forecast
 from kdlib.workbench import cli
+from kdlib.workbench.measurement import Measured
 
 __all__ = ["raw"]
 
@@ -83,3 +84,13 @@ def test_a_model_that_is_not_there_is_named_without_a_traceback(config_file, mon
 
 def test_a_verdict_leaves_room_for_the_forecasts_error():
     assert [verdict(100, memory) for memory in (116, 110, 99)] == ["fits", "tight", "does not fit"]
+
+
+def test_a_few_real_steps_are_said_beside_the_forecast(raw):
+    took = Measured(step_s=0.421, evaluation_s=12.2, steps=600, evaluations=4, cores_of_others=1.5)
+    data = advised(parsed(raw), forecast) | {"time": took.as_dict()}
+    said = as_text(data | {"measured": {"peak_bytes": 2 * data["peak_in_training"]}})
+    assert "time: 0.42 s per optimizer step, measured on a few real ones" in said
+    assert "other processes kept 1.5 cores busy meanwhile" in said
+    assert "the whole run: 5 min for 600 steps, with 4 evaluations of 12 s" in said
+    assert "ratio 0.50" in said

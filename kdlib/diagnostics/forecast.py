@@ -17,21 +17,6 @@ MARGIN = 0.15  # of the forecast: what it may be wrong by
 CARDS = (8, 12, 16, 24, 40, 48, 80, 141)  # GiB that cards are sold with
 SHORTEST = 64  # tokens of a row, below which nothing is proposed
 BUSY = 0.2  # cores kept busy by others, above which times are doubtful
-PARTS = (
-    "framework",
-    "teacher's weights",
-    "teacher's activations",
-    "student's parameters",
-    "cast weights",
-    "gathered weights",
-    "gradients",
-    "gradient buckets",
-    "optimizer state",
-    "activations",
-    "logits",
-    "head's gradient",
-    "temporaries",
-)
 
 
 @dataclass(frozen=True)
@@ -214,13 +199,8 @@ def advised(
 
 def as_text(data: Mapping[str, Any]) -> str:
     """What `advised` gave, for people; also "time" and "measured", where a few real steps were made."""
-    sections = (
-        _parts(data),
-        _fit(data),
-        _time(data),
-        _cards(data),
-        [f"note: {note}" for note in data["notes"]],
-    )
+    notes = [f"note: {note}" for note in data["notes"]]
+    sections = (_parts(data), _fit(data), _time(data), _cards(data), notes)
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
 
@@ -228,25 +208,20 @@ def _parts(data: Mapping[str, Any]) -> list[str]:
     """A table: a line for each part, a column for each moment."""
     moments, many = data["moments"], data["devices"] > 1
     sizes = ", ".join(f"{name} {count / 1e6:,.1f} M parameters" for name, count in data["parameters"].items())
-    chunk = (
-        f"logits of {data['chunk']} tokens at a time"
-        if data["chunk"]
-        else "all logits at once (no plain head)"
-    )
+    chunk = "all logits at once (no plain head)"
+    if data["chunk"]:
+        chunk = f"logits of {data['chunk']} tokens at a time"
     where = f"on each of {data['devices']} devices" if many else "on one device"
     width = max(map(len, moments)) + 2
-    rows = {name: [parts.get(name, 0) for parts in moments.values()] for name in PARTS}
+    names = dict.fromkeys(name for parts in moments.values() for name in parts)
+    rows = {name: [parts.get(name, 0) for parts in moments.values()] for name in names}
     rows["total"] = [sum(parts.values()) for parts in moments.values()]
     return [
         f"{sizes}; {data['precision']} on {data['device']}; {chunk}",
         f"memory, GiB, {where}, at the highest point of each moment of a step:",
         "",
         f"{'':24}" + "".join(f"{moment:>{width}}" for moment in moments),
-        *(
-            f"{name:24}" + "".join(f"{_gib(size):>{width}}" for size in row)
-            for name, row in rows.items()
-            if any(row)
-        ),
+        *(f"{name:24}" + "".join(f"{_gib(size):>{width}}" for size in row) for name, row in rows.items()),
     ]
 
 

@@ -35,40 +35,24 @@ def device_has_the_dtype(context: Context) -> Iterator[Finding]:
     precision, device = context.config.precision, device_of(context.config.wanted_device).type
     cuda = torch.cuda.get_device_name() if device == "cuda" else ""
     is_recent = bool(cuda) and torch.cuda.get_device_capability()[0] >= 8
+    emulated = "its products are then emulated"
     if precision == "float16" and device == "cpu":
-        yield critical(
-            "precision",
-            "float16 on a CPU",
-            "most CPUs emulate its products, 60 times slower than float32's; and it ends at 65,504, which "
-            "logits pass",
-            "write auto",
-            AUTO,
-        )
+        found, why = "float16 on a CPU", "most CPUs emulate its products, 60 times slower than float32's"
+        why += "; and it ends at 65,504, which logits pass"
     elif precision == "float16" and is_recent:
-        yield warning(
-            "precision",
-            f"float16 on {cuda}, which has bfloat16",
-            "float16 ends at 65,504, which logits and gradients pass; bfloat16 has float32's range at the "
-            "same speed",
-            "write auto",
-            AUTO,
-        )
+        found = f"float16 on {cuda}, which has bfloat16"
+        why = "float16 ends at 65,504, which logits and gradients pass"
+        why += "; bfloat16 has float32's range at the same speed"
     elif precision == "bfloat16" and device == "cpu" and emulates_bf16():
-        yield warning(
-            "precision",
-            "bfloat16 on a CPU without avx512_bf16 or amx_bf16",
-            "its products are then emulated, 4 to 100 times slower than float32's",
-            "write auto",
-            AUTO,
-        )
+        found = "bfloat16 on a CPU without avx512_bf16 or amx_bf16"
+        why = f"{emulated}, 4 to 100 times slower than float32's"
     elif precision == "bfloat16" and cuda and not is_recent:
-        yield warning(
-            "precision",
-            f"bfloat16 on {cuda}, which has no instructions for it",
-            "its products are then emulated, slower than float32's",
-            "write auto",
-            AUTO,
-        )
+        found = f"bfloat16 on {cuda}, which has no instructions for it"
+        why = f"{emulated}, slower than float32's"
+    else:
+        return
+    severity = "critical" if precision == "float16" and device == "cpu" else "warning"
+    yield Finding(severity, "precision", found, why, "write auto", AUTO)
 
 
 def rows_fit_the_positions(context: Context) -> Iterator[Finding]:
