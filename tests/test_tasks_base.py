@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset, load_dataset
 from tiny_classifiers import bert, raw_config
-from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
 
 from kdlib.config.run import parse
 from kdlib.config.task_rules import RULES, TaskRules
@@ -21,7 +21,7 @@ from kdlib.losses.signals import kept
 from kdlib.metrics.bootstrap import Bootstrap, interval
 from kdlib.metrics.names import MEASURES, Measure
 from kdlib.metrics.paired import differences
-from kdlib.models.classifier import blank_classifier, load_classifier
+from kdlib.models.classifier import load_classifier
 from kdlib.models.student import tokenizer_of
 from kdlib.plots.comparison import comparison_bars, comparison_message, quality_table
 from kdlib.runs import folder as runs
@@ -61,6 +61,7 @@ class Counting(Task):
         smoke={"max_train_rows": 8},
     )
     kind = "classifier of texts"
+    auto = AutoModelForSequenceClassification
     known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     checks = ("documents_are_not_cut", texts_have_words)
@@ -78,9 +79,6 @@ class Counting(Task):
 
     def load(self, source, prepared, dtype=torch.float32, *, untrained=False):
         return load_classifier(source, SIDES, dtype, untrained=untrained)
-
-    def blank(self, name, config, dtype):
-        return blank_classifier(name, config, dtype)
 
     def outlined(self, config, student, teacher, vocabulary):
         return Outline(config, student, teacher, 2, self)

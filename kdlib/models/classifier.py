@@ -67,18 +67,6 @@ def _no_report() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def blank_classifier(
-    name: str, config: PreTrainedConfig, dtype: torch.dtype = torch.float32
-) -> PreTrainedModel:
-    """A classifier of this config with random weights; `name` is for the message of an error.
-
-    Raises:
-        ModelError: the config is of no such model.
-    """
-    with explained(name, "classifier"):
-        return AutoModelForSequenceClassification.from_config(config, dtype=dtype).eval()
-
-
 def class_order(name: str, config: PreTrainedConfig, labels: Sequence[str]) -> list[int] | None:
     """Which output of a model stands for each of these classes; None where the model has no such head.
 

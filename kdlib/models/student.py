@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -151,16 +150,6 @@ def with_layers(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConf
     return changed
 
 
-def blank_model(name: str, config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal language model of this config with random weights; `name` is for the message of an error.
-
-    Raises:
-        ModelError: the config is of no such model.
-    """
-    with explained(name, "causal language model"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-
-
 @dataclass(frozen=True)
 class Outline:
     """The two models of a config, known by their configs alone, as they are when the task trains them."""
@@ -179,11 +168,15 @@ class Outline:
 
     def blank_student(self) -> PreTrainedModel:
         """With random weights."""
-        return self.task.blank(self.config.student.source, self.student, torch.float32)
+        return self._blank(self.config.student.source, self.student, torch.float32)
 
     def blank_teacher(self, dtype: torch.dtype) -> PreTrainedModel:
         """Likewise."""
-        return self.task.blank(self.config.teacher.model, self.teacher, dtype)
+        return self._blank(self.config.teacher.model, self.teacher, dtype)
+
+    def _blank(self, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+        with explained(name, self.task.kind):
+            return self.task.auto.from_config(config, dtype=dtype).eval()
 
     def random_batch(self, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Rows of random tokens as long as the config allows."""

@@ -62,7 +62,8 @@ class Task(ABC):
 
     rules: TaskRules
     kind: ClassVar[str]  # of its models, in words
-    known: ClassVar[Mapping[type, Any]]  # transformers' mapping of the configs that have such a model
+    auto: ClassVar[Any]  # transformers' class that makes them from a config
+    known: ClassVar[Mapping[type, Any]]  # its mapping of the configs that have such a model
     checks: ClassVar[Sequence[str | Check]] = ()  # of the doctor, by name in kdlib.diagnostics, or its own
     checks_on_batches: ClassVar[Sequence[str | Check]] = ()  # likewise, with the models loaded
     compared_data: ClassVar[Mapping[str, Any]] = {}  # settings of `data:` where nothing is to be trained
@@ -89,10 +90,6 @@ class Task(ABC):
         self, source: str, prepared: Prepared, dtype: torch.dtype = torch.float32, *, untrained: bool = False
     ) -> Model:
         """A model for these rows; a head that was never trained is refused unless it may be `untrained`."""
-
-    @abstractmethod
-    def blank(self, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> Model:
-        """A model of this config with random weights; `name` is for the message of an error."""
 
     @abstractmethod
     def outlined(

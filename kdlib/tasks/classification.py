@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel as Model,
     PreTrainedTokenizerBase as Tokenizer,
@@ -22,7 +23,7 @@ from kdlib.errors import ModelError
 from kdlib.losses.signals import kept
 from kdlib.metrics.classification import Answers
 from kdlib.metrics.paired import results_of, worst_rows
-from kdlib.models.classifier import blank_classifier, load_classifier, named_classes
+from kdlib.models.classifier import load_classifier, named_classes
 from kdlib.models.efficiency import latency_ms, seconds_of
 from kdlib.models.loading import load_config, load_tokenizer
 from kdlib.models.student import Outline
@@ -42,6 +43,7 @@ class Classification(Task):
 
     rules = RULES["sequence-classification"]
     kind = "classifier of texts"
+    auto = AutoModelForSequenceClassification
     known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     checks = (
         "documents_are_not_cut",
@@ -65,9 +67,6 @@ class Classification(Task):
         self, source: str, prepared: Prepared, dtype: torch.dtype = torch.float32, *, untrained: bool = False
     ) -> Model:
         return load_classifier(source, prepared.labels, dtype, untrained=untrained)
-
-    def blank(self, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> Model:
-        return blank_classifier(name, config, dtype)
 
     def outlined(
         self, config: Config, student: PreTrainedConfig, teacher: PreTrainedConfig, vocabulary: int | None

@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel as Model,
     PreTrainedTokenizerBase as Tokenizer,
@@ -26,7 +27,7 @@ from kdlib.metrics.bootstrap import Bootstrap, interval
 from kdlib.metrics.paired import differences
 from kdlib.models.efficiency import seconds_of
 from kdlib.models.loading import load_model, load_tokenizer
-from kdlib.models.student import Outline, blank_model
+from kdlib.models.student import Outline
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots.tokens import TokenView, token_view
 from kdlib.tasks.base import Comparison, Sample, Task, register
@@ -42,6 +43,7 @@ class LanguageModeling(Task):
 
     rules = RULES["causal-lm"]
     kind = "causal language model"
+    auto = AutoModelForCausalLM
     known = MODEL_FOR_CAUSAL_LM_MAPPING
     checks = (
         "documents_have_something_to_predict",
@@ -58,9 +60,6 @@ class LanguageModeling(Task):
         self, source: str, prepared: Prepared, dtype: torch.dtype = torch.float32, *, untrained: bool = False
     ) -> Model:
         return load_model(source, dtype)
-
-    def blank(self, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> Model:
-        return blank_model(name, config, dtype)
 
     def outlined(
         self, config: Config, student: PreTrainedConfig, teacher: PreTrainedConfig, vocabulary: int | None
