@@ -19,7 +19,8 @@ from torch import Tensor
 
 from kdlib.losses.signals import IGNORED
 
-Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
+Batch = dict[str, Tensor]
+Collate = Callable[[Sequence[Mapping[str, Any]]], Batch]
 # mean measures, and of rows with a class [N, 2] what was said and what was right → {name: figure}
 Figures = Callable[[Mapping[str, float], np.ndarray | None], dict[str, float]]
 
@@ -31,9 +32,7 @@ def perplexity(means: Mapping[str, float], answers: np.ndarray | None = None) ->
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows to train and to evaluate on, how they become batches, and what a reader of the report wants to
-    know about them.
-    """
+    """Rows to train and to evaluate on, how they become batches, and what is to be known about them."""
 
     train: Dataset
     validation: Dataset
@@ -57,7 +56,7 @@ class Prepared:
         return getattr(self, self.measured_on)
 
 
-def collate(rows: Sequence[Mapping[str, Any]], *, pad_id: int) -> dict[str, Tensor]:
+def collate(rows: Sequence[Mapping[str, Any]], *, pad_id: int) -> Batch:
     """Rows to a batch, padded on the right: input_ids, attention_mask, labels, each [B, T].
 
     Labels are `IGNORED` at padding, in prompts, and at each row's first token, which nothing predicts; so the
@@ -72,12 +71,8 @@ def collate(rows: Sequence[Mapping[str, Any]], *, pad_id: int) -> dict[str, Tens
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def collate_classes(
-    rows: Sequence[Mapping[str, Any]], *, pad_id: int, teacher_pad_id: int
-) -> dict[str, Tensor]:
-    """Rows to a batch, padded on the right: input_ids and attention_mask [B, T], labels [B]; the
-    teacher's, where it reads otherwise.
-    """
+def collate_classes(rows: Sequence[Mapping[str, Any]], *, pad_id: int, teacher_pad_id: int) -> Batch:
+    """Likewise: input_ids, attention_mask [B, T], labels [B]; the teacher's too, where it reads otherwise."""
     ids, mask = padded([row["input_ids"] for row in rows], pad_id)
     batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([row["label"] for row in rows])}
     if "teacher_input_ids" in rows[0]:
@@ -100,9 +95,7 @@ def padded(lists: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]
 
 
 def calibration_rows(rows: Dataset, count: int = 8) -> Tensor:
-    """[count, T] text without padding, as the teacher reads it, on which layer influence is measured: the
-    longest of the first.
-    """
+    """[count, T] text without padding, as the teacher reads it: the longest of the first rows."""
     column = "teacher_input_ids" if "teacher_input_ids" in rows.column_names else "input_ids"
     ids = sorted(rows.select(range(min(8 * count, len(rows))))[column], key=len, reverse=True)[:count]
     return torch.tensor([row[: min(map(len, ids))] for row in ids])
@@ -113,17 +106,11 @@ def fingerprint(*parts: Dataset) -> str:
     digest = hashlib.sha256()
     for part in parts:
         lists = [token_lists(part, name) for name in ("input_ids", "read_only") if name in part.column_names]
-        others = [
-            part.with_format("numpy")[:][name]
-            for name in ("prompt_tokens", "label", "is_answer")
-            if name in part.column_names
-        ]
-        for numbers in (
-            *(array for each in lists for array in (each.value_lengths(), each.flatten())),
-            *map(pa.array, others),
-        ):
-            digest.update(len(numbers).to_bytes(8))
-            digest.update(np.ascontiguousarray(numbers.to_numpy(zero_copy_only=False), dtype="<i8"))
+        plain = [name for name in ("prompt_tokens", "label", "is_answer") if name in part.column_names]
+        numbers = [array for each in lists for array in (each.value_lengths(), each.flatten())]
+        for array in [*numbers, *(pa.array(part.with_format("numpy")[:][name]) for name in plain)]:
+            digest.update(len(array).to_bytes(8))
+            digest.update(np.ascontiguousarray(array.to_numpy(zero_copy_only=False), dtype="<i8"))
     return digest.hexdigest()[:16]
 
 

@@ -1,5 +1,4 @@
-"""A source's rows as items: something given, and what is to be answered; forms of rows, told by their
-columns.
+"""A source's rows as items: something given, and what is to be answered; the form is told by the columns.
 
 multiple choice       question, choices, answer: names as in data.question, data.choices, data.answer
 messages              messages: [{role, content}, …], the last one the assistant's
@@ -43,21 +42,16 @@ def form_of(config: DataConfig, rows: Dataset) -> str:
         DataError: none of them; the message says which columns are missing.
     """
     found, wanted = rows.column_names, (config.question, config.choices, config.answer)
-    columns = {
-        "multiple choice": wanted,
-        "messages": ("messages",),
-        "prompt and response": ("prompt", "response"),
-    }
+    pair = ("prompt", "response")
+    columns = {"multiple choice": wanted, "messages": ("messages",), "prompt and response": pair}
     for form, names in columns.items():
         if set(names) <= set(found):
             return form
-    missing = [name for name in wanted if name not in found]
-    near = "".join(nearest(name, found) for name in missing)
+    near = "".join(nearest(name, found) for name in wanted if name not in found)
     raise DataError(
         f"{config.source}: found the columns {', '.join(found)}{near}; needed are {', '.join(wanted)} (for "
-        "multiple choice), or prompt and "
-        "response, or messages; name the columns of a multiple choice in data.question, data.choices and "
-        "data.answer"
+        "multiple choice), or prompt and response, or messages; name the columns of a multiple choice in "
+        "data.question, data.choices and data.answer"
     )
 
 
@@ -67,18 +61,15 @@ def read_items(config: DataConfig, rows: Dataset, split: str, form: str) -> list
     Raises:
         DataError: the rows of which nothing can be asked, one by one.
     """
-    if form_of(config, rows) != form:
+    if (other := form_of(config, rows)) != form:
         raise DataError(
-            f"{config.source}: {split} has {form_of(config, rows)} and train has {form}; needed is one form "
-            "in all splits"
+            f"{config.source}: {split} has {other} and train has {form}; needed is one form in all splits"
         )
     readers = {"multiple choice": _multiple_choice, "messages": _conversation, "prompt and response": _pair}
     wheres = [f"row {number} of {split}" for number in range(len(rows))]
-    nothing = "with nothing to ask or to answer; mend them, or take them out"
     each, read = list(zip(wheres, rows, strict=True)), readers[form]
-    return collected(
-        lambda one: read(config, *one), each, wheres, f"{config.source}: {{count}} of {split} {nothing}"
-    )
+    found = f"{config.source}: {{count}} of {split} with nothing to ask or to answer"
+    return collected(lambda one: read(config, *one), each, wheres, f"{found}; mend them, or take them out")
 
 
 def collected(make: Callable[[Any], Any], each: Sequence, wheres: Sequence[str], found: str) -> list[Any]:
@@ -110,15 +101,13 @@ def _multiple_choice(config: DataConfig, where: str, row: Mapping[str, Any]) -> 
 
 
 def _choices(value: Any, column: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The choices' texts, and their labels where they have some (ARC); a cell of a table holds a list as
-    JSON.
-    """
+    """The choices' texts, and labels where they have some (ARC); a table's cell holds a list as JSON."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except json.JSONDecodeError:
             raise Fault(f"{column} = {value[:60]!r}; needed is a list of choices") from None
-    labels = ()
+    labels: tuple[str, ...] = ()
     if isinstance(value, Mapping):
         value, labels = value.get("text"), tuple(map(str, value.get("label") or ()))
     if not isinstance(value, list):
@@ -127,45 +116,32 @@ def _choices(value: Any, column: str) -> tuple[tuple[str, ...], tuple[str, ...]]
         raise Fault(f"{len(value)} choice{'s' * (len(value) != 1)}; needed are two or more to choose among")
     if labels and len(labels) != len(value):
         raise Fault(f"{len(value)} choices with {len(labels)} labels")
-    return tuple(_text(_written(each), f"choice {number}") for number, each in enumerate(value)), labels
+    written = [str(each) if type(each) in (int, float) else each for each in value]
+    return tuple(_text(each, f"choice {number}") for number, each in enumerate(written)), labels
 
 
 def _right(answer: Any, choices: Sequence[str], labels: Sequence[str], column: str) -> int:
-    """Which choice is right: by its label where there are some, its text, its letter A to Z, or its
-    number from 0.
-    """
-    answer = (
-        int(answer)
-        if isinstance(answer, float) and math.isfinite(answer) and answer == int(answer)
-        else answer
-    )
+    """Which choice is right: by its label where there are some, its text, letter A to Z, or number from 0."""
+    if isinstance(answer, float) and math.isfinite(answer) and answer == int(answer):
+        answer = int(answer)
     words = answer.strip() if isinstance(answer, str) else str(answer)
     if answer is None or isinstance(answer, bool) or not words:
         raise Fault(f"no answer: {column} = {answer!r}; needed is a choice's number, letter or text")
     if words in labels:
         return labels.index(words)
-    if isinstance(answer, str) and (
-        same := [number for number, choice in enumerate(choices) if choice.strip() == words]
-    ):
-        if len(same) > 1:
-            raise Fault(
-                f"the answer {answer!r} is the text of the choices {' and '.join(map(str, same))}; say "
-                "which, by its number"
-            )
+    same = [number for number, choice in enumerate(choices) if choice.strip() == words]
+    if isinstance(answer, str) and len(same) > 1:
+        numbers = " and ".join(map(str, same))
+        raise Fault(f"the answer {answer!r} is the text of the choices {numbers}; say which, by its number")
+    if isinstance(answer, str) and same:
         return same[0]
+    is_letter = len(words) == 1 and words.isalpha()
     place = (
-        string.ascii_uppercase.find(words.upper())
-        if len(words) == 1 and words.isalpha()
-        else int(words)
-        if words.isdecimal()
-        else -1
+        string.ascii_uppercase.find(words.upper()) if is_letter else int(words) if words.isdecimal() else -1
     )
     if labels or not 0 <= place < len(choices):
-        among = (
-            ", ".join(labels)
-            if labels
-            else f"0 to {len(choices) - 1}, A to {string.ascii_uppercase[min(len(choices), 26) - 1]}"
-        )
+        last = string.ascii_uppercase[min(len(choices), 26) - 1]
+        among = ", ".join(labels) or f"0 to {len(choices) - 1}, A to {last}"
         raise Fault(
             f"the answer {answer!r} is none of the {len(choices)} choices ({among}, or a choice's text)"
         )
@@ -182,16 +158,14 @@ def _conversation(config: DataConfig, where: str, row: Mapping[str, Any]) -> Ite
         raise Fault(f"messages = {messages!r}; needed is a list of {{role, content}}")
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or message.get("role") not in ROLES:
-            raise Fault(
-                f"message {number} = {message!r}; needed is {{role, content}} with a role of "
-                f"{', '.join(ROLES)}"
-            )
+            roles = ", ".join(ROLES)
+            raise Fault(f"message {number} = {message!r}; needed is {{role, content}} with a role of {roles}")
         _text(message.get("content"), f"the content of message {number}")
     roles = [message["role"] for message in messages]
     if roles[-1] != "assistant" or roles[0] == "assistant":
         raise Fault(
-            f"the roles are {', '.join(roles)}; needed is a beginning by someone else, and the assistant at "
-            "the end"
+            f"the roles are {', '.join(roles)}; needed is a beginning by someone else, and the assistant "
+            "at the end"
         )
     asked = "\n".join(message["content"] for message in messages[: roles.index("assistant")])
     spoken = tuple((message["role"], message["content"]) for message in messages)
@@ -200,14 +174,6 @@ def _conversation(config: DataConfig, where: str, row: Mapping[str, Any]) -> Ite
 
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise Fault(
-            f"{what} is "
-            f"{'empty' if value is None or value == '' or isinstance(value, str) else repr(value)}; needed "
-            "is a text"
-        )
+        found = "empty" if value is None or isinstance(value, str) else repr(value)
+        raise Fault(f"{what} is {found}; needed is a text")
     return value
-
-
-def _written(value: Any) -> Any:
-    """A choice that is a number, as text."""
-    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value

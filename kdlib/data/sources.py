@@ -1,6 +1,4 @@
-"""Where texts and questions come from: a built-in name, a file, a folder, or the hub; splits of rows, as
-they are there.
-"""
+"""Where texts and questions come from: a built-in name, a file, a folder, or the hub."""
 
 import ast
 import glob
@@ -88,10 +86,10 @@ def read_splits(config: DataConfig) -> DatasetDict:
 def check_column(config: DataConfig, rows: Dataset, column: str, setting: str) -> None:
     """Refuse a column that is not there; `setting` names it in the config."""
     if column not in rows.column_names:
+        near, what = nearest(column, rows.column_names), setting.rpartition(".")[2]
         raise DataError(
-            f"{config.source}: no column {column!r}{nearest(column, rows.column_names)}; it has "
-            f"{', '.join(rows.column_names)}: "
-            f"name the one with the {setting.rpartition('.')[2]} in {setting}"
+            f"{config.source}: no column {column!r}{near}; it has {', '.join(rows.column_names)}: name the "
+            f"one with the {what} in {setting}"
         )
 
 

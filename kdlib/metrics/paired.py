@@ -12,6 +12,7 @@ from kdlib.metrics.bootstrap import Bootstrap, interval, mcnemar
 from kdlib.metrics.classification import Answers, ItemFigures, details
 
 CENTRED = ("ece",)  # chance parts accuracy from confidence in every bin, and resampling adds more of it
+ON_MISTAKES = ("repeated", "mended")  # of the teacher's: shares that are repeated, and answered rightly
 FEW_GROUPS = 10  # of which a bootstrap's intervals are far too narrow
 LONGEST = 300  # characters of a text that is shown
 TOP = 3  # classes shown of a distribution
@@ -51,22 +52,22 @@ def results_of(
     bootstrap = Bootstrap(len(teacher), resamples, seed, groups)
     figures, entries = _figures(models, bootstrap, classes=bool(labels)), {}
     for name, answers in models.items():
-        f1, repeated, mended = (figures[name].pop(m, None) for m in ("f1", "repeated", "mended"))
+        behind = {m: figures[name].pop(m) for m in ("f1", *ON_MISTAKES) if m in figures[name]}
         # the teacher agrees with itself for certain
         shares = {"accuracy": independent, "agreement": None if answers is teacher else independent}
-        entries[name] = entry = {
+        entry: dict[str, Any] = {
             m: interval(value, drawn, centred=m in CENTRED, share_of=shares.get(m))
             for m, (value, drawn) in figures[name].items()
         }
         entry["ece"]["low"] = max(entry["ece"]["low"], 0.0)
         if missed := int((~teacher.right).sum()):
             share_of = min(missed, independent) if answers is not teacher else None
-            both = {"repeated": repeated, "mended": mended}
-            shown = {m: interval(*pair, share_of=share_of) for m, pair in both.items()}
+            shown = {m: interval(*behind[m], share_of=share_of) for m in ON_MISTAKES}
             entry["on_teachers_mistakes"] = {"rows": missed, **shown}
         entry |= details(answers, labels)
         for number, of_class in enumerate(entry.get("per_class", [])):
-            of_class["f1"] = _f1(of_class["f1"], f1[1][:, number])
+            of_class["f1"] = _f1(of_class["f1"], behind["f1"][1][:, number])
+        entries[name] = entry
     return {
         "models": entries,
         "differences": differences(figures, CENTRED),
