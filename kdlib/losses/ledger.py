@@ -1,7 +1,7 @@
 """The ledger: what a step cost, term by term, with sum, count and weight kept apart."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
 from typing import Any
@@ -43,10 +43,6 @@ class Ledger:
         """The loss: sum of weight x sum / count.  The only place where a total is made."""
         return reduce(add, [entry.share for entry in self.entries.values()])
 
-    def detach(self) -> "Ledger":
-        """The same figures without their graph, to be kept for the log."""
-        return Ledger({name: replace(entry, sum=entry.sum.detach()) for name, entry in self.entries.items()})
-
 
 class LedgerWindow:
     """Sums the ledgers of the optimizer steps between two log lines, without waiting for the device.
@@ -65,9 +61,9 @@ class LedgerWindow:
     def add(self, ledger: Ledger, step: int) -> None:
         """Take in a micro-batch of an optimizer step; its entries are divided by the whole step's count."""
         self.steps.add(step)
-        for name, entry in ledger.detach().entries.items():
-            self.means[name] = self.means.get(name, 0.0) + entry.mean
-            self.shares[name] = self.shares.get(name, 0.0) + entry.share
+        for name, entry in ledger.entries.items():  # without their graph
+            self.means[name] = self.means.get(name, 0.0) + entry.mean.detach()
+            self.shares[name] = self.shares.get(name, 0.0) + entry.share.detach()
             self.weights.setdefault(name, {})[step] = entry.weight
 
     def figures(self, over_ranks: Callable[[Tensor], Any] = float) -> dict[str, tuple[float, float]]:

@@ -144,10 +144,6 @@ class ObjectiveAt:
     normalise: bool = True
     layers: str = "even"
 
-    def alone(self, name: str) -> "ObjectiveAt":
-        """The same with this term only."""
-        return replace(self, weights={name: self.weights[name]})
-
     @property
     def needs_teacher(self) -> bool:
         return any(name != "ce" for name in self.weights)
@@ -238,8 +234,8 @@ def shares(
     student: Signal, teacher: Signal | None, targets: Tensor, *, at: ObjectiveAt, chunk: int | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Each term by itself: weight x mean over these tokens, made as it is asked for, with its own graph."""
-    for name in at.weights:
-        alone, space = at.alone(name), Workspace(chunk)  # its own, as nothing is to be compiled for this
+    for name, weight in at.weights.items():
+        alone, space = replace(at, weights={name: weight}), Workspace(chunk)  # nothing compiled for this
         yield name, ledger(student, teacher, targets, at=alone, count=len(targets), workspace=space).total
 
 
