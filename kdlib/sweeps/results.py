@@ -281,12 +281,3 @@ def gain_words(gain: Mapping[str, Any], metric: str) -> str:
         f"Against the same student trained without a teacher, {over}: {WORDS[metric]} "
         f"{with_interval(gain, '+')}, {how}: {words[helps(gain, metric)]}{alone}"
     )
-
-
-def clear_words(results: Sequence[Mapping[str, Any]]) -> str:
-    """In which measures the two students differ beyond the interval, and in which not."""
-    found: dict[bool | None, list[str]] = {True: [], False: [], None: []}
-    for name in common(results)[1]:
-        found[helps(gain_of(results, name), name)].append(MEASURES[name].brief)
-    how = {True: "better", False: "worse", None: "no clear difference in"}
-    return "; ".join(f"{how[answer]} {', '.join(names)}" for answer, names in found.items() if names)
