@@ -11,7 +11,7 @@ from made_log import logged, logged_run
 from kdlib.config.run import parse
 from kdlib.plots import training as plots
 from kdlib.plots.axes import png
-from kdlib.plots.training_panels import View
+from kdlib.plots.training_panels import Panel, View, one
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run
 from kdlib.runs.log import Tail, append_metrics
@@ -156,3 +156,11 @@ def test_a_training_by_hand_that_is_quiet_is_said_to_be_and_one_that_ended_is_tr
     assert headline(progress(run)) == "first  ·  no news for 5 min"
     run.history.write_text("[]")
     assert headline(progress(run)) == "first  ·  trained"
+
+
+def test_a_panel_of_a_logged_figure_is_one_line(run, monkeypatch):
+    append_metrics(run, logged(11, gpu_watts=250.0))
+    panel = Panel("gpu_watts", one("The GPU takes {most:.0f} W at most"), 0.5, "W")
+    monkeypatch.setattr(plots, "PANELS", (*plots.PANELS, panel))
+    assert titles(run)["gpu_watts"] == "The GPU takes 250 W at most"
+    assert lines(plots.dashboard(progress(run)), "gpu_watts")["gpu_watts"][-1].tolist() == [11, 250]

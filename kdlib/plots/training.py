@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from kdlib.errors import ConfigError
 from kdlib.plots.axes import INK, SHADE, SOFT, colours_of
 from kdlib.plots.comparison import LEARNED, comparison_figures, learning_curves
-from kdlib.plots.training_panels import HELD_OUT, PANELS, TRAIN, Panel, Scene, View, weights
+from kdlib.plots.training_panels import HELD_OUT, PANELS, TRAIN, Panel, Scene, View
 from kdlib.runs.folder import Run
 from kdlib.runs.log import eval_table, training_table
 from kdlib.runs.progress import Progress, headline, held_out_line, progress, where_line
@@ -42,7 +42,7 @@ def run_figures(run: Run, results: Mapping[str, Any] | None) -> dict[str, Figure
 def dashboard(training: Progress, view: View | None = None, others: Sequence[Progress] = ()) -> Figure:
     """The whole picture of a training, with other trainings behind it, dashed."""
     scene = _scene(training, view or View(), others)
-    panels = [panel for panel in PANELS if panel.needs in scene.train]
+    panels = [panel for panel in PANELS if (panel.needs or panel.name) in scene.train]
     tall = HEAD + sum(panel.height + GAP for panel in panels) - GAP + FOOT if panels else BLANK
     figure = Figure(figsize=(WIDTH, tall), facecolor="white")
     _head(figure, training, has_panels=bool(panels))
@@ -51,7 +51,7 @@ def dashboard(training: Progress, view: View | None = None, others: Sequence[Pro
     top, first = HEAD, None
     for panel in panels:
         box = (LEFT / WIDTH, 1 - (top + panel.height) / tall, 1 - (LEFT + RIGHT) / WIDTH, panel.height / tall)
-        axes = figure.add_axes(box, sharex=first, label=panel.draw.__name__)
+        axes = figure.add_axes(box, sharex=first, label=panel.name)
         _draw(panel, scene, axes, title_above=GAP / 6 if first else EPOCHS)
         first, top = first or axes, top + panel.height + GAP
     _steps_and_epochs(scene, first, axes)
@@ -122,7 +122,7 @@ def _draw(panel: Panel, scene: Scene, axes: Axes, *, title_above: float) -> None
         LogLocator(subs=(1, 2, 5), numticks=ticks) if is_wide else MaxNLocator(min(ticks, 5))
     )
     axes.yaxis.set_major_formatter(lambda value, _: "0" if value == 0 else panel.form.format(value))
-    _phases(scene, axes, named=panel.draw is weights)
+    _phases(scene, axes, named=panel.name == "weights")
 
 
 def _phases(scene: Scene, axes: Axes, *, named: bool) -> None:

@@ -1,6 +1,7 @@
 """The panels of a training's picture: what each draws, and says in its title.  Imports no torch.
 
-A panel is a function that draws a scene into axes and returns the title, and a line in `PANELS`.
+A panel is a line in `PANELS`, and a function that draws a scene into axes and returns the title: for a
+logged figure alone, `one`.
 """
 
 import math
@@ -238,26 +239,23 @@ def grad_norm(scene: Scene, axes: Axes) -> str:
     return f"The gradient norm has a median of {norm.median():.2g} and is {most}{coloured}"
 
 
-def tokens_per_s(scene: Scene, axes: Axes) -> str:
-    scene.figure(axes, "tokens_per_s", INK, is_noisy=True)
-    return f"{scene.train['tokens_per_s'].median():,.0f} tokens per second (median)"
+def one(says: str, *, is_noisy: bool = True) -> Callable[[Scene, Axes], str]:
+    """A panel of nothing but the figure it is named after; `says` is its title, of `median` or `most`."""
 
+    def draw(scene: Scene, axes: Axes) -> str:
+        scene.figure(axes, axes.get_label(), INK, is_noisy=is_noisy)
+        found = scene.train[axes.get_label()]
+        return says.format(median=found.median(), most=found.max())
 
-def rows_per_s(scene: Scene, axes: Axes) -> str:
-    scene.figure(axes, "rows_per_s", INK, is_noisy=True)
-    return f"{scene.train['rows_per_s'].median():,.0f} rows per second (median)"
-
-
-def memory_gib(scene: Scene, axes: Axes) -> str:
-    scene.figure(axes, "memory_gib", INK)
-    return f"Memory in use: {scene.train['memory_gib'].max():.2f} GiB at most"
+    return draw
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One of the pictures above each other: shown where `needs` was logged.
+    """One of the pictures above each other.
 
     Attributes:
+        name: of its axes; shown where a figure of this name was logged, or what it needs instead.
         draw: draws the scene into axes and returns the title.
         height: inches.
         unit: of the y axis.
@@ -266,24 +264,25 @@ class Panel:
         from_zero: with 0 in sight.
     """
 
+    name: str
     draw: Callable[[Scene, Axes], str]
-    needs: str
     height: float
     unit: str
+    needs: str = ""
     form: str = "{:,.6g}"
     log: bool = False
     from_zero: bool = True
 
 
 PANELS = (
-    Panel(values, "loss", 1.7, "nats per token", log=True, from_zero=False),
-    Panel(shares, "loss", 1.5, "weight × value,\nnats per token"),
-    Panel(total, "loss", 1.15, "nats per token", from_zero=False),
-    Panel(weights, "loss", 0.8, "weight"),
-    Panel(temperature, "temperature", 0.5, "T", from_zero=False),
-    Panel(learning_rate, "learning_rate", 0.65, "learning\nrate", form="{:.1e}"),
-    Panel(grad_norm, "grad_norm", 0.95, "L2 norm", log=True, from_zero=False),
-    Panel(tokens_per_s, "tokens_per_s", 0.5, "tokens/s"),
-    Panel(rows_per_s, "rows_per_s", 0.5, "rows/s"),
-    Panel(memory_gib, "memory_gib", 0.5, "GiB"),
+    Panel("values", values, 1.7, "nats per token", needs="loss", log=True, from_zero=False),
+    Panel("shares", shares, 1.5, "weight × value,\nnats per token", needs="loss"),
+    Panel("total", total, 1.15, "nats per token", needs="loss", from_zero=False),
+    Panel("weights", weights, 0.8, "weight", needs="loss"),
+    Panel("temperature", temperature, 0.5, "T", from_zero=False),
+    Panel("learning_rate", learning_rate, 0.65, "learning\nrate", form="{:.1e}"),
+    Panel("grad_norm", grad_norm, 0.95, "L2 norm", log=True, from_zero=False),
+    Panel("tokens_per_s", one("{median:,.0f} tokens per second (median)"), 0.5, "tokens/s"),
+    Panel("rows_per_s", one("{median:,.0f} rows per second (median)"), 0.5, "rows/s"),
+    Panel("memory_gib", one("Memory in use: {most:.2f} GiB at most", is_noisy=False), 0.5, "GiB"),
 )
