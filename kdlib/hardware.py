@@ -155,7 +155,7 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def as_asked() -> Iterator[None]:
-    """Inside, `product_dtype` gives what it is given: for the rehearsal of another device."""
+    """Inside, `product_dtype` gives what it is given: for a fake step of another device."""
     token = _native.set(True)
     try:
         yield

@@ -9,7 +9,7 @@ that a mean of means or a leak of padding shows.  Rows that are classified have 
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -115,7 +115,7 @@ def shortened(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _with_little_prompt(row: Mapping[str, Any], *, learned: int) -> dict[str, Any]:
-    """The row's last tokens; what is learned begins `learned` tokens before its answer, or where they do."""
+    """The row's last tokens, learned from `learned` tokens before its answer on, where there are so many."""
     ids = list(row["input_ids"][: row["prompt_tokens"] + LONGEST // 2])
     start = max(len(ids) - LONGEST * learned // ROWS, 0)
     return {"input_ids": ids[start:], "prompt_tokens": max(row["prompt_tokens"] - start - learned, 1)}
@@ -132,21 +132,28 @@ def tested_fractions(config: Config) -> list[float]:
 
 
 @contextmanager
-def without_dropout(model: PreTrainedModel) -> Iterator[None]:
-    """Dropout and layer drop off inside, in every module and the config, whichever the forward pass reads."""
-    found = [
-        (part, name, value)
-        for part in (*model.modules(), model.config)
-        for name, value in vars(part).items()
-        if type(value) is float and ("drop" in name or (name == "p" and "Dropout" in type(part).__name__))
-    ]
-    for part, name, _ in found:
-        setattr(part, name, 0.0)
+def _instead(*changes: tuple[Any, str, Any]) -> Iterator[None]:
+    """Inside, each (object, attribute, value) holds; afterwards what was before."""
+    usual = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    for owner, name, value in changes:
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        for part, name, value in found:
-            setattr(part, name, value)
+        for owner, name, value in usual:
+            setattr(owner, name, value)
+
+
+def without_dropout(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Dropout and layer drop off inside, in every module and the config, whichever the forward pass reads."""
+    return _instead(
+        *((owner, name, 0.0) for owner in (*model.modules(), model.config) for name in _dropouts(owner))
+    )
+
+
+def _dropouts(owner: Any) -> list[str]:
+    floats = [name for name, value in vars(owner).items() if type(value) is float]
+    return [name for name in floats if "drop" in name or (name == "p" and "Dropout" in type(owner).__name__)]
 
 
 def _trainer(config, student, teacher, tokenizer, prepared, rows, folder: Path) -> DistillationTrainer:
@@ -191,7 +198,9 @@ def _compared(
         how = f"{chunk} logits at a time = all at once"
         if not trainer.form:
             how = "logits all at once, twice: this head is no plain matrix"
-        with _dense_logits(trainer):
+        with _instead(
+            (trainer, "form", None), (trainer.teacher, "form", None)
+        ):  # made by the models themselves
             other, its_slopes = _step(trainer, [whole])
         yield f"{how}, terms", _furthest(sums, other, tokens), terms
         yield f"{how}, gradient", _apart(slopes, its_slopes), gradient
@@ -224,17 +233,6 @@ def _step(
     return sums, slopes
 
 
-@contextmanager
-def _dense_logits(trainer: DistillationTrainer) -> Iterator[None]:
-    """Inside, student's and teacher's logits are made by the models themselves, all at once."""
-    forms = trainer.form, trainer.teacher.form
-    trainer.form = trainer.teacher.form = None
-    try:
-        yield
-    finally:
-        trainer.form, trainer.teacher.form = forms
-
-
 def _evaluated(trainer: DistillationTrainer, batch: Mapping[str, Tensor]) -> dict[str, float]:
     """The loss, the terms and kl_to_teacher as an evaluation here gives them, per token."""
     figures = trainer.evaluation_loop([batch], "parity").metrics
@@ -250,13 +248,10 @@ def _against_itself(trainer: DistillationTrainer, batch: Mapping[str, Tensor]) -
     """
     read = {name: values for name, values in batch.items() if name.startswith("teacher_")}
     batch = {**batch, **{name.removeprefix("teacher_"): values for name, values in read.items()}}
-    usual = trainer.model, trainer.form, trainer.layer_pairs
-    trainer.model, trainer.form = trainer.teacher.model, trainer.teacher.form
-    trainer.layer_pairs = [(theirs, theirs) for _, theirs in trainer.layer_pairs]
-    try:
+    teacher, pairs = trainer.teacher, [(theirs, theirs) for _, theirs in trainer.layer_pairs]
+    itself = (("model", teacher.model), ("form", teacher.form), ("layer_pairs", pairs))
+    with _instead(*((trainer, name, value) for name, value in itself)):
         figures = _evaluated(trainer, batch)
-    finally:
-        trainer.model, trainer.form, trainer.layer_pairs = usual
     return max(abs(value) for name, value in figures.items() if name not in CONTRASTIVE | {"loss"})
 
 
