@@ -27,19 +27,18 @@ FORM = {
 }
 
 
-def read_metrics(folder: StudentFolder, *, up_to_step: int | None = None) -> list[dict[str, Any]]:
+def read_metrics(folder: StudentFolder) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; a last line torn by a kill is left out."""
     if not folder.metrics.exists():
         return []
     text = folder.metrics.read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-    return [line for line in lines if up_to_step is None or line["train/step"] <= up_to_step]
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def cut_metrics(folder: StudentFolder, step: int) -> None:
     """Drop what was logged after this step: training goes on from there and will log it again."""
     if folder.metrics.exists():
-        lines = read_metrics(folder, up_to_step=step)
+        lines = [line for line in read_metrics(folder) if line["train/step"] <= step]
         write_text(folder.metrics, "".join(json.dumps(line) + "\n" for line in lines))
 
 

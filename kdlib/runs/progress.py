@@ -110,7 +110,12 @@ def progress(run: Run, folder: StudentFolder | None = None, tail: Tail | None = 
 
 def headline(progress: Progress) -> str:
     """Which run, and how it stands."""
-    return f"{progress.name}  ·  {state_words(progress)}"
+    words = progress.state
+    if words == "quiet":
+        words = f"no news for {duration(progress.quiet_s)}"
+    elif words in ("created", "running"):
+        words = "training" if len(progress.tail.train) else "nothing logged yet"
+    return f"{progress.name}  ·  {words}"
 
 
 def where_line(progress: Progress) -> str:
@@ -121,15 +126,6 @@ def where_line(progress: Progress) -> str:
     left = progress.seconds_left
     of = f" of {progress.steps:,}" if progress.steps > progress.step else ""
     return f"step {progress.step:,}{of}" + (f"  ·  {duration(left)} left" if left is not None else "")
-
-
-def state_words(progress: Progress) -> str:
-    """The state as one reads it."""
-    if progress.state == "quiet":
-        return f"no news for {duration(progress.quiet_s)}"
-    if progress.state in ("created", "running"):
-        return "training" if len(progress.tail.train) else "nothing logged yet"
-    return progress.state
 
 
 def held_out_line(progress: Progress) -> str:
