@@ -302,7 +302,7 @@ def test_scores_and_accuracies_are_those_of_lm_eval(name, folders, tmp_path):
     tokenizer, model = (
         load(name if name in BUILT_IN else str(folders["teacher"])) for load in (load_tokenizer, load_model)
     )
-    count = 8 if name in BUILT_IN else 60
+    count = 4 if name in BUILT_IN else 30
     prepared = prepare(
         DataConfig(
             source=str(written(multiple_choice(2 * count), tmp_path / "q.jsonl")),

@@ -1,11 +1,9 @@
-"""configs/dbpedia_soft.yaml through all notebooks with nothing but its paths put right: models of its
+"""configs/dbpedia_soft.yaml through every stage with nothing but its paths put right: models of its
 family, rows of its form.
 """
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,9 @@ from made_answers import CLASSES
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from kdlib.config.run import load
-from kdlib.runs.folder import Run, project_root
+from kdlib.reports.run import render
+from kdlib.runs.folder import project_root
+from kdlib.workbench.session import open_run
 
 CONFIG = "configs/dbpedia_soft.yaml"
 
@@ -89,40 +89,35 @@ def test_the_preset_says_what_the_project_did():
 
 
 @pytest.mark.slow
-def test_a_folder_of_dbpedias_form_runs_the_preset_through_all_notebooks(tmp_path):
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_a_folder_of_dbpedias_form_goes_through_every_stage_of_the_preset(tmp_path, monkeypatch, capfd):
+    """What the notebooks call, in one process; questions go through notebooks (tests/test_whole_runs.py)."""
+    monkeypatch.chdir(project_root())
     teacher, student = (
         qwen(tmp_path / "teacher", layers=3, size=300),
         qwen(tmp_path / "student", layers=2, size=280),
     )
     paths = {"teacher.model": teacher, "student.from": student, "data.source": dbpedia(tmp_path)}
-    words = [word for path, value in paths.items() for word in ("-o", f"{path}={value}")]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "kdlib",
-            "run",
-            CONFIG,
-            "--name",
-            "topics",
-            *words,
-            "--runs",
-            tmp_path / "runs",
-            "--reports",
-            tmp_path / "reports",
-        ],
-        cwd=project_root(),
-        capture_output=True,
-        text=True,
+    bench = open_run(
+        CONFIG, str(tmp_path / "runs" / "topics"), {k: str(v) for k, v in paths.items()}, new=True
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    run = Run(tmp_path / "runs" / "topics")
-    results = json.loads((run.path / "comparison_results.json").read_text())
+    bench.setup()
+    bench.doctor()
+    bench.shapes()
+    assert "its class" in str(bench.example())
+    assert "fail" not in set(bench.selftest()["result"])
+    bench.dry_run()
+    bench.train()
+    bench.train_baseline()
+    results, run = bench.compare(), bench.run
+    bench.explore("distilled", "baseline")
+    render(run, tmp_path / "reports")
+    assert results == json.loads((run.path / "comparison_results.json").read_text())
     assert (results["split"], results["rows"], results["labels"]) == ("test", 140, list(CLASSES))
     assert set(results["models"]) == {"teacher", "untrained", "baseline", "distilled"}
     assert sum(run.manifest["data"]["train_classes"].values()) == 378  # a tenth of each class is held out
     assert set(run.manifest["data"]["validation_classes"].values()) == {3}
-    assert "trained for the task first" in done.stdout
+    assert "trained for the task first" in capfd.readouterr().out
     assert any("eval/accuracy" in line for line in map(json.loads, run.metrics.read_text().splitlines()))
     page = (tmp_path / "reports" / "topics" / "report.html").read_text()
     assert "Mean of transportation" in page
