@@ -286,10 +286,9 @@ def test_the_benchmark_notebook_runs_through_and_leaves_a_report(teacher_folder,
         f"steps.teacher={teacher_folder}",
         "steps.student_layers=2",
         "heads.bfloat16=null",
-        "heads.memory=[ours]",
-        "steps.contenders=[ours_kd,teacher]",
-        # each is compiled for seconds
-        "heads.float32.cases=[floor,naive,ours,ours_eager,ours_generalized_jsd]",
+        "heads.memory=[ours_eager]",  # what is compiled is compiled for seconds, in each process
+        "steps.contenders=[teacher]",
+        "heads.float32.cases=[floor,naive,ours_eager]",
     )
     overrides = [word for setting in settings for word in ("-o", setting)]
     process = kd_process("--smoke", "--name", "tiny", *overrides, *folders, module="kdlib.benchmarks")

@@ -367,7 +367,7 @@ def test_a_notebook_can_be_left_out_but_not_the_first():
 @pytest.fixture
 def sweep_file(config_file, tmp_path) -> Path:
     path = tmp_path / "try.yaml"
-    grid = {"loss.temperature": [1, 4], "loss.weights.kd:ce": [0.5, 0.7, 0.9]}
+    grid = {"loss.temperature": [1, 4], "loss.weights.kd:ce": [0.5, 0.9]}
     path.write_text(
         yaml.safe_dump(
             {
@@ -399,13 +399,13 @@ def test_a_dry_run_lists_the_runs_and_writes_nothing(sweep_file, tmp_path, monke
         cli.main()
     assert not caught.value.code
     said = capsys.readouterr().out
-    assert "try: 6 runs" in said
+    assert "try: 4 runs" in said
     assert re.search(r"try_\w{8}  new      loss.temperature=4, loss.weights.kd:ce=0.9", said)
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow
-def test_a_sweep_killed_in_the_middle_ends_with_five_good_runs_and_the_planted_failure(sweep_file, tmp_path):
+def test_a_sweep_killed_in_the_middle_ends_with_three_good_runs_and_the_planted_failure(sweep_file, tmp_path):
     folders = ("--runs", tmp_path / "runs", "--reports", tmp_path / "reports", "--no-forecast")
     settings = configs.load(sweep_file, kind=SweepConfig)
     trials, _ = expanded(settings, base_of(settings, "try", tmp_path))
@@ -428,7 +428,7 @@ def test_a_sweep_killed_in_the_middle_ends_with_five_good_runs_and_the_planted_f
     process.communicate(timeout=30)
     psutil.wait_procs(family[1:], timeout=10)
     finished = {run.name: before(run) for run in others if run.status["state"] == "done"}
-    assert 1 <= len(finished) < 5
+    assert 1 <= len(finished) < 3
     assert "died" in {run.status["state"] for run in others}
     assert Sweep(tmp_path / "runs" / "try").folder.status["state"] == "died"
 
@@ -453,7 +453,7 @@ def test_a_sweep_killed_in_the_middle_ends_with_five_good_runs_and_the_planted_f
     report = (tmp_path / "reports" / "try" / "report.html").read_text()
     best = min(values, key=values.get)
     assert f"lowest with loss.temperature={table.loc[best, 'loss.temperature']}" in report
-    assert report.count('<span class="state done">') == 5
+    assert report.count('<span class="state done">') == 3
     assert all(f'href="../{run.name}/report.html"' in report for run in (*others, planted))
     assert "This report is partial" in (tmp_path / "reports" / planted.name / "report.html").read_text()
     assert all((tmp_path / "reports" / run.name / "report.html").exists() for run in others)

@@ -1,10 +1,10 @@
 """Whole training steps: the same student, teacher, tokens and optimizer, in our trainer and in others'.
 
-Each contender trains the student for a few steps in a process of its own, as its users would: a heap that
-others have cut up is no part of it, nor is what our trainer asks of the C library a part of theirs.  What is
-timed is the time from the end of one optimizer step to the end of the next, after a warm-up: batch, forward
-passes, loss, backward pass, clipping, AdamW; no set-up, log or checkpoint.  TRL's GKDTrainer computes its
-loss at T = 1 and has no CE, which is less work than ours.
+Each contender trains the student for a few steps in a process of its own, as its users would: neither a heap
+that others have cut up nor what our trainer asks of the C library is a part of it.  What is timed is the time
+from the end of one optimizer step to the end of the next, after a warm-up: batch, forward passes, loss,
+backward pass, clipping, AdamW; no set-up, log or checkpoint.  TRL's GKDTrainer computes its loss at T = 1 and
+has no CE, which is less work than ours.
 """
 
 import copy
@@ -68,8 +68,7 @@ class StepClock(TrainerCallback):
 
 
 class BooksClock(TrainerCallback):
-    """Times what our trainer keeps of its own steps: the ledger's window and the guard, and a line of the log
-    every so many steps.
+    """Times what our trainer keeps of its own steps: ledger, guard, and a line of the log every so many.
 
     On CUDA the device is waited for around each call, which makes the steps themselves a little slower.
     """
@@ -266,7 +265,10 @@ def flops(made: Pair) -> dict[str, float]:
     batch, length = made.settings.batch, made.settings.length
 
     def body(model: PreTrainedModel) -> float:
-        return batch * length * (2 * _body(model) + _attention(model.config) * length / 2)
+        config, heads = model.config, model.config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        attention = 4 * heads * width * config.num_hidden_layers
+        return batch * length * (2 * _matrices(model) + attention * length / 2)
 
     def head(model: PreTrainedModel) -> float:
         return 2 * batch * (length - 1) * model.get_output_embeddings().weight.numel()
@@ -279,22 +281,17 @@ def flops(made: Pair) -> dict[str, float]:
     }
 
 
-def _body(model: PreTrainedModel) -> int:
+def _matrices(model: PreTrainedModel) -> int:
     """Weights of the layers: matrices only, without embedding and head."""
     outside: set[Tensor] = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
     return sum(weight.numel() for weight in model.parameters() if weight.ndim > 1 and weight not in outside)
 
 
-def _attention(config) -> int:
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 4 * config.num_attention_heads * width * config.num_hidden_layers
-
-
 def main() -> None:
     asked = json.loads(sys.argv[1])
-    name, settings = asked.pop("name"), StepsConfig(**asked.pop("settings"))
+    name, settings, device = asked.pop("name"), asked.pop("settings"), torch.device(asked.pop("device"))
     try:
-        found = measured(name, pair(settings, device=torch.device(asked.pop("device")), **asked))
+        found = measured(name, pair(StepsConfig(**settings), device=device, **asked))
     except ImportError as error:
         found = {"skipped": str(error)}
     print(json.dumps(found))
