@@ -20,7 +20,7 @@ from kdlib.errors import RunError
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run, project_root
 from kdlib.runs.log import read_metrics
-from kdlib.workbench import cli, runner, session
+from kdlib.workbench import cli, measurement, runner, session
 
 
 @pytest.fixture
@@ -309,6 +309,15 @@ def test_the_quickstart_runs_through_with_the_real_models(tmp_path):
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "smoke" / "best_model")
     assert student.config.num_hidden_layers == 15
     assert os.path.getsize(tmp_path / "reports" / "smoke" / "report.html") < 5 * 2**20
+
+
+def test_what_a_run_of_a_sweep_takes_is_forecast_by_its_memory_and_a_few_real_steps(raw_config, monkeypatch):
+    took = measurement.Measured(step_s=2.0, evaluation_s=3.0, steps=12, evaluations=4)
+    monkeypatch.setattr(measurement, "measured", lambda config: took)
+    cost = cli._cost(parse(raw_config))
+    assert cost.seconds == 12 * 2 + 4 * 3
+    assert 0 < cost.peak < cost.at_most < cost.free
+    assert cost.weights == 4 * sum(p.numel() for p in tiny_model(320, layers=2).parameters())
 
 
 def test_a_dry_run_shows_shapes_tokens_steps_plan_and_forecast_and_leaves_a_run_to_go_on_with(

@@ -22,14 +22,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from kdlib.benchmarks.heads import CE, KD
 from kdlib.benchmarks.peers import module

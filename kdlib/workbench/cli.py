@@ -220,13 +220,14 @@ def _rendered(run: Run, reports: Path) -> Path:
 def _cost(config: Config) -> Any:
     """What a run of a sweep takes: memory by tensors without data, time by a few real steps."""
     from kdlib.diagnostics import memory
+    from kdlib.diagnostics.forecast import MARGIN
     from kdlib.sweeps.pool import Cost
     from kdlib.workbench import measurement
 
     found = memory.forecast(config)
     seconds = measurement.measured(config).seconds
     weights = BYTES * found.parameters["student"]
-    return Cost(seconds, found.peak, found.peak * (1 + memory.MARGIN), found.free, weights)
+    return Cost(seconds, found.peak, found.peak * (1 + MARGIN), found.free, weights)
 
 
 def _parameters(texts: list[str]) -> dict:
