@@ -1,7 +1,4 @@
-"""What there is to run on: device, dtype and memory; and what a CPU and its C library do unasked.
-
-Imports nothing of kdlib, so that everything may ask here.
-"""
+"""What there is to run on: device, dtype, memory; what a CPU and its C library do.  Imports none of kdlib."""
 
 import ctypes
 import gc
@@ -102,15 +99,13 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
 def memory_kept() -> Iterator[bool]:
     """Inside, memory that is freed stays with the process; afterwards all that is free is given back.
 
-    Left alone, glibc gives each block of over 32 MiB back to the system when it is freed, and the free end of
-    its heap with it. The next step asks for them anew, and each of their pages is a page fault: on a virtual
-    machine a fifth of the step and more. The peak grows by a few such blocks: glibc before 2.38 does not
-    always find a free one that would do, and takes another.  So blocks of more than a 64th of the machine's
-    memory are given back as ever.
+    Left alone, glibc gives each block of over 32 MiB back to the system when it is freed.  The next step
+    asks for it anew, and each of its pages is a page fault: on a virtual machine a fifth of the step and
+    more.  The peak grows by a few such blocks (glibc before 2.38 does not always find a free one that would
+    do), so those of more than a 64th of the machine's memory are given back as ever.
 
     Yields:
-        Whether that is so: not with another C library, nor where the environment decides it by SWITCHES or
-        GLIBC_TUNABLES.
+        Whether that is so: not with another C library, nor where SWITCHES or GLIBC_TUNABLES decide it.
     """
     decided = any(name in os.environ for name in SWITCHES) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
     glibc = None if decided else _glibc()

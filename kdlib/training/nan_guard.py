@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from kdlib.errors import NonFiniteLoss, RunError
@@ -74,6 +75,7 @@ class GuardedTrainer(Trainer):
 
     # narrower than the Trainer's own
     model: PreTrainedModel
+    optimizer: Optimizer  # made before whatever is made of it
     train_dataset: Dataset
     processing_class: PreTrainedTokenizerBase | None
 
@@ -112,9 +114,8 @@ class GuardedTrainer(Trainer):
     def check_step(self, norm: Tensor) -> None:
         """Raises where the optimizer step that is about to be made is not sound on every rank.
 
-        With float16, gradients that leave its range are left to the loss scaler, which skips the step and
-        halves its scale; they stop training once the scale is 1, as then it is not the scale that is too
-        large.
+        Gradients that leave float16's range are left to the loss scaler, which skips the step and halves its
+        scale, until that is 1: then it is not the scale that is too large.
         """
         loss, gradient, empty = self.accelerator.reduce(self.guard.faults(norm), reduction="sum").tolist()
         step, scaler = self.state.global_step + 1, self.accelerator.scaler

@@ -42,10 +42,10 @@ def report_of(
     tokenizer: PreTrainedTokenizerBase | None,
     rows: Rows | None,
 ) -> dict[str, Any]:
-    """All that is known, as plain data.  A row is counted over this rank's micro-batches, as they are saved.
+    """All that is known, as plain data; a row is counted over this rank's micro-batches, as they are saved.
 
     Args:
-        state: how training stood at the step.
+        state: of the training at the step.
         rows: the data set, in which the row is looked up.
     """
     batch, row = joined(micro_batches), origin.row
@@ -110,16 +110,12 @@ def nothing_kept(step: int, micro_batches: Sequence[Batch], rows: Rows | None) -
     """The words for an optimizer step from which nothing can be learned."""
     batch = joined(micro_batches)
     numbers = [row_of_data(_unpadded(batch, row), rows) for row in range(len(batch["labels"]))]
-    if not of_tokens(batch):
-        return (
-            f"step {step}: no row has a class ({IGNORED} stands for none), in rows {numbers} of the "
-            "training data; leave such rows out"
-        )
-    return (
-        f"step {step}: no row has a token that counts: every label is masked ({IGNORED}), in rows {numbers} "
-        "of the training data; leave such rows out, or lengthen data.max_length where it cuts off what is to "
-        "be learned"
-    )
+    what, more = f"a class ({IGNORED} stands for none)", ""
+    if of_tokens(batch):
+        what = f"a token that counts: every label is masked ({IGNORED})"
+        more = ", or lengthen data.max_length where it cuts off what is to be learned"
+    rows_there = f"in rows {numbers} of the training data"
+    return f"step {step}: no row has {what}, {rows_there}; leave such rows out{more}"
 
 
 def message(report: Report, folder: StudentFolder) -> str:

@@ -1,8 +1,7 @@
 """Where a value first stopped being finite: which model, term or gradient; module and weight; row.
 
 Nothing here runs while all is well.  A batch is asked once more, with a look at what every module gives:
-without it the place is lost, as attention spreads one bad token over its whole row, masked tokens included (0
-x nan is nan).
+attention spreads one bad token over its whole row, masked tokens included (0 x nan is nan).
 """
 
 import sys
@@ -122,18 +121,11 @@ def _origin_in(batch: Batch, replay: Replay) -> Origin | None:
         module, row, position = found.get(who, (None, None, None))
         if position is None:
             row, position = _predicted(tokens, lost, length)
-        names = [name for name, _ in replay.models[who].named_modules()]
-        weights = sorted(
-            broken_weights(replay.models[who]).items(), key=lambda item: not item[0].startswith(f"{module}.")
-        )
-        return origin(
-            who,
-            module=module,
-            depth=sys.maxsize if module is None else names.index(module),
-            tensors=dict(weights),
-            row=row,
-            position=position if length else None,
-        )
+        model, place = replay.models[who], {"row": row, "position": position if length else None}
+        names = [name for name, _ in model.named_modules()]
+        depth = sys.maxsize if module is None else names.index(module)
+        weights = sorted(broken_weights(model).items(), key=lambda item: not item[0].startswith(f"{module}."))
+        return origin(who, module=module, depth=depth, tensors=dict(weights), **place)
     row, position = _predicted(tokens, torch.stack([*bad.values()]).any(0), length)
     return origin("loss", row=row, position=position)
 
@@ -142,8 +134,7 @@ def _origin_in(batch: Batch, replay: Replay) -> Origin | None:
 def is_finite(model: nn.Module) -> Tensor:
     """Whether every parameter is; of a sharded model, this rank's part.  No wait for the device.
 
-    By the extremes, which nan and infinity pass through: one pass without a temporary tensor, some twenty
-    times faster than `isfinite`.
+    By the extremes, which nan and infinity pass through: twenty times faster than `isfinite`.
     """
     # a rank may hold nothing of a small one
     parts = [part for weight in model.parameters() if (part := _local(weight)).numel()]

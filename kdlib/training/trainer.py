@@ -71,18 +71,14 @@ class DistillationTrainer(GuardedTrainer):
         """
         Args:
             teacher: None where no term needs it.
-            workspace: what the losses keep between steps.
             layer_pairs: the layers that feature terms compare, (student's, teacher's).
-            learning_rate_schedule: multiplier of the learning rate over training, in place of
-                `lr_scheduler_type`.
+            learning_rate_schedule: multiplies the learning rate, in place of `lr_scheduler_type`.
             dense: compute all logits at once: the slow reference.
             last_step: shown as the end where training will be stopped before the schedule's.
-            grad_norms_every: so many optimizer steps apart, measure each term's gradient on its own, on the
-                first micro-batch (of the first rank): one more forward pass, a backward pass per term, and
-                memory for terms x parameters.
+            grad_norms_every: so many steps apart, measure each term's gradient by itself, on the first
+                micro-batch (of the first rank): one more forward pass, a backward pass per term.
             figures: what the task makes of an evaluation's means (kdlib.data.batches.Prepared).
             choices: of the held-out questions, a row each, scored at every evaluation.
-            options: the Trainer's own.
         """
         super().__init__(folder=folder, **options)
         if self.args.n_gpu > 1:
@@ -121,9 +117,7 @@ class DistillationTrainer(GuardedTrainer):
         if self.learning_rate_schedule is None:
             return super().create_scheduler(num_training_steps, optimizer)
         schedule, steps = self.learning_rate_schedule, max(num_training_steps, 1)
-        chosen = optimizer or self.optimizer
-        assert chosen is not None, "the Trainer makes the optimizer first"
-        self.lr_scheduler = LambdaLR(chosen, lambda step: schedule(step / steps))
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: schedule(step / steps))
         return self.lr_scheduler
 
     def done(self, step: int) -> float:
@@ -133,10 +127,7 @@ class DistillationTrainer(GuardedTrainer):
     def signals(
         self, model, batch: Batch, at: ObjectiveAt, *, with_teacher: bool
     ) -> tuple[Kept, Signal, Signal | None]:
-        """The kept tokens of a batch and what student and teacher say about them.
-
-        With what they have inside, where a term of the objective asks.
-        """
+        """The kept tokens of a batch and what student and teacher say of them, and have inside for a term."""
         tokens, student = kept(batch["labels"]), self.accelerator.unwrap_model(model)
         ours, theirs = insides(at, self.layer_pairs, student)
         signal = signal_of(
@@ -145,11 +136,7 @@ class DistillationTrainer(GuardedTrainer):
         return tokens, signal, self.teacher(batch, tokens, theirs) if self.teacher and with_teacher else None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The ledger's total for one micro-batch.
-
-        Args:
-            num_items_in_batch: the kept tokens of the whole optimizer step.
-        """
+        """The ledger's total for one micro-batch; `num_items_in_batch`: kept tokens of the whole step."""
         if num_items_in_batch is None:
             raise RunError(
                 "the Trainer gave no num_items_in_batch, so the loss cannot be divided by the step's tokens. "
@@ -157,16 +144,14 @@ class DistillationTrainer(GuardedTrainer):
                 "does not: use a model that does"
             )
         step, every = self.state.global_step, self.grad_norms_every
-        at = self.objective.at(self.done(step))
-        is_first = self.guard.begin(inputs, step)
+        at, is_first = self.objective.at(self.done(step)), self.guard.begin(inputs, step)
         if is_first and every and (step + 1) % every == 0 and self.is_world_process_zero():
             self.gradients = self._gradient_figures(at)
         # accelerate wraps the model's forward only; the heads' products happen here
         with self.accelerator.autocast():
             tokens, student, teacher = self.signals(model, inputs, at, with_teacher=at.needs_teacher)
-            book = ledger(
-                student, teacher, tokens.targets, at=at, count=num_items_in_batch, workspace=self.workspace
-            )
+            costs = partial(ledger, at=at, count=num_items_in_batch, workspace=self.workspace)
+            book = costs(student, teacher, tokens.targets)
         total = book.total
         self.window.add(book, step)
         self.guard.end(total, num_items_in_batch)
@@ -194,7 +179,7 @@ class DistillationTrainer(GuardedTrainer):
     def replay(
         self, at: ObjectiveAt | None = None, terms: Mapping[str, Weighted] | None = None, *, with_teacher=None
     ) -> Replay:
-        """How a batch is asked once more: as in this step of training, or with the terms of an evaluation."""
+        """How a batch is asked once more: as in this step of training, or with an evaluation's terms."""
         at = at or self.objective.at(self.done(self.state.global_step))
         with_teacher = at.needs_teacher if with_teacher is None else with_teacher
         models = {"student": self.student}
@@ -249,31 +234,20 @@ class DistillationTrainer(GuardedTrainer):
         past = [line["eval_loss"] for line in self.state.log_history if "eval_loss" in line]
         figures["min_loss"] = min([*past, figures["loss"]])
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
-        rows = len(next(iter(sums.values())))
-        return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=rows)
+        return EvalLoopOutput(np.empty(0), None, metrics=metrics, num_samples=len(sums["ce"]))
 
     def _row_sums(
         self, loader: DataLoader, at: ObjectiveAt, terms: Mapping[str, Weighted], *, with_teacher: bool
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Every term's sum over each row of the data, all ranks'; of classes also [rows, 2] (said, right)."""
         self.student.eval()
-        parts, answers = [], []
+        parts, answers, summed = [], [], partial(row_sums, at=at, terms=terms)
         for batch in loader:
             with torch.no_grad(), self.accelerator.autocast():
                 batch = self._prepare_inputs(batch)
                 tokens, student, teacher = self.signals(self.student, batch, at, with_teacher=with_teacher)
                 count, chunk = len(batch["labels"]), self.workspace.chunk_for(student)
-                sums = row_sums(
-                    student,
-                    teacher,
-                    tokens.targets,
-                    tokens.rows,
-                    row_count=count,
-                    terms=terms,
-                    at=at,
-                    chunk=chunk,
-                )
-            names = list(sums)
+                sums = summed(student, teacher, tokens.targets, tokens.rows, row_count=count, chunk=chunk)
             # drops repeated rows
             parts.append(self.accelerator.gather_for_metrics(torch.stack([*sums.values()], dim=1)))
             if batch["labels"].ndim == 1:
@@ -285,8 +259,7 @@ class DistillationTrainer(GuardedTrainer):
             asked = [self.micro_batch_of(loader.dataset[row])]
             replay = self.replay(at, terms, with_teacher=with_teacher)
             self.stop(replay, asked, step=self.state.global_step, stage="evaluation", rows=loader.dataset)
-        by_term = dict(zip(names, rows.double().T, strict=True))
-        return by_term, torch.cat(answers).cpu() if answers else None
+        return dict(zip(sums, rows.double().T, strict=True)), torch.cat(answers).cpu() if answers else None
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Evaluates, and keeps in best_model/ the student whose metric beats all earlier of this training."""
