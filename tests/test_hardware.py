@@ -18,39 +18,43 @@ def usual(monkeypatch):
 
 CPU = torch.device("cpu")
 
-# Page faults of making and freeing a tensor of 64 MiB, the fewest of thirty times; in a process of its own,
-# as a heap that others have filled finds room for some of it.
+# Page faults of making and freeing a tensor of so many MiB, the fewest of thirty times; in a process of its
+# own, as a heap that others have filled finds room for some of it.  Afterwards of twice the size, for which
+# the piece of heap that was kept has no room, should something small have come to lie behind it.
 COUNTED = """
 import resource
 from itertools import pairwise
+import psutil
 import torch
 from kdlib import hardware
 hardware.SHARE = 1  # so that a small machine keeps a block of 64 MiB too
 
-def faults():
+def faults(mib=64):
     counts = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt]
     for _ in range(30):
-        torch.ones(16 * 2**20)
+        torch.ones(mib * 2**18)
         counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
     return min(after - before for before, after in pairwise(counts))
 
-before = faults()
+before, process = faults(), psutil.Process()
+resident = process.memory_info().rss
 with hardware.memory_kept() as kept:
     inside = faults()
-print(kept, before, inside, faults())
+print(kept, before, inside, process.memory_info().rss - resident, faults(128))
 """
 
 
 @pytest.mark.skipif(hardware._glibc() is None, reason="the C library is not glibc")
 def test_memory_that_is_freed_is_found_again_inside_and_given_back_after(usual):
     done = subprocess.run([sys.executable, "-c", COUNTED], capture_output=True, text=True, check=True)
-    kept, before, inside, after = done.stdout.split()
+    kept, before, inside, held, after = done.stdout.split()
     pages = 64 * 2**20 // 4096  # of a tensor that glibc gives back as soon as it is freed
     if int(before) < 0.9 * pages:
         pytest.skip("this system gives huge pages unasked: there are no faults to spare")
     assert kept == "True"
     assert int(inside) < 0.1 * pages
-    assert int(after) > 0.9 * pages
+    assert int(held) < 0.1 * 64 * 2**20
+    assert int(after) > 0.9 * 2 * pages
 
 
 @pytest.mark.parametrize(

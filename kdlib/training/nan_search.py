@@ -121,11 +121,12 @@ def _origin_in(batch: Batch, replay: Replay) -> Origin | None:
         module, row, position = found.get(who, (None, None, None))
         if position is None:
             row, position = _predicted(tokens, lost, length)
-        model, place = replay.models[who], {"row": row, "position": position if length else None}
+        model, position = replay.models[who], position if length else None
         names = [name for name, _ in model.named_modules()]
         depth = sys.maxsize if module is None else names.index(module)
         weights = sorted(broken_weights(model).items(), key=lambda item: not item[0].startswith(f"{module}."))
-        return origin(who, module=module, depth=depth, tensors=dict(weights), **place)
+        found_at = partial(origin, row=row, position=position)
+        return found_at(who, module=module, depth=depth, tensors=dict(weights))
     row, position = _predicted(tokens, torch.stack([*bad.values()]).any(0), length)
     return origin("loss", row=row, position=position)
 
