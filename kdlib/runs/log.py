@@ -70,7 +70,7 @@ def history(folder: StudentFolder) -> list[dict[str, float]]:
 
 
 class Tail:
-    """metrics.jsonl as tables, read on as it grows: `read` takes in the lines written since the last call.
+    """metrics.jsonl as tables, read again as it grows.
 
     Attributes:
         train: one row per log, without the train/ prefix; empty at first.
@@ -80,59 +80,37 @@ class Tail:
     """
 
     def __init__(self, folder: StudentFolder) -> None:
-        self.folder = folder
-        self._forget()
+        self.folder, self._lines = folder, b""
+        self._take(pa.table({}))
         self.read()
 
-    def _forget(self) -> None:
-        self.train, self.evaluation = pd.DataFrame(), pd.DataFrame()
-        self.broken, self.figures = pd.DataFrame({"step": [], "name": [], "evaluation": []}), 0
-        self._position, self._last = 0, b""
-
     def read(self) -> bool:
-        """Take in what was written since; True where anything was.  A torn last line waits for its rest.
-
-        A file whose last known line is no longer where it was has been cut for a training that goes on: it is
-        read anew.
+        """Take in what the file holds now; True where that is new.  A torn last line waits for its rest.
 
         Raises:
             RunError: a line is no JSON.
         """
-        if not self.folder.metrics.exists():
+        text = self.folder.metrics.read_bytes() if self.folder.metrics.exists() else b""
+        lines = text[: text.rfind(b"\n") + 1]
+        if lines == self._lines:
             return False
-        with self.folder.metrics.open("rb") as file:
-            file.seek(self._position - len(self._last))
-            is_cut = file.read(len(self._last)) != self._last
-            if is_cut:
-                self._forget()
-                file.seek(0)
-            new = file.read()
-        lines = new[: new.rfind(b"\n") + 1]
-        if lines:
-            self._position += len(lines)
-            self._last = lines[lines.rstrip(b"\n").rfind(b"\n") + 1 :]
-            self._take(self._parsed(lines))
-        return is_cut or bool(lines)
-
-    def _parsed(self, lines: bytes) -> pa.Table:
         try:
-            return pyarrow.json.read_json(io.BytesIO(lines), **FORM)
+            self._take(pyarrow.json.read_json(io.BytesIO(lines), **FORM) if lines else pa.table({}))
         except pa.ArrowInvalid as error:
             what = f"found a line that is no JSON ({error}); each must be an object; delete it"
             raise RunError(f"{self.folder.metrics}: {what}") from error
+        self._lines = lines
+        return True
 
     def _take(self, lines: pa.Table) -> None:
+        self.train, self.evaluation = _of(lines, "train/"), _of(lines, "eval/")
+        self.figures, broken = 0, []
         for name in lines.column_names:
             if pa.types.is_floating(lines[name].type):
                 self.figures += len(lines) - lines[name].null_count
-                steps = lines["train/step"].filter(pc.invert(pc.is_finite(lines[name]))).to_numpy()
-                if len(steps):
-                    found = pd.DataFrame(
-                        {"step": steps, "name": name.split("/")[1], "evaluation": name.startswith("eval/")}
-                    )
-                    self.broken = _joined(self.broken, found)
-        self.train = _joined(self.train, _of(lines, "train/"))
-        self.evaluation = _joined(self.evaluation, _of(lines, "eval/"))
+                steps = lines["train/step"].filter(pc.invert(pc.is_finite(lines[name]))).to_pylist()
+                broken += [(step, name.split("/")[1], name.startswith("eval/")) for step in steps]
+        self.broken = pd.DataFrame(broken, columns=["step", "name", "evaluation"])
 
 
 def _of(lines: pa.Table, prefix: str) -> pd.DataFrame:
@@ -143,12 +121,6 @@ def _of(lines: pa.Table, prefix: str) -> pd.DataFrame:
     names = sorted((name for name in own.column_names if own[name].null_count < len(own)), key="time".__eq__)
     table = own.select(names).to_pandas()
     return table.rename(columns=lambda name: name.removeprefix(prefix).removeprefix("train/"))
-
-
-def _joined(table: pd.DataFrame, more: pd.DataFrame) -> pd.DataFrame:
-    if len(table) and len(more):
-        return pd.concat([table, more], ignore_index=True)
-    return more if len(more) else table
 
 
 def training_table(folder: StudentFolder) -> pd.DataFrame:
