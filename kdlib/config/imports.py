@@ -6,10 +6,9 @@ weight of the teacher's term in some projects and of the cross-entropy in others
 """
 
 from pathlib import Path
-from typing import Any
 
 from kdlib.config.import_table import AS_IT_IS, BY_MEANING, DTYPES, LEFT_OUT, by_name, read_settings
-from kdlib.config.migration import TO_FILL_IN, Migration
+from kdlib.config.migration import TO_FILL_IN, Migration, flow
 from kdlib.config.run import parse
 from kdlib.config.training_arguments import RESERVED, problem_with, scheduler_names, training_fields
 
@@ -42,6 +41,9 @@ def migrated(
             two things.
     """
     made = Migration(str(path), read_settings(path))
+    for key in [key for key, value in made.theirs.items() if value is None]:
+        made.leave_out(key, "nothing is set")
+        del made.theirs[key]
     options = {"teacher.model": teacher, "student.from": student, "data.source": data}
     for key in made.theirs:
         if key not in MEANT:
@@ -54,13 +56,9 @@ def migrated(
     _inside(made)
     _temperature(made)
     _precision(made)
-    if "task" not in made.values:
-        made.put("data.packing", False, "a row holds one text there")
-    if "training.eval_steps" in made.values and "training.eval_strategy" not in made.values:
-        made.put("training.eval_strategy", "steps", "eval_steps")
     _stops(made)
-    if "training.report_to" not in made.values:
-        made.put("training.report_to", "none", "no tracker is named there")
+    made.put_usual("data.packing", False, "a row holds one text there", unless="task")
+    made.put_usual("training.report_to", "none", "no tracker is named there")
     parse(made.nested(), name=made.name)
     return made
 
@@ -70,14 +68,12 @@ def _plain(key: str, made: Migration, given: set[str]) -> None:
     value, ours = made.theirs[key], OURS.get(key)
     if not ours and key in training_fields() and key not in RESERVED:
         ours = f"training.{key}"
-    if ours and key == "kd_top_k" and value == 0:
-        made.put(ours, None, "kd_top_k: 0, the whole vocabulary")
-    elif value is None:
-        made.leave_out(key, "nothing is set")
-    elif ours in given:
+    if ours in given:
         made.leave_out(key, f"{ours} was given to kd import")
     elif ours == "training.lr_scheduler_type" and problem_with("lr_scheduler_type", value):
         made.leave_out(key, f"no schedule of that name; {ours} is one of {', '.join(scheduler_names())}")
+    elif key == "kd_top_k" and value == 0:
+        made.put("loss.top_k", None, "kd_top_k: 0, the whole vocabulary")
     elif ours:
         made.put(ours, value, key)
     elif key.startswith(("comment", "_comment")):
@@ -89,12 +85,9 @@ def _plain(key: str, made: Migration, given: set[str]) -> None:
 def _task(made: Migration) -> None:
     """A classification, where classes are counted or named; how many there are, the data says."""
     for key in made.named("task"):
-        if made.theirs[key] is None:
-            made.leave_out(key, "nothing is set")
-        elif (count := made.number(key)) < 2 or count % 1:
+        if (count := made.number(key)) < 2 or count % 1:
             raise made.fault(key, f"found {made.theirs[key]!r}, needs the number of classes, 2 or more")
-        else:
-            made.put("task", "sequence-classification", f"{key}: {count:g} classes, which the data names")
+        made.put("task", "sequence-classification", f"{key}: {count:g} classes, which the data names")
     for path in sorted({"data.label", "data.labels"} & set(made.values)):
         made.put("task", "sequence-classification", path)
 
@@ -106,22 +99,21 @@ def _weights(made: Migration, alpha_on: str | None) -> None:
     if alpha_on and "alpha" not in made.theirs:
         raise made.fault("--alpha-on", "is for a setting `alpha`, and there is none; leave it out")
     for key, on in (("alpha", alpha_on), ("alpha_kd", "kd")):
-        if key not in made.theirs:
-            continue
-        share = made.number(key, most=1.0)
-        rest = round(1 - share, 12)
-        if on is None and share != rest:
-            raise made.fault(
-                key,
-                f"found {share:g}, which can mean two things; say which: --alpha-on kd reads "
-                f"{{kd: {share:g}, ce: {rest:g}}}, as soft-classification and question-answering projects "
-                f"do, --alpha-on ce reads {{kd: {rest:g}, ce: {share:g}}}, as code and FSDP projects do; the "
-                "project's own line `loss = alpha * ...` tells",
-            )
-        weights = {"kd": rest, "ce": share} if on == "ce" else {"kd": share, "ce": rest}
-        made.put("loss.weights", weights, f"{key} on {on}, the rest on the other" if on else key)
-    if "loss.weights" not in made.values:
-        made.put("loss.weights", {"kd": 0.7, "ce": 0.3}, "not given there: kdlib's usual")
+        if key in made.theirs:
+            share = made.number(key, most=1.0)
+            rest = round(1 - share, 12)
+            on_kd, on_ce = {"kd": share, "ce": rest}, {"kd": rest, "ce": share}
+            if on is None and share != rest:
+                raise made.fault(
+                    key,
+                    f"found {share:g}, which can mean two things; say which: --alpha-on kd reads "
+                    f"{flow(on_kd)}, as soft-classification and question-answering projects do, --alpha-on "
+                    f"ce reads {flow(on_ce)}, as code and FSDP projects do; the project's own line `loss = "
+                    "alpha * ...` tells",
+                )
+            origin = f"{key} on {on}, the rest on the other" if on else key
+            made.put("loss.weights", on_ce if on == "ce" else on_kd, origin)
+    made.put_usual("loss.weights", {"kd": 0.7, "ce": 0.3}, "not given there: kdlib's usual")
 
 
 def _inside(made: Migration) -> None:
@@ -155,63 +147,60 @@ def _inside(made: Migration) -> None:
 
 def _temperature(made: Migration) -> None:
     """The temperature that falls in the student-aware project, and that of its contrastive term."""
-    theirs, start = made.theirs, made.values.get("loss.temperature")
-    switch = "use_temperature_curriculum"
-    told = [key for key in (switch, "min_temperature") if key in theirs]
-    falls = made.is_on(switch) if switch in theirs else bool(told)
+    switch, lowest, contrastive = BY_MEANING["loss.temperature"].split()
+    told, start = [key for key in (switch, lowest) if key in made.theirs], made.values.get("loss.temperature")
+    falls = made.is_on(switch) if switch in made.theirs else bool(told)
     if falls and start is not None:
-        end = theirs.get("min_temperature", 2.0)  # 2 where that project's file is silent
+        end = made.theirs.get(lowest, 2.0)  # 2 where that project's file is silent
         made.replace("loss.temperature", {"linear": [start, end]}, ", ".join(told))
     else:
         for key in told:
             made.leave_out(key, "the temperature stands still")
-    if "contrastive_temp" in theirs and "contrastive" in made.values["loss.weights"]:
-        both = {"kd": made.values.get("loss.temperature", 2.0), "contrastive": theirs["contrastive_temp"]}
-        made.replace("loss.temperature", both, "contrastive from contrastive_temp")
-    elif "contrastive_temp" in theirs:
-        made.leave_out("contrastive_temp", "there is no contrastive term")
+    if contrastive in made.theirs and "contrastive" in made.values["loss.weights"]:
+        both = {"kd": made.values.get("loss.temperature", 2.0), "contrastive": made.theirs[contrastive]}
+        made.replace("loss.temperature", both, f"contrastive from {contrastive}")
+    elif contrastive in made.theirs:
+        made.leave_out(contrastive, "there is no contrastive term")
 
 
 def _precision(made: Migration) -> None:
     """The dtype of matrix products, which projects switch on by many names; and where figures are sent."""
     theirs, dtypes = made.theirs, by_name(DTYPES)
-
-    def dtype_of(value: Any) -> Any:
-        return dtypes.get(str(value).removeprefix("torch."), value)
-
     is_off = "use_amp" in theirs and not made.is_on("use_amp")
     for key in made.named("precision"):
-        value = theirs[key]
-        if key == "use_amp" and is_off:
-            made.put("precision", "float32", "use_amp: false")
+        value, origin = theirs[key], key
+        if key in ("fp16", "bf16"):
+            if not made.is_on(key):
+                made.leave_out(key, "it is off")
+                continue
+            value = key
         elif key == "use_amp":
-            origin = "use_amp" if "amp_dtype" in theirs else "use_amp: torch's usual mixed precision"
-            made.put("precision", dtype_of(theirs.get("amp_dtype", "half")), origin)
-        elif key in ("fp16", "bf16") and not made.is_on(key):
-            made.leave_out(key, "it is off")
-        elif is_off and key not in ("fp16", "bf16"):
+            value = "float32" if is_off else theirs.get("amp_dtype", "float16")
+            origin = "use_amp: false" if is_off else "use_amp: mixed precision"
+        elif is_off:
             made.leave_out(key, "use_amp is off")
-        else:
-            made.put("precision", dtype_of(key if value is True else value), key)
+            continue
+        made.put("precision", dtypes.get(str(value).removeprefix("torch."), value), origin)
     if "use_wandb" in theirs:
         made.put("training.report_to", "wandb" if made.is_on("use_wandb") else "none", "use_wandb")
 
 
 def _stops(made: Migration) -> None:
-    """Early stopping, where a patience is given and nothing switches it off."""
-    theirs = made.theirs
-    switches = [made.is_on(key) for key in made.named("early_stopping") if theirs[key] is not None]
-    patient = any(theirs[key] is not None for key in made.named("early_stopping.patience"))
-    why = "" if patient and all(switches) else "it is off" if patient else "no patience is given"
+    """When to evaluate, and early stopping, where a patience is given and nothing switches it off."""
+    switches = [made.is_on(key) for key in made.named("early_stopping")]
+    patience, least = made.named("early_stopping.patience"), made.named("early_stopping.min_delta")
+    why = "" if patience and all(switches) else "it is off" if patience else "no patience is given"
     if made.values.get("training.eval_strategy") in ("no", False):
         why = "nothing is evaluated there"
-    for path in ("early_stopping.patience", "early_stopping.min_delta", "early_stopping"):
-        for key in made.named(path):
-            if why or theirs[key] is None:
-                made.leave_out(key, why or "nothing is set")
-            elif path == "early_stopping":
-                made.put("early_stopping.patience", made.values["early_stopping.patience"], key)
-            else:
-                made.put(path, theirs[key], key)
-    if "early_stopping.patience" in made.values and "training.eval_strategy" not in made.values:
-        made.put("training.eval_strategy", "epoch", "early stopping needs evaluations")
+    for key in [*patience, *least, *made.named("early_stopping")]:
+        if why:
+            made.leave_out(key, why)
+        elif key in least:
+            made.put("early_stopping.min_delta", made.theirs[key], key)
+        else:
+            value = made.theirs[key] if key in patience else made.values["early_stopping.patience"]
+            made.put("early_stopping.patience", value, key)
+    if "training.eval_steps" in made.values:
+        made.put_usual("training.eval_strategy", "steps", "eval_steps")
+    if patience and not why:
+        made.put_usual("training.eval_strategy", "epoch", "early stopping needs evaluations")

@@ -1,6 +1,5 @@
 """A config in the making out of another project's settings: its values, their origins, what is left out."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ class Migration:
     """Our values by their path (`section.key`) with their origins, out of their settings by name."""
 
     name: str  # the file they came from
-    theirs: Mapping[str, Any]
+    theirs: dict[str, Any]
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)  # `key = value: why`
@@ -42,6 +41,11 @@ class Migration:
         """Put a value in the place of one that it was made from."""
         before = [self.origins[path]] if path in self.origins else []
         self.values[path], self.origins[path] = value, ", ".join([*before, _one_line(origin)])
+
+    def put_usual(self, path: str, value: Any, origin: str, unless: str | None = None) -> None:
+        """Set one of our values where it is not set yet; `unless` another path is."""
+        if not {path, unless} & set(self.values):
+            self.put(path, value, origin)
 
     def leave_out(self, key: str, why: str) -> None:
         self.left_out.append(f"{_one_line(key)} = {_one_line(self.theirs[key])}: {why}")
@@ -88,7 +92,7 @@ class Migration:
             head, _, key = path.partition(".")
             if head != section:
                 lines += ["", f"{head}:"] if key else [""]
-            lines.append(f"{f'  {key}' if key else head}: {_flow(self.values[path])}  # {self.origins[path]}")
+            lines.append(f"{f'  {key}' if key else head}: {flow(self.values[path])}  # {self.origins[path]}")
             section = head
         return "\n".join(lines) + "\n"
 
@@ -111,7 +115,7 @@ def _one_line(value: Any) -> str:
     return printable(value if isinstance(value, str) else repr(value))
 
 
-def _flow(value: Any) -> str:
+def flow(value: Any) -> str:
     """A value as one line of YAML."""
     style: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "width": float("inf")}
     text = yaml.safe_dump([value], allow_unicode=True, **style).strip()
