@@ -1,6 +1,4 @@
-"""2,000 malformed or random configs, and what overrides and files may hold: a config, or a message with a
-path; never a traceback.
-"""
+"""Malformed and random configs, overrides, files: a config, or a message with a path; never a traceback."""
 
 import copy
 import re
@@ -185,13 +183,13 @@ def outcome(function, *arguments, **options):
         return error
 
 
-@settings(NEVER, max_examples=1000)
+@settings(NEVER, max_examples=400)
 @given(changes=CHANGES, smoke=st.booleans())
 def test_a_config_changed_at_random_is_a_config_or_a_message_with_a_path(changes, smoke):
     check(outcome(parse, changed(changes), smoke=smoke, name="fuzz.yaml"), "fuzz.yaml")
 
 
-@settings(NEVER, max_examples=300)
+@settings(NEVER, max_examples=150)
 @given(raw=JUNK | st.dictionaries(st.sampled_from(sorted(SOUND)), JUNK | SPECS))
 def test_any_plain_data_is_a_config_or_a_message_with_a_path(raw):
     check(outcome(parse, raw, name="fuzz.yaml"), "fuzz.yaml")
@@ -207,7 +205,7 @@ BROKEN = st.builds(
 )
 
 
-@settings(NEVER, max_examples=400)
+@settings(NEVER, max_examples=150)
 @given(
     content=st.binary()
     | st.text().map(lambda text: text.encode("utf-8", "surrogatepass"))
@@ -227,7 +225,7 @@ def test_any_file_is_a_config_or_a_message_with_its_name(tmp_path, content):
     check(outcome(load, path), "fuzz.yaml")
 
 
-@settings(NEVER, max_examples=300)
+@settings(NEVER, max_examples=150)
 @given(
     overrides=st.lists(
         st.text(max_size=12)
