@@ -1,9 +1,9 @@
 """What the doctor asks of a training's settings: length, learning rate, intervals, batch, curriculum."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from kdlib.config.loss import LossConfig
-from kdlib.diagnostics.context import Context, Finding, critical, note, warning
+from kdlib.diagnostics.context import Context, Finding, Findings, critical, note, warning
 from kdlib.losses.features import FEATURE_TERMS, feature_terms
 from kdlib.schedulers import from_spec
 
@@ -24,7 +24,7 @@ FEW_ROWS = 8  # of a classification, in an optimizer step
 FEW_TOKENS, MANY_TOKENS = 256, 4e6  # of an optimizer step
 
 
-def checkpointing_lets_gradients_through(context: Context) -> Iterator[Finding]:
+def checkpointing_lets_gradients_through(context: Context) -> Findings:
     """Feature terms look inside layers, where re-entrant checkpointing keeps no gradient."""
     training = context.config.training
     # gradient_…: its deprecated name
@@ -43,7 +43,7 @@ def checkpointing_lets_gradients_through(context: Context) -> Iterator[Finding]:
         )
 
 
-def settings_are_used(context: Context) -> Iterator[Finding]:
+def settings_are_used(context: Context) -> Findings:
     """What shapes the kd term stands beside a kd weight."""
     loss = context.config.loss
     for name in ("divergence", "top_k", "samples") if "kd" not in context.active else ():
@@ -56,7 +56,7 @@ def settings_are_used(context: Context) -> Iterator[Finding]:
             )
 
 
-def schedule_can_be_made(context: Context) -> Iterator[Finding]:
+def schedule_can_be_made(context: Context) -> Findings:
     """The Trainer's schedule accepts its arguments, among which may be no `num_training_steps`."""
     given = context.config.training.get("lr_scheduler_kwargs")
     if isinstance(given, Mapping) and "num_training_steps" in given:
@@ -73,11 +73,11 @@ def schedule_can_be_made(context: Context) -> Iterator[Finding]:
         _ = context.learning_rate  # its failure is the finding
 
 
-def warm_up_fits(context: Context) -> Iterator[Finding]:
+def warm_up_fits(context: Context) -> Findings:
     """The warm-up ends within the training, and leaves most of it."""
-    args, steps, schedule = context.args, context.steps, context.config.training.get("lr_scheduler_type")
+    args, steps = context.args, context.steps
     warm_up = args.get_warmup_steps(steps)
-    if isinstance(schedule, Mapping) or schedule in WITHOUT_WARM_UP:
+    if context.has_own_schedule or context.config.training.get("lr_scheduler_type") in WITHOUT_WARM_UP:
         return
     if warm_up <= LONG_WARM_UP * steps or steps < 2:
         return
@@ -101,10 +101,9 @@ def warm_up_fits(context: Context) -> Iterator[Finding]:
     )
 
 
-def learning_rate_reaches_its_peak(context: Context) -> Iterator[Finding]:
+def learning_rate_reaches_its_peak(context: Context) -> Findings:
     """The schedule gets to the learning rate that was chosen, and is not near zero for most of it."""
-    named = not isinstance(context.config.training.get("lr_scheduler_type"), Mapping)
-    args, steps = context.args, context.steps
+    args, steps, named = context.args, context.steps, not context.has_own_schedule
     rate, warm_up = args.learning_rate, args.get_warmup_steps(steps)
     if context.learning_rate is None or steps < 2 or (named and warm_up > LONG_WARM_UP * steps):
         return
@@ -127,7 +126,7 @@ def learning_rate_reaches_its_peak(context: Context) -> Iterator[Finding]:
         )
 
 
-def learning_rate_in_range(context: Context) -> Iterator[Finding]:
+def learning_rate_in_range(context: Context) -> Findings:
     """The peak is one with which models of this size train.
 
     For AdamW the reference is GPT-3's table, 6e-4 for 125 M parameters to 1e-4 for 13 B (Brown et al. 2020,
@@ -137,8 +136,7 @@ def learning_rate_in_range(context: Context) -> Iterator[Finding]:
     """
     rate, optimizer = context.args.learning_rate, context.args.optim
     optimizer = getattr(optimizer, "value", str(optimizer))
-    own = isinstance(context.config.training.get("lr_scheduler_type"), Mapping)
-    if own and context.learning_rate is not None:
+    if context.has_own_schedule and context.learning_rate is not None:
         rate *= max(_rates(context))
     where = "training.learning_rate"
     if rate <= 0:
@@ -161,11 +159,11 @@ def learning_rate_in_range(context: Context) -> Iterator[Finding]:
             f"a peak of {rate:.1e}; with {rule} trainings go well from {low:.0e} to {high:.0e}",
             "above it a training diverges, below it the weights hardly move before the steps are used up",
             f"try {rounded:g}",
-            {where: rounded} if far and not own else None,
+            {where: rounded} if far and not context.has_own_schedule else None,
         )
 
 
-def steps_are_not_batches(context: Context) -> Iterator[Finding]:
+def steps_are_not_batches(context: Context) -> Findings:
     """`max_steps` is not the number of batches, which accumulation makes fewer steps of."""
     (fewest, most), steps = IN_BATCHES, context.args.max_steps
     accumulation = context.args.gradient_accumulation_steps
@@ -186,7 +184,7 @@ def steps_are_not_batches(context: Context) -> Iterator[Finding]:
         )
 
 
-def intervals_fit(context: Context) -> Iterator[Finding]:
+def intervals_fit(context: Context) -> Findings:
     """The training is long enough to be logged and evaluated."""
     steps, args = context.steps, context.args
     logging = args.logging_steps if args.logging_strategy == "steps" else 0
@@ -208,7 +206,7 @@ def intervals_fit(context: Context) -> Iterator[Finding]:
         )
 
 
-def batch_is_sensible(context: Context) -> Iterator[Finding]:
+def batch_is_sensible(context: Context) -> Findings:
     """An optimizer step sees enough for its gradient to mean something, and not the whole text."""
     args, notes, are_rows = context.args, context.prepared.notes, context.rules.unit == "row"
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -231,7 +229,7 @@ def batch_is_sensible(context: Context) -> Iterator[Finding]:
     yield warning("training.gradient_accumulation_steps", seen, why, do)
 
 
-def phases_start(context: Context) -> Iterator[Finding]:
+def phases_start(context: Context) -> Findings:
     """Every phase of the curriculum has an optimizer step."""
     start, steps = 0.0, context.steps
     for number, phase in enumerate(context.config.loss.curriculum or []):
@@ -247,7 +245,7 @@ def phases_start(context: Context) -> Iterator[Finding]:
         start = phase.until
 
 
-def feature_terms_start_when_meant(context: Context) -> Iterator[Finding]:
+def feature_terms_start_when_meant(context: Context) -> Findings:
     """A feature term that a later phase brings in is off before it, where its usual weight else holds."""
     loss, phases = context.config.loss, context.config.loss.curriculum or []
     for term in [name for name in loss.weights if name in FEATURE_TERMS]:

@@ -54,6 +54,7 @@ class Finding:
         return f"{head}\n  found  {self.what}\n  why    {self.why}\n  do     {self.fix}{change}"
 
 
+Findings = Iterator[Finding]  # of a check: Context → Findings
 critical, warning, note = (partial(Finding, severity) for severity in SEVERITIES)
 
 
@@ -190,12 +191,17 @@ class Context:
             raise ConfigError("the training has no optimizer step; raise max_steps or num_train_epochs")
         return steps
 
+    @property
+    def has_own_schedule(self) -> bool:
+        """Whether the learning rate follows a schedule that the config spells out."""
+        return isinstance(self.config.training.get("lr_scheduler_type"), Mapping)
+
     @part("training.lr_scheduler_kwargs")
     def learning_rate(self) -> Schedule | None:
         """Optimizer step, from 0 → multiple of `training.learning_rate`; None where it follows the losses."""
-        own, args, steps = self.config.training.get("lr_scheduler_type"), self.args, self.steps
-        if isinstance(own, Mapping):
-            schedule = from_spec(own)
+        args, steps = self.args, self.steps
+        if self.has_own_schedule:
+            schedule = from_spec(self.config.training["lr_scheduler_type"])
             return lambda step: schedule(step / steps)
         kind, warm_up = args.lr_scheduler_type, args.get_warmup_steps(steps)
         try:

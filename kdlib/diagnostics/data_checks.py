@@ -5,13 +5,13 @@ Which of them a task asks for stands in the `checks` of its kdlib.tasks.base.Tas
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from datasets import Dataset
 
 from kdlib.data.text import tokenized
-from kdlib.diagnostics.context import Context, Finding, Unavailable, critical, note, warning
+from kdlib.diagnostics.context import Context, Finding, Findings, Unavailable, critical, note, warning
 from kdlib.errors import ModelError
 from kdlib.losses.signals import kept
 from kdlib.models.classifier import class_order, named_classes
@@ -31,7 +31,7 @@ FEW_OF_A_CLASS = 5  # held-out rows, below which its F1 moves by a tenth and mor
 NAMED = 5  # classes
 
 
-def documents_have_something_to_predict(context: Context) -> Iterator[Finding]:
+def documents_have_something_to_predict(context: Context) -> Findings:
     """Documents of fewer than two tokens have no kept token, and are left out."""
     column = context.config.data.text
     for name in ("train", "validation"):
@@ -62,7 +62,7 @@ def documents_have_something_to_predict(context: Context) -> Iterator[Finding]:
         )
 
 
-def documents_are_not_cut(context: Context) -> Iterator[Finding]:
+def documents_are_not_cut(context: Context) -> Findings:
     """Without packing, what is longer than a row is lost."""
     notes, can_pack = context.prepared.notes, "packing" in context.rules.reads
     for name in ("train", "validation"):
@@ -86,7 +86,7 @@ def documents_are_not_cut(context: Context) -> Iterator[Finding]:
             yield warning("data.max_length", found, why, do)
 
 
-def documents_came_once(context: Context) -> Iterator[Finding]:
+def documents_came_once(context: Context) -> Findings:
     """Where each text is kept once, on one side, few were left out for it."""
     notes, column = context.prepared.notes, context.config.data.text
     out = notes.get("duplicate_documents_left_out", 0)
@@ -101,14 +101,14 @@ def documents_came_once(context: Context) -> Iterator[Finding]:
         )
 
 
-def held_out_text_is_new(context: Context) -> Iterator[Finding]:
+def held_out_text_is_new(context: Context) -> Findings:
     """No held-out document is trained on; where kdlib splits, it sees to that."""
     _ = context.prepared  # where no row can be made of the text, that is the finding
     column, split = context.config.data.text, context.split
     yield from _repeated("validation", "documents", split["train"][column], split["validation"][column])
 
 
-def enough_is_held_out(context: Context) -> Iterator[Finding]:
+def enough_is_held_out(context: Context) -> Findings:
     """A comparison on a handful of rows tells nothing."""
     rows, tokens = (context.prepared.notes[f"validation_{name}"] for name in ("rows", "tokens"))
     if rows < FEW_ROWS or tokens < FEW_TOKENS:
@@ -121,14 +121,14 @@ def enough_is_held_out(context: Context) -> Iterator[Finding]:
         )
 
 
-def held_out_questions_are_new(context: Context) -> Iterator[Finding]:
+def held_out_questions_are_new(context: Context) -> Findings:
     """No held-out question is trained on; where kdlib splits, it sees to that."""
     prepared = context.prepared
     for name, rows in (("validation", prepared.validation), ("test", prepared.test)):
         yield from _repeated(name, "questions", prepared.train["text"], rows["text"] if rows else [])
 
 
-def enough_questions_are_held_out(context: Context) -> Iterator[Finding]:
+def enough_questions_are_held_out(context: Context) -> Findings:
     """An accuracy over few questions tells nothing."""
     if (count := len(context.prepared.validation)) < FEW_HELD_OUT:
         yield warning(
@@ -140,7 +140,7 @@ def enough_questions_are_held_out(context: Context) -> Iterator[Finding]:
         )
 
 
-def teacher_has_a_head(context: Context) -> Iterator[Finding]:
+def teacher_has_a_head(context: Context) -> Findings:
     """The teacher was trained for the data's classes, by the same names; or a stage of its own does it."""
     config = context.config
     if config.teacher_stage is not None:
@@ -172,7 +172,7 @@ def teacher_has_a_head(context: Context) -> Iterator[Finding]:
     )
 
 
-def enough_rows_are_held_out(context: Context) -> Iterator[Finding]:
+def enough_rows_are_held_out(context: Context) -> Findings:
     """An accuracy from few rows tells no models apart; texts with two classes teach none."""
     notes, data = context.prepared.notes, context.config.data
     rows, conflicting = notes["validation_rows"], notes.get("conflicting_documents_left_out", 0)
@@ -193,7 +193,7 @@ def enough_rows_are_held_out(context: Context) -> Iterator[Finding]:
         )
 
 
-def held_out_groups_are_new(context: Context) -> Iterator[Finding]:
+def held_out_groups_are_new(context: Context) -> Findings:
     """What belongs together is on one side; where kdlib splits, it sees to that."""
     if count := context.prepared.notes.get("groups_on_two_sides", 0):
         yield warning(
@@ -204,7 +204,7 @@ def held_out_groups_are_new(context: Context) -> Iterator[Finding]:
         )
 
 
-def classes_are_large_enough(context: Context) -> Iterator[Finding]:
+def classes_are_large_enough(context: Context) -> Findings:
     """Each class has rows to learn it from, is no small minority, and has held-out rows enough of its own."""
     data, notes = context.config.data, context.prepared.notes
     for name in ("train", "validation", "test"):
@@ -229,7 +229,7 @@ def classes_are_large_enough(context: Context) -> Iterator[Finding]:
 
 
 @torch.no_grad()
-def teacher_knows_the_classes(context: Context) -> Iterator[Finding]:
+def teacher_knows_the_classes(context: Context) -> Findings:
     """Its accuracy on the first training rows is above that of always saying the commonest class."""
     prepared, teacher, count = context.prepared, context.teacher, min(LOOKED_AT, len(context.prepared.train))
     said, came = [], []
@@ -255,7 +255,7 @@ def teacher_knows_the_classes(context: Context) -> Iterator[Finding]:
         )
 
 
-def _repeated(split: str, what: str, trained: Sequence[str], held_out: Sequence[str]) -> Iterator[Finding]:
+def _repeated(split: str, what: str, trained: Sequence[str], held_out: Sequence[str]) -> Findings:
     """Held-out texts that are trained on."""
     known = set(trained)
     if (repeated := sum(text in known for text in held_out)) > REPEATED * len(held_out):

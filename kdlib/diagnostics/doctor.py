@@ -1,7 +1,7 @@
 """The doctor: what is wrong with a config before it trains, and what of that can be changed in its file."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from kdlib.config import run as configs
 from kdlib.config.run import Config, pairs
 from kdlib.diagnostics import data_checks
 from kdlib.diagnostics.config_checks import CONFIG_CHECKS
-from kdlib.diagnostics.context import Context, Finding, Unavailable, as_text, ordered
+from kdlib.diagnostics.context import Context, Finding, Findings, Unavailable, as_text, ordered
 from kdlib.diagnostics.memory import forecast
 from kdlib.diagnostics.model_checks import BATCH_CHECKS, MODEL_CHECKS, memory_suffices
 from kdlib.errors import ConfigError
@@ -133,7 +133,7 @@ def _named(check: Any) -> Any:
     return getattr(data_checks, check) if isinstance(check, str) else check
 
 
-def _answers(check, context: Context) -> Iterator[Finding]:
+def _answers(check, context: Context) -> Findings:
     try:
         yield from check(context)
     except Unavailable as error:

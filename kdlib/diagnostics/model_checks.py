@@ -4,12 +4,12 @@
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache, partial
 
 import torch
 
-from kdlib.diagnostics.context import Context, Finding, Unavailable, critical, note, warning
+from kdlib.diagnostics.context import Context, Finding, Findings, Unavailable, critical, note, warning
 from kdlib.diagnostics.forecast import GIB, remedies, verdict
 from kdlib.errors import ModelError
 from kdlib.hardware import emulates_bf16
@@ -30,7 +30,7 @@ UNLIKE = 100.0  # times, between weighted terms
 EQUAL = 1e-6  # nats: student and teacher say the same
 
 
-def device_has_the_dtype(context: Context) -> Iterator[Finding]:
+def device_has_the_dtype(context: Context) -> Findings:
     """The machine computes in the config's dtype, and gains by it."""
     precision, device = context.config.precision, device_of(context.config.wanted_device).type
     cuda = torch.cuda.get_device_name() if device == "cuda" else ""
@@ -55,7 +55,7 @@ def device_has_the_dtype(context: Context) -> Iterator[Finding]:
     yield Finding(severity, "precision", found, why, "write auto", AUTO)
 
 
-def rows_fit_the_positions(context: Context) -> Iterator[Finding]:
+def rows_fit_the_positions(context: Context) -> Findings:
     """No row is longer than a model has positions."""
     stated = {name: getattr(each, "max_position_embeddings", None) for name, each in context.configs.items()}
     limits, length = {name: limit for name, limit in stated.items() if limit}, context.config.data.max_length
@@ -69,7 +69,7 @@ def rows_fit_the_positions(context: Context) -> Iterator[Finding]:
         )
 
 
-def models_are_a_pair(context: Context) -> Iterator[Finding]:
+def models_are_a_pair(context: Context) -> Findings:
     """The student has layers of the teacher's, or ids that mean the same; each model a row for every id."""
     config = context.config
     try:
@@ -96,7 +96,7 @@ def models_are_a_pair(context: Context) -> Iterator[Finding]:
             yield note(where, found, "rows beyond the tokenizer mean nothing", do)
 
 
-def tokenizers_agree(context: Context) -> Iterator[Finding]:
+def tokenizers_agree(context: Context) -> Findings:
     """A student of its own is trained and saved with the teacher's tokenizer; what that changes is named."""
     if context.config.student.source == "teacher" or not context.rules.one_vocabulary:
         return
@@ -123,7 +123,7 @@ def tokenizers_agree(context: Context) -> Iterator[Finding]:
             )
 
 
-def terms_have_a_source(context: Context) -> Iterator[Finding]:
+def terms_have_a_source(context: Context) -> Findings:
     """What feature terms need is there, or made, and what that costs."""
     stated = context.configs
     configs = (stated.get("student", stated["teacher"]), stated["teacher"])
@@ -147,7 +147,7 @@ def terms_have_a_source(context: Context) -> Iterator[Finding]:
             )
 
 
-def memory_suffices(context: Context) -> Iterator[Finding]:
+def memory_suffices(context: Context) -> Findings:
     """The forecast of the training's peak lies within what the device has: `kd forecast`, part by part."""
     prepared = context.prepared
     forecast = partial(context.forecast, rows=len(prepared.train), vocabulary=prepared.vocabulary)
@@ -171,7 +171,7 @@ def memory_suffices(context: Context) -> Iterator[Finding]:
     )
 
 
-def temperature_leaves_something_to_teach(context: Context) -> Iterator[Finding]:
+def temperature_leaves_something_to_teach(context: Context) -> Findings:
     """At the highest temperature of each term the teacher is not near uniform on this text."""
     loss, done, flatness = context.config.loss, set(), cache(lambda at: _flatness(context, at))
     by_term = isinstance(loss.temperature, Mapping) and not any(key in SHAPES for key in loss.temperature)
@@ -199,7 +199,7 @@ def temperature_leaves_something_to_teach(context: Context) -> Iterator[Finding]
         )
 
 
-def terms_are_of_a_size(context: Context) -> Iterator[Finding]:
+def terms_are_of_a_size(context: Context) -> Findings:
     """No term's weighted share of the loss is a hundredth of another's where its own weight is largest.
 
     What is held against is the largest share among the terms made from logits, in nats, else the largest of
@@ -244,7 +244,7 @@ def _unlike(context: Context, term: str, main: str, shares: Mapping[str, float],
     )
 
 
-def teacher_is_finite(context: Context) -> Iterator[Finding]:
+def teacher_is_finite(context: Context) -> Findings:
     """The teacher's logits are numbers, and such that the config's dtype has."""
     largest = max(float(logits.abs().amax()) for logits in context.batch.teacher_logits())  # nan wins
     if not math.isfinite(largest):
