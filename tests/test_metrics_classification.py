@@ -6,7 +6,7 @@ from sklearn import metrics
 
 from kdlib.metrics.bootstrap import Bootstrap, interval, mcnemar
 from kdlib.metrics.calibration import bin_of, calibration_gaps, reliability
-from kdlib.metrics.classification import Answers, ItemFigures
+from kdlib.metrics.classification import Answers, item_figures, measures
 from kdlib.metrics.paired import results_of, worst_rows
 
 NAMES = ("sport", "politics", "science", "music")
@@ -77,8 +77,8 @@ def test_the_resampled_measures_are_those_of_scikit_learn_on_the_items_drawn(mod
     teacher, answers = models["teacher"], models["distilled"]
     few = slice(0, 25)  # few enough that some draws lack a class
     teacher, answers = (Answers(each.probabilities[few], each.labels[few]) for each in (teacher, answers))
-    figures, bootstrap = ItemFigures.of(answers, teacher, classes=True), Bootstrap(25, 50, seed=4)
-    measures = figures.measures(bootstrap.sums(figures.table))
+    figures, bootstrap = item_figures(answers, teacher, classes=True), Bootstrap(25, 50, seed=4)
+    resampled = measures({name: bootstrap.sums(values) for name, values in figures.items()})
     draws = np.concatenate(list(bootstrap._draws())).astype(int)
     for number, times in enumerate(draws):
         items = np.repeat(np.arange(25), times)
@@ -86,7 +86,7 @@ def test_the_resampled_measures_are_those_of_scikit_learn_on_the_items_drawn(mod
             Answers(each.probabilities[items], each.labels[items]) for each in (answers, teacher)
         )
         for name, value in by_scikit_learn(drawn, beside).items():
-            assert measures[name][number] == pytest.approx(value), name
+            assert resampled[name][number] == pytest.approx(value), name
 
 
 def test_kl_to_the_teacher_is_zero_where_both_say_the_same_and_right_by_hand():

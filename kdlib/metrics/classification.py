@@ -113,64 +113,51 @@ def details(answers: Answers, labels: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-@dataclass(frozen=True)
-class ItemFigures:
-    """What the measures are made of, item by item, so that they can be made of resampled items."""
+def item_figures(answers: Answers, teacher: Answers, *, classes: bool) -> dict[str, np.ndarray]:
+    """What the measures are made of, item by item, so that resampled items make them too: name → [N, K].
 
-    columns: dict[str, np.ndarray]  # name → [N, K]
+    Args:
+        classes: the choices mean the same for every item, so that F1 means something.
+    """
+    agrees, missed = answers.said == teacher.said, ~teacher.right
+    single = {
+        "one": np.ones(len(answers)),
+        "right": answers.right,
+        "nats": answers.nats,
+        "kl": answers.kl_from(teacher),
+        "agrees": agrees,
+        "teacher_right": teacher.right,
+        "missed": missed,
+        "repeated": missed & agrees,
+        "mended": missed & answers.right,
+    }
+    columns = {name: column[:, None].astype(float) for name, column in single.items()}
+    columns["gaps"] = calibration_gaps(answers.confidence, answers.right)
+    if classes:
+        every = np.arange(answers.probabilities.shape[1])
+        true, said = (np.equal.outer(each, every).astype(float) for each in (answers.labels, answers.said))
+        columns |= {"true": true, "said": said, "hit": true * said}
+    return columns
 
-    @classmethod
-    def of(cls, answers: Answers, teacher: Answers, *, classes: bool) -> "ItemFigures":
-        """These answers', beside the teacher's."""
-        agrees, missed = answers.said == teacher.said, ~teacher.right
-        single = {
-            "one": np.ones(len(answers)),
-            "right": answers.right,
-            "nats": answers.nats,
-            "kl": answers.kl_from(teacher),
-            "agrees": agrees,
-            "teacher_right": teacher.right,
-            "missed": missed,
-            "repeated": missed & agrees,
-            "mended": missed & answers.right,
+
+def measures(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """[R, K] sums of `item_figures` over R draws of items to each measure, [R]; nan where nothing makes it.
+
+    Beside those that are told: `repeated` and `mended`, shares of the teacher's mistakes; `f1`, [R, C].
+    """
+    one = {name: column[:, 0] for name, column in sums.items()}
+    count = one["one"]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = {"accuracy": one["right"] / count}
+        if "hit" in sums:
+            f1 = 2 * sums["hit"] / (sums["true"] + sums["said"])
+            found |= {"macro_f1": np.nanmean(f1, axis=1), "f1": f1}  # over the classes that occur
+        return found | {
+            "log_loss": one["nats"] / count,
+            "ece": np.abs(sums["gaps"]).sum(axis=1) / count,
+            "kl_to_teacher": one["kl"] / count,
+            "agreement": one["agrees"] / count,
+            "retention": 100 * one["right"] / np.where(one["teacher_right"], one["teacher_right"], np.nan),
+            "repeated": one["repeated"] / one["missed"],
+            "mended": one["mended"] / one["missed"],
         }
-        columns = {name: column[:, None].astype(float) for name, column in single.items()}
-        columns["gaps"] = calibration_gaps(answers.confidence, answers.right)
-        if classes:
-            every = np.arange(answers.probabilities.shape[1])
-            true, said = (
-                np.equal.outer(column, every).astype(float) for column in (answers.labels, answers.said)
-            )
-            columns |= {"true": true, "said": said, "hit": true * said}
-        return cls(columns)
-
-    @property
-    def table(self) -> np.ndarray:
-        """[N, all columns]"""
-        return np.concatenate(list(self.columns.values()), axis=1)
-
-    def measures(self, sums: np.ndarray) -> dict[str, np.ndarray]:
-        """[R, all columns] sums over R draws of items to each measure, [R]; nan where nothing makes it.
-
-        Beside those that are told: `repeated` and `mended`, shares of the teacher's mistakes; `f1`, [R, C].
-        """
-        ends = np.cumsum([column.shape[1] for column in self.columns.values()])
-        drawn = dict(zip(self.columns, np.split(sums, ends[:-1], axis=1), strict=True))
-        one = {name: column[:, 0] for name, column in drawn.items() if column.shape[1] == 1}
-        count = one["one"]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            found = {"accuracy": one["right"] / count}
-            if "hit" in drawn:
-                f1 = 2 * drawn["hit"] / (drawn["true"] + drawn["said"])
-                # over the classes that occur, as scikit-learn's
-                found |= {"macro_f1": np.nanmean(f1, axis=1), "f1": f1}
-            taught = np.where(one["teacher_right"], one["teacher_right"], np.nan)
-            return found | {
-                "log_loss": one["nats"] / count,
-                "ece": np.abs(drawn["gaps"]).sum(axis=1) / count,
-                "kl_to_teacher": one["kl"] / count,
-                "agreement": one["agrees"] / count,
-                "retention": 100 * one["right"] / taught,
-                "repeated": one["repeated"] / one["missed"],
-                "mended": one["mended"] / one["missed"],
-            }

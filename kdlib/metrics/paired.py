@@ -1,6 +1,4 @@
-"""The answers of several models to the same questions as plain data: measures with intervals,
-differences, tests, worst rows.
-"""
+"""Several models' answers to the same questions as plain data: intervals, differences, tests, worst rows."""
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -9,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from kdlib.metrics.bootstrap import Bootstrap, interval, mcnemar
-from kdlib.metrics.classification import Answers, ItemFigures, details
+from kdlib.metrics.classification import Answers, details, item_figures, measures
 
 CENTRED = ("ece",)  # chance parts accuracy from confidence in every bin, and resampling adds more of it
 ON_MISTAKES = ("repeated", "mended")  # of the teacher's: shares that are repeated, and answered rightly
@@ -26,8 +24,7 @@ def results_of(
     resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Models, the teacher first, with 95 % intervals; the paired differences of all of them; McNemar's test
-    of each two.
+    """Models, the teacher first, with 95 % intervals; the paired differences and McNemar's test of each two.
 
     Args:
         labels: the classes' names; none where the choices of each item are its own, so that F1 means nothing.
@@ -109,8 +106,7 @@ def worst_rows(
     wrong: int = 6,
     far: int = 4,
 ) -> list[dict[str, Any]]:
-    """The rows on which the student is most wrong, and then those of the others on which it is furthest from
-    the teacher.
+    """The rows on which the student is most wrong, and of the others those furthest from the teacher.
 
     Args:
         models: the teacher first.
@@ -119,8 +115,7 @@ def worst_rows(
         choices: [N] what could be said of each: the classes, or the choices of a question.
 
     Returns:
-        Each {"row", "why", "text", "label", "nats", "kl_to_teacher", "said": {model: [[class, probability],
-        …]}}.
+        Each {"row", "why", "text", "label", "nats", "kl_to_teacher", "said": {model: [[class, share], …]}}.
     """
     teacher, answers = next(iter(models.values())), models[student]
     kl, chosen = answers.kl_from(teacher), {}
@@ -147,17 +142,21 @@ def _figures(
 ) -> dict[str, dict[str, tuple[Any, np.ndarray]]]:
     """model → measure → its value, and its values on resampled items, which are the same for all models."""
     teacher = next(iter(models.values()))
-    items = [ItemFigures.of(answers, teacher, classes=classes) for answers in models.values()]
-    table = np.concatenate([each.table for each in items], axis=1)
-    ends = np.cumsum([each.table.shape[1] for each in items])[:-1]
-    parts = (
-        np.split(sums, ends, axis=1) for sums in (table.sum(axis=0, keepdims=True), bootstrap.sums(table))
-    )
+    columns = {
+        (name, column): values
+        for name, answers in models.items()
+        for column, values in item_figures(answers, teacher, classes=classes).items()
+    }
+    table = np.concatenate(list(columns.values()), axis=1)
+    ends = np.cumsum([values.shape[1] for values in columns.values()])[:-1]
     found = {}
-    for name, each, whole, drawn in zip(models, items, *parts, strict=True):
-        values, resampled = each.measures(whole), each.measures(drawn)
-        made = {m: value[0] for m, value in values.items() if not np.isnan(value).all()}
-        found[name] = {m: (value, resampled[m]) for m, value in made.items()}
+    both = [
+        dict(zip(columns, np.split(sums, ends, axis=1), strict=True))
+        for sums in (table.sum(axis=0, keepdims=True), bootstrap.sums(table))
+    ]
+    for name in models:
+        whole, drawn = (measures({c: each[n, c] for n, c in columns if n == name}) for each in both)
+        found[name] = {m: (v[0], drawn[m]) for m, v in whole.items() if not np.isnan(v).all()}
     return found
 
 
