@@ -130,7 +130,7 @@ def test_a_sweep_goes_on_after_a_failure_and_repeats_only_what_failed(acted, tmp
     sweep = Sweep(folder)
     assert starts(folder) == [1, 1, 1]
     assert results.trial_table(sweep)["state"].tolist() == ["done", "failed", "done"]
-    assert sweep.folder.status["state"] == "failed"
+    assert sweep.status["state"] == "failed"
     said = capsys.readouterr().out
     assert len(re.findall(r"^started ", said, re.MULTILINE)) == 3
     assert re.search(
@@ -144,7 +144,7 @@ def test_a_sweep_goes_on_after_a_failure_and_repeats_only_what_failed(acted, tmp
 
     acted()
     assert starts(folder) == [1, 2, 1]
-    assert sweep.folder.status["state"] == "done"
+    assert sweep.status["state"] == "done"
     assert "goes on (failed)" in capsys.readouterr().out
     assert sum(path.stat().st_mtime_ns != before for path, before in manifests.items()) == 1
     failed = folder.parent / sweep.facts["trials"][1]["run"]
@@ -198,7 +198,7 @@ def test_an_interrupt_stops_all_and_starts_no_more_and_a_second_ends_at_once(
     assert starts(tmp_path / "runs" / "s") == [1, 1, 0, 0]
     assert "Ctrl-C again" in capsys.readouterr().out
     assert not [child for child in psutil.Process().children() if str(tmp_path) in " ".join(child.cmdline())]
-    assert acted(seeds=4).folder.status["state"] == "done"
+    assert acted(seeds=4).status["state"] == "done"
     assert starts(tmp_path / "runs" / "s") == [2, 2, 1, 1]
 
 
@@ -266,7 +266,7 @@ def test_a_run_that_runs_elsewhere_is_waited_for(run, tmp_path):
 
 def test_a_sweep_that_is_running_is_not_started_twice_and_a_runs_name_is_not_a_sweeps(acted, run, tmp_path):
     acted(seeds=1)
-    Sweep(tmp_path / "runs" / "s").folder.set_status("running")
+    Sweep(tmp_path / "runs" / "s").set_status("running")
     with pytest.raises(RunError, match="sweep s is running already, in process"):
         acted(seeds=1)
     with pytest.raises(RunError, match="'one' is the name of a run"):
@@ -430,7 +430,7 @@ def test_a_sweep_killed_in_the_middle_ends_with_three_good_runs_and_the_planted_
     finished = {run.name: before(run) for run in others if run.status["state"] == "done"}
     assert 1 <= len(finished) < 3
     assert "died" in {run.status["state"] for run in others}
-    assert Sweep(tmp_path / "runs" / "try").folder.status["state"] == "died"
+    assert Sweep(tmp_path / "runs" / "try").status["state"] == "died"
 
     process = kd_process("sweep", sweep_file, *folders)
     out, said = process.communicate(timeout=600)

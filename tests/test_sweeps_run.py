@@ -233,7 +233,7 @@ def swept(trials_of, settings, tmp_path):
                 )
             else:
                 finished(sweep.path.parent, trial, value, **(costs[number] if costs else {}))
-        sweep.folder.set_status("done")
+        sweep.set_status("done")
         return sweep
 
     return make

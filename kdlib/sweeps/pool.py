@@ -195,7 +195,7 @@ class Pool:
         message = "\n".join([f"{len(failed)} of the runs failed:", *lines]) if failed else ""
         if self.processes.stopping.is_set() or any(each.state == "stopped" for each in self.outcomes):
             message = f"stopped; the same command goes on where it stopped{f'; {message}' if message else ''}"
-        self.sweep.folder.set_status("failed" if message else "done", message)
+        self.sweep.set_status("failed" if message else "done", message)
         for trial in self.sweep.facts["trials"]:
             run = self.sweep.run(trial["run"])
             if run.status["state"] == "done":

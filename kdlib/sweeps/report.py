@@ -55,7 +55,7 @@ def render(sweep: Sweep, reports: Path) -> Path:
         "sweep.html.j2",
         name=sweep.name,
         facts=facts,
-        status=sweep.folder.status,
+        status=sweep.status,
         message=verdict(sweep, settings),
         counts=trials["state"].value_counts().to_dict(),
         best=_best(sweep, settings, reports),

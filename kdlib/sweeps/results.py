@@ -8,7 +8,6 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,25 +39,13 @@ SPEEDS = {"tokens_per_s": "forward_tokens_per_s", "rows_per_s": "throughput_rows
 CLEAR = 10  # s: logs have the time to the second, so shorter trainings are not told apart
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """One sweep, as its folder has it."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        return self.path.name
+class Sweep(Run):
+    """One sweep's folder, which has a status as a run's has."""
 
     @property
     def facts(self) -> dict[str, Any]:
         """sweep.json: file, base, smoke, settings, parameters, metric, trials, repeated, forecast, …"""
         return read_json(self.path / FILE, {})
-
-    @property
-    def folder(self) -> Run:
-        """Its own folder, for the status."""
-        return Run(self.path)
 
     def run(self, name: str) -> Run:
         return Run(self.path.parent / name)

@@ -110,7 +110,7 @@ def begin(sweep: Sweep, settings: SweepConfig, trials: Sequence[Trial], **facts:
     """
     if (sweep.path / "config.yaml").exists():
         raise RunError(f"{sweep.name!r} is the name of a run; choose another --name for the sweep")
-    status = sweep.folder.status
+    status = sweep.status
     if status["state"] == "running":
         where = f"in process {status['pid']}; wait for it, or stop it first"
         raise RunError(f"sweep {sweep.name} is running already, {where}")
@@ -131,7 +131,7 @@ def begin(sweep: Sweep, settings: SweepConfig, trials: Sequence[Trial], **facts:
         "trials": [{"run": trial.run, "parameters": dict(trial.parameters)} for trial in trials],
     }
     write_json(sweep.path / FILE, about)
-    sweep.folder.set_status("running")
+    sweep.set_status("running")
     if gone := {trial["run"] for trial in earlier.get("trials", [])} - {trial.run for trial in trials}:
         names = ", ".join(sorted(gone))
         say(f"{len(gone)} runs of an earlier form of this sweep are not part of it now: {names}")
