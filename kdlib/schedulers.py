@@ -21,7 +21,7 @@ A curriculum says the same of many weights at once, phase by phase, and is resol
 `until` and `ramp` are fractions of the whole training.  A phase's weights stand in for the usual ones
 (`loss.weights`, 0 where that is silent) of the terms that it names.  Without a ramp they hold from the
 phase's start: a jump, and a weight may be a schedule, stretched over the phase.  With one, every weight that
-changes goes in a straight line from where the phase before it ended; in the first phase, from 0.
+changes goes in a straight line from where the phase before it ended (in the first, what it names from 0).
 """
 
 import contextlib
