@@ -1,0 +1,105 @@
+import pytest
+import torch
+from conftest import sentences, tiny_model, tiny_tokenizer
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+
+from kdlib.config.run import parse
+from kdlib.errors import ModelError
+from kdlib.models.loading import load_tokenizer
+from kdlib.models.student import check_pair, chosen_layers, layer_influence, shallower
+
+
+def config(raw, **student):
+    return parse({**raw, "student": {"from": "teacher", **student}})
+
+
+@pytest.mark.parametrize(
+    ("student", "expected"),
+    [
+        ({"layers": 2, "keep": "first"}, [0, 1]),
+        ({"layers": 2, "keep": "even"}, [0, 3]),
+        ({"layers": 3, "keep": "even"}, [0, 2, 3]),
+        ({"keep": [1, 3]}, [1, 3]),
+    ],
+)
+def test_layers_are_chosen_as_the_config_says(raw_config, student, expected):
+    assert chosen_layers(config(raw_config, **student), tiny_model(), torch.arange(8)[None]) == expected
+
+
+def test_influence_keeps_the_layers_that_turn_the_stream():
+    model = tiny_model()
+    for layer in (1, 2):  # a layer that adds nothing to the stream has no influence
+        for weights in (model.model.layers[layer].self_attn.o_proj, model.model.layers[layer].mlp.down_proj):
+            torch.nn.init.zeros_(weights.weight)
+    influence = layer_influence(model, torch.arange(16)[None])
+    assert influence.shape == (4,)
+    assert influence[[1, 2]].abs().max() < 1e-6 < influence[[0, 3]].min()
+
+
+def test_a_last_layer_that_does_nothing_has_no_influence_whatever_the_final_norm():
+    model = tiny_model()
+    for weights in (model.model.layers[3].self_attn.o_proj, model.model.layers[3].mlp.down_proj):
+        torch.nn.init.zeros_(weights.weight)
+    torch.nn.init.normal_(model.model.norm.weight)
+    assert layer_influence(model, torch.arange(16)[None])[3] < 1e-6
+
+
+def test_settings_of_each_layer_go_with_their_layers():
+    teacher = Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        )
+    )
+    assert shallower(teacher, [0, 3]).config.layer_types == ["full_attention", "full_attention"]
+
+
+@pytest.mark.parametrize("keep", [[0, 9], [2, 1], [1, 1], [-1, 0]])
+def test_layers_that_the_teacher_lacks_are_refused(raw_config, keep):
+    with pytest.raises(ModelError, match="rising layer numbers"):
+        chosen_layers(config(raw_config, keep=keep), tiny_model(), torch.arange(8)[None])
+
+
+def test_a_student_of_all_layers_is_the_teacher():
+    teacher = tiny_model().eval()
+    student = shallower(teacher, range(4))
+    ids = torch.arange(10)[None]
+    torch.testing.assert_close(student(input_ids=ids).logits, teacher(input_ids=ids).logits, rtol=0, atol=0)
+    assert student.lm_head.weight is student.model.embed_tokens.weight
+
+
+def test_a_shallower_gpt2_keeps_the_layers_asked_for():
+    teacher = GPT2LMHeadModel(
+        GPT2Config(vocab_size=50, n_embd=16, n_layer=4, n_head=2, n_positions=32)
+    ).eval()
+    student = shallower(teacher, [0, 3])
+    assert len(student.transformer.h) == 2
+    torch.testing.assert_close(
+        student.transformer.h[1].mlp.c_fc.weight, teacher.transformer.h[3].mlp.c_fc.weight
+    )
+
+
+def test_rows_longer_than_a_models_positions_are_refused(raw_config, teacher_folder):
+    with pytest.raises(ModelError, match="data.max_length is 128, but .* has 64 positions"):
+        check_pair(parse(raw_config, ["data.max_length=128"]), load_tokenizer(str(teacher_folder)))
+
+
+def test_different_tokenizers_are_refused_with_the_way_out(raw_config, teacher_folder, tmp_path):
+    other = tmp_path / "other"
+    tiny_tokenizer(sentences(50, seed=9), size=290).save_pretrained(other)
+    tiny_model().save_pretrained(other)
+    pair = parse({**raw_config, "student": {"from": str(other)}})
+    with pytest.raises(ModelError, match=r"different vocabularies: \d+ tokens differ.*needs one vocabulary"):
+        check_pair(pair, load_tokenizer(str(teacher_folder)))
