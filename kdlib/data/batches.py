@@ -55,6 +55,10 @@ class Prepared:
         """Its rows."""
         return getattr(self, self.measured_on)
 
+    def first_rows(self, count: int = 2) -> Batch:
+        """The first training rows."""
+        return self.collate([self.train[i] for i in range(min(count, len(self.train)))])
+
 
 def collate(rows: Sequence[Mapping[str, Any]], *, pad_id: int) -> Batch:
     """Rows to a batch, padded on the right: input_ids, attention_mask, labels, each [B, T].
@@ -99,6 +103,16 @@ def calibration_rows(rows: Dataset, count: int = 8) -> Tensor:
     column = "teacher_input_ids" if "teacher_input_ids" in rows.column_names else "input_ids"
     ids = sorted(rows.select(range(min(8 * count, len(rows))))[column], key=len, reverse=True)[:count]
     return torch.tensor([row[: min(map(len, ids))] for row in ids])
+
+
+def random_ids(
+    tokens: int, rows: int, length: int, generator: torch.Generator, *, is_full: bool
+) -> list[list[int]]:
+    """Rows of random token ids; unless all are full the last is one shorter, to need a mask."""
+    ids = torch.randint(tokens, (rows, length), generator=generator).tolist()
+    if not is_full and rows > 1 and length > 2:
+        ids[-1].pop()
+    return ids
 
 
 def fingerprint(*parts: Dataset) -> str:

@@ -4,14 +4,13 @@ A row is {"input_ids", "prompt_tokens", "text": the question}, with "read_only" 
 multiple choice the right choice is learned, and every choice of every held-out question stands in
 `Prepared.choices` to be scored.
 
-A multiple choice is written as lm-eval writes it, `Question: …\\nAnswer:` and ` <choice>`, without a chat
-template and without an end of text after the choice, so that what is trained is what is scored.  A free
-answer is written in the tokenizer's chat template where it has one, and ends as the model is to end it: with
-the template's own end of turn, or with EOS.
+A multiple choice is written as lm-eval writes it, `Question: …\\nAnswer:` and ` <choice>`, without chat
+template or end of text after it: what is trained is what is scored.  A free answer is written in the chat
+template where there is one, and ends as the model is to end it: with the template's end of turn, or EOS.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from os.path import commonprefix
@@ -20,7 +19,7 @@ from typing import Any
 import datasets
 from datasets import Dataset
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.config.sections import DataConfig
 from kdlib.data.batches import Prepared, collate, fingerprint
@@ -33,6 +32,7 @@ INT, TEXT, IDS = datasets.Value("int32"), datasets.Value("string"), datasets.Lis
 ROWS = datasets.Features({"input_ids": IDS, "prompt_tokens": INT, "text": TEXT, "read_only": IDS})
 ASKED = {"item": INT, "choice": INT, "is_answer": datasets.Value("bool"), "text": TEXT, "question": TEXT}
 CHOICES = datasets.Features({**ASKED, "characters": INT, "input_ids": IDS, "prompt_tokens": INT})
+Writer = Callable[[Item], list["Encoded"]]  # an item's rows
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,13 @@ class Encoded:
         return len(self.input_ids) - self.prompt_tokens - sum(self.read_only[1::2]) + sum(self.read_only[::2])
 
 
-def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Prepared:
+def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
     """Read, split by question and tokenize; nothing is cut, and nothing left out but exact repetitions.
 
     The split, the order and the fingerprint depend on the rows and `data.split_seed` (else the seed) alone.
 
     Raises:
-        DataError: nothing to read, not the named columns, or rows of which nothing can be asked, named one by
-            one.
+        DataError: nothing to read, not the named columns, or rows of which nothing can be asked.
     """
     seed = seed if config.split_seed is None else config.split_seed
     found = {name: rows for name, rows in read_splits(config).items() if len(rows)}
@@ -67,8 +66,9 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int
     splits = _splits(config, found, form, seed=seed, notes=notes)
     _check_one_answer(config, [item for items in splits.values() for item in items])
     rows, choices, first = {}, {}, beginning(tokenizer)
+    written = encoded_choices if form == "multiple choice" else encoded_response
     for name, items in splits.items():
-        encoded = _encoded(config, name, items, form, tokenizer, first)
+        encoded = _encoded(config, name, items, partial(written, tokenizer=tokenizer, first=first))
         limit = config.max_train_rows if name == "train" else config.max_eval_rows
         if limit is not None and limit < len(items):
             taken = sorted(random.Random(seed).sample(range(len(items)), limit))
@@ -91,9 +91,9 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int
             notes[f"{name}_choices"] = sum(len(item.answers) for item in items)
     notes |= {"form": form, "each_document_begins_with": tokenizer.decode(first)}
     notes["fingerprint"] = fingerprint(*rows.values(), *choices.values())
-    gathered, test = partial(collate, pad_id=tokenizer.pad_token_id), rows.get("test")
-    sides = rows["train"], rows["validation"]
-    return Prepared(*sides, notes, gathered, len(tokenizer), test=test, choices=choices)
+    held_out = {"test": rows.get("test"), "choices": choices}
+    gathered = partial(collate, pad_id=tokenizer.pad_token_id)
+    return Prepared(rows["train"], rows["validation"], notes, gathered, len(tokenizer), **held_out)
 
 
 def _splits(
@@ -124,10 +124,7 @@ def _splits(
     notes["split"] = "by question" if "validation" in shares else "the source's own"
     if "test" in shares or "test" in own:
         notes["test"] = f"{config.test:g} of the questions" if "test" in shares else "the source's own"
-    first: dict[Item, Item] = {}
-    for item in splits["train"]:
-        first.setdefault(replace(item, where=""), item)
-    unique = list(first.values())
+    unique = list({replace(item, where=""): item for item in splits["train"]}.values())
     notes["duplicate_documents_left_out"] = len(splits["train"]) - len(unique) if shares else 0
     if shares:
         splits |= _taken(config, unique, shares, seed)
@@ -173,23 +170,15 @@ def _check_one_answer(config: DataConfig, items: Sequence[Item]) -> None:
         raise DataError(refusal(found, faults))
 
 
-def _encoded(
-    config: DataConfig,
-    name: str,
-    items: Sequence[Item],
-    form: str,
-    tokenizer: PreTrainedTokenizerBase,
-    first: Sequence[int],
-) -> list[list[Encoded]]:
+def _encoded(config: DataConfig, name: str, items: Sequence[Item], write: Writer) -> list[list[Encoded]]:
     """Each item's rows: one for each choice, or one.
 
     Raises:
         DataError: rows that cannot be written, or that are longer than data.max_length.
     """
-    write, source = encoded_choices if form == "multiple choice" else encoded_response, config.source
-    wheres = [item.where for item in items]
+    source, wheres = config.source, [item.where for item in items]
     found = f"{source}: {{count}} of {name} that cannot be written as tokens; mend them, or take them out"
-    made = collected(lambda item: write(item, tokenizer, first), items, wheres, found)
+    made = collected(write, items, wheres, found)
     longest = [max(each, key=lambda row: len(row.input_ids)) for each in made]
     faults = [
         f"{where}: {len(row.input_ids)} tokens, {row.prompt_tokens} before the answer"
@@ -229,7 +218,7 @@ def _choices(items: Sequence[Item], encoded: Sequence[Sequence[Encoded]]) -> Dat
     return Dataset.from_list(rows, features=CHOICES)
 
 
-def encoded_choices(item: Item, tokenizer: PreTrainedTokenizerBase, first: Sequence[int]) -> list[Encoded]:
+def encoded_choices(item: Item, tokenizer: Tokenizer, first: Sequence[int]) -> list[Encoded]:
     """The prompt with each choice in turn; `first` begins every row ([BOS], or nothing).
 
     Raises:
@@ -243,7 +232,7 @@ def encoded_choices(item: Item, tokenizer: PreTrainedTokenizerBase, first: Seque
     return made
 
 
-def encoded_response(item: Item, tokenizer: PreTrainedTokenizerBase, first: Sequence[int]) -> list[Encoded]:
+def encoded_response(item: Item, tokenizer: Tokenizer, first: Sequence[int]) -> list[Encoded]:
     """A free answer after its prompt, one row.
 
     Raises:
@@ -262,9 +251,7 @@ def encoded_response(item: Item, tokenizer: PreTrainedTokenizerBase, first: Sequ
     return [Encoded([*made.input_ids, tokenizer.eos_token_id], made.prompt_tokens)]
 
 
-def continued(
-    prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase, first: Sequence[int] = ()
-) -> Encoded:
+def continued(prompt: str, answer: str, tokenizer: Tokenizer, first: Sequence[int] = ()) -> Encoded:
     """Both tokenized together, as a model reads them, and parted after as many tokens as the prompt has.
 
     White space at the prompt's end goes to the answer, where tokenizers have it.  lm-eval does the same
@@ -275,15 +262,14 @@ def continued(
     return Encoded([*first, *alone, *whole[len(alone) :]], len(first) + len(alone))
 
 
-def _conversation(messages: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> Encoded:
+def _conversation(messages: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> Encoded:
     """All of a conversation, of which each answer of the assistant's is learned, with the end of its turn.
 
     An answer is learned where the whole conversation shows it as it stood when it was given: templates that
     strip an earlier turn (of its reasoning, say) leave no such place, and the turn is read only.  What a
     template puts before an answer is given.
     """
-    whole = _shown(messages, tokenizer)
-    spans, lost = [], 0
+    whole, spans, lost = _shown(messages, tokenizer), [], 0
     for number, (role, content) in enumerate(messages):
         if role == "assistant":
             before, after = (_shown(messages[:end], tokenizer).rstrip() for end in (number, number + 1))
@@ -306,7 +292,7 @@ def _conversation(messages: Sequence[tuple[str, str]], tokenizer: PreTrainedToke
     return Encoded(ids, prompt, tuple(read_only), lost)
 
 
-def _shown(messages: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
+def _shown(messages: Sequence[tuple[str, str]], tokenizer: Tokenizer, **options: Any) -> str:
     spoken = [{"role": role, "content": content} for role, content in messages]
     try:
         return tokenizer.apply_chat_template(spoken, tokenize=False, **options)

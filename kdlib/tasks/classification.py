@@ -18,7 +18,7 @@ from transformers import (
 from kdlib.config.run import Config
 from kdlib.config.task_rules import RULES
 from kdlib.data import classification
-from kdlib.data.batches import Prepared, collate_classes
+from kdlib.data.batches import Prepared, collate_classes, random_ids
 from kdlib.errors import ModelError
 from kdlib.losses.signals import kept
 from kdlib.metrics.classification import Answers
@@ -30,7 +30,6 @@ from kdlib.models.student import Outline
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots.tokens import RowView
 from kdlib.tasks.base import Comparison, Sample, Task, register
-from kdlib.tasks.language_modeling import first_rows, random_ids
 
 BATCH = 32  # rows per forward pass
 SINGLE = 30  # rows that are answered one by one, for the latency
@@ -116,7 +115,7 @@ class Classification(Task):
     def example(self, prepared: Prepared, tokenizer: Tokenizer, teacher: LiveTeacher) -> RowView:
         """The row's class, and what the teacher says of it."""
         row, labels = prepared.train[0], prepared.labels
-        said = _logits(teacher, first_rows(prepared)).float().softmax(-1)[0].tolist()
+        said = _logits(teacher, prepared.first_rows()).float().softmax(-1)[0].tolist()
         return RowView(text_of(row, tokenizer), labels[row["label"]], list(zip(labels, said, strict=True)))
 
     def sample(self, prepared: Prepared, tokenizer: Tokenizer) -> Sample:

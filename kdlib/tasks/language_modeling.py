@@ -19,7 +19,7 @@ from transformers import (
 from kdlib.config.run import Config
 from kdlib.config.task_rules import RULES
 from kdlib.data import text
-from kdlib.data.batches import Prepared, collate
+from kdlib.data.batches import Prepared, collate, random_ids
 from kdlib.errors import ModelError
 from kdlib.losses.objective import EVAL_TERMS, row_sums
 from kdlib.losses.signals import IGNORED, Signal, kept
@@ -85,7 +85,7 @@ class LanguageModeling(Task):
 
     def example(self, prepared: Prepared, tokenizer: Tokenizer, teacher: LiveTeacher) -> TokenView:
         """Token by token, coloured by what is learned."""
-        batch = first_rows(prepared)
+        batch = prepared.first_rows()
         ids, labels, read = (batch[name][0].tolist() for name in ("input_ids", "labels", "attention_mask"))
         return token_view(ids, [label != IGNORED for label in labels], read, tokenizer.decode)
 
@@ -241,21 +241,6 @@ def beginnings(rows: Sequence[Mapping[str, Sequence[int]]], tokens: int) -> list
         taken.append({**row, "input_ids": ids})
         tokens -= len(ids) - given
     return taken
-
-
-def first_rows(prepared: Prepared, count: int = 2) -> dict[str, Tensor]:
-    """The first training rows as a batch."""
-    return prepared.collate([prepared.train[i] for i in range(min(count, len(prepared.train)))])
-
-
-def random_ids(
-    tokens: int, rows: int, length: int, generator: torch.Generator, *, is_full: bool
-) -> list[list[int]]:
-    """Rows of random token ids; unless all are full the last is one shorter, to need a mask."""
-    ids = torch.randint(tokens, (rows, length), generator=generator).tolist()
-    if not is_full and rows > 1 and length > 2:
-        ids[-1].pop()
-    return ids
 
 
 register(LanguageModeling())
