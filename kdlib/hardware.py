@@ -59,13 +59,14 @@ def device_memory(device: torch.device) -> tuple[int, int]:
 
 def memory_gib(device: torch.device) -> float:
     """Peak memory on the GPU so far, or the process's memory now on the CPU."""
-    cuda = device.type == "cuda"
-    return (torch.cuda.max_memory_allocated() if cuda else psutil.Process().memory_info().rss) / GIB
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / GIB
+    return psutil.Process().memory_info().rss / GIB
 
 
 @dataclass
 class Peak:
-    """The most memory taken above that at the start; known at the end."""
+    """Known at the end."""
 
     bytes: int = 0
 
@@ -138,7 +139,7 @@ def bf16_instructions() -> tuple[str, ...] | None:
 
 
 def emulates_bf16() -> bool:
-    """Whether this CPU surely has no instructions for bfloat16 products, which are 4 to 100 x slower then."""
+    """Whether this CPU surely has none: bfloat16 products are 4 to 100 x slower then."""
     return bf16_instructions() == ()
 
 

@@ -347,7 +347,7 @@ STATE = {
 def test_advice_follows_from_what_was_seen(origin, state, words):
     batch = collate([{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6]}], pad_id=0)
     batch["labels"][1] = -100
-    report = report_of(origin, {**STATE, **state}, [batch], tokenizer=None, rows=None)
+    report = report_of(origin, {**STATE, **state}, [batch], None, None)
     found = report["suggestions"]
     assert len(found) == len(words) + 1
     for advice, expected in zip(found, words, strict=False):

@@ -18,8 +18,7 @@ def load_classifier(
     """A classifier of rows, named as in `load_model`, whose outputs stand in the order of `labels`.
 
     Args:
-        untrained: a head without training will do: it is made anew, from torch's random numbers, where the
-            model has none for these classes.
+        untrained: a head may be made anew where the model has none for these classes.
 
     Raises:
         ModelError: there is no such model, or it has no trained head for these classes.
@@ -99,11 +98,7 @@ def named_classes(config: PreTrainedConfig) -> list[str] | None:
 
 @torch.no_grad()
 def _reorder_head(name: str, model: PreTrainedModel, order: Sequence[int]) -> None:
-    """Puts a classifier's outputs into this order; seen on four tokens, not guessed from the module's name.
-
-    Raises:
-        ModelError: no single matrix makes its outputs.
-    """
+    """Puts a classifier's outputs into this order; seen on four tokens, not guessed from a name."""
     ids = torch.arange(1, 5, device=model.device)[None]
     before = model(input_ids=ids).logits[:, list(order)]
     head = _head(model, len(order))
@@ -118,11 +113,7 @@ def _reorder_head(name: str, model: PreTrainedModel, order: Sequence[int]) -> No
 
 @torch.no_grad()
 def _renew_head(name: str, model: PreTrainedModel, classes: int) -> None:
-    """Random weights for a head of as many classes by other names, as a head has that is made anew.
-
-    Raises:
-        ModelError: no single matrix makes its outputs.
-    """
+    """Random weights for a head of as many classes by other names, as a head has that is made anew."""
     if not (head := _head(model, classes)):
         raise ModelError(
             f"{name}: it knows as many classes by other names, and its head is no single matrix that could "

@@ -37,8 +37,7 @@ def captured_layers(
     """Collects these layers' outputs and attention maps of one forward pass made inside.
 
     Raises:
-        ModelError: a layer showed no attention map: the model's attention does not make them (see
-            `attend_eagerly`).
+        ModelError: a layer showed no attention map (see `attend_eagerly`).
     """
     captured = Captured()
 

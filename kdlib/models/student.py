@@ -96,13 +96,10 @@ def check_layers(config: Config, total: int) -> None:
 
 @torch.no_grad()
 def layer_influence(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """How much each layer turns the residual stream: 1 - mean cosine between its input and output.
+    """[L] how much each layer turns the residual stream: 1 - mean cosine of input and output, 0 (not) to 2.
 
     Args:
         input_ids: [B, T] text without padding.
-
-    Returns:
-        [L] from 0 (the layer does nothing) to 2.
 
     Reference: Men et al. 2024 (ShortGPT, "block influence"), https://arxiv.org/abs/2403.03853
     """
@@ -192,11 +189,7 @@ class Outline:
 
 
 def outline(config: Config, task: Any, vocabulary: int | None = None) -> Outline:
-    """What is known of a config's models without their weights.
-
-    Args:
-        task: the config's kdlib.tasks.base.Task.
-        vocabulary: what the models choose among, where it is known: the number of the data's classes.
+    """What is known of a config's models without their weights; `vocabulary`: the number of known classes.
 
     Raises:
         ModelError: there is no such model; or the teacher lacks the student's layers.

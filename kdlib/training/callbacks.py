@@ -25,11 +25,7 @@ FULL = 64 * 2**20  # bytes left: a failed write is put down to the disk
 
 
 class PlanFile(TrainerCallback):
-    """Writes plan.json when training begins: the learning rate and `planned`, as they will be logged.
-
-    Args:
-        planned: what else is known at a fraction of training, from 0 to 1, by name.
-    """
+    """Writes plan.json when training begins: the learning rate and what is `planned` at a fraction of it."""
 
     def __init__(self, folder: StudentFolder, planned: Callable[[float], dict[str, float]]) -> None:
         self.folder, self.planned = folder, planned
@@ -117,10 +113,7 @@ class LogBeforeSave(TrainerCallback):
 
 
 class StopRequest(TrainerCallback):
-    """Turns an interrupt, or a file STOP in one of the folders, into: finish the step, save, stop.
-
-    A second interrupt stops at once.
-    """
+    """Turns an interrupt, or a file STOP in a folder, into: finish the step, save, stop."""
 
     def __init__(self, *folders: Path) -> None:
         self.files = [folder / "STOP" for folder in folders]
@@ -159,8 +152,7 @@ class StopRequest(TrainerCallback):
 class EarlyStop(TrainerCallback):
     """Stops when what chooses best_model/ has not improved by over `min_delta` in `patience` evaluations.
 
-    Counted in the logged evaluations: so a resumed training goes on counting, which transformers' own
-    callback does not, and gains that are small one by one add up.
+    Counted in those logged, so that a resumed training goes on counting, and small gains add up.
     """
 
     def __init__(self, patience: int, min_delta: float) -> None:
@@ -218,12 +210,8 @@ def disk_is_full(folder: StudentFolder) -> bool:
 
 
 def check_disk(folder: StudentFolder, *, weights: int, args: TrainingArguments) -> None:
-    """Refuse before the first step what would fail at the first checkpoint.
-
-    Args:
-        weights: bytes of the student's weights; AdamW's two averages take as much again, each.
-    """
-    checkpoint = 3 * weights if args.save_strategy != "no" else 0
+    """Refuse before the first step what would fail at a checkpoint; `weights`: the student's, bytes."""
+    checkpoint = 3 * weights if args.save_strategy != "no" else 0  # AdamW's two averages are as large, each
     needed = 3 * weights + checkpoint * ((args.save_total_limit or 2) + 1)
     free = shutil.disk_usage(next(p for p in (folder.path, *folder.path.parents) if p.exists())).free
     if free < needed:

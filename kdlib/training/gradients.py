@@ -12,12 +12,10 @@ def term_gradients(
 ) -> dict[str, list[Tensor]]:
     """Each term's gradient on these parameters; their sum is the gradient of the loss.
 
-    One more backward pass per term; memory for terms x parameters.  No `.grad` is touched, and no hook of DDP
-    is called.
+    One more backward pass per term; memory for terms x parameters.  No `.grad` is touched, no hook called.
 
     Args:
-        losses: (term, weight x mean over some tokens: what the optimizer sees of it), made as they are asked
-            for; their graph is kept.
+        losses: (term, weight x mean over some tokens), made as they are asked for; their graph is kept.
     """
     found = {}
     for name, loss in losses:
@@ -31,10 +29,9 @@ def term_gradients(
 
 @torch.no_grad()
 def gradient_figures(gradients: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
-    """`<term>_grad_norm` of each term, and `<a>_<b>_grad_cosine` of each pair.
+    """`<term>_grad_norm` of each term, `<a>_<b>_grad_cosine` of each pair: 1 alike, -1 against each other.
 
-    The cosine is 1 where they pull the same way, -1 where they undo each other.  A pair of which one norm is
-    0 has none, and is left out.
+    A pair of which one norm is 0 has no cosine, and is left out.
     """
     products = {pair: _dot(gradients[pair[0]], gradients[pair[1]]) for pair in combinations(gradients, 2)}
     products |= {(name, name): _dot(own, own) for name, own in gradients.items()}

@@ -1,9 +1,8 @@
 """At the first value that is not finite training stops, before the optimizer takes it in, and says why.
 
-While all is well it costs one look per optimizer step, at the sum of the step's loss and the gradient norm
-that the Trainer makes anyway: a few scalar operations and one wait for the device.  It keeps references to
-the step's micro-batches, and the state of the random numbers before each, so that what went wrong can be
-asked once more, dropout and all.
+While all is well it costs one look per optimizer step, at its loss and the gradient norm that the Trainer
+makes anyway.  It keeps the step's micro-batches and the random numbers before each, so that what went wrong
+can be asked once more, dropout and all.
 """
 
 from abc import abstractmethod
@@ -35,7 +34,7 @@ REMEMBERED = 10  # gradient norms
 
 
 class NanGuard:
-    """What a diagnosis will need, kept as long as the optimizer step lasts."""
+    """What a search will need, kept as long as the optimizer step lasts."""
 
     def __init__(self) -> None:
         self.step, self.loss, self.count = -1, torch.zeros(()), torch.zeros(())
@@ -68,9 +67,8 @@ class NanGuard:
 class GuardedTrainer(Trainer):
     """Looks at each optimizer step before it is made; a subclass tells `guard` of every micro-batch.
 
-    Several ranks stop together, at the same step: each looks at its own micro-batches, and the lowest that
-    has the origin writes the report.  Weights that are not finite reach no checkpoint and no model.  Not
-    tried: sharded students, float16's loss scaler.
+    Several ranks stop together: each looks at its own micro-batches, and the lowest that has the origin
+    writes the report.  Not tried: sharded students, float16's loss scaler.
     """
 
     # narrower than the Trainer's own
@@ -108,7 +106,7 @@ class GuardedTrainer(Trainer):
         return norm
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """The Trainer calls it at each step, with the norm where `_clip_grad_norm` was called before."""
+        """Called at each step, with the norm where `_clip_grad_norm` was called before."""
         return self._clip_grad_norm(model) if grad_norm is None else super()._get_grad_norm(model, grad_norm)
 
     def check_step(self, norm: Tensor) -> None:
@@ -161,7 +159,7 @@ class GuardedTrainer(Trainer):
             origin = origin_of(replay, micro_batches, with_gradients=with_gradients)
         batches, state = [each.inputs for each in micro_batches], self._state_at(replay, step, stage)
         rows = self.train_dataset if rows is None else rows
-        report = nan_report.report_of(origin, state, batches, tokenizer=self.processing_class, rows=rows)
+        report = nan_report.report_of(origin, state, batches, self.processing_class, rows)
         found = gather_object([{**report, "rank": self.args.process_index}])
         first = min(found, key=lambda each: (WHO.index(each["who"]), each["rank"]))
         if first["rank"] == self.args.process_index:

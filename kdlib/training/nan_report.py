@@ -38,16 +38,10 @@ def report_of(
     origin: Origin,
     state: Report,
     micro_batches: Sequence[Batch],
-    *,
     tokenizer: PreTrainedTokenizerBase | None,
     rows: Rows | None,
 ) -> dict[str, Any]:
-    """All that is known, as plain data; a row is counted over this rank's micro-batches, as they are saved.
-
-    Args:
-        state: of the training at the step.
-        rows: the data set, in which the row is looked up.
-    """
+    """All that is known, as plain data; a row is counted over this rank's micro-batches, as saved."""
     batch, row = joined(micro_batches), origin.row
     if row is not None:
         row += sum(len(each["labels"]) for each in micro_batches[: origin.micro_batch])
@@ -138,27 +132,19 @@ def message(report: Report, folder: StudentFolder) -> str:
 
 
 def suggestions(report: Report) -> Iterator[str]:
-    """What to do, the likeliest first; each follows from something in the report."""
+    """What to do, the likeliest first."""
     who, weights, half = report["who"], report["tensors"], "float16" in report["precision"].values()
     first, rate = report["parameter"], f"training.learning_rate (now {report['learning_rate']:.1e})"
+    term, limit, dtype = report["term"], report["max_grad_norm"], report["precision"].get("teacher")
     if who == "teacher" and weights:
-        yield (
-            f"the teacher's own weights are not finite ({first}): load a sound copy, or check how "
-            "teacher.model was converted"
-        )
+        yield f"the teacher's own weights are not finite ({first}): load a sound copy of teacher.model"
     elif half and who in ("teacher", "student", "loss") and not weights:
         passed = report["module"] or "a term"
         yield f"float16 ends at 65504, and {passed} passed it: set precision: bfloat16 (or float32)"
     elif who == "teacher":
-        yield (
-            f"the teacher's weights are finite, its outputs in {report['precision'].get('teacher')} are not: "
-            "ask it in float32 (precision: float32)"
-        )
+        yield f"the teacher's weights are finite, its outputs in {dtype} are not: set precision: float32"
     if who == "student" and weights and not report["grad_norms_before"]:
-        yield (
-            f"no step was made yet, so {first} came so: load or make a sound student, or go on from an "
-            "earlier checkpoint"
-        )
+        yield f"no step was made yet, so {first} came so: load or make a sound student"
     elif who == "student" and weights:
         yield f"an update made {first} not finite: go on from the last checkpoint with a lower {rate}"
     elif who == "student":
@@ -168,11 +154,9 @@ def suggestions(report: Report) -> Iterator[str]:
         )
     if who == "loss":
         yield (
-            f"both models are finite at this {report['of'].removesuffix('s')}, so {report['term']} itself is "
-            "not: look at its temperature and divergence, or leave it out to go on "
-            f"(loss.weights.{report['term']}: 0)"
+            f"both models are finite at this {report['of'].removesuffix('s')}, so {term} itself is not: look "
+            f"at its temperature and divergence, or leave it out (loss.weights.{term}: 0)"
         )
-    limit = report["max_grad_norm"]
     if who == "gradient":
         off = "" if limit > 0 else f"; clipping is off: set training.max_grad_norm to 1 (now {limit:g})"
         yield f"the loss is finite and the gradient of {first} is not: lower {rate}{off}"
@@ -189,16 +173,11 @@ def suggestions(report: Report) -> Iterator[str]:
         )
     if masked := report["rows_without_kept_token"]:
         why = "every label is masked" if report["of"] == "tokens" else "there is no class"
-        lost = f"in rows {masked} of the batch {why}, so nothing is learned from them"
-        yield f"{lost}: leave them out of the data"
+        yield f"in rows {masked} of the batch {why}, so nothing is learned from them: leave them out"
 
 
 def text_around(tokenizer: PreTrainedTokenizerBase, ids: list[int], position: int | None, end: int) -> str:
-    """The tokens around a position decoded, the one at it between ⟦ ⟧; without one, the row's first.
-
-    Args:
-        end: where padding begins.
-    """
+    """The tokens around a position, the one at it in ⟦ ⟧; without one the row's first, before `end`."""
     if position is None:
         return f"{tokenizer.decode(ids[: min(BEGINNING, end)])}{'…' * (end > BEGINNING)}"
     before, at, after = ids[max(position - AROUND, 0) : position], ids[position], ids[position + 1 : end]
@@ -206,10 +185,7 @@ def text_around(tokenizer: PreTrainedTokenizerBase, ids: list[int], position: in
 
 
 def row_of_data(ids: Sequence[int], rows: Rows | None) -> int | None:
-    """The first row of the data set with these tokens; None where it is not among the first `SEARCHED`.
-
-    None too where the data set cannot be looked up by number.
-    """
+    """The first row with these tokens, of the first `SEARCHED`; None where there is none."""
     if rows is None or not hasattr(rows, "__getitem__"):
         return None
     numbers = range(min(len(rows), SEARCHED))

@@ -25,11 +25,7 @@ WHO = ("teacher", "student", "loss", "gradient", "nobody")  # nobody: asked once
 
 @dataclass(frozen=True)
 class Origin:
-    """What was found first to be not finite.
-
-    Where rows are classified there is no position: they are learned as a whole, and the two models may read
-    them in other tokens.
-    """
+    """What was found first to be not finite."""
 
     who: str  # one of WHO
     terms: Mapping[str, Facts] = field(default_factory=dict)  # {"value": the first, "tokens": at how many}
@@ -39,7 +35,7 @@ class Origin:
     tensors: Mapping[str, Facts] = field(default_factory=dict)  # its weights, or the gradients: see broken
     micro_batch: int | None = None
     row: int | None = None  # in the micro-batch
-    position: int | None = None  # of the token read (by a module), or predicted (by a head or a term)
+    position: int | None = None  # of the token read by a module, or predicted; None of classes
 
 
 @dataclass(frozen=True)
@@ -79,11 +75,10 @@ class Replay:
 def origin_of(replay: Replay, micro_batches: Sequence[MicroBatch], *, with_gradients: bool) -> Origin:
     """What is not finite in these micro-batches: whatever a model computed first, in the first of them.
 
-    So a row of an embedding is found at its own token even where it is a row of the head too, which spoils
-    all tokens alike.
+    So a row of an embedding is found at its own token even where it is a row of the head too.
 
     Args:
-        with_gradients: look at the gradients that are there, not clipped yet, where every term is finite.
+        with_gradients: look at the gradients, not clipped yet, where every term is finite.
     """
     found = []
     for number, micro_batch in enumerate(micro_batches):  # all of them: sharded models wait for each other
@@ -154,10 +149,7 @@ def broken_weights(model: nn.Module) -> dict[str, Facts]:
 
 
 def broken_gradients(model: nn.Module) -> dict[str, Facts]:
-    """Every parameter whose gradient is not finite, the last first, as the backward pass meets it.
-
-    Where all are finite and only their norm is not, the one with the largest value, with 0 values.
-    """
+    """Every parameter whose gradient is not finite, the last first; else the one with the largest value."""
     weights = reversed(list(model.named_parameters()))
     gradients = {name: weight.grad for name, weight in weights if weight.grad is not None}
     if found := broken(gradients):

@@ -65,11 +65,7 @@ def _evaluations(args: TrainingArguments, steps: int, passes: float | None) -> i
 
 
 def training_arguments(config: Config, output: Path, **changes: Any) -> TrainingArguments:
-    """The config's `training:` section as TrainingArguments.
-
-    Raises:
-        ConfigError: transformers refuses the combination; its own words are in the message.
-    """
+    """The config's `training:` as TrainingArguments; a ConfigError where transformers refuses them."""
     device = device_of(config.wanted_device)
     dtype, _ = precision_of(config.precision, device)
     metric = config.training["metric_for_best_model"].removeprefix("eval_")
@@ -126,9 +122,7 @@ def workspace_of(config: Config, args: TrainingArguments, rows: int, vocabulary:
 def compared_layers(
     config: Config, student: PreTrainedModel, teacher: PreTrainedModel, objective: Objective
 ) -> LayerPairs:
-    """The layers that feature terms compare; the student is given the projections that they need.
-
-    These are trained with it, and never saved in it.
+    """The layers that feature terms compare; the student gets the projections they need, never saved in it.
 
     Raises:
         ConfigError: a model has no such layer.

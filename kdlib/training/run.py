@@ -54,7 +54,6 @@ def train(
         weights: in place of the config's: the baseline's.
         stop_after: a dry run of so many steps: no checkpoints, no models.
         dense: compute all logits at once: the slow reference.
-        callbacks: told of the training beside its own.
         asked_by: the run that needs this one first: a STOP file there counts as well.
 
     Raises:

@@ -1,8 +1,7 @@
 """Where a training's figures go: metrics.jsonl, and wandb, tensorboard and trackio, under the same names.
 
-Each student is a run of the tracker's own, `<run>/kd` or `<run>/baseline`, in a group named like the run.  It
-ends when its training does, and goes on when that is resumed.  A tracker that fails is left behind, aloud: no
-training is lost for its sake.  One more tracker is a class here, and its line in TRACKERS.
+Each student is a run of the tracker's own, `<run>/kd` or `<run>/baseline`, grouped by run.  A tracker that
+fails is left behind, aloud: no training is lost for it.  One more is a class here and a line in TRACKERS.
 """
 
 import contextlib
@@ -224,7 +223,7 @@ class Tracking(TrainerCallback):
         try:
             act(*given)
         except Exception as error:
-            # of another's software, anything from a lost network to a full disk: none is worth a training
+            # of another's software, anything: none is worth a training
             self.open.pop(name, None)
             why = f"{type(error).__name__}: {error}"
             print(f"{name}: {why}; going on without it, metrics.jsonl has every figure", flush=True)
