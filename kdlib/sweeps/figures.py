@@ -23,7 +23,6 @@ from kdlib.sweeps.results import ALONE, COSTS, Sweep, compared_costs, helps, ove
 from kdlib.sweeps.trials import plain
 
 MOST = 30  # settings that a ranking shows
-ALIKE = 0.1  # costs that differ by less than this share of the lowest are called alike
 BEST, OTHER = COLOURS["distilled"], "#8a939b"
 CHARACTERS = 11  # of a title to the inch
 MANY = 12  # values, above which a parameter is a range rather than a grid
@@ -126,9 +125,7 @@ def price(settings: pd.DataFrame, costs: Sequence[str], metric: str) -> Figure:
 
 
 def _price_title(settings: pd.DataFrame, cost: str, metric: str) -> str:
-    known, name = settings[cost].dropna(), COSTS[cost][0]
-    if known.max() <= (1 + ALIKE) * known.min():
-        return f"All cost about the same ({name}: {known.min():.4g} to {known.max():.4g}): quality decides"
+    name = COSTS[cost][0]
     front = pareto(settings, cost, higher_is_better=MEASURES[metric].higher_is_better)
     first, last = front.iloc[0], front.iloc[-1]
     if len(front) == 1:

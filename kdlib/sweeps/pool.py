@@ -35,14 +35,12 @@ class Listed:
         self.trials = deque(trials)
 
     def next(self) -> Trial | None:
-        """The next to run; None where there are no more."""
         return self.trials.popleft() if self.trials else None
 
     def told(self, trial: Trial, value: float | None) -> None:
-        """What came of one, of which nothing follows."""
+        """Nothing follows."""
 
     def ahead(self) -> list[str]:
-        """The runs still to come."""
         return [trial.run for trial in self.trials]
 
 
@@ -92,7 +90,7 @@ class Clock:
         self.took += seconds
 
     def left(self, runs: Sequence[str], jobs: int) -> float | None:
-        """Seconds that these runs will take; None where there is no forecast and none is finished.
+        """Seconds that these runs will take, where there is a forecast or one is finished.
 
         Before any is finished as if one ran after another, since side by side they share a machine.
         """
@@ -108,21 +106,13 @@ class Pool:
     def __init__(
         self, sweep: Sweep, base: Base, order: Order, processes: Processes, clock: Clock, render: Callable
     ) -> None:
-        """
-        Args:
-            render: makes the sweep's report, into a folder of reports.
-        """
         self.sweep, self.base, self.order, self.render = sweep, base, order, render
         self.processes, self.clock = processes, clock
         self.keep_checkpoints = sweep.facts["settings"]["keep_checkpoints"]
         self.outcomes: list[Outcome] = []
 
     def run(self, supply: Listed | Search) -> Path:
-        """Run what the supply gives, so many at a time, a line for every event; returns the report.
-
-        Raises:
-            RunError: runs failed, or the sweep was stopped; the others' results are there.
-        """
+        """Run what the supply gives, so many at a time, a line for every event; returns the report's path."""
         at_work: dict[Future, Trial] = {}
         jobs, stopping = self.order.jobs, self.processes.stopping
         bar = tqdm(total=len(supply.ahead()), unit="run", disable=None, smoothing=0)
@@ -158,7 +148,7 @@ class Pool:
         return run
 
     def _settled(self, trial: Trial, outcome: Outcome, ahead: Sequence[str]) -> float | None:
-        """Tidy up after a trial, say what came of it, and renew the sweep's report; returns its metric."""
+        """Say what came of a trial, and renew the sweep's report; returns its metric."""
         self.outcomes.append(outcome)
         run, value, log = outcome.run, None, ""
         if outcome.state == "done":

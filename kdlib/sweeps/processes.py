@@ -35,11 +35,10 @@ class Outcome:
 
 
 class Processes:
-    """Starts trials in processes of their own and knows which of them are at work.
+    """Trials at work in processes of their own.
 
-    A trial's log.txt is locked by its process and whatever that process starts, from the moment it is started
-    until the last of them is gone: nobody starts a second process on the run, even after the sweep itself was
-    killed.
+    A trial's log.txt is locked by its process and whatever that starts until the last of them is gone: nobody
+    starts a second process on the run, even after the sweep itself was killed.
     """
 
     def __init__(self, reports: Path, *, jobs: int, timeout_s: float | None = None) -> None:
@@ -116,7 +115,7 @@ class Processes:
         return [sys.executable, "-m", "kdlib", "run", *resume, *folders]
 
     def environment(self) -> dict[str, str]:
-        """Ours, with the cores divided among the jobs unless somebody has divided them."""
+        """Ours, with the cores divided among the jobs."""
         threads = {"OMP_NUM_THREADS": str(max(cores() // self.jobs, 1))} if self.jobs > 1 else {}
         return {"PYTHONUNBUFFERED": "1", **threads, **os.environ}
 
@@ -152,7 +151,6 @@ def cores() -> int:
 
 
 def last_line(run: Run) -> str:
-    """The last words of a trial's process."""
     text = (run.path / "log.txt").read_text(encoding="utf-8", errors="replace").strip()
     return text.splitlines()[-1].strip() if text else "it said nothing"
 

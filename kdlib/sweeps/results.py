@@ -44,7 +44,7 @@ class Sweep(Run):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """sweep.json: file, base, smoke, settings, parameters, metric, trials, repeated, forecast, …"""
+        """sweep.json; `sweeps.run.begin` says what it holds."""
         return read_json(self.path / FILE, {})
 
     def run(self, name: str) -> Run:
@@ -71,7 +71,7 @@ def distilled_of(run: Run) -> dict[str, Any]:
 
 
 def trial_table(sweep: Sweep) -> pd.DataFrame:
-    """One row per trial: run, each parameter, the metric with its interval, costs, state, message."""
+    """One row per trial: run, parameters, the metric with its interval, costs, state, message."""
     facts = sweep.facts
     rows = [_row(sweep.run(trial["run"]), trial["parameters"], facts["metric"]) for trial in facts["trials"]]
     numbers = ("value", "low", "high", *COSTS, "minutes")
@@ -133,7 +133,7 @@ def overlapping(settings: pd.DataFrame) -> int:
 
 
 def verdict(sweep: Sweep, settings: pd.DataFrame) -> str:
-    """What the sweep found, in a sentence; says so where the intervals do not tell the best from the next."""
+    """What the sweep found, in a sentence; also where the intervals do not tell the best from the next."""
     if not len(settings):
         return "No run is done yet"
     best, words = settings.iloc[0], upper(WORDS[sweep.metric])
@@ -185,16 +185,14 @@ def shown_trials(sweep: Sweep, trials: pd.DataFrame) -> pd.DataFrame:
 
 
 def gain_tables(sweep: Sweep, settings: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Metric → a row per setting, as `settings` has them: the distilled student's minus the baseline's.
+    """Metric → a row per setting that has a baseline: the distilled student's minus the baseline's.
 
     The sweep's metric comes first, then the others that the task is told by.  Each seed's two students are a
-    pair: the interval is Student's over the seeds' differences; of one seed, its comparison's own.  What has
-    no baseline is left out.
+    pair: the interval is Student's over the seeds' differences; of one seed, its comparison's own.
 
     Returns:
-        The settings' own columns with value, low, high, n, values of the difference, and clear: how many
-        seeds are beyond chance by themselves, by the paired bootstrap over held-out rows.  {} without
-        baselines.
+        The settings' own columns with value, low, high, n, values of the difference, and `clear`: how many
+        seeds are beyond chance by themselves, by the paired bootstrap over held-out rows.
     """
     found = []
     for _, setting in settings.iterrows():
@@ -213,13 +211,13 @@ def gain_tables(sweep: Sweep, settings: pd.DataFrame) -> dict[str, pd.DataFrame]
 
 
 def gain_of(results: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
-    """The distilled student minus the one trained alone, over the seeds; and how many are `clear`."""
+    """The distilled student minus the one trained alone, over the seeds."""
     each = [difference(one, STUDENT, ALONE, metric) for one in results]
     return {**averaged(each), "clear": sum(one["low"] > 0 or one["high"] < 0 for one in each)}
 
 
 def helps(gain: Mapping[str, Any], metric: str) -> bool | None:
-    """Whether the teacher helps (harms: False) in this metric; None where chance may have done it."""
+    """Whether the teacher helps or harms in this metric; None where chance may have done it."""
     if gain["low"] <= 0 <= gain["high"]:
         return None
     return (gain["value"] > 0) == MEASURES[metric].higher_is_better
@@ -237,7 +235,7 @@ def common(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
 
 
 def model_table(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """For reading: a row per model and one of the difference, a column per measure, over the comparisons."""
+    """For reading: a row per model and one of the difference, a column per measure."""
     models, shown = common(results)
     rows = {
         label_of(name): [
@@ -257,7 +255,7 @@ def same_rows(sweep: Sweep, runs: Sequence[str]) -> bool:
 
 
 def gain_words(gain: Mapping[str, Any], metric: str) -> str:
-    """Whether the teacher helps, in a sentence; says so where chance may have done it."""
+    """`helps` in a sentence."""
     several = gain["n"] > 1
     over, how, alone = "in one training", "over the same held-out rows", ""
     if several:

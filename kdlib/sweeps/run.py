@@ -21,22 +21,9 @@ from kdlib.sweeps.trials import Base, Search, Trial, base_of, described, expande
 
 GIB = 2**30
 BUDGET = 180.0  # s for all forecasts together; the runs that are left then count as the mean of the others
-NEUTRAL = {
-    "loss": ("temperature",),
-    "training": (
-        "learning_rate",
-        "lr_scheduler_type",
-        "warmup_steps",
-        "weight_decay",
-        "max_grad_norm",
-        "adam_beta1",
-        "adam_beta2",
-        "adam_epsilon",
-        "metric_for_best_model",
-        "report_to",
-    ),
-}
-"""What changes neither memory nor time."""
+# settings of `training` that change neither memory nor time, with those of Adam
+NEUTRAL = {"learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"}
+NEUTRAL |= {"metric_for_best_model", "report_to", "adam_beta1", "adam_beta2", "adam_epsilon"}
 
 
 def run_sweep(settings: SweepConfig, order: Order, *, dry_run: bool = False) -> Path | None:
@@ -44,8 +31,7 @@ def run_sweep(settings: SweepConfig, order: Order, *, dry_run: bool = False) -> 
 
     Raises:
         ConfigError: a trial would make no sound config; nothing is written.
-        RunError: the sweep is running already; or runs failed, or it was stopped: the others' results are
-            there.
+        RunError: the sweep is running already; or runs failed, or it was stopped.
     """
     sweep, searched = Sweep(order.root / order.name), settings.search
     base = base_of(settings, order.name, Path.cwd(), smoke=order.smoke, overrides=order.overrides)
@@ -73,7 +59,6 @@ def run_sweep(settings: SweepConfig, order: Order, *, dry_run: bool = False) -> 
 
 
 def listing(sweep: Sweep, trials: Sequence[Trial], repeated: Sequence[str], *, more: int = 0) -> str:
-    """Every trial with what differs, and where it stands."""
     lines = [f"{sweep.name}: {len(trials) + more} runs"]
     for trial in trials:
         state = sweep.run(trial.run).status["state"].replace("created", "new")
@@ -84,7 +69,7 @@ def listing(sweep: Sweep, trials: Sequence[Trial], repeated: Sequence[str], *, m
 
 
 def to_do(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
-    """What is not done, in order; what another process is at work on comes last."""
+    """What is not done; what another process is at work on comes last."""
     states = {trial.run: sweep.run(trial.run).status["state"] for trial in trials}
     left = [trial for trial in trials if states[trial.run] != "done"]
     return sorted(left, key=lambda trial: states[trial.run] == "running")
@@ -103,11 +88,7 @@ def supply_of(sweep: Sweep, settings: SweepConfig, base: Base, trials: Sequence[
 
 
 def begin(sweep: Sweep, settings: SweepConfig, trials: Sequence[Trial], **facts: Any) -> None:
-    """Write down what the sweep is, `facts` as well, and that it runs.
-
-    Raises:
-        RunError: it is running, or its name is a run's, or unfit for a folder.
-    """
+    """Write down what the sweep is, and that it runs; a RunError where it cannot."""
     if (sweep.path / "config.yaml").exists():
         raise RunError(f"{sweep.name!r} is the name of a run; choose another --name for the sweep")
     status = sweep.status
@@ -138,10 +119,7 @@ def begin(sweep: Sweep, settings: SweepConfig, trials: Sequence[Trial], **facts:
 
 
 def forecast(trials: Sequence[Trial], order: Order, *, keep_checkpoints: bool) -> tuple[Clock, str]:
-    """Time, memory and disk of these runs, and the same for people, with what does not fit.
-
-    Each distinct cost is forecast once, the commonest first, for as long as BUDGET allows.
-    """
+    """Time, memory and disk of these runs; each distinct cost is forecast once, the commonest first."""
     alike: dict[str, list[Trial]] = {}
     for trial in trials:
         alike.setdefault(cost_key(trial.config), []).append(trial)
@@ -181,9 +159,9 @@ def forecast(trials: Sequence[Trial], order: Order, *, keep_checkpoints: bool) -
 def cost_key(config: Config) -> str:
     """The same text for configs that cost the same."""
     plain = config.as_dict() | {"seed": 0, "compare": None}
-    for section, names in NEUTRAL.items():
-        plain[section] = {name: value for name, value in plain[section].items() if name not in names}
-    plain["loss"]["weights"] = sorted(name for name, weight in config.loss.weights.items() if weight != 0)
+    terms = sorted(name for name, weight in config.loss.weights.items() if weight != 0)
+    plain["loss"] |= {"temperature": 0, "weights": terms}
+    plain["training"] |= dict.fromkeys(NEUTRAL)
     return json.dumps(plain, sort_keys=True)
 
 
@@ -198,7 +176,7 @@ def _memory(costs: Sequence[Cost], jobs: int) -> str:
 
 
 def _disk(costs: Sequence[tuple[Cost, Config]], runs: int, order: Order, keep_checkpoints: bool) -> str:
-    """Of each student the best and the last model; a checkpoint has AdamW's two averages as well."""
+    """Of each student the best and the last model; a checkpoint has AdamW's averages as well."""
     models, checkpoints = [], []
     for cost, config in costs:
         weights, training = (2 if config.baseline else 1) * cost.weights, config.training

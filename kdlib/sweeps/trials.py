@@ -1,8 +1,4 @@
-"""A sweep's trials: each some settings, the whole config that they resolve to, and a run's name made from it.
-
-They are known before (grid, list, random), or chosen by optuna as the search goes on (`Search`), which needs
-pip install "kdlib[sweep]".
-"""
+"""A sweep's trials: each some settings, the config that they resolve to, and a run's name made from it."""
 
 import hashlib
 import itertools
@@ -53,9 +49,10 @@ class Base:
         """
         changes = spelt_out({**self.overrides, **parameters})
         config = configs.parse(self.raw, changes, smoke=self.smoke, name=self.file)
-        names = dict.fromkeys([*self.parameters, *parameters])
-        every = {name: parameters.get(name, _found(config, name)) for name in names}
-        return Trial(f"{self.sweep}_{digest(config)}", every, config)
+        plain = config.as_dict()
+        every = {name: _found(plain, name) for name in self.parameters} | parameters
+        digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+        return Trial(f"{self.sweep}_{digest[:8]}", every, config)
 
     def command(self, parameters: Mapping[str, Any]) -> str:
         """The `kd run` that makes the same run by itself."""
@@ -79,17 +76,11 @@ def base_of(
     return Base(sweep, settings.base, raw, settings.small or smoke, changes, settings.parameters)
 
 
-def _found(config: Config, name: str) -> Any:
+def _found(config: Any, name: str) -> Any:
     """What a config has at this dotted name; None where it says nothing."""
-    value: Any = config.as_dict()
     for part in name.split(":")[0].split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
-
-
-def digest(config: Config) -> str:
-    """8 hex digits that tell one resolved config from another."""
-    return hashlib.sha256(json.dumps(config.as_dict(), sort_keys=True).encode()).hexdigest()[:8]
+        config = config.get(part) if isinstance(config, Mapping) else None
+    return config
 
 
 def spelt_out(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,10 +95,7 @@ def spelt_out(parameters: Mapping[str, Any]) -> dict[str, Any]:
             overrides[name] = value
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise ConfigError(
-                f"{name}: found {value!r}; it is the first weight, a number from 0 to 1, and the second is "
-                "what remains"
-            )
+            raise ConfigError(f"{name}: found {value!r}; it is the first weight, a number from 0 to 1")
         first, second = name.removeprefix(WEIGHTS).split(":")
         overrides |= {WEIGHTS + first: value, WEIGHTS + second: round(1 - value, 10)}
     return overrides
@@ -129,7 +117,6 @@ def combinations(settings: SweepConfig) -> list[dict[str, Any]]:
 
 
 def _drawn(generator: random.Random, draw: Mapping[str, Sequence]) -> Any:
-    """One value of a setting of the space."""
     ((kind, values),) = draw.items()
     if kind == "choice":
         return generator.choice(values)
@@ -146,25 +133,24 @@ def _rounded(value: float) -> float:
 
 
 def first_of(space: Mapping[str, Mapping[str, Sequence]]) -> dict[str, Any]:
-    """One point of a space: the first value of each draw."""
+    """One point of a space."""
     return {name: next(iter(draw.values()))[0] for name, draw in space.items()}
 
 
 def expanded(settings: SweepConfig, base: Base) -> tuple[list[Trial], list[str]]:
     """All trials, each config once, and a line for each that would have been a second.
 
-    Of a search there are none yet; the ends of each of its ranges stand for its trials, and are tried.
+    Of a search there are none yet; the ends of each of its ranges are tried in their place.
 
     Raises:
         ConfigError: trials that make no sound config: all of them in one message.
     """
-    known, tried = combinations(settings), []
+    trials: dict[str, Trial] = {}
+    repeated, faults, tried = [], [], combinations(settings)
     if settings.search:
         first, space = first_of(settings.search.space), settings.search.space
         tried = [{**first, name: end} for name, draw in space.items() for end in next(iter(draw.values()))]
-    trials: dict[str, Trial] = {}
-    repeated, faults = [], []
-    for parameters in known or tried:
+    for parameters in tried:
         try:
             trial = base.trial(parameters)
         except ConfigError as error:
@@ -182,7 +168,7 @@ def expanded(settings: SweepConfig, base: Base) -> tuple[list[Trial], list[str]]
         trials.setdefault(trial.run, trial)
     if faults:
         raise ConfigError(f"{len(faults)} of the trials cannot be run:\n" + "\n".join(faults))
-    return (list(trials.values()), repeated) if known else ([], [])
+    return ([], []) if settings.search else (list(trials.values()), repeated)
 
 
 def described(parameters: Mapping[str, Any]) -> str:
@@ -202,18 +188,14 @@ def plain(value: Any) -> str:
 
 
 class Search:
-    """The trials of a search, one at a time: optuna proposes each from how the earlier ones did.
-
-    The runs' files are what it remembers: a search started again is told all finished trials and goes on.
-    """
+    """The trials of a search, one at a time: optuna proposes each from how the earlier ones did."""
 
     def __init__(
         self, settings: SweepConfig, base: Base, earlier: Sequence[tuple[Mapping[str, Any], float | None]]
     ) -> None:
         """
         Args:
-            earlier: parameters and metric of the trials of an earlier start; without a metric where they are
-                to be run again.
+            earlier: parameters and metric of an earlier start's trials; those without one are run again.
 
         Raises:
             ConfigError: optuna is not installed.
@@ -279,7 +261,7 @@ class Search:
 
 
 def _value(draw: Mapping[str, Sequence], proposed: Any) -> Any:
-    """What optuna proposed, as a setting: short numbers within the range, choices out of their JSON."""
+    """What optuna proposed, as a setting."""
     ((kind, values),) = draw.items()
     if kind == "choice":
         return json.loads(proposed)

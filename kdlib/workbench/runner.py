@@ -29,11 +29,7 @@ WARM_UP = (
 
 
 def without(names: Sequence[str]) -> tuple[str, ...]:
-    """The numbered notebooks but these.
-
-    Raises:
-        RunError: there is no such notebook, or the others need it.
-    """
+    """The numbered notebooks but these; a RunError where one is unknown, or the others need it."""
     for name in names:
         if name not in NOTEBOOKS[1:]:
             why = f"there is none of this name{nearest(name, NOTEBOOKS)}"
@@ -43,16 +39,12 @@ def without(names: Sequence[str]) -> tuple[str, ...]:
 
 
 class Kernels:
-    """Hands out fresh kernels; while one is at work, at most one other starts and waits, at some 0.5 GiB.
+    """Fresh kernels that work in a folder; while one is at work, the next imports what notebooks need.
 
-    It imports what notebooks need; an import that fails is left to the notebook, whose own import says so.
+    An import that fails is left to the notebook, whose own import says so.
     """
 
     def __init__(self, folder: Path) -> None:
-        """
-        Args:
-            folder: where the kernels work.
-        """
         self.folder, self.waiting = folder, None
 
     def __enter__(self) -> "Kernels":
@@ -65,7 +57,7 @@ class Kernels:
 
     @contextlib.contextmanager
     def taken(self, *, another: bool) -> Iterator[AsyncKernelManager]:
-        """The kernel that waits, which ends with the block; `another` starts now, to wait in its turn."""
+        """The kernel that waits, which ends with the block; `another` starts meanwhile."""
         kernel, self.waiting = self.waiting, None
         try:
             if another:
@@ -94,19 +86,18 @@ def run_notebooks(
     render: Callable[[Run], Path],
     names: Sequence[str] = NOTEBOOKS,
 ) -> Path:
-    """Execute the numbered notebooks for a run, then render its report; returns the report's path.
+    """Execute these notebooks for a run, but for those that an earlier try has finished, and report.
 
-    Finished notebooks of an earlier try are not repeated.  Whatever happens, status.json says how it ended
-    and a report, if only a partial one, is written.
+    Whatever happens, status.json says how it ended and a report, if only a partial one, is written.
 
     Args:
         given: the notebooks' parameters, but for `run`.
-        render: makes the run's report.
+        render: makes the run's report, and returns its path, as this does.
 
     Raises:
         ConfigError: a parameter holds a key.
         Stopped: by Ctrl-C or a STOP file.
-        RunError: a notebook failed, or its kernel died; or one does not declare a parameter it is given.
+        RunError: a notebook failed, or its kernel died.
     """
     status = run.status
     if status["state"] == "running":
@@ -139,7 +130,7 @@ def _run_in_turn(run: Run, parameters: Mapping[str, Any], names: Sequence[str], 
         if name in done:
             print(f"— {name}: done before", flush=True)
             continue
-        if _stop(run).exists():  # asked for while no training was there to hear it
+        if (run.path / "STOP").exists():  # asked for while no training was there to hear it
             raise Stopped(f"stopped before {name}; go on with --resume {run.name}")
         print(f"— {name}", flush=True)
         notebook, copy = project_root() / "notebooks" / f"{name}.ipynb", run.notebooks / f"{name}.ipynb"
@@ -152,15 +143,14 @@ def _run_in_turn(run: Run, parameters: Mapping[str, Any], names: Sequence[str], 
 def execute(
     notebook: Path, output: Path, parameters: Mapping[str, Any], kernel: KernelManager | None = None
 ) -> None:
-    """Execute one notebook in a kernel of its own; what its cells print appears here as it comes.
+    """Execute one notebook; what its cells print appears here as it comes, and the executed copy is kept.
 
     Args:
         kernel: one that is running, and that nothing ran in; a new one where None.
 
     Raises:
         Stopped: its training was asked to.
-        RunError: it does not declare one of the parameters; or a cell failed or the kernel died: the executed
-            copy is kept.
+        RunError: it does not declare one of the parameters, a cell failed, or the kernel died.
     """
     check_parameters(notebook, parameters)
     root = project_root()
@@ -185,8 +175,8 @@ def execute(
     except OSError as error:
         raise write_error(output, error) from error
     except DeadKernelError as error:
-        died = "its kernel died (killed, or out of memory); go on from the last checkpoint with --resume"
-        raise RunError(f"{notebook.stem}: {died}") from error
+        why = "its kernel died (killed, or out of memory); go on from the last checkpoint with --resume"
+        raise RunError(f"{notebook.stem}: {why}") from error
 
 
 def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
@@ -200,14 +190,10 @@ def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
             raise RunError(f"{notebook.name} declares no parameter {name!r}{hint}")
 
 
-def _stop(run: Run) -> Path:
-    return run.path / "STOP"
-
-
 @contextlib.contextmanager
 def _stop_file(run: Run):
     """Ctrl-C asks the training kernel for a checkpoint by a file named STOP; a second one ends everything."""
-    previous_parent, stop = os.environ.get(PARENT), _stop(run)
+    previous_parent, stop = os.environ.get(PARENT), run.path / "STOP"
     os.environ[PARENT] = "kd"
     stop.unlink(missing_ok=True)
     asked = False
@@ -218,11 +204,8 @@ def _stop_file(run: Run):
             raise KeyboardInterrupt("interrupted; go on from the last checkpoint with --resume")
         asked = True
         stop.touch()
-        print(
-            "a training stops after this step, with a checkpoint; anything else, when its notebook ends; "
-            "Ctrl-C again to stop at once",
-            flush=True,
-        )
+        words = "a training stops after this step, with a checkpoint; anything else when its notebook ends"
+        print(f"{words}; Ctrl-C again to stop at once", flush=True)
 
     previous = signal.signal(signal.SIGINT, ask)
     try:

@@ -52,12 +52,10 @@ def open_run(
     """The run that a notebook works on.
 
     Args:
-        config: YAML file; used for a new run, and to find the newest run made from it when `run` is not
-            given.
+        config: YAML file, of a new run, or of which the newest run is taken.
         run: a run's name, or its folder; made from `config` where it does not exist.
         overrides, smoke: of a new run.  For an existing one, overrides must agree with what it was made with.
-        new: start a new run when `run` is not given (the setup notebook); otherwise take the newest of this
-            config.
+        new: where `run` is not given, start a new one (the setup notebook).
     """
     # relative paths in a config mean the same in JupyterLab, which starts in notebooks/
     os.chdir(runs.project_root())
@@ -94,9 +92,8 @@ class Workbench:
     def __init__(self, run: Run) -> None:
         self.run, self.config = run, teacher_stage.resolved(run.config, run.path.parent)
         pd.options.display.max_colwidth = None  # a formula is read whole
-        # a bar for each checkpoint is noise; training prints its own lines
-        transformers.utils.logging.disable_progress_bar()
-        if runs.headless():  # and a frozen bar is noise in a log
+        transformers.utils.logging.disable_progress_bar()  # for each checkpoint is noise
+        if runs.headless():  # where a frozen bar is noise
             datasets.disable_progress_bars()
 
     @property
@@ -127,10 +124,7 @@ class Workbench:
         return objective_of(self.config, weights).at(fraction)
 
     def setup(self) -> pd.DataFrame:
-        """Load everything once, choose the student's layers, write the manifest; returns what was found.
-
-        A teacher that has a stage of its own to go through does so first.
-        """
+        """Train the teacher where it must be, choose the student's layers, write the manifest; what was found."""
         self.config = teacher_stage.taught(self.run.config, self.run)
         device = device_of(self.config.wanted_device)
         dtype, reason = precision_of(self.config.precision, device)
@@ -192,7 +186,6 @@ class Workbench:
         return parity.parity(self.config, **self._made())
 
     def _made(self) -> dict[str, Any]:
-        """All that a training takes, with a fresh student."""
         made = {"tokenizer": self.tokenizer, "prepared": self.prepared}
         return {**made, "teacher": self.teacher, "student": self.student()}
 

@@ -1,8 +1,7 @@
-"""The teacher's own training, before it teaches: for a model that has no head yet for the classes of the
-task.
+"""The teacher's own training, before it teaches: for a model that has no head yet for the task's classes.
 
 It is a run like others, in runs/teacher_<model>_<8 hex digits>/, of which the digits change with every
-setting that its weights depend on; that its rows are still the same is checked.
+setting that its weights depend on.
 """
 
 import hashlib
@@ -25,9 +24,7 @@ from kdlib.training.plan import objective_of
 
 
 def own_config(config: Config) -> Config:
-    """The stage as a run of its own: the teacher is the student, there is no teacher, and ce is all there
-    is to learn from.
-    """
+    """The stage as a run of its own: the teacher is the student, and ce is all there is to learn from."""
     stage, data = config.teacher_stage, config.data
     # the same rows are held out from the teacher and its students
     seed = config.seed if data.split_seed is None else data.split_seed
@@ -56,9 +53,7 @@ def run_of(config: Config, root: Path) -> Run:
 
 
 def resolved(config: Config, root: Path) -> Config:
-    """The config with the trained teacher in place of its stage; as it is where there is none, or it is
-    not trained yet.
-    """
+    """The config with the trained teacher in place of its stage, where there is one and it is trained."""
     if config.teacher_stage is None or not (run := run_of(config, root)).is_trained:
         return config
     trained = config.teacher.model_copy(update={"model": os.path.relpath(run.best_model)})
@@ -92,20 +87,13 @@ def taught(config: Config, asked_by: Run) -> Config:
 
 
 def _check_rows(config: Config, run: Run, prepared: Prepared) -> None:
-    """Refuse a teacher that has learned from other rows than there are now: what is held out now may be among
-    them.
-
-    Raises:
-        RunError: says what to do.
-    """
+    """Refuse a teacher that has learned from other rows than there are now."""
     before = run.manifest.get("data", {}).get("fingerprint") if run.path.exists() else None
     if before not in (None, prepared.notes["fingerprint"]):
         raise RunError(
-            f"{run.name} was trained on other rows than {config.data.source} has now, so rows that are held "
-            "out now may be "
-            f"among them; delete {os.path.relpath(run.path)}, and it is trained again (earlier runs of it "
-            "can then not be "
-            "compared anew), or give the new rows another name"
+            f"{run.name} was trained on other rows than {config.data.source} has now, and rows that are held "
+            f"out now may be among them; delete {os.path.relpath(run.path)}, and it is trained again, or"
+            " give the new rows another name"
         )
 
 
@@ -118,16 +106,8 @@ def _train(
     try:
         student = tasks.untrained_student(config, prepared, None)
         run.add_to_manifest(data=prepared.notes, formula=objective_of(config).at(0.0).formula)
-        training.train(
-            config,
-            run,
-            student=student,
-            teacher=None,
-            tokenizer=tokenizer,
-            prepared=prepared,
-            label="teacher",
-            asked_by=asked_by,
-        )
+        made = {"student": student, "teacher": None, "tokenizer": tokenizer, "prepared": prepared}
+        training.train(config, run, **made, label="teacher", asked_by=asked_by)
     except BaseException as error:
         stopped = isinstance(error, (Stopped, KeyboardInterrupt))
         run.set_status("stopped" if stopped else "failed", str(error) or type(error).__name__)
