@@ -1,14 +1,7 @@
-"""One sweep as typed, frozen, checked objects: a base config, and what its trials change in it.
+"""One sweep as typed, frozen, checked objects; notebooks/guides/sweeps.md shows its four forms.
 
-What is changed stands in one of four forms:
-
-    grid:   {loss.temperature: [1, 2, 4], seed: [0, 1]}                every combination
-    list:   [{loss.temperature: 1}, {loss.temperature: 4, seed: 1}]    these and no others
-    random: {trials: 8, seed: 0, from: SPACE}                          drawn, the same ones each time
-    search: {trials: 8, seed: 0, from: SPACE}                          chosen by optuna from the earlier ones
-
-A SPACE says for each setting {uniform: [1, 6]}, {log_uniform: [1e-5, 1e-3]}, {integer: [2, 8]} or {choice:
-[a, b]}. `loss.weights.kd:ce` is a setting of two weights: 0.7 makes the first 0.7, and the second 0.3.
+A space says for each setting {uniform: [1, 6]}, {log_uniform: [1e-5, 1e-3]}, {integer: [2, 8]} or
+{choice: [a, b]}.  `loss.weights.kd:ce` is a setting of two weights: 0.7 makes the first 0.7, the second 0.3.
 """
 
 from collections.abc import Mapping, Sequence

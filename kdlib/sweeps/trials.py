@@ -272,8 +272,7 @@ def _optuna() -> Any:
     try:
         import optuna
     except ImportError:
-        raise ConfigError(
-            'a sweep with `search` needs optuna; run: pip install "kdlib[sweep]", or take `random`'
-        ) from None
+        do = 'run: pip install "kdlib[sweep]", or take `random`'
+        raise ConfigError(f"a sweep with `search` needs optuna; {do}") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

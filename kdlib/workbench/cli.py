@@ -44,11 +44,6 @@ app = typer.Typer(
 app.add_typer(checks)
 
 
-@app.callback()
-def kd() -> None:
-    """Knowledge distillation of language models, seen term by term."""
-
-
 @app.command()
 def run(
     config: ConfigFile,

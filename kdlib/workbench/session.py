@@ -124,7 +124,7 @@ class Workbench:
         return objective_of(self.config, weights).at(fraction)
 
     def setup(self) -> pd.DataFrame:
-        """Train the teacher where it must be, choose the student's layers, write the manifest; what was found."""
+        """Train the teacher where it must be, choose the student's layers, write the manifest."""
         self.config = teacher_stage.taught(self.run.config, self.run)
         device = device_of(self.config.wanted_device)
         dtype, reason = precision_of(self.config.precision, device)
