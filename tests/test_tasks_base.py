@@ -96,15 +96,16 @@ class Counting(Task):
         batch = prepared.collate([prepared.validation[0]])
         return Sample(batch, prepared.validation["text"][:1], [""], SIDES.__getitem__)
 
-    def comparison(self, config, prepared, tokenizer, device):
-        return Hesitation(prepared, device)
+    def comparison(self, config, prepared, tokenizer, **options):
+        return Hesitation(prepared, tokenizer, **options)
 
 
 class Hesitation(Comparison):
     """How near the two probabilities lie: 0 (sure) to 1."""
 
-    def __init__(self, prepared, device):
-        self.prepared, self.device, self.said = prepared, device, {}
+    def __init__(self, *rows, **options):
+        super().__init__(*rows, **options)
+        self.said = {}
 
     def add(self, name, model, prepared):
         batch = prepared.collate(list(prepared.measured))

@@ -26,7 +26,7 @@ Figures = Callable[[Mapping[str, float], np.ndarray | None], dict[str, float]]
 
 
 def perplexity(means: Mapping[str, float], answers: np.ndarray | None = None) -> dict[str, float]:
-    """exp(cross-entropy): among how many tokens a model hesitates, so to say."""
+    """exp(cross-entropy)."""
     return {"perplexity": math.exp(min(means["ce"], 700.0))}
 
 

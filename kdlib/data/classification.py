@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 import pandas as pd
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.config.sections import DataConfig
 from kdlib.data.batches import Prepared, collate_classes, fingerprint
@@ -30,21 +30,20 @@ EXACT = 100  # groups of which every sum is looked at
 
 def prepare(
     config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     *,
-    teacher: PreTrainedTokenizerBase | None,
+    teacher: Tokenizer | None,
     seed: int,
     known: Sequence[str] | None = None,
 ) -> Prepared:
     """Read, split by class, sample and tokenize the rows; `data.split_seed`, else `seed`, chooses among them.
 
     Args:
-        teacher: the teacher's tokenizer, where it reads otherwise than the student's.
+        teacher: its tokenizer, where it reads otherwise than the student's.
         known: the teacher's classes by name, where it has such.
 
     Raises:
-        DataError: not the named columns, rows without a text or a known class, a class with nothing to learn
-            from or none held out.
+        DataError: not the named columns, unusable rows, a class without rows to learn from or held out.
     """
     seed = seed if config.split_seed is None else config.split_seed
     splits, labels, notes = split_texts(config, seed=seed, known=known)
@@ -61,16 +60,8 @@ def prepare(
         notes |= {f"{name}_{what}": figure for what, figure in of_tokens.items()}
     notes["fingerprint"] = fingerprint(*rows.values())
     pads = {"pad_id": tokenizer.pad_token_id, "teacher_pad_id": (teacher or tokenizer).pad_token_id}
-    return Prepared(
-        rows["train"],
-        rows["validation"],
-        notes,
-        partial(collate_classes, **pads),
-        len(labels),
-        labels,
-        rows.get("test"),
-        figures=class_figures,
-    )
+    sides, gathered = (rows["train"], rows["validation"]), partial(collate_classes, **pads)
+    return Prepared(*sides, notes, gathered, len(labels), labels, rows.get("test"), figures=class_figures)
 
 
 def split_texts(
@@ -107,17 +98,14 @@ def split_texts(
         raise DataError(
             f"{config.source}: {len(faults)} of the {len(labels)} classes are empty on one side after the "
             "split; each needs a row to train on and one in validation. Give more rows of them, leave them "
-            f"out, join them with others, or see whether data.label ({config.label}) and data.labels name "
-            "the classes" + listed(faults)
+            f"out, or see whether data.label ({config.label}) and data.labels name the classes"
+            + listed(faults)
         )
     return {name: splits[name] for name in SPLITS if name in splits}, labels, notes
 
 
 def tokenized(
-    texts: pd.DataFrame,
-    tokenizer: PreTrainedTokenizerBase,
-    teacher: PreTrainedTokenizerBase | None,
-    config: DataConfig,
+    texts: pd.DataFrame, tokenizer: Tokenizer, teacher: Tokenizer | None, config: DataConfig
 ) -> tuple[Dataset, dict[str, Any]]:
     """{"input_ids", "label", "text"} of each text, its group, the teacher's ids, cut to max_length; notes."""
     written = texts["text"].tolist()
@@ -211,7 +199,7 @@ def _drawn(rows: Sequence[Sequence[int]], counts: Sequence[int], seed: int) -> l
 def _groups_nearest(groups: Sequence[str], count: int, seed: int, number: int, spare: int) -> set[str]:
     """The groups, one or more, whose sizes sum nearest to `count`, with `spare` left; none of too few.
 
-    Of many groups most are taken as they come while they fit, and the rest is made up from the last hundred.
+    Of many groups most are taken as they come while they fit, and the last hundred make up the rest.
     """
     sizes, taken = Counter(groups), []
     names = sorted(sizes)
@@ -233,7 +221,7 @@ def _groups_nearest(groups: Sequence[str], count: int, seed: int, number: int, s
 
 
 def _cut_ids(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+    texts: Sequence[str], tokenizer: Tokenizer, config: DataConfig
 ) -> tuple[list[list[int]], list[int]]:
     """Each text's tokens, and how many there were before they were cut."""
     if not texts:

@@ -32,8 +32,7 @@ def read_texts(
         The splits, the classes' names in the order of their numbers, and notes.
 
     Raises:
-        DataError: a column or split that is not there, or rows without a text or without a known class, named
-            one by one.
+        DataError: a column or split that is not there; rows without a text or a known class, one by one.
     """
     splits, notes = _named_splits(config, read_splits(config))
     columns = [config.text] if isinstance(config.text, str) else config.text

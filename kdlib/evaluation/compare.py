@@ -44,9 +44,6 @@ def measured(
 
     Args:
         student: whom the comparison is about.
-
-    Returns:
-        What the comparison found, with what each model took beside its measures.
     """
     costs: dict[str, dict[str, Any]] = {}
     for name, each in candidates.items():
@@ -74,10 +71,7 @@ def measured(
 
 
 def compare_run(run: Run, config: Config, tokenizer: Tokenizer, prepared: Prepared) -> dict[str, Any]:
-    """Compare the models of a finished run and write its comparison_results.json.
-
-    The students are the final ones, after equally many steps, and not those chosen on these very rows
-    (best_model/); where there are test rows, on which nothing was chosen, they are the best.
+    """Compare the models of a finished run and write its comparison_results.json; see `student_in`.
 
     Args:
         config: the run's, with the teacher that taught in it.
@@ -119,7 +113,7 @@ def rule_of(config: Config, prepared: Prepared) -> str:
 
 
 def student_in(folder: StudentFolder, prepared: Prepared) -> str:
-    """The student that is compared: one chosen on other rows than those it is measured on, else the last."""
+    """The student that is compared: one chosen on other rows than it is measured on, else the last."""
     return str(folder.best_model if prepared.measured_on == "test" else folder.final_model)
 
 
@@ -127,7 +121,7 @@ def named_students(texts: Sequence[str]) -> dict[str, str]:
     """Name -> model of each `name=MODEL` or `MODEL`, which is called by the last part of its path.
 
     Raises:
-        ConfigError: two of one name, or a name that means another model in a comparison.
+        ConfigError: a name is taken.
     """
     found: dict[str, str] = {}
     for text in texts:
@@ -155,11 +149,7 @@ def compare(
 
     Args:
         students: name -> model; the comparison is about the first, which is measured last, against all.
-        overrides: of a config, as after -o: what is read, how it is split, `compare.resamples`, `precision`.
-
-    Returns:
-        What a run's comparison_results.json has, the models' places (`sources`), and which rows were measured
-        (`rule`).
+        overrides: of a config, as after -o: of `data`, `compare`, `precision`, `device`.
 
     Raises:
         ConfigError: a task or a setting that does not fit.
@@ -216,7 +206,8 @@ def folder_for(output: Path) -> Path:
 
 
 def _comparison(config: Config, prepared: Prepared, tokenizer: Tokenizer) -> Comparison:
-    return task_of(config).comparison(config, prepared, tokenizer, device_of(config.wanted_device))
+    options = {"device": device_of(config.wanted_device), "resamples": config.compare.resamples}
+    return task_of(config).comparison(config, prepared, tokenizer, seed=config.seed, **options)
 
 
 def _stored(config: Config, prepared: Prepared, source: str) -> Candidate:

@@ -20,11 +20,11 @@ CANDIDATES = 5  # of each model, kept for each token
 
 
 def look(loads: Mapping[str, Callable[[], LiveTeacher]], sample: Sample, unit: str) -> Predictions:
-    """Ask models, one after another, about a task's sample of held-out predictions.
+    """Ask models, one after another, about a task's sample.
 
     Args:
         loads: name → what loads the model; the teacher first.
-        unit: the task's: "token", or "row".
+        unit: the task's.
     """
     logits, targets = {}, kept(sample.batch["labels"]).targets.numpy()
     for name, load in loads.items():

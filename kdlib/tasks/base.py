@@ -38,6 +38,18 @@ class Sample:
 class Comparison(ABC):
     """Models asked in turn about the same rows, the teacher first: the others are held against it."""
 
+    def __init__(
+        self,
+        prepared: Prepared,
+        tokenizer: Tokenizer,
+        *,
+        device: torch.device | str = "cpu",
+        resamples: int = 2000,
+        seed: int = 0,
+    ) -> None:
+        self.prepared, self.tokenizer, self.device = prepared, tokenizer, torch.device(device)
+        self.resamples, self.seed = resamples, seed  # of the bootstrap, the same for every model
+
     @abstractmethod
     def add(self, name: str, model: LiveTeacher, prepared: Prepared) -> dict[str, Any]:
         """Ask one model about all rows; what it took, beside what is measured of every model.
@@ -115,9 +127,9 @@ class Task(ABC):
 
     @abstractmethod
     def comparison(
-        self, config: Config, prepared: Prepared, tokenizer: Tokenizer, device: torch.device
+        self, config: Config, prepared: Prepared, tokenizer: Tokenizer, **options: Any
     ) -> Comparison:
-        """What measures teacher and students on the test rows, else on the validation rows."""
+        """What measures models on these test rows, else validation rows; `options`: see `Comparison`."""
 
 
 TASKS: dict[str, Task] = {}
@@ -134,9 +146,9 @@ def task_of(config: Config) -> Task:
     return TASKS[config.task]
 
 
-def prepare(config: Config, tokenizer: Tokenizer, *, new_head: bool = False) -> Prepared:
-    """The rows of a config, as `Task.prepare` says."""
-    return task_of(config).prepare(config, tokenizer, new_head=new_head)
+def prepare(config: Config, tokenizer: Tokenizer, **options: Any) -> Prepared:
+    """`Task.prepare` of a config's task."""
+    return task_of(config).prepare(config, tokenizer, **options)
 
 
 def load_teacher(config: Config, prepared: Prepared, dtype: torch.dtype | None = None) -> LiveTeacher:
@@ -175,6 +187,5 @@ def layers_for_student(config: Config, teacher: Model, prepared: Prepared) -> li
 
 def _teacher_model(config: Config, prepared: Prepared, dtype: torch.dtype) -> Model:
     """Before its own stage its head says nothing so far, and may be missing."""
-    return task_of(config).load(
-        config.teacher.model, prepared, dtype, untrained=config.teacher_stage is not None
-    )
+    is_untrained = config.teacher_stage is not None
+    return task_of(config).load(config.teacher.model, prepared, dtype, untrained=is_untrained)

@@ -18,7 +18,7 @@ from transformers import (
 from kdlib.config.run import Config
 from kdlib.config.task_rules import RULES
 from kdlib.data import classification
-from kdlib.data.batches import Prepared, collate_classes, random_ids
+from kdlib.data.batches import Batch, Prepared, collate_classes, random_ids
 from kdlib.errors import ModelError
 from kdlib.losses.signals import kept
 from kdlib.metrics.classification import Answers
@@ -129,32 +129,16 @@ class Classification(Task):
         return Sample(prepared.collate(some), texts, classes, labels.__getitem__)
 
     def comparison(
-        self, config: Config, prepared: Prepared, tokenizer: Tokenizer, device: torch.device
+        self, config: Config, prepared: Prepared, tokenizer: Tokenizer, **options: Any
     ) -> Comparison:
-        drawn = {"resamples": config.compare.resamples, "seed": config.seed}
-        return ClassComparison(prepared, tokenizer, device=device, **drawn)
+        return ClassComparison(prepared, tokenizer, **options)
 
 
 class ClassComparison(Comparison):
     """Classifiers by their probabilities for every row, and by how fast they answer."""
 
-    def __init__(
-        self,
-        prepared: Prepared,
-        tokenizer: Tokenizer,
-        *,
-        device: torch.device | str = "cpu",
-        resamples: int = 2000,
-        seed: int = 0,
-    ) -> None:
-        """
-        Args:
-            tokenizer: by which rows are made readable that do not carry their text.
-            device: where the models are measured.
-            resamples: of the bootstrap over rows, or over their groups, the same for every model.
-        """
-        self.prepared, self.tokenizer, self.device = prepared, tokenizer, torch.device(device)
-        self.resamples, self.seed = resamples, seed
+    def __init__(self, prepared: Prepared, tokenizer: Tokenizer, **options: Any) -> None:
+        super().__init__(prepared, tokenizer, **options)
         self.answers: dict[str, Answers] = {}
 
     def add(self, name: str, model: LiveTeacher, prepared: Prepared) -> dict[str, Any]:
@@ -181,9 +165,7 @@ class ClassComparison(Comparison):
             "throughput_rows_per_s": len(values) / seconds,
         }
 
-    def _batches(
-        self, prepared: Prepared, size: int, count: int | None = None
-    ) -> Iterator[Mapping[str, Tensor]]:
+    def _batches(self, prepared: Prepared, size: int, count: int | None = None) -> Iterator[Batch]:
         rows = prepared.measured
         for start in range(0, min(len(rows), count or len(rows)), size):
             batch = prepared.collate([rows[i] for i in range(start, min(start + size, len(rows)))])
@@ -204,7 +186,7 @@ def text_of(row: Mapping[str, Any], tokenizer: Tokenizer) -> str:
     return row.get("text") or tokenizer.decode(row["input_ids"], skip_special_tokens=True)
 
 
-def _logits(model: LiveTeacher, batch: Mapping[str, Tensor]) -> Tensor:
+def _logits(model: LiveTeacher, batch: Batch) -> Tensor:
     """[B, C]"""
     return model(batch, kept(batch["labels"])).logits()
 

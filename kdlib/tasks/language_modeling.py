@@ -103,11 +103,10 @@ class LanguageModeling(Task):
         return Sample(batch, texts, before, lambda token: tokenizer.decode([token]))
 
     def comparison(
-        self, config: Config, prepared: Prepared, tokenizer: Tokenizer, device: torch.device
+        self, config: Config, prepared: Prepared, tokenizer: Tokenizer, **options: Any
     ) -> Comparison:
-        options = {"device": device, "resamples": config.compare.resamples, "seed": config.seed}
         asked = {"prompts": self.prompts(config, prepared.measured), "new_tokens": config.compare.new_tokens}
-        return self.compared_by(prepared)(prepared, tokenizer, **options, **asked)
+        return self.compared_by(prepared)(prepared, tokenizer, **asked, **options)
 
     def compared_by(self, prepared: Prepared) -> type["TokenComparison"]:
         """What measures models on these rows."""
@@ -128,20 +127,16 @@ class TokenComparison(Comparison):
         prepared: Prepared,
         tokenizer: Tokenizer,
         *,
-        device: torch.device | str = "cpu",
-        resamples: int = 2000,
-        seed: int = 0,
         prompts: Sequence[Sequence[int]] = (),
         new_tokens: int = 32,
+        **options: Any,
     ) -> None:
         """
         Args:
-            device: where the models are measured.
-            resamples: of the bootstrap; each draws rows with replacement, the same for every model.
             prompts: what every model continues, greedily, by so many `new_tokens`.
         """
-        self.prepared, self.tokenizer, self.device = prepared, tokenizer, torch.device(device)
-        self.resamples, self.seed, self.prompts, self.new_tokens = resamples, seed, prompts, new_tokens
+        super().__init__(prepared, tokenizer, **options)
+        self.prompts, self.new_tokens = prompts, new_tokens
         every = list(prepared.measured)
         self.batches = [prepared.collate(every[i : i + BATCH]) for i in range(0, len(every), BATCH)]
         labels = [row for batch in self.batches for row in batch["labels"]]
