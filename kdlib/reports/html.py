@@ -1,7 +1,6 @@
 """What all pages share: template and style, tables, and pictures.
 
-A page is one file.  Text is escaped, and a content-security policy (templates/page.html.j2) forbids scripts
-and outside requests besides.
+A page is one file.  Text is escaped, and the policy in templates/page.html.j2 forbids scripts and requests.
 """
 
 import base64

@@ -70,7 +70,7 @@ def _content(found: Sequence[Summary], reports: Path) -> dict[str, Any]:
             "run": each,
             "link": report_link(each.name, reports),
             "curve": _curve(each),
-            "keys": [each.key(metric).partition(" ")[::2] for metric in keys],
+            "keys": [each.key(metric).partition(" ") for metric in keys],
             "places": [place[i] for place in places],
             "reached": _reached(each),
             "more": {kind: [cells[i] for cells in table.values()] for kind, table in more.items()},
@@ -93,23 +93,21 @@ def _content(found: Sequence[Summary], reports: Path) -> dict[str, Any]:
 
 def settings_that_differ(found: Sequence[Summary]) -> dict[str, list[Cell]]:
     """Each setting that not all runs share, with a cell for each run; — where a run has no such setting."""
-    students = [each for each in found if each.settings and not each.is_benchmark]
+    settings = [{} if each.is_benchmark else each.settings for each in found]
     columns = {}
-    for name in dict.fromkeys(name for each in students for name in each.settings):
-        counts = Counter(each.settings.get(name, "—") for each in students)
-        usual = counts.most_common(1)[0][0]
+    for name in dict.fromkeys(name for own in settings for name in own):
+        values = [own.get(name, "—") if own else "" for own in settings]
+        counts = Counter(filter(None, values))
         if len(counts) > 1:
-            values = (each.settings.get(name, "—") if each in students else "" for each in found)
+            usual = counts.most_common(1)[0][0]
             columns[name] = [Cell(value, is_marked=value not in ("", usual)) for value in values]
     return columns
 
 
 def _scorecard(each: Summary) -> Cell:
-    if not each.card:
-        return Cell("")
     passed = f"{sum(line.passed is True for line in each.card)} of {len(each.card)} pass"
-    failed = [line for line in each.card if line.passed is False]
-    return Cell(passed, "; ".join(f"fails: {line.check}: {line.found}" for line in failed), bool(failed))
+    failed = [f"fails: {line.check}: {line.found}" for line in each.card if line.passed is False]
+    return Cell(passed if each.card else "", "; ".join(failed), bool(failed))
 
 
 def _costs(found: Sequence[Summary]) -> dict[str, list[Cell]]:

@@ -1,8 +1,7 @@
 """An executed notebook as the inside of a page: prose and results, code folded away.
 
-What a cell displays may come out of data, as HTML, Markdown or a picture.  So of the finished HTML only what
-can neither act nor fetch is kept, and a notebook's outputs together have a limit, as the page they go into is
-to be sent on.
+What a cell displays may come out of data, so of the HTML only what can neither act nor fetch is kept; and
+a notebook's outputs together have a limit, as the page is to be sent on.
 """
 
 import json
@@ -121,11 +120,8 @@ def _within(outputs: list[NotebookNode], left: int, name: str) -> tuple[list[Not
         else:
             kept, left = [*kept, output], left - size
     if missing:
-        text = (
-            f"{missing} output{'s are' if missing > 1 else ' is'} left out here for the size; "
-            f"notebooks/{name} has all"
-        )
-        kept.append(new_output("stream", name="stderr", text=text))
+        what = f"{missing} output{'s are' if missing > 1 else ' is'} left out here for the size"
+        kept.append(new_output("stream", name="stderr", text=f"{what}; notebooks/{name} has all"))
     return kept, left
 
 
@@ -135,11 +131,9 @@ def _shortened(output: NotebookNode) -> NotebookNode:
     elif output.output_type == "error":
         output.traceback = [_cut("\n".join(output.traceback))]
     else:
-        data = {kind: content for kind, content in output.data.items() if kind not in ACTIVE}
-        output.data = data | {
-            "text/plain": _cut(data.get("text/plain", "a widget, which needs a running kernel"))
-        }
-        output.metadata = NotebookNode()
+        output.data = {kind: content for kind, content in output.data.items() if kind not in ACTIVE}
+        text = output.data.get("text/plain", "a widget, which needs a running kernel")
+        output.data["text/plain"], output.metadata = _cut(text), NotebookNode()
     return output
 
 

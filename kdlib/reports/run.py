@@ -1,7 +1,4 @@
-"""Reports: a self-contained HTML page of a run, or of a comparison made by `kd compare`.  Imports no torch.
-
-They read files, and nothing calls into them.
-"""
+"""Reports: a self-contained HTML page of a run's files, or of a comparison made by `kd compare`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +19,7 @@ from kdlib.reports import html
 from kdlib.reports.explorers import static_html
 from kdlib.reports.notebook_html import notebook_html
 from kdlib.reports.scorecard import Line, scorecard, scorecard_table
-from kdlib.reports.summary import Summary, flat, is_benchmark, keys_of, summary
+from kdlib.reports.summary import Summary, flat, keys_of, summary
 from kdlib.runs.files import now, read_json
 from kdlib.runs.folder import Run
 
@@ -51,11 +48,10 @@ def render(run: Run, reports: Path) -> Path:
     """
     if not (run.path / "config.yaml").exists():
         raise RunError(f"{run.path}: no run there, since there is no config.yaml")
-    if is_benchmark(run):
-        raise RunError(
-            f"{run.name} is a benchmark: `python -m kdlib.benchmarks --report {run.name}` makes its page"
-        )
     results, brief = read_json(run.path / "comparison_results.json"), summary(run)
+    if brief.is_benchmark:
+        command = f"python -m kdlib.benchmarks --report {run.name}"
+        raise RunError(f"{run.name} is a benchmark: `{command}` makes its page")
     pictures = {name: html.picture(figure, name) for name, figure in run_figures(run, results).items()}
     students = {"teacher" if brief.is_teacher else "distilled student": run, "baseline": run.baseline}
     cards = {name: lines for name, student in students.items() if (lines := scorecard(run, student))}

@@ -39,13 +39,9 @@ class Line:
 
 
 def scorecard(run: Run, folder: StudentFolder | None = None, tail: Tail | None = None) -> list[Line]:
-    """The distilled student's scorecard, or that of another folder of the run: the baseline's.
+    """The distilled student's scorecard, or of another folder: the baseline's.  [] before anything is logged.
 
-    Args:
-        tail: the folder's, where it is at hand and need not be read again.
-
-    Returns:
-        [] before anything is logged.
+    `tail` is the folder's, where it is at hand.
     """
     folder = folder or run
     tail = tail or Tail(folder)

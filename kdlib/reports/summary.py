@@ -1,4 +1,4 @@
-"""A run in brief, from its files: how far it came, its key figures, settings and cost.  Imports no torch."""
+"""A run in brief, from its files: how far it came, its key figures, settings and cost."""
 
 import json
 import os
@@ -31,7 +31,7 @@ class Summary:
     created: str = ""
     config: str = ""  # the file's name without its ending
     sweep: str = ""
-    is_benchmark: bool = False
+    is_benchmark: bool = False  # of kdlib.benchmarks, which teach no student
     is_teacher: bool = False  # its own training, before it teaches
     step: int | None = None
     steps: int | None = None  # planned
@@ -78,11 +78,6 @@ def summary(run: Run) -> Summary:
         return Summary(run.name, "unreadable", said)
 
 
-def is_benchmark(run: Run) -> bool:
-    """Whether this is a folder of `kdlib.benchmarks`, which teaches no student."""
-    return "student" not in _settings(run)
-
-
 def flat(nested: Mapping[str, Any], separator: str = ".", prefix: str = "") -> Iterator[tuple[str, Any]]:
     """`("loss.temperature", 2.0)` for each leaf."""
     for name, value in nested.items():
@@ -92,14 +87,10 @@ def flat(nested: Mapping[str, Any], separator: str = ".", prefix: str = "") -> I
             yield f"{prefix}{name}", value
 
 
-def _settings(run: Run) -> dict[str, Any]:
-    return yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8")) or {}
-
-
 def _read(run: Run) -> Summary:
     results, manifest, status = read_json(run.path / "comparison_results.json"), run.manifest, run.status
-    settings, plan = _settings(run), plan_table(run)
-    train, evaluation = training_table(run), eval_table(run)
+    settings = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8")) or {}
+    train, evaluation, plan = training_table(run), eval_table(run), plan_table(run)
     steps = [int(table["step"].iloc[-1]) for table in (train, evaluation) if len(table)]
     return Summary(
         run.name,

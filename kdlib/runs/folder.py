@@ -72,8 +72,10 @@ class Run(StudentFolder):
         A run that says "running" while the process that ran it is gone has died.
         """
         status = read_json(self.path / "status.json", {"state": "created"})
-        if status["state"] == "running" and not _alive(status.get("pid"), status.get("pid_started")):
-            return {**status, "state": "died", "message": "the process that ran it is gone"}
+        if status["state"] == "running":
+            pid = status.get("pid")
+            if pid is None or _process_start(pid) != status.get("pid_started"):
+                return {**status, "state": "died", "message": "the process that ran it is gone"}
         return status
 
     def set_status(self, state: str, message: str = "") -> None:
@@ -124,9 +126,8 @@ def check_new(root: Path, name: str) -> None:
     if not re.fullmatch(r"[\w.+=-]+", name) or name.startswith("."):
         raise RunError(f"run name {name!r}: use letters, digits and . _ - + = only, and no leading dot")
     if (root / name).exists():
-        raise RunError(
-            f"run {name!r} exists already; choose another --name, or go on with it by --resume {name}"
-        )
+        go_on = f"go on with it by --resume {name}"
+        raise RunError(f"run {name!r} exists already; choose another --name, or {go_on}")
 
 
 def open_run(root: Path, name: str, config: Config | None = None) -> Run:
@@ -154,10 +155,8 @@ def clean(run: Run) -> int:
         RunError: the run is not done.
     """
     if (state := run.status["state"]) != "done":
-        raise RunError(
-            f"run {run.name} is {state}, not done: it may go on from its checkpoints with --resume; or "
-            "delete them by hand"
-        )
+        what = f"run {run.name} is {state}, not done: it may go on from its checkpoints with --resume"
+        raise RunError(f"{what}; or delete them by hand")
     folders = [student.checkpoints for student in (run, run.baseline)]
     freed = sum(file.stat().st_size for folder in folders for file in folder.rglob("*"))
     for folder in folders:
@@ -194,10 +193,6 @@ def _commit() -> str | None:
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=project_root(), check=False
     )
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _alive(pid: int | None, started: float | None) -> bool:
-    return pid is not None and _process_start(pid) == started
 
 
 def _process_start(pid: int) -> float | None:

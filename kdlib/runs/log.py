@@ -179,12 +179,11 @@ def thinned(curves: np.ndarray, *, points: int = POINTS) -> np.ndarray:
     """Which positions of a long curve to draw so that no spike is lost: the ends, and each bucket's extremes.
 
     Args:
-        curves: [N], or [C, N] for curves that are drawn at the same positions.  Where nan or infinite values
-            begin or end is kept too, as a gap, unless there are too many.
+        curves: [N], or [C, N] drawn at the same positions.
         points: about so many are kept, or 100 for each curve if that is more.
 
     Returns:
-        Positions in rising order; all of them where there are no more than `points`.
+        Rising positions, with those where nan or infinite values begin or end, unless these are too many.
     """
     curves = np.atleast_2d(curves)
     count, length = curves.shape

@@ -25,29 +25,17 @@ HELD_OUT = {  # told of the last evaluation, by what is predicted
 
 @dataclass(frozen=True)
 class Progress:
-    """One student's training so far, or all of it.
+    """One student's training so far, or all of it."""
 
-    Attributes:
-        name: of the run, and of the student where it is not the distilled one.
-        state: created, running, quiet (no news for a while), trained, done, stopped, failed or died.
-        tail: its metrics.jsonl.
-        plan: learning rate, weights and temperatures as planned; empty where there is no plan.json.
-        phases: of the curriculum: (fraction of training at its end, the weights that it names, in words).
-        best_by: the measure that chooses the best model.
-        message: why it stopped or failed.
-        quiet_s: seconds since the last line.
-        of: what is predicted, a token or a row.
-    """
-
-    name: str
-    state: str
+    name: str  # of the run, and of the student where it is not the distilled one
+    state: str  # created, running, quiet (no news for a while), trained, done, stopped, failed or died
     tail: Tail
-    plan: pd.DataFrame
-    phases: tuple[tuple[float, str], ...] = ()
-    best_by: str = "loss"
-    message: str = ""
-    quiet_s: float = 0.0
-    of: str = "token"
+    plan: pd.DataFrame  # learning rate, weights and temperatures; empty where there is no plan.json
+    phases: tuple[tuple[float, str], ...]  # of the curriculum: fraction of training at its end, its weights
+    best_by: str  # the measure that chooses the best model
+    message: str  # why it stopped or failed
+    quiet_s: float  # since the last line
+    of: str  # what is predicted: a token or a row
 
     @property
     def step(self) -> int:
@@ -85,10 +73,9 @@ class Progress:
 
 
 def progress(run: Run, folder: StudentFolder | None = None, tail: Tail | None = None) -> Progress:
-    """How a run's distilled student stands, or the student of another of its folders: the baseline.
+    """How a run's distilled student stands, or that of another folder: the baseline.
 
-    Args:
-        tail: the folder's, where it is at hand and need not be read again.
+    `tail` is the folder's, where it is at hand.
     """
     folder = folder or run
     tail, config, plan = tail or Tail(folder), run.config, plan_table(folder)

@@ -31,23 +31,13 @@ from kdlib.runs.progress import FINAL, headline, progress, where_line
 SHARE = 0.05  # of the time, at most, that goes into watching
 PAUSE_S, HEADLESS_PAUSE_S = 1.0, 20.0  # between two looks, at least
 PATIENCE_S = 3600.0  # without news, after which nobody is waited for any more
-PICTURE = {
-    "flex": "1 1 560px",
-    "min_width": "0",
-    "max_width": "800px",
-    "object_fit": "contain",
-    "align_self": "flex-start",
-}
+PICTURE = {"min_width": "0", "max_width": "800px", "object_fit": "contain", "align_self": "flex-start"}
 LATE = {"continuous_update": False}  # a slider speaks when it is let go
 MARKS = {"pass": ("#2da44e", "✓"), "fail": ("#e5534b", "✗"), "not measured": ("#8a8a8a", "–")}
 
 
 def watch(run: Run | str, view: View | None = None) -> "Dashboard":
-    """A run's dashboard: used by `with`, around what trains, or as the last line of a cell.
-
-    Args:
-        run: a run, its name, or its folder as seen from the project's.
-        view: what to show at first.
+    """A run's dashboard, by its name or its folder as seen from the project's; `view` is shown at first.
 
     Raises:
         RunError: there is no such run.
@@ -142,8 +132,12 @@ class Dashboard:
         with self.drawing:
             try:
                 is_new = self.live.read()
-                if is_new or always:
-                    self._put(self.live.png())
+                if not (is_new or always):
+                    return False
+                if self.controls is None:
+                    self.handle.update(self._static())
+                else:
+                    self.controls.show()
             except KdlibError as error:
                 self.say(str(error))
                 return False
@@ -160,7 +154,7 @@ class Dashboard:
         self.ended.clear()
         if runs.headless():  # widgets would stay blank, and Output or @interact would hang
             self.controls, self.context = None, contextvars.copy_context()  # the cell's, whose output it is
-            self.handle = display(self._static(self.live.png()), display_id=True)
+            self.handle = display(self._static(), display_id=True)
         else:
             self.context = _beside_cells()
             self.controls = self.context.run(Controls, self)
@@ -183,14 +177,8 @@ class Dashboard:
                 return
             pause = max(least, (time.thread_time() - spent) / SHARE)
 
-    def _put(self, png: bytes) -> None:
-        if self.controls is None:
-            self.handle.update(self._static(png))
-        else:
-            self.controls.show(png)
-
-    def _static(self, png: bytes) -> Image:
-        return Image(data=png, format="png", alt=headline(self.live.progress))
+    def _static(self) -> Image:
+        return Image(data=self.live.png(), format="png", alt=headline(self.live.progress))
 
 
 class Controls:
@@ -199,7 +187,7 @@ class Controls:
     def __init__(self, board: Dashboard) -> None:
         self.board, self.live, view = board, board.live, board.live.view
         button = {"layout": {"width": "auto"}}
-        self.image = ipywidgets.Image(format="png", layout=PICTURE)
+        self.image = ipywidgets.Image(format="png", layout={"flex": "1 1 560px", **PICTURE})
         self.card = ipywidgets.HTML(layout={"flex": "0 1 290px", "margin": "0 0 0 12px"})
         self.message = ipywidgets.HTML()
         self.terms = [
@@ -208,12 +196,8 @@ class Controls:
             )
             for term in board.run.config.loss.schedules
         ]
-        self.log = ipywidgets.ToggleButton(
-            view.log,
-            description="log scale",
-            tooltip="raw values and gradient norms on a log scale",
-            **button,
-        )
+        log = "raw values and gradient norms on a log scale"
+        self.log = ipywidgets.ToggleButton(view.log, description="log scale", tooltip=log, **button)
         self.smoothing = ipywidgets.FloatSlider(
             view.smoothing, min=0, max=0.3, step=0.01, description="smoothing", readout_format=".0%", **LATE
         )
@@ -221,13 +205,8 @@ class Controls:
         self.rivals = ipywidgets.SelectMultiple(
             options=list(self.live.candidates), value=self.live.rivals, rows=3, description="compare"
         )
-        self.stop = ipywidgets.Button(
-            description="Stop",
-            icon="stop",
-            button_style="danger",
-            tooltip="finish the step, save a checkpoint, stop",
-            **button,
-        )
+        stop = {"button_style": "danger", "tooltip": "finish the step, save a checkpoint, stop"}
+        self.stop = ipywidgets.Button(description="Stop", icon="stop", **stop, **button)
         controls = [*self.terms, self.log, self.smoothing, self.steps, self.rivals]
         for control in controls:
             control.observe(self._changed, "value")
@@ -237,8 +216,8 @@ class Controls:
         below = ipywidgets.HBox([self.image, self.card], layout=wrapped)
         self.box = ipywidgets.VBox([above, self.message, below])
 
-    def show(self, png: bytes) -> None:
-        self.image.value = png
+    def show(self) -> None:
+        self.image.value = self.live.png()
         self.card.value = card_html(self.live.scorecard())
 
     def _changed(self, change: object) -> None:
@@ -283,9 +262,8 @@ def card_html(lines: list[Line]) -> str:
 def _beside_cells() -> contextvars.Context:
     """A context in which widgets belong to no cell.
 
-    ipykernel 7 answers a widget where it was last spoken to from: one that a cell made waits until that cell
-    is done, which for a training is too late.  One that no cell made is answered beside it, on the subshell
-    that JupyterLab asks for.
+    ipykernel 7 answers a widget that a cell made when that cell is done, which for a training is too late;
+    one that no cell made it answers beside it, on the subshell that JupyterLab asks for.
     """
     context, kernel = contextvars.copy_context(), getattr(get_ipython(), "kernel", None)
     if hasattr(kernel, "_shell_parent"):  # ipykernel 7
