@@ -1,7 +1,9 @@
 """JupyterLab as a person sees it, driven by Debian's Chromium; the fixtures are in conftest.py."""
 
+import json
 import shutil
 import socket
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -25,11 +27,17 @@ def answers(port: int) -> bool:
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
+def asked(address: str, method: str = "GET") -> list | None:
+    """What JupyterLab's server answers, if anything."""
+    with urlopen(Request(address, method=method, headers={"Authorization": "token t"}), timeout=30) as answer:
+        return json.loads(answer.read() or "null")
+
+
 def open_notebook(page, lab: str, name: str) -> None:
     """Show a notebook of the project, with a kernel that is ready."""
-    page.goto(f"{lab}/lab/tree/notebooks/{name}.ipynb?token=t&reset")
+    page.goto(f"{lab}/notebooks/{name}.ipynb?token=t&reset")
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-    page.wait_for_timeout(4000)  # the kernel
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)
 
 
 def choose(page, menu: str, entry: str) -> None:

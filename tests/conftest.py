@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from browser import CHROMIUM, QUIET, answers
+from browser import CHROMIUM, QUIET, answers, asked
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -223,18 +223,18 @@ def theme() -> str:
     return "JupyterLab Light"
 
 
-@pytest.fixture
-def lab(project, theme, tmp_path):
-    """JupyterLab on that project; gives its address."""
+@pytest.fixture(scope="session")
+def jupyter(tmp_path_factory):
+    """JupyterLab on all that this process's tests write; gives its address and its folder of settings."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = tmp_path / "settings" / "@jupyterlab" / "apputils-extension"
+    settings = tmp_path_factory.mktemp("settings") / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
     (settings / "notification.jupyterlab-settings").write_text(
         '{"fetchNews": "false", "checkForUpdates": false}'
     )
-    (settings / "themes.jupyterlab-settings").write_text(f'{{"theme": "{theme}"}}')
+    words = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token=t"]
     environment = {name: value for name, value in os.environ.items() if name != PARENT}
     process = subprocess.Popen(
         [
@@ -242,14 +242,10 @@ def lab(project, theme, tmp_path):
             "-m",
             "jupyter",
             "lab",
-            "--no-browser",
-            "--allow-root",
-            "--ip=127.0.0.1",
-            f"--port={port}",
-            "--IdentityProvider.token=t",
-            f"--ServerApp.root_dir={project}",
+            *words,
+            f"--ServerApp.root_dir={tmp_path_factory.getbasetemp()}",
         ],
-        env={**environment, "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings")},
+        env={**environment, "JUPYTERLAB_SETTINGS_DIR": str(settings.parent.parent)},
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -259,6 +255,16 @@ def lab(project, theme, tmp_path):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.2)
-    yield f"http://127.0.0.1:{port}"
+    yield f"http://127.0.0.1:{port}", settings
     os.killpg(process.pid, signal.SIGTERM)
     process.wait(timeout=30)
+
+
+@pytest.fixture
+def lab(jupyter, project, theme, tmp_path_factory):
+    """JupyterLab on that project; gives its address there.  No kernel outlives the test."""
+    address, settings = jupyter
+    (settings / "themes.jupyterlab-settings").write_text(f'{{"theme": "{theme}"}}')
+    yield f"{address}/lab/tree/{project.relative_to(tmp_path_factory.getbasetemp())}"
+    for session in asked(f"{address}/api/sessions"):
+        asked(f"{address}/api/sessions/{session['id']}", "DELETE")

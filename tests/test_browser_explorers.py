@@ -4,7 +4,7 @@ text from data stays text.
 
 import nbformat
 import pytest
-from browser import MARKS
+from browser import MARKS, choose, open_notebook
 from made_predictions import EVIL, evil_facts
 from nbformat.v4 import new_code_cell, new_notebook
 
@@ -15,8 +15,8 @@ pytestmark = MARKS
 CELLS = (
     "from kdlib.workbench import explorers; from kdlib.workbench import session\n\nbench = "
     'session.open_run("configs/quickstart.yaml", "one")\n'
-    'sight = bench.explore("untrained")',
-    "explorers.temperature_and_top_k(sight, bench.config)",
+    'predictions = bench.explore("untrained")',
+    "explorers.temperature_and_top_k(predictions, bench.config)",
     "explorers.token_heat_map(bench.run)",
     "explorers.schedule_designer(bench.run)",
     'evil = session.open_run("configs/quickstart.yaml", "evil").run\nexplorers.token_heat_map(evil)',
@@ -36,16 +36,12 @@ def notebook(project, raw_config):
         new_notebook(cells=[new_code_cell(text) for text in CELLS], metadata=python),
         project / "notebooks" / "look.ipynb",
     )
-    return "notebooks/look.ipynb"
 
 
 def test_sliders_move_pictures_and_tokens_show_their_candidates(lab, notebook, browser, tmp_path):
     page = browser.new_page(viewport={"width": 1400, "height": 4500})
-    page.goto(f"{lab}/lab/tree/{notebook}?token=t&reset")
-    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-    page.wait_for_timeout(4000)  # the kernel
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_text("Run All Cells", exact=True).click()
+    open_notebook(page, lab, "look")
+    choose(page, "Run", "Run All Cells")
     page.locator(".jp-OutputArea-output", has_text="every cell has run").first.wait_for(timeout=120_000)
     page.wait_for_timeout(1500)
     assert page.locator(".jp-OutputArea-output", has_text="Traceback").count() == 0
