@@ -37,6 +37,11 @@ def open_notebook(page, lab: str, name: str) -> None:
     """Show a notebook of the project, with a kernel that is ready."""
     page.goto(f"{lab}/notebooks/{name}.ipynb?token=t&reset")
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+    kernel_waits(page)
+
+
+def kernel_waits(page) -> None:
+    """Wait for a kernel that has nothing to do."""
     page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)
 
 
