@@ -52,11 +52,7 @@ def cosine(start: float, end: float) -> Schedule:
 
 
 def exponential(start: float, end: float) -> Schedule:
-    """From `start` to `end` by equal factors in equal times: a straight line of the logarithm.
-
-    Raises:
-        ValueError: an end is 0 or less, where there is no logarithm.
-    """
+    """From `start` to `end`, both above 0, by equal factors in equal times: a line of the logarithm."""
     if not (start > 0 and end > 0):
         found = f"found {start:g} and {end:g}"
         raise ValueError(f"both ends must be above 0, {found}; take a small positive number, or linear")
@@ -64,21 +60,13 @@ def exponential(start: float, end: float) -> Schedule:
 
 
 def steps(values: Mapping[float, float]) -> Schedule:
-    """A staircase: each value holds from its fraction on.
-
-    Raises:
-        ValueError: no value is given for fraction 0, or one lies outside 0 to 1.
-    """
+    """A staircase: each value holds from its fraction on.  Fractions lie from 0 to 1, and 0 is among them."""
     starts = _starts(values)
     return lambda fraction: values[starts[bisect_right(starts, _clipped(fraction)) - 1]]
 
 
 def piecewise(points: Mapping[float, float]) -> Schedule:
-    """Straight lines from point to point, flat after the last.
-
-    Raises:
-        ValueError: no value is given for fraction 0, or one lies outside 0 to 1.
-    """
+    """Straight lines from point to point, flat after the last.  Fractions as of `steps`."""
     starts = _starts(points)
 
     def at(fraction: float) -> float:
@@ -95,9 +83,6 @@ def joined(phases: Sequence[tuple[float, Schedule]]) -> Schedule:
 
     Args:
         phases: (until, schedule) with `until` rising to 1; a schedule sees its own phase as 0 to 1.
-
-    Raises:
-        ValueError: the ends do not rise, or the last is not 1.
     """
     ends = [until for until, _ in phases]
     if not ends or ends[-1] != 1 or not all(start < end for start, end in pairwise([0.0, *ends])):
@@ -117,7 +102,7 @@ SHAPES = (*LINES, *TABLES, "joined")
 
 
 def from_spec(spec: Spec) -> Schedule:
-    """The schedule that a config's number or one-key mapping describes (see the module's docstring).
+    """The schedule that a config's number or one-key mapping describes.
 
     Raises:
         ValueError: the shape is unknown or its arguments do not fit; the message shows the forms allowed.

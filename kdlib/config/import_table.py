@@ -83,10 +83,10 @@ def by_name(table: Mapping[str, str]) -> dict[str, str]:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """{name: value} of a file of settings: names with _ and no leading dashes; of nested ones the innermost.
+    """{name: value} of a file: names with _ and no leading dashes; of nested ones the innermost.
 
     Raises:
-        ConfigError: the file is none of JSON, YAML with names, or flags.
+        ConfigError: it is none of JSON, YAML with names, or flags.
     """
     text, name = read_text(Path(path)), str(path)
     try:
@@ -105,9 +105,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         times = Counter(keys[-1] for keys, _ in pairs)
         return _once([(keys[-1] if times[keys[-1]] == 1 else ".".join(keys), value) for keys, value in pairs])
     except RecursionError:
-        raise ConfigError(
-            f"{name}: nested too deeply, or within itself; settings are needed, as {{name: value}}"
-        ) from None
+        raise ConfigError(f"{name}: nested too deeply, or within itself") from None
     except ValueError as error:
         raise ConfigError(f"{name}: cannot be read as settings: {error}") from None
 

@@ -1,8 +1,8 @@
 """Another project's settings as a config of ours, every key of theirs translated or listed.
 
-Read are the JSON of the student-aware project (its weights, its two curricula, its top k), and the JSON, YAML
-or flags of projects with one `alpha`.  What a key meant there is kept, not its name: `alpha` stands for the
-weight of the teacher's term in some projects and of the cross-entropy in others, so it is asked which.
+What a key meant there is kept, not its name: `alpha` is the weight of the teacher's term in some projects and
+of the cross-entropy in others, so it is asked which.  The student-aware project has two curricula and terms
+on what goes on inside besides.
 """
 
 from pathlib import Path
@@ -34,11 +34,10 @@ def migrated(
     Args:
         path: JSON, YAML, or a text with command-line flags.
         alpha_on: `kd` or `ce`: the term that `alpha` weights there; the other gets 1 - alpha.
-        teacher, student, data: what the file does not name, or names otherwise.
+        teacher, student, data: in place of what the file names.
 
     Raises:
-        ConfigError: unreadable; or values that contradict each other, that kdlib refuses, or that could mean
-            two things.
+        ConfigError: unreadable; or values that contradict each other, are refused, or could mean two things.
     """
     made = Migration(str(path), read_settings(path))
     for key in [key for key, value in made.theirs.items() if value is None]:

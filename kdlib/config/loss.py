@@ -1,7 +1,7 @@
 """The loss of a config: which terms, with which weights and temperatures over training, measured how.
 
-Checks are written so that all faults come at once: a field that depends on others stands after them and sees
-those that are sound; so `curriculum` stands before `weights`, and `samples` after `divergence` and `top_k`.
+All faults come at once: a field that depends on others stands after them and sees those that are sound, so
+`curriculum` stands before `weights`, and `samples` after `divergence` and `top_k`.
 """
 
 import ast
@@ -143,8 +143,8 @@ def _samples(value: int | None, info: ValidationInfo) -> int | None:
     faults = []
     if value is not None and (top_k := info.data.get("top_k")) is not None:
         faults.append(
-            f"found {value} beside `top_k: {top_k}`; kd takes either random tokens or the likeliest: set one "
-            "of the two to null"
+            f"found {value} beside `top_k: {top_k}`; kd takes either random tokens or the likeliest: "
+            "set one to null"
         )
     if value is not None and "adaptive_kl" in (info.data.get("divergence") or ()):
         faults.append(
@@ -171,23 +171,19 @@ def _layers(value: Any) -> Any:
     """`even`, `{last: 3}`, or pairs [student's layer, teacher's layer]."""
     if isinstance(value, dict):
         fits = list(value) == ["last"] and type(value["last"]) is int and value["last"] >= 1
-    elif isinstance(value, list):
-        pairs = [pair if isinstance(pair, list) else [] for pair in value]
-        fits = bool(pairs) and all(
-            len(pair) == 2 and all(type(layer) is int and layer >= 0 for layer in pair) for pair in pairs
-        )
+    elif isinstance(value, list) and value:
+        pairs = [pair if isinstance(pair, list) and len(pair) == 2 else [None] for pair in value]
+        fits = all(type(layer) is int and layer >= 0 for pair in pairs for layer in pair)
     else:
         fits = value == "even"
     if not fits:
-        raise ValueError(
-            f"found {value!r}; it is even, {{last: how many}}, or pairs of layer numbers, [[student's, "
-            "teacher's], …]"
-        )
+        form = "even, {last: how many}, or pairs of layer numbers, [[student's, teacher's], …]"
+        raise ValueError(f"found {value!r}; it is {form}")
     return value
 
 
 def _phases(value: Any, handler: Callable[[Any], list["PhaseConfig"]]) -> list["PhaseConfig"]:
-    """Each phase by itself and their order, so that faults of both kinds come together."""
+    """Each phase by itself and their order: faults of both kinds come together."""
     faults: list[InitErrorDetails] = []
     phases: list[PhaseConfig] = []
     if order := _disorder(value):
@@ -205,7 +201,7 @@ def _phases(value: Any, handler: Callable[[Any], list["PhaseConfig"]]) -> list["
 
 
 def _disorder(value: Any) -> list[str]:
-    """What is wrong between phases; nothing where one lacks the numbers to judge by, a fault of its own."""
+    """What is wrong between phases; nothing where one lacks numbers, which is a fault of its own."""
     if not isinstance(value, list) or not all(isinstance(phase, Mapping) for phase in value):
         return []
     plain = [
@@ -219,7 +215,7 @@ def _plain(curriculum: "list[PhaseConfig] | None") -> list[dict]:
 
 
 class PhaseConfig(Section):
-    """One phase of a curriculum (kdlib.schedulers): until which fraction of training, with which weights."""
+    """One phase of a curriculum (kdlib.schedulers)."""
 
     until: Annotated[Number, Field(gt=0, le=1)]
     ramp: Annotated[Number, Field(gt=0, le=1)] | None = None
@@ -234,7 +230,7 @@ class FeatureConfig(Section):
 
 
 class LossConfig(Section):
-    """The terms' weights and temperatures, numbers or schedules over training; and what kd measures."""
+    """Weights and temperatures of the terms, numbers or schedules; and what kd measures."""
 
     curriculum: Annotated[list[PhaseConfig], WrapValidator(_phases)] | None = None
     weights: Annotated[dict[str, Any], AfterValidator(_weights)]
@@ -258,13 +254,13 @@ class LossConfig(Section):
 
     @property
     def has_one_temperature(self) -> bool:
-        """Whether one temperature is given for all terms, and not one by term."""
+        """For all terms, and not one by term."""
         return not _by_term(self.temperature)
 
     def temperatures(self, terms: Iterable[str]) -> dict[str, Spec]:
-        """The temperature over training of each of these terms, the weighted ones, that has one.
+        """The temperature over training of each of these terms that has one.
 
-        What is given for all terms is not meant for `contrastive`, whose similarities lie within -1 and 1.
+        What is given for all is not meant for `contrastive`, whose similarities lie within -1 and 1.
         """
         for_all = dict.fromkeys(set(TEMPERATURES) - {"contrastive"}, self.temperature)
         given = {**TEMPERATURES, **(for_all if self.has_one_temperature else self.temperature)}

@@ -67,7 +67,6 @@ class Migration:
         return float(found)
 
     def is_on(self, key: str) -> bool:
-        """The switch that one of their settings is."""
         if not isinstance(found := self.theirs[key], bool):
             raise self.fault(key, f"found {found!r}, needs true or false")
         return found
@@ -97,11 +96,7 @@ class Migration:
         return "\n".join(lines) + "\n"
 
     def write(self, output: Path) -> None:
-        """`as_yaml` into a new file.
-
-        Raises:
-            ConfigError: it is there already, or cannot be written.
-        """
+        """`as_yaml` into a new file; a ConfigError where it is there already, or cannot be written."""
         try:
             with output.open("x", encoding="utf-8") as file:
                 file.write(self.as_yaml())

@@ -1,7 +1,6 @@
-"""One run as typed, frozen, strictly checked objects; YAML in, all errors at once.  Imports no torch.
+"""One run as typed, frozen, strictly checked objects; YAML in, all errors at once.
 
-`load` reads a file, applies overrides, and returns a `Config` or raises a `ConfigError` that lists every
-fault with its path in the file, what was found, what is allowed, and the nearest valid name.
+A `ConfigError` lists every fault with its path, what was found, what is allowed, and the nearest valid name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,8 @@ from kdlib.config.task_rules import RULES, misfits, rules_named
 from kdlib.config.training_arguments import TRAINING_DEFAULTS, clashes, problem_with, typed
 from kdlib.errors import ConfigError, nearest, printable
 
-SMOKE = {
+Overrides = Sequence[str] | Mapping[str, Any]
+SMOKE: dict[str, dict[str, int]] = {
     "training": {
         "max_steps": 4,
         "warmup_steps": 1,
@@ -116,22 +116,18 @@ class Config(Section):
 
 def load(
     path: str | Path,
-    overrides: Sequence[str] | Mapping[str, Any] = (),
+    overrides: Overrides = (),
     *,
     smoke: bool = False,
     kind: type[Section] = Config,
 ) -> Any:
-    """Read a config file, apply overrides, check all of it.
+    """Read a YAML file, apply overrides, check all of it.
 
     Args:
-        path: the YAML file.
         overrides: `["loss.temperature=3"]` as on the command line, or `{"loss.temperature": 3}`; they win
             over `smoke`.
         smoke: shrink the run to seconds (see `smoke_changes` of the kind).
-        kind: what the file describes: a run, or something of its own (kdlib.benchmarks.settings).
-
-    Returns:
-        A `kind`.
+        kind: what the file describes: a run, or something of its own (a sweep, a benchmark).
 
     Raises:
         ConfigError: unreadable, not YAML, or any key or value at fault: all faults in one message.
@@ -142,7 +138,7 @@ def load(
 
 def parse(
     raw: Any,
-    overrides: Sequence[str] | Mapping[str, Any] = (),
+    overrides: Overrides = (),
     *,
     smoke: bool = False,
     name: str = "config",
@@ -162,17 +158,11 @@ def parse(
         head = f"{name}: {len(lines)} fault{'s' * (len(lines) > 1)}"
         raise ConfigError("\n  ".join([head, *lines])) from None
     except RecursionError:
-        raise ConfigError(
-            f"{name}: a value is nested too deeply, or within itself; a schedule needs a few levels at most"
-        ) from None
+        raise ConfigError(f"{name}: a value is nested too deeply, or within itself") from None
 
 
 def read_text(path: Path) -> str:
-    """What a text file says.
-
-    Raises:
-        ConfigError: there is none, or it is no text.
-    """
+    """What a text file says; a ConfigError where there is none, or no text."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -182,14 +172,14 @@ def read_text(path: Path) -> str:
         raise ConfigError(f"{path}: cannot be read as a text file: {error}") from None
 
 
-def overridden(raw: dict, overrides: Sequence[str] | Mapping[str, Any], name: str) -> dict:
-    """`raw`, the config of this name, with every override put in, the last one winning."""
+def overridden(raw: dict, overrides: Overrides, name: str) -> dict:
+    """`raw` with every override put in, the last one winning."""
     for key, value in pairs(overrides):
         raw = with_override(raw, key, value, name)
     return raw
 
 
-def pairs(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, Any]]:
+def pairs(overrides: Overrides) -> list[tuple[str, Any]]:
     """`["loss.temperature=3"]` or `{"loss.temperature": 3}` as [("loss.temperature", 3)]."""
     if isinstance(overrides, Mapping):
         return [(str(key), value) for key, value in overrides.items()]
@@ -206,11 +196,7 @@ def pairs(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, Any]]
 
 
 def read_yaml(text: str, name: str) -> Any:
-    """Plain data from YAML.
-
-    Raises:
-        ConfigError: it is none; `name` says in the message where the text stood.
-    """
+    """Plain data from YAML; a ConfigError, in which `name` says where the text stood, where it is none."""
     try:
         return yaml.safe_load(text)
     except RecursionError:
@@ -265,7 +251,8 @@ def _describe(fault: Mapping, kind: type[Section]) -> list[str]:
     if fault["type"] == "value_error":
         before = "" if not path else f"{where}." if path[-1] == "training" else f"{where}: "
         return [f"{before}{line}" for line in str(fault["ctx"]["error"]).splitlines()]
-    return [f"{where}: found {found!r} ({type(found).__name__}); {fault['msg'][0].lower()}{fault['msg'][1:]}"]
+    said = fault["msg"]
+    return [f"{where}: found {found!r} ({type(found).__name__}); {said[0].lower()}{said[1:]}"]
 
 
 def _keys(path: Sequence[str], section: type[Section]) -> list[str]:

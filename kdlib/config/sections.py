@@ -19,7 +19,6 @@ class Section(BaseModel):
 
     @classmethod
     def smoke_changes(cls, raw: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What `smoke` changes in this config, as it stands in the YAML."""
         return cls.smoke
 
     def as_dict(self) -> dict[str, Any]:
@@ -53,7 +52,7 @@ def fraction(value: Any) -> float | None:
 
 
 def statements(package: str, file: str) -> list[ast.stmt]:
-    """A module of a package as it is written: read, not imported, so that torch stays unloaded."""
+    """A module of a package, read and not imported, so that torch stays unloaded."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(package)
@@ -85,10 +84,8 @@ def _share_or_split(value: Any) -> float | str:
     if share is None and isinstance(value, str):
         return value
     if share is None or not 0 < share < 1:
-        raise ValueError(
-            f"found {value!r}; it is a share of the rows between 0 and 1, or the name of a split that the "
-            "source has"
-        )
+        form = "a share of the rows between 0 and 1, or the name of a split that the source has"
+        raise ValueError(f"found {value!r}; it is {form}")
     return share
 
 
@@ -111,13 +108,10 @@ class StudentConfig(Section):
         if self.source == "teacher" and self.layers is None and not listed:
             raise ValueError("a student made from the teacher needs `layers: <how many>`")
         if self.source != "teacher" and (self.layers is not None or listed):
-            raise ValueError(
-                "`layers` and `keep` choose among the teacher's layers; they go with `from: teacher` only"
-            )
+            raise ValueError("`layers` and `keep` are the teacher's; they go with `from: teacher` only")
         if listed and self.layers not in (None, len(self.keep)):
-            raise ValueError(
-                f"`layers` is {self.layers}, but `keep` lists {len(self.keep)}; leave `layers` out"
-            )
+            found = f"`layers` is {self.layers}, but `keep` lists {len(self.keep)}"
+            raise ValueError(f"{found}; leave `layers` out")
         return self
 
 

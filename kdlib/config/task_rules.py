@@ -1,7 +1,6 @@
 """What is known of a task without its models: its measures, the settings it reads, what does not go with it.
 
-`RULES` has those of kdlib's own tasks, so that readers and configs need no torch.  A task that is added
-brings its rules along in its own file (kdlib.tasks.base.register).  Imports no torch.
+A task that is added brings its rules along in its own file (kdlib.tasks.base.register).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -110,11 +109,7 @@ register(
 
 
 def rules_named(name: str) -> TaskRules:
-    """The rules of the task of this name.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The rules of the task of this name; a ValueError where there is none."""
     if name not in RULES:
         import_module("kdlib.tasks")  # every file there registers its task
     if name not in RULES:
@@ -145,10 +140,7 @@ def shown_in(results: Mapping[str, Any], *, first: bool = False) -> list[str]:
 
 
 def differing(results: Mapping[str, Any], rival: str, *, first: bool = False) -> list[str]:
-    """The measures in which the student is held against this rival.
-
-    What only says how near it is to the teacher tells nothing against the teacher.
-    """
+    """The measures held against this rival: not those of nearness to the teacher against the teacher."""
     return [name for name in shown_in(results, first=first) if rival != "teacher" or name not in TO_TEACHER]
 
 

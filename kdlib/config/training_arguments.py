@@ -83,15 +83,11 @@ def problem_with(name: str, value: Any, metrics: Sequence[str] = ()) -> str | No
     if name == "metric_for_best_model" and str(value).removeprefix("eval_") not in metrics:
         return f"{name}: found {value!r}{nearest(str(value), metrics)}; it is one of {', '.join(metrics)}"
     if name == "save_total_limit" and value == 1:
-        return (
-            f"{name}: found 1, needs 2 or more: with 1 the Trainer deletes the newest checkpoint when an "
-            "older one is better"
-        )
+        why = "with 1 the Trainer deletes the newest checkpoint when an older one is better"
+        return f"{name}: found 1, needs 2 or more: {why}"
     if name == "save_strategy" and value == "best":
-        return (
-            f"{name}: found 'best', needs steps, epoch or no: checkpoints are for going on, and "
-            "best_model/ is kept anyway"
-        )
+        why = "checkpoints are for going on, and best_model/ is kept anyway"
+        return f"{name}: found 'best', needs steps, epoch or no: {why}"
     return None
 
 
@@ -101,19 +97,15 @@ def _problem_with_rate(name: str, value: Any) -> str | None:
         known = scheduler_names()
         if value in known:
             return None
-        return (
-            f"{name}: found {value!r}{nearest(str(value), known)}; it is one of {', '.join(known)}, or a "
-            "schedule that multiplies learning_rate, as {cosine: [1, 0.1]}"
-        )
+        form = f"one of {', '.join(known)}, or a schedule that multiplies learning_rate"
+        return f"{name}: found {value!r}{nearest(str(value), known)}; it is {form}, as {{cosine: [1, 0.1]}}"
     try:
         values = sampled(value)
     except ValueError as error:
         return f"{name}: {error}"
     if min(values) < 0 or not any(values):
-        return (
-            f"{name}: found {value}, which multiplies learning_rate; needs values of 0 or more, and not 0 "
-            "throughout"
-        )
+        needed = "values of 0 or more, and not 0 throughout"
+        return f"{name}: found {value}, which multiplies learning_rate; needs {needed}"
     return None
 
 
@@ -124,7 +116,7 @@ def clashes(training: Mapping[str, Any]) -> list[str]:
     advice = {
         "warmup_steps": WARM_UP,
         "warmup_ratio": WARM_UP,
-        "lr_scheduler_kwargs": "it belongs to the Trainer's own names, and a schedule does not read it",
+        "lr_scheduler_kwargs": "a schedule does not read it",
     }
     return [
         f"{name}: found {training[name]!r} beside a schedule as lr_scheduler_type; {why}; leave {name} out"

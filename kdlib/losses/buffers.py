@@ -1,9 +1,13 @@
-"""What the chunked losses keep between steps: two buffers of logits, and the compiled arithmetic on rows."""
+"""What the chunked losses keep between steps: two buffers of logits, and the compiled arithmetic on rows.
+
+A signal here is one of `losses.signals`, and its form, which makes logits of its head's products, hashable:
+equal ones share compiled code.
+"""
 
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,29 +22,6 @@ CPU_BUDGET, BUDGET = 256 * 2**20, 2**30  # bytes of logits, student's and teache
 Sums = Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor], Tensor]
 """(products [n, V], the teacher's or None, targets [n], temperatures [terms], weights [terms]) -> sums."""
 log = logging.getLogger(__name__)
-
-
-class Products(Protocol):
-    """What is asked of a signal (`losses.signals`) here: products with its head into memory that is there."""
-
-    @property
-    def vocabulary(self) -> int: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def write(self, out: Tensor, rows: slice, /) -> None: ...
-
-
-class Head(Protocol):
-    """How such products become logits: a signal's `form`."""
-
-    def logits(self, products: Tensor, /) -> Tensor: ...
-
-    def __hash__(self) -> int: ...  # equal heads share compiled code
 
 
 class Workspace:
@@ -62,13 +43,13 @@ class Workspace:
         size = f"{self.chunk} tokens" if self.chunk else "as many tokens as memory suggests"
         return f"in chunks of {size}, the row arithmetic {'compiled' if self.compiled else 'not compiled'}"
 
-    def chunk_for(self, student: Products) -> int:
+    def chunk_for(self, student: Any) -> int:
         """Tokens whose logits exist at a time."""
         if self.chunk is None:
             self.chunk = chunk_tokens(student.vocabulary, student.dtype.itemsize, student.device)
         return self.chunk
 
-    def products(self, name: str, signal: Products, rows: slice) -> Tensor:
+    def products(self, name: str, signal: Any, rows: slice) -> Tensor:
         """A model's raw products with its head for these rows, in the kept buffer of this name.
 
         Returns:
@@ -79,11 +60,11 @@ class Workspace:
         signal.write(buffer[:tokens], rows)
         return buffer
 
-    def rows(self, functions: Sequence[Callable], student: Head, teacher: Head | None) -> Sums:
+    def rows(self, functions: Sequence[Callable], student: Any, teacher: Any) -> Sums:
         """The arithmetic on a chunk: [terms] sums; the student's products are overwritten by the gradient."""
         return _by_pieces(self.arithmetic(functions, student, teacher), self.piece)
 
-    def arithmetic(self, functions: Sequence[Callable], student: Head, teacher: Head | None) -> Sums:
+    def arithmetic(self, functions: Sequence[Callable], student: Any, teacher: Any) -> Sums:
         """The same on one piece of a chunk: [terms, n] values."""
         return (_compiled if self.compiled else _row_arithmetic)(tuple(functions), student, teacher)
 
@@ -94,7 +75,7 @@ class Workspace:
         fit = CACHED // (2 * products.shape[1] * products.element_size())
         return min(max(1 << max(fit.bit_length() - 1, 0), LEAST), PIECE)
 
-    def _buffer(self, name: str, tokens: int, signal: Products) -> Tensor:
+    def _buffer(self, name: str, tokens: int, signal: Any) -> Tensor:
         """[tokens, V] of the kept memory, which grows where it must."""
         kept, dtype, device = self._buffers.get(name), signal.dtype, signal.device
         width = row_width(signal.vocabulary, dtype.itemsize, device)
@@ -144,13 +125,13 @@ def _by_pieces(arithmetic: Sums, piece: Callable[[Tensor], int]) -> Sums:
     return sums
 
 
-def _row_arithmetic(functions: Sequence[Callable], student: Head, teacher: Head | None) -> Sums:
+def _row_arithmetic(functions: Sequence[Callable], student: Any, teacher: Any) -> Sums:
     """[terms, n] values of n rows; the gradient of sum(weights * values) takes the place of the products."""
 
     def arithmetic(
         products: Tensor, others: Tensor | None, targets: Tensor, temperatures: Tensor, weights: Tensor
     ) -> Tensor:
-        teacher_logits = None if others is None or teacher is None else teacher.logits(others)
+        teacher_logits = None if others is None else teacher.logits(others)
 
         def values_of(products: Tensor) -> Tensor:
             logits = student.logits(products)
@@ -167,7 +148,7 @@ def _row_arithmetic(functions: Sequence[Callable], student: Head, teacher: Head 
 
 
 @cache
-def _compiled(functions: tuple[Callable, ...], student: Head, teacher: Head | None) -> Sums:
+def _compiled(functions: tuple[Callable, ...], student: Any, teacher: Any) -> Sums:
     """The arithmetic compiled, or as it is where the compiler cannot; the log says so."""
     eager = _row_arithmetic(functions, student, teacher)
     # counts what was compiled for every objective of this process, as all share one code

@@ -2,9 +2,8 @@
 
 The gradient with respect to hidden states and head is made in the forward pass, while a chunk's logits are at
 hand: backward then only scales it.  Any number of terms shares one product with each head.  What remains is
-the cost of the matrix products: the logit buffers are kept between steps, the gradient overwrites the
-student's logits in place, and the arithmetic on the rows between the products may be compiled into a few
-passes over them.
+the cost of the matrix products: buffers are kept between steps, the gradient overwrites the student's logits,
+and the arithmetic on rows may be compiled into a few passes.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,16 +37,12 @@ def token_values(
     terms: Sequence[Weighted],
     chunk: int | None = None,
 ) -> Tensor:
-    """Every term's value for every kept token, unweighted: plain differentiable code, and how to evaluate.
+    """[terms, N] unweighted values of the kept tokens: plain differentiable code, and how to evaluate.
 
     Args:
-        student: N kept tokens.
-        teacher: the same N tokens, or None where no term asks for it.
+        student, teacher: of the same N tokens; no teacher where no term asks for it.
         targets: [N] token ids.
         chunk: tokens whose logits are made at a time; all at once where None.  Autograd keeps them all.
-
-    Returns:
-        [terms, N] in float32, or float64 for float64 logits.
     """
     student, teacher, parts = _cast(student), None if teacher is None else _cast(teacher), []
     for rows in _chunks(len(student), chunk or len(student)):
@@ -68,18 +63,15 @@ def term_sums(
     count: Tensor | int = 1,
     workspace: Workspace | None = None,
 ) -> Tensor:
-    """Every term's sum over the kept tokens: chunked where the student is a LinearSignal, dense elsewhere.
+    """[terms] sums over the kept tokens: chunked where the student is a LinearSignal, dense elsewhere.
 
     Args:
-        student: N kept tokens; gradient flows into a LinearSignal's hidden, weight and bias, or into logits.
+        student: gradient flows into a LinearSignal's hidden, weight and bias, or into logits.
         teacher: the same N tokens, or None; no gradient flows into it.
         terms: weights not 0.
         count: a chunked gradient is that of `sum(weight * sum) / count`: back-propagate a multiple of that
             (what `Ledger.total` is) and nothing else; anything else is refused.
-        workspace: buffers kept between calls; made anew where None.
-
-    Returns:
-        [terms] sums; 0 where nothing is kept.
+        workspace: buffers kept between calls.
 
     Raises:
         RuntimeError: on backward, where the sums were combined with other weights, or the gradient is to be
@@ -137,14 +129,9 @@ class _ChunkedSums(torch.autograd.Function):
 
 
 class _Gradients:
-    """The gradients of hidden states, head and bias, added up chunk by chunk.
+    """Of hidden states, head and bias where needed, added up chunk by chunk in their own or a wider dtype."""
 
-    In the wider of an input's and the products' dtype; None for what needs no gradient.
-    """
-
-    def __init__(
-        self, inputs: Sequence[Tensor | None], needed: Sequence[bool], products: torch.dtype
-    ) -> None:
+    def __init__(self, inputs: Sequence[Tensor | None], needed: Sequence[bool], products: torch.dtype):
         self.inputs = [x if need else None for x, need in zip(inputs, needed, strict=False)]
         self.tensors = [
             None if x is None else torch.empty_like(x, dtype=torch.promote_types(x.dtype, products))

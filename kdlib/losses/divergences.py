@@ -162,13 +162,11 @@ def top_k_pair(
 ) -> tuple[Tensor, Tensor]:
     """Student and teacher on the teacher's top k tokens and a bucket for the tail: distributions again.
 
-    The log-probabilities are those over the full vocabulary at the temperature used, so a student that puts
-    its mass outside the top k pays for it in the bucket.  A divergence of the pair is 0 where the two agree,
-    never above that of the whole vocabulary (for every f-divergence: merging outcomes loses information), and
-    equal to it when k = V.
+    Of log-probabilities over the full vocabulary at the temperature used, so a student that puts its mass
+    outside the top k pays for it in the bucket.  An f-divergence of the pair is never above that of the whole
+    vocabulary, as merging outcomes loses information, and equal to it when k = V.
 
     Args:
-        student_log_probs, teacher_log_probs: [N, V].
         k: at least 1; V or more takes the whole vocabulary.
         renormalise: divide by the mass of the k instead of keeping a bucket, as most tools do.  A student
             with 99 % of its mass elsewhere then pays nothing, as long as its ratios within the k are right.
@@ -212,8 +210,7 @@ class OnSamples:
 
     An f-divergence is a sum over tokens; each drawn token's summand is divided by the probability with which
     it was drawn, the teacher's own.  Value and gradient are then right on average over draws, as the
-    student's normaliser is that of the whole vocabulary; a single value may be negative.  0 where the two
-    agree, for any draw.  adaptive_kl is no such sum: not for it.
+    student's normaliser is that of the whole vocabulary; a single value may be negative.
 
     Reference: Anshumann et al. 2025 ("random sampling KD"), https://arxiv.org/abs/2503.16870
     """
@@ -224,8 +221,7 @@ class OnSamples:
     def __call__(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         if self.divergence is adaptive_kl or getattr(self.divergence, "divergence", None) is adaptive_kl:
             raise ValueError(
-                "adaptive_kl is not a sum over tokens, so it has no unbiased estimate from samples; use "
-                "another divergence"
+                "adaptive_kl is no sum over tokens that samples estimate; use another divergence"
             )
         ids = teacher_log_probs.exp().multinomial(self.count, replacement=True)
         # [N, count, 1]: one summand at a time

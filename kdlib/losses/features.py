@@ -128,11 +128,11 @@ FEATURE_TERMS = {
         projected=True,
     ),
 }
-"""By the names that a config may weight: kdlib.config.loss lists them too."""
+"""By the names that a config may weight; kdlib.config.loss lists them too."""
 
 
 def feature_terms(names: Iterable[str]) -> list[FeatureTerm]:
-    """Those of these terms that look inside the models."""
+    """Those of these names that are feature terms."""
     return [FEATURE_TERMS[name] for name in names if name in FEATURE_TERMS]
 
 

@@ -94,9 +94,8 @@ class Objective:
     def at(self, fraction: float, *, sampled: bool = True) -> "ObjectiveAt":
         """The objective at this fraction of training, 0 to 1.  Terms of weight 0 are gone, not computed.
 
-        Args:
-            sampled: False gives the expectation in place of an estimate from samples: for evaluation, which
-                then neither adds noise nor moves the random numbers of the training.
+        Not `sampled`, the expectation takes the place of an estimate from samples: for evaluation, which then
+        neither adds noise nor moves the random numbers of the training.
         """
         weights = {name: schedule(fraction) for name, schedule in self.weights.items()}
         active = {name: weight for name, weight in weights.items() if weight != 0}
@@ -171,12 +170,13 @@ class ObjectiveAt:
 
     def feature_values(self, student: Signal, teacher: Signal | None) -> dict[str, Tensor]:
         """{term: [N] unweighted values} of the terms on features; nothing is asked where there is none."""
-        found = {}
-        for name in self.weights:
-            if term := FEATURE_TERMS.get(name):
-                temperature = self.temperatures.get(name, 1.0)
-                found[name] = term.values(student, teacher, temperature=temperature, normalise=self.normalise)
-        return found
+        return {
+            name: FEATURE_TERMS[name].values(
+                student, teacher, temperature=self.temperatures.get(name, 1.0), normalise=self.normalise
+            )
+            for name in self.weights
+            if name in FEATURE_TERMS
+        }
 
     @property
     def formula(self) -> str:
@@ -212,21 +212,17 @@ def ledger(
     """What these kept tokens cost: the ledger whose `total` is back-propagated.
 
     Args:
-        student, teacher: signals of the same N kept tokens; no teacher where not `at.needs_teacher`.
+        student, teacher: of the same N kept tokens; no teacher where not `at.needs_teacher`.
         targets: [N] token ids.
         count: kept tokens of the whole optimizer step: all micro-batches, all ranks.
-        workspace: what is kept between steps.
     """
     if not at.weights:
-        raise ValueError(
-            "every weight is 0 at this moment, so there is nothing to learn from; give one term a weight"
-        )
+        raise ValueError("every weight is 0 at this moment: nothing to learn from; give one term a weight")
     sums = {name: values.sum() for name, values in at.feature_values(student, teacher).items()}
-    if terms := at.logit_terms:
-        made = term_sums(
-            student, teacher, targets, terms=list(terms.values()), count=count, workspace=workspace
-        )
-        sums |= dict(zip(terms, made, strict=True))
+    if logit_terms := at.logit_terms:
+        terms = list(logit_terms.values())
+        made = term_sums(student, teacher, targets, terms=terms, count=count, workspace=workspace)
+        sums |= dict(zip(logit_terms, made, strict=True))
     return Ledger({name: Entry(sums[name], count, weight) for name, weight in at.weights.items()})
 
 
@@ -248,10 +244,9 @@ def values_of(
     at: ObjectiveAt | None = None,
     chunk: int | None = None,
 ) -> dict[str, Tensor]:
-    """Each term's unweighted value for every kept token, {term: [N]}.
+    """{term: [N] unweighted values} of these terms and of the objective's `at`, those in both made once.
 
     Args:
-        terms: beside the objective's `at`; one that is in both is made once.
         chunk: tokens whose logits are made at a time.
     """
     wanted = {**(at.logit_terms if at else {}), **terms}
@@ -274,16 +269,12 @@ def row_sums(
     at: ObjectiveAt | None = None,
     chunk: int | None = 128,
 ) -> dict[str, Tensor]:
-    """Each term's unweighted sum over the tokens of each row, and under `tokens` their number.
+    """{term: [row_count] unweighted sums over the tokens of each row}, and under `tokens` their number.
 
     Row by row, so that ranks can drop the rows that a sampler repeated, and comparisons can resample rows.
 
     Args:
-        rows: [N] the row of each kept token, below `row_count`.
-        terms, at, chunk: as of `values_of`.
-
-    Returns:
-        {term: [row_count]}.
+        rows: [N] the row of each kept token.  The others as of `values_of`.
     """
     values = values_of(student, teacher, targets, terms=terms, at=at, chunk=chunk)
     values["tokens"] = next(iter(values.values())).new_ones(len(targets))

@@ -70,7 +70,7 @@ class Form:
 class Features:
     """What a model had inside at the N kept tokens, for each pair of layers."""
 
-    rows: Tensor  # [N] the row that each token came from
+    rows: Tensor  # [N]
     hidden: Sequence[Tensor] = ()  # [N, H] each: a layer's output
     attention: Sequence[Tensor] = ()  # [N, A, T] each: how much the token looks at each position
     projected: Sequence[Tensor] = ()  # [N, H of the teacher] each; the student's alone
@@ -100,7 +100,7 @@ class DenseSignal:
         return self.values.device
 
     def logits(self, rows: slice = slice(None)) -> Tensor:
-        """[n, V] logits of these kept tokens."""
+        """[n, V]"""
         return self.values[rows]
 
     @torch.no_grad()
@@ -139,7 +139,7 @@ class LinearSignal:
         return self.hidden.device
 
     def logits(self, rows: slice = slice(None)) -> Tensor:
-        """[n, V] logits of these kept tokens, in the dtype of the product."""
+        """[n, V] in the dtype of the product."""
         ready = self.cast()
         with torch.autocast(self.device.type, enabled=False):
             return self.form.logits(F.linear(ready.hidden[rows], ready.weight, ready.bias))
