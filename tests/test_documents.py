@@ -179,6 +179,22 @@ def test_layout_is_the_packages_that_there_are():
     assert found == there | {path.stem for path in folder.glob("*.py") if not path.stem.startswith("__")}
 
 
+def test_what_contributing_names_is_where_it_says():
+    recipes = (ROOT / "CONTRIBUTING.md").read_text().partition("## Where a thing goes")[2].split("\n\n**")[1:]
+    assert len(recipes) == 8
+    for recipe in recipes:
+        names = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", recipe)]
+        files = [
+            path
+            for name in names
+            if name.endswith(".py")
+            for path in ([ROOT / name] if "/" in name else (ROOT / "kdlib").rglob(name))
+        ]
+        there = "".join(path.read_text() for path in files)
+        named = {found[1] for name in names if (found := re.fullmatch(r"@?([A-Za-z_]\w*)(\(.*)?", name))}
+        assert not [name for name in named if name not in there], recipe
+
+
 def test_citation_names_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == kdlib.__version__
