@@ -179,7 +179,7 @@ def cells(trials: pd.DataFrame, across: str, along: str) -> tuple[np.ndarray, np
 
 
 def parameters(settings: pd.DataFrame, names: Sequence[str], metric: str) -> Figure:
-    """The metric over each parameter by itself, settings as dots; over a single one with their intervals."""
+    """The metric over each parameter by itself, a dot a setting; over a single one with intervals."""
     figure, alone = Figure(figsize=(max(8, 2.6 * len(names)), 3.4), layout="constrained"), len(names) == 1
     every = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     best, value = settings.iloc[0], settings["value"]

@@ -172,12 +172,9 @@ def report(
     reports_folder: ReportsFolder = None,
 ) -> None:
     """Render the report of RUN again, from its files."""
-    from kdlib.sweeps.results import exists
-
     root, reports = folders(runs_folder, reports_folder)
     root, name = runs.locate(run, root)
-    opened = Run(root / name) if exists(root, name) else runs.open_run(root, name)
-    print(f"report: {os.path.relpath(_rendered(opened, reports))}")
+    print(f"report: {os.path.relpath(_rendered(Run(root / name), reports))}")
 
 
 @app.command()
@@ -204,11 +201,12 @@ def _rendered(run: Run, reports: Path) -> Path:
     from kdlib.sweeps import report as sweep_report
     from kdlib.sweeps.results import Sweep, exists
 
-    if exists(run.path.parent, run.name):
+    root = run.path.parent
+    if exists(root, run.name):
         page = sweep_report.render(Sweep(run.path), reports)
     else:
-        page = run_report.render(run, reports)
-    render_index(run.path.parent, reports)
+        page = run_report.render(runs.open_run(root, run.name), reports)
+    render_index(root, reports)
     return page
 
 
