@@ -221,7 +221,7 @@ class OnSamples:
     def __call__(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         if self.divergence is adaptive_kl or getattr(self.divergence, "divergence", None) is adaptive_kl:
             raise ValueError(
-                "adaptive_kl is no sum over tokens that samples estimate; use another divergence"
+                "adaptive_kl is not a sum over tokens: no sample estimates it; use another divergence"
             )
         ids = teacher_log_probs.exp().multinomial(self.count, replacement=True)
         # [N, count, 1]: one summand at a time
