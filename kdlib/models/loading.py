@@ -88,10 +88,9 @@ def parameters(model: nn.Module) -> int:
 
 @torch.no_grad()
 def head_form(model: PreTrainedModel) -> Form | None:
-    """How logits follow from head(last hidden states): as they are, scaled or soft-capped.
+    """How logits follow from head(last hidden states); seen on four tokens, not guessed from a name.
 
-    None for a model whose logits are made otherwise, or computed all at once whether asked or not: seen on
-    four tokens, not guessed from the model's name.
+    None for a model whose logits are made otherwise, or computed all at once whether asked or not.
     """
     head, form, training = model.get_output_embeddings(), stated_form(model), model.training
     if form is None:
@@ -105,7 +104,7 @@ def head_form(model: PreTrainedModel) -> Form | None:
 
 
 def stated_form(model: PreTrainedModel) -> Form | None:
-    """What the structure and config of a model say of `head_form`, without a look at what it computes."""
+    """What a model's structure and config say of `head_form`."""
     takes = inspect.signature(model.forward).parameters
     if not isinstance(model.get_output_embeddings(), nn.Linear) or "logits_to_keep" not in takes:
         return None
@@ -118,13 +117,11 @@ def folder_of(model: str) -> str:
     """What `from_pretrained` takes for a model named as in `load_model`; GGUF is unpacked into the cache."""
     if model in BUILT_IN:
         return str(_built_in_folder(model))
-    path = Path(model).expanduser()
-    if model.endswith(".gguf"):
-        if not Path(model).exists():
-            raise ModelError(f"{model}: no such file")
-        return str(_unpacked(Path(model)))
-    if model.startswith((".", "/", "~")) and not path.is_dir():
-        raise ModelError(f"{model}: no such folder")
+    path, is_file = Path(model).expanduser(), model.endswith(".gguf")
+    if is_file and path.exists():
+        return str(_unpacked(path))
+    if is_file or (model.startswith((".", "/", "~")) and not path.is_dir()):
+        raise ModelError(f"{model}: no such {'file' if is_file else 'folder'}")
     return str(path) if path.is_dir() else model
 
 

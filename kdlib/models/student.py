@@ -24,10 +24,7 @@ from kdlib.models.loading import explained, load_config, load_tokenizer, plain_c
 
 
 def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
-    """The one by which rows are made and with which the student is saved: the teacher's, which both share.
-
-    Where a task needs no common vocabulary the student has its own, and the teacher may read otherwise.
-    """
+    """The one that makes the rows and is saved with the student: the teacher's, or its own where allowed."""
     is_own = not rules_of(config).one_vocabulary and config.student.source != "teacher"
     return load_tokenizer(config.student.source if is_own else config.teacher.model)
 
@@ -61,10 +58,10 @@ def check_pair(config: Config, teacher: PreTrainedTokenizerBase) -> None:
 
 
 def chosen_layers(config: Config, teacher: PreTrainedModel, calibration: Tensor) -> list[int] | None:
-    """Which of the teacher's layers the student keeps; None for a student that is not made from the teacher.
+    """Which of the teacher's layers the student keeps; None for one that is not made from the teacher.
 
     Args:
-        calibration: [B, T] token ids of training text, on which influence is measured.
+        calibration: [B, T] token ids, on which influence is measured.
     """
     if config.student.source != "teacher":
         return None

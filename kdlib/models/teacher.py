@@ -61,11 +61,9 @@ def signal_of(
 
     Args:
         model: called once with input_ids and attention_mask; may be a wrapper (DDP) of `unwrapped`.
-        vocabulary: the tokenizer's size, or the number of classes; rows that pad the head beyond it are left
-            out.
-        form: `head_form` of the model gives a LinearSignal (the head is applied later, chunk by chunk), None
-            a DenseSignal.
-        inside: what the features are made of, where a term needs them.
+        vocabulary: the tokenizer's size, or the number of classes; the head's rows beyond it are left out.
+        form: the model's `head_form` gives a LinearSignal (the head is applied later, chunk by chunk), None a
+            DenseSignal.
         reads: "teacher_" for a model that reads those of the batch's inputs.
     """
     unwrapped, inside = unwrapped or model, inside or Inside()

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -188,19 +189,16 @@ def best_metric(args: TrainingArguments) -> str:
 
 def last_checkpoint(folder: StudentFolder) -> str | None:
     """The newest whole checkpoint; one that a kill left half-written is passed over."""
-    found = sorted(folder.checkpoints.glob("checkpoint-*"), key=lambda path: step_of(path.name), reverse=True)
-    return next((str(path) for path in found if _is_whole(path)), None)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        return "global_step" in read_json(checkpoint / "trainer_state.json", {})  # written last
-    except json.JSONDecodeError:
-        return False
+    found = [str(path) for path in folder.checkpoints.glob("checkpoint-*")]
+    for checkpoint in sorted(found, key=step_of, reverse=True):
+        with suppress(json.JSONDecodeError):
+            if "global_step" in read_json(Path(checkpoint) / "trainer_state.json", {}):  # written last
+                return checkpoint
+    return None
 
 
 def step_of(checkpoint: str | None) -> int:
-    """The step of a checkpoint's folder; -1 where there is none, before even the evaluation at step 0."""
+    """The step of a checkpoint's folder; -1, before the evaluation at step 0, where there is none."""
     return int(checkpoint.rsplit("-", 1)[1]) if checkpoint else -1
 
 

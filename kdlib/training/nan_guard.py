@@ -54,7 +54,7 @@ class NanGuard:
         self.loss, self.count = self.loss + loss.detach(), torch.as_tensor(count, device=loss.device)
 
     def faults(self, norm: Tensor) -> Tensor:
-        """[3] on the device, 1 where so: loss not finite, gradient norm not finite, no kept token."""
+        """[3] 1 where so: loss not finite, gradient norm not finite, no kept token."""
         norm = torch.as_tensor(norm, device=self.loss.device)
         return torch.stack([~self.loss.isfinite(), ~norm.isfinite(), self.count == 0]).float()
 

@@ -47,7 +47,7 @@ class MicroBatch:
 
     @classmethod
     def of(cls, inputs: Batch) -> "MicroBatch":
-        """With the random numbers that it is about to meet."""
+        """One that is about to begin."""
         cuda = [torch.cuda.get_rng_state()] if inputs["input_ids"].is_cuda else []
         return cls(inputs, [torch.get_rng_state(), *cuda])
 

@@ -70,8 +70,6 @@ class DistillationTrainer(GuardedTrainer):
     ) -> None:
         """
         Args:
-            teacher: None where no term needs it.
-            layer_pairs: the layers that feature terms compare, (student's, teacher's).
             learning_rate_schedule: multiplies the learning rate, in place of `lr_scheduler_type`.
             dense: compute all logits at once: the slow reference.
             last_step: shown as the end where training will be stopped before the schedule's.
@@ -164,10 +162,7 @@ class DistillationTrainer(GuardedTrainer):
         return total * self.accelerator.num_processes + unused
 
     def _gradient_figures(self, at: ObjectiveAt) -> dict[str, float]:
-        """Each term's gradient norm and their cosines, on the micro-batch that has just begun.
-
-        Nothing of the step is changed, and DDP is not to know: the model is asked without its wrapper.
-        """
+        """Of the micro-batch that has just begun; nothing of the step is changed, and DDP is not to know."""
         model, micro_batch = self.student, self.guard.micro_batches[-1]
         trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
         weights = [weight for name, weight in trained if not name.startswith(PROJECTIONS)]
