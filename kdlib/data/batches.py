@@ -108,7 +108,7 @@ def calibration_rows(rows: Dataset, count: int = 8) -> Tensor:
 def random_ids(
     tokens: int, rows: int, length: int, generator: torch.Generator, *, is_full: bool
 ) -> list[list[int]]:
-    """Rows of random token ids; unless all are full the last is one shorter, to need a mask."""
+    """Rows of random ids; unless all are full the last is one shorter, to need a mask."""
     ids = torch.randint(tokens, (rows, length), generator=generator).tolist()
     if not is_full and rows > 1 and length > 2:
         ids[-1].pop()

@@ -171,11 +171,7 @@ def _check_one_answer(config: DataConfig, items: Sequence[Item]) -> None:
 
 
 def _encoded(config: DataConfig, name: str, items: Sequence[Item], write: Writer) -> list[list[Encoded]]:
-    """Each item's rows: one for each choice, or one.
-
-    Raises:
-        DataError: rows that cannot be written, or that are longer than data.max_length.
-    """
+    """Each item's rows: one for each choice, or one; none is cut to data.max_length."""
     source, wheres = config.source, [item.where for item in items]
     found = f"{source}: {{count}} of {name} that cannot be written as tokens; mend them, or take them out"
     made = collected(write, items, wheres, found)
@@ -219,11 +215,7 @@ def _choices(items: Sequence[Item], encoded: Sequence[Sequence[Encoded]]) -> Dat
 
 
 def encoded_choices(item: Item, tokenizer: Tokenizer, first: Sequence[int]) -> list[Encoded]:
-    """The prompt with each choice in turn; `first` begins every row ([BOS], or nothing).
-
-    Raises:
-        Fault: a choice has no token of its own.
-    """
+    """The prompt with each choice in turn; `first` begins every row ([BOS], or nothing)."""
     asked = f"Question: {item.question}\nAnswer:"
     made = [continued(asked, f" {choice}", tokenizer, first) for choice in item.answers]
     for number, (choice, each) in enumerate(zip(item.answers, made, strict=True)):
@@ -233,11 +225,7 @@ def encoded_choices(item: Item, tokenizer: Tokenizer, first: Sequence[int]) -> l
 
 
 def encoded_response(item: Item, tokenizer: Tokenizer, first: Sequence[int]) -> list[Encoded]:
-    """A free answer after its prompt, one row.
-
-    Raises:
-        Fault: the chat template refuses the messages, or there is none.
-    """
+    """A free answer after its prompt, one row."""
     prompt, response = item.question, item.answers[0]
     if tokenizer.chat_template:
         messages = item.messages or (("user", prompt), ("assistant", response))

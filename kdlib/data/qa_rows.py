@@ -36,11 +36,7 @@ class Fault(Exception):
 
 
 def form_of(config: DataConfig, rows: Dataset) -> str:
-    """Which form these rows have.
-
-    Raises:
-        DataError: none of them; the message says which columns are missing.
-    """
+    """Which form these rows have; a DataError where none, with the columns that are missing."""
     found, wanted = rows.column_names, (config.question, config.choices, config.answer)
     pair = ("prompt", "response")
     columns = {"multiple choice": wanted, "messages": ("messages",), "prompt and response": pair}
@@ -56,11 +52,7 @@ def form_of(config: DataConfig, rows: Dataset) -> str:
 
 
 def read_items(config: DataConfig, rows: Dataset, split: str, form: str) -> list[Item]:
-    """These rows as items.
-
-    Raises:
-        DataError: the rows of which nothing can be asked, one by one.
-    """
+    """These rows as items; those of which nothing can be asked are refused one by one."""
     if (other := form_of(config, rows)) != form:
         raise DataError(
             f"{config.source}: {split} has {other} and train has {form}; needed is one form in all splits"
@@ -73,11 +65,7 @@ def read_items(config: DataConfig, rows: Dataset, split: str, form: str) -> list
 
 
 def collected(make: Callable[[Any], Any], each: Sequence, wheres: Sequence[str], found: str) -> list[Any]:
-    """`make` of each of them; `wheres` says where each stands.
-
-    Raises:
-        DataError: `found`, with {count} as `3 rows`, and the first ten faults, a line each.
-    """
+    """`make` of each; a DataError of `found` ({count} is `3 rows`) and the first faults, each with its place."""
     made, faults = [], []
     for one, where in zip(each, wheres, strict=True):
         try:

@@ -5,7 +5,7 @@ import glob
 import json
 import sysconfig
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import datasets
@@ -48,10 +48,8 @@ SECTIONS = {
 }
 """Section of https://docs.python.org/3.12/library/index.html → its modules and packages.
 
-Joined are data persistence and file formats, 110 rows together.  Left out are sections with fewer than 80
-rows or 3 modules in Python 3.11 (binary data, functional programming, cryptographic services, multimedia,
-internationalization, packaging, interpreters, those of one system alone), program frameworks, which is nearly
-all `turtle`, and IDLE.
+Data persistence and file formats are joined.  Left out are sections with fewer than 80 rows or 3 modules in
+Python 3.11, program frameworks, which is nearly all `turtle`, and IDLE.
 """
 SHORTEST = 20  # characters of a docstring
 TESTS = {"test", "tests", "idle_test"}
@@ -69,7 +67,8 @@ def read_splits(config: DataConfig) -> DatasetDict:
         found = BUILT_IN[config.source]()
     elif path.is_dir():
         saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
-        found = _loaded(path, datasets.load_from_disk if saved else datasets.load_dataset, str(path))
+        read = datasets.load_from_disk if saved else datasets.load_dataset
+        found = _loaded(path, lambda: read(str(path)))
     elif path.suffix in READERS or path.is_file():
         found = _read_file(path)
     else:
@@ -102,14 +101,10 @@ def python_docs() -> Dataset:
 
 @cache  # it takes a few seconds
 def stdlib_sections() -> Dataset:
-    """Docstrings of the standard library, labelled by the section of the library reference of their module.
+    """Docstrings of the standard library, labelled by their module's section of the library reference.
 
-    {"text", "label", "group": the module}: some 6,200 in 18 sections, 6,000 of them different.  Read from
-    the sources with `ast`; nothing is imported.  A docstring is left as it is, so some name their module; the
-    split is by module, so that such a name is never one that was trained on.
-
-    Raises:
-        DataError: this Python comes without the sources of its library.
+    {"text", "label", "group": the module}: some 6,200 in 18 sections, read with `ast`; nothing is imported.
+    Some name their module; the split is by module, so that such a name is never one that was trained on.
     """
     home = Path(sysconfig.get_path("stdlib"))
     rows = [
@@ -117,30 +112,20 @@ def stdlib_sections() -> Dataset:
         for label, names in SECTIONS.items()
         for name in names.split()
         for file in _files(home, name)
-        for module in [_module(file.relative_to(home))]
+        for module in [".".join(file.relative_to(home).with_suffix("").parts).removesuffix(".__init__")]
         for text in _docstrings(file)
     ]
     if not rows:
-        raise DataError(
-            f"stdlib-sections: no sources of the standard library in {home}; use a Python that comes with "
-            "them"
-        )
-    features = {
-        "text": datasets.Value("string"),
-        "label": datasets.ClassLabel(names=list(SECTIONS)),
-        "group": datasets.Value("string"),
-    }
-    return Dataset.from_list(rows, features=datasets.Features(features))
+        raise DataError(f"stdlib-sections: no sources of the standard library in {home}; use another Python")
+    text, classes = datasets.Value("string"), datasets.ClassLabel(names=list(SECTIONS))
+    features = datasets.Features({"text": text, "label": classes, "group": text})
+    return Dataset.from_list(rows, features=features)
 
 
 def _files(home: Path, name: str) -> list[Path]:
     """A module's file, a package's files; none where this version of Python has it not, or only in C."""
     files = [home / f"{name}.py", *sorted((home / name).rglob("*.py"))]
     return [file for file in files if file.exists() and not TESTS.intersection(file.relative_to(home).parts)]
-
-
-def _module(file: Path) -> str:
-    return ".".join(file.with_suffix("").parts).removesuffix(".__init__")
 
 
 def _docstrings(file: Path) -> Iterator[str]:
@@ -169,22 +154,17 @@ def _read_file(path: Path) -> DatasetDict:
     if path.suffix == ".jsonl":
         _check_lines(path)
     options = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
-    return _loaded(
-        path, datasets.load_dataset, READERS[path.suffix], data_files=glob.escape(str(path)), **options
-    )
+    read = partial(datasets.load_dataset, READERS[path.suffix], **options)
+    return _loaded(path, lambda: read(data_files=glob.escape(str(path))))
 
 
-def _loaded(
-    path: Path, load: Callable[..., DatasetDict | Dataset], *args, **options
-) -> DatasetDict | Dataset:
+def _loaded(path: Path, load: Callable[[], DatasetDict | Dataset]) -> DatasetDict | Dataset:
     try:
-        return load(*args, **options)
+        return load()
+    # pyarrow's and json's errors are ValueErrors
     except (DatasetGenerationError, OSError, ValueError, KeyError) as error:
-        # pyarrow's and json's errors are ValueErrors
-        cause = error.__cause__ or error
-        raise DataError(
-            f"{path}: cannot be read as {path.suffix or 'a folder of data files'}: {cause}"
-        ) from error
+        what, cause = path.suffix or "a folder of data files", error.__cause__ or error
+        raise DataError(f"{path}: cannot be read as {what}: {cause}") from error
 
 
 def _check_lines(path: Path) -> None:
@@ -213,7 +193,6 @@ def _from_hub(config: DataConfig) -> DatasetDict:
         # ValueError: a subset must be named, or is not there
         raise DataError(
             f"{config.source}: no data set to be had by this name{nearest(config.source, BUILT_IN)}. It is "
-            "no file, no folder and "
-            f"no built-in name ({', '.join(BUILT_IN)}); as a hub id (its configuration goes into "
-            f"data.subset): {error}"
+            f"no file, no folder and no built-in name ({', '.join(BUILT_IN)}); as a hub id (its configuration "
+            f"goes into data.subset): {error}"
         ) from error

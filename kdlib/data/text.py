@@ -1,7 +1,4 @@
-"""From text to token blocks: read documents, split them by document, tokenize, pack or pad.
-
-A row that reaches training is {"input_ids": [...]}; kdlib.data.batches makes labels and padding of it.
-"""
+"""From text to token blocks: read documents, split them by document, tokenize, pack or pad."""
 
 import itertools
 import random

@@ -11,8 +11,7 @@ FEW = 25  # rows on which only one of two is right: with fewer McNemar's test is
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Items drawn again with replacement, so many times; the same draws whenever it is asked, hence paired
-    between models.
+    """Items drawn again with replacement; the same draws whenever it is asked, hence paired between models.
 
     Items that resemble each other, as the paragraphs of one page, tell less than as many that do not: with
     `groups`, what each item belongs to, whole groups are drawn (the cluster bootstrap, Field and Welsh 2007,
@@ -30,22 +29,18 @@ class Bootstrap:
 
     @property
     def times(self) -> np.ndarray:
-        """[resamples, N] how many times each item is drawn: the draws themselves, for figures that are no
-        sums.
-        """
+        """[resamples, N] how many times each item is drawn, for figures that are no sums."""
         return np.concatenate(list(self._draws()))
 
     def _draws(self) -> Iterator[np.ndarray]:
         """[some, N] how many times each item is drawn."""
-        names, belongs = np.unique(
-            np.arange(self.items) if self.groups is None else self.groups, return_inverse=True
-        )
+        groups = np.arange(self.items) if self.groups is None else self.groups
+        names, belongs = np.unique(groups, return_inverse=True)
         generator, uniform = np.random.default_rng(self.seed), np.full(len(names), 1 / len(names))
         step = max(AT_ONCE // self.items, 1)
         for start in range(0, self.resamples, step):
-            yield generator.multinomial(len(names), uniform, size=min(step, self.resamples - start)).astype(
-                float
-            )[:, belongs]
+            size = min(step, self.resamples - start)
+            yield generator.multinomial(len(names), uniform, size=size).astype(float)[:, belongs]
 
 
 def interval(
@@ -55,11 +50,9 @@ def interval(
 
     Args:
         resampled: draws on which it is not defined are nan, and left out.
-        centred: move the interval so that its draws have the figure as their mean; for figures that
-            resampling by itself makes larger.
-        share_of: it is a share of so many items; where it is 0 or 1 all draws are so too, as if that were
-            certain, and the interval is Wilson's (1927): three of three right may be less than half in truth,
-            [0.44, 1].
+        centred: move the draws' mean to the figure, which resampling by itself makes larger.
+        share_of: it is a share of so many items; where it is 0 or 1 so are all draws, as if it were certain,
+            and the interval is Wilson's (1927): of three of three [0.44, 1].
     """
     if share_of and value in (0, 1):
         from scipy.stats import binomtest  # as in `mcnemar`
@@ -76,10 +69,6 @@ def mcnemar(only_one: int, only_other: int) -> dict[str, float | str]:
 
     Only the items on which one of them alone is right tell.  Fewer than 25: the exact binomial test; else
     chi-squared with continuity correction, (|b - c| - 1)² / (b + c), one degree of freedom.  Two-sided.
-
-    Args:
-        only_one: items on which the one is right and the other is not.
-        only_other: the other way round.
 
     Reference: McNemar 1947; for two classifiers Dietterich 1998, https://doi.org/10.1162/089976698300017197
     """

@@ -59,23 +59,15 @@ def student_of(results: Mapping[str, Any]) -> str:
 
 
 def rivals_of(results: Mapping[str, Any]) -> list[str]:
-    """Whom that student is held against, the hardest first: other students, the untrained one, the
-    teacher.
-    """
-    order = {"untrained": 1, "teacher": 2}
-    return sorted(
-        (name for name in results["models"] if name != student_of(results)),
-        key=lambda name: order.get(name, 0),
-    )
+    """Whom that student is held against, the hardest first: other students, the untrained, the teacher."""
+    rivals = [name for name in results["models"] if name != student_of(results)]
+    return sorted(rivals, key=lambda name: {"untrained": 1, "teacher": 2}.get(name, 0))
 
 
 def difference(results: Mapping[str, Any], model: str, against: str, metric: str) -> dict[str, Any]:
     """The paired difference of two models in one metric, with its interval."""
-    return next(
-        d
-        for d in results["differences"]
-        if (d["model"], d["against"], d["metric"]) == (model, against, metric)
-    )
+    asked = {"model": model, "against": against, "metric": metric}
+    return next(each for each in results["differences"] if asked.items() <= each.items())
 
 
 def three_digits(value: float, sign: str = "") -> str:

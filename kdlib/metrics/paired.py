@@ -28,9 +28,7 @@ def results_of(
 
     Args:
         labels: the classes' names; none where the choices of each item are its own, so that F1 means nothing.
-        groups: what each item belongs to, where items that resemble each other come together; then these are
-            resampled.
-        resamples: of the bootstrap, the same for every model.
+        groups: what each item belongs to, where items resemble each other; then these are resampled.
 
     Returns:
         {"models": {name: {measure: {value, low, high}, …}}, "differences": […], "mcnemar": […], "labels",
@@ -110,7 +108,6 @@ def worst_rows(
 
     Args:
         models: the teacher first.
-        student: which of them is looked at.
         texts: [N], shown up to 300 characters.
         choices: [N] what could be said of each: the classes, or the choices of a question.
 
