@@ -65,7 +65,7 @@ def read_items(config: DataConfig, rows: Dataset, split: str, form: str) -> list
 
 
 def collected(make: Callable[[Any], Any], each: Sequence, wheres: Sequence[str], found: str) -> list[Any]:
-    """`make` of each; a DataError of `found` ({count} is `3 rows`) and the first faults, each with its place."""
+    """`make` of each, or a DataError of `found` ({count} is `3 rows`) and the first faults."""
     made, faults = [], []
     for one, where in zip(each, wheres, strict=True):
         try:

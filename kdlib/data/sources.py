@@ -193,6 +193,6 @@ def _from_hub(config: DataConfig) -> DatasetDict:
         # ValueError: a subset must be named, or is not there
         raise DataError(
             f"{config.source}: no data set to be had by this name{nearest(config.source, BUILT_IN)}. It is "
-            f"no file, no folder and no built-in name ({', '.join(BUILT_IN)}); as a hub id (its configuration "
-            f"goes into data.subset): {error}"
+            f"no file, no folder and no built-in name ({', '.join(BUILT_IN)}); as a hub id (its "
+            f"configuration goes into data.subset): {error}"
         ) from error
