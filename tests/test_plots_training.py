@@ -132,6 +132,8 @@ def test_the_plan_is_drawn_as_far_as_the_steps_shown(run):
     figure = plots.dashboard(progress(run), View(steps=(3, 7)))
     assert lines(figure, "learning_rate")["learning_rate planned"].tolist() == [[3, 1e-4], [7, 1e-4]]
     assert lines(figure, "weights")["kd_weight planned"][:, 0].tolist() == [3, 7]
+    whole = lines(plots.dashboard(progress(run)), "weights")["kd_weight planned"][:, 0]
+    assert (whole.min(), whole.max()) == (1, 10)  # nothing is planned before the first step
 
 
 def test_where_nothing_is_finite_or_shown_the_picture_is_drawn_all_the_same(run):

@@ -47,7 +47,7 @@ def learning_curves(tables: Mapping[str, pd.DataFrame]) -> Figure:
             look = {"color": COLOURS[name], "linewidth": 1 if name == "baseline" else 2, "marker": "o"}
             axes.plot(table["step"], table[metric], markersize=4, label=LABELS[name], **look)
         last = [f"{table[metric].iloc[-1]:#.3g}".rstrip(".") for table in tables.values()]
-        axes.set_title(f"{MEASURES[metric].brief}: {' / '.join(last)}", loc="left", fontsize=10)
+        axes.set_title(f"{MEASURES[metric].brief}\n{' / '.join(last)}", loc="left", fontsize=10)
         if metric == "kl_to_teacher":
             axes.set_ylim(bottom=0)
         axes.set_xlabel("optimizer step")

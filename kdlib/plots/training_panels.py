@@ -103,7 +103,7 @@ class Scene:
         """The plan of a schedule, thin, beneath what was logged."""
         if name in self.plan:
             plan, (first, last) = by_step(self.plan)[name], self.span
-            steps = [first, *self.seen(plan).index, last]
+            steps = np.clip([first, *self.seen(plan).index, last], plan.index[0], plan.index[-1])
             colour = self.colours.get(name.rsplit("_", 1)[0], INK)
             look = {"color": colour, "linewidth": 0.8, "alpha": 0.6, "zorder": 1}
             axes.plot(steps, np.interp(steps, plan.index, plan), label=f"{name} planned", **look)
