@@ -10,8 +10,8 @@ PARALLEL := -n logical --maxprocesses 4 --dist worksteal  # each with one thread
 demo: .venv/installed  ## teach a small model, compare, and write reports/<run>/report.html
 	$(BIN)/kd run configs/quickstart.yaml
 
-test: .venv/installed  ## everything but what needs a GPU
-	HF_HUB_OFFLINE=1 $(BIN)/pytest $(PARALLEL) -m "not gpu"
+test: .venv/installed  ## everything but what needs a GPU; at the end each skip with its reason
+	HF_HUB_OFFLINE=1 $(BIN)/pytest $(PARALLEL) -rs -m "not gpu"
 
 test-fast: .venv/installed  ## without the notebooks and the real models
 	HF_HUB_OFFLINE=1 $(BIN)/pytest $(PARALLEL) -m "not gpu and not slow and not browser"
