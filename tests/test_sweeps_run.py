@@ -19,7 +19,7 @@ from kdlib.reports import run as reports
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run
 from kdlib.sweeps import figures, report, results, run as sweep_run
-from kdlib.sweeps.config import UNITS, WORDS, SweepConfig
+from kdlib.sweeps.config import SweepConfig
 from kdlib.sweeps.figures import variance_shares
 from kdlib.sweeps.results import Sweep
 from kdlib.sweeps.trials import base_of, expanded
@@ -310,8 +310,12 @@ def test_the_front_holds_what_nothing_beats_in_both(swept):
         for p, s in ((1, 400.0), (2, 300.0), (3, 200.0), (4, 100.0))
     ]
     trials, settings = tables(swept([1.0, 0.8, 0.9, 0.7], costs=costs, grid=GRID))
-    assert results.pareto(settings, "parameters", higher_is_better=False)["value"].tolist() == [1.0, 0.8, 0.7]
-    assert results.pareto(settings, "tokens_per_s", higher_is_better=False)["value"].tolist() == [
+    assert results.pareto(settings, "parameters", MEASURES["kl_to_teacher"])["value"].tolist() == [
+        1.0,
+        0.8,
+        0.7,
+    ]
+    assert results.pareto(settings, "tokens_per_s", MEASURES["kl_to_teacher"])["value"].tolist() == [
         1.0,
         0.8,
         0.7,
@@ -414,7 +418,8 @@ def test_seeds_that_differ_in_nothing_else_are_one_setting_held_against_the_base
     assert gain["high"] - gain["value"] == pytest.approx(spread, rel=1e-4)
     text = report.render(sweep, tmp_path / "reports").read_text()
     assert found in text
-    assert f"{WORDS[metric][0].upper()}{WORDS[metric][1:]} is " in text
+    words = MEASURES[metric].words
+    assert f"{words[0].upper()}{words[1:]} is " in text
     assert "over 3 seeds." in text
     assert {path.stem for path in (tmp_path / "reports" / "s" / "figures").iterdir()} == {"gains"}
 
@@ -473,7 +478,7 @@ def test_the_heat_map_has_the_means_and_leaves_failed_cells_out(swept):
     assert mean[0, 1] == 5.5
     assert pd.isna(mean[1, 1])
     assert count.tolist() == [[2, 2], [2, 0]]
-    figure = figures.heat_map(trials, "loss.temperature", "loss.weights.kd:ce", "kl_to_teacher")
+    figure = figures.heat_map(trials, "loss.temperature", "loss.weights.kd:ce", MEASURES["kl_to_teacher"])
     assert "best at temperature 1, kd:ce 0.5:\n2 (a cell is the mean of its runs)" in title(figure)
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert "5.5\nn = 2" in texts
@@ -585,7 +590,3 @@ def test_a_metric_that_the_task_does_not_measure_is_refused_before_a_run(trials_
         match=r"metric: found macro_f1, which a comparison of causal-lm has not; it is one of .*perplexity",
     ):
         trials_of(grid={"seed": [0]}, metric="macro_f1")
-
-
-def test_every_metric_of_a_sweep_has_words_and_a_unit():
-    assert WORDS.keys() == UNITS.keys() == MEASURES.keys()

@@ -22,6 +22,10 @@ class Measure:
         """The words that tell it from the others: KL to the teacher, agreement."""
         return self.words.removesuffix(" with the teacher").removeprefix("top-1 ")
 
+    @property
+    def best(self) -> str:
+        return "highest" if self.higher_is_better else "lowest"
+
     def label(self, item: str) -> str:
         """Name and unit, a line each; `item` is what the task predicts."""
         return f"{self.name}\n{self.unit.format(item=item)}"

@@ -14,8 +14,6 @@ from kdlib.config.sections import Count, Number, Section, number, refuse
 from kdlib.errors import nearest, printable
 from kdlib.metrics.names import MEASURES
 
-WORDS = {name: measure.words for name, measure in MEASURES.items()}
-UNITS = {name: measure.unit.format(item="prediction") for name, measure in MEASURES.items()}
 DRAWS = {
     "uniform": "[low, high]",
     "log_uniform": "[low, high], both above 0",
@@ -23,11 +21,6 @@ DRAWS = {
     "choice": "a list of values",
 }
 WEIGHTS = "loss.weights."
-
-
-def upper(words: str) -> str:
-    """As a sentence begins."""
-    return words[:1].upper() + words[1:]
 
 
 def _faults(names: Sequence[Any]) -> list[str]:

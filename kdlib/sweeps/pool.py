@@ -22,7 +22,6 @@ from kdlib.runs import folder as runs
 from kdlib.runs.files import write_json
 from kdlib.runs.folder import Run
 from kdlib.runs.log import duration, time_left
-from kdlib.sweeps.config import WORDS
 from kdlib.sweeps.processes import Outcome, Processes
 from kdlib.sweeps.results import FILE, Sweep, distilled_of
 from kdlib.sweeps.trials import Base, Search, Trial, described
@@ -154,7 +153,7 @@ class Pool:
         if outcome.state == "done":
             metric = self.sweep.facts["metric"]
             found = distilled_of(run)[metric]
-            what, value = f"{WORDS[metric]} {with_interval(found)}", found["value"]
+            what, value = f"{self.sweep.measure.words} {with_interval(found)}", found["value"]
             self._tidy(run)
         else:
             what, log = outcome.message, f"\n         all it said: {os.path.relpath(run.path / 'log.txt')}"

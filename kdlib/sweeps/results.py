@@ -8,19 +8,17 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from scipy.special import stdtrit
 
 from kdlib.config.task_rules import rules_in, shown_in
-from kdlib.metrics.names import MEASURES, difference, with_interval
+from kdlib.metrics.names import MEASURES, Measure, difference, with_interval
 from kdlib.plots.axes import LABELS, label_of
 from kdlib.runs.files import read_json
 from kdlib.runs.folder import Run
 from kdlib.runs.log import seconds_taken, training_table
-from kdlib.sweeps.config import WORDS, upper
 from kdlib.sweeps.trials import described, plain
 
 FILE = "sweep.json"
@@ -55,39 +53,47 @@ class Sweep(Run):
         return self.facts["metric"]
 
     @property
+    def measure(self) -> Measure:
+        """What the metric is."""
+        return MEASURES[self.metric]
+
+    @property
     def varied(self) -> list[str]:
         """The parameters that are compared: seeds are averaged over."""
         return [name for name in self.facts["parameters"] if name != SEED]
 
 
-def exists(root: Path, name: str) -> bool:
-    """Whether there is a sweep of this name among the runs."""
-    return (root / name / FILE).exists()
+def upper(words: str) -> str:
+    """As a sentence begins."""
+    return words[:1].upper() + words[1:]
+
+
+def compared(run: Run) -> dict[str, Any]:
+    """What the run's comparison found; {} where it has come to none."""
+    return read_json(run.path / "comparison_results.json", {})
 
 
 def distilled_of(run: Run) -> dict[str, Any]:
-    """What the comparison found of the distilled student; {} where there is none."""
-    return (read_json(run.path / "comparison_results.json") or {}).get("models", {}).get(STUDENT, {})
+    """The same of the distilled student."""
+    return compared(run).get("models", {}).get(STUDENT, {})
 
 
 def trial_table(sweep: Sweep) -> pd.DataFrame:
     """One row per trial: run, parameters, the metric with its interval, costs, state, message."""
-    facts = sweep.facts
-    rows = [_row(sweep.run(trial["run"]), trial["parameters"], facts["metric"]) for trial in facts["trials"]]
+    facts, rows = sweep.facts, []
+    for trial in facts["trials"]:
+        run = sweep.run(trial["run"])
+        status = run.status
+        row = {"run": run.name, **trial["parameters"], "minutes": run.manifest.get("minutes")}
+        row |= {"state": status["state"].replace("created", "waiting"), "message": status.get("message", "")}
+        if status["state"] == "done" and (found := distilled_of(run)):
+            row |= found.get(facts["metric"], {})
+            row |= {"parameters": found["parameters"] / 1e6, "training_s": seconds_taken(training_table(run))}
+            row |= {cost: found[fact] for cost, fact in SPEEDS.items() if fact in found}
+        rows.append(row)
     numbers = ("value", "low", "high", *COSTS, "minutes")
     columns = ["run", *facts["parameters"], *numbers, "state", "message"]
     return pd.DataFrame(rows, columns=columns, dtype=object).astype(dict.fromkeys(numbers, float))
-
-
-def _row(run: Run, parameters: Mapping[str, Any], metric: str) -> dict[str, Any]:
-    status = run.status
-    row = {"run": run.name, **parameters, "minutes": run.manifest.get("minutes")}
-    row |= {"state": status["state"].replace("created", "waiting"), "message": status.get("message", "")}
-    if status["state"] == "done" and (found := distilled_of(run)):
-        row |= found.get(metric, {})
-        row |= {"parameters": found["parameters"] / 1e6, "training_s": seconds_taken(training_table(run))}
-        row |= {cost: found[fact] for cost, fact in SPEEDS.items() if fact in found}
-    return row
 
 
 def setting_table(sweep: Sweep, trials: pd.DataFrame) -> pd.DataFrame:
@@ -96,19 +102,18 @@ def setting_table(sweep: Sweep, trials: pd.DataFrame) -> pd.DataFrame:
     One run has the interval of its comparison, over held-out rows; several have Student's over the seeds.
     """
     names, done = sweep.varied, trials[trials["value"].notna()]
-    groups: dict[str, list[int]] = {}
-    for index, row in done.iterrows():
-        key = json.dumps([row[name] for name in names], sort_keys=True, default=str)
-        groups.setdefault(key, []).append(index)
+    keys = [json.dumps(list(row[names]), sort_keys=True) for _, row in done.iterrows()]
     rows = []
-    for members in groups.values():
-        seeds = done.loc[members]
-        costs = {cost: seeds[cost].mean() for cost in COSTS}
+    for _, seeds in done.groupby(pd.Series(keys, done.index, str), sort=False):
         found = {**averaged(seeds.to_dict("records")), "runs": list(seeds["run"])}
-        rows.append({**done.loc[members[0], names], **found, **costs})
+        rows.append({**seeds.iloc[0][names], **found, **seeds[list(COSTS)].mean()})
     columns = [*names, "value", "low", "high", "n", "values", "runs", *COSTS]
-    upwards = not MEASURES[sweep.metric].higher_is_better
-    return pd.DataFrame(rows, columns=columns).sort_values("value", ascending=upwards, ignore_index=True)
+    return _best_first(sweep, pd.DataFrame(rows, columns=columns)).reset_index(drop=True)
+
+
+def _best_first(sweep: Sweep, table: pd.DataFrame) -> pd.DataFrame:
+    upwards = not sweep.measure.higher_is_better
+    return table.sort_values("value", ascending=upwards, na_position="last", kind="stable")
 
 
 def averaged(seeds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -136,12 +141,11 @@ def verdict(sweep: Sweep, settings: pd.DataFrame) -> str:
     """What the sweep found, in a sentence; also where the intervals do not tell the best from the next."""
     if not len(settings):
         return "No run is done yet"
-    best, words = settings.iloc[0], upper(WORDS[sweep.metric])
+    best, words = settings.iloc[0], upper(sweep.measure.words)
     if not sweep.varied:
         seeds = f" over {best['n']} seeds" if best["n"] > 1 else ", of one seed so far"
         return f"{words} is {with_interval(best)}{seeds}"
-    most = "highest" if MEASURES[sweep.metric].higher_is_better else "lowest"
-    opening = f"{words} is {most} with {described(best[sweep.varied])}: {with_interval(best)}"
+    opening = f"{words} is {sweep.measure.best} with {described(best[sweep.varied])}: {with_interval(best)}"
     if len(settings) == 1:
         return f"{opening}, the only setting that is done"
     if count := overlapping(settings):
@@ -152,10 +156,10 @@ def verdict(sweep: Sweep, settings: pd.DataFrame) -> str:
     return f"{opening}; the next, {worse}"
 
 
-def pareto(table: pd.DataFrame, cost: str, *, higher_is_better: bool) -> pd.DataFrame:
+def pareto(table: pd.DataFrame, cost: str, measure: Measure) -> pd.DataFrame:
     """The rows that no other beats in both, the metric and this cost; the cheapest first."""
     known = table[table[cost].notna()]
-    value = known["value"] * (-1 if higher_is_better else 1)  # less is better, in both
+    value = known["value"] * (-1 if measure.higher_is_better else 1)  # less is better, in both
     price = known[cost] * (-1 if COSTS[cost][1] else 1)
     order = pd.DataFrame({"price": price, "value": value}).sort_values(["price", "value"]).index
     value = value.loc[order]
@@ -172,13 +176,12 @@ def compared_costs(table: pd.DataFrame) -> list[str]:
 
 def shown_trials(sweep: Sweep, trials: pd.DataFrame) -> pd.DataFrame:
     """For reading: the best first, those without a result last."""
-    upwards = not MEASURES[sweep.metric].higher_is_better
-    ranked = trials.sort_values("value", ascending=upwards, na_position="last", kind="stable")
+    ranked = _best_first(sweep, trials)
     found = [with_interval(row) if pd.notna(row["value"]) else "" for _, row in ranked.iterrows()]
-    minutes = ["" if math.isnan(value) else f"{value:.1f}" for value in ranked["minutes"]]
+    minutes = ranked["minutes"].map("{:.1f}".format, na_action="ignore").fillna("")
     shown = {name: ranked[name].map(plain) for name in sweep.facts["parameters"]}
-    shown |= {WORDS[sweep.metric]: found, "minutes": minutes, "message": ranked["message"]}
-    return pd.DataFrame({"run": ranked["run"], "state": ranked["state"], **shown})
+    shown |= {sweep.measure.words: found, "minutes": minutes}
+    return pd.DataFrame({**ranked[["run", "state"]], **shown, "message": ranked["message"]})
 
 
 # what the teacher adds: the distilled student against the one trained alone
@@ -194,18 +197,15 @@ def gain_tables(sweep: Sweep, settings: pd.DataFrame) -> dict[str, pd.DataFrame]
         The settings' own columns with value, low, high, n, values of the difference, and `clear`: how many
         seeds are beyond chance by themselves, by the paired bootstrap over held-out rows.
     """
-    found = []
-    for _, setting in settings.iterrows():
-        if results := [each for each in results_of(sweep, setting["runs"]) if ALONE in each["models"]]:
-            found.append((setting, results))
-    if not found:
-        return {}
+    found = [(setting, results_of(sweep, setting["runs"])) for _, setting in settings.iterrows()]
+    found = [(setting, [each for each in results if ALONE in each["models"]]) for setting, results in found]
     every = [each for _, results in found for each in results]
+    if not every:
+        return {}
     known = set.intersection(*({entry["metric"] for entry in each["differences"]} for each in every))
-    told = dict.fromkeys([sweep.metric, *rules_in(every[0]).told_first])
     return {
-        metric: pd.DataFrame([{**setting, **gain_of(results, metric)} for setting, results in found])
-        for metric in told
+        metric: pd.DataFrame([{**setting, **gain_of(each, metric)} for setting, each in found if each])
+        for metric in dict.fromkeys([sweep.metric, *rules_in(every[0]).told_first])
         if metric in known
     }
 
@@ -225,26 +225,22 @@ def helps(gain: Mapping[str, Any], metric: str) -> bool | None:
 
 def results_of(sweep: Sweep, runs: Sequence[str]) -> list[dict[str, Any]]:
     """The comparisons of these runs, as far as they have come to one."""
-    return [found for name in runs if (found := read_json(sweep.run(name).path / "comparison_results.json"))]
-
-
-def common(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
-    """The models and the measures that all these comparisons have, in the order of tables."""
-    models = [name for name in MODELS if all(name in each["models"] for each in results)]
-    return models, [name for name in shown_in(results[0]) if all(name in shown_in(each) for each in results)]
+    return [found for name in runs if (found := compared(sweep.run(name)))]
 
 
 def model_table(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """For reading: a row per model and one of the difference, a column per measure."""
-    models, shown = common(results)
+    """For reading: a row per model and one of the difference, a column per measure that all of these have."""
+    shown = [name for name in shown_in(results[0]) if all(name in shown_in(each) for each in results)]
+    every = [each["models"] for each in results]
+    models = [name for name in MODELS if all(name in each for each in every)]
     rows = {
         label_of(name): [
-            with_interval(averaged([each["models"][name][m] for each in results])) for m in shown
+            with_interval(averaged([each[name][measure] for each in every])) for measure in shown
         ]
         for name in models
     }
     if ALONE in models:
-        rows[DIFFERENCE] = [with_interval(gain_of(results, m), "+") for m in shown]
+        rows[DIFFERENCE] = [with_interval(gain_of(results, name), "+") for name in shown]
     columns = [MEASURES[name].name for name in shown]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
@@ -256,13 +252,12 @@ def same_rows(sweep: Sweep, runs: Sequence[str]) -> bool:
 
 def gain_words(gain: Mapping[str, Any], metric: str) -> str:
     """`helps` in a sentence."""
-    several = gain["n"] > 1
     over, how, alone = "in one training", "over the same held-out rows", ""
-    if several:
+    if gain["n"] > 1:
         over, how = f"over {gain['n']} seeds", "paired by seed"
         alone = f"; {gain['clear']} of the {gain['n']} by themselves, over held-out rows"
     words = {None: "no difference beyond chance", True: "the teacher helps", False: "the teacher harms"}
     return (
-        f"Against the same student trained without a teacher, {over}: {WORDS[metric]} "
+        f"Against the same student trained without a teacher, {over}: {MEASURES[metric].words} "
         f"{with_interval(gain, '+')}, {how}: {words[helps(gain, metric)]}{alone}"
     )

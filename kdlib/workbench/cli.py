@@ -199,11 +199,11 @@ def _rendered(run: Run, reports: Path) -> Path:
     from kdlib.reports import run as run_report
     from kdlib.reports.index import render_index
     from kdlib.sweeps import report as sweep_report
-    from kdlib.sweeps.results import Sweep, exists
+    from kdlib.sweeps.results import Sweep
 
     root = run.path.parent
-    if exists(root, run.name):
-        page = sweep_report.render(Sweep(run.path), reports)
+    if (swept := Sweep(run.path)).facts:
+        page = sweep_report.render(swept, reports)
     else:
         page = run_report.render(runs.open_run(root, run.name), reports)
     render_index(root, reports)
