@@ -1,8 +1,7 @@
 """What one micro-batch of a config holds in memory, tensor by tensor, without its weights or its data.
 
-Under a FakeTensorMode tensors have shapes and no data, so that a training step of any size runs through its
-real code, phase by phase, in a second, and every tensor that it would make is seen.  What a kernel needs
-inside itself is not seen.
+Under a FakeTensorMode tensors have shapes and no data, so that a step of any size runs through its real code
+in a second, and every tensor that it would make is seen; what a kernel needs inside itself is not.
 """
 
 import weakref
@@ -56,12 +55,8 @@ class Allocations(TorchDispatchMode):
     """
 
     def __init__(self, answer: float = 1.0) -> None:
-        """
-        Args:
-            answer: what a number without data is taken to be where code asks for it.
-        """
         super().__init__()
-        self.answer = answer
+        self.answer = answer  # what a number without data is taken to be where code asks for it
         self.blocks: list[Block] = []
         self.spans: dict[str, tuple[int, int]] = {}  # phase -> when it began and ended, the last time
         self.now, self.current = 0, ""
@@ -79,11 +74,11 @@ class Allocations(TorchDispatchMode):
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
         """Take these for known, without counting them: parameters, counted by themselves."""
-        for tensor in tensors:
-            self._note(tensor).bytes = 0
+        for block in self.blocks_of(tensors):
+            block.bytes = 0
 
     def blocks_of(self, tensors: Iterable[Tensor]) -> list[Block]:
-        """The blocks in which these tensors lie."""
+        """Those in which these tensors lie."""
         return [self._note(tensor) for tensor in tensors]
 
     def peak(self, begin: int, end: int) -> int:
@@ -97,7 +92,6 @@ class Allocations(TorchDispatchMode):
         return max(range(begin, end + 1), key=held.__getitem__)
 
     def held(self, time: int) -> list[Block]:
-        """What exists then."""
         return [block for block in self.blocks if block.born <= time < block.died and block.bytes]
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -123,8 +117,7 @@ class Allocations(TorchDispatchMode):
             self.now += 1
             block = Block(storage.nbytes(), self.now, NEVER, self.current, tuple(tensor.shape))
             self.blocks.append(block)
-            freed = weakref.ref(storage, lambda _, address=address: self._free(address))
-            self._known[address] = (block, freed)
+            self._known[address] = (block, weakref.ref(storage, lambda _: self._free(address)))
         return self._known[address][0]
 
     def _free(self, address: int) -> None:
@@ -172,11 +165,7 @@ class FakeStep:
     def __init__(
         self, plan: Outline, *, dtype: torch.dtype, workspace: Workspace, dense: bool = False
     ) -> None:
-        """
-        Args:
-            dtype: of matrix products, and of the teacher's weights.
-            dense: all logits at once, whatever the models' heads.
-        """
+        """`dtype` is of matrix products, and of the teacher's weights; `dense`: all logits at once."""
         self.plan, self.dtype, self.workspace = plan, dtype, workspace
         self.objective = objective_of(plan.config)
         self.student, self.teacher = plan.blank_student(), plan.blank_teacher(dtype).requires_grad_(False)
@@ -188,9 +177,9 @@ class FakeStep:
         training = plan.config.training
         kinds = ("activation_checkpointing", "gradient_checkpointing")
         if any(training.get(kind) for kind in kinds):
-            options = next(filter(None, (training.get(f"{kind}_kwargs") for kind in kinds)), {})
+            asked = next(filter(None, (training.get(f"{kind}_kwargs") for kind in kinds)), {})
             # there is no dropout whose random numbers are to be repeated
-            options = {"use_reentrant": False, **options, "preserve_rng_state": False}
+            options = {"use_reentrant": False, **asked, "preserve_rng_state": False}
             every, offload = options.pop("every_n_layers", 1), options.pop("offload", False)
             self.student.activation_checkpointing_enable(options, every_n_layers=every, offload=offload)
 
@@ -218,11 +207,9 @@ class FakeStep:
         count: int,
         phase: Phase = lambda name: nullcontext(),
     ) -> None:
-        """One micro-batch, forward and backward; the gradients stay in the student.
+        """One micro-batch of a step with `count` kept tokens, `phase` entered for each of PHASES.
 
-        Args:
-            count: kept tokens of the optimizer step.
-            phase: entered for each of PHASES.
+        The gradients stay in the student.
         """
         self.student.train()
         with self._autocast():
@@ -236,20 +223,12 @@ class FakeStep:
     def evaluate(
         self, batch: Mapping[str, Tensor], at: ObjectiveAt, phase: Phase = lambda name: nullcontext()
     ) -> None:
-        """One batch of the evaluation."""
         self.student.eval()
         with phase("evaluation"), self._autocast():
             tokens, student, teacher = self._signals(batch, at, True, phase)
-            row_sums(
-                student,
-                teacher,
-                tokens.targets,
-                tokens.rows,
-                row_count=len(batch["labels"]),
-                terms=EVAL_TERMS,
-                at=at,
-                chunk=self.workspace.chunk_for(student),
-            )
+            rows, chunk = len(batch["labels"]), self.workspace.chunk_for(student)
+            of = (student, teacher, tokens.targets, tokens.rows)
+            row_sums(*of, row_count=rows, terms=EVAL_TERMS, at=at, chunk=chunk)
 
     def _signals(
         self, batch: Mapping[str, Tensor], at: ObjectiveAt, with_teacher: bool, phase: Phase
@@ -258,10 +237,8 @@ class FakeStep:
         reads = "teacher_" if "teacher_input_ids" in batch else ""
 
         def signal(model: PreTrainedModel, side: int, reads: str) -> Signal:
-            size, form = self.plan.vocabulary, self.forms[side]
-            return signal_of(
-                model, batch, tokens, vocabulary=size, form=form, inside=inside[side], reads=reads
-            )
+            of = {"vocabulary": self.plan.vocabulary, "form": self.forms[side], "inside": inside[side]}
+            return signal_of(model, batch, tokens, reads=reads, **of)
 
         with phase("student's forward"):
             student = signal(self.student, 0, "")

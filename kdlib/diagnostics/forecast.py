@@ -1,11 +1,9 @@
-"""A forecast of memory as one reads it: does it fit, what would make it fit, which card would do.
+"""A forecast of memory as one reads it: does it fit, and what would make it?  Imports no torch."""
 
-`kdlib.diagnostics.memory` makes it.  Imports no torch.
-"""
-
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from kdlib.config import run as configs
@@ -55,7 +53,6 @@ class Forecast:
         return verdict(self.peak, self.free)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as plain data."""
         derived = {name: getattr(self, name) for name in ("moment", "peak", "peak_in_training", "verdict")}
         return {**asdict(self), **derived}
 
@@ -79,22 +76,14 @@ class Remedy:
     @property
     def overrides(self) -> str:
         """As they are written on the command line."""
-        shown = {
-            name: str(value).lower() if isinstance(value, bool) else value
-            for name, value in self.changes.items()
-        }
-        return " ".join(f"-o {name}={value}" for name, value in shown.items())
+        return " ".join(f"-o {name}={str(value).lower()}" for name, value in self.changes.items())
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as plain data."""
         return {**asdict(self), "overrides": self.overrides}
 
 
 def single_changes(config: Config, forecast: Forecast) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What may be changed by itself: first what costs least in time and in what the training means.
-
-    The effective batch stays.
-    """
+    """What may be changed by itself, the cheapest in time and meaning first; the effective batch stays."""
     training = config.training
     batch = training.get("per_device_train_batch_size", 8)
     accumulation = training.get("gradient_accumulation_steps", 1)
@@ -136,18 +125,16 @@ def remedies(
         merged = {name: value for _, each in changes for name, value in each.items()}
         return Remedy(what, merged, forecaster(configs.parse(config.as_dict(), merged)).peak)
 
-    singles, fitting = list(single_changes(config, found)), []
+    singles = list(single_changes(config, found))
     if not singles or (least := remedy(singles)).peak > memory:
         return [least] if singles else []
-    for each in singles:
-        if (tried := remedy([each])).peak <= memory:
-            fitting.append(tried)
-        if len(fitting) == count:
-            return fitting
-    for number in range(2, len(singles)) if not fitting else ():
-        if (tried := remedy(singles[:number])).peak <= memory:
-            return [tried]
-    return fitting or [least]
+
+    def fitting(combinations: Iterable[Sequence], most: int) -> list[Remedy]:
+        tried = map(remedy, combinations)
+        return list(islice((each for each in tried if each.peak <= memory), most))
+
+    together = (singles[:number] for number in range(2, len(singles)))
+    return fitting(([each] for each in singles), count) or fitting(together, 1) or [least]
 
 
 def cards(
@@ -165,11 +152,11 @@ def cards(
         known[key] = known.get(key) or forecaster(changed)
         return known[key]
 
-    cheapest = {gib: remedies(config, found, gib * GIB, remembered, count=1) for gib in sizes}
-    return [
-        {"gib": gib, "verdict": verdict(found.peak, gib * GIB), "remedy": next(iter(changes), None)}
-        for gib, changes in cheapest.items()
-    ]
+    def line(gib: int) -> dict[str, Any]:
+        cheapest = next(iter(remedies(config, found, gib * GIB, remembered, count=1)), None)
+        return {"gib": gib, "verdict": verdict(found.peak, gib * GIB), "remedy": cheapest}
+
+    return [line(gib) for gib in sizes]
 
 
 def advised(
@@ -191,9 +178,11 @@ def advised(
         # of the smallest: on larger ones `loss.chunk: auto` takes no larger chunks
         on_cuda = partial(forecaster, **options | {"memory": min(CARDS), "device": "cuda"})
         there = on_cuda(config)
-        lines = cards(config, there, on_cuda)
-        plain = [line | {"remedy": line["remedy"] and line["remedy"].as_dict()} for line in lines]
-        data |= {"cards": plain, "card_precision": there.precision, "card_peak": there.peak}
+        lines = [
+            line | {"remedy": line["remedy"] and line["remedy"].as_dict()}
+            for line in cards(config, there, on_cuda)
+        ]
+        data |= {"cards": lines, "card_precision": there.precision, "card_peak": there.peak}
     return data
 
 
@@ -208,9 +197,8 @@ def _parts(data: Mapping[str, Any]) -> list[str]:
     """A table: a line for each part, a column for each moment."""
     moments, many = data["moments"], data["devices"] > 1
     sizes = ", ".join(f"{name} {count / 1e6:,.1f} M parameters" for name, count in data["parameters"].items())
-    chunk = "all logits at once (no plain head)"
-    if data["chunk"]:
-        chunk = f"logits of {data['chunk']} tokens at a time"
+    chunk = f"logits of {data['chunk']} tokens at a time"
+    chunk = chunk if data["chunk"] else "all logits at once (no plain head)"
     where = f"on each of {data['devices']} devices" if many else "on one device"
     width = max(map(len, moments)) + 2
     names = dict.fromkeys(name for parts in moments.values() for name in parts)
@@ -260,8 +248,8 @@ def _cards(data: Mapping[str, Any]) -> list[str]:
         return []
     lines = [f"which card would do (CUDA, {data['card_precision']}, {_gib(data['card_peak'])} GiB as it is):"]
     for line in data["cards"]:
-        with_it, remedy = "", line["remedy"]
-        if remedy:
+        with_it = ""
+        if remedy := line["remedy"]:
             how = f"with {remedy['overrides']}" if remedy["peak"] <= line["gib"] * GIB else "at least"
             with_it = f"; {_gib(remedy['peak'])} GiB {how}"
         lines.append(f"  {line['gib']:4} GiB  {line['verdict']}{with_it}")

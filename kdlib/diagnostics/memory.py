@@ -5,6 +5,7 @@ steps follows from the models' sizes.
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -55,23 +56,23 @@ def forecast(
     """What a config's training will hold in memory, per device.
 
     Args:
-        memory: GiB of the device; what the present one has, and has free, where None.
-        device: cpu or cuda; where the config would run here, where None.  On another device `precision: auto`
-            is bfloat16.
+        memory: GiB; what the present device has, and has free, where None.
+        device: cpu or cuda; None: where the config would run here.  Elsewhere `precision: auto` is bfloat16.
         devices: over which the training is spread; torchrun's WORLD_SIZE where None.
         rows: of the training data: whether compiling pays depends on them.
         vocabulary: what the models choose among; of classes, what the config or the teacher says where None.
         dense: all logits at once, whatever the models' heads.
 
     Raises:
-        ModelError, ConfigError: models that do not exist or fit each other, arguments that transformers
-            refuses.
+        ModelError: models do not exist or do not fit each other.
+        ConfigError: transformers refuses the arguments.
     """
     present = device_of(config.wanted_device)
     here = "cuda" if present.type == "cuda" else "cpu"
     there = torch.device(kind := device or here)
-    elsewhere = kind != here and config.precision == "auto"
-    dtype = torch.bfloat16 if elsewhere else precision_of(config.precision, present)[0]
+    dtype, _ = precision_of(config.precision, present)
+    if kind != here and config.precision == "auto":
+        dtype = torch.bfloat16
     total, free = (round(memory * GIB),) * 2 if memory else device_memory(there)
     args, plan = training_arguments(config, Path("unused")), outline(config, task_of(config), vocabulary)
     devices = devices or int(os.environ.get("WORLD_SIZE", 1))
@@ -81,18 +82,18 @@ def forecast(
         chunk = chunk_tokens(plan.vocabulary, product_dtype(dtype, there).itemsize, there, free=free)
     workspace = FakeWorkspace(chunk, compiled=compiled, kind=kind)
     breakdown = Breakdown(plan, args, kind, dtype, workspace, dense)
-    moments = breakdown.moments().items()
+    student, teacher = breakdown.student, breakdown.teacher
     return Forecast(
         device=kind,
         precision=str(dtype).removeprefix("torch."),
         total=total,
         free=free,
         devices=devices,
-        moments={name: breakdown.on_each(parts, devices) for name, parts in moments},
+        moments={name: breakdown.on_each(parts, devices) for name, parts in breakdown.moments().items()},
         compiled=compiled,
-        chunk=None if dense or stated_form(breakdown.student) is None else chunk,
+        chunk=None if dense or stated_form(student) is None else chunk,
         notes=(*plan.notes, *breakdown.notes),
-        parameters={"student": parameters(breakdown.student), "teacher": parameters(breakdown.teacher)},
+        parameters={"student": parameters(student), "teacher": parameters(teacher)},
     )
 
 
@@ -121,13 +122,9 @@ class Breakdown:
         with FakeTensorMode(allow_non_fake_inputs=True), nullcontext() if self.kind == "cpu" else as_asked():
             low = self.passing(self.plan.with_layers(*small))
             high = low if small == large else self.passing(self.plan.with_layers(*large))
-        found = {
-            name: {
-                part: round(at_layers(full, part, low[name].get(part, 0), size, small, large))
-                for part, size in parts.items()
-            }
-            for name, parts in high.items()
-        }
+        found: dict[str, dict[str, int]] = {name: {} for name in high}
+        for name, part, size in [(name, *each) for name, parts in high.items() for each in parts.items()]:
+            found[name][part] = round(at_layers(full, part, low[name].get(part, 0), size, small, large))
         halves = [found.pop(f"backward's {half}") for half in ("beginning", "end")]
         found |= {"backward": max(halves, key=_total), "optimizer step": self.optimizer_step()}
         lasting = {
@@ -144,8 +141,7 @@ class Breakdown:
 
         Two at least: the first layer's input is also the embeddings, and so is no tensor of its own.
         """
-        full = self.plan.layers
-        alike = all(map(_layers_are_alike, (self.student, self.teacher)))
+        full, alike = self.plan.layers, _layers_are_alike(self.student) and _layers_are_alike(self.teacher)
         if not alike or feature_terms(objective_of(self.plan.config).weights):
             return full, full
         return tuple(min(count, 2) for count in full), tuple(min(count, 3) for count in full)
@@ -175,9 +171,9 @@ class Breakdown:
             step.train(batch, at, count=count, phase=watch.phase)
             kept = self.kept_logits(watch)
             kept |= {id(block): "gradients" for block in watch.blocks_of(self.gradients())}
-        begin, end = watch.spans["backward"]
+        spans = dict(watch.spans)
+        begin, end = spans.pop("backward")
         middle = (begin + end) // 2
-        spans = {name: span for name, span in watch.spans.items() if name != "backward"}
         spans |= {"backward's beginning": (begin, middle), "backward's end": (middle, end)}
         step.student.zero_grad(set_to_none=True)
         return {name: self.parts(watch, span, kept) for name, span in spans.items()}
@@ -207,10 +203,9 @@ class Breakdown:
 
     def parts(self, watch: Allocations, span: tuple[int, int], kept: Mapping[int, str]) -> Sizes:
         """{part: bytes} at the highest point of a span."""
-        parts: dict[str, float] = {}
+        parts: Counter[str] = Counter()
         for block in watch.held(watch.peak(*span)):
-            name = kept.get(id(block)) or self.part(block, watch)
-            parts[name] = parts.get(name, 0) + block.bytes
+            parts[kept.get(id(block)) or self.part(block, watch)] += block.bytes
         return parts
 
     def part(self, block: Block, watch: Allocations) -> str:
@@ -236,22 +231,21 @@ class Breakdown:
         return getattr(self.args.optim, "value", self.args.optim)
 
     def optimizer_state(self) -> int:
-        name = self.optimizer
+        name, every = self.optimizer, self.student.parameters()
         if name == "adafactor":  # a row and a column per matrix
             return sum(
-                4 * (sum(p.shape[-2:]) * p[..., 0, 0].numel() if p.ndim > 1 else p.numel())
-                for p in self.student.parameters()
+                4 * (sum(p.shape[-2:]) * p[..., 0, 0].numel() if p.ndim > 1 else len(p)) for p in every
             )
         if name not in STATE_BYTES and not name.startswith("adamw"):
-            known = f"training.optim {name}: its state is not known here"
-            self.notes.append(f"{known}; 8 bytes per parameter, as AdamW's, are assumed")
+            assumed = "8 bytes per parameter, as AdamW's, are assumed"
+            self.notes.append(f"training.optim {name}: its state is not known here; {assumed}")
         return STATE_BYTES.get(name, 8) * parameters(self.student)
 
     def optimizer_step(self) -> Sizes:
-        """All gradients and what the optimizer needs while it works, beside the state that it keeps."""
+        """What there is beside the state that the optimizer keeps."""
         sizes = [bytes_of([parameter]) for parameter in self.student.parameters()]
-        # CUDA: all in one go
-        scratch = 0 if "fused" in self.optimizer else sum(sizes) if self.kind == "cuda" else 2 * max(sizes)
+        scratch = sum(sizes) if self.kind == "cuda" else 2 * max(sizes)  # CUDA: all in one go
+        scratch *= "fused" not in self.optimizer
         return {"gradients": sum(sizes), "logits": bytes_of(self.workspace.buffers), "temporaries": scratch}
 
     def on_each(self, parts: Mapping[str, int], devices: int) -> dict[str, int]:
@@ -271,15 +265,15 @@ def at_layers(
     full: tuple[int, int], name: str, low: float, high: float, small: tuple[int, int], large: tuple[int, int]
 ) -> float:
     """A quantity at all layers, on the line through two numbers of them; of the teacher's if it is named."""
-    model = 1 if "teacher" in name else 0
-    if large[model] == small[model]:
+    side = 1 if "teacher" in name else 0
+    if large[side] == small[side]:
         return high
-    return max(low + (high - low) / (large[model] - small[model]) * (full[model] - small[model]), 0.0)
+    return max(low + (high - low) * (full[side] - small[side]) / (large[side] - small[side]), 0.0)
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     """Memory of distinct tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _total(parts: Sizes) -> float:
@@ -287,10 +281,10 @@ def _total(parts: Sizes) -> float:
 
 
 def _layers_are_alike(model: PreTrainedModel) -> bool:
-    """Whether each layer has the same matrices as the first, and none a kind of its own."""
-    shapes = [sorted(tuple(p.shape) for p in layer.parameters()) for layer in layers_of(model)]
+    """Whether all have the same matrices, and are of one kind."""
+    shapes = {tuple(sorted(tuple(p.shape) for p in layer.parameters())) for layer in layers_of(model)}
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
-    return len(kinds) < 2 and all(each == shapes[0] for each in shapes)
+    return len(kinds) < 2 and len(shapes) < 2
 
 
 def _tensors(model: torch.nn.Module) -> Iterable[Tensor]:

@@ -1,9 +1,7 @@
 """The parity self-test: equal things computed in two ways, on this config, these models and these rows.
 
-Five pairs that must agree whatever the config says: a step in micro-batches and in one batch, dense logits
-and logits by the chunk, rows padded together and rows alone, training and evaluation, and a teacher held
-against itself.  All of it goes through the trainer's own step, on a few rows cut to different lengths, so
-that a mean of means or a leak of padding shows.  Rows that are classified have no chunks: the line says so.
+All of it goes through the trainer's own step, on a few rows cut to different lengths, so that a mean of
+means or a leak of padding shows.
 """
 
 import math
@@ -48,14 +46,15 @@ CONTRASTIVE = {"ce", "contrastive"}  # not 0 where student and teacher agree
 
 
 def selftest(config: Config) -> pd.DataFrame:
-    """`parity` from a config alone: loads what it names, makes the student as a run would, writes nothing."""
+    """`parity` of what a config names, the student made as a run would make it."""
     training_arguments(config, Path("unused"))  # a fault shows before anything is loaded
     tokenizer = tokenizer_of(config)
     check_pair(config, tokenizer)
     prepared = tasks.prepare(config, tokenizer)
     teacher = tasks.load_teacher(config, prepared)
-    layers = tasks.layers_for_student(config, teacher.model, prepared)
-    student = tasks.untrained_student(config, prepared, layers)
+    student = tasks.untrained_student(
+        config, prepared, tasks.layers_for_student(config, teacher.model, prepared)
+    )
     return parity(config, student=student, teacher=teacher, tokenizer=tokenizer, prepared=prepared)
 
 
@@ -69,10 +68,9 @@ def parity(
 ) -> pd.DataFrame:
     """The self-test's table, a line per comparison: compared, difference, tolerance, result.
 
-    The result is pass, fail, or left out.  Compared is at the start of training, and for each term that is
-    silent there, where its weight is greatest.  Dropout is off, and an estimate from samples is compared by
-    its expectation.  Nothing is kept: models, their modes and random numbers are as before (but for the
-    student's gradients, which are cleared); nothing is written outside a temporary folder.
+    The result is pass, fail, or left out.  Compared is at the `tested_fractions`, without dropout, and an
+    estimate from samples by its expectation.  Models, their modes and random numbers are as before (but for
+    the student's gradients, which are cleared); nothing is written outside a temporary folder.
     """
     dtype, _ = precision_of(config.precision, device_of(config.wanted_device))
     rows, fractions = shortened(prepared.train), tested_fractions(config)
@@ -80,8 +78,7 @@ def parity(
     with _as_before(student, teacher.model), TemporaryDirectory() as folder, without_dropout(student):
         trainer = _trainer(config, student, teacher, tokenizer, prepared, rows, Path(folder))
         for fraction in fractions:
-            # the objective reads their quotient alone
-            trainer.state.global_step, trainer.state.max_steps = fraction, 1
+            trainer.state.global_step, trainer.state.max_steps = fraction, 1  # only the quotient is read
             at = f", at {100 * fraction:.3g} % of training" if len(fractions) > 1 else ""
             lines += [_line(name + at, *pair) for name, *pair in _compared(trainer, rows, *TOLERANCES[dtype])]
     return pd.DataFrame(lines)
@@ -89,11 +86,11 @@ def parity(
 
 def _line(compared: str, difference: float | None = None, tolerance: float | None = None) -> dict[str, str]:
     """Two figures that should be one: how far apart they are, and how far rounding may set them apart."""
-    line = {"compared": compared, "difference": "", "tolerance": "", "result": "left out"}
-    if difference is None:
-        return line
-    result = "pass" if difference <= tolerance else "fail"  # nan passes nothing
-    return line | {"difference": f"{difference:.1e}", "tolerance": f"{tolerance:.0e}", "result": result}
+    figures = ("", "", "left out")
+    if difference is not None:
+        passes = difference <= tolerance  # nan does not
+        figures = (f"{difference:.1e}", f"{tolerance:.0e}", "pass" if passes else "fail")
+    return dict(zip(("compared", "difference", "tolerance", "result"), (compared, *figures), strict=True))
 
 
 def shortened(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -146,14 +143,15 @@ def _instead(*changes: tuple[Any, str, Any]) -> Iterator[None]:
 
 def without_dropout(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Dropout and layer drop off inside, in every module and the config, whichever the forward pass reads."""
-    return _instead(
-        *((owner, name, 0.0) for owner in (*model.modules(), model.config) for name in _dropouts(owner))
-    )
 
+    def drops(owner: Any, name: str) -> bool:
+        return "drop" in name or (name == "p" and "Dropout" in type(owner).__name__)
 
-def _dropouts(owner: Any) -> list[str]:
-    floats = [name for name, value in vars(owner).items() if type(value) is float]
-    return [name for name in floats if "drop" in name or (name == "p" and "Dropout" in type(owner).__name__)]
+    owners = (*model.modules(), model.config)
+    floats = [
+        (owner, name) for owner in owners for name, value in vars(owner).items() if type(value) is float
+    ]
+    return _instead(*((owner, name, 0.0) for owner, name in floats if drops(owner, name)))
 
 
 def _trainer(config, student, teacher, tokenizer, prepared, rows, folder: Path) -> DistillationTrainer:
@@ -175,8 +173,7 @@ def _trainer(config, student, teacher, tokenizer, prepared, rows, folder: Path) 
         workspace=Workspace(min(usual.chunk or tokens, tokens // 3 + 1), compiled=usual.compiled),
         folder=StudentFolder(folder),
     )
-    # float16: the usual first scale of 65536 overflows until it has come down
-    if trainer.accelerator.scaler is not None:
+    if trainer.accelerator.scaler is not None:  # float16: the usual first scale of 65536 overflows
         trainer.accelerator.scaler = torch.amp.GradScaler(args.device.type, init_scale=2.0**10)
     return trainer
 
@@ -184,10 +181,9 @@ def _trainer(config, student, teacher, tokenizer, prepared, rows, folder: Path) 
 def _compared(
     trainer: DistillationTrainer, rows: Sequence[Mapping], terms: float, gradient: float
 ) -> Iterator[tuple]:
-    """(compared, difference, tolerance) of the five at one fraction; two sides differ in one thing only.
+    """(compared, difference, tolerance) of each pair; its two sides differ in one thing only.
 
-    Chunks come first: an error there comes out differently for other batches, so that later lines show it
-    too.
+    Chunks come first: an error there shows in later lines too.
     """
     whole, count = trainer.data_collator(rows), len(rows)
     tokens, chunk = len(kept(whole["labels"]).targets), trainer.workspace.chunk
@@ -195,19 +191,16 @@ def _compared(
     if whole["labels"].ndim == 1:
         yield (f"logits by the chunk: a row has {trainer.vocabulary}, one for each class, made at once",)
     else:
-        how = f"{chunk} logits at a time = all at once"
-        if not trainer.form:
-            how = "logits all at once, twice: this head is no plain matrix"
-        with _instead(
-            (trainer, "form", None), (trainer.teacher, "form", None)
-        ):  # made by the models themselves
-            other, its_slopes = _step(trainer, [whole])
-        yield f"{how}, terms", _furthest(sums, other, tokens), terms
-        yield f"{how}, gradient", _apart(slopes, its_slopes), gradient
+        how = "logits all at once, twice: this head is no plain matrix"
+        if trainer.form:
+            how = f"{chunk} logits at a time = all at once"
+        with _instead((trainer, "form", None), (trainer.teacher, "form", None)):  # by the models themselves
+            dense, dense_slopes = _step(trainer, [whole])
+        yield f"{how}, terms", _furthest(sums, dense, tokens), terms
+        yield f"{how}, gradient", _apart(slopes, dense_slopes), gradient
     ones = [{name: values[i : i + 1] for name, values in whole.items()} for i in range(count)]
-    _, other = _step(trainer, ones)
-    yield f"1 batch of {count} rows = {count} of 1, accumulated, gradient", _apart(slopes, other), gradient
-    del slopes, other
+    apart = _apart(slopes, _step(trainer, ones)[1])
+    yield f"1 batch of {count} rows = {count} of 1, accumulated, gradient", apart, gradient
     alone = [_step(trainer, [trainer.data_collator([row])])[0] for row in rows]
     added = {name: sum(each[name] for each in alone) for name in sums}
     yield "rows padded together = each row alone, terms", _furthest(sums, added, tokens), terms
@@ -234,40 +227,35 @@ def _step(
 
 
 def _evaluated(trainer: DistillationTrainer, batch: Mapping[str, Tensor]) -> dict[str, float]:
-    """The loss, the terms and kl_to_teacher as an evaluation here gives them, per token."""
+    """The loss, kl_to_teacher and the terms as an evaluation here gives them, per token."""
     figures = trainer.evaluation_loop([batch], "parity").metrics
-    terms = {name: f"{name}_loss" for name in trainer.objective.at(trainer.state.global_step).weights}
-    names = {"loss": "loss", "kl_to_teacher": "kl_to_teacher", **terms}
-    return {name: figures[f"eval_{figure}"] for name, figure in names.items()}
+    terms = trainer.objective.at(trainer.state.global_step).weights
+    found = {name: figures[f"eval_{name}"] for name in ("loss", "kl_to_teacher")}
+    return found | {name: figures[f"eval_{name}_loss"] for name in terms}
 
 
 def _against_itself(trainer: DistillationTrainer, batch: Mapping[str, Tensor]) -> float:
-    """The greatest term, of those whose least value is 0, with the teacher in the student's place.
-
-    It reads what the teacher is to read.
-    """
+    """The greatest term whose least value is 0: the teacher, and what it reads, in the student's place."""
     read = {name: values for name, values in batch.items() if name.startswith("teacher_")}
-    batch = {**batch, **{name.removeprefix("teacher_"): values for name, values in read.items()}}
     teacher, pairs = trainer.teacher, [(theirs, theirs) for _, theirs in trainer.layer_pairs]
-    itself = (("model", teacher.model), ("form", teacher.form), ("layer_pairs", pairs))
-    with _instead(*((trainer, name, value) for name, value in itself)):
-        figures = _evaluated(trainer, batch)
+    itself = {"model": teacher.model, "form": teacher.form, "layer_pairs": pairs}
+    with _instead(*((trainer, name, value) for name, value in itself.items())):
+        mine = {name.removeprefix("teacher_"): values for name, values in read.items()}
+        figures = _evaluated(trainer, {**batch, **mine})
     return max(abs(value) for name, value in figures.items() if name not in CONTRASTIVE | {"loss"})
 
 
 def _furthest(one: Mapping[str, float], other: Mapping[str, float], tokens: int = 1) -> float:
     """The greatest relative difference of terms, divided by `tokens` each; nan where there is one."""
-    pairs = [(value / tokens, other[name] / tokens) for name, value in one.items()]
+    pairs = [(one[name] / tokens, other[name] / tokens) for name in one]
     return float(np.max([abs(a - b) / max(abs(a), abs(b), SMALL) for a, b in pairs]))
 
 
 def _apart(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     """|one - other| / |one| over all parameters; a gradient that only one of the two has is a difference."""
-    difference = size = 0.0
-    for name in {**one, **other}:
-        ours, theirs = one.get(name, 0.0), other.get(name, 0.0)
-        difference = math.hypot(difference, float(torch.as_tensor(ours - theirs).float().norm()))
-        size = math.hypot(size, float(torch.as_tensor(ours).float().norm()))
+    pairs = [(one.get(name, 0.0), other.get(name, 0.0)) for name in {**one, **other}]
+    difference = math.hypot(*(float(torch.as_tensor(a - b).float().norm()) for a, b in pairs))
+    size = math.hypot(*(float(torch.as_tensor(a).float().norm()) for a, _ in pairs))
     return difference / size if size else difference
 
 
