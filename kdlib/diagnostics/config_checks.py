@@ -32,15 +32,9 @@ def checkpointing_lets_gradients_through(context: Context) -> Findings:
     options = training.get(f"{kind}_checkpointing_kwargs")
     reentrant = isinstance(options, dict) and options.get("use_reentrant")
     if training.get(f"{kind}_checkpointing") and reentrant and feature_terms(context.active):
-        where = f"training.{kind}_checkpointing_kwargs.use_reentrant"
-        yield critical(
-            where,
-            "true beside a term that looks inside the layers",
-            "re-entrant checkpointing runs a layer without gradient first, so such a term would teach "
-            "nothing",
-            "write false",
-            {where: False},
-        )
+        where, found = f"training.{kind}_checkpointing_kwargs.use_reentrant", "true beside a feature term"
+        why = "re-entrant checkpointing runs a layer without gradient first: such a term would teach nothing"
+        yield critical(where, found, why, "write false", {where: False})
 
 
 def settings_are_used(context: Context) -> Findings:
@@ -48,57 +42,39 @@ def settings_are_used(context: Context) -> Findings:
     loss = context.config.loss
     for name in ("divergence", "top_k", "samples") if "kd" not in context.active else ():
         if (value := getattr(loss, name)) != LossConfig.model_fields[name].default:
-            yield warning(
-                f"loss.{name}",
-                f"{value}, but no weight for kd, the term that it shapes",
-                f"only kd reads it; {', '.join(context.active)} do not",
-                "give kd a weight, or leave it out",
-            )
+            found, why = f"{value}, but no weight for kd", f"{', '.join(context.active)} do not read it"
+            yield warning(f"loss.{name}", found, why, "give kd a weight, or leave it out")
 
 
 def schedule_can_be_made(context: Context) -> Findings:
     """The Trainer's schedule accepts its arguments, among which may be no `num_training_steps`."""
-    given = context.config.training.get("lr_scheduler_kwargs")
+    where, given = "training.lr_scheduler_kwargs", context.config.training.get("lr_scheduler_kwargs")
     if isinstance(given, Mapping) and "num_training_steps" in given:
-        kept = {name: value for name, value in given.items() if name != "num_training_steps"}
-        yield critical(
-            "training.lr_scheduler_kwargs",
-            f"num_training_steps: {given['num_training_steps']} in a training of {context.steps} optimizer "
-            "steps",
-            "the Trainer counts the steps itself, and its schedule fails on two counts",
-            "leave num_training_steps out",
-            {"training.lr_scheduler_kwargs": kept or None},
-        )
+        kept = dict(given)
+        found = f"num_training_steps: {kept.pop('num_training_steps')} in a training of {context.steps} steps"
+        why = "the Trainer counts the steps itself, and its schedule fails on two counts"
+        yield critical(where, found, why, "leave num_training_steps out", {where: kept or None})
     else:
         _ = context.learning_rate  # its failure is the finding
 
 
 def warm_up_fits(context: Context) -> Findings:
     """The warm-up ends within the training, and leaves most of it."""
-    args, steps = context.args, context.steps
-    warm_up = args.get_warmup_steps(steps)
+    args, steps, where = context.args, context.steps, "training.warmup_steps"
+    warm_up, rate = args.get_warmup_steps(steps), args.learning_rate
     if context.has_own_schedule or context.config.training.get("lr_scheduler_type") in WITHOUT_WARM_UP:
         return
     if warm_up <= LONG_WARM_UP * steps or steps < 2:
         return
-    batches = ""
+    peak, found = min((steps - 1) / warm_up, 1.0), f"a warm-up of {warm_up} optimizer steps in a training of"
+    found += f" {steps}: the learning rate gets to {rate * peak:.1e} of {rate:.1e}"
     if (accumulation := args.gradient_accumulation_steps) > 1:
-        batches = (
-            f"; as batches, {accumulation} of which make an optimizer step, it would be "
-            f"{warm_up / accumulation:g} steps"
-        )
-    rate = args.learning_rate
-    peak = rate * min((steps - 1) / warm_up, 1.0)
-    yield Finding(
-        "critical" if peak < FLAT * rate else "warning",
-        "training.warmup_steps",
-        f"a warm-up of {warm_up} optimizer steps in a training of {steps}: the learning rate gets to "
-        f"{peak:.1e} of {rate:.1e}{batches}",
-        "while it warms up the learning rate is below what was chosen, and a schedule that counts batches "
-        "stays near zero to the end",
-        f"count optimizer steps, or give a share of them: warmup_steps: {SHARE:g}",
-        {"training.warmup_steps": SHARE},
+        found += f"; counted in batches, {accumulation} a step, it would be {warm_up / accumulation:g} steps"
+    why = (
+        "until then the learning rate is below what was chosen; counted in batches it stays near 0 to the end"
     )
+    do = f"count optimizer steps, or give a share of them: warmup_steps: {SHARE:g}"
+    yield Finding("critical" if peak < FLAT else "warning", where, found, why, do, {where: SHARE})
 
 
 def learning_rate_reaches_its_peak(context: Context) -> Findings:
@@ -108,22 +84,19 @@ def learning_rate_reaches_its_peak(context: Context) -> Findings:
     if context.learning_rate is None or steps < 2 or (named and warm_up > LONG_WARM_UP * steps):
         return
     values = _rates(context)
-    still = sum(value < FLAT * max(values) for value in values) / len(values)
-    if named and max(values) < REACHED:
+    peak = max(values)
+    still = sum(value < FLAT * peak for value in values) / len(values)
+    if named and peak < REACHED:
+        found = f"the learning rate gets to {rate * peak:.1e} of {rate:.1e} in {steps} steps"
+        why, do = "it never reaches what was chosen", "leave these out, or make the schedule fit the steps"
         yield Finding(
-            "critical" if max(values) < FLAT else "warning",
-            "training.lr_scheduler_kwargs",
-            f"the learning rate gets to {rate * max(values):.1e} of {rate:.1e} in {steps} steps",
-            "it never reaches what was chosen",
-            "leave lr_scheduler_kwargs out, or make the schedule fit the steps",
+            "critical" if peak < FLAT else "warning", "training.lr_scheduler_kwargs", found, why, do
         )
     elif still > LONG_WARM_UP:
-        yield warning(
-            "training.lr_scheduler_type",
-            f"in {still:.0%} of the {steps} steps the learning rate is below {FLAT:.0%} of its peak",
-            "steps at a learning rate near zero take time and change nothing",
-            "stretch the schedule over the training, or train for fewer steps",
-        )
+        found = f"in {still:.0%} of the {steps} steps the learning rate is below {FLAT:.0%} of its peak"
+        why = "steps at a learning rate near 0 take time and change nothing"
+        do = "stretch the schedule over the training, or train for fewer steps"
+        yield warning("training.lr_scheduler_type", found, why, do)
 
 
 def learning_rate_in_range(context: Context) -> Findings:
@@ -134,11 +107,10 @@ def learning_rate_in_range(context: Context) -> Findings:
     weight.  Lion takes a fifth (Chen et al. 2023: a third to a tenth).  Of SGD only the order of magnitude is
     judged, of other optimizers nothing but that it is not 0.
     """
-    rate, optimizer = context.args.learning_rate, context.args.optim
-    optimizer = getattr(optimizer, "value", str(optimizer))
-    if context.has_own_schedule and context.learning_rate is not None:
+    rate, where = context.args.learning_rate, "training.learning_rate"
+    optimizer = getattr(context.args.optim, "value", str(context.args.optim))
+    if context.has_own_schedule:
         rate *= max(_rates(context))
-    where = "training.learning_rate"
     if rate <= 0:
         yield critical(where, f"{rate:g}", "no weight moves at a learning rate of 0", "give one, as 1e-4")
         return
@@ -153,35 +125,26 @@ def learning_rate_in_range(context: Context) -> Findings:
         return
     if not low <= rate <= high:
         far, rounded = not low / FAR_OUT <= rate <= high * FAR_OUT, float(f"{proposed:.1g}")
-        yield Finding(
-            "critical" if far else "warning",
-            where,
-            f"a peak of {rate:.1e}; with {rule} trainings go well from {low:.0e} to {high:.0e}",
-            "above it a training diverges, below it the weights hardly move before the steps are used up",
-            f"try {rounded:g}",
-            {where: rounded} if far and not context.has_own_schedule else None,
-        )
+        found = f"a peak of {rate:.1e}; with {rule} trainings go well from {low:.0e} to {high:.0e}"
+        why = "above it a training diverges, below it the weights hardly move before the steps are used up"
+        change = {where: rounded} if far and not context.has_own_schedule else None
+        yield Finding("critical" if far else "warning", where, found, why, f"try {rounded:g}", change)
 
 
 def steps_are_not_batches(context: Context) -> Findings:
     """`max_steps` is not the number of batches, which accumulation makes fewer steps of."""
-    (fewest, most), steps = IN_BATCHES, context.args.max_steps
+    (fewest, most), steps, where = IN_BATCHES, context.args.max_steps, "training.max_steps"
     accumulation = context.args.gradient_accumulation_steps
     if steps <= 0 or accumulation == 1 or (batches := context.extent.batches) < fewest:
         return
     passes, odd = divmod(steps, batches)
     if not odd and passes <= most:
         meant = passes * -(-batches // accumulation)
-        yield warning(
-            "training.max_steps",
-            f"{steps}, which is the number of batches in {passes} pass{'es' * (passes > 1)} over "
-            f"{context.extent.rows} rows; {accumulation} batches make one optimizer step, so the training "
-            f"would pass {context.extent.passes:.1f} times over the text",
-            "steps are optimizer steps: counted in batches, a training and all its schedules are too long by "
-            "the accumulation",
-            f"write {meant}",
-            {"training.max_steps": meant},
-        )
+        found = f"{steps}, the number of batches in {passes} pass{'es' * (passes > 1)} over "
+        found += f"{context.extent.rows} rows; with {accumulation} batches to an optimizer step the training "
+        found += f"passes {context.extent.passes:.1f} times over the text"
+        why = "counted in batches, a training and all its schedules are too long by the accumulation"
+        yield warning(where, found, why, f"write {meant}", {where: meant})
 
 
 def intervals_fit(context: Context) -> Findings:
@@ -198,12 +161,9 @@ def intervals_fit(context: Context) -> Findings:
             found = f"{interval:g} in a training of {steps} steps"
             yield warning(where, found, lost, f"write {shorter}", {where: shorter})
     if args.save_strategy == "steps" and args.save_steps > steps > 1:
-        yield note(
-            "training.save_steps",
-            f"{args.save_steps:g} in a training of {steps} steps",
-            "a training that is stopped by force starts again from the beginning",
-            "save more often, if it takes long",
-        )
+        found = f"{args.save_steps:g} in a training of {steps} steps"
+        why = "a training that is stopped by force starts again from the beginning"
+        yield note("training.save_steps", found, why, "save more often, if it takes long")
 
 
 def batch_is_sensible(context: Context) -> Findings:
@@ -236,36 +196,28 @@ def phases_start(context: Context) -> Findings:
         near = range(int(start * steps), min(int(phase.until * steps) + 1, steps))
         if not any(start <= step / steps < phase.until for step in near):
             span = f"phase {number + 1}, from {start:.4g} to {phase.until:.4g} of a training of {steps} steps"
-            yield warning(
-                f"loss.curriculum.{number}.until",
-                f"{span}, has no step",
-                "its weights never hold",
-                f"make it longer than {1 / steps:.2g} of the training, or leave it out",
-            )
+            found, why = f"{span}, has no step", "its weights never hold"
+            do = f"make it longer than {1 / steps:.2g} of the training, or leave it out"
+            yield warning(f"loss.curriculum.{number}.until", found, why, do)
         start = phase.until
 
 
 def feature_terms_start_when_meant(context: Context) -> Findings:
     """A feature term that a later phase brings in is off before it, where its usual weight else holds."""
-    loss, phases = context.config.loss, context.config.loss.curriculum or []
-    for term in [name for name in loss.weights if name in FEATURE_TERMS]:
+    weights, phases = context.config.loss.weights, context.config.loss.curriculum or []
+    for term in [name for name in weights if name in FEATURE_TERMS]:
         first = next((number for number, phase in enumerate(phases) if term in phase.weights), 0)
-        if first == 0 or from_spec(loss.weights[term])(0.0) == 0:
+        if first == 0 or from_spec(weights[term])(0.0) == 0:
             continue
-        usual, later = loss.weights[term], from_spec(phases[first].weights[term])(1.0)
+        usual, later = weights[term], from_spec(phases[first].weights[term])(1.0)
         if later < usual:  # fading out, which is a use of the usual weight
             continue
-        has_others = all(set(loss.weights) - {term} | set(phase.weights) for phase in phases[:first])
+        has_others = all(set(weights) - {term} | set(phase.weights) for phase in phases[:first])
         change = {f"loss.curriculum.{number}.weights.{term}": 0 for number in range(first)}
-        yield warning(
-            f"loss.curriculum.0.weights.{term}",
-            f"{term} comes in with phase {first + 1}, at {later:g}, but phase 1 does not name it and leaves "
-            f"it at {usual:g}",
-            "a phase that does not name a term leaves it at its usual weight, so the term acts from the "
-            "first step on",
-            f"write {term}: 0 in the weights of phase 1{f' to {first}' * (first > 1)}",
-            change if has_others else None,
-        )
+        found = f"{term} comes in with phase {first + 1}, at {later:g}, but phase 1 leaves it at {usual:g}"
+        why = "where a phase does not name it a term has its usual weight, so it acts from the first step on"
+        do = f"write {term}: 0 in the weights of phase 1{f' to {first}' * (first > 1)}"
+        yield warning(next(iter(change)), found, why, do, change if has_others else None)
 
 
 def _rates(context: Context) -> list[float]:

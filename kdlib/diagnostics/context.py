@@ -6,6 +6,7 @@ Checks are generators: `Context` → `Finding`s, none for what is well.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,11 +113,8 @@ class FirstBatch:
 
     def means(self, at: ObjectiveAt) -> dict[str, float]:
         """{term of the objective: unweighted nats per token}."""
-        of, terms = (
-            (self.student, self.teacher, self.tokens.targets, self.tokens.rows),
-            {"ce": EVAL_TERMS["ce"]},
-        )
-        sums = row_sums(*of, row_count=self.rows, at=at, terms=terms, chunk=CHUNK)
+        of, ce = (self.student, self.teacher, self.tokens.targets, self.tokens.rows), EVAL_TERMS["ce"]
+        sums = row_sums(*of, row_count=self.rows, at=at, terms={"ce": ce}, chunk=CHUNK)
         return {name: float(sums[name].sum()) / max(len(self.tokens.targets), 1) for name in at.weights}
 
     def teacher_logits(self) -> Iterator[Tensor]:
@@ -139,12 +137,9 @@ class Context:
         made: Mapping[str, Any] | None = None,
         forecast: Callable[..., Any] | None = None,
     ) -> None:
-        """
-        Args:
-            made: parts that are there already, by the names of the properties below.
-            forecast: kdlib.diagnostics.memory.forecast, for the check that asks whether memory suffices.
-        """
-        self.config, self.made, self.forecast = config, dict(made or {}), forecast
+        """`made` are parts that are there already, by the names of the properties below."""
+        self.config, self.made = config, dict(made or {})
+        self.forecast = forecast  # kdlib.diagnostics.memory.forecast, for `memory_suffices`
 
     def mended(self, config: Config) -> "Context":
         """Another config, with what is loaded, where it names the same."""
@@ -171,8 +166,9 @@ class Context:
         args = training_arguments(self.config.model_copy(update={"precision": "float32"}), Path("unused"))
         rows, batches = args.train_batch_size, args.gradient_accumulation_steps
         if min(rows, batches) < 1:
-            found = f"found {rows} rows a batch and {batches} batches a step"
-            raise ConfigError(f"{found}; both must be 1 or more")
+            raise ConfigError(
+                f"found {rows} rows a batch and {batches} batches a step; both must be 1 or more"
+            )
         return args
 
     @part("training")
@@ -205,7 +201,7 @@ class Context:
             return lambda step: schedule(step / steps)
         kind, warm_up = args.lr_scheduler_type, args.get_warmup_steps(steps)
         try:
-            optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+            optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
             scheduler = get_scheduler(kind, optimizer, warm_up, steps, args.lr_scheduler_kwargs)
             schedule = scheduler.lr_lambdas[0] if isinstance(scheduler, LambdaLR) else None
             if schedule:
@@ -256,8 +252,7 @@ class Context:
     def teacher(self) -> LiveTeacher:
         """In a dtype that the machine is good at and that has float32's range: what float16 lacks is seen."""
         device = device_of(self.config.wanted_device)
-        dtype, _ = precision_of("auto", device)
-        found = tasks.load_teacher(self.config, self.prepared, dtype)
+        found = tasks.load_teacher(self.config, self.prepared, precision_of("auto", device)[0])
         found.model.to(device)
         return found
 
@@ -266,9 +261,9 @@ class Context:
         """Untrained, as a run would start with it."""
         config, teacher, prepared = self.config, self.teacher.model, self.prepared
         layers = tasks.layers_for_student(config, teacher, prepared)
-        own = layers is None
-        made = tasks.untrained_student(config, prepared, None) if own else shallower(teacher, layers)
-        return made.to(teacher.device)
+        if layers is None:
+            return tasks.untrained_student(config, prepared, None).to(teacher.device)
+        return shallower(teacher, layers).to(teacher.device)
 
     @part("loss.features.layers")
     def pairs(self) -> LayerPairs:
@@ -278,16 +273,14 @@ class Context:
     @part("loss.weights")
     def batch(self) -> FirstBatch:
         """The first rows, no more than `TOKENS` tokens, through both models."""
-        rows, total, prepared = [], 0, self.prepared
-        for row in prepared.train.select(range(min(self.args.train_batch_size, len(prepared.train)))):
-            if rows and total + len(row["input_ids"]) > TOKENS:
-                break
-            rows, total = [*rows, row], total + len(row["input_ids"])
-        device, student, size = self.teacher.model.device, self.student, prepared.vocabulary
-        batch = {name: values.to(device) for name, values in prepared.collate(rows).items()}
+        prepared, student = self.prepared, self.student
+        rows = prepared.train.select(range(min(self.args.train_batch_size, len(prepared.train)))).to_list()
+        counts = accumulate(len(row["input_ids"]) for row in rows)
+        rows = rows[: max(sum(count <= TOKENS for count in counts), 1)]
+        batch = {name: values.to(student.device) for name, values in prepared.collate(rows).items()}
         tokens, every = kept(batch["labels"]), ObjectiveAt(dict.fromkeys(self.active, 1.0), {})
         ours, theirs = insides(every, self.pairs, student)
         with torch.no_grad():
-            form = head_form(student)
-            said = signal_of(student, batch, tokens, vocabulary=size, form=form, inside=ours)
+            of = {"vocabulary": prepared.vocabulary, "form": head_form(student), "inside": ours}
+            said = signal_of(student, batch, tokens, **of)
         return FirstBatch(tokens, said, self.teacher(batch, tokens, theirs), len(rows))

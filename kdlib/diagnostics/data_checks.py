@@ -47,19 +47,17 @@ def documents_have_something_to_predict(context: Context) -> Findings:
             and all(isinstance(text, str) for text in sample[other])
             and _too_short(sample, other, context) <= LEFT_OUT * len(sample)
         ]
-        better = f"; those in {', '.join(others)} are not" if others else ""
-        yield Finding(
-            "critical" if short == total else "warning",
-            "data.text",
-            f"{short} of the {total} {name} documents in the column {column!r} are shorter than two tokens "
-            f"and left out{better}",
-            "the first token of a row is never predicted, so such a row has no kept token and teaches "
-            "nothing",
-            f"name the column with the text: {others[0]}"
-            if others
-            else "look at the text, and leave such rows out of it",
-            {"data.text": others[0]} if len(others) == 1 else None,
+        found = (
+            f"{short} of the {total} {name} documents in the column {column!r} are shorter than two tokens"
         )
+        found += " and left out"
+        why = "the first token of a row is never predicted, so such a row teaches nothing"
+        do = "look at the text, and leave such rows out of it"
+        if others:
+            found += f"; those in {', '.join(others)} are not"
+            do = f"name the column with the text: {others[0]}"
+        change = {"data.text": others[0]} if len(others) == 1 else None
+        yield Finding("critical" if short == total else "warning", "data.text", found, why, do, change)
 
 
 def documents_are_not_cut(context: Context) -> Findings:
@@ -72,17 +70,15 @@ def documents_are_not_cut(context: Context) -> Findings:
         lost = notes.get(f"{name}_share_of_tokens_cut_off", 0.0)
         if shortened <= CUT_DOCUMENTS and lost <= CUT_TOKENS:
             continue
-        found = (
-            f"{shortened:.0%} of the {name} documents are longer than {context.config.data.max_length} "
-            f"tokens and cut, which loses {lost:.0%} of all tokens; the longest has "
-            f"{notes[f'{name}_longest_document']}"
-        )
+        found = f"{shortened:.0%} of the {name} documents are longer than {context.config.data.max_length} "
+        found += f"tokens and cut, which loses {lost:.0%} of all tokens"
+        found += f"; the longest has {notes[f'{name}_longest_document']}"
         if context.rules.unit == "row":
             why = "what is cut off is not read: see whether the beginning of a text tells its class"
             yield note("data.max_length", found, why, "raise max_length")
         else:
             why = "what is cut off is never trained on: the ends of long texts, or whole answers"
-            do = "raise max_length, or set packing: true" if can_pack else "raise max_length"
+            do = "raise max_length" + ", or set packing: true" * can_pack
             yield warning("data.max_length", found, why, do)
 
 
@@ -92,13 +88,9 @@ def documents_came_once(context: Context) -> Findings:
     out = notes.get("duplicate_documents_left_out", 0)
     total = out and notes["train_documents"] + notes["validation_documents"] + out
     if out > LEFT_OUT * total:
-        yield Finding(
-            "warning" if out > MOSTLY * total else "note",
-            "data.text",
-            f"{out} of {total} documents came twice and were left out",
-            "each text is kept once, on one side",
-            f"see whether {column!r} is the column with the text",
-        )
+        found = f"{out} of {total} documents came twice and were left out"
+        severe, do = out > MOSTLY * total, f"see whether {column!r} is the column with the text"
+        yield (warning if severe else note)("data.text", found, "each text is kept once, on one side", do)
 
 
 def held_out_text_is_new(context: Context) -> Findings:
@@ -112,13 +104,9 @@ def enough_is_held_out(context: Context) -> Findings:
     """A comparison on a handful of rows tells nothing."""
     rows, tokens = (context.prepared.notes[f"validation_{name}"] for name in ("rows", "tokens"))
     if rows < FEW_ROWS or tokens < FEW_TOKENS:
-        yield warning(
-            "data.max_eval_rows" if rows == context.config.data.max_eval_rows else "data.validation",
-            f"{rows} rows with {tokens} tokens are held out",
-            f"below {FEW_ROWS} rows or {FEW_TOKENS:,} tokens the intervals of a comparison are too wide to "
-            "tell models apart",
-            "hold out more, or give more text",
-        )
+        found, few = f"{rows} rows with {tokens} tokens are held out", f"{FEW_ROWS} rows or {FEW_TOKENS:,}"
+        why = f"below {few} tokens the intervals of a comparison are too wide to tell models apart"
+        yield warning(_held_out_by(context, rows), found, why, "hold out more, or give more text")
 
 
 def held_out_questions_are_new(context: Context) -> Findings:
@@ -131,13 +119,10 @@ def held_out_questions_are_new(context: Context) -> Findings:
 def enough_questions_are_held_out(context: Context) -> Findings:
     """An accuracy over few questions tells nothing."""
     if (count := len(context.prepared.validation)) < FEW_HELD_OUT:
-        yield warning(
-            "data.max_eval_rows" if context.config.data.max_eval_rows == count else "data.validation",
-            f"{count} questions are held out",
-            f"an accuracy near one half is then known within ±{1.96 * math.sqrt(0.25 / count):.0%} only, "
-            "which tells few students apart",
-            "hold out more, or give more questions",
-        )
+        within = f"±{1.96 * math.sqrt(0.25 / count):.0%}"
+        why = f"an accuracy near one half is then known within {within} only, which tells few students apart"
+        where, found = _held_out_by(context, count), f"{count} questions are held out"
+        yield warning(where, found, why, "hold out more, or give more questions")
 
 
 def teacher_has_a_head(context: Context) -> Findings:
@@ -152,24 +137,19 @@ def teacher_has_a_head(context: Context) -> Findings:
         raise Unavailable("teacher.model", error) from error
     kinds = getattr(stated, "architectures", None) or []
     classifies = any("Classification" in kind for kind in kinds)
-    if order is not None and (not kinds or classifies):
-        if named_classes(stated) is None:
-            yield note(
-                "teacher.model",
-                f"its {len(labels)} classes have no names (LABEL_0, …)",
-                f"they are taken in the order of the data's ({', '.join(labels[:3])}, …); in another it "
-                "would teach nonsense",
-                "see that its accuracy is far above chance; or give data.labels in the teacher's order",
-            )
-        return
-    found = f"a head for {stated.num_labels} classes" if classifies else "no head for classes"
-    yield critical(
-        "teacher.model",
-        f"{config.teacher.model} has {found}; the data has {len(labels)}",
-        "a head that was never trained says nothing, so there is nothing to teach",
-        "train it first with a stage of its own (teacher_stage: {training: {num_train_epochs: 3, "
-        "learning_rate: 2e-5}}), or name a teacher that was trained on these classes",
-    )
+    if order is None or (kinds and not classifies):
+        head = f"a head for {stated.num_labels} classes" if classifies else "no head for classes"
+        found = f"{config.teacher.model} has {head}; the data has {len(labels)}"
+        why = "a head that was never trained has nothing to teach"
+        do = (
+            "train it first (teacher_stage: {training: {num_train_epochs: 3, learning_rate: 2e-5}}), or name "
+        )
+        yield critical("teacher.model", found, why, f"{do}a teacher that was trained on these classes")
+    elif named_classes(stated) is None:
+        found, named = f"its {len(labels)} classes have no names (LABEL_0, …)", ", ".join(labels[:3])
+        why = f"they are taken in the order of the data's ({named}, …); in another it would teach nonsense"
+        do = "see that its accuracy is far above chance; or give data.labels in the teacher's order"
+        yield note("teacher.model", found, why, do)
 
 
 def enough_rows_are_held_out(context: Context) -> Findings:
@@ -177,31 +157,21 @@ def enough_rows_are_held_out(context: Context) -> Findings:
     notes, data = context.prepared.notes, context.config.data
     rows, conflicting = notes["validation_rows"], notes.get("conflicting_documents_left_out", 0)
     if rows < FEW_HELD_OUT:
-        is_limited = data.max_eval_rows is not None and rows >= data.max_eval_rows
-        yield warning(
-            "data.max_eval_rows" if is_limited else "data.validation",
-            f"{rows} rows are held out",
-            f"the accuracy of so few has a 95 % interval of up to ± {98 / math.sqrt(rows):.0f} points",
-            "hold out more",
-        )
+        why = f"the accuracy of so few has a 95 % interval of up to ± {98 / math.sqrt(rows):.0f} points"
+        yield warning(_held_out_by(context, rows), f"{rows} rows are held out", why, "hold out more")
     if conflicting > CONFLICTING * (notes["train_documents"] + notes["validation_documents"]):
-        yield warning(
-            "data.label",
-            f"{conflicting} texts stand there with two classes, and were left out",
-            "what is labelled by chance cannot be learned",
-            f"look at the column {data.label!r}",
-        )
+        found = f"{conflicting} texts stand there with two classes, and were left out"
+        why = "what is labelled by chance cannot be learned"
+        yield warning("data.label", found, why, f"look at the column {data.label!r}")
 
 
 def held_out_groups_are_new(context: Context) -> Findings:
     """What belongs together is on one side; where kdlib splits, it sees to that."""
     if count := context.prepared.notes.get("groups_on_two_sides", 0):
-        yield warning(
-            "data.group",
-            f"{count} groups of held-out rows are trained on as well",
-            "what is learned of a group is asked again, so the held-out figures read too high",
-            "mend the source's splits, or leave them out of it: kdlib's own keep groups whole",
-        )
+        found = f"{count} groups of held-out rows are trained on as well"
+        why = "what is learned of a group is asked again, so the held-out figures read too high"
+        do = "mend the source's splits, or leave them out of it: kdlib's own keep groups whole"
+        yield warning("data.group", found, why, do)
 
 
 def classes_are_large_enough(context: Context) -> Findings:
@@ -242,32 +212,31 @@ def teacher_knows_the_classes(context: Context) -> Findings:
     if len(came) < FEWEST:
         return
     right = sum(a == b for a, b in zip(said, came, strict=True)) / len(came)
-    chance = Counter(came).most_common(1)[0][1] / len(came)
+    chance = max(Counter(came).values()) / len(came)
     if right <= chance + 1.96 * math.sqrt(chance * (1 - chance) / len(came)):
-        yield Finding(
-            "critical" if right <= chance else "warning",
-            "teacher.model",
-            f"its accuracy on {len(came)} training rows is {right:.0%}, and always saying the commonest "
-            f"class gives {chance:.0%}",
-            "such a teacher was not trained for this, or its classes stand in another order: its soft labels "
-            "are noise",
-            "train it first (teacher_stage), or give data.labels in the order of the teacher's classes",
-        )
+        found = f"its accuracy on {len(came)} training rows is {right:.0%}, that of always saying the "
+        why = "its soft labels are noise: it was not trained for this, or has its classes in another order"
+        do = "train it first (teacher_stage), or give data.labels in the order of the teacher's classes"
+        severe, found = right <= chance, f"{found}commonest class {chance:.0%}"
+        yield (critical if severe else warning)("teacher.model", found, why, do)
+
+
+def _held_out_by(context: Context, rows: int) -> str:
+    """The setting by which so few rows are held out."""
+    most = context.config.data.max_eval_rows
+    return "data.validation" if most is None or rows < most else "data.max_eval_rows"
 
 
 def _repeated(split: str, what: str, trained: Sequence[str], held_out: Sequence[str]) -> Findings:
     """Held-out texts that are trained on."""
     known = set(trained)
     if (repeated := sum(text in known for text in held_out)) > REPEATED * len(held_out):
-        yield warning(
-            "data.source",
-            f"{repeated} of the {len(held_out)} {split} {what} are training {what} too",
-            "held-out figures then tell what was learned by heart",
-            "leave them out of one side, or give the source without its own split",
-        )
+        found = f"{repeated} of the {len(held_out)} {split} {what} are training {what} too"
+        why = "held-out figures then tell what was learned by heart"
+        do = "leave them out of one side, or give the source without its own split"
+        yield warning("data.source", found, why, do)
 
 
 def _too_short(documents: Dataset, column: str, context: Context) -> int:
     """How many have fewer than two tokens in this column."""
-    texts = documents.select_columns([column])
-    return len(texts) - len(tokenized(texts, column, context.tokenizer))
+    return len(documents) - len(tokenized(documents.select_columns([column]), column, context.tokenizer))

@@ -55,8 +55,7 @@ def diagnose(config: Config, *, quick: bool = False, made: Mapping[str, Any] | N
 
     Args:
         quick: leave out what needs the models' weights.
-        made: what is loaded already, by the names of kdlib.diagnostics.context.Context: tokenizer, prepared,
-            teacher, student.
+        made: what is loaded already, by the names of Context's properties: tokenizer, prepared, teacher, ….
     """
     return examine(Context(config, made, forecast), quick=quick)
 
@@ -66,17 +65,14 @@ def visit(
 ) -> Visit:
     """`diagnose` for a file; where that has faults itself, they are critical, and nothing else is looked at.
 
-    Writes nothing.
-
-    Args:
-        fix: change what some finding proposes to change, and put the overrides in; look again until nothing
-            is proposed.
+    With `fix` what findings propose is changed, and the overrides put in, until nothing more is proposed: in
+    the text that is returned; no file is written.
     """
     try:
-        config = configs.load(path, overrides)
+        context = Context(configs.load(path, overrides), forecast=forecast)
     except ConfigError as error:
         return Visit(faults(error), faults(error), {}, None)
-    context, before = Context(config, forecast=forecast), Path(path).read_text(encoding="utf-8")
+    before = Path(path).read_text(encoding="utf-8")
     found = left = examine(context, quick=quick)
     if not fix:
         return Visit(found, left, {}, before)
@@ -102,19 +98,21 @@ def examine(context: Context, *, quick: bool = False) -> list[Finding]:
     found = [each for check in (*CHECKS, *map(_named, task.checks)) for each in _answers(check, context)]
     if not any(each.severity == "critical" for each in found):  # what cannot train takes no memory
         found += _answers(memory_suffices, context)
-    stops = (
-        each.where
-        for each in found
-        if each.severity == "critical" and each.where.split(".")[0] in ("teacher", "student", "data")
-    )
+    grave = [each.where for each in found if each.severity == "critical"]
+    stops = [where for where in grave if where.split(".")[0] in ("teacher", "student", "data")]
+    why, do = "", "ask again when that is done"
     if quick:
-        found.append(_not_measured("asked to be quick", on_batches))
-    elif first := next(stops, None):
-        found.append(_not_measured(f"{first} comes first", on_batches))
+        why, do = "asked to be quick", "ask again without --quick"
+    elif stops:
+        why = f"{stops[0]} comes first"
     elif context.config.teacher_stage:
-        found.append(_not_measured("the teacher is trained first (teacher_stage)", on_batches))
+        why = "the teacher is trained first (teacher_stage)"
     else:
         found += [each for check in on_batches for each in _answers(check, context)]
+    if why:
+        open_yet = ", ".join(check.__name__.replace("_", " ") for check in on_batches)
+        why = f"{why}: the first batch was not measured"
+        found.append(Finding("note", "loss", why, f"so these are open: {open_yet}", do))
     return ordered(found)
 
 
@@ -123,8 +121,8 @@ def faults(error: ConfigError) -> list[Finding]:
     head, *lines = str(error).splitlines()
     if not re.search(r": \d+ faults?$", head):
         lines = [f"config: {error}"]
-    split = [line.strip().partition(": ") for line in lines]
     why, do = "the config cannot be read as it stands", "mend it by hand"
+    split = (line.strip().partition(": ") for line in lines)
     return [Finding("critical", where, what, why, do) for where, _, what in split]
 
 
@@ -139,14 +137,6 @@ def _answers(check, context: Context) -> Findings:
     except Unavailable as error:
         why = "what depends on it could not be checked"
         yield Finding("critical", error.where, str(error), why, "mend this first")
-
-
-def _not_measured(why: str, checks: Sequence[Any]) -> Finding:
-    names = ", ".join(check.__name__.replace("_", " ") for check in checks)
-    do = "ask again without --quick" if why.startswith("asked") else "ask again when that is done"
-    return Finding(
-        "note", "loss", f"{why}: the first batch was not measured", f"so these are open: {names}", do
-    )
 
 
 def rewritten(text: str, changes: Mapping[str, Any]) -> str:
@@ -194,8 +184,8 @@ def _inserted(text: str, section: yaml.MappingNode, line: str) -> str:
     indented = "\n" + " " * last.column
     if len(section.value) > 1:
         return f"{text[: last.index]}{line}{indented}{text[last.index :]}"
-    end = text.find("\n", _end(section))
-    end = len(text) if end < 0 else end
+    after = _end(section)
+    end = after + len(text[after:].partition("\n")[0])
     return f"{text[:end]}{indented}{line}{text[end:]}"
 
 

@@ -20,9 +20,6 @@ from kdlib.models.student import check_pair
 from kdlib.schedulers import SHAPES, breakpoints, from_spec
 
 AUTO = {"precision": "auto"}
-NO_LENGTH = {
-    "max_length": 2
-}  # with it `check_pair` looks at all but positions, which have a check of their own
 UNIFORM = 0.9  # of log V: the entropy above which a teacher says next to nothing
 TELLING = 0.6  # of log V: that of a temperature which is proposed
 PROPOSED = (4.0, 3.0, 2.0, 1.0)
@@ -35,45 +32,40 @@ def device_has_the_dtype(context: Context) -> Findings:
     precision, device = context.config.precision, device_of(context.config.wanted_device).type
     cuda = torch.cuda.get_device_name() if device == "cuda" else ""
     is_recent = bool(cuda) and torch.cuda.get_device_capability()[0] >= 8
-    emulated = "its products are then emulated"
+    emulated, ends = "its products are then emulated", "it ends at 65,504, which logits and gradients pass"
+    severity, where = "warning", "a CPU" if device == "cpu" else cuda
     if precision == "float16" and device == "cpu":
-        found, why = "float16 on a CPU", "most CPUs emulate its products, 60 times slower than float32's"
-        why += "; and it ends at 65,504, which logits pass"
+        severity, why = (
+            "critical",
+            f"most CPUs emulate its products, 60 times slower than float32's; and {ends}",
+        )
     elif precision == "float16" and is_recent:
-        found = f"float16 on {cuda}, which has bfloat16"
-        why = "float16 ends at 65,504, which logits and gradients pass"
-        why += "; bfloat16 has float32's range at the same speed"
+        where, why = f"{cuda}, which has bfloat16", f"{ends}; bfloat16 has float32's range at the same speed"
     elif precision == "bfloat16" and device == "cpu" and emulates_bf16():
-        found = "bfloat16 on a CPU without avx512_bf16 or amx_bf16"
+        where += " without avx512_bf16 or amx_bf16"
         why = f"{emulated}, 4 to 100 times slower than float32's"
     elif precision == "bfloat16" and cuda and not is_recent:
-        found = f"bfloat16 on {cuda}, which has no instructions for it"
-        why = f"{emulated}, slower than float32's"
+        where, why = f"{cuda}, which has no instructions for it", f"{emulated}, slower than float32's"
     else:
         return
-    severity = "critical" if precision == "float16" and device == "cpu" else "warning"
-    yield Finding(severity, "precision", found, why, "write auto", AUTO)
+    yield Finding(severity, "precision", f"{precision} on {where}", why, "write auto", AUTO)
 
 
 def rows_fit_the_positions(context: Context) -> Findings:
     """No row is longer than a model has positions."""
+    where, length = "data.max_length", context.config.data.max_length
     stated = {name: getattr(each, "max_position_embeddings", None) for name, each in context.configs.items()}
-    limits, length = {name: limit for name, limit in stated.items() if limit}, context.config.data.max_length
-    if limits and (least := min(limits.values())) < length:
-        yield critical(
-            "data.max_length",
-            f"{length}; the {min(limits, key=limits.get)} has {least} positions",
-            "beyond them a model fails, or says nothing that it has learned",
-            f"write {least}",
-            {"data.max_length": least},
-        )
+    name = min(stated, key=lambda name: stated[name] or math.inf)
+    if (least := stated[name] or math.inf) < length:
+        found, why = f"{length}; the {name} has {least} positions", "beyond them a model says nothing learned"
+        yield critical(where, found, f"{why}, or fails", f"write {least}", {where: least})
 
 
 def models_are_a_pair(context: Context) -> Findings:
     """The student has layers of the teacher's, or ids that mean the same; each model a row for every id."""
     config = context.config
     try:
-        data = config.data.model_copy(update=NO_LENGTH)
+        data = config.data.model_copy(update={"max_length": 2})  # positions have a check of their own
         check_pair(config.model_copy(update={"data": data}), context.tokenizer)
     except ModelError as error:
         raise Unavailable("student", error) from error
@@ -81,10 +73,8 @@ def models_are_a_pair(context: Context) -> Findings:
     for name, each in context.configs.items():
         where = "teacher.model" if name == "teacher" else "student.from"
         source = config.teacher.model if name == "teacher" else config.student.source
-        rows, tokens = (
-            each.get_text_config().vocab_size,
-            len(context.tokenizer if is_one else load_tokenizer(source)),
-        )
+        tokens = len(context.tokenizer if is_one else load_tokenizer(source))
+        rows = each.get_text_config().vocab_size
         if rows < tokens:
             matrix, whose = ("head", "the") if is_one else ("embedding", "its")
             found = f"the {name}'s {matrix} has {rows} rows, but {whose} tokenizer {tokens} tokens"
@@ -105,22 +95,16 @@ def tokenizers_agree(context: Context) -> Findings:
         own, teachers = getattr(ours, name), getattr(theirs, name)
         if own == teachers:
             continue
+        found = f"its {name} is {own!r}, the teacher's {teachers!r}"
         if name in ("bos_token", "eos_token"):
-            yield warning(
-                "student.from",
-                f"its {name} is {own!r}, the teacher's {teachers!r}",
-                "the text is made with the teacher's, which the student has not met in this place",
-                "train long enough for it to learn, or take a student of the teacher's family",
-            )
+            why = "the text is made with the teacher's, which the student has not met in this place"
+            do = "train long enough for it to learn, or take a student of the teacher's family"
+            yield warning("student.from", found, why, do)
         else:
-            shown = "" if name == "chat_template" else f": {own!r}, the teacher's {teachers!r}"
-            yield note(
-                "student.from",
-                f"its {name} differs from the teacher's{shown}",
-                "the trained student is saved with the teacher's tokenizer, whose template is the one that "
-                "is used; padding is masked",
-                "use the saved tokenizer with the trained student",
-            )
+            if name == "chat_template":
+                found = "its chat_template differs from the teacher's"
+            why = "the trained student is saved with the teacher's tokenizer and template; padding is masked"
+            yield note("student.from", found, why, "use the saved tokenizer with the trained student")
 
 
 def terms_have_a_source(context: Context) -> Findings:
@@ -129,22 +113,15 @@ def terms_have_a_source(context: Context) -> Findings:
     configs = (stated.get("student", stated["teacher"]), stated["teacher"])
     ours, theirs = (each.get_text_config().hidden_size for each in configs)
     for name in context.active:
-        term = FEATURE_TERMS.get(name)
+        term, where = FEATURE_TERMS.get(name), f"loss.weights.{name}"
         if term and term.projected and ours != theirs:
-            yield note(
-                f"loss.weights.{name}",
-                f"the student's states have {ours} dimensions, the teacher's {theirs}",
-                "they are compared through a projection, trained with the student and not saved in it",
-                "nothing",
-            )
+            found = f"the student's states have {ours} dimensions, the teacher's {theirs}"
+            why = "they are compared through a projection, trained with the student and not saved in it"
+            yield note(where, found, why, "nothing")
         if term and term.attention:
-            yield note(
-                f"loss.weights.{name}",
-                "both models switch to eager attention while this term has a weight",
-                "SDPA and flash attention make no maps; eager attention is slower and keeps [B, A, T, T] for "
-                "each layer",
-                "nothing, or compare hidden states instead",
-            )
+            found = "both models switch to eager attention while this term has a weight"
+            why = "other attention makes no maps; eager is slower and keeps [B, A, T, T] for each layer"
+            yield note(where, found, why, "nothing, or compare hidden states instead")
 
 
 def memory_suffices(context: Context) -> Findings:
@@ -156,16 +133,13 @@ def memory_suffices(context: Context) -> Findings:
     if judged == "fits":
         return
     tried = remedies(context.config, found, found.total, forecast)
-    changes = [
-        f"{each.overrides} ({each.what}): {each.peak / GIB:.1f} GiB"
-        for each in tried
-        if each.peak <= found.total
-    ]
+    fitting = [each for each in tried if each.peak <= found.total]
+    changes = [f"{each.overrides} ({each.what}): {each.peak / GIB:.1f} GiB" for each in fitting]
+    needed = f"the training is forecast to take {found.peak / GIB:.1f} GiB, {found.moment}"
     yield Finding(
         "critical" if judged == "does not fit" else "warning",
         "training.per_device_train_batch_size",
-        f"the training is forecast to take {found.peak / GIB:.1f} GiB, {found.moment}, and the device has "
-        f"{found.total / GIB:.1f}",
+        f"{needed}, and the device has {found.total / GIB:.1f}",
         "a training that runs out of memory ends without a word, on a CPU even with the whole machine",
         "; or ".join(changes) or "see `kd forecast`; take smaller models, shorter rows, or more memory",
     )
@@ -183,20 +157,20 @@ def temperature_leaves_something_to_teach(context: Context) -> Findings:
         done.add(highest)
         if not flatness(highest) > UNIFORM:  # nan is another check's
             continue
-        better = next((T for T in PROPOSED if highest > T and flatness(T) <= TELLING), None)
         where = f"loss.temperature.{term}" if by_term else "loss.temperature"
-        yield Finding(
-            "critical" if better and (lowest == highest or flatness(lowest) > UNIFORM) else "warning",
-            where,
+        found = (
             f"at T = {highest:g} the teacher's entropy on the first batch is {flatness(highest):.0%} of that "
-            "of a uniform guess" + (f"; at T = {better:g} it is {flatness(better):.0%}" if better else ""),
-            "a teacher that finds every token equally likely teaches nothing: what is left is its noise on "
-            "tokens that never come",
-            f"write {better:g}"
-            if better
-            else "see whether this teacher knows such text: it is near uniform at every temperature tried",
-            {where: better} if better and not isinstance(spec, Mapping) else None,
         )
+        found += "of a uniform guess"
+        why = "a teacher that finds every token equally likely teaches its noise on tokens that never come"
+        if better := next((T for T in PROPOSED if highest > T and flatness(T) <= TELLING), None):
+            found += f"; at T = {better:g} it is {flatness(better):.0%}"
+            severity = "critical" if lowest == highest or flatness(lowest) > UNIFORM else "warning"
+            change = None if isinstance(spec, Mapping) else {where: better}
+            yield Finding(severity, where, found, why, f"write {better:g}", change)
+        else:
+            do = "see whether this teacher knows such text: it is near uniform at every temperature tried"
+            yield warning(where, found, why, do)
 
 
 def terms_are_of_a_size(context: Context) -> Findings:
@@ -215,59 +189,49 @@ def terms_are_of_a_size(context: Context) -> Findings:
         if term == main or shares[main] == 0 or not all(math.isfinite(share) for share in shares.values()):
             continue
         if (mean := means(fraction)[term]) < EQUAL:
-            yield note(
-                f"loss.weights.{term}",
-                f"its value on the first batch is {mean:.1e}",
-                "student and teacher say the same there, so at first this term teaches nothing",
-                "nothing, if that is meant",
-            )
+            found = f"its value on the first batch is {mean:.1e}"
+            why = "student and teacher say the same there, so at first this term teaches nothing"
+            yield note(f"loss.weights.{term}", found, why, "nothing, if that is meant")
         elif max(ratio := shares[main] / shares[term], 1 / ratio) > UNLIKE:
             yield _unlike(context, term, main, shares, weights[term])
 
 
 def _unlike(context: Context, term: str, main: str, shares: Mapping[str, float], weight: float) -> Finding:
-    loss, ratio = context.config.loss, shares[main] / shares[term]
+    loss, ratio, where = context.config.loss, shares[main] / shares[term], f"loss.weights.{term}"
     proposed = float(f"{weight * ratio:.2g}")
     moves = isinstance(loss.weights.get(term, {}), Mapping) or any(
         term in phase.weights for phase in loss.curriculum or []
     )
     small, large, times = (term, main, ratio) if ratio > 1 else (main, term, 1 / ratio)
     listed = ", ".join(f"{name} {share:.2g}" for name, share in shares.items())
-    return warning(
-        f"loss.weights.{term}",
-        f"weight x value on the first batch: {listed}, so {large} counts {times:,.0f} times as much as "
-        f"{small}",
-        "the smaller term has no say. Weights taken from a project that sums KD over a row's tokens "
-        "(`batchmean`) look like this: here every term is a mean over tokens",
-        f"with the weight {proposed:g} {term} counts as much as {main}",
-        None if moves else {f"loss.weights.{term}": proposed},
-    )
+    found = f"weight x value on the first batch: {listed}"
+    found += f", so {large} counts {times:,.0f} times as much as {small}"
+    why = "the smaller term has no say. Weights for a KD summed over a row's tokens (`batchmean`) look like "
+    why += "this: here every term is a mean over tokens"
+    do = f"with the weight {proposed:g} {term} counts as much as {main}"
+    return warning(where, found, why, do, None if moves else {where: proposed})
 
 
 def teacher_is_finite(context: Context) -> Findings:
     """The teacher's logits are numbers, and such that the config's dtype has."""
     largest = max(float(logits.abs().amax()) for logits in context.batch.teacher_logits())  # nan wins
+    reach = f"the teacher's logits on the first batch reach {largest:.3g}"
     if not math.isfinite(largest):
-        yield critical(
-            "teacher.model",
-            f"the teacher's logits on the first batch reach {largest}, in float32",
+        why, do = (
             "nothing can be learned from them",
             "take another file of this model: its weights are damaged",
         )
+        yield critical("teacher.model", f"{reach}, in float32", why, do)
     elif context.config.precision == "float16" and largest > torch.finfo(torch.float16).max:
-        found = f"the teacher's logits on the first batch reach {largest:.3g}, and float16 ends at 65,504"
-        yield critical(
-            "precision", found, "beyond it they are infinite, and the loss is nan", "write auto", AUTO
-        )
+        found, why = f"{reach}, and float16 ends at 65,504", "beyond it the loss is nan"
+        yield critical("precision", found, why, "write auto", AUTO)
 
 
 def _flatness(context: Context, temperature: float) -> float:
     """The teacher's mean entropy over that of a uniform guess, 0 to 1."""
-    entropies = [
-        torch.special.entr(log_probs(logits, temperature).exp()) for logits in context.batch.teacher_logits()
-    ]
-    total, count = sum(float(each.sum()) for each in entropies), sum(map(len, entropies))
-    return total / max(count, 1) / math.log(entropies[0].shape[1] if entropies else 2)
+    probs = [log_probs(logits, temperature).exp() for logits in context.batch.teacher_logits()]
+    total, count = sum(float(torch.special.entr(each).sum()) for each in probs), sum(map(len, probs))
+    return total / max(count, 1) / math.log(probs[0].shape[1] if probs else 2)
 
 
 MODEL_CHECKS = (

@@ -57,6 +57,11 @@ def on_axis(model: str) -> str:
     return "\n".join(wrap(label_of(model), 10))
 
 
+def shortened(text: str, length: int) -> str:
+    """Its beginning, where it is longer."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 def colours_of(terms: Iterable[str]) -> dict[str, str]:
     """A colour for each term, the same in every figure for the usual ones."""
     found = {term: TERM_COLOURS[term] for term in terms if term in TERM_COLOURS}
@@ -68,14 +73,14 @@ def intervals(axes: Axes, at: Any, found: Mapping[str, Any], *, lying: bool = Fa
     """Values with whiskers over their intervals: the one way in which an interval is drawn.
 
     Args:
-        at: places on the other axis: a number or as many as there are values.
+        at: places on the other axis, one or as many as there are values.
         found: `value`, `low` and `high`, numbers or columns of them.
         lying: along x.
     """
     value, low, high = (np.atleast_1d(np.asarray(found[name], float)) for name in ("value", "low", "high"))
-    gaps = [np.maximum(value - low, 0), np.maximum(high - value, 0)]
-    x, y = (value, np.atleast_1d(at)) if lying else (np.atleast_1d(at), value)
-    axes.errorbar(x, y, **{"xerr" if lying else "yerr": gaps}, **{"capsize": 3, "fmt": "o"} | look)
+    gaps, at = np.maximum([value - low, high - value], 0), np.atleast_1d(at)
+    along = {"x": value, "y": at, "xerr": gaps} if lying else {"x": at, "y": value, "yerr": gaps}
+    axes.errorbar(**{"capsize": 3, "fmt": "o"} | along | look)
 
 
 def titled(figure: Figure, title: str) -> Figure:

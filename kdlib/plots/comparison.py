@@ -26,7 +26,7 @@ from kdlib.plots.classification import answer_figures
 
 COSTS = {  # what a comparison measures of it: how a column is headed, and its figures written
     "parameters": ("parameters", lambda count: f"{count / 1e6:.1f} M"),
-    "size_on_disk_gib": ("as safetensors, GiB", lambda size: f"{size:.2f}" if size >= 0.1 else f"{size:.2g}"),
+    "size_on_disk_gib": ("as safetensors, GiB", lambda size: f"{size:.{'2f' if size >= 0.1 else '2g'}}"),
     "forward_tokens_per_s": ("forward, tokens/s", "{:.0f}".format),
     "latency_ms": ("one row, ms (median, middle half)", with_interval),
     "throughput_rows_per_s": ("rows/s, in batches", "{:,.0f}".format),
@@ -60,8 +60,7 @@ def learning_curves(tables: Mapping[str, pd.DataFrame]) -> Figure:
 def comparison_bars(results: Mapping[str, Any]) -> Figure:
     """All models on the same held-out rows, with 95 % intervals."""
     figure, drawn = Figure(figsize=(10, 4.4), layout="constrained"), shown_in(results)[:DRAWN]
-    models = results["models"]
-    colours = colours_of_models(models)
+    colours = colours_of_models(models := results["models"])
     for axes, metric in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
         for place, (name, facts) in enumerate(models.items()):
             found, hatch = facts[metric], "//" if name == "teacher" else None
@@ -90,8 +89,7 @@ def sample_of(results: Mapping[str, Any]) -> str:
 
 def comparison_message(results: Mapping[str, Any]) -> str:
     """What the comparison found, in a sentence; says so where an interval overlaps zero."""
-    student, rival = student_of(results), rivals_of(results)[0]
-    parts = []
+    student, rival, parts = student_of(results), rivals_of(results)[0], []
     for metric in differing(results, rival, first=True):
         d, measure = difference(results, student, rival, metric), MEASURES[metric]
         better = d["value"] > 0 if measure.higher_is_better else d["value"] < 0
@@ -134,5 +132,5 @@ def difference_table(results: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def comparison_figures(results: Mapping[str, Any]) -> dict[str, Figure]:
-    """Every figure of a comparison, by name."""
+    """All, by name."""
     return {BARS: comparison_bars(results), **answer_figures(results)}

@@ -1,6 +1,5 @@
 """The picture of a training: panels above each other on one x axis.  Imports no torch."""
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -12,7 +11,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from kdlib.errors import ConfigError
-from kdlib.plots.axes import INK, SHADE, SOFT, colours_of
+from kdlib.plots.axes import INK, SHADE, SOFT, shortened
 from kdlib.plots.comparison import LEARNED, comparison_figures, learning_curves
 from kdlib.plots.training_panels import HELD_OUT, PANELS, TRAIN, Panel, Scene, View
 from kdlib.runs.folder import Run
@@ -33,15 +32,14 @@ def run_figures(run: Run, results: Mapping[str, Any] | None) -> dict[str, Figure
             figures["dashboard"] = dashboard(progress(run), others=others)
     if any(name in evaluation for name in LEARNED):
         who = "teacher" if run.manifest.get("teacher_stage") else "distilled"
-        figures["learning_curves"] = learning_curves(
-            {who: evaluation} | ({"baseline": baseline} if len(baseline) else {})
-        )
+        tables = {who: evaluation, "baseline": baseline}
+        figures["learning_curves"] = learning_curves({n: table for n, table in tables.items() if len(table)})
     return figures
 
 
 def dashboard(training: Progress, view: View | None = None, others: Sequence[Progress] = ()) -> Figure:
     """The whole picture of a training, with other trainings behind it, dashed."""
-    scene = _scene(training, view or View(), others)
+    scene = Scene(training, view or View(), others)
     panels = [panel for panel in PANELS if (panel.needs or panel.name) in scene.train]
     tall = HEAD + sum(panel.height + GAP for panel in panels) - GAP + FOOT if panels else BLANK
     figure = Figure(figsize=(WIDTH, tall), facecolor="white")
@@ -59,47 +57,19 @@ def dashboard(training: Progress, view: View | None = None, others: Sequence[Pro
     return figure
 
 
-def _scene(training: Progress, view: View, others: Sequence[Progress]) -> Scene:
-    """The training as one wants to see it: without a span of steps, some room ahead of where it stands.
-
-    Its right end is the whole training, or half, a quarter … of it, not yet passed: so it seldom moves.
-    Where the whole is not planned, it is the next round number.
-    """
-    step, ahead = max(training.step, 1), training.steps
-    if len(training.plan):
-        ahead /= 2 ** max(math.floor(math.log2(ahead / step)), 0)
-    else:
-        unit = 10 ** max(math.floor(math.log10(step)) - 1, 0)
-        ahead = math.ceil(step / unit) * unit
-    return Scene(
-        view,
-        training.tail,
-        training.plan,
-        training.phases,
-        training.step,
-        training.steps,
-        training.of,
-        colours=colours_of(training.terms),
-        terms=[term for term in training.terms if view.terms is None or term in view.terms],
-        span=view.steps or (0, ahead),
-        others={other.name: other.tail for other in others},
-    )
-
-
 def _head(figure: Figure, training: Progress, *, has_panels: bool) -> None:
     """Which run, how it stands, and what it said, or has reached."""
     said = training.message or (held_out_line(training) if has_panels else "")
     lines = (headline(training), where_line(training), said)
     for text, at, size in zip(lines, (0.3, 0.55, 0.77), (12, 9.5, 9.5), strict=True):
-        first = text.strip().partition("\n")[0]
-        shown = first if len(first) <= LETTERS else first[: LETTERS - 1] + "…"
+        shown = shortened(text.strip().partition("\n")[0], LETTERS)
         look = {"fontsize": size, "fontweight": "bold" if size == 12 else "normal", "color": INK}
         figure.text(LEFT / WIDTH, 1 - at / figure.get_figheight(), shown, parse_math=False, **look)
 
 
 def _draw(panel: Panel, scene: Scene, axes: Axes, *, title_above: float) -> None:
     """A panel in its axes; log only where there is something above 0 to show."""
-    axes.set_ylabel(panel.unit.replace("per token", f"per {scene.of}"), fontsize=8, color=SOFT)
+    axes.set_ylabel(panel.unit.replace("per token", f"per {scene.training.of}"), fontsize=8, color=SOFT)
     axes.yaxis.set_label_coords(-0.6 / (WIDTH - LEFT - RIGHT), 0.5)  # the same for all: aligned
     axes.tick_params(labelsize=8, labelbottom=False, length=3, color=SOFT)
     axes.spines[["top", "right"]].set_visible(False)
@@ -127,7 +97,7 @@ def _draw(panel: Panel, scene: Scene, axes: Axes, *, title_above: float) -> None
 
 def _phases(scene: Scene, axes: Axes, *, named: bool) -> None:
     """Where the curriculum's phases end; in one panel shaded, and by name."""
-    ends = [0.0, *(until * scene.steps for until, _ in scene.phases)]
+    ends = [0.0, *(until * scene.training.steps for until, _ in scene.training.phases)]
     for end in ends[1:-1]:
         axes.axvline(end, color=SOFT, linewidth=0.6, zorder=0)
     for number, (start, end) in enumerate(zip(ends, ends[1:], strict=False) if named else (), start=1):
@@ -143,7 +113,7 @@ def _steps_and_epochs(scene: Scene, first: Axes, last: Axes) -> None:
     first.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     last.set_xlabel("optimizer step", fontsize=9, color=INK)
     last.tick_params(labelbottom=True)
-    per_step = scene.train["epoch"].iloc[-1] / max(scene.step, 1) or 1.0
+    per_step = scene.train["epoch"].iloc[-1] / max(scene.training.step, 1) or 1.0
     above = first.secondary_xaxis("top", functions=(lambda x: x * per_step, lambda x: x / per_step))
     above.tick_params(labelsize=8, length=3, color=SOFT)
     above.set_xlabel("epoch", fontsize=8, color=SOFT)
@@ -155,7 +125,7 @@ def _legend(figure: Figure, scene: Scene) -> None:
         *(Patch(color=scene.colours[term], label=term) for term in scene.terms),
         Line2D([], [], color=TRAIN, label="training loss"),
         Line2D([], [], color=HELD_OUT, marker="o", markersize=3.5, label="held-out loss"),
-        *[Line2D([], [], color=SOFT, linewidth=0.8, label="as planned")][: len(scene.plan)],
+        *[Line2D([], [], color=SOFT, linewidth=0.8, label="as planned")][: len(scene.training.plan)],
         *(Line2D([], [], color=SOFT, linestyle=dash, label=name) for name, _, dash in scene.dashed),
     ]
     at = (LEFT / WIDTH - 0.004, 1 - 0.88 / figure.get_figheight())

@@ -1,11 +1,7 @@
-"""The panels of a training's picture: what each draws, and says in its title.  Imports no torch.
-
-A panel is a line in `PANELS`, and a function that draws a scene into axes and returns the title: for a
-logged figure alone, `one`.
-"""
+"""The panels of a training's picture: what each draws, and says in its title.  Imports no torch."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,8 +9,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from kdlib.plots.axes import BROKEN, INK
+from kdlib.plots.axes import BROKEN, INK, colours_of
 from kdlib.runs.log import Tail, thinned
+from kdlib.runs.progress import Progress
 
 TRAIN, HELD_OUT = "#0072b2", INK
 DASHES = ((0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (9, 3)))  # of other runs, in turn
@@ -25,7 +22,7 @@ class View:
     """What one wants to see of a training.
 
     Attributes:
-        terms: the loss terms to show; all where None.
+        terms: of the loss, to be shown; all where None.
         smoothing: share of the training that the running mean over the raw values spans; 0: the values alone.
         log: raw values and gradient norms on a log scale.
         steps: the first and last optimizer step shown; where None, the training so far and some room ahead.
@@ -39,42 +36,45 @@ class View:
 
 @dataclass(frozen=True)
 class Scene:
-    """What the panels draw from: a training's tables, what is shown of them, and other trainings behind.
+    """What the panels draw from: a training, what one wants to see of it, and other trainings behind it."""
 
-    Attributes:
-        tail: its metrics.jsonl.
-        plan: as of `kdlib.runs.log.plan_table`.
-        phases: of the curriculum: (fraction of training at its end, the weights that it names, in words).
-        step: the last one logged.
-        steps: of the whole training.
-        of: what is predicted, a token or a row.
-        colours: of its terms.
-        terms: those shown.
-        span: the first and last step shown.
-        others: the same of other trainings, by name.
-    """
-
+    training: Progress
     view: View
-    tail: Tail
-    plan: pd.DataFrame
-    phases: Sequence[tuple[float, str]]
-    step: int
-    steps: int
-    of: str
-    colours: Mapping[str, str]
-    terms: Sequence[str]
-    span: tuple[float, float]
-    others: Mapping[str, Tail]
+    others: Sequence[Progress]
+
+    @cached_property
+    def terms(self) -> list[str]:
+        """Those shown."""
+        return [term for term in self.training.terms if self.view.terms is None or term in self.view.terms]
+
+    @cached_property
+    def colours(self) -> dict[str, str]:
+        return colours_of(self.training.terms)
+
+    @cached_property
+    def span(self) -> tuple[float, float]:
+        """The first and last step shown: as the view says, else with some room ahead of the last one logged.
+
+        That ends with the whole training, or half, a quarter … of it, not yet passed: so it seldom moves; or
+        with the next round number, where the whole is not planned.
+        """
+        step, ahead = max(self.training.step, 1), self.training.steps
+        if len(self.training.plan):
+            ahead /= 2 ** max(math.floor(math.log2(ahead / step)), 0)
+        else:
+            unit = 10 ** max(math.floor(math.log10(step)) - 1, 0)
+            ahead = math.ceil(step / unit) * unit
+        return self.view.steps or (0, ahead)
 
     @cached_property
     def train(self) -> pd.DataFrame:
         """What was logged, by step."""
-        return by_step(self.tail.train)
+        return by_step(self.training.tail.train)
 
     @cached_property
     def dashed(self) -> list[tuple[str, Tail, tuple]]:
         """The others, each with its dashes."""
-        return [(name, tail, dash) for (name, tail), dash in zip(self.others.items(), DASHES, strict=False)]
+        return [(other.name, other.tail, dash) for other, dash in zip(self.others, DASHES, strict=False)]
 
     def figure(self, axes: Axes, name: str, colour: str, *, is_noisy: bool = False) -> None:
         """What was logged under a name, over the same of the others, crosses where it was nan or infinite."""
@@ -101,8 +101,8 @@ class Scene:
 
     def planned(self, axes: Axes, name: str) -> None:
         """The plan of a schedule, thin, beneath what was logged."""
-        if name in self.plan:
-            plan, (first, last) = by_step(self.plan)[name], self.span
+        if name in self.training.plan:
+            plan, (first, last) = by_step(self.training.plan)[name], self.span
             steps = np.clip([first, *self.seen(plan).index, last], plan.index[0], plan.index[-1])
             colour = self.colours.get(name.rsplit("_", 1)[0], INK)
             look = {"color": colour, "linewidth": 0.8, "alpha": 0.6, "zorder": 1}
@@ -110,7 +110,7 @@ class Scene:
 
     def crosses(self, axes: Axes, name: str, *, evaluation: bool = False) -> None:
         """At the upper edge, where a figure was nan or infinite."""
-        broken = by_step(self.tail.broken)
+        broken = by_step(self.training.tail.broken)
         steps = self.seen(broken[(broken["name"] == name) & (broken["evaluation"] == evaluation)]).index
         if len(steps):
             steps = steps[thinned(steps.to_numpy())]
@@ -148,16 +148,14 @@ def values(scene: Scene, axes: Axes) -> str:
     loss = scene.train[f"{known[0]}_loss"].dropna()
     first, last = loss.iloc[0], loss.iloc[-1]
     verb = "fell" if last < first else "rose" if last > first else "went"
-    way = f"from {first:.2f} to {last:.2f} nats per {scene.of}"
+    way = f"from {first:.2f} to {last:.2f} nats per {scene.training.of}"
     return f"The {known[0]} loss {verb} {way} in {loss.index[-1]:,} steps"
 
 
 def shares(scene: Scene, axes: Axes) -> str:
     train, shown = scene.train, [term for term in scene.terms if f"{term}_loss" in scene.train]
     by_term = {term: (train[f"{term}_weight"] * train[f"{term}_loss"]).fillna(0.0) for term in shown}
-    curves = pd.DataFrame({term: scene.smoothed(share) for term, share in by_term.items()})
-    curves["whole loss"] = scene.smoothed(train["loss"])
-    curves = scene.seen(curves)
+    curves = scene.seen(pd.DataFrame(by_term | {"whole loss": train["loss"]}).apply(scene.smoothed))
     curves, floor = curves.iloc[thinned(curves.to_numpy().T)], 0.0
     for term in shown:
         lower, floor = floor + 0 * curves[term], floor + curves[term]
@@ -180,9 +178,9 @@ def total(scene: Scene, axes: Axes) -> str:
             look = {"color": HELD_OUT, "linestyle": dash, "linewidth": 1}
             scene.curve(axes, by_step(tail.evaluation)["loss"], f"{other} held-out", **look)
     loss = scene.train["loss"]
-    if not len(scene.tail.evaluation):
+    if not len(evaluation := scene.training.tail.evaluation):
         return f"The training loss is {loss.iloc[-1]:.3f}"
-    held_out = by_step(scene.tail.evaluation)["loss"]
+    held_out = by_step(evaluation)["loss"]
     look = {"color": HELD_OUT, "linewidth": 1.3, "marker": "o", "markersize": 3.5 * (len(held_out) < 60)}
     scene.curve(axes, held_out, "held-out", **look)
     scene.crosses(axes, "loss", evaluation=True)
@@ -193,7 +191,7 @@ def total(scene: Scene, axes: Axes) -> str:
 
 
 def weights(scene: Scene, axes: Axes) -> str:
-    train, phases, now = scene.train, scene.phases, {}
+    train, training, now = scene.train, scene.training, {}
     for term in scene.terms:
         name = f"{term}_weight"
         values = train[name].fillna(0.0) if name in train else 0.0 * train["epoch"]  # weight 0: not logged
@@ -201,12 +199,12 @@ def weights(scene: Scene, axes: Axes) -> str:
         scene.planned(axes, name)
         scene.curve(axes, values, name, color=scene.colours[term], linewidth=1.6)
     title = "eights now: " + ", ".join(f"{term} {value:.2g}" for term, value in now.items())
-    if not phases:
+    if not training.phases:
         return f"W{title}"
     if math.isfinite(axes.dataLim.y1):  # the phases' names stand above the lines
         axes.update_datalim([(scene.span[0], 1.35 * axes.dataLim.y1)])
-    phase = sum(until <= scene.step / scene.steps for until, _ in phases[:-1])
-    return f"Phase {phase + 1} of {len(phases)} ({phases[phase][1]}); w{title}"
+    phase = sum(until <= training.step / training.steps for until, _ in training.phases[:-1])
+    return f"Phase {phase + 1} of {len(training.phases)} ({training.phases[phase][1]}); w{title}"
 
 
 def temperature(scene: Scene, axes: Axes) -> str:
@@ -252,26 +250,16 @@ def one(says: str, *, is_noisy: bool = True) -> Callable[[Scene, Axes], str]:
 
 @dataclass(frozen=True)
 class Panel:
-    """One of the pictures above each other.
+    """One of the pictures above each other, shown where a figure of its name was logged, or what it needs."""
 
-    Attributes:
-        name: of its axes; shown where a figure of this name was logged, or what it needs instead.
-        draw: draws the scene into axes and returns the title.
-        height: inches.
-        unit: of the y axis.
-        form: how its ticks are written.
-        log: on a log scale where the view wants one.
-        from_zero: with 0 in sight.
-    """
-
-    name: str
-    draw: Callable[[Scene, Axes], str]
-    height: float
-    unit: str
+    name: str  # of its axes
+    draw: Callable[[Scene, Axes], str]  # draws into axes and returns the title
+    height: float  # inches
+    unit: str  # of the y axis
     needs: str = ""
-    form: str = "{:,.6g}"
-    log: bool = False
-    from_zero: bool = True
+    form: str = "{:,.6g}"  # of its ticks
+    log: bool = False  # scale, where the view wants one
+    from_zero: bool = True  # with 0 in sight
 
 
 PANELS = (
