@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from kdlib.metrics.names import rivals_of, student_of, with_interval
-from kdlib.plots.axes import INK, called, colours_of_models, intervals, label_of, titled
+from kdlib.plots.axes import INK, called, colours_of_models, intervals, label_of, shortened, titled
 
 TITLES = {
     "mcnemar": "McNemar's test",
@@ -22,7 +23,7 @@ TITLES = {
 ANSWER_FIGURES = ("confusion", "reliability", "f1_per_class")
 COUNTED = 30  # classes, above which a matrix has no counts, as they could not be read
 NAMED = 60  # classes, above which its axes have no names
-SHORT = 20  # characters of a class's name on an axis
+SHORT, LONG = 20, 40  # characters of a class's name on an axis, and in a title
 EVEN = 0.01  # between confidence and accuracy: less is called even
 FULL_BIN = 10  # rows, below which a bin of the reliability plot is drawn pale
 
@@ -41,10 +42,10 @@ def confusion(results: Mapping[str, Any]) -> Figure:
     columns = len(models) if len(labels) <= 6 else 2 if len(labels) <= COUNTED else 1
     rows, size = math.ceil(len(models) / columns), min(max(1.2 + 0.42 * len(labels), 3.2), 11)
     figure = Figure(figsize=(size * columns + 0.6, size * rows + 0.9), layout="constrained")
-    every = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes in every[len(models) :]:
-        axes.set_axis_off()
-    for axes, name in zip(every, models, strict=False):
+    for axes, name in zip_longest(figure.subplots(rows, columns, squeeze=False).flat, models):
+        if name is None:
+            axes.set_axis_off()
+            continue
         counts = np.array(results["models"][name]["confusion"])
         _matrix(axes, counts, labels)
         right = counts.trace() / counts.sum()
@@ -60,7 +61,7 @@ def _matrix(axes: Axes, counts: np.ndarray, labels: Sequence[str]) -> None:
         if count:
             look = {"fontsize": 8 if len(labels) <= 16 else 6, "ha": "center", "va": "center"}
             axes.text(said, true, f"{count:,}", color="white" if shares[true, said] > 0.55 else INK, **look)
-    names = [_short(label) for label in labels] if len(labels) <= NAMED else []
+    names = [shortened(label, SHORT) for label in labels] if len(labels) <= NAMED else []
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8, parse_math=False)
     axes.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
     axes.set_xlabel("said", fontsize=8)
@@ -69,31 +70,29 @@ def _matrix(axes: Axes, counts: np.ndarray, labels: Sequence[str]) -> None:
 
 
 def _most_confused(results: Mapping[str, Any]) -> str:
-    student, labels = student_of(results), results["labels"]
-    counts = np.array(results["models"][student]["confusion"])
+    student = student_of(results)
+    who, counts = called(student, "The"), np.array(results["models"][student]["confusion"])
     wrong = counts - np.diag(np.diag(counts))
     if not wrong.any():
-        return f"{called(student, 'The')} takes no row for another class"
+        return f"{who} takes no row for another class"
     true, said = np.unravel_index(wrong.argmax(), wrong.shape)
-    taken = f"takes {_short(labels[true], 40)} for {_short(labels[said], 40)}"
+    one, other = (shortened(results["labels"][number], LONG) for number in (true, said))
     share = f"{wrong[true, said]:,} of {counts[true].sum():,} rows"
-    return f"{called(student, 'The')} most often {taken}: {share}"
+    return f"{who} most often takes {one} for {other}: {share}"
 
 
 def reliability(results: Mapping[str, Any]) -> Figure:
     """How often each model is right where it is so sure: on the diagonal as often; below, how often it is."""
-    models = _trained(results)
     colours = colours_of_models(results["models"])
     figure = Figure(figsize=(7, 5.6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":")
-    for name in models:
+    for name in _trained(results):
         _reliability_lines(upper, lower, results, name, colours[name])
     upper.set(ylabel="share that is right", xlim=(0, 1), ylim=(0, 1.02))
     lower.set(ylabel="share of rows", xlabel="confidence: the probability of the class said")
     lower.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    legend = upper.legend(frameon=False, fontsize=8, loc="best")
-    for text in legend.get_texts():
+    for text in upper.legend(frameon=False, fontsize=8, loc="best").get_texts():
         text.set_parse_math(False)
     for axes in (upper, lower):
         axes.spines[["top", "right"]].set_visible(False)
@@ -102,33 +101,28 @@ def reliability(results: Mapping[str, Any]) -> Figure:
 
 
 def _reliability_lines(upper: Axes, lower: Axes, results: Mapping[str, Any], name: str, colour: str) -> None:
-    facts = results["models"][name]
-    style, width = "--" if name == "teacher" else "-", 1 if name == "baseline" else 2
-    look = {"color": colour, "linestyle": style, "linewidth": width}
-    filled = [each for each in facts["reliability"] if each["count"]]
-    sure, right = ([each[key] for each in filled] for key in ("confidence", "accuracy"))
-    upper.plot(sure, right, label=f"{label_of(name)}: error {with_interval(facts['ece'])}", **look)
-    for each in filled:
-        pale = 1 if each["count"] >= FULL_BIN else 0.3
-        upper.plot(each["confidence"], each["accuracy"], "o", color=colour, markersize=5, alpha=pale)
-    edges = [each["low"] for each in facts["reliability"]] + [1.0]
-    lower.stairs([each["count"] / results["rows"] for each in facts["reliability"]], edges, **look)
+    facts, style = results["models"][name], "--" if name == "teacher" else "-"
+    look = {"color": colour, "linestyle": style, "linewidth": 1 if name == "baseline" else 2}
+    bins = pd.DataFrame(facts["reliability"])
+    filled, label = bins[bins["count"] > 0], f"{label_of(name)}: error {with_interval(facts['ece'])}"
+    upper.plot(filled["confidence"], filled["accuracy"], label=label, **look)
+    alphas = np.where(filled["count"] >= FULL_BIN, 1, 0.3)
+    upper.scatter(filled["confidence"], filled["accuracy"], 25, colour, alpha=alphas, linewidth=1, zorder=2)
+    lower.stairs(bins["count"] / results["rows"], [*bins["low"], 1.0], **look)
 
 
 def _sureness(results: Mapping[str, Any]) -> str:
     name = student_of(results)
-    facts = results["models"][name]
-    sure, right = facts["confidence"], facts["accuracy"]["value"]
-    side = "surer than it is right" if sure > right else "less sure than it is right"
-    verdict = "about as sure as it is right" if abs(sure - right) < EVEN else side
-    return f"{called(name, 'The')} is {verdict}: {sure:.1%} sure on average, {right:.1%} right"
+    sure, right = results["models"][name]["confidence"], results["models"][name]["accuracy"]["value"]
+    side = "surer than" if sure > right else "less sure than"
+    verdict = "about as sure as" if abs(sure - right) < EVEN else side
+    return f"{called(name, 'The')} is {verdict} it is right: {sure:.1%} sure on average, {right:.1%} right"
 
 
 def f1_per_class(results: Mapping[str, Any]) -> Figure:
     """F1 of each class that has rows, for the trained models; the student's worst at the top."""
-    models, student = _trained(results), student_of(results)
-    colours = colours_of_models(results["models"])
-    own = results["models"][student]["per_class"]
+    models, colours = _trained(results), colours_of_models(results["models"])
+    own = results["models"][student_of(results)]["per_class"]
     order = sorted((n for n, each in enumerate(own) if each["support"]), key=lambda n: own[n]["f1"]["value"])
     figure = Figure(figsize=(8, 1.5 + (0.12 + 0.13 * len(models)) * len(order)), layout="constrained")
     axes, places = figure.subplots(), np.arange(len(order))
@@ -137,7 +131,7 @@ def f1_per_class(results: Mapping[str, Any]) -> Figure:
         look = {"fmt": "D" if name == "teacher" else "o", "markersize": 4, "elinewidth": 1, "capsize": 2}
         height = places + 0.7 * ((place + 0.5) / len(models) - 0.5)
         intervals(axes, height, found, lying=True, color=colours[name], label=label_of(name), **look)
-    names = [f"{_short(results['labels'][number])} ({own[number]['support']:,})" for number in order]
+    names = [f"{shortened(results['labels'][n], SHORT)} ({own[n]['support']:,})" for n in order]
     axes.set_yticks(places, names, fontsize=8, parse_math=False)
     axes.set(xlabel="F1 (in brackets: rows of the class)", ylim=(len(order) - 0.4, -0.6), xlim=(None, 1.02))
     axes.grid(axis="y", color="#eeeeee")
@@ -150,35 +144,34 @@ def f1_per_class(results: Mapping[str, Any]) -> Figure:
 
 def _hardest(results: Mapping[str, Any], order: Sequence[int]) -> str:
     student, labels = student_of(results), results["labels"]
-    ours, theirs = (results["models"][name]["per_class"] for name in (student, "teacher"))
-    behind = {number: theirs[number]["f1"]["value"] - ours[number]["f1"]["value"] for number in order}
-    furthest = max(sorted(order), key=behind.get)
-    worst = f"F1 {ours[order[0]]['f1']['value']:.2f}"
-    opening = f"{_short(labels[order[0]], 40)} is {called(student)}'s worst class: {worst}"
+    ours, theirs = (
+        [each["f1"]["value"] for each in results["models"][name]["per_class"]]
+        for name in (student, "teacher")
+    )
+    behind = {number: theirs[number] - ours[number] for number in order}
+    worst, furthest = order[0], max(sorted(order), key=behind.get)
+    opening = f"{shortened(labels[worst], LONG)} is {called(student)}'s worst class: F1 {ours[worst]:.2f}"
     if behind[furthest] <= 0:
         return f"{opening}; in none is it behind the teacher"
-    least = f"{_short(labels[furthest], 40)}, by {behind[furthest]:.2f}"
+    least = f"{shortened(labels[furthest], LONG)}, by {behind[furthest]:.2f}"
     return f"{opening};\nfurthest behind the teacher: {least}"
 
 
 def answer_tables(results: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     """Every table of these that the results allow, by its file's name; none where tokens were predicted."""
-    found = {}
-    if results.get("mcnemar"):
-        found["mcnemar"] = mcnemar_table(results)
-    if any("on_teachers_mistakes" in facts for facts in results["models"].values()):
-        found["on_teachers_mistakes"] = mistakes_table(results)
-    if results.get("labels"):
-        found["f1_per_class"] = class_table(results)
-    if results.get("worst"):
-        found["worst"] = worst_table(results)
-    return found
+    mistakes = any("on_teachers_mistakes" in facts for facts in results["models"].values())
+    tables = {
+        "mcnemar": (results.get("mcnemar"), mcnemar_table),
+        "on_teachers_mistakes": (mistakes, mistakes_table),
+        "f1_per_class": (results.get("labels"), class_table),
+        "worst": (results.get("worst"), worst_table),
+    }
+    return {name: table(results) for name, (there, table) in tables.items() if there}
 
 
 def mcnemar_table(results: Mapping[str, Any]) -> pd.DataFrame:
     """The student against each other model: rows that only one has right; how likely between equals."""
-    student = student_of(results)
-    rows = {}
+    student, rows = student_of(results), {}
     for rival in rivals_of(results):
         test = next(t for t in results["mcnemar"] if {t["model"], t["against"]} == {student, rival})
         ours, theirs = test["only_model_right"], test["only_other_right"]
@@ -197,12 +190,12 @@ def mistakes_table(results: Mapping[str, Any]) -> pd.DataFrame:
     """What becomes of the rows that the teacher gets wrong: its mistake repeated, or the right answer."""
     rows = {
         label_of(name): {
-            "the teacher's mistakes": facts["on_teachers_mistakes"]["rows"],
-            "repeated": with_interval(facts["on_teachers_mistakes"]["repeated"]),
-            "answered rightly": with_interval(facts["on_teachers_mistakes"]["mended"]),
+            "the teacher's mistakes": found["rows"],
+            "repeated": with_interval(found["repeated"]),
+            "answered rightly": with_interval(found["mended"]),
         }
         for name, facts in results["models"].items()
-        if name != "teacher" and "on_teachers_mistakes" in facts
+        if name != "teacher" and (found := facts.get("on_teachers_mistakes"))
     }
     return _table(rows, "share, with 95 % interval")
 
@@ -219,8 +212,7 @@ def class_table(results: Mapping[str, Any]) -> pd.DataFrame:
 
 def worst_table(results: Mapping[str, Any]) -> pd.DataFrame:
     """The rows on which the student is most wrong or furthest from the teacher; likeliest classes of both."""
-    shown = ("teacher", student_of(results))
-    lines = []
+    shown, lines = ("teacher", student_of(results)), []
     for row in results["worst"]:
         said = {label_of(n): ", ".join(f"{label} {p:.0%}" for label, p in row["said"][n]) for n in shown}
         lines.append({"why": row["why"], "text": " ".join(row["text"].split()), "right": row["label"]} | said)
@@ -231,11 +223,5 @@ def _trained(results: Mapping[str, Any]) -> list[str]:
     return [name for name in results["models"] if name != "untrained"]
 
 
-def _short(label: str, length: int = SHORT) -> str:
-    return label if len(label) <= length else f"{label[: length - 1]}…"
-
-
 def _table(rows: Mapping[str, Mapping[str, Any]], title: str) -> pd.DataFrame:
-    table = pd.DataFrame.from_dict(rows, orient="index")
-    table.index.name = title
-    return table
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(title)

@@ -7,6 +7,7 @@ YAML, and drawn from that YAML as a config reads it back (`pasted`): what is sho
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, groupby
 from typing import Any
 
 import pandas as pd
@@ -34,16 +35,14 @@ def warmed(warm_up: float, decay: str, last: float = 0.0) -> Spec:
 
 
 def rate_schedule(config: Config, steps: int | None = None) -> Spec | None:
-    """The multiple of `learning_rate` over the training; None for one that kdlib.schedulers has no words for.
+    """The multiple of `learning_rate` over a training of `steps`, of which a warm-up takes whole ones.
 
-    Args:
-        steps: optimizer steps of the training: a warm-up is a whole number of them.
+    None for one that kdlib.schedulers has no words for.
     """
-    training = config.training
-    named = training.get("lr_scheduler_type", "linear")
+    named = config.training.get("lr_scheduler_type", "linear")
     if isinstance(named, Mapping):
         return named
-    if training.get("lr_scheduler_kwargs") or named not in NAMED:
+    if config.training.get("lr_scheduler_kwargs") or named not in NAMED:
         return None
     warm_up = warm_up_of(config, steps) if named != "constant" else 0.0
     if warm_up is None or warm_up > 1:
@@ -72,13 +71,11 @@ def curves(config: Config, steps: int | None = None, plan: pd.DataFrame | None =
         specs["temperature"] = next(iter(temperatures.values()))
     else:
         specs |= {f"{name}_temperature": spec for name, spec in temperatures.items()}
-    rate = rate_schedule(config, steps)
-    when = breakpoints(*specs.values(), *[] if rate is None else [rate])
-    table = pd.DataFrame(
-        {"fraction": when, **{name: [*map(from_spec(s), when)] for name, s in specs.items()}}
-    )
+    if (rate := rate_schedule(config, steps)) is not None:
+        specs["learning_rate"] = rate
+    when = breakpoints(*specs.values())
+    table = pd.DataFrame({"fraction": when} | {n: [*map(from_spec(s), when)] for n, s in specs.items()})
     if rate is not None:
-        table["learning_rate"] = table["fraction"].map(from_spec(rate))
         table["learning_rate"] *= config.training.get("learning_rate", LEARNING_RATE)
     elif plan is not None and "learning_rate" in plan:
         known = pd.Series(plan["learning_rate"].values, (plan["step"] - 1) / plan["step"].max())
@@ -94,11 +91,9 @@ def schedules_of(config: Config, steps: int | None = None, plan: pd.DataFrame | 
 
 
 def schedules_figure(table: pd.DataFrame, ends: Sequence[float] = (), steps: int | None = None) -> Figure:
-    """Learning rate, weights and temperature, one below the other, over the training and its steps.
+    """Learning rate, weights and temperature of a table by `curves` or a run's plan, one below the other.
 
-    Args:
-        table: by `curves`, or the plan of a run.
-        ends: of the curriculum's phases, as fractions.
+    `ends` are those of the curriculum's phases, as fractions.
     """
     if "step" in table:
         steps = int(table["step"].max())
@@ -115,27 +110,24 @@ def schedules_figure(table: pd.DataFrame, ends: Sequence[float] = (), steps: int
     for term in terms:
         middle.plot(when, table[f"{term}_weight"], color=colours[term], label=term)
     _shade(middle, ends)
-    temperatures = _temperatures(table)
-    for number, name in enumerate(temperatures):
-        label = "all terms" if name == "temperature" else name.removesuffix("_temperature")
-        style = ("-", "--", ":", "-.")[number % 4]
+    own = [name for name in table if name.endswith("_temperature")]
+    temperatures = own or [name for name in table if name == "temperature"]
+    for name, style in zip(temperatures, cycle(("-", "--", ":", "-.")), strict=False):
+        label = name.removesuffix("_temperature") if own else "all terms"
         lower.plot(when, table[name], color="#cc79a7", linestyle=style, label=label)
     turns = ", ".join(f"{term} {_turns(table[f'{term}_weight'])}" for term in terms)
     first = f"Temperature: {_turns(table[temperatures[0]])}" if temperatures else "No term has a temperature"
-    _dress(upper, "learning rate", _rate_title(table))
+    said = "The learning rate follows a schedule of the Trainer's own, known once the dry run has planned it"
+    if "learning_rate" in table:
+        rate = table["learning_rate"]
+        said = f"The learning rate peaks at {rate.max():.1e} and ends at {rate.iloc[-1]:.1e}"
+    _dress(upper, "learning rate", said)
     _dress(middle, "weight", f"Weights: {turns}")
     _dress(lower, "temperature", first)
     lower.set(xlim=(0, 100), xlabel="training done" + ", and optimizer steps" * bool(steps))
     shares = range(0, 101, 10)
-    below = [f"\n{share * steps / 100:.0f}" if steps else "" for share in shares]
-    lower.set_xticks(shares, [f"{share} %{step}" for share, step in zip(shares, below, strict=True)])
+    lower.set_xticks(shares, [f"{x} %" + (f"\n{x * steps / 100:.0f}" if steps else "") for x in shares])
     return figure
-
-
-def _temperatures(table: pd.DataFrame) -> list[str]:
-    """The columns of temperatures: of each term where they have their own, else the one of all."""
-    own = [name for name in table if name.endswith("_temperature")]
-    return own or [name for name in table if name == "temperature"]
 
 
 def _shade(axes: Axes, ends: Sequence[float]) -> None:
@@ -154,21 +146,11 @@ def _dress(axes: Axes, ylabel: str, title: str) -> None:
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def _rate_title(table: pd.DataFrame) -> str:
-    if "learning_rate" not in table:
-        return (
-            "The learning rate follows a schedule of the Trainer's own, known once the dry run has planned it"
-        )
-    rate = table["learning_rate"]
-    return f"The learning rate peaks at {rate.max():.1e} and ends at {rate.iloc[-1]:.1e}"
-
-
 def _turns(values: pd.Series) -> str:
     """`1 → 0.2`, by way of the highest or lowest where that is not an end; one number where nothing moves."""
     start, end = values.iloc[0], values.iloc[-1]
     extremes = [x for x in (values.max(), values.min()) if not min(start, end) <= x <= max(start, end)]
-    way = [f"{value:.3g}" for value in (start, *extremes[:1], end)]
-    return " → ".join(each for number, each in enumerate(way) if number == 0 or each != way[number - 1])
+    return " → ".join(words for words, _ in groupby(f"{x:.3g}" for x in (start, *extremes[:1], end)))
 
 
 @dataclass(frozen=True)
@@ -194,18 +176,19 @@ class Design:
 
     def yaml(self) -> str:
         """What to paste into a config."""
-        start, end = self.temperature
-        terms = [name for name in self.phases[0].weights if any(phase.weights[name] for phase in self.phases)]
-        moving = [name for name in terms if len({phase.weights[name] for phase in self.phases}) > 1]
+        levels = {name: [phase.weights[name] for phase in self.phases] for name in self.phases[0].weights}
+        levels = {name: values for name, values in levels.items() if any(values)}
+        moving = [name for name, values in levels.items() if len(set(values)) > 1]
         curriculum = [
             {"until": phase.until, "weights": {name: phase.weights[name] for name in moving}}
             | ({"ramp": phase.ramp} if phase.ramp else {})
             for phase in self.phases
         ]
+        constant = self.shape == "constant"
         loss = {
-            "weights": {name: self.phases[0].weights[name] for name in terms},
+            "weights": {name: values[0] for name, values in levels.items()},
             "curriculum": curriculum if len(curriculum) > 1 else None,
-            "temperature": start if self.shape == "constant" else {self.shape: [start, end]},
+            "temperature": self.temperature[0] if constant else {self.shape: [*self.temperature]},
         }
         rate = warmed(self.warm_up, self.decay, self.last)
         training = {"learning_rate": self.learning_rate, "lr_scheduler_type": rate, **BESIDE}
@@ -214,15 +197,14 @@ class Design:
 
 def as_yaml(sections: Mapping[str, Mapping[str, Any]]) -> str:
     """Sections of a config as one would write them: a line a setting, a line a phase."""
-    lines = []
+    text = ""
     for section, settings in sections.items():
-        lines.append(f"{section}:")
+        text += f"{section}:\n"
         for name, value in settings.items():
-            if name == "curriculum" and value:
-                lines += [f"  {name}:", *(f"    - {_flow(phase)}" for phase in value)]
-            else:
-                lines.append(f"  {name}: {_flow(value)}")
-    return "\n".join(lines) + "\n"
+            by_line = name == "curriculum" and value
+            shown = "".join(f"\n    - {_flow(phase)}" for phase in value) if by_line else f" {_flow(value)}"
+            text += f"  {name}:{shown}\n"
+    return text
 
 
 def pasted(config: Config, text: str) -> Config:
@@ -277,8 +259,7 @@ def _two_ends(spec: Spec, notes: list[str]) -> tuple[str, tuple[float, float]]:
 
 def _rate(config: Config, steps: int | None, notes: list[str]) -> tuple[float, str, float]:
     """Warm-up, decay, and its end; what fits no such form is noted, and a usual one taken."""
-    schedule = rate_schedule(config, steps)
-    warm_up, main = 0.0, schedule
+    warm_up, main = 0.0, (schedule := rate_schedule(config, steps))
     match schedule:
         case {"joined": [[until, {"linear": [0.0, 1.0]}], [_, after]]}:
             warm_up, main = float(until), after
@@ -287,9 +268,8 @@ def _rate(config: Config, steps: int | None, notes: list[str]) -> tuple[float, s
             return warm_up, "constant", 1.0
         case {"cosine": [1, last]} | {"linear": [1, last]}:
             return warm_up, next(iter(main)), float(last)
-    shown = schedule if schedule is not None else config.training["lr_scheduler_type"]
-    words = "the designer starts from a warm-up and a cosine"
-    notes.append(f"training.lr_scheduler_type is {_flow(shown)}; {words}")
+    shown = _flow(config.training["lr_scheduler_type"] if schedule is None else schedule)
+    notes.append(f"training.lr_scheduler_type is {shown}; the designer starts from a warm-up and a cosine")
     return 0.1, "cosine", 0.0
 
 

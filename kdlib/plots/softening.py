@@ -40,7 +40,7 @@ class Predictions:
             rows the class (`tools: `).
         targets: [N] ids of tokens or classes.
         logits: model -> [N, V] float32; the teacher first, then students.
-        decode: an id's text, or a class's name.
+        decode: id -> a token's text, or a class's name.
         of: tokens or rows.
     """
 
@@ -68,15 +68,12 @@ def sizes(vocabulary: int, *more: int) -> list[int]:
 
 
 def softened(ranked: np.ndarray, temperature: float, top: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """A distribution's entropy and the mass outside its top k, at a temperature.
+    """A distribution's entropy, [N] nats, and the mass outside its top k, [N, K] from 0 to 1.
 
     Args:
         ranked: [N, V] logits, the largest first.
         temperature: above 0.
         top: K rising numbers of tokens, the last one V.
-
-    Returns:
-        [N] nats, and [N, K] from 0 to 1; summed from the tail, so that a small mass keeps its digits.
     """
     scaled = (ranked - ranked[:, :1]) / np.asarray(temperature, ranked.dtype)
     weights = np.exp(scaled)
@@ -85,24 +82,19 @@ def softened(ranked: np.ndarray, temperature: float, top: Sequence[int]) -> tupl
     total = between.sum(-1)
     inner = np.where(weights > 0, scaled, 0) * weights  # a logit of -inf has no share in the entropy
     entropy = np.log(total) - inner.sum(-1, dtype=np.float64) / total
-    tails = between[:, ::-1].cumsum(-1)[:, ::-1]
+    tails = between[:, ::-1].cumsum(-1)[:, ::-1]  # so a small mass keeps its digits
     outside = np.concatenate([tails[:, 1:], np.zeros((len(ranked), 1))], axis=-1)
     return np.maximum(entropy, 0.0), outside / total[:, None]
 
 
 def softening(ranked: np.ndarray, temperatures: Sequence[float], top: Sequence[int]) -> dict[str, Any]:
     """Quartiles over the tokens, for each temperature and top k: see the module's docstring."""
-    rows = []
-    for temperature in sorted(set(temperatures)):
-        entropy, outside = softened(ranked, temperature, top)
-        rows.append(
-            {
-                "temperature": temperature,
-                "entropy": np.percentile(entropy, QUARTILES).tolist(),
-                "outside": np.percentile(outside, QUARTILES, axis=0).tolist(),
-            }
-        )
-    return {"sizes": list(top), "rows": rows}
+
+    def row(temperature: float) -> dict[str, Any]:
+        found = [np.percentile(each, QUARTILES, axis=0) for each in softened(ranked, temperature, top)]
+        return {"temperature": temperature, "entropy": found[0].tolist(), "outside": found[1].tolist()}
+
+    return {"sizes": list(top), "rows": [row(temperature) for temperature in sorted(set(temperatures))]}
 
 
 def chosen(config: Config) -> tuple[float, int | None]:
@@ -116,11 +108,9 @@ def chosen(config: Config) -> tuple[float, int | None]:
 
 def softening_of(predictions: Predictions, config: Config) -> dict[str, Any]:
     """{"temperature", "top_k", "softening"}: a config's choice, and what others do to this teacher."""
-    temperature, top_k = chosen(config)
-    vocabulary = predictions.ranked.shape[-1]
-    top_k = top_k and min(top_k, vocabulary)
-    top = sizes(vocabulary, *[top_k] if top_k else [])
-    table = softening(predictions.ranked, [*TEMPERATURES, temperature], top)
+    ranked, (temperature, top_k) = predictions.ranked, chosen(config)
+    top_k = top_k and min(top_k, ranked.shape[-1])
+    table = softening(ranked, [*TEMPERATURES, temperature], sizes(ranked.shape[-1], top_k or 1))
     return {"temperature": temperature, "top_k": top_k, "softening": {**table, "of": predictions.of}}
 
 
@@ -153,7 +143,7 @@ def softening_figure(
 
     Args:
         table: with a row for `temperature`, and a size for `top_k`.
-        token: one token's {"entropy": …, "outside": …} by `softened`, to be drawn beside the others.
+        token: one token's {"entropy": …, "outside": …}, to be drawn beside the others.
     """
     figure = Figure(figsize=(9, 3.6))
     left, right = figure.subplots(1, 2)
@@ -180,10 +170,10 @@ def _entropies(axes: Axes, table: Mapping, temperature: float, token: Mapping | 
     axes.plot(at, median, color="#2171b5", label=f"median {one}")
     axes.axhline(np.log(table["sizes"][-1]), color=SOFT, linestyle="--", linewidth=0.8, label=even)
     now = _row(table, temperature)["entropy"][1]
-    axes.plot([temperature], [now], "o", color=CHOSEN, label=f"T = {temperature:g}: {now:.2f} nats")
+    axes.plot(temperature, now, "o", color=CHOSEN, label=f"T = {temperature:g}: {now:.2f} nats")
     if token:
-        label = f"this {one}: {token['entropy']:.2f} nats"
-        axes.plot([temperature], [token["entropy"]], "D", color=TOKEN, label=label)
+        now = token["entropy"]
+        axes.plot(temperature, now, "D", color=TOKEN, label=f"this {one}: {now:.2f} nats")
     axes.set(xlabel="temperature T", ylabel="entropy, nats", ylim=(0, None))
 
 

@@ -48,7 +48,6 @@ def heat_map(
 
     Args:
         facts: explorers.json (kdlib.evaluation.predictions.summary); classified rows are coloured as a whole.
-        student: one of its students.
         measure: one of `COLOURED_BY`; with None the page itself offers the choice.
         marked: the token whose candidates are shown while no other is pointed at; the hardest unless given.
     """
@@ -110,9 +109,9 @@ def message(facts: Mapping[str, Any], student: str, measure: str) -> str:
     where = f"{len(found)} {of(facts)}"
     if measure == "differs":
         return f"Teacher and {who} have different first choices at {found.sum():.0f} of {where}"
-    half = int(np.searchsorted(np.cumsum(-np.sort(-found)), found.sum() / 2)) + 1
-    mean = f"the mean is {found.mean():.2f} nats"
-    return f"Half of the {who}'s {COLOURED_BY[measure]} sits in {half} of {where}; {mean}"
+    half = np.searchsorted(np.cumsum(-np.sort(-found)), found.sum() / 2) + 1
+    few = f"{half} of {where}; the mean is {found.mean():.2f} nats"
+    return f"Half of the {who}'s {COLOURED_BY[measure]} sits in {few}"
 
 
 def of(facts: Mapping[str, Any]) -> str:
@@ -133,14 +132,9 @@ def _context(facts: Mapping[str, Any], number: int, length: int = 24) -> str:
 
 
 def candidate_bars(predictions: Predictions, number: int, temperature: float, k: int) -> str:
-    """The likeliest candidates for one token: what each model gives them at a temperature, as bars in HTML.
-
-    Args:
-        number: of the token, from 0.
-        k: up to the vocabulary.
-    """
+    """The k likeliest candidates for a token: bars in HTML of what each model gives them at a temperature."""
     probs = {n: probabilities(logits[number], temperature) for n, logits in predictions.logits.items()}
-    teacher, rivals = probs["teacher"], [name for name in probs if name != "teacher"]
+    teacher, names = probs["teacher"], {name: LABELS.get(name, name) for name in probs}
     order = np.argsort(-predictions.logits["teacher"][number], kind="stable")[:k]
     longest = max(values[order[:BARS]].max() for values in probs.values())
     coloured = [(COLOURS.get(name, "#56b4e9"), values) for name, values in probs.items()]
@@ -152,9 +146,9 @@ def candidate_bars(predictions: Predictions, number: int, temperature: float, k:
         temperature=temperature,
         entropy=-np.sum(teacher * np.log(teacher, where=teacher > 0, out=np.zeros_like(teacher))) + 0.0,
         k=len(order),
-        same=[(LABELS.get(name, name), probs[name][order].sum()) for name in rivals],
+        same=[(names[name], probs[name][order].sum()) for name in predictions.students],
         many="classes" if predictions.of == "rows" else "tokens",
-        names=[LABELS.get(name, name) for name in probs],
+        names=list(names.values()),
         bars=[
             (
                 predictions.decode(int(token)),
@@ -199,7 +193,6 @@ class TokenView:
     states: Sequence[str]
 
     def _repr_html_(self) -> str:
-        """Text from data is escaped."""
         tokens = list(zip(self.texts, self.states, strict=True))
         return _filled("token_view.html.j2", "tokens", tokens=tokens, states=STATES, legend=self._legend())
 
@@ -220,10 +213,7 @@ def token_view(
     ids: Sequence[int], learned: Sequence[bool], read: Sequence[bool], decode: Callable[[list[int]], str]
 ) -> TokenView:
     """A row's tokens as text, and what becomes of each: whether it is learned, or at least read."""
-    states = [
-        "learned" if is_learned else "context" if is_read else "padding"
-        for is_learned, is_read in zip(learned, read, strict=True)
-    ]
+    states = np.where(learned, "learned", np.where(read, "context", "padding")).tolist()
     return TokenView([decode([token]) for token in ids], states)
 
 
@@ -239,11 +229,10 @@ class RowView:
     def lines(self) -> list[tuple[str, float]]:
         """The likeliest classes first, the rest of many together."""
         ranked = sorted(self.said, key=lambda pair: -pair[1])
-        rest = ranked[CLASSES:]
-        return [*ranked[:CLASSES], *([(f"{len(rest)} others", sum(p for _, p in rest))] if rest else [])]
+        shown, rest = ranked[:CLASSES], ranked[CLASSES:]
+        return [*shown, (f"{len(rest)} others", sum(p for _, p in rest))] if rest else shown
 
     def _repr_html_(self) -> str:
-        """Text from data is escaped, and stands in `code`, where no notebook looks for formulas."""
         return _filled("row_view.html.j2", "rows", row=self)
 
     def __str__(self) -> str:

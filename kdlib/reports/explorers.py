@@ -1,7 +1,4 @@
-"""What one explores on real teacher output, as still pages: HTML that needs no script.  Imports no torch.
-
-Where a person sits the same are widgets: kdlib.workbench.explorers.
-"""
+"""What kdlib.workbench.explorers shows, as still pages: HTML that needs no script.  Imports no torch."""
 
 import base64
 from collections.abc import Mapping
@@ -72,7 +69,7 @@ def steps_of(run: Run) -> int | None:
 
 
 def yaml_html(text: str) -> str:
-    """YAML to be selected and copied."""
+    """To be selected and copied."""
     return f'<pre class="kd-yaml" style="color:inherit;user-select:all;margin:.4rem 0">{escape(text)}</pre>'
 
 

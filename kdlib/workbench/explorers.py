@@ -1,7 +1,6 @@
-"""The explorers where a person sits: sliders over pictures and HTML, redrawn by observers.  Imports no torch.
+"""The explorers: sliders over pictures and HTML, or still pages where nobody sits.  Imports no torch.
 
-Where nobody sits (`kdlib.runs.folder.headless`) each is its still page (kdlib.reports.explorers).  Nothing
-here captures output (`Output`, `interact`): that deadlocks headless.
+Nothing here captures output (`Output`, `interact`): that deadlocks headless.
 """
 
 from collections.abc import Callable, Mapping
@@ -81,20 +80,23 @@ class TemperatureExplorer(widgets.VBox):
         options = [(f"{k:,}", k) for k in self.top]
         first = max(k for k in self.top if k <= (top_k or USUAL_K))
         self.top_k = _slider(widgets.SelectionSlider, "top k", first, options=options)
-        self.bars, self.picture = widgets.HTML(), _picture()
-        controls = [self.token, self.temperature, self.top_k]
+        self.bars, self.picture, controls = (
+            widgets.HTML(),
+            _picture(),
+            [self.token, self.temperature, self.top_k],
+        )
         _watch(controls, self._redraw)
         super().__init__([*controls, self.bars, self.picture])
 
     def _redraw(self, change: Any = None) -> None:
         number, temperature, k = self.token.value - 1, round(self.temperature.value, 2), self.top_k.value
+        self.bars.value = candidate_bars(self.predictions, number, temperature, k)
         ranked = self.predictions.ranked
-        entropy, outside = softened(ranked[[number]], temperature, self.top)
         if temperature not in self.rows:
             (self.rows[temperature],) = softening(ranked, [temperature], self.top)["rows"]
         rows = [self.rows[each] for each in sorted(self.rows)]
         table = {"of": self.predictions.of, "sizes": self.top, "rows": rows}
-        self.bars.value = candidate_bars(self.predictions, number, temperature, k)
+        entropy, outside = softened(ranked[[number]], temperature, self.top)
         token = {"entropy": entropy[0], "outside": outside[0]}
         self.picture.value = png(softening_figure(table, temperature, k, token), dpi=90)
 
@@ -149,10 +151,10 @@ class ScheduleDesigner(widgets.VBox):
         """What the sliders say."""
         *phases, last = (phase.phase() for phase in self.phases[: self.count.value])
         sliders = (self.warm_up, self.last, self.hot, self.cold)
-        warm_up, end, hot, cold = (round(slider.value, 4) for slider in sliders)
-        temperature, phases = (hot, cold), (*phases, replace(last, until=1.0))
-        rate = self.learning_rate.value
-        return Design(rate, warm_up, self.decay.value, end, temperature, self.shape.value, phases)
+        warm_up, end, *temperature = (round(slider.value, 4) for slider in sliders)
+        rate, decay, shape = (each.value for each in (self.learning_rate, self.decay, self.shape))
+        phases = (*phases, replace(last, until=1.0))
+        return Design(rate, warm_up, decay, end, tuple(temperature), shape, phases)
 
     def _redraw(self, change: Any = None) -> None:
         self._show_what_counts()
@@ -183,9 +185,7 @@ class PhaseSliders(widgets.VBox):
 
     def __init__(self, number: int, start: Phase) -> None:
         self.until, self.ramp = _share("until", start.until, SLIM), _share("ramp", start.ramp, SLIM)
-        self.weights = {
-            n: _share(n, weight, SLIM, max=max(2.0, weight)) for n, weight in start.weights.items()
-        }
+        self.weights = {name: _share(name, x, SLIM, max=max(2.0, x)) for name, x in start.weights.items()}
         self.sliders = [self.until, self.ramp, *self.weights.values()]
         super().__init__([widgets.Label(f"phase {number}"), *self.sliders])
 
