@@ -8,8 +8,9 @@ on what goes on inside besides.
 from pathlib import Path
 
 from kdlib.config.import_table import AS_IT_IS, BY_MEANING, DTYPES, LEFT_OUT, by_name, read_settings
-from kdlib.config.migration import TO_FILL_IN, Migration, flow
+from kdlib.config.migration import TO_FILL_IN, Migration
 from kdlib.config.run import parse
+from kdlib.config.sections import flow
 from kdlib.config.training_arguments import RESERVED, problem_with, scheduler_names, training_fields
 
 OURS, REASONS, MEANT = by_name(AS_IT_IS), by_name(LEFT_OUT), by_name(BY_MEANING)

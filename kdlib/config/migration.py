@@ -4,11 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kdlib.config.import_table import BY_MEANING
 from kdlib.config.run import with_override
-from kdlib.config.sections import number
+from kdlib.config.sections import flow, number
 from kdlib.errors import ConfigError, printable
 
 TO_FILL_IN = "TO-BE-FILLED-IN"
@@ -108,10 +106,3 @@ class Migration:
 
 def _one_line(value: Any) -> str:
     return printable(value if isinstance(value, str) else repr(value))
-
-
-def flow(value: Any) -> str:
-    """A value as one line of YAML."""
-    style: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "width": float("inf")}
-    text = yaml.safe_dump([value], allow_unicode=True, **style).strip()
-    return (text if text.isprintable() else yaml.safe_dump([value], default_style='"', **style).strip())[1:-1]

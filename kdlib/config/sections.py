@@ -29,6 +29,13 @@ class Section(BaseModel):
         return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
 
 
+def flow(value: Any) -> str:
+    """A value as one line of YAML."""
+    style: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "width": float("inf")}
+    text = yaml.safe_dump([value], allow_unicode=True, **style).strip()
+    return (text if text.isprintable() else yaml.safe_dump([value], default_style='"', **style).strip())[1:-1]
+
+
 def number(value: Any) -> Any:
     """Takes 1e-4 and 1e3, which YAML reads as strings, and refuses true, which pydantic reads as 1."""
     if isinstance(value, bool):

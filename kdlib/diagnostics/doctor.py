@@ -12,6 +12,7 @@ import yaml
 
 from kdlib.config import run as configs
 from kdlib.config.run import Config, pairs
+from kdlib.config.sections import flow
 from kdlib.diagnostics import data_checks
 from kdlib.diagnostics.config_checks import CONFIG_CHECKS
 from kdlib.diagnostics.context import Context, Finding, Findings, Unavailable, as_text, ordered
@@ -170,7 +171,7 @@ def _put(text: str, path: Sequence[str], value: Any) -> str:
             where = f"the config cannot be changed in place:{node.start_mark}"
             raise ConfigError(f"{where}\nfound duplicate key {twice!r}; leave one of them out")
         if name not in keys:
-            return _inserted(text, node, f"{name}: {_flow(rest)}")
+            return _inserted(text, node, f"{name}: {flow(rest)}")
         key, node = node.value[keys.index(name)]
         start = text.index(":", key.end_mark.index) + 1
     return _replaced(text, node, start, value)
@@ -193,7 +194,7 @@ def _replaced(text: str, node: yaml.Node, start: int, value: Any) -> str:
     """The text with another value in place of a node, which begins somewhere after `start`."""
     begin = node.start_mark.index
     before = text[:begin] if begin > start and text[start:begin].strip(" ") == "" else f"{text[:start]} "
-    return f"{before}{_flow(value)}{text[_end(node) :]}"
+    return f"{before}{flow(value)}{text[_end(node) :]}"
 
 
 def _end(node: yaml.Node) -> int:
@@ -201,9 +202,3 @@ def _end(node: yaml.Node) -> int:
     while not isinstance(node, yaml.ScalarNode) and not node.flow_style:
         node = node.value[-1][1] if isinstance(node, yaml.MappingNode) else node.value[-1]
     return node.end_mark.index
-
-
-def _flow(value: Any) -> str:
-    """A value in one line of YAML."""
-    dumped = yaml.safe_dump(value, default_flow_style=True, width=2**20, sort_keys=False)
-    return dumped.removesuffix("...\n").strip()

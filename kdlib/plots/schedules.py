@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kdlib.config.run import Config, parse
+from kdlib.config.sections import flow
 from kdlib.plots.axes import SOFT, colours_of
 from kdlib.schedulers import Spec, breakpoints, from_spec
 
@@ -202,7 +203,7 @@ def as_yaml(sections: Mapping[str, Mapping[str, Any]]) -> str:
         text += f"{section}:\n"
         for name, value in settings.items():
             by_line = name == "curriculum" and value
-            shown = "".join(f"\n    - {_flow(phase)}" for phase in value) if by_line else f" {_flow(value)}"
+            shown = "".join(f"\n    - {flow(phase)}" for phase in value) if by_line else f" {flow(value)}"
             text += f"  {name}:{shown}\n"
     return text
 
@@ -236,7 +237,7 @@ def design_of(config: Config, steps: int | None = None) -> tuple[Design, list[st
 
 def _level(spec: Spec, where: str, notes: list[str]) -> float:
     if isinstance(spec, Mapping):
-        notes.append(f"{where} is {_flow(spec)}; the designer moves numbers, and starts from its first value")
+        notes.append(f"{where} is {flow(spec)}; the designer moves numbers, and starts from its first value")
     return float(from_spec(spec)(0.0))
 
 
@@ -244,7 +245,7 @@ def _one_temperature(config: Config, notes: list[str]) -> Spec:
     found = config.loss.temperature
     if not isinstance(found, Mapping) or next(iter(found)) in (*SHAPES, "steps", "piecewise", "joined"):
         return found
-    notes.append(f"loss.temperature is {_flow(found)}; the designer has one for all terms")
+    notes.append(f"loss.temperature is {flow(found)}; the designer has one for all terms")
     return found.get("kd", next(iter(found.values())))
 
 
@@ -253,7 +254,7 @@ def _two_ends(spec: Spec, notes: list[str]) -> tuple[str, tuple[float, float]]:
     if shape in SHAPES:
         return shape, (float(ends[0]), float(ends[1]))
     words = "the designer has shapes with two ends, and starts from a line between its own"
-    notes.append(f"loss.temperature is {_flow(spec)}; {words}")
+    notes.append(f"loss.temperature is {flow(spec)}; {words}")
     return "linear", (from_spec(spec)(0.0), from_spec(spec)(1.0))
 
 
@@ -268,12 +269,6 @@ def _rate(config: Config, steps: int | None, notes: list[str]) -> tuple[float, s
             return warm_up, "constant", 1.0
         case {"cosine": [1, last]} | {"linear": [1, last]}:
             return warm_up, next(iter(main)), float(last)
-    shown = _flow(config.training["lr_scheduler_type"] if schedule is None else schedule)
+    shown = flow(config.training["lr_scheduler_type"] if schedule is None else schedule)
     notes.append(f"training.lr_scheduler_type is {shown}; the designer starts from a warm-up and a cosine")
     return 0.1, "cosine", 0.0
-
-
-def _flow(value: Any) -> str:
-    """One line of YAML."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), sort_keys=False)
-    return text.removesuffix("\n").removesuffix("\n...")
