@@ -1,7 +1,7 @@
 """How much memory a training will take, moment by moment and part by part, known before a weight is loaded.
 
-The step is made without data (kdlib.diagnostics.fake_step) and every tensor of it counted; what stays between
-steps follows from the models' sizes.
+Every tensor of a step without data (kdlib.diagnostics.fake_step) is counted; what stays between steps follows
+from the models' sizes.
 """
 
 import os
@@ -40,7 +40,7 @@ STATE_BYTES = {  # of optimizer state per parameter, by `training.optim`; whatev
 }
 SHARDED = ("student's parameters", "gradients", "optimizer state")  # by FSDP
 
-Sizes = Mapping[str, float]  # part -> bytes
+Sizes = Counter[str]  # part -> bytes
 
 
 def forecast(
@@ -122,11 +122,11 @@ class Breakdown:
         with FakeTensorMode(allow_non_fake_inputs=True), nullcontext() if self.kind == "cpu" else as_asked():
             low = self.passing(self.plan.with_layers(*small))
             high = low if small == large else self.passing(self.plan.with_layers(*large))
-        found: dict[str, dict[str, int]] = {name: {} for name in high}
+        found: dict[str, Sizes] = {name: Counter() for name in high}
         for name, part, size in [(name, *each) for name, parts in high.items() for each in parts.items()]:
-            found[name][part] = round(at_layers(full, part, low[name].get(part, 0), size, small, large))
+            found[name][part] = round(at_layers(full, part, low[name][part], size, small, large))
         halves = [found.pop(f"backward's {half}") for half in ("beginning", "end")]
-        found |= {"backward": max(halves, key=_total), "optimizer step": self.optimizer_step()}
+        found |= {"backward": max(halves, key=Counter.total), "optimizer step": self.optimizer_step()}
         lasting = {
             "framework": FRAMEWORK[self.kind],
             "teacher's weights": bytes_of(_tensors(self.teacher)),
@@ -134,7 +134,7 @@ class Breakdown:
             "optimizer state": self.optimizer_state(),
         }
         order = (*PHASES, "optimizer step", "evaluation")
-        return {name: lasting | found[name] for name in order if name in found}
+        return {name: {**lasting, **found[name]} for name in order if name in found}
 
     def layers_tried(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Two numbers of layers of student and teacher, from which the rest follows; all, where they differ.
@@ -153,7 +153,7 @@ class Breakdown:
             self.step = FakeStep(plan, dtype=self.dtype, workspace=self.workspace, dense=self.dense)
         for at in self.step.objectives:
             for name, parts in self.micro_batch(at).items():
-                found[name] = max(parts, found.get(name, {}), key=_total)
+                found[name] = max(parts, found.get(name, Counter()), key=Counter.total)
         if str(self.args.eval_strategy.value) != "no" or self.args.eval_on_start:
             found["evaluation"] = self.evaluation()
         return found
@@ -188,7 +188,7 @@ class Breakdown:
     def watch(self) -> Allocations:
         """On CUDA the loss multiplies its gradient by a scale, on a CPU only if that is not 1."""
         watch = Allocations(answer=1.0 if self.kind == "cpu" else 2.0)
-        watch.hold([*_tensors(self.step.student), *_tensors(self.step.teacher)])
+        watch.hold(_tensors(self.step.student) + _tensors(self.step.teacher))
         return watch
 
     def gradients(self) -> list[Tensor]:
@@ -203,7 +203,7 @@ class Breakdown:
 
     def parts(self, watch: Allocations, span: tuple[int, int], kept: Mapping[int, str]) -> Sizes:
         """{part: bytes} at the highest point of a span."""
-        parts: Counter[str] = Counter()
+        parts: Sizes = Counter()
         for block in watch.held(watch.peak(*span)):
             parts[kept.get(id(block)) or self.part(block, watch)] += block.bytes
         return parts
@@ -233,9 +233,8 @@ class Breakdown:
     def optimizer_state(self) -> int:
         name, every = self.optimizer, self.student.parameters()
         if name == "adafactor":  # a row and a column per matrix
-            return sum(
-                4 * (sum(p.shape[-2:]) * p[..., 0, 0].numel() if p.ndim > 1 else len(p)) for p in every
-            )
+            counts = (sum(p.shape[-2:]) * p[..., 0, 0].numel() if p.ndim > 1 else p.numel() for p in every)
+            return 4 * sum(counts)
         if name not in STATE_BYTES and not name.startswith("adamw"):
             assumed = "8 bytes per parameter, as AdamW's, are assumed"
             self.notes.append(f"training.optim {name}: its state is not known here; {assumed}")
@@ -246,7 +245,8 @@ class Breakdown:
         sizes = [bytes_of([parameter]) for parameter in self.student.parameters()]
         scratch = sum(sizes) if self.kind == "cuda" else 2 * max(sizes)  # CUDA: all in one go
         scratch *= "fused" not in self.optimizer
-        return {"gradients": sum(sizes), "logits": bytes_of(self.workspace.buffers), "temporaries": scratch}
+        logits = bytes_of(self.workspace.buffers)
+        return Counter({"gradients": sum(sizes), "logits": logits, "temporaries": scratch})
 
     def on_each(self, parts: Mapping[str, int], devices: int) -> dict[str, int]:
         """The parts on each of several devices: shards with FSDP, else a second copy of the gradients."""
@@ -276,10 +276,6 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _total(parts: Sizes) -> float:
-    return sum(parts.values())
-
-
 def _layers_are_alike(model: PreTrainedModel) -> bool:
     """Whether all have the same matrices, and are of one kind."""
     shapes = {tuple(sorted(tuple(p.shape) for p in layer.parameters())) for layer in layers_of(model)}
@@ -287,7 +283,5 @@ def _layers_are_alike(model: PreTrainedModel) -> bool:
     return len(kinds) < 2 and len(shapes) < 2
 
 
-def _tensors(model: torch.nn.Module) -> Iterable[Tensor]:
-    """Parameters and buffers, each once."""
-    yield from model.parameters()
-    yield from model.buffers()
+def _tensors(model: torch.nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]

@@ -1,4 +1,4 @@
-"""Colours and names, the same in every figure; how an interval is drawn.  Imports no torch."""
+"""Colours and names, the same in every figure; how an interval is drawn."""
 
 import io
 from collections.abc import Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Figures and tables of answers: what is taken for what, how sure and how right.  Imports no torch."""
+"""Figures and tables of answers: what is taken for what, how sure and how right."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Figures and tables from a run's files: one message each, in the title.  Imports no torch.
+"""Figures and tables from a run's files: one message each, in the title.
 
 Teacher hatched grey, distilled student blue, baseline thin orange, untrained student light grey; safe for
 colour-blind eyes.

@@ -1,4 +1,4 @@
-"""Learning rate, weights, temperatures over a training: a table, a figure, a design.  Imports no torch.
+"""Learning rate, weights, temperatures over a training: a table, a figure, a design.
 
 Works from a config, in fractions of training, or from a run's plan.  What a person designs is written as
 YAML, and drawn from that YAML as a config reads it back (`pasted`): what is shown is what a run would do.

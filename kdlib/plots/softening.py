@@ -1,4 +1,4 @@
-"""What temperature and top k do to a teacher's distribution: entropy, mass outside.  Imports no torch.
+"""What temperature and top k do to a teacher's distribution: entropy, mass outside.
 
 Axes: N tokens, V vocabulary, K numbers of top tokens.  A softening is plain data, as explorers.json keeps it:
 

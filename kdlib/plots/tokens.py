@@ -1,4 +1,4 @@
-"""Tokens and rows to be looked at: what is learned, how hard each is, what models say.  Imports no torch.
+"""Tokens and rows to be looked at: what is learned, how hard each is, what models say.
 
 Ink and background are the page's own, and colours lie thinly over them, so that it reads in light and dark;
 text stands in `code`, where no notebook looks for formulas, and is escaped.

@@ -1,4 +1,4 @@
-"""The picture of a training: panels above each other on one x axis.  Imports no torch."""
+"""The picture of a training: panels above each other on one x axis."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress

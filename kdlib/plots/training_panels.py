@@ -1,4 +1,4 @@
-"""The panels of a training's picture: what each draws, and says in its title.  Imports no torch."""
+"""The panels of a training's picture: what each draws, and says in its title."""
 
 import math
 from collections.abc import Callable, Sequence
