@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from kdlib.config.loss import LossConfig
-from kdlib.diagnostics.context import Context, Finding, Findings, critical, note, warning
+from kdlib.diagnostics.context import Context, Findings, critical, note, warning
 from kdlib.losses.features import FEATURE_TERMS, feature_terms
 from kdlib.schedulers import from_spec
 
@@ -70,11 +70,10 @@ def warm_up_fits(context: Context) -> Findings:
     found += f" {steps}: the learning rate gets to {rate * peak:.1e} of {rate:.1e}"
     if (accumulation := args.gradient_accumulation_steps) > 1:
         found += f"; counted in batches, {accumulation} a step, it would be {warm_up / accumulation:g} steps"
-    why = (
-        "until then the learning rate is below what was chosen; counted in batches it stays near 0 to the end"
-    )
+    why = "the learning rate is low until then; one counted in batches keeps it near 0 to the end"
     do = f"count optimizer steps, or give a share of them: warmup_steps: {SHARE:g}"
-    yield Finding("critical" if peak < FLAT else "warning", where, found, why, do, {where: SHARE})
+    found_as = critical if peak < FLAT else warning
+    yield found_as(where, found, why, do, {where: SHARE})
 
 
 def learning_rate_reaches_its_peak(context: Context) -> Findings:
@@ -89,9 +88,8 @@ def learning_rate_reaches_its_peak(context: Context) -> Findings:
     if named and peak < REACHED:
         found = f"the learning rate gets to {rate * peak:.1e} of {rate:.1e} in {steps} steps"
         why, do = "it never reaches what was chosen", "leave these out, or make the schedule fit the steps"
-        yield Finding(
-            "critical" if peak < FLAT else "warning", "training.lr_scheduler_kwargs", found, why, do
-        )
+        found_as = critical if peak < FLAT else warning
+        yield found_as("training.lr_scheduler_kwargs", found, why, do)
     elif still > LONG_WARM_UP:
         found = f"in {still:.0%} of the {steps} steps the learning rate is below {FLAT:.0%} of its peak"
         why = "steps at a learning rate near 0 take time and change nothing"
@@ -128,7 +126,8 @@ def learning_rate_in_range(context: Context) -> Findings:
         found = f"a peak of {rate:.1e}; with {rule} trainings go well from {low:.0e} to {high:.0e}"
         why = "above it a training diverges, below it the weights hardly move before the steps are used up"
         change = {where: rounded} if far and not context.has_own_schedule else None
-        yield Finding("critical" if far else "warning", where, found, why, f"try {rounded:g}", change)
+        found_as = critical if far else warning
+        yield found_as(where, found, why, f"try {rounded:g}", change)
 
 
 def steps_are_not_batches(context: Context) -> Findings:

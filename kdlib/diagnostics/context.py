@@ -84,16 +84,18 @@ def part(where: str) -> Callable[[Callable[["Context"], Any]], property]:
     """A property that is made once; where that fails, the failure is kept too, and names this setting."""
 
     def decorate(make):
+        name = make.__name__
+
         @wraps(make)
         def get(self):
-            if make.__name__ not in self.made:
+            if name not in self.made:
                 try:
-                    self.made[make.__name__] = make(self)
+                    self.made[name] = make(self)
                 except Unavailable as error:
-                    self.made[make.__name__] = error
+                    self.made[name] = error
                 except (KdlibError, torch.OutOfMemoryError) as error:
-                    self.made[make.__name__] = Unavailable(where, error)
-            if isinstance(found := self.made[make.__name__], Unavailable):
+                    self.made[name] = Unavailable(where, error)
+            if isinstance(found := self.made[name], Unavailable):
                 raise found
             return found
 
@@ -166,9 +168,7 @@ class Context:
         args = training_arguments(self.config.model_copy(update={"precision": "float32"}), Path("unused"))
         rows, batches = args.train_batch_size, args.gradient_accumulation_steps
         if min(rows, batches) < 1:
-            raise ConfigError(
-                f"found {rows} rows a batch and {batches} batches a step; both must be 1 or more"
-            )
+            raise ConfigError(f"found {rows} rows a batch, {batches} batches a step; both must be 1 or more")
         return args
 
     @part("training")

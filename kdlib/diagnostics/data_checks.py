@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from kdlib.data.text import tokenized
-from kdlib.diagnostics.context import Context, Finding, Findings, Unavailable, critical, note, warning
+from kdlib.diagnostics.context import Context, Findings, Unavailable, critical, note, warning
 from kdlib.errors import ModelError
 from kdlib.losses.signals import kept
 from kdlib.models.classifier import class_order, named_classes
@@ -40,24 +40,19 @@ def documents_have_something_to_predict(context: Context) -> Findings:
         if short <= LEFT_OUT * total:
             continue
         sample = documents.select(range(min(SAMPLE, total)))
-        others = [
-            other
-            for other in documents.column_names
-            if other != column
-            and all(isinstance(text, str) for text in sample[other])
-            and _too_short(sample, other, context) <= LEFT_OUT * len(sample)
-        ]
-        found = (
-            f"{short} of the {total} {name} documents in the column {column!r} are shorter than two tokens"
-        )
-        found += " and left out"
+        texts = [each for each in documents.column_names if all(isinstance(x, str) for x in sample[each])]
+        enough = LEFT_OUT * len(sample)
+        others = [each for each in texts if each != column and _too_short(sample, each, context) <= enough]
+        found = f"{short} of the {total} {name} documents in the column {column!r} are "
+        found += "shorter than two tokens and left out"
         why = "the first token of a row is never predicted, so such a row teaches nothing"
         do = "look at the text, and leave such rows out of it"
         if others:
             found += f"; those in {', '.join(others)} are not"
             do = f"name the column with the text: {others[0]}"
         change = {"data.text": others[0]} if len(others) == 1 else None
-        yield Finding("critical" if short == total else "warning", "data.text", found, why, do, change)
+        found_as = critical if short == total else warning
+        yield found_as("data.text", found, why, do, change)
 
 
 def documents_are_not_cut(context: Context) -> Findings:
@@ -89,8 +84,10 @@ def documents_came_once(context: Context) -> Findings:
     total = out and notes["train_documents"] + notes["validation_documents"] + out
     if out > LEFT_OUT * total:
         found = f"{out} of {total} documents came twice and were left out"
-        severe, do = out > MOSTLY * total, f"see whether {column!r} is the column with the text"
-        yield (warning if severe else note)("data.text", found, "each text is kept once, on one side", do)
+        do, found_as = f"see whether {column!r} is the column with the text", note
+        if out > MOSTLY * total:
+            found_as = warning
+        yield found_as("data.text", found, "each text is kept once, on one side", do)
 
 
 def held_out_text_is_new(context: Context) -> Findings:
@@ -141,10 +138,10 @@ def teacher_has_a_head(context: Context) -> Findings:
         head = f"a head for {stated.num_labels} classes" if classifies else "no head for classes"
         found = f"{config.teacher.model} has {head}; the data has {len(labels)}"
         why = "a head that was never trained has nothing to teach"
-        do = (
-            "train it first (teacher_stage: {training: {num_train_epochs: 3, learning_rate: 2e-5}}), or name "
+        do = "train it first (teacher_stage: {training: {num_train_epochs: 3, learning_rate: 2e-5}})"
+        yield critical(
+            "teacher.model", found, why, f"{do}, or name a teacher that was trained on these classes"
         )
-        yield critical("teacher.model", found, why, f"{do}a teacher that was trained on these classes")
     elif named_classes(stated) is None:
         found, named = f"its {len(labels)} classes have no names (LABEL_0, …)", ", ".join(labels[:3])
         why = f"they are taken in the order of the data's ({named}, …); in another it would teach nonsense"
@@ -217,8 +214,8 @@ def teacher_knows_the_classes(context: Context) -> Findings:
         found = f"its accuracy on {len(came)} training rows is {right:.0%}, that of always saying the "
         why = "its soft labels are noise: it was not trained for this, or has its classes in another order"
         do = "train it first (teacher_stage), or give data.labels in the order of the teacher's classes"
-        severe, found = right <= chance, f"{found}commonest class {chance:.0%}"
-        yield (critical if severe else warning)("teacher.model", found, why, do)
+        found_as = critical if right <= chance else warning
+        yield found_as("teacher.model", f"{found}commonest class {chance:.0%}", why, do)
 
 
 def _held_out_by(context: Context, rows: int) -> str:

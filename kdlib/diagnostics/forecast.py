@@ -178,10 +178,9 @@ def advised(
         # of the smallest: on larger ones `loss.chunk: auto` takes no larger chunks
         on_cuda = partial(forecaster, **options | {"memory": min(CARDS), "device": "cuda"})
         there = on_cuda(config)
-        lines = [
-            line | {"remedy": line["remedy"] and line["remedy"].as_dict()}
-            for line in cards(config, there, on_cuda)
-        ]
+        lines = cards(config, there, on_cuda)
+        for line in lines:
+            line["remedy"] = line["remedy"] and line["remedy"].as_dict()
         data |= {"cards": lines, "card_precision": there.precision, "card_peak": there.peak}
     return data
 
@@ -197,8 +196,8 @@ def _parts(data: Mapping[str, Any]) -> list[str]:
     """A table: a line for each part, a column for each moment."""
     moments, many = data["moments"], data["devices"] > 1
     sizes = ", ".join(f"{name} {count / 1e6:,.1f} M parameters" for name, count in data["parameters"].items())
-    chunk = f"logits of {data['chunk']} tokens at a time"
-    chunk = chunk if data["chunk"] else "all logits at once (no plain head)"
+    at_once = f"logits of {data['chunk']} tokens at a time"
+    chunk = at_once if data["chunk"] else "all logits at once (no plain head)"
     where = f"on each of {data['devices']} devices" if many else "on one device"
     width = max(map(len, moments)) + 2
     names = dict.fromkeys(name for parts in moments.values() for name in parts)

@@ -32,13 +32,10 @@ def device_has_the_dtype(context: Context) -> Findings:
     precision, device = context.config.precision, device_of(context.config.wanted_device).type
     cuda = torch.cuda.get_device_name() if device == "cuda" else ""
     is_recent = bool(cuda) and torch.cuda.get_device_capability()[0] >= 8
-    emulated, ends = "its products are then emulated", "it ends at 65,504, which logits and gradients pass"
-    severity, where = "warning", "a CPU" if device == "cpu" else cuda
+    emulated, ends = "its products are then emulated", "float16 ends at 65,504, which logits pass"
+    where = "a CPU" if device == "cpu" else cuda
     if precision == "float16" and device == "cpu":
-        severity, why = (
-            "critical",
-            f"most CPUs emulate its products, 60 times slower than float32's; and {ends}",
-        )
+        why = f"most CPUs emulate its products, 60 times slower than float32's; and {ends}"
     elif precision == "float16" and is_recent:
         where, why = f"{cuda}, which has bfloat16", f"{ends}; bfloat16 has float32's range at the same speed"
     elif precision == "bfloat16" and device == "cpu" and emulates_bf16():
@@ -48,7 +45,8 @@ def device_has_the_dtype(context: Context) -> Findings:
         where, why = f"{cuda}, which has no instructions for it", f"{emulated}, slower than float32's"
     else:
         return
-    yield Finding(severity, "precision", f"{precision} on {where}", why, "write auto", AUTO)
+    found_as = critical if precision == "float16" and device == "cpu" else warning
+    yield found_as("precision", f"{precision} on {where}", why, "write auto", AUTO)
 
 
 def rows_fit_the_positions(context: Context) -> Findings:
@@ -135,14 +133,13 @@ def memory_suffices(context: Context) -> Findings:
     tried = remedies(context.config, found, found.total, forecast)
     fitting = [each for each in tried if each.peak <= found.total]
     changes = [f"{each.overrides} ({each.what}): {each.peak / GIB:.1f} GiB" for each in fitting]
-    needed = f"the training is forecast to take {found.peak / GIB:.1f} GiB, {found.moment}"
-    yield Finding(
-        "critical" if judged == "does not fit" else "warning",
-        "training.per_device_train_batch_size",
-        f"{needed}, and the device has {found.total / GIB:.1f}",
-        "a training that runs out of memory ends without a word, on a CPU even with the whole machine",
-        "; or ".join(changes) or "see `kd forecast`; take smaller models, shorter rows, or more memory",
+    needs = (
+        f"the training is forecast to take {found.peak / GIB:.1f} GiB, {found.moment}, and the device has "
     )
+    why = "a training that runs out of memory ends without a word, on a CPU even with the whole machine"
+    do = "; or ".join(changes) or "see `kd forecast`; take smaller models, shorter rows, or more memory"
+    found_as, needs = critical if judged == "does not fit" else warning, f"{needs}{found.total / GIB:.1f}"
+    yield found_as("training.per_device_train_batch_size", needs, why, do)
 
 
 def temperature_leaves_something_to_teach(context: Context) -> Findings:
@@ -158,16 +155,14 @@ def temperature_leaves_something_to_teach(context: Context) -> Findings:
         if not flatness(highest) > UNIFORM:  # nan is another check's
             continue
         where = f"loss.temperature.{term}" if by_term else "loss.temperature"
-        found = (
-            f"at T = {highest:g} the teacher's entropy on the first batch is {flatness(highest):.0%} of that "
-        )
-        found += "of a uniform guess"
+        found = f"at T = {highest:g} the teacher's entropy on the first batch is "
+        found += f"{flatness(highest):.0%} of that of a uniform guess"
         why = "a teacher that finds every token equally likely teaches its noise on tokens that never come"
         if better := next((T for T in PROPOSED if highest > T and flatness(T) <= TELLING), None):
             found += f"; at T = {better:g} it is {flatness(better):.0%}"
-            severity = "critical" if lowest == highest or flatness(lowest) > UNIFORM else "warning"
+            found_as = critical if lowest == highest or flatness(lowest) > UNIFORM else warning
             change = None if isinstance(spec, Mapping) else {where: better}
-            yield Finding(severity, where, found, why, f"write {better:g}", change)
+            yield found_as(where, found, why, f"write {better:g}", change)
         else:
             do = "see whether this teacher knows such text: it is near uniform at every temperature tried"
             yield warning(where, found, why, do)
@@ -199,9 +194,8 @@ def terms_are_of_a_size(context: Context) -> Findings:
 def _unlike(context: Context, term: str, main: str, shares: Mapping[str, float], weight: float) -> Finding:
     loss, ratio, where = context.config.loss, shares[main] / shares[term], f"loss.weights.{term}"
     proposed = float(f"{weight * ratio:.2g}")
-    moves = isinstance(loss.weights.get(term, {}), Mapping) or any(
-        term in phase.weights for phase in loss.curriculum or []
-    )
+    by_phase = [phase for phase in loss.curriculum or [] if term in phase.weights]
+    moves = by_phase or isinstance(loss.weights.get(term, {}), Mapping)
     small, large, times = (term, main, ratio) if ratio > 1 else (main, term, 1 / ratio)
     listed = ", ".join(f"{name} {share:.2g}" for name, share in shares.items())
     found = f"weight x value on the first batch: {listed}"
@@ -217,11 +211,8 @@ def teacher_is_finite(context: Context) -> Findings:
     largest = max(float(logits.abs().amax()) for logits in context.batch.teacher_logits())  # nan wins
     reach = f"the teacher's logits on the first batch reach {largest:.3g}"
     if not math.isfinite(largest):
-        why, do = (
-            "nothing can be learned from them",
-            "take another file of this model: its weights are damaged",
-        )
-        yield critical("teacher.model", f"{reach}, in float32", why, do)
+        do = "take another file of this model: its weights are damaged"
+        yield critical("teacher.model", f"{reach}, in float32", "nothing can be learned from them", do)
     elif context.config.precision == "float16" and largest > torch.finfo(torch.float16).max:
         found, why = f"{reach}, and float16 ends at 65,504", "beyond it the loss is nan"
         yield critical("precision", found, why, "write auto", AUTO)

@@ -52,9 +52,8 @@ def selftest(config: Config) -> pd.DataFrame:
     check_pair(config, tokenizer)
     prepared = tasks.prepare(config, tokenizer)
     teacher = tasks.load_teacher(config, prepared)
-    student = tasks.untrained_student(
-        config, prepared, tasks.layers_for_student(config, teacher.model, prepared)
-    )
+    layers = tasks.layers_for_student(config, teacher.model, prepared)
+    student = tasks.untrained_student(config, prepared, layers)
     return parity(config, student=student, teacher=teacher, tokenizer=tokenizer, prepared=prepared)
 
 
@@ -147,11 +146,9 @@ def without_dropout(model: PreTrainedModel) -> AbstractContextManager[None]:
     def drops(owner: Any, name: str) -> bool:
         return "drop" in name or (name == "p" and "Dropout" in type(owner).__name__)
 
-    owners = (*model.modules(), model.config)
-    floats = [
-        (owner, name) for owner in owners for name, value in vars(owner).items() if type(value) is float
-    ]
-    return _instead(*((owner, name, 0.0) for owner, name in floats if drops(owner, name)))
+    every = [(owner, *item) for owner in (*model.modules(), model.config) for item in vars(owner).items()]
+    rates = [(owner, name) for owner, name, value in every if type(value) is float and drops(owner, name)]
+    return _instead(*((owner, name, 0.0) for owner, name in rates))
 
 
 def _trainer(config, student, teacher, tokenizer, prepared, rows, folder: Path) -> DistillationTrainer:

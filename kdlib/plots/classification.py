@@ -144,10 +144,8 @@ def f1_per_class(results: Mapping[str, Any]) -> Figure:
 
 def _hardest(results: Mapping[str, Any], order: Sequence[int]) -> str:
     student, labels = student_of(results), results["labels"]
-    ours, theirs = (
-        [each["f1"]["value"] for each in results["models"][name]["per_class"]]
-        for name in (student, "teacher")
-    )
+    every = {name: facts["per_class"] for name, facts in results["models"].items()}
+    ours, theirs = ([each["f1"]["value"] for each in every[name]] for name in (student, "teacher"))
     behind = {number: theirs[number] - ours[number] for number in order}
     worst, furthest = order[0], max(sorted(order), key=behind.get)
     opening = f"{shortened(labels[worst], LONG)} is {called(student)}'s worst class: F1 {ours[worst]:.2f}"

@@ -88,9 +88,8 @@ def _draw(panel: Panel, scene: Scene, axes: Axes, *, title_above: float) -> None
         axes.update_datalim([(scene.span[0], 0)])
         axes.set_ylim(bottom=0 if data.y0 == 0 else None)
     is_wide = is_log and data.y1 > 5 * data.minposy
-    axes.yaxis.set_major_locator(
-        LogLocator(subs=(1, 2, 5), numticks=ticks) if is_wide else MaxNLocator(min(ticks, 5))
-    )
+    by_decade, evenly = LogLocator(subs=(1, 2, 5), numticks=ticks), MaxNLocator(min(ticks, 5))
+    axes.yaxis.set_major_locator(by_decade if is_wide else evenly)
     axes.yaxis.set_major_formatter(lambda value, _: "0" if value == 0 else panel.form.format(value))
     _phases(scene, axes, named=panel.name == "weights")
 

@@ -19,19 +19,12 @@ DASHES = ((0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (9, 3)))  # of 
 
 @dataclass(frozen=True)
 class View:
-    """What one wants to see of a training.
+    """What one wants to see of a training."""
 
-    Attributes:
-        terms: of the loss, to be shown; all where None.
-        smoothing: share of the training that the running mean over the raw values spans; 0: the values alone.
-        log: raw values and gradient norms on a log scale.
-        steps: the first and last optimizer step shown; where None, the training so far and some room ahead.
-    """
-
-    terms: tuple[str, ...] | None = None
-    smoothing: float = 0.02
-    log: bool = True
-    steps: tuple[float, float] | None = None
+    terms: tuple[str, ...] | None = None  # of the loss; None: all
+    smoothing: float = 0.02  # share of the training that a running mean over the values spans; 0: no mean
+    log: bool = True  # raw values and gradient norms on a log scale
+    steps: tuple[float, float] | None = None  # first and last; None: the training so far, and room ahead
 
 
 @dataclass(frozen=True)

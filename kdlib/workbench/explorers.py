@@ -80,11 +80,8 @@ class TemperatureExplorer(widgets.VBox):
         options = [(f"{k:,}", k) for k in self.top]
         first = max(k for k in self.top if k <= (top_k or USUAL_K))
         self.top_k = _slider(widgets.SelectionSlider, "top k", first, options=options)
-        self.bars, self.picture, controls = (
-            widgets.HTML(),
-            _picture(),
-            [self.token, self.temperature, self.top_k],
-        )
+        self.bars, self.picture = widgets.HTML(), _picture()
+        controls = [self.token, self.temperature, self.top_k]
         _watch(controls, self._redraw)
         super().__init__([*controls, self.bars, self.picture])
 
