@@ -1,4 +1,4 @@
-"""What the doctor looks at and what it says: a config, its data and models loaded when a check first asks.
+"""What the doctor looks at, loaded when a check first asks, and what it says.
 
 Checks are generators: `Context` → `Finding`s, none for what is well.
 """
@@ -203,13 +203,14 @@ class Context:
         try:
             optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
             scheduler = get_scheduler(kind, optimizer, warm_up, steps, args.lr_scheduler_kwargs)
-            schedule = scheduler.lr_lambdas[0] if isinstance(scheduler, LambdaLR) else None
-            if schedule:
-                schedule(steps - 1)  # some arguments are first read after the warm-up
+            if not isinstance(scheduler, LambdaLR):
+                return None
+            scheduler.lr_lambdas[0](steps - 1)  # some arguments are first read after the warm-up
         except (ArithmeticError, TypeError, ValueError) as error:
-            why = f"transformers cannot make the schedule {kind.value} from these: {error}"
-            raise ConfigError(why) from error
-        return schedule
+            raise ConfigError(
+                f"transformers cannot make a {kind.value} schedule from these: {error}"
+            ) from error
+        return scheduler.lr_lambdas[0]
 
     @part("teacher.model")
     def tokenizer(self) -> PreTrainedTokenizerBase:

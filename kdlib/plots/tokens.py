@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
+from scipy.special import entr, softmax
 
-from kdlib.plots.axes import COLOURS, LABELS
+from kdlib.plots.axes import COLOURS, label_of
 from kdlib.plots.softening import Predictions
 
 COLOURED_BY = {"kl": "KL to the teacher", "ce": "cross-entropy", "differs": "disagreement"}
@@ -23,7 +24,7 @@ FULL = 0.72  # opacity of the strongest colour
 BROAD = 95  # per cent of the tokens that the colours tell apart; those above are as strong as it gets
 HARDEST = 8  # in the list
 BARS = 12  # candidates shown; the others of the top k in one line
-CONTEXT = 24  # tokens of text before and 8 after
+CONTEXT = 24  # tokens of text before a token (and 8 after it), or characters in the list
 LONGEST = 14  # em, of the longest bar
 HERE = Path(__file__).parent
 STYLE = Markup((HERE / "heat_map.css").read_text(encoding="utf-8"))
@@ -70,7 +71,7 @@ def heat_map(
         "heat_map.html.j2",
         of(facts),
         style=STYLE,
-        who=LABELS.get(student, student),
+        who=label_of(student),
         measure=measure,
         measures=COLOURED_BY,
         limits=limits,
@@ -105,7 +106,7 @@ def limit(facts: Mapping[str, Any], measure: str) -> float:
 
 def message(facts: Mapping[str, Any], student: str, measure: str) -> str:
     """What the map shows, in a sentence: how much of it sits in how few tokens."""
-    found, who = values(facts, student, measure), LABELS.get(student, student)
+    found, who = values(facts, student, measure), label_of(student)
     where = f"{len(found)} {of(facts)}"
     if measure == "differs":
         return f"Teacher and {who} have different first choices at {found.sum():.0f} of {where}"
@@ -119,23 +120,23 @@ def of(facts: Mapping[str, Any]) -> str:
     return facts.get("of", "tokens")
 
 
-def _context(facts: Mapping[str, Any], number: int, length: int = 24) -> str:
+def _context(facts: Mapping[str, Any], number: int) -> str:
     """The end of what was read before a token, within its row; of a row, its class."""
     tokens = facts["tokens"]
     text = tokens[number]["before"]
     if of(facts) == "rows":
         return text.removesuffix(": ")
-    while number and not tokens[number]["before"] and len(text) <= length:
+    while number and not tokens[number]["before"] and len(text) <= CONTEXT:
         number -= 1
         text = tokens[number]["before"] + tokens[number]["text"] + text
-    return text[-length:]
+    return text[-CONTEXT:]
 
 
 def candidate_bars(predictions: Predictions, number: int, temperature: float, k: int) -> str:
     """The k likeliest candidates for a token: bars in HTML of what each model gives them at a temperature."""
-    probs = {n: probabilities(logits[number], temperature) for n, logits in predictions.logits.items()}
-    teacher, names = probs["teacher"], {name: LABELS.get(name, name) for name in probs}
-    order = np.argsort(-predictions.logits["teacher"][number], kind="stable")[:k]
+    logits = {name: every[number].astype(np.float64) for name, every in predictions.logits.items()}
+    probs = {name: softmax(each / temperature) for name, each in logits.items()}
+    order = np.argsort(-logits["teacher"], kind="stable")[:k]
     longest = max(values[order[:BARS]].max() for values in probs.values())
     coloured = [(COLOURS.get(name, "#56b4e9"), values) for name, values in probs.items()]
     around = range(max(number - CONTEXT, 0), min(number + 9, len(predictions.texts)))
@@ -144,11 +145,11 @@ def candidate_bars(predictions: Predictions, number: int, temperature: float, k:
         predictions.of,
         around=[(predictions.before[n], predictions.texts[n], n - number) for n in around],
         temperature=temperature,
-        entropy=-np.sum(teacher * np.log(teacher, where=teacher > 0, out=np.zeros_like(teacher))) + 0.0,
+        entropy=entr(probs["teacher"]).sum(),
         k=len(order),
-        same=[(names[name], probs[name][order].sum()) for name in predictions.students],
+        same=[(label_of(name), probs[name][order].sum()) for name in predictions.students],
         many="classes" if predictions.of == "rows" else "tokens",
-        names=list(names.values()),
+        names=[label_of(name) for name in probs],
         bars=[
             (
                 predictions.decode(int(token)),
@@ -162,12 +163,6 @@ def candidate_bars(predictions: Predictions, number: int, temperature: float, k:
         # summed from what is outside, so that a small mass keeps its digits
         outside=[float(np.delete(values, order).sum()) for values in probs.values()],
     )
-
-
-def probabilities(logits: np.ndarray, temperature: float) -> np.ndarray:
-    """softmax(logits / T) along the last axis, in float64."""
-    weights = np.exp((logits - logits.max(-1, keepdims=True)).astype(np.float64) / temperature)
-    return weights / weights.sum(-1, keepdims=True)
 
 
 def _filled(template: str, of: str, **content: Any) -> str:
@@ -197,10 +192,8 @@ class TokenView:
         return _filled("token_view.html.j2", "tokens", tokens=tokens, states=STATES, legend=self._legend())
 
     def __str__(self) -> str:
-        coloured = "".join(
-            f"{STATES[state][1]}{visible(text)}\x1b[0m{chr(10) * text.count(chr(10))}"
-            for text, state in zip(self.texts, self.states, strict=True)
-        )
+        lines = [visible(text) + "\x1b[0m" + "\n" * text.count("\n") for text in self.texts]
+        coloured = "".join(STATES[state][1] + line for state, line in zip(self.states, lines, strict=True))
         return f"{coloured}\n" + "; ".join(f"{STATES[s][1]}{words}\x1b[0m" for s, words in self._legend())
 
     def _legend(self) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from markupsafe import escape
 
 from kdlib.config.run import Config
 from kdlib.errors import ConfigError, RunError
-from kdlib.plots.axes import LABELS, png
+from kdlib.plots.axes import label_of, png
 from kdlib.plots.schedules import DECAYS, SHAPES, Design, Phase, design_of, pasted, schedules_of
 from kdlib.plots.softening import (
     TEMPERATURES,
@@ -103,7 +103,7 @@ class HeatMapExplorer(widgets.VBox):
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
         self.facts, count = facts, len(facts["tokens"])
-        students = [(LABELS.get(name, name), name) for name in facts["students"]]
+        students = [(label_of(name), name) for name in facts["students"]]
         measures = [(words, name) for name, words in COLOURED_BY.items()]
         self.student = _slider(widgets.Dropdown, "student", students[0][1], options=students)
         self.measure = _slider(widgets.Dropdown, "coloured by", "kl", options=measures)
