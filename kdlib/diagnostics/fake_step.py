@@ -50,8 +50,8 @@ class Block:
 class Allocations(TorchDispatchMode):
     """Notes when each storage is made and freed while it is active, of real tensors or of fake ones.
 
-    Operations on whole numbers that have data are run with them even under a FakeTensorMode, so that token
-    ids, masks and positions keep their values, and code that asks for these takes its usual turns.
+    Whole numbers that have data keep it even under a FakeTensorMode, so that code that asks for token ids,
+    masks or positions takes its usual turns.
     """
 
     def __init__(self, answer: float = 1.0) -> None:
@@ -102,11 +102,10 @@ class Allocations(TorchDispatchMode):
             return True if kind is torch.bool else self.answer if kind.is_floating_point else int(self.answer)
         if function is ATEN._grouped_mm.default and is_fake:  # whose rule for shapes knows bfloat16 alone
             made = _grouped_product(*args[:3])
-        elif given and not any(is_fake or tensor.is_floating_point() for tensor in given):
-            with unset_fake_temporarily():
-                made = function(*args, **(kwargs or {}))
         else:
-            made = function(*args, **(kwargs or {}))
+            whole = given and not any(is_fake or tensor.is_floating_point() for tensor in given)
+            with unset_fake_temporarily() if whole else nullcontext():
+                made = function(*args, **(kwargs or {}))
         self.blocks_of(leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor))
         return made
 
@@ -187,8 +186,7 @@ class FakeStep:
     def objectives(self) -> list[ObjectiveAt]:
         """The objective wherever in training it asks the models for something else, with the most terms."""
         found: dict[tuple, ObjectiveAt] = {}
-        for number in range(FRACTIONS + 1):
-            at = self.objective.at(number / FRACTIONS)
+        for at in (self.objective.at(number / FRACTIONS) for number in range(FRACTIONS + 1)):
             asks = (at.needs_teacher, at.needs_hidden, at.needs_attention)
             if at.weights and len(at.weights) > len(getattr(found.get(asks), "weights", ())):
                 found[asks] = at

@@ -1,7 +1,6 @@
 """Figures and tables from a run's files: one message each, in the title.
 
-Teacher hatched grey, distilled student blue, baseline thin orange, untrained student light grey; safe for
-colour-blind eyes.
+Teacher hatched grey, distilled student blue, baseline thin orange, untrained student light grey.
 """
 
 from collections.abc import Mapping
@@ -80,11 +79,12 @@ def comparison_bars(results: Mapping[str, Any]) -> Figure:
 def sample_of(results: Mapping[str, Any]) -> str:
     """What was measured on, in words."""
     if "questions" in results:
-        return f"n = {results['questions']:,} questions; {results['interval']}"
-    if "tokens" in results:
-        what = rules_in(results).rows
-        return f"n = {results['rows']} {what}, {results['tokens']:,} tokens; {results['interval']}"
-    return f"n = {results['rows']:,} {results['split']} rows; {results['interval']}"
+        sample = f"{results['questions']:,} questions"
+    elif "tokens" in results:
+        sample = f"{results['rows']} {rules_in(results).rows}, {results['tokens']:,} tokens"
+    else:
+        sample = f"{results['rows']:,} {results['split']} rows"
+    return f"n = {sample}; {results['interval']}"
 
 
 def comparison_message(results: Mapping[str, Any]) -> str:
@@ -102,10 +102,8 @@ def comparison_message(results: Mapping[str, Any]) -> str:
 
 def quality_table(results: Mapping[str, Any]) -> pd.DataFrame:
     """One row per model: each metric with its 95 % interval."""
-    rows = {
-        label_of(name): {MEASURES[m].name: with_interval(facts[m]) for m in shown_in(results)}
-        for name, facts in results["models"].items()
-    }
+    models, shown = results["models"].items(), shown_in(results)
+    rows = {label_of(n): {MEASURES[m].name: with_interval(facts[m]) for m in shown} for n, facts in models}
     return pd.DataFrame(rows).T
 
 
@@ -121,14 +119,14 @@ def cost_table(results: Mapping[str, Any]) -> pd.DataFrame:
 def difference_table(results: Mapping[str, Any]) -> pd.DataFrame:
     """The student's paired differences, the hardest rival first, and whether the interval excludes zero."""
     student, rows = student_of(results), []
-    heading = f"{label_of(student)} against"
     for rival in rivals_of(results):
         for metric in differing(results, rival):
             d = difference(results, student, rival, metric)
             clear = "yes" if d["low"] > 0 or d["high"] < 0 else "no"
-            found = {"difference and 95 % interval": with_interval(d, "+"), "excludes zero": clear}
-            rows.append({heading: label_of(rival), "metric": MEASURES[metric].name} | found)
-    return pd.DataFrame(rows).set_index(heading)
+            rows.append((label_of(rival), MEASURES[metric].name, with_interval(d, "+"), clear))
+    heading = f"{label_of(student)} against"
+    columns = [heading, "metric", "difference and 95 % interval", "excludes zero"]
+    return pd.DataFrame(rows, columns=columns).set_index(heading)
 
 
 def comparison_figures(results: Mapping[str, Any]) -> dict[str, Figure]:

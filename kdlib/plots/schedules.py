@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import cycle, groupby
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 from matplotlib.axes import Axes
@@ -79,9 +80,8 @@ def curves(config: Config, steps: int | None = None, plan: pd.DataFrame | None =
     if rate is not None:
         table["learning_rate"] *= config.training.get("learning_rate", LEARNING_RATE)
     elif plan is not None and "learning_rate" in plan:
-        known = pd.Series(plan["learning_rate"].values, (plan["step"] - 1) / plan["step"].max())
-        at_all = known.reindex(known.index.union(when)).interpolate("index")
-        table["learning_rate"] = at_all.loc[when].to_numpy()
+        planned = (plan["step"] - 1) / plan["step"].max()
+        table["learning_rate"] = np.interp(when, planned, plan["learning_rate"])
     return table
 
 
