@@ -207,9 +207,7 @@ class Context:
                 return None
             scheduler.lr_lambdas[0](steps - 1)  # some arguments are first read after the warm-up
         except (ArithmeticError, TypeError, ValueError) as error:
-            raise ConfigError(
-                f"transformers cannot make a {kind.value} schedule from these: {error}"
-            ) from error
+            raise ConfigError(f"transformers makes no {kind.value} schedule of these: {error}") from error
         return scheduler.lr_lambdas[0]
 
     @part("teacher.model")
@@ -221,16 +219,15 @@ class Context:
         """The one that a student of its own was trained with."""
         return load_tokenizer(self.config.student.source)
 
+    @part("student.from")
+    def student_config(self) -> Any:
+        return load_config(self.config.student.source)
+
     @part("teacher.model")
     def configs(self) -> dict[str, Any]:
         """{"teacher": …, "student": …} the models' own; no student's where that is made from the teacher."""
         found = {"teacher": load_config(self.config.teacher.model)}
-        if self.config.student.source != "teacher":
-            try:
-                found["student"] = load_config(self.config.student.source)
-            except KdlibError as error:
-                raise Unavailable("student.from", error) from error
-        return found
+        return found if self.config.student.source == "teacher" else found | {"student": self.student_config}
 
     @part("student.from")
     def size(self) -> int:

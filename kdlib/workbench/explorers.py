@@ -74,9 +74,8 @@ class TemperatureExplorer(widgets.VBox):
         rows = softening(predictions.ranked, TEMPERATURES, self.top)["rows"]
         self.rows = {row["temperature"]: row for row in rows}
         one, count = predictions.of.removesuffix("s"), len(predictions.texts)
-        soft = min(max(temperature, 0.5), 8.0)
         self.token = _slider(widgets.IntSlider, one, 1, min=1, max=count)
-        self.temperature = _slider(widgets.FloatSlider, "temperature T", soft, min=0.5, max=8.0, step=0.1)
+        self.temperature = _hotness("temperature T", min(max(temperature, 0.5), 8.0))
         options = [(f"{k:,}", k) for k in self.top]
         first = max(k for k in self.top if k <= (top_k or USUAL_K))
         self.top_k = _slider(widgets.SelectionSlider, "top k", first, options=options)
@@ -129,10 +128,7 @@ class ScheduleDesigner(widgets.VBox):
         self.decay = _slider(widgets.Dropdown, "then", start.decay, options=DECAYS)
         self.last = _share("end, × the peak", start.last)
         self.shape = _slider(widgets.Dropdown, "temperature", start.shape, options=SHAPES)
-        self.hot, self.cold = (
-            _slider(widgets.FloatSlider, words, value, min=0.5, max=max(8.0, value), step=0.1)
-            for words, value in zip(("at the start", "at the end"), start.temperature, strict=True)
-        )
+        self.hot, self.cold = map(_hotness, ("at the start", "at the end"), start.temperature)
         self.phases = phase_sliders(start.phases)
         self.count = _slider(widgets.IntSlider, "phases", len(start.phases), min=1, max=len(self.phases))
         left = [self.learning_rate, self.warm_up, self.decay, self.last]
@@ -145,7 +141,6 @@ class ScheduleDesigner(widgets.VBox):
         super().__init__([said, upper, self.row, self.fault, self.picture, self.yaml])
 
     def design(self) -> Design:
-        """What the sliders say."""
         *phases, last = (phase.phase() for phase in self.phases[: self.count.value])
         sliders = (self.warm_up, self.last, self.hot, self.cold)
         warm_up, end, *temperature = (round(slider.value, 4) for slider in sliders)
@@ -187,7 +182,6 @@ class PhaseSliders(widgets.VBox):
         super().__init__([widgets.Label(f"phase {number}"), *self.sliders])
 
     def phase(self) -> Phase:
-        """What these sliders say."""
         weights = {name: round(slider.value, 4) for name, slider in self.weights.items()}
         return Phase(round(self.until.value, 4), weights, round(self.ramp.value, 4))
 
@@ -211,6 +205,10 @@ def _slider(kind: type, words: str, value: Any, width: str = WIDE, **options: An
 def _share(words: str, value: float, width: str = WIDE, max: float = 1.0) -> widgets.FloatSlider:
     options = {"min": 0.0, "max": max, "step": 0.01 if max < 1 else 0.05, "readout_format": ".2f"}
     return _slider(widgets.FloatSlider, words, value, width, **options)
+
+
+def _hotness(words: str, value: float) -> widgets.FloatSlider:
+    return _slider(widgets.FloatSlider, words, value, min=0.5, max=max(8.0, value), step=0.1)
 
 
 def _picture() -> widgets.Image:
