@@ -4,6 +4,7 @@ Which of them a task asks for stands in the `checks` of its kdlib.tasks.base.Tas
 """
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Sequence
 
@@ -139,9 +140,8 @@ def teacher_has_a_head(context: Context) -> Findings:
         found = f"{config.teacher.model} has {head}; the data has {len(labels)}"
         why = "a head that was never trained has nothing to teach"
         do = "train it first (teacher_stage: {training: {num_train_epochs: 3, learning_rate: 2e-5}})"
-        yield critical(
-            "teacher.model", found, why, f"{do}, or name a teacher that was trained on these classes"
-        )
+        do += ", or name a teacher that was trained on these classes"
+        yield critical("teacher.model", found, why, do)
     elif named_classes(stated) is None:
         found, named = f"its {len(labels)} classes have no names (LABEL_0, …)", ", ".join(labels[:3])
         why = f"they are taken in the order of the data's ({named}, …); in another it would teach nonsense"
@@ -208,7 +208,7 @@ def teacher_knows_the_classes(context: Context) -> Findings:
         came += tokens.targets.tolist()
     if len(came) < FEWEST:
         return
-    right = sum(a == b for a, b in zip(said, came, strict=True)) / len(came)
+    right = sum(map(operator.eq, said, came)) / len(came)
     chance = max(Counter(came).values()) / len(came)
     if right <= chance + 1.96 * math.sqrt(chance * (1 - chance) / len(came)):
         found = f"its accuracy on {len(came)} training rows is {right:.0%}, that of always saying the "
