@@ -7,13 +7,12 @@ on what goes on inside besides.
 
 from pathlib import Path
 
-from kdlib.config.import_table import AS_IT_IS, BY_MEANING, DTYPES, LEFT_OUT, by_name, read_settings
+from kdlib.config.import_table import DTYPES, MEANT, OURS, REASONS, read_settings
 from kdlib.config.migration import TO_FILL_IN, Migration
 from kdlib.config.run import parse
 from kdlib.config.sections import flow
 from kdlib.config.training_arguments import RESERVED, problem_with, scheduler_names, training_fields
 
-OURS, REASONS, MEANT = by_name(AS_IT_IS), by_name(LEFT_OUT), by_name(BY_MEANING)
 INSIDE = {  # term, and whether it comes in with the second phase of the student-aware curriculum or the third
     "alpha_feature": ("hidden", True),
     "alpha_attention": ("attention", True),
@@ -41,13 +40,14 @@ def migrated(
         ConfigError: unreadable; or values that contradict each other, are refused, or could mean two things.
     """
     made = Migration(str(path), read_settings(path))
-    for key in [key for key, value in made.theirs.items() if value is None]:
-        made.leave_out(key, "nothing is set")
-        del made.theirs[key]
     options = {"teacher.model": teacher, "student.from": student, "data.source": data}
-    for key in made.theirs:
-        if key not in MEANT:
-            _plain(key, made, given={ours for ours, option in options.items() if option})
+    given = {ours for ours, option in options.items() if option}
+    for key, value in list(made.theirs.items()):
+        if value is None:
+            made.leave_out(key, "nothing is set")
+            del made.theirs[key]
+        elif key not in MEANT:
+            _plain(key, made, given)
     for ours, option in options.items():
         origin = "given to kd import" if option else "the name"
         made.put(ours, option or made.values.get(ours, TO_FILL_IN), origin)
@@ -59,15 +59,14 @@ def migrated(
     _stops(made)
     made.put_usual("data.packing", False, "a row holds one text there", unless="task")
     made.put_usual("training.report_to", "none", "no tracker is named there")
-    parse(made.nested(), name=made.name)
+    parse({}, made.values, name=made.name)
     return made
 
 
 def _plain(key: str, made: Migration, given: set[str]) -> None:
     """One of their settings that is one of ours under another name, or none of ours."""
-    value, ours = made.theirs[key], OURS.get(key)
-    if not ours and key in training_fields() and key not in RESERVED:
-        ours = f"training.{key}"
+    value, is_training = made.theirs[key], key in training_fields() and key not in RESERVED
+    ours = OURS.get(key) or (f"training.{key}" if is_training else None)
     if ours in given:
         made.leave_out(key, f"{ours} was given to kd import")
     elif ours == "training.lr_scheduler_type" and problem_with("lr_scheduler_type", value):
@@ -98,21 +97,20 @@ def _weights(made: Migration, alpha_on: str | None) -> None:
         raise made.fault("--alpha-on", f"found {alpha_on!r}; it is kd or ce, the term that alpha weights")
     if alpha_on and "alpha" not in made.theirs:
         raise made.fault("--alpha-on", "is for a setting `alpha`, and there is none; leave it out")
-    for key, on in (("alpha", alpha_on), ("alpha_kd", "kd")):
-        if key in made.theirs:
-            share = made.number(key, most=1.0)
-            rest = round(1 - share, 12)
-            on_kd, on_ce = {"kd": share, "ce": rest}, {"kd": rest, "ce": share}
-            if on is None and share != rest:
-                raise made.fault(
-                    key,
-                    f"found {share:g}, which can mean two things; say which: --alpha-on kd reads "
-                    f"{flow(on_kd)}, as soft-classification and question-answering projects do, --alpha-on "
-                    f"ce reads {flow(on_ce)}, as code and FSDP projects do; the project's own line `loss = "
-                    "alpha * ...` tells",
-                )
-            origin = f"{key} on {on}, the rest on the other" if on else key
-            made.put("loss.weights", on_ce if on == "ce" else on_kd, origin)
+    for key in sorted({"alpha", "alpha_kd"} & set(made.theirs)):
+        on, share = alpha_on if key == "alpha" else "kd", made.number(key, most=1.0)
+        rest = round(1 - share, 12)
+        on_kd, on_ce = {"kd": share, "ce": rest}, {"kd": rest, "ce": share}
+        if on is None and share != rest:
+            raise made.fault(
+                key,
+                f"found {share:g}, which can mean two things; say which: --alpha-on kd reads {flow(on_kd)}, "
+                "as soft-classification and question-answering projects do, --alpha-on ce reads "
+                f"{flow(on_ce)}, as code and FSDP projects do; the project's own line `loss = alpha * ...` "
+                "tells",
+            )
+        origin = f"{key} on {on}, the rest on the other" if on else key
+        made.put("loss.weights", on_ce if on == "ce" else on_kd, origin)
     made.put_usual("loss.weights", {"kd": 0.7, "ce": 0.3}, "not given there: kdlib's usual")
 
 
@@ -124,10 +122,10 @@ def _inside(made: Migration) -> None:
         (term, is_early), weight = INSIDE[key], made.number(key)
         if "task" in made.values:
             made.leave_out(key, "it compares the models token by token, and here rows are classified")
-            continue
-        weights[term] = round(weights.get(term, 0.0) + weight, 12)
-        early[term] = early.get(term, 0.0) + is_early * weight
-        made.replace("loss.weights", {**made.values["loss.weights"], **weights}, f"{term} from {key}")
+        else:
+            weights[term] = round(weights.get(term, 0.0) + weight, 12)
+            early[term] = early.get(term, 0.0) + is_early * weight
+            made.replace("loss.weights", {**made.values["loss.weights"], **weights}, f"{term} from {key}")
     if "use_curriculum" in made.theirs:
         phases = [
             {"until": 0.3, "weights": dict.fromkeys(weights, 0.0)},
@@ -147,25 +145,26 @@ def _inside(made: Migration) -> None:
 
 def _temperature(made: Migration) -> None:
     """The temperature that falls in the student-aware project, and that of its contrastive term."""
-    switch, lowest, contrastive = BY_MEANING["loss.temperature"].split()
+    switch, lowest = "use_temperature_curriculum", "min_temperature"
     told, start = [key for key in (switch, lowest) if key in made.theirs], made.values.get("loss.temperature")
-    falls = made.is_on(switch) if switch in made.theirs else bool(told)
+    falls = made.is_on(switch) if switch in told else bool(told)
     if falls and start is not None:
         end = made.theirs.get(lowest, 2.0)  # 2 where that project's file is silent
         made.replace("loss.temperature", {"linear": [start, end]}, ", ".join(told))
     else:
         for key in told:
             made.leave_out(key, "the temperature stands still")
-    if contrastive in made.theirs and "contrastive" in made.values["loss.weights"]:
-        both = {"kd": made.values.get("loss.temperature", 2.0), "contrastive": made.theirs[contrastive]}
-        made.replace("loss.temperature", both, f"contrastive from {contrastive}")
-    elif contrastive in made.theirs:
-        made.leave_out(contrastive, "there is no contrastive term")
+    if (key := "contrastive_temp") in made.theirs:
+        if "contrastive" in made.values["loss.weights"]:
+            both = {"kd": made.values.get("loss.temperature", 2.0), "contrastive": made.theirs[key]}
+            made.replace("loss.temperature", both, f"contrastive from {key}")
+        else:
+            made.leave_out(key, "there is no contrastive term")
 
 
 def _precision(made: Migration) -> None:
     """The dtype of matrix products, which projects switch on by many names; and where figures are sent."""
-    theirs, dtypes = made.theirs, by_name(DTYPES)
+    theirs = made.theirs
     is_off = "use_amp" in theirs and not made.is_on("use_amp")
     for key in made.named("precision"):
         value, origin = theirs[key], key
@@ -180,26 +179,25 @@ def _precision(made: Migration) -> None:
         elif is_off:
             made.leave_out(key, "use_amp is off")
             continue
-        made.put("precision", dtypes.get(str(value).removeprefix("torch."), value), origin)
+        made.put("precision", DTYPES.get(str(value).removeprefix("torch."), value), origin)
     if "use_wandb" in theirs:
         made.put("training.report_to", "wandb" if made.is_on("use_wandb") else "none", "use_wandb")
 
 
 def _stops(made: Migration) -> None:
     """When to evaluate, and early stopping, where a patience is given and nothing switches it off."""
-    switches = [made.is_on(key) for key in made.named("early_stopping")]
-    patience, least = made.named("early_stopping.patience"), made.named("early_stopping.min_delta")
-    why = "" if patience and all(switches) else "it is off" if patience else "no patience is given"
+    switches, patience = made.named("early_stopping"), made.named("early_stopping.patience")
+    is_off = False in [made.is_on(key) for key in switches]
+    why = "no patience is given" if not patience else "it is off" if is_off else ""
     if made.values.get("training.eval_strategy") in ("no", False):
         why = "nothing is evaluated there"
-    for key in [*patience, *least, *made.named("early_stopping")]:
+    for key in [*patience, *made.named("early_stopping.min_delta"), *switches]:
         if why:
             made.leave_out(key, why)
-        elif key in least:
-            made.put("early_stopping.min_delta", made.theirs[key], key)
+        elif key in switches:
+            made.put("early_stopping.patience", made.values["early_stopping.patience"], key)
         else:
-            value = made.theirs[key] if key in patience else made.values["early_stopping.patience"]
-            made.put("early_stopping.patience", value, key)
+            made.put(MEANT[key], made.theirs[key], key)
     if "training.eval_steps" in made.values:
         made.put_usual("training.eval_strategy", "steps", "eval_steps")
     if patience and not why:

@@ -4,13 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdlib.config.import_table import BY_MEANING
-from kdlib.config.run import with_override
+from kdlib.config.import_table import MEANT
+from kdlib.config.run import Config
 from kdlib.config.sections import flow, number
 from kdlib.errors import ConfigError, printable
 
 TO_FILL_IN = "TO-BE-FILLED-IN"
-SECTIONS = ("task", "seed", "precision", "teacher", "student", "data", "loss", "training", "early_stopping")
 
 
 @dataclass
@@ -52,45 +51,40 @@ class Migration:
         return ConfigError(f"{self.name}: {_one_line(key)}: {what}")
 
     def named(self, path: str) -> list[str]:
-        """Their settings that BY_MEANING has for one of ours."""
-        return [key for key in BY_MEANING[path].split() if key in self.theirs]
+        """Their settings out of which this one of ours is worked out."""
+        return [key for key, ours in MEANT.items() if ours == path and key in self.theirs]
 
     def number(self, key: str, most: float = float("inf")) -> float:
         """The number of 0 or more that one of their settings is."""
         found = self.theirs[key]
-        found = None if isinstance(found, bool) else number(found)
-        if not isinstance(found, (int, float)) or not 0 <= found <= most or found == float("inf"):
+        value = None if isinstance(found, bool) else number(found)
+        if not isinstance(value, (int, float)) or not 0 <= value <= most or value == float("inf"):
             needed = "from 0 to 1" if most == 1 else "of 0 or more"
-            raise self.fault(key, f"found {self.theirs[key]!r}, needs a number {needed}")
-        return float(found)
+            raise self.fault(key, f"found {found!r}, needs a number {needed}")
+        return float(value)
 
     def is_on(self, key: str) -> bool:
         if not isinstance(found := self.theirs[key], bool):
             raise self.fault(key, f"found {found!r}, needs true or false")
         return found
 
-    def nested(self) -> dict[str, Any]:
-        """The config as plain data."""
-        raw: dict[str, Any] = {}
-        for path, value in self.values.items():
-            raw = with_override(raw, path, value, self.name)
-        return raw
-
     def as_yaml(self) -> str:
         """The config, each line with its origin; before it what must be filled in and what was left out."""
-        said = "each comment says which of its settings a value comes from."
-        lines = [f"# Made by `kd import` from {_one_line(self.name)}; {said}"]
+        lines = [
+            f"# Made by `kd import` from {_one_line(self.name)}; "
+            "each comment says which of its settings a value comes from."
+        ]
         if self.missing:
             lines += [f"# To be filled in: {', '.join(self.missing)}"]
         if self.left_out:
             lines += ["# Without a counterpart here, so left out:", *(f"#   {x}" for x in self.left_out)]
-        section = None
-        for path in sorted(self.values, key=lambda path: SECTIONS.index(path.partition(".")[0])):
-            head, _, key = path.partition(".")
-            if head != section:
-                lines += ["", f"{head}:"] if key else [""]
-            lines.append(f"{f'  {key}' if key else head}: {flow(self.values[path])}  # {self.origins[path]}")
-            section = head
+        for section in Config.model_fields:
+            of_section = [path for path in self.values if path.partition(".")[0] == section]
+            if of_section:
+                lines += ["", f"{section}:"] if "." in of_section[0] else [""]
+            for path in of_section:
+                key = path.replace(f"{section}.", "  ", 1)
+                lines.append(f"{key}: {flow(self.values[path])}  # {self.origins[path]}")
         return "\n".join(lines) + "\n"
 
     def write(self, output: Path) -> None:

@@ -66,6 +66,11 @@ def statements(package: str, file: str) -> list[ast.stmt]:
     return ast.parse(Path(spec.origin).with_name(file).read_text(encoding="utf-8")).body
 
 
+def read_beside(module: str) -> Any:
+    """The table that stands as YAML beside a module, given by its `__file__`."""
+    return yaml.safe_load(Path(module).with_suffix(".yaml").read_text(encoding="utf-8"))
+
+
 def refuse(faults: Sequence[str]) -> None:
     """Raises all faults as one ValueError, a line each; nothing where there are none."""
     if faults:

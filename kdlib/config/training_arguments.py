@@ -6,37 +6,13 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from kdlib.config.sections import statements
+from kdlib.config.sections import read_beside, statements
 from kdlib.errors import nearest, printable
 from kdlib.schedulers import normal, sampled
 
 TRAINING_DEFAULTS = {"report_to": "none", "save_total_limit": 3, "logging_steps": 10}  # not transformers' own
-RESERVED = {
-    "output_dir": "it is the run's folder",
-    "seed": "write `seed:` at the top level",
-    "data_seed": "write `seed:` at the top level",
-    "bf16": "write `precision: bfloat16` at the top level",
-    "fp16": "write `precision: float16` at the top level",
-    "logging_nan_inf_filter": "it hides what should stop a run, and is always off here",
-    "label_smoothing_factor": "the objective is kdlib's own; no term smooths labels",
-    "hub_token": (
-        "a config is kept and shown; log in with `hf auth login`, or set HF_TOKEN in the environment"
-    ),
-    "label_names": "labels are kdlib's own",
-    "remove_unused_columns": "columns are kdlib's own",
-    "prediction_loss_only": "evaluation is kdlib's own",
-    "resume_from_checkpoint": "resume with `kd run CONFIG --resume RUN`",
-    "greater_is_better": "it follows from metric_for_best_model",
-    "average_tokens_across_devices": "every term is divided by the tokens of all devices",
-    "auto_find_batch_size": "it starts a training again in the middle of its ledger; set the batch size",
-    "bf16_full_eval": "evaluation has the precision of training",
-    "fp16_full_eval": "evaluation has the precision of training",
-    "save_only_model": (
-        "a checkpoint without its optimizer cannot be resumed; best_model/ and final_model/ are models alone"
-    ),
-    "load_best_model_at_end": "best_model/ and final_model/ are both kept",
-}
-
+RESERVED: dict[str, str] = read_beside(__file__)
+"""{a name that is not set here: why}"""
 WARM_UP = (
     "the schedule is all of it; write the warm-up as its first part, as "
     "{joined: [[0.1, {linear: [0, 1]}], [1.0, {cosine: [1, 0]}]]}"
