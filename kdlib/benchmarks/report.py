@@ -10,16 +10,6 @@ from kdlib.reports.run import run_content
 from kdlib.reports.summary import flat
 from kdlib.runs.folder import Run
 
-SECTIONS = {
-    "summary": "Summary",
-    "figures": "Figures",
-    "measurements": "Measurements",
-    "config": "Config",
-    "environment": "Environment",
-    "reproduce": "How to reproduce",
-    "notebooks": "Notebook as it ran",
-}
-
 
 def render(run: Run, reports: Path) -> Path:
     """Write reports/<run>/report.html, its figures and tables from what the study found; returns its path.
@@ -35,10 +25,8 @@ def render(run: Run, reports: Path) -> Path:
     content = run_content(run, command="python -m kdlib.benchmarks")
     machine = [(name, value) for name, value in flat(results.get("machine", {}), " · ")]
     content["facts"] = [*content["facts"], *machine]
-    filled = {"figures": pictures, "measurements": tables, "notebooks": content["notebooks"]}
     page = html.page(
         "benchmark.html.j2",
-        sections={name: title for name, title in SECTIONS.items() if filled.get(name, True)},
         message=verdict(results) if tables else "",
         pictures=list(pictures.values()),
         measured={name: html.table(shown(table)) for name, table in tables.items()},

@@ -1,4 +1,4 @@
-"""What all pages share: template and style, tables, and pictures.
+"""What all pages share: templates, tables, and pictures.
 
 A page is one file.  Text is escaped, and the policy in templates/page.html.j2 forbids scripts and requests.
 """
@@ -12,23 +12,21 @@ from typing import Any
 from urllib.parse import quote
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from matplotlib import rc_context
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FixedFormatter, FuncFormatter
 from pygments.formatters import HtmlFormatter
 
-from kdlib.runs.files import write_error, write_text
+from kdlib.runs.files import now, write_error, write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
-HEAT_MAP = Path(__file__).parent.parent / "plots" / "heat_map.css"
+PLOTS = Path(__file__).parent.parent / "plots"  # with heat_map.css
 DPI = 130
 LONG = 60  # characters in a cell of a table, above which all its cells are broken into lines
 LARGEST_SVG = 200_000  # bytes; a picture with more lines than that is smaller as PNG
-TITLES = ("left", "center", "right")
 
 
 @dataclass(frozen=True)
@@ -52,19 +50,17 @@ def report_link(name: str, reports: Path) -> str | None:
     return f"{quote(name)}/report.html" if (reports / name / "report.html").exists() else None
 
 
-def page(template: str, **content: Any) -> str:
+def page(template: str, **content: Any) -> Markup:
     """The template filled in; text in `content` is escaped, Markup is not."""
-    environment = Environment(
-        loader=PackageLoader("kdlib.reports"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template(template).render(style=Markup(_style()), **content)
+    sections: dict[str, str] = {}  # id → title, noted by each part of the page that has something in it
+    return Markup(ENVIRONMENT.get_template(template).render(content, sections=sections))
 
 
 def table(frame: pd.DataFrame) -> Markup:
     """A table that scrolls where it is too wide; its text is escaped, and broken into lines where long."""
     words = "words" if frame.astype(str).map(len).to_numpy().max(initial=0) > LONG else None
     html = frame.rename_axis(None).to_html(border=0, escape=True, justify="left", classes=words)
-    return Markup('<div class="wide">{}</div>').format(Markup(html))
+    return Markup(f'<div class="wide">{html}</div>')
 
 
 def write(
@@ -95,40 +91,42 @@ def write(
 
 def picture(figure: Figure, name: str = "") -> Picture:
     """A figure as SVG and PNG; `name` stands in where it has no title."""
-    take_literally(figure)
-    titles = [figure.get_suptitle(), *(axes.get_title(loc=place) for axes in figure.axes for place in TITLES)]
+    _take_literally(figure)
+    places = [(axes, place) for axes in figure.axes for place in ("left", "center", "right")]
+    titles = [figure.get_suptitle(), *(axes.get_title(place) for axes, place in places)]
     words = [" ".join(title.split()).rstrip(".") for title in (*titles, *map(Text.get_text, figure.texts))]
-    alt = ". ".join(dict.fromkeys(filter(None, words)))
-    return Picture(svg=_saved(figure, "svg"), png=_saved(figure, "png"), alt=alt or name.replace("_", " "))
+    alt = ". ".join(dict.fromkeys(filter(None, words))) or name.replace("_", " ")
+    return Picture(_saved(figure, "svg", metadata={"Date": None}), _saved(figure, "png"), alt)
 
 
-def take_literally(figure: Figure) -> None:
+def _take_literally(figure: Figure) -> None:
     """Read a `$` as a dollar, as text may come from data; except in tick labels of matplotlib's own."""
-    sides = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
-    written = {id(text) for axis in sides for text in _own_text(axis)}
-    for text in figure.findobj(Text):
-        if id(text) not in written:
-            text.set_parse_math(False)
+    own = set()
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        own.add(axis.get_offset_text())
+        if not isinstance(axis.get_major_formatter(), (FixedFormatter, FuncFormatter)):
+            own.update(axis.get_ticklabels(which="both"))
+    for text in set(figure.findobj(Text)) - own:
+        text.set_parse_math(False)
 
 
-def _own_text(axis: Axis) -> list[Text]:
-    given = isinstance(axis.get_major_formatter(), (FixedFormatter, FuncFormatter))
-    return [axis.get_offset_text(), *([] if given else axis.get_ticklabels(which="both"))]
-
-
-def _saved(figure: Figure, kind: str) -> bytes:
+def _saved(figure: Figure, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     with rc_context({"svg.hashsalt": "kdlib"}):
-        figure.savefig(buffer, format=kind, dpi=DPI, metadata={"Date": None} if kind == "svg" else None)
+        figure.savefig(buffer, format=kind, dpi=DPI, **options)
     return buffer.getvalue()
 
 
-def _style() -> str:
-    """All style sheets: a notebook's own are not taken over, so the page has what they show ours with."""
-    light, dark = (
-        HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("default", "github-dark")
-    )
-    coloured = f"{light}\n@media screen and (prefers-color-scheme: dark) {{\n{dark}\n}}"
-    return "\n".join(
-        [*(sheet.read_text(encoding="utf-8") for sheet in (TEMPLATES / "style.css", HEAT_MAP)), coloured]
-    )
+def _highlight(style: str) -> Markup:
+    """The style sheet of code, which a notebook brings along but its page does not take over."""
+    return Markup(HtmlFormatter(style=style).get_style_defs(".highlight"))
+
+
+ENVIRONMENT = Environment(
+    loader=FileSystemLoader([TEMPLATES, PLOTS]),
+    extensions=["jinja2.ext.do"],
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+ENVIRONMENT.globals |= {"table": table, "highlight": _highlight, "now": now}

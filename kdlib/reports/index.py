@@ -6,25 +6,26 @@ row's `order`.  Settings, scorecards and costs are further columns, shown when a
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from markupsafe import Markup
 
 from kdlib.metrics.names import three_digits
 from kdlib.plots.axes import LABELS
 from kdlib.reports.html import page, report_link
+from kdlib.reports.scorecard import failed, passed
 from kdlib.reports.summary import Summary, keys_of, summaries
 from kdlib.runs.files import write_error, write_text
 from kdlib.runs.log import thinned
 
-STATES = ("running", "created", "done", "stopped", "failed", "died", "unreadable")
+STATES = {"running": 0, "created": 1, "done": 2, "stopped": 3, "failed": 4, "died": 5, "unreadable": 6}
 COLUMNS: dict[str, Callable[[Summary], Any]] = {
     "run": lambda s: s.name,
     "made": lambda s: s.created or None,
-    "state": lambda s: _rank(s.state)[0] if s.state in STATES else None,
+    "state": lambda s: STATES.get(s.state),
     "progress": lambda s: s.progress,
 }
 """Heading → what the rows are sorted by, the key figures of the runs besides; None comes last, both ways."""
@@ -46,49 +47,34 @@ def render_index(runs: Path, reports: Path) -> Path:
         reports.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(reports, error) from error
-    write_text(reports / "index.html", page("index.html.j2", **_content(summaries(runs), reports)))
+    write_text(reports / "index.html", _page(summaries(runs), reports))
     return reports / "index.html"
 
 
-def _content(found: Sequence[Summary], reports: Path) -> dict[str, Any]:
-    groups = {
-        "state": sorted({each.state for each in found}, key=_rank),
-        "config": sorted({_config(each) for each in found} - {""}),
-        "sweep": sorted({each.sweep for each in found} - {""}),
-    }
-    keys = keys_of(found)
+def _page(found: Sequence[Summary], reports: Path) -> str:
+    keys, costs = keys_of(found), dict.fromkeys(name for each in found for name in each.costs)
     figures = {name: lambda s, m=metric: s.keys.get(m, {}).get("value") for metric, name in keys.items()}
     columns = COLUMNS | figures
-    places = [_places([of(each) for each in found]) for of in columns.values()]
     more = {
         "settings": settings_that_differ(found),
         "card": {"scorecard": [_scorecard(each) for each in found]},
-        "cost": _costs(found),
+        "cost": {name: [Cell(each.costs.get(name, "")) for each in found] for name in costs},
     }
-    rows = [
-        {
-            "run": each,
-            "link": report_link(each.name, reports),
-            "curve": _curve(each),
-            "keys": [each.key(metric).partition(" ") for metric in keys],
-            "places": [place[i] for place in places],
-            "reached": _reached(each),
-            "more": {kind: [cells[i] for cells in table.values()] for kind, table in more.items()},
-            "groups": [
-                f"{kind}{groups[kind].index(name)}"
-                for kind, name in (("state", each.state), ("config", _config(each)), ("sweep", each.sweep))
-                if name
-            ],
-        }
-        for i, each in enumerate(found)
-    ]
-    return {
-        "rows": rows,
-        "columns": list(columns),
-        "more": {kind: list(table) for kind, table in more.items() if table},
-        "groups": {kind: names for kind, names in groups.items() if names},
-        "links": {name: report_link(name, reports) for name in groups["sweep"]},
+    groups = {
+        "state": sorted({each.state for each in found}, key=lambda s: (STATES.get(s, len(STATES)), s)),
+        "config": sorted({each.config for each in found} - {""}),
+        "sweep": sorted({each.sweep for each in found} - {""}),
     }
+    return page(
+        "index.html.j2",
+        runs=found,
+        metrics=list(keys),
+        columns={name: _places([of(each) for each in found]) for name, of in columns.items()},
+        more={kind: cells for kind, cells in more.items() if cells},
+        groups={kind: names for kind, names in groups.items() if names},
+        link_of=partial(report_link, reports=reports),
+        curve_of=_curve,
+    )
 
 
 def settings_that_differ(found: Sequence[Summary]) -> dict[str, list[Cell]]:
@@ -105,18 +91,8 @@ def settings_that_differ(found: Sequence[Summary]) -> dict[str, list[Cell]]:
 
 
 def _scorecard(each: Summary) -> Cell:
-    passed = f"{sum(line.passed is True for line in each.card)} of {len(each.card)} pass"
-    failed = [f"fails: {line.check}: {line.found}" for line in each.card if line.passed is False]
-    return Cell(passed if each.card else "", "; ".join(failed), bool(failed))
-
-
-def _costs(found: Sequence[Summary]) -> dict[str, list[Cell]]:
-    names = dict.fromkeys(name for each in found for name in each.costs)
-    return {name: [Cell(each.costs.get(name, "")) for each in found] for name in names}
-
-
-def _rank(state: str) -> tuple[int, str]:
-    return (STATES.index(state) if state in STATES else len(STATES), state)
+    faults = [f"fails: {line.check}: {line.found}" for line in failed(each.card)]
+    return Cell(passed(each.card), "; ".join(faults), bool(faults))
 
 
 def _places(values: Sequence[Any]) -> list[tuple[int, int]]:
@@ -127,25 +103,12 @@ def _places(values: Sequence[Any]) -> list[tuple[int, int]]:
     return [(last, last) if value is None else (rank[value], last - 1 - rank[value]) for value in values]
 
 
-def _config(each: Summary) -> str:
-    return each.config or "benchmark" * each.is_benchmark
-
-
-def _reached(each: Summary) -> str:
-    if each.step is None:
-        return each.stage or "benchmark" * each.is_benchmark
-    made = f"step {each.step:,}" + (f" of {each.steps:,}" if each.steps else "")
-    stage = f"teacher, {each.stage}" if each.is_teacher else each.stage
-    return f"{stage}, {made}" if each.stage == "training" else f"{stage} ({made})"
-
-
-def _curve(each: Summary) -> Markup | str:
+def _curve(each: Summary) -> str:
     """The distance to the teacher on held-out text, with the baseline's; before there are two, the loss."""
-    if "kl_to_teacher" in each.evaluation and len(each.evaluation) > 1:
-        table, column, words = each.evaluation, "kl_to_teacher", "held-out KL to the teacher"
-    elif len(each.train) > 1:
+    table, column, words = each.evaluation, "kl_to_teacher", "held-out KL to the teacher"
+    if column not in table or len(table) < 2:
         table, column, words = each.train, "loss", "training loss"
-    else:
+    if len(table) < 2:
         return ""
     curves = {"distilled": table.set_index("step")[column]}
     if column in each.baseline:
@@ -157,29 +120,23 @@ def _curve(each: Summary) -> Markup | str:
     return small_curve(curves, f"{words}, steps {table['step'].iloc[0]} to {table['step'].iloc[-1]}: {ends}")
 
 
-def small_curve(curves: Mapping[str, pd.Series], words: str) -> Markup:
+def small_curve(curves: Mapping[str, pd.Series], words: str) -> str:
     """Students' curves (values by step) without axes, the last on top; pointed at, they say `words`."""
     kept = {name: values.iloc[thinned(values.to_numpy(), points=POINTS)] for name, values in curves.items()}
-    finite = {name: values[np.isfinite(values)] for name, values in kept.items()}
-    every = pd.concat(list(finite.values()))
-    if len(every) < 2:
-        return Markup("")
-    x, y = _scale(every.index.to_numpy(), WIDTH), _scale(-every.to_numpy(), HEIGHT)
-    points = {
-        name: " ".join(f"{x(step):.1f},{y(-value):.1f}" for step, value in values.items())
-        for name, values in finite.items()
-    }
-    drawn = [Markup('<polyline class="{}" points="{}"/>').format(*each) for each in points.items()]
-    broken = [step for values in kept.values() for step in values.index[~np.isfinite(values)]]
-    if broken:
-        place = f"M{x(broken[0]):.1f} {EDGE}v{HEIGHT - 2 * EDGE}"
-        drawn.append(Markup('<path class="broken" d="{}"/>').format(place))
-    return Markup(
-        '<svg class="curve" viewBox="0 0 {0} {1}" width="{0}" height="{1}" role="img">'
-        "<title>{2}</title>{3}</svg>"
-    ).format(WIDTH, HEIGHT, words, Markup("").join(drawn))
+    points = pd.concat(kept, names=["student", "step"]).rename("y").reset_index()
+    points["x"] = _scaled(points["step"], WIDTH)
+    points["y"] = _scaled(-points["y"].where(np.isfinite(points["y"])), HEIGHT)
+    if points["y"].count() < 2:
+        return ""
+    finite = points.dropna().groupby("student", sort=False)
+    lines = {student: own[["x", "y"]].to_numpy() for student, own in finite}
+    broken = points["x"][points["y"].isna()][:1]  # where it broke first
+    sizes = {"width": WIDTH, "height": HEIGHT, "edge": EDGE}
+    return page("curve.svg.j2", words=words, lines=lines, broken=broken, **sizes)
 
 
-def _scale(values: np.ndarray, length: int) -> Callable[[float], float]:
+def _scaled(values: pd.Series, length: int) -> pd.Series:
+    """Places within a picture of this length; its middle where all values are one."""
     low, high = values.min(), values.max()
-    return lambda value: EDGE + (length - 2 * EDGE) * ((value - low) / (high - low) if high > low else 0.5)
+    shares = (values - low) / (high - low) if high > low else values.where(values.isna(), 0.5)
+    return EDGE + (length - 2 * EDGE) * shares

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from markupsafe import Markup
 from nbconvert.filters import strip_ansi
 
 from kdlib.config.task_rules import rules_in, shown_in
@@ -18,26 +17,12 @@ from kdlib.plots.training import run_figures
 from kdlib.reports import html
 from kdlib.reports.explorers import static_html
 from kdlib.reports.notebook_html import notebook_html
-from kdlib.reports.scorecard import Line, scorecard, scorecard_table
+from kdlib.reports.scorecard import Line, failed, passed, scorecard, scorecard_table
 from kdlib.reports.summary import Summary, flat, keys_of, summary
-from kdlib.runs.files import now, read_json
+from kdlib.runs.files import read_json
 from kdlib.runs.folder import Run
 
-SECTIONS = {
-    "summary": "Summary",
-    "scorecard": "Scorecard",
-    "training": "Training",
-    "comparison": "Comparison",
-    "samples": "Continuations",
-    "explorers": "Explorers",
-    "config": "Config",
-    "formula": "Formula",
-    "environment": "Environment and data",
-    "reproduce": "How to reproduce",
-    "notebooks": "Notebooks as they ran",
-}
 OWN_PLACE = ("dashboard", plots.BARS, *ANSWER_FIGURES)  # figures that stand by themselves
-DOING = {"running": "is running", "created": "is not at its end", "stopped": "was stopped"}
 
 
 def render(run: Run, reports: Path) -> Path:
@@ -60,41 +45,18 @@ def render(run: Run, reports: Path) -> Path:
         tables |= comparison_tables(results)
     if cards:
         tables["scorecard"] = scorecard_table(next(iter(cards.values())))
-    content = {
-        **run_content(run),
-        **_comparison_content(results, pictures, tables),
-        "cards": cards,
-        "dashboard": pictures.get("dashboard"),
-        "pictures": [picture for name, picture in pictures.items() if name not in OWN_PLACE],
-        "message": plots.comparison_message(results) if results else "",
-        "strip": _strip(brief, results, cards),
-    }
-    empty = {
-        "scorecard": not cards,
-        "training": not (content["dashboard"] or content["pictures"]),
-        "comparison": not results,
-        "samples": not (results and results.get("prompts")),
-        "formula": not run.manifest.get("formula"),
-        **{name: not content[name] for name in ("explorers", "notebooks")},
-    }
-    sections = {name: title for name, title in SECTIONS.items() if not empty.get(name)}
-    page = html.page("report.html.j2", sections=sections, **content)
+    strip = _strip(brief, results, next(iter(cards.values()), []))
+    found = {"pictures": pictures, "tables": tables, "cards": cards, "strip": strip, "own_place": OWN_PLACE}
+    page = html.page("report.html.j2", **found, **run_content(run), **_comparison_content(results))
     return html.write(reports / run.name, page, pictures, tables)
 
 
 def render_comparison(results: Mapping[str, Any], folder: Path) -> Path:
     """Write report.html of a comparison by itself, with its figures and tables; return the page's path."""
-    pictures = {
-        name: html.picture(figure, name) for name, figure in plots.comparison_figures(results).items()
-    }
-    tables = comparison_tables(results)
-    page = html.page(
-        "compared.html.j2",
-        **{name: results[name] for name in ("student", "sources", "precision")},
-        made=now()[:16].replace("T", " "),
-        message=plots.comparison_message(results),
-        **_comparison_content(results, pictures, tables),
-    )
+    figures, tables = plots.comparison_figures(results), comparison_tables(results)
+    pictures = {name: html.picture(figure, name) for name, figure in figures.items()}
+    content = _comparison_content(results)
+    page = html.page("compared.html.j2", pictures=pictures, tables=tables, **content)
     return html.write(folder, page, pictures, tables)
 
 
@@ -109,30 +71,23 @@ def comparison_tables(results: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
 
 
 def run_content(run: Run, *, command: str = "kd run") -> dict[str, Any]:
-    """What the page shows of a run's files as they are; `command` makes it again."""
+    """What templates/run.html.j2 takes: the run's files as they are; `command` makes it again."""
     manifest, status = run.manifest, run.status
     facts = {name: value for name, value in manifest.items() if name not in ("formula", "command", "stages")}
-    again = f"{command} runs/{run.name}/config.yaml"
-    commit = f"git checkout {manifest['commit']}\n" if manifest.get("commit") else ""
-    doing = DOING.get(status["state"], status["state"])
-    at = now()[:16].replace("T", " at ")
-    partial = f"This report is partial: the run {doing}. It shows what there was on {at}."
     return {
         "run": run,
         "manifest": manifest,
         "status": {**status, "message": strip_ansi(status.get("message", ""))},
-        "partial": "" if status["state"] == "done" else partial,
-        "explorers": {title: Markup(drawn) for title, drawn in static_html(run).items()},
+        "explorers": static_html(run),
         "config": (run.path / "config.yaml").read_text(encoding="utf-8"),
         "facts": [(name.replace("_", " "), value) for name, value in flat(facts, " · ")],
-        "reproduce": f"{commit}{manifest.get('command', again)}\n"
-        f"# the config above holds every setting: {again} does the same",
+        "again": f"{command} runs/{run.name}/config.yaml",
         "notebooks": {path.stem: notebook_html(path) for path in sorted(run.notebooks.glob("*.ipynb"))},
     }
 
 
 def _strip(
-    brief: Summary, results: Mapping[str, Any] | None, cards: Mapping[str, list[Line]]
+    brief: Summary, results: Mapping[str, Any] | None, card: list[Line]
 ) -> list[tuple[str, str, list[str]]]:
     """Key figures: what, how much, and what to hold it against."""
     strip = []
@@ -151,29 +106,24 @@ def _strip(
     if brief.step is not None:
         strip.append(("steps", f"{brief.step:,}", [f"of {brief.steps:,}"] if brief.steps else []))
     strip += [(name, cost, []) for name, cost in brief.costs.items() if name.startswith("training")]
-    if lines := next(iter(cards.values()), None):
-        failed = [f"fails: {line.check}" for line in lines if line.passed is False]
-        passed = f"{sum(line.passed is True for line in lines)} of {len(lines)} pass"
-        strip.append(("scorecard", passed, failed or ["no check fails"]))
+    if card:
+        faults = [f"fails: {line.check}" for line in failed(card)]
+        strip.append(("scorecard", passed(card), faults or ["no check fails"]))
     return strip
 
 
-def _comparison_content(
-    results: Mapping[str, Any] | None,
-    pictures: Mapping[str, html.Picture],
-    tables: Mapping[str, pd.DataFrame],
-) -> dict[str, Any]:
+def _comparison_content(results: Mapping[str, Any] | None) -> dict[str, Any]:
     """What templates/comparison.html.j2 takes; nothing where nothing was compared."""
     if not results:
         return {}
-    lower = [MEASURES[name].brief for name in shown_in(results) if not MEASURES[name].higher_is_better]
+    shown = [MEASURES[name] for name in shown_in(results)]
     return {
         "results": results,
+        "message": plots.comparison_message(results),
         "rows": rules_in(results).rows,
-        "lower": lower,
+        "lower": [measure.brief for measure in shown if not measure.higher_is_better],
         "label_of": label_of,
-        "comparison": pictures.get(plots.BARS),
-        "answer_pictures": [pictures[name] for name in ANSWER_FIGURES if name in pictures],
-        **{name: html.table(tables[name]) for name in ("quality", "cost", "differences")},
-        "answers": {title: html.table(tables[name]) for name, title in TITLES.items() if name in tables},
+        "bars": plots.BARS,
+        "answer_figures": ANSWER_FIGURES,
+        "answer_tables": TITLES,
     }

@@ -4,6 +4,7 @@ To add one: a function that returns a `Line`, and its call in `scorecard`.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +63,16 @@ def scorecard(run: Run, folder: StudentFolder | None = None, tail: Tail | None =
         _balance(train),
         _memory(train, run.manifest.get("machine", {}).get("memory_gib")),
     ]
+
+
+def passed(lines: Sequence[Line]) -> str:
+    """`5 of 7 pass`; nothing of no lines."""
+    return f"{sum(line.passed is True for line in lines)} of {len(lines)} pass" if lines else ""
+
+
+def failed(lines: Sequence[Line]) -> list[Line]:
+    """Those that were measured and fail."""
+    return [line for line in lines if line.passed is False]
 
 
 def scorecard_table(lines: list[Line]) -> pd.DataFrame:

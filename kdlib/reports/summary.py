@@ -18,7 +18,7 @@ from kdlib.plots.comparison import cost_table
 from kdlib.reports.scorecard import Line, scorecard
 from kdlib.runs.files import read_json
 from kdlib.runs.folder import Run
-from kdlib.runs.log import duration, eval_table, plan_table, seconds_taken, training_table
+from kdlib.runs.log import Tail, duration, eval_table, plan_table, seconds_taken
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Summary:
     state: str
     message: str = ""
     created: str = ""
-    config: str = ""  # the file's name without its ending
+    config: str = ""  # the file's name without its ending, or "benchmark"
     sweep: str = ""
     is_benchmark: bool = False  # of kdlib.benchmarks, which teach no student
     is_teacher: bool = False  # its own training, before it teaches
@@ -50,7 +50,7 @@ class Summary:
         return self.step / self.steps if self.step is not None and self.steps else None
 
     def key(self, metric: str) -> str:
-        """`0.958 [0.904, 1.01]`; of the last evaluation, which has no interval, `0.958`."""
+        """`0.958 [0.904, 1.01]`, or of the last evaluation, which has no interval, `0.958`; else nothing."""
         figures = self.keys.get(metric)
         if figures is None:
             return ""
@@ -90,43 +90,39 @@ def flat(nested: Mapping[str, Any], separator: str = ".", prefix: str = "") -> I
 def _read(run: Run) -> Summary:
     results, manifest, status = read_json(run.path / "comparison_results.json"), run.manifest, run.status
     settings = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8")) or {}
-    train, evaluation, plan = training_table(run), eval_table(run), plan_table(run)
-    steps = [int(table["step"].iloc[-1]) for table in (train, evaluation) if len(table)]
+    is_benchmark, tail, plan = "student" not in settings, Tail(run), plan_table(run)
+    steps = [int(table["step"].iloc[-1]) for table in (tail.train, tail.evaluation) if len(table)]
     return Summary(
         run.name,
         status["state"],
         status.get("message", ""),
         created=manifest.get("created", "")[:16].replace("T", " "),
-        config=Path(manifest.get("config_file") or "").stem,
+        config=Path(manifest.get("config_file") or "").stem or "benchmark" * is_benchmark,
         sweep=str(manifest.get("sweep") or ""),
-        is_benchmark="student" not in settings,
+        is_benchmark=is_benchmark,
         is_teacher=bool(manifest.get("teacher_stage")),
         step=max(steps, default=None),
         steps=int(plan["step"].max()) if len(plan) else manifest.get("optimizer_steps"),
         stage=_stage(run, results, steps),
-        keys=_keys(settings, results, evaluation),
-        train=train,
-        evaluation=evaluation,
+        keys=_keys(settings, results, tail.evaluation),
+        train=tail.train,
+        evaluation=tail.evaluation,
         baseline=eval_table(run.baseline),
-        costs=_costs(results, train, evaluation),
+        costs=_costs(results, tail.train, tail.evaluation),
         settings={name: _as_text(value) for name, value in flat(settings)},
-        card=tuple(scorecard(run)),
+        card=tuple(scorecard(run, tail=tail)),
     )
 
 
 def _stage(run: Run, results: Mapping | None, steps: list[int]) -> str:
-    reached = {
-        "compared": results,
-        "trained": run.is_trained,
-        "training": steps,
-        "set up": "formula" in run.manifest,
-    }
-    return next((stage for stage, is_there in reached.items() if is_there), "")
+    if results:
+        return "compared"
+    if run.is_trained:
+        return "trained"
+    return "training" if steps else "set up" * ("formula" in run.manifest)
 
 
-def _keys(
-    settings: Mapping[str, Any], results: Mapping[str, Any] | None, evaluation: pd.DataFrame
-) -> dict[str, dict[str, float]]:
+def _keys(settings: Mapping, results: Mapping | None, evaluation: pd.DataFrame) -> dict[str, dict]:
     named = rules_in(settings).told_first
     if results:
         distilled = results["models"].get("distilled", {})
@@ -134,18 +130,19 @@ def _keys(
     return {metric: {"value": float(evaluation[metric].iloc[-1])} for metric in named if metric in evaluation}
 
 
-def _costs(
-    results: Mapping[str, Any] | None, train: pd.DataFrame, evaluation: pd.DataFrame
-) -> dict[str, str]:
-    paces = [what for what in ("tokens", "rows") if f"{what}_per_s" in train]
-    found = {f"training, {what}/s": three_digits(train[f"{what}_per_s"].median()) for what in paces}
+def _costs(results: Mapping | None, train: pd.DataFrame, evaluation: pd.DataFrame) -> dict[str, str]:
+    found = {}
+    for what in ("tokens", "rows"):
+        if f"{what}_per_s" in train:
+            found[f"training, {what}/s"] = three_digits(train[f"{what}_per_s"].median())
     if "memory_gib" in train:
         found["training, peak GiB"] = f"{train['memory_gib'].max():.2f}"
     if seconds := seconds_taken(train, evaluation):
         found["training, time"] = duration(seconds)
-    if results:
-        found |= cost_table(results).loc[LABELS["distilled"]].to_dict()
-    if results and "baseline" in results["models"]:
+    if not results:
+        return found
+    found |= cost_table(results).loc[LABELS["distilled"]].to_dict()
+    if "baseline" in results["models"]:
         gain = difference(results, "distilled", "baseline", "kl_to_teacher")
         found["KL, difference to the baseline"] = with_interval(gain, "+")
     return found
