@@ -157,11 +157,8 @@ def with_curriculum(weights: Mapping[str, Spec], curriculum: Sequence[Mapping]) 
         weights: the usual ones, by term.
         curriculum: phases in order, free of the faults below; none leave the weights as they are.
     """
-    named = _terms(curriculum)
-    return {
-        term: _over_phases(term, weights.get(term, 0.0), curriculum) if term in named else weights[term]
-        for term in {**weights, **named}
-    }
+    named = {term: weights.get(term, 0.0) for term in _terms(curriculum)}
+    return {**weights, **{term: _over_phases(term, usual, curriculum) for term, usual in named.items()}}
 
 
 def curriculum_disorder(curriculum: Sequence[Mapping]) -> list[str]:

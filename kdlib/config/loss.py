@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo, WrapValidator
-from pydantic_core import InitErrorDetails
 
 from kdlib.config.sections import Number, Positive, Section, fraction, number, refuse, statements, whole
 from kdlib.errors import nearest, printable
@@ -184,17 +183,15 @@ def _layers(value: Any) -> Any:
 
 def _phases(value: Any, handler: Callable[[Any], list["PhaseConfig"]]) -> list["PhaseConfig"]:
     """Each phase by itself and their order: faults of both kinds come together."""
-    faults: list[InitErrorDetails] = []
     phases: list[PhaseConfig] = []
+    faults: list[Any] = []
     if order := _disorder(value):
         error = ValueError("\n".join(order))
         faults.append({"type": "value_error", "loc": (), "input": value, "ctx": {"error": error}})
     try:
         phases = handler(value)
-    except ValidationError as error:
-        for fault in error.errors():
-            place: InitErrorDetails = {"type": fault["type"], "loc": fault["loc"], "input": fault["input"]}
-            faults.append({**place, "ctx": fault["ctx"]} if "ctx" in fault else place)
+    except ValidationError as found:
+        faults += found.errors()
     if faults:
         raise ValidationError.from_exception_data("curriculum", faults)
     return phases

@@ -44,19 +44,8 @@ SMOKE: dict[str, dict[str, int]] = {
 """What `smoke` changes, so that the same config runs through in under two minutes: few steps, short rows."""
 
 
-def smoke_for(raw: Mapping) -> Mapping:
-    """SMOKE for this config and its task."""
-    changes = {**SMOKE, "training": _steps(raw.get("training"))}
-    if (rules := RULES.get(str(raw.get("task")))) and rules.smoke:
-        data = {**SMOKE["data"], **rules.smoke}
-        changes["data"] = {name: value for name, value in data.items() if value is not None}
-    if isinstance(stage := raw.get("teacher_stage"), Mapping):
-        changes["teacher_stage"] = {"training": _steps(stage.get("training"))}
-    return changes
-
-
 def _steps(training: Any) -> Mapping[str, Any]:
-    """Without warm-up steps where the learning rate is a schedule, which has its own."""
+    """SMOKE's, without warm-up steps where the learning rate is a schedule, which has its own."""
     warms_up = not (isinstance(training, Mapping) and isinstance(training.get("lr_scheduler_type"), Mapping))
     return {name: x for name, x in SMOKE["training"].items() if warms_up or name != "warmup_steps"}
 
@@ -110,16 +99,18 @@ class Config(Section):
 
     @classmethod
     def smoke_changes(cls, raw: Mapping[str, Any]) -> Mapping[str, Any]:
-        """See SMOKE."""
-        return smoke_for(raw)
+        """SMOKE for this config and its task."""
+        changes = {**SMOKE, "training": _steps(raw.get("training"))}
+        if (rules := RULES.get(str(raw.get("task")))) and rules.smoke:
+            data = {**SMOKE["data"], **rules.smoke}
+            changes["data"] = {name: value for name, value in data.items() if value is not None}
+        if isinstance(stage := raw.get("teacher_stage"), Mapping):
+            changes["teacher_stage"] = {"training": _steps(stage.get("training"))}
+        return changes
 
 
 def load(
-    path: str | Path,
-    overrides: Overrides = (),
-    *,
-    smoke: bool = False,
-    kind: type[Section] = Config,
+    path: str | Path, overrides: Overrides = (), *, smoke: bool = False, kind: type[Section] = Config
 ) -> Any:
     """Read a YAML file, apply overrides, check all of it.
 

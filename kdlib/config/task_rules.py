@@ -3,16 +3,12 @@
 A task that is added brings its rules along in its own file (kdlib.tasks.base.register).
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 from kdlib.metrics.names import MEASURES, TO_TEACHER
-
-
-def _nothing(config: Any) -> Iterator[str]:
-    return iter(())
 
 
 @dataclass(frozen=True)
@@ -29,8 +25,8 @@ class TaskRules:
     rows: str = "rows"  # what a comparison is made over, in words
     one_vocabulary: bool = True  # teacher and student read the same tokens; else each has its own tokenizer
     trains_teacher: bool = False  # `teacher_stage:` may come first
-    smoke: Mapping[str, Any] = field(default_factory=dict)  # of `data:`, for a run of seconds; None: as it is
-    misfits: Callable[[Any], Iterator[str]] = _nothing  # config → what does not go together, a line each
+    smoke: Mapping[str, Any] | None = None  # of `data:`, for a run of seconds; a value None: as it is
+    misfits: Callable[[Any], Iterable[str]] = lambda config: ()  # what does not go together, a line each
 
     @property
     def held(self) -> tuple[str, ...]:
@@ -151,14 +147,10 @@ def misfits(config: Any) -> list[str]:
 
 def _unread(config: Any) -> Iterator[str]:
     """Settings that this task would pass over in silence."""
-    every = {
-        name: [rules.name for rules in RULES.values() if name in rules.reads]
-        for rules in RULES.values()
-        for name in rules.reads
-    }
-    for name, readers in every.items():
-        value, usual = getattr(config.data, name), type(config.data).model_fields[name].default
-        if config.task not in readers and value != usual:
+    for name, field in type(config.data).model_fields.items():
+        readers = [rules.name for rules in RULES.values() if name in rules.reads]
+        value = getattr(config.data, name)
+        if readers and config.task not in readers and value != field.default:
             yield (
                 f"data.{name}: found {value!r}, which {config.task} does not read; leave it out, or set "
                 f"task: {' or '.join(readers)}"

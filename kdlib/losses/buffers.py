@@ -61,8 +61,20 @@ class Workspace:
         return buffer
 
     def rows(self, functions: Sequence[Callable], student: Any, teacher: Any) -> Sums:
-        """The arithmetic on a chunk: [terms] sums; the student's products are overwritten by the gradient."""
-        return _by_pieces(self.arithmetic(functions, student, teacher), self.piece)
+        """The arithmetic on a chunk, piece by piece: [terms] sums; the gradient overwrites the student's."""
+        arithmetic = self.arithmetic(functions, student, teacher)
+
+        def sums(
+            products: Tensor, others: Tensor | None, targets: Tensor, temperatures: Tensor, weights: Tensor
+        ) -> Tensor:
+            size, padded, values = self.piece(products), F.pad(targets, (0, len(products) - len(targets))), []
+            for start in range(0, max(len(products), 1), size):
+                rows = slice(start, start + size)
+                theirs = None if others is None else others[rows]
+                values.append(arithmetic(products[rows], theirs, padded[rows], temperatures, weights))
+            return torch.cat(values, -1)[:, : len(targets)].sum(-1)
+
+        return sums
 
     def arithmetic(self, functions: Sequence[Callable], student: Any, teacher: Any) -> Sums:
         """The same on one piece of a chunk: [terms, n] values."""
@@ -107,22 +119,6 @@ def chunk_tokens(vocabulary: int, itemsize: int, device: torch.device, *, free: 
         _, free = device_memory(device)
     budget = min(free // 8, BUDGET if device.type == "cuda" else CPU_BUDGET)
     return max(budget // (2 * vocabulary * itemsize) // PIECE, 1) * PIECE
-
-
-def _by_pieces(arithmetic: Sums, piece: Callable[[Tensor], int]) -> Sums:
-    """The same arithmetic done piece by piece, and summed over the rows that are tokens."""
-
-    def sums(
-        products: Tensor, others: Tensor | None, targets: Tensor, temperatures: Tensor, weights: Tensor
-    ) -> Tensor:
-        size, padded, values = piece(products), F.pad(targets, (0, len(products) - len(targets))), []
-        for start in range(0, max(len(products), 1), size):
-            rows = slice(start, start + size)
-            theirs = None if others is None else others[rows]
-            values.append(arithmetic(products[rows], theirs, padded[rows], temperatures, weights))
-        return torch.cat(values, -1)[:, : len(targets)].sum(-1)
-
-    return sums
 
 
 def _row_arithmetic(functions: Sequence[Callable], student: Any, teacher: Any) -> Sums:

@@ -44,7 +44,7 @@ def token_values(
         targets: [N] token ids.
         chunk: tokens whose logits are made at a time; all at once where None.  Autograd keeps them all.
     """
-    student, teacher, parts = _cast(student), None if teacher is None else _cast(teacher), []
+    student, teacher, parts = student.cast(), None if teacher is None else teacher.cast(), []
     for rows in _chunks(len(student), chunk or len(student)):
         with torch.no_grad():
             theirs = None if teacher is None else teacher.logits(rows)
@@ -87,7 +87,7 @@ def term_sums(
 class _ChunkedSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, student, teacher, targets, terms, count, workspace):
-        student, teacher = _cast(student), None if teacher is None else _cast(teacher)
+        student, teacher = student.cast(), None if teacher is None else teacher.cast()
         numbers = {"dtype": wide(student.dtype), "device": hidden.device}
         temperatures = torch.tensor([term.temperature for term in terms], **numbers)
         weights = torch.tensor([term.weight for term in terms], **numbers)
@@ -164,11 +164,6 @@ def _put_product(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None
         out.addmm_(left, right, beta=float(add))  # beta 0 does not read what was there
     else:
         out.copy_(out + left @ right if add else left @ right)
-
-
-def _cast(signal: Signal) -> Signal:
-    """The head in the dtype of the products, once for all chunks."""
-    return signal.cast() if isinstance(signal, LinearSignal) else signal
 
 
 def _chunks(tokens: int, size: int) -> list[slice]:

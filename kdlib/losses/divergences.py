@@ -2,8 +2,8 @@
 
 Pure functions of log-probabilities; they know no mask, weight, temperature, log or step.  Each takes
 
-    student_log_probs: [N, V] natural log; each row a distribution; -inf means "never".
-    teacher_log_probs: [N, V] likewise, same vocabulary order; no gradient flows into it.
+    student: [N, V] log-probabilities (natural log); each row a distribution; -inf means "never".
+    teacher: [N, V] likewise, same vocabulary order; no gradient flows into it.
 
 and returns [N] nats (total variation: [N] from 0 to 1), >= 0 up to rounding and 0 where the two agree.  All
 raise ValueError where the two differ in shape.  Below them: a divergence of the teacher's k likeliest tokens
@@ -28,7 +28,7 @@ A new one is a function here, with `@divergence`: kdlib.config.loss reads names 
 
 
 def divergence(formula: str) -> Callable[[Named], Named]:
-    """Makes a function one of the KNOWN; its keyword-only arguments are the options, numbers from 0 to 1."""
+    """Makes a function one of the KNOWN; its keyword-only arguments are options, numbers from 0 to 1."""
 
     def known(function: Named) -> Named:
         KNOWN[function.__name__] = function, formula
@@ -38,31 +38,31 @@ def divergence(formula: str) -> Callable[[Named], Named]:
 
 
 @divergence("KL(teacher ‖ student; {at})")
-def forward_kl(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(teacher || student): the student must cover everything that the teacher might say.
 
     +inf where the student excludes what the teacher says.
 
     Reference: Hinton, Vinyals & Dean 2015, https://arxiv.org/abs/1503.02531
     """
-    _check_shapes(student_log_probs, teacher_log_probs)
-    return _kl(teacher_log_probs, student_log_probs)
+    _check_shapes(student, teacher)
+    return _kl(teacher, student)
 
 
 @divergence("KL(student ‖ teacher; {at})")
-def reverse_kl(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(student || teacher): the student must not say what the teacher would not; it may settle on one mode.
 
     +inf where the student says what the teacher excludes.
 
     Reference: Gu et al. 2024 (MiniLLM), https://arxiv.org/abs/2306.08543
     """
-    _check_shapes(student_log_probs, teacher_log_probs)
-    return _kl(student_log_probs, teacher_log_probs)
+    _check_shapes(student, teacher)
+    return _kl(student, teacher)
 
 
 @divergence("JSD(teacher, student; {at})")
-def generalized_jsd(student_log_probs: Tensor, teacher_log_probs: Tensor, *, beta: float = 0.5) -> Tensor:
+def generalized_jsd(student: Tensor, teacher: Tensor, *, beta: float = 0.5) -> Tensor:
     """From forward KL (beta 0) over four times the Jensen-Shannon divergence (0.5) to reverse KL (1).
 
     [beta KL(teacher || m) + (1 - beta) KL(student || m)] / (beta (1 - beta)), where
@@ -74,41 +74,41 @@ def generalized_jsd(student_log_probs: Tensor, teacher_log_probs: Tensor, *, bet
 
     Reference: Agarwal et al. 2024 (GKD), https://arxiv.org/abs/2306.13649
     """
-    _check_shapes(student_log_probs, teacher_log_probs)
+    _check_shapes(student, teacher)
     if beta == 0:
-        return _kl(teacher_log_probs, student_log_probs)
+        return _kl(teacher, student)
     if beta == 1:
-        return _kl(student_log_probs, teacher_log_probs)
-    mixture = _mixture(teacher_log_probs, student_log_probs, beta)
-    return _kl(teacher_log_probs, mixture) / (1 - beta) + _kl(student_log_probs, mixture) / beta
+        return _kl(student, teacher)
+    mixture = _mixture(teacher, student, beta)
+    return _kl(teacher, mixture) / (1 - beta) + _kl(student, mixture) / beta
 
 
 @divergence("KL(teacher ‖ skewed student; {at})")
-def skewed_forward_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, *, alpha: float = 0.1) -> Tensor:
+def skewed_forward_kl(student: Tensor, teacher: Tensor, *, alpha: float = 0.1) -> Tensor:
     """KL(teacher || alpha teacher + (1 - alpha) student): forward KL with a bounded gradient.
 
     At most -log(alpha), also where the student excludes what the teacher says.
 
     Reference: Ko et al. 2024 (DistiLLM), https://arxiv.org/abs/2402.03898
     """
-    _check_shapes(student_log_probs, teacher_log_probs)
-    return _kl(teacher_log_probs, _mixture(teacher_log_probs, student_log_probs, alpha))
+    _check_shapes(student, teacher)
+    return _kl(teacher, _mixture(teacher, student, alpha))
 
 
 @divergence("KL(student ‖ skewed teacher; {at})")
-def skewed_reverse_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, *, alpha: float = 0.1) -> Tensor:
+def skewed_reverse_kl(student: Tensor, teacher: Tensor, *, alpha: float = 0.1) -> Tensor:
     """KL(student || (1 - alpha) teacher + alpha student): reverse KL with a bounded gradient.
 
     At most -log(alpha), also where the student says what the teacher excludes.
 
     Reference: Ko et al. 2024 (DistiLLM), https://arxiv.org/abs/2402.03898
     """
-    _check_shapes(student_log_probs, teacher_log_probs)
-    return _kl(student_log_probs, _mixture(student_log_probs, teacher_log_probs, alpha))
+    _check_shapes(student, teacher)
+    return _kl(student, _mixture(student, teacher, alpha))
 
 
 @divergence("AKL(teacher, student; {at})")
-def adaptive_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, *, head: float = 0.5) -> Tensor:
+def adaptive_kl(student: Tensor, teacher: Tensor, *, head: float = 0.5) -> Tensor:
     """Forward and reverse KL, mixed by where the student is wrong: at the teacher's likely tokens or others.
 
     The head is the fewest of the teacher's likeliest tokens that hold a mass of `head` (and those as likely
@@ -117,24 +117,23 @@ def adaptive_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, *, head: f
 
     Reference: Wu et al. 2024, https://arxiv.org/abs/2404.02657
     """
-    _check_shapes(student_log_probs, teacher_log_probs)
-    gap = (teacher_log_probs.exp() - student_log_probs.detach().exp()).abs()
-    head_gap = (gap * _likeliest(teacher_log_probs, head)).sum(-1)
+    _check_shapes(student, teacher)
+    gap = (teacher.exp() - student.detach().exp()).abs()
+    head_gap = (gap * _likeliest(teacher, head)).sum(-1)
     share = head_gap / gap.sum(-1).clamp(min=torch.finfo(gap.dtype).tiny)
-    forward, reverse = _kl(teacher_log_probs, student_log_probs), _kl(student_log_probs, teacher_log_probs)
-    return share * forward + (1 - share) * reverse
+    return share * _kl(teacher, student) + (1 - share) * _kl(student, teacher)
 
 
 @divergence("TV(teacher, student; {at})")
-def total_variation(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
     """Half the summed difference of probabilities: the most by which the chance of any event differs.
 
     From 0 to 1.
 
     Reference: Wen et al. 2023 (f-DISTILL), https://arxiv.org/abs/2307.15190
     """
-    _check_shapes(student_log_probs, teacher_log_probs)
-    return 0.5 * (student_log_probs.exp() - teacher_log_probs.exp()).abs().sum(-1)
+    _check_shapes(student, teacher)
+    return 0.5 * (student.exp() - teacher.exp()).abs().sum(-1)
 
 
 @dataclass(frozen=True)
@@ -144,8 +143,8 @@ class WithOptions:
     divergence: Divergence
     options: tuple[tuple[str, float], ...]
 
-    def __call__(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-        return self.divergence(student_log_probs, teacher_log_probs, **dict(self.options))
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return self.divergence(student, teacher, **dict(self.options))
 
 
 def chosen(spec: str | Mapping[str, Mapping[str, float]]) -> tuple[Divergence, str]:
@@ -158,7 +157,7 @@ def chosen(spec: str | Mapping[str, Mapping[str, float]]) -> tuple[Divergence, s
 
 
 def top_k_pair(
-    student_log_probs: Tensor, teacher_log_probs: Tensor, k: int, *, renormalise: bool = False
+    student: Tensor, teacher: Tensor, k: int, *, renormalise: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Student and teacher on the teacher's top k tokens and a bucket for the tail: distributions again.
 
@@ -178,17 +177,17 @@ def top_k_pair(
     """
     if k < 1:
         raise ValueError(f"top_k is {k}, needs 1 or more")
-    if k >= teacher_log_probs.shape[-1]:
-        return student_log_probs, teacher_log_probs
-    ids = teacher_log_probs.topk(k, dim=-1).indices
+    if k >= teacher.shape[-1]:
+        return student, teacher
+    ids = teacher.topk(k, dim=-1).indices
 
     def part(log_probs: Tensor) -> Tensor:
         likeliest = log_probs.gather(-1, ids)
         if renormalise:
             return likeliest.log_softmax(-1)
-        return torch.cat([likeliest, _log_mass_outside(log_probs, ids)], dim=-1)
+        return torch.cat([likeliest, _log_mass_outside(log_probs, ids)], -1)
 
-    return part(student_log_probs), part(teacher_log_probs)
+    return part(student), part(teacher)
 
 
 @dataclass(frozen=True)
@@ -199,9 +198,8 @@ class OnTopK:
     k: int
     renormalise: bool = False
 
-    def __call__(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-        pair = top_k_pair(student_log_probs, teacher_log_probs, self.k, renormalise=self.renormalise)
-        return self.divergence(*pair)
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return self.divergence(*top_k_pair(student, teacher, self.k, renormalise=self.renormalise))
 
 
 @dataclass(frozen=True)
@@ -218,15 +216,13 @@ class OnSamples:
     divergence: Divergence
     count: int
 
-    def __call__(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-        if self.divergence is adaptive_kl or getattr(self.divergence, "divergence", None) is adaptive_kl:
-            raise ValueError(
-                "adaptive_kl is not a sum over tokens: no sample estimates it; use another divergence"
-            )
-        ids = teacher_log_probs.exp().multinomial(self.count, replacement=True)
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if adaptive_kl in (self.divergence, getattr(self.divergence, "divergence", None)):
+            raise ValueError("adaptive_kl is not a sum over tokens: no sample estimates it; use another")
+        ids = teacher.exp().multinomial(self.count, replacement=True)
+        drawn, theirs = student.gather(-1, ids), teacher.gather(-1, ids)
         # [N, count, 1]: one summand at a time
-        student, teacher = student_log_probs.gather(-1, ids)[..., None], teacher_log_probs.gather(-1, ids)
-        return (self.divergence(student, teacher[..., None]) / teacher.exp()).mean(-1)
+        return (self.divergence(drawn[..., None], theirs[..., None]) / theirs.exp()).mean(-1)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -240,11 +236,9 @@ def _mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
     if not 0 < share < 1:
         return log_p if share == 1 else log_q
     never = log_p.isneginf() & log_q.isneginf()  # logaddexp's gradient is nan there
-    mixed = torch.logaddexp(
-        (log_p + math.log(share)).masked_fill(never, 0.0),
-        (log_q + math.log1p(-share)).masked_fill(never, 0.0),
-    )
-    return mixed.masked_fill(never, -math.inf)
+    ours = (log_p + math.log(share)).masked_fill(never, 0.0)
+    theirs = (log_q + math.log1p(-share)).masked_fill(never, 0.0)
+    return torch.logaddexp(ours, theirs).masked_fill(never, -math.inf)
 
 
 def _likeliest(log_probs: Tensor, mass: float) -> Tensor:
@@ -255,8 +249,7 @@ def _likeliest(log_probs: Tensor, mass: float) -> Tensor:
     """
     probs = log_probs.exp()
     lowest = math.log((1 - mass) / log_probs.shape[-1]) - 1 if mass < 1 else -math.inf
-    low = torch.full_like(log_probs[..., :1], lowest)
-    high = torch.zeros_like(low)
+    low, high = (torch.full_like(log_probs[..., :1], bound) for bound in (lowest, 0.0))
     for _ in range(16):  # > low holds the mass, > high does not
         middle = (low + high) / 2
         enough = (probs * (log_probs > middle)).sum(-1, keepdim=True) >= mass
@@ -271,10 +264,10 @@ def _log_mass_outside(log_probs: Tensor, ids: Tensor) -> Tensor:
     return rest.masked_fill(nothing, 0.0).logsumexp(-1, keepdim=True).masked_fill(nothing, -math.inf)
 
 
-def _check_shapes(student_log_probs: Tensor, teacher_log_probs: Tensor) -> None:
-    if student_log_probs.shape != teacher_log_probs.shape:
+def _check_shapes(student: Tensor, teacher: Tensor) -> None:
+    if student.shape != teacher.shape:
         raise ValueError(
-            f"student has log-probs {tuple(student_log_probs.shape)}, teacher "
-            f"{tuple(teacher_log_probs.shape)}; a divergence needs one vocabulary and the same tokens: slice "
-            "both heads to the tokenizer's size, or use a tokenizer-free term"
+            f"student has log-probs {tuple(student.shape)}, teacher {tuple(teacher.shape)}; a divergence "
+            "needs one vocabulary and the same tokens: slice both heads to the tokenizer's size, or use a "
+            "tokenizer-free term"
         )

@@ -1,4 +1,7 @@
-"""The objective: terms x schedules -> Ledger.  A plain function, the same for training and evaluation."""
+"""The objective: terms x schedules -> Ledger.  A plain function, the same for training and evaluation.
+
+The functions that terms are made of are TokenFunctions: of logits, with one value per token.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -35,18 +38,18 @@ class SoftTargets:
     divergence: Divergence = forward_kl
 
     def __call__(
-        self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, temperature: Number
+        self, student: Tensor, teacher: Tensor | None, targets: Tensor, temperature: Number
     ) -> Tensor:
-        assert teacher_logits is not None
-        student_log_probs = log_probs(student_logits, temperature)
-        return temperature**2 * self.divergence(student_log_probs, log_probs(teacher_logits, temperature))
+        assert teacher is not None
+        ours, theirs = log_probs(student, temperature), log_probs(teacher, temperature)
+        return temperature**2 * self.divergence(ours, theirs)
 
 
 def cross_entropy(
-    student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, temperature: Number = 1.0
+    student: Tensor, teacher: Tensor | None, targets: Tensor, temperature: Number = 1.0
 ) -> Tensor:
-    """-log p(the token that came), always at T = 1; [n] nats."""
-    logs = log_probs(student_logits)
+    """-log p(the token that came), always at T = 1; nats."""
+    logs = log_probs(student)
     if not torch.compiler.is_compiling():
         return -logs.gather(-1, targets[:, None])[:, 0]
     # fuses; gather's gradient is an [n, V] of its own
@@ -54,19 +57,15 @@ def cross_entropy(
     return -logs.masked_fill(~came, 0.0).sum(-1)
 
 
-def accuracy(
-    student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, temperature: Number = 1.0
-) -> Tensor:
+def accuracy(student: Tensor, teacher: Tensor | None, targets: Tensor, temperature: Number = 1.0) -> Tensor:
     """1 where the student's first choice is the token that came."""
-    return (student_logits.argmax(-1) == targets).to(wide(student_logits.dtype))
+    return (student.argmax(-1) == targets).to(wide(student.dtype))
 
 
-def agreement(
-    student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, temperature: Number = 1.0
-) -> Tensor:
+def agreement(student: Tensor, teacher: Tensor | None, targets: Tensor, temperature: Number = 1.0) -> Tensor:
     """1 where student and teacher have the same first choice."""
-    assert teacher_logits is not None
-    return (student_logits.argmax(-1) == teacher_logits.argmax(-1)).to(wide(student_logits.dtype))
+    assert teacher is not None
+    return (student.argmax(-1) == teacher.argmax(-1)).to(wide(student.dtype))
 
 
 EVAL_TERMS = {
@@ -134,7 +133,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class ObjectiveAt:
-    """The objective at one fraction of training: plain numbers."""
+    """The objective at one fraction of training: numbers."""
 
     weights: Mapping[str, float]
     temperatures: Mapping[str, float]

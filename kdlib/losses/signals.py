@@ -103,6 +103,9 @@ class DenseSignal:
         """[n, V]"""
         return self.values[rows]
 
+    def cast(self) -> "DenseSignal":
+        return self
+
     @torch.no_grad()
     def write(self, out: Tensor, rows: slice) -> None:
         """Their logits into memory that is there: [n, V]."""
