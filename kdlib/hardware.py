@@ -1,4 +1,4 @@
-"""What there is to run on: device, dtype, memory; what a CPU and its C library do.  Imports none of kdlib."""
+"""What there is to run on: device, dtype, memory; what a CPU and its C library do."""
 
 import ctypes
 import gc
@@ -26,12 +26,6 @@ SAMPLE_S = 0.002
 _native: ContextVar[bool] = ContextVar("native", default=False)  # products in the dtype that is asked for
 
 
-def accelerator() -> torch.device:
-    """CUDA, else Apple's MPS, else the CPU."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")
-
-
 def precision_of(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The dtype of matrix products on a device, and the reason for it; `wanted` as in a config, or `auto`."""
     if wanted != "auto":
@@ -49,7 +43,7 @@ def precision_of(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes in all, and free now, of a device; of the machine where the device has no memory of its own."""
+    """Bytes in all, and free now; of the machine where the device has no memory of its own."""
     if device.type == "cuda" and torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info(device)
         return total, free
@@ -58,7 +52,7 @@ def device_memory(device: torch.device) -> tuple[int, int]:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak memory on the GPU so far, or the process's memory now on the CPU."""
+    """Peak so far on CUDA, elsewhere the process's memory now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / GIB
     return psutil.Process().memory_info().rss / GIB
@@ -100,10 +94,10 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
 def memory_kept() -> Iterator[bool]:
     """Inside, memory that is freed stays with the process; afterwards all that is free is given back.
 
-    Left alone, glibc gives each block of over 32 MiB back to the system when it is freed.  The next step
-    asks for it anew, and each of its pages is a page fault: on a virtual machine a fifth of the step and
-    more.  The peak grows by a few such blocks (glibc before 2.38 does not always find a free one that would
-    do), so those of more than a 64th of the machine's memory are given back as ever.
+    Left alone, glibc gives each freed block of over 32 MiB back to the system.  The next step asks for it
+    anew, and each of its pages is a page fault: on a virtual machine a fifth of the step and more.  The peak
+    grows by a few such blocks (glibc before 2.38 may miss a free one that would do), so those of more than a
+    64th of the machine's memory are given back as ever.
 
     Yields:
         Whether that is so: not with another C library, nor where SWITCHES or GLIBC_TUNABLES decide it.
@@ -124,7 +118,7 @@ def memory_kept() -> Iterator[bool]:
 
 
 def give_memory_back() -> None:
-    """What is free goes back to the system now, where the C library can."""
+    """Return what is free to the system now, where the C library can."""
     if glibc := _glibc():
         glibc.malloc_trim(0)
 
@@ -133,7 +127,7 @@ def give_memory_back() -> None:
 def bf16_instructions() -> tuple[str, ...] | None:
     """Those that this CPU has for bfloat16 products; None where the system does not say."""
     facts = Path("/proc/cpuinfo")
-    words = set(facts.read_text().split()) if facts.exists() else set()
+    words = facts.read_text().split() if facts.exists() else []
     found = tuple(name for name in ("avx512_bf16", "amx_bf16") if name in words)
     return found if "flags" in words else None  # x86 alone has "flags"
 
@@ -169,10 +163,8 @@ def _glibc() -> ctypes.CDLL | None:
 def _mark_set_back() -> bool:
     """Sets the resident set's high-water mark back to what is resident now, where the system can."""
     give_memory_back()  # otherwise it would be used again unseen
-    if not (PROCESS / "clear_refs").exists():
-        return False
-    with suppress(OSError):
-        (PROCESS / "clear_refs").write_text("5")
+    with suppress(OSError), (PROCESS / "clear_refs").open("r+") as switch:  # there on Linux alone
+        switch.write("5")
         return True
     return False
 

@@ -195,7 +195,7 @@ class FakeStep:
     def batch(self, rows: int) -> dict[str, Tensor]:
         """Rows of random tokens as long as the config allows; their ids have values even without data."""
         with unset_fake_temporarily():
-            return self.plan.random_batch(rows, torch.Generator().manual_seed(0))
+            return self.plan.task.random_batch(self.plan, rows, torch.Generator().manual_seed(0))
 
     def train(
         self,

@@ -57,7 +57,7 @@ def load_classifier(
 
 @contextmanager
 def _no_report() -> Iterator[None]:
-    """Without transformers' report of missing weights, which is no news of a head that is to be made."""
+    """Without transformers' report of missing weights: no news of a head that is to be made."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -76,16 +76,14 @@ def class_order(name: str, config: PreTrainedConfig, labels: Sequence[str]) -> l
     """
     if config.num_labels != len(labels):
         return None
-    theirs = named_classes(config)
-    if theirs is None:
+    if (theirs := named_classes(config)) is None:
         return list(range(len(labels)))
     place = {label.casefold(): number for number, label in enumerate(theirs)}
     if missing := [label for label in labels if label.casefold() not in place]:
         verb = "is" if len(missing) == 1 else "are"
         raise ModelError(
             f"{name}: its classes are {', '.join(theirs)}; the data's {', '.join(missing)} {verb} not among "
-            "them. Classes are matched by name: rename those of the data (data.labels), or take a model "
-            "trained on them"
+            "them: rename those of the data (data.labels), or take a model trained on them"
         )
     return [place[label.casefold()] for label in labels]
 

@@ -50,9 +50,10 @@ def stored_bytes(source: str) -> int | None:
         path = Path(folder if Path(folder).is_dir() else snapshot_download(source, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    parts, index = {"model.safetensors"}, path / "model.safetensors.index.json"
-    if not (path / "model.safetensors").exists():
-        if not index.exists():
-            return None
-        parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if whole.exists():
+        return whole.stat().st_size
+    if not index.exists():
+        return None
+    parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     return sum((path / name).stat().st_size for name in parts)

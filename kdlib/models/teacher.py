@@ -1,4 +1,4 @@
-"""Where signals come from: a model run on a batch, now.  The student's go through the same function."""
+"""Where signals come from: a model, student or teacher, run on a batch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ PROJECTIONS = "distillation_projections"  # the student's submodule: its hidden 
 
 
 class Needs(Protocol):
-    """What terms ask of the models' inside: kdlib.losses.objective.ObjectiveAt knows."""
+    """What terms ask of the models' inside: kdlib.losses.objective.ObjectiveAt."""
 
     @property
     def needs_hidden(self) -> bool: ...
@@ -30,7 +30,7 @@ class Needs(Protocol):
 
 @dataclass(frozen=True)
 class Inside:
-    """Which layers are looked into, one for each pair, and what for; nothing where neither is wanted."""
+    """Which layers are looked into, one for each pair, and what for."""
 
     layers: Sequence[int] = ()
     hidden: bool = False
@@ -62,8 +62,7 @@ def signal_of(
     Args:
         model: called once with input_ids and attention_mask; may be a wrapper (DDP) of `unwrapped`.
         vocabulary: the tokenizer's size, or the number of classes; the head's rows beyond it are left out.
-        form: the model's `head_form` gives a LinearSignal (the head is applied later, chunk by chunk), None a
-            DenseSignal.
+        form: the model's `head_form`, for a LinearSignal (the head is applied chunk by chunk); else Dense.
         reads: "teacher_" for a model that reads those of the batch's inputs.
     """
     unwrapped, inside = unwrapped or model, inside or Inside()
@@ -77,14 +76,9 @@ def signal_of(
     features = _features(captured, kept, inside) if inside.hidden or inside.attention else None
     if form is None:
         return DenseSignal(kept.select(output.logits)[:, :vocabulary], features)
-    weight, bias = (_whole(parameter, vocabulary) for parameter in head_of(unwrapped))
+    head = unwrapped.get_output_embeddings()
+    weight, bias = (_whole(parameter, vocabulary) for parameter in (head.weight, head.bias))
     return LinearSignal(kept.select(last[-1]), weight, bias, form, features)
-
-
-def head_of(model: PreTrainedModel) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """Weight and bias of the output head."""
-    head = model.get_output_embeddings()
-    return head.weight, head.bias
 
 
 @dataclass
@@ -100,7 +94,7 @@ class LiveTeacher:
         self.form = head_form(self.model)
 
     def to(self, device: torch.device) -> None:
-        """Puts the model there."""
+        """Put the model there."""
         self.model.to(device)
 
     @torch.no_grad()
@@ -122,9 +116,8 @@ def _features(captured: Captured, kept: Kept, inside: Inside) -> Features:
     if inside.projections is None:
         return Features(kept.rows, hidden, maps, hidden)
     pairs = zip(inside.projections, hidden, strict=True)
-    return Features(
-        kept.rows, hidden, maps, [matrix(state.to(matrix.weight.dtype)) for matrix, state in pairs]
-    )
+    projected = [matrix(state.to(matrix.weight.dtype)) for matrix, state in pairs]
+    return Features(kept.rows, hidden, maps, projected)
 
 
 def _whole(parameter: nn.Parameter | None, vocabulary: int) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""What happens around training steps: printed lines, throughput, a stop that loses nothing; checkpoints."""
+"""What happens around training steps."""
 
 import json
 import math
@@ -12,15 +12,14 @@ from pathlib import Path
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from kdlib.errors import RunError
 from kdlib.metrics.names import MEASURES
 from kdlib.runs.files import StudentFolder, read_json, write_json
 from kdlib.runs.log import duration, time_left
 
-# of an evaluation, as they are printed
-HELD_OUT = ("perplexity", "log_loss", "accuracy", "macro_f1", "choice_accuracy", "kl_to_teacher")
+PRINTED = ("perplexity", "log_loss", "accuracy", "macro_f1", "choice_accuracy", "kl_to_teacher")
 PLANNED = 400  # steps at which a plan is written down, at most twice as many
 FULL = 64 * 2**20  # bytes left: a failed write is put down to the disk
 
@@ -36,16 +35,11 @@ class PlanFile(TrainerCallback):
             return
         steps, lines = range(1, state.max_steps + 1, max(state.max_steps // PLANNED, 1)), []
         for step in sorted({*steps, state.max_steps}):
-            figures = self.planned((step - 1) / state.max_steps)
-            lines.append({"step": step, **self._rate(lr_scheduler, step), **figures})
+            line = {"step": step}
+            if isinstance(lr_scheduler, LambdaLR):  # others depend on what is measured
+                line["learning_rate"] = float(lr_scheduler.base_lrs[0]) * lr_scheduler.lr_lambdas[0](step - 1)
+            lines.append(line | self.planned((step - 1) / state.max_steps))
         write_json(self.folder.plan, lines)
-
-    @staticmethod
-    def _rate(scheduler, step: int) -> dict[str, float]:
-        """Of this optimizer step, counted from 1; nothing where it depends on what is measured."""
-        if not isinstance(scheduler, LambdaLR):
-            return {}
-        return {"learning_rate": float(scheduler.base_lrs[0]) * scheduler.lr_lambdas[0](step - 1)}
 
 
 class PrintedLines(TrainerCallback):
@@ -72,17 +66,16 @@ class PrintedLines(TrainerCallback):
             line += "" if left is None else f"  {duration(left)} left"
         elif "eval_loss" in logs:
             line = f"held-out: loss {logs['eval_loss']:.3f}"
-            for name in HELD_OUT:
-                if f"eval_{name}" in logs:
-                    form = ".1f" if name == "perplexity" else ".3f"
-                    line += f"  {MEASURES[name].name} {logs[f'eval_{name}']:{form}}"
+            for name in PRINTED:
+                if (value := logs.get(f"eval_{name}")) is not None:
+                    line += f"  {MEASURES[name].name} {value:{'.1f' if name == 'perplexity' else '.3f'}}"
         else:
             return
         print(f"{self.label} step {step}/{last}  {line}", flush=True)
 
 
 class Throughput(TrainerCallback):
-    """Time spent in optimizer steps alone, without evaluation and checkpoints."""
+    """Time in optimizer steps alone, without evaluation and checkpoints."""
 
     def __init__(self) -> None:
         self.seconds = 0.0  # since the last log
@@ -141,8 +134,7 @@ class StopRequest(TrainerCallback):
             if file.exists():
                 file.unlink(missing_ok=True)
                 self.requested = True
-        # the ranks see an interrupt or the file at different steps; all must stop at the same
-        if args.world_size > 1:
+        if args.world_size > 1:  # each sees an interrupt or the file at another step; all stop at the same
             flag = torch.tensor(float(self.requested), device=args.device)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
             self.requested = bool(flag)
@@ -160,9 +152,8 @@ class EarlyStop(TrainerCallback):
         self.patience, self.min_delta = patience, min_delta
 
     def on_evaluate(self, args, state, control, **kwargs):
-        key, sign = best_metric(args), 1 if args.greater_is_better else -1
         best, since = -math.inf, 0
-        for value in (sign * line[key] for line in state.log_history if key in line):
+        for value in scores(args, state):
             best, since = (value, 0) if value > best + self.min_delta else (best, since + 1)
         control.should_training_stop |= since >= self.patience
 
@@ -182,9 +173,10 @@ class StopAfter(TrainerCallback):
         control.should_evaluate = control.should_save = False
 
 
-def best_metric(args: TrainingArguments) -> str:
-    """The metric that chooses best_model/, by the name under which it is logged."""
-    return f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
+def scores(args: TrainingArguments, state: TrainerState) -> list[float]:
+    """What chooses best_model/, at each evaluation logged; more is better."""
+    name, sign = str(args.metric_for_best_model).removeprefix("eval_"), 1 if args.greater_is_better else -1
+    return [sign * line[f"eval_{name}"] for line in state.log_history if f"eval_{name}" in line]
 
 
 def last_checkpoint(folder: StudentFolder) -> str | None:
@@ -203,7 +195,7 @@ def step_of(checkpoint: str | None) -> int:
 
 
 def disk_is_full(folder: StudentFolder) -> bool:
-    """True where so little is left that a failed write is put down to it."""
+    """Whether so little is left that a failed write is put down to it."""
     return shutil.disk_usage(folder.path).free < FULL
 
 
@@ -215,6 +207,5 @@ def check_disk(folder: StudentFolder, *, weights: int, args: TrainingArguments) 
     if free < needed:
         raise RunError(
             f"{folder.path}: {free / 2**30:.1f} GiB free, but models and checkpoints of this run need "
-            f"{needed / 2**30:.1f} GiB; free some space, lower training.save_total_limit, or choose another "
-            "folder with --runs"
+            f"{needed / 2**30:.1f} GiB; free some, lower training.save_total_limit, or choose another --runs"
         )

@@ -1,7 +1,8 @@
 """Which term drives the student, and which fight each other: each term's gradient on its own."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations
+from functools import partial
+from itertools import combinations, combinations_with_replacement
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +18,8 @@ def term_gradients(
     Args:
         losses: (term, weight x mean over some tokens), made as they are asked for; their graph is kept.
     """
-    found = {}
-    for name, loss in losses:
-        found[name] = list(
-            torch.autograd.grad(
-                loss, [*parameters], retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-        )
-    return found
+    gradient = partial(torch.autograd.grad, inputs=[*parameters], retain_graph=True, materialize_grads=True)
+    return {name: list(gradient(loss)) for name, loss in losses}
 
 
 @torch.no_grad()
@@ -33,8 +28,8 @@ def gradient_figures(gradients: Mapping[str, Sequence[Tensor]]) -> dict[str, flo
 
     A pair of which one norm is 0 has no cosine, and is left out.
     """
-    products = {pair: _dot(gradients[pair[0]], gradients[pair[1]]) for pair in combinations(gradients, 2)}
-    products |= {(name, name): _dot(own, own) for name, own in gradients.items()}
+    pairs = combinations_with_replacement(gradients, 2)
+    products = {(a, b): _dot(gradients[a], gradients[b]) for a, b in pairs}
     values = dict(zip(products, torch.stack(list(products.values())).tolist(), strict=True))
     norms = {name: values[name, name] ** 0.5 for name in gradients}
     figures = {f"{name}_grad_norm": norm for name, norm in norms.items()}

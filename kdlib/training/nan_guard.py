@@ -1,8 +1,7 @@
 """At the first value that is not finite training stops, before the optimizer takes it in, and says why.
 
 While all is well it costs one look per optimizer step, at its loss and the gradient norm that the Trainer
-makes anyway.  It keeps the step's micro-batches and the random numbers before each, so that what went wrong
-can be asked once more, dropout and all.
+makes anyway, and keeps the micro-batches with their random numbers, to ask once more, dropout and all.
 """
 
 from abc import abstractmethod
@@ -28,8 +27,7 @@ from kdlib.training import nan_report
 from kdlib.training.callbacks import last_checkpoint
 from kdlib.training.nan_search import WHO, Batch, MicroBatch, Replay, is_finite, origin_of
 
-# every rank has the whole student
-UNSHARDED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+UNSHARDED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)  # a student per rank
 REMEMBERED = 10  # gradient norms
 
 
@@ -59,7 +57,7 @@ class NanGuard:
         return torch.stack([~self.loss.isfinite(), ~norm.isfinite(), self.count == 0]).float()
 
     def passed(self, norm: Tensor) -> None:
-        """The step is sound; its gradient norm is kept for the report of a later one that is not."""
+        """The step is sound; its gradient norm is kept for a later report."""
         self.norms.append(norm)
         self.step = -1
 
@@ -71,9 +69,8 @@ class GuardedTrainer(Trainer):
     writes the report.  Not tried: sharded students, float16's loss scaler.
     """
 
-    # narrower than the Trainer's own
-    model: PreTrainedModel
-    optimizer: Optimizer  # made before whatever is made of it
+    model: PreTrainedModel  # these four are narrower than the Trainer's own
+    optimizer: Optimizer
     train_dataset: Dataset
     processing_class: PreTrainedTokenizerBase | None
 
@@ -86,7 +83,7 @@ class GuardedTrainer(Trainer):
         """How a batch of this optimizer step is asked once more."""
 
     def train(self, *arguments, **options):
-        """As the Trainer's; on a CPU a step finds the memory that the step before has freed."""
+        """On a CPU a step finds the memory that the step before has freed."""
         with memory_kept() if self.args.device.type == "cpu" else nullcontext():
             return super().train(*arguments, **options)
 
@@ -94,8 +91,7 @@ class GuardedTrainer(Trainer):
         """Looks before it clips: a norm that is nan would make every gradient nan, and hide whose was."""
         limit = self.args.max_grad_norm
         if self.accelerator.distributed_type not in UNSHARDED or self._has_mixed_mesh_grads(model):
-            norm = (super()._clip_grad_norm if limit > 0 else super()._get_grad_norm)(model)
-            self.check_step(norm)
+            self.check_step(norm := (super()._clip_grad_norm if limit > 0 else super()._get_grad_norm)(model))
             return norm
         self.accelerator.unscale_gradients()
         parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
@@ -106,14 +102,14 @@ class GuardedTrainer(Trainer):
         return norm
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """Called at each step, with the norm where `_clip_grad_norm` was called before."""
+        """Called at each step, with the norm where it was clipped."""
         return self._clip_grad_norm(model) if grad_norm is None else super()._get_grad_norm(model, grad_norm)
 
     def check_step(self, norm: Tensor) -> None:
-        """Raises where the optimizer step that is about to be made is not sound on every rank.
+        """Raises where the optimizer step about to be made is not sound on every rank.
 
-        Gradients that leave float16's range are left to the loss scaler, which skips the step and halves its
-        scale, until that is 1: then it is not the scale that is too large.
+        Gradients beyond float16's range are the loss scaler's, which skips the step and halves its scale,
+        until that is 1: then it is not the scale that is too large.
         """
         loss, gradient, empty = self.accelerator.reduce(self.guard.faults(norm), reduction="sum").tolist()
         step, scaler = self.state.global_step + 1, self.accelerator.scaler
@@ -136,7 +132,7 @@ class GuardedTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def micro_batch_of(self, row: dict[str, Any]) -> MicroBatch:
-        """A batch of one row of the data."""
+        """One row of the data."""
         return MicroBatch.of(self._prepare_inputs(self.data_collator([row])))
 
     def stop(
@@ -151,9 +147,7 @@ class GuardedTrainer(Trainer):
     ) -> NoReturn:
         """Finds what is not finite, writes the report and raises; every rank must call it.
 
-        Args:
-            rows: the data set in which the row is looked up; the training rows where None.
-            with_gradients: see origin_of.
+        The row is looked up in `rows`, the training rows where None.
         """
         with self.accelerator.autocast():
             origin = origin_of(replay, micro_batches, with_gradients=with_gradients)
@@ -164,21 +158,20 @@ class GuardedTrainer(Trainer):
         first = min(found, key=lambda each: (WHO.index(each["who"]), each["rank"]))
         if first["rank"] == self.args.process_index:
             nan_report.write(self.folder, first, batches)
-        # a rank that ends sooner would have the others killed, the report half written
-        self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()  # one that ends sooner has the others killed while they write
         raise NonFiniteLoss(nan_report.message(first, self.folder))
 
     def _state_at(self, replay: Replay, step: int, stage: str) -> dict[str, Any]:
         """How training stands at this step, by the names of the report; stage: training or evaluation."""
         args, checkpoint = self.args, last_checkpoint(self.folder)
         precision = {who: str(model.dtype).removeprefix("torch.") for who, model in replay.models.items()}
-        autocast = "float16" if args.fp16 else "bfloat16" if args.bf16 else "off"
+        precision["autocast"] = "float16" if args.fp16 else "bfloat16" if args.bf16 else "off"
         norms = [float(norm) for norm in self.guard.norms]  # of the optimizer steps before, the last one last
         in_step = stage == "training" and step > self.state.global_step
         return {
             "stage": stage,
             "step": step,
-            "precision": {**precision, "autocast": autocast},
+            "precision": precision,
             "loss": float(self.guard.loss) if in_step else None,  # this rank's part of it
             "learning_rate": self._get_learning_rate() if self.lr_scheduler else args.learning_rate,
             "max_grad_norm": args.max_grad_norm or 0.0,

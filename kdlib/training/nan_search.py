@@ -1,20 +1,20 @@
 """Where a value first stopped being finite: which model, term or gradient; module and weight; row.
 
-Nothing here runs while all is well.  A batch is asked once more, with a look at what every module gives:
-attention spreads one bad token over its whole row, masked tokens included (0 x nan is nan).
+A batch is asked once more, with a look at what every module gives: attention spreads one bad token over its
+whole row, masked tokens included (0 x nan is nan).
 """
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._pytree import tree_leaves
 
 from kdlib.losses.signals import Kept, Signal
 
@@ -25,7 +25,7 @@ WHO = ("teacher", "student", "loss", "gradient", "nobody")  # nobody: asked once
 
 @dataclass(frozen=True)
 class Origin:
-    """What was found first to be not finite."""
+    """What is not finite first."""
 
     who: str  # one of WHO
     terms: Mapping[str, Facts] = field(default_factory=dict)  # {"value": the first, "tokens": at how many}
@@ -47,7 +47,6 @@ class MicroBatch:
 
     @classmethod
     def of(cls, inputs: Batch) -> "MicroBatch":
-        """One that is about to begin."""
         cuda = [torch.cuda.get_rng_state()] if inputs["input_ids"].is_cuda else []
         return cls(inputs, [torch.get_rng_state(), *cuda])
 
@@ -75,10 +74,8 @@ class Replay:
 def origin_of(replay: Replay, micro_batches: Sequence[MicroBatch], *, with_gradients: bool) -> Origin:
     """What is not finite in these micro-batches: whatever a model computed first, in the first of them.
 
-    So a row of an embedding is found at its own token even where it is a row of the head too.
-
-    Args:
-        with_gradients: look at the gradients, not clipped yet, where every term is finite.
+    So a row of an embedding is found at its own token even where it is a row of the head too.  The gradients,
+    not clipped yet, are looked at where every term is finite.
     """
     found = []
     for number, micro_batch in enumerate(micro_batches):  # all of them: sharded models wait for each other
@@ -102,14 +99,11 @@ def _origin_in(batch: Batch, replay: Replay) -> Origin | None:
     with _first_broken(replay.models, shapes) as found:
         tokens, student, teacher = replay.signals(batch)
     values = replay.values(student, teacher, tokens.targets)
-    bad = {name: ~value.isfinite() for name, value in values.items()}
-    terms = {}
-    for name, at in bad.items():
-        if at.any():
-            terms[name] = {"value": str(float(values[name][at][0])), "tokens": int(at.sum())}
-    if not terms:
+    bad = {name: at for name, value in values.items() if (at := ~value.isfinite()).any()}
+    if not bad:
         return None
-    origin = partial(Origin, terms=terms, tokens=len(tokens.targets))
+    terms = {n: {"value": str(float(values[n][at][0])), "tokens": int(at.sum())} for n, at in bad.items()}
+    count = len(tokens.targets)
     for who, signal in (("teacher", teacher), ("student", student)):
         if signal is None or not (lost := _lost(signal, replay.chunk)).any():
             continue
@@ -117,13 +111,11 @@ def _origin_in(batch: Batch, replay: Replay) -> Origin | None:
         if position is None:
             row, position = _predicted(tokens, lost, length)
         model, position = replay.models[who], position if length else None
-        names = [name for name, _ in model.named_modules()]
-        depth = sys.maxsize if module is None else names.index(module)
+        depth = sys.maxsize if module is None else list(dict(model.named_modules())).index(module)
         weights = sorted(broken_weights(model).items(), key=lambda item: not item[0].startswith(f"{module}."))
-        found_at = partial(origin, row=row, position=position)
-        return found_at(who, module=module, depth=depth, tensors=dict(weights))
+        return Origin(who, terms, count, module, depth, dict(weights), row=row, position=position)
     row, position = _predicted(tokens, torch.stack([*bad.values()]).any(0), length)
-    return origin("loss", row=row, position=position)
+    return Origin("loss", terms, count, row=row, position=position)
 
 
 @torch.no_grad()
@@ -132,8 +124,7 @@ def is_finite(model: nn.Module) -> Tensor:
 
     By the extremes, which nan and infinity pass through: twenty times faster than `isfinite`.
     """
-    # a rank may hold nothing of a small one
-    parts = [part for weight in model.parameters() if (part := _local(weight)).numel()]
+    parts = [part for part in map(_local, model.parameters()) if part.numel()]  # a rank's may be empty
     return torch.stack([extreme for part in parts for extreme in torch.aminmax(part)]).isfinite().all()
 
 
@@ -174,22 +165,13 @@ def _first_broken(
     def look(module: nn.Module, args: Any, output: Any) -> None:
         who, name = names.get(module, ("", ""))
         if who and who not in found:
-            for tensor in _floats(output):
-                if not tensor.isfinite().all():
-                    found[who] = (name, *_place(tensor, shapes[who]))
+            for leaf in tree_leaves(output):
+                if isinstance(leaf, Tensor) and not leaf.isfinite().all():
+                    found[who] = (name, *_place(leaf, shapes[who]))
                     return
 
     with register_module_forward_hook(look):
         yield found
-
-
-def _floats(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, (tuple, list, Mapping)):
-        for part in output.values() if isinstance(output, Mapping) else output:
-            yield from _floats(part)
 
 
 def _place(tensor: Tensor, shape: Sequence[int]) -> tuple[int | None, int | None]:
@@ -204,11 +186,9 @@ def _place(tensor: Tensor, shape: Sequence[int]) -> tuple[int | None, int | None
 
 def _lost(signal: Signal, chunk: int) -> Tensor:
     """[N] True where what a model gave is not finite; a logit of -inf is a token ruled out, and sound."""
-    size, parts = max(len(signal), 1), []
-    for start in range(0, size, chunk):
-        logits = signal.logits(slice(start, min(start + chunk, size)))
-        parts.append((logits.isnan() | logits.isposinf()).any(-1))
-    lost, inside = torch.cat(parts), signal.features
+    size, inside = max(len(signal), 1), signal.features
+    parts = (signal.logits(slice(start, min(start + chunk, size))) for start in range(0, size, chunk))
+    lost = torch.cat([(logits.isnan() | logits.isposinf()).any(-1) for logits in parts])
     for state in (*inside.hidden, *inside.attention, *inside.projected) if inside else ():
         lost |= ~state.isfinite().flatten(1).all(-1)
     return lost

@@ -1,4 +1,4 @@
-"""What a config's training will be, known before it runs: arguments, length, objective, workspace, layers."""
+"""What a config's training will be, known before it runs."""
 
 import math
 from collections.abc import Mapping
@@ -37,25 +37,24 @@ class Extent:
     evaluations: int | None
 
 
-def extent(args: TrainingArguments, rows: int | None, *, devices: int | None = None) -> Extent:
-    """How long a training on so many rows is; `devices` share it, those of this process group where None."""
-    batches = per_pass = passes = None
+def extent(args: TrainingArguments, rows: int | None) -> Extent:
+    """How long a training on so many rows is, shared by the ranks of this process group."""
+    batches = per_pass = None
     if rows is not None:
-        share = rows / (args.train_batch_size * (devices or args.world_size))
+        share = rows / (args.train_batch_size * args.world_size)
         batches = math.floor(share) if args.dataloader_drop_last else math.ceil(share)
         per_pass = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
     steps = args.max_steps
-    if steps < 0 and per_pass:
-        steps = math.ceil(args.num_train_epochs * per_pass)
     if steps < 0:
-        return Extent(rows, batches, None, None, None)
-    if per_pass:
-        passes = steps / per_pass
+        if per_pass is None:
+            return Extent(rows, batches, None, None, None)
+        steps = math.ceil(args.num_train_epochs * per_pass)
+    passes = steps / per_pass if per_pass else None
     return Extent(rows, batches, passes, steps, _evaluations(args, steps, passes))
 
 
 def _evaluations(args: TrainingArguments, steps: int, passes: float | None) -> int | None:
-    """How often a training evaluates; by the epoch, one that ends within a pass evaluates at that end too."""
+    """By the epoch, a training that ends within a pass evaluates at that end too."""
     if args.eval_strategy == "epoch":
         return None if passes is None else math.ceil(passes) + bool(args.eval_on_start)
     if args.eval_strategy == "no":
@@ -68,7 +67,7 @@ def training_arguments(config: Config, output: Path, **changes: Any) -> Training
     """The config's `training:` as TrainingArguments; a ConfigError where transformers refuses them."""
     device = device_of(config.wanted_device)
     dtype, _ = precision_of(config.precision, device)
-    metric = config.training["metric_for_best_model"].removeprefix("eval_")
+    metric = MEASURES[config.training["metric_for_best_model"].removeprefix("eval_")]
     fixed = {
         "output_dir": str(output),
         "seed": config.seed,
@@ -77,7 +76,7 @@ def training_arguments(config: Config, output: Path, **changes: Any) -> Training
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "disable_tqdm": True,
-        "greater_is_better": MEASURES[metric].higher_is_better,
+        "greater_is_better": metric.higher_is_better,
         "use_cpu": device.type == "cpu",
         "dataloader_pin_memory": config.training.get("dataloader_pin_memory", device.type == "cuda"),
         "bf16": dtype is torch.bfloat16,
@@ -95,8 +94,7 @@ def training_arguments(config: Config, output: Path, **changes: Any) -> Training
 
 def objective_of(config: Config, weights: Mapping[str, Any] | None = None) -> Objective:
     """The config's objective, or the same with other weights: the baseline."""
-    loss = config.loss
-    specs = loss.schedules if weights is None else weights
+    loss, specs = config.loss, config.loss.schedules if weights is None else weights
     each = {name: from_spec(spec) for name, spec in loss.temperatures(specs).items()}
     return Objective(
         weights={name: from_spec(spec) for name, spec in specs.items()},

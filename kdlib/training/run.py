@@ -10,7 +10,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from kdlib.config.run import Config
 from kdlib.data.batches import Prepared
 from kdlib.errors import KdlibError, Stopped
-from kdlib.losses.objective import Objective
 from kdlib.models.loading import parameters
 from kdlib.models.teacher import PROJECTIONS, LiveTeacher
 from kdlib.runs.files import StudentFolder, is_refusal, read_json, write_error, write_json
@@ -60,7 +59,7 @@ def train(
         ConfigError: a tracker cannot be told.
         Stopped: by an interrupt or a STOP file; a checkpoint is there.
         RunError: the disk is full.
-        NonFiniteLoss: a value became nan or infinite; nan_report/ says which.
+        NonFiniteLoss: see nan_report/.
     """
     resume = last_checkpoint(folder)
     # where it goes on, that evaluation is in metrics.jsonl already
@@ -79,8 +78,7 @@ def train(
         objective = objective_of(config, weights)
         pairs = compared_layers(config, student, teacher.model, objective) if teacher else ()
         if hasattr(student, PROJECTIONS) and args.ddp_find_unused_parameters is None:
-            # DDP sees only its forward, and would take the projections for unused
-            args.ddp_find_unused_parameters = False
+            args.ddp_find_unused_parameters = False  # DDP sees only its forward: they would count as unused
         schedule = config.training.get("lr_scheduler_type")
         trainer = DistillationTrainer(
             model=student,
@@ -107,7 +105,10 @@ def train(
         if (stops := config.early_stopping) and not stop_after:
             trainer.add_callback(EarlyStop(stops.patience, stops.min_delta))
         stop = StopRequest(folder.path, folder.path.parent, *([asked_by.path] if asked_by else []))
-        tracking = trackers.Tracking(told, _tracked(config, folder, label, objective))
+        formulas = dict.fromkeys(objective.at(fraction).formula for fraction in (0.0, 1.0))
+        facts = {"formula": "  …  ".join(formulas), **config.as_dict()}
+        run = folder.path if isinstance(folder, Run) else folder.path.parent
+        tracking = trackers.Tracking(told, trackers.TrackedTraining(folder, run, label, facts))
         ends = StopAfter(stop_after) if stop_after else stop
         for callback in (PlanFile(folder, objective.planned), ends, tracking):
             trainer.add_callback(callback)
@@ -120,22 +121,11 @@ def train(
             how = "go on with --resume, or run this cell again"
             raise Stopped(f"stopped at step {step} with a checkpoint; {how}")
         _finish(trainer, folder)
-    except Exception as error:
-        # a full disk: torch, safetensors and tokenizers (a bare Exception) each have errors of their own
+    except Exception as error:  # of a full disk, torch, safetensors and tokenizers have each their own
         if not isinstance(error, KdlibError) and (is_refusal(error) or disk_is_full(folder)):
             raise write_error(folder.path, error) from error
         raise
     return trainer
-
-
-def _tracked(
-    config: Config, folder: StudentFolder, label: str, objective: Objective
-) -> trackers.TrackedTraining:
-    """What trackers are told of, with what they show beside the figures: the formula and the config."""
-    run = folder.path if isinstance(folder, Run) else folder.path.parent
-    formulas = dict.fromkeys(objective.at(fraction).formula for fraction in (0.0, 1.0))
-    facts = {"formula": "  …  ".join(formulas), **config.as_dict()}
-    return trackers.TrackedTraining(folder, run, label, facts)
 
 
 def _run(trainer: DistillationTrainer, resume: str | None) -> None:

@@ -1,16 +1,17 @@
 """Where a training's figures go: metrics.jsonl, and wandb, tensorboard and trackio, under the same names.
 
 Each student is a run of the tracker's own, `<run>/kd` or `<run>/baseline`, grouped by run.  A tracker that
-fails is left behind, aloud: no training is lost for it.  One more is a class here and a line in TRACKERS.
+fails is left behind, aloud.  One more is a class here and a line in TRACKERS.
 """
 
-import contextlib
 import io
 import json
 import os
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,10 @@ class MetricsFile(TrainerCallback):
 
 @dataclass(frozen=True)
 class TrackedTraining:
-    """The training that a tracker is told of."""
+    """What a tracker is told of a training."""
 
     folder: StudentFolder
-    run: Path  # the run's folder, which the baseline's lies in: trackers leave their files there
+    run: Path  # the run's folder, where trackers leave their files; a baseline's lies in it
     label: str
     facts: Mapping[str, Any]  # its config and formula
 
@@ -60,17 +61,14 @@ class TrackedTraining:
 
     @property
     def project(self) -> str:
-        return self.facts.get("training", {}).get("project") or os.environ.get("WANDB_PROJECT") or "kdlib"
+        return self.facts["training"].get("project") or os.environ.get("WANDB_PROJECT") or "kdlib"
 
 
 class Tracker:
-    """One training's run in one tracker; made with the optimizer step that it goes on from, 0 if new."""
+    """One training's run in one tracker; made of the training and the step that it goes on from, 0 if new."""
 
     where: str  # it can be looked at, in words
     run: Any  # the tracker's own
-
-    def __init__(self, training: TrackedTraining, step: int) -> None:
-        raise NotImplementedError
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         self.run.log(dict(figures), step=step)
@@ -88,28 +86,28 @@ class WandbRun(Tracker):
         known = training.folder.path / "wandb_id.txt"
         if not (step and known.exists()):
             write_text(known, uuid.uuid4().hex[:8])
-        # neither draws into a notebook nor captures what is printed there
         patience = wandb.setup().settings.finish_timeout or PATIENCE
-        quiet = {"silent": True, "console": "off"}
-        settings = wandb.Settings(**quiet, finish_timeout=patience, finish_timeout_raises=True)
-        options: dict[str, Any] = {
-            "project": training.project,
-            "name": training.name,
-            "group": training.run.name,
-            "job_type": training.label or None,
-            "id": known.read_text(),
-            "resume": "allow",
-            "config": dict(training.facts),
-            "reinit": "create_new",
-            "dir": os.environ.get("WANDB_DIR") or str(training.run),
-            "settings": settings,
-        }
+        begin = partial(
+            wandb.init,
+            project=training.project,
+            name=training.name,
+            group=training.run.name,
+            job_type=training.label or None,
+            id=known.read_text(),
+            resume="allow",
+            config=dict(training.facts),
+            reinit="create_new",
+            dir=os.environ.get("WANDB_DIR") or str(training.run),
+            settings=wandb.Settings(  # neither draws into a notebook nor captures what is printed there
+                silent=True, console="off", finish_timeout=patience, finish_timeout_raises=True
+            ),
+        )
         try:
-            self.run = wandb.init(**options)
+            self.run = begin()
         except wandb.errors.CommError as error:
             print(f"wandb: cannot be reached ({str(error).splitlines()[0]}); recording offline", flush=True)
             wandb.teardown()  # it would hold the id for in use
-            self.run = wandb.init(**options, mode="offline")
+            self.run = begin(mode="offline")
         local = f"send it with: wandb sync {os.path.relpath(Path(self.run.dir).parent)}"
         self.where = local if self.run.offline else str(self.run.url)
 
@@ -145,24 +143,28 @@ class TrackioRun(Tracker):
     def __init__(self, training: TrackedTraining, step: int) -> None:
         import trackio
 
-        settings = training.facts.get("training", {})
+        settings = training.facts["training"]
         spaces = {name: settings.get(f"trackio_{name}") for name in ("space_id", "bucket_id")}
         known = {"name": training.name, "group": training.run.name, "config": dict(training.facts), **spaces}
-        with contextlib.redirect_stdout(io.StringIO()):  # it says where its folder is: a path of this machine
+        with redirect_stdout(io.StringIO()):  # it says where its folder is: a path of this machine
             resume = "allow" if step else "never"
             self.run = trackio.init(training.project, resume=resume, embed=False, **known)
         self.where = f"look at it with: trackio show --project {training.project}"
 
     def finish(self, failed: bool) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with redirect_stdout(io.StringIO()):
             super().finish(failed)
 
 
-TRACKERS: dict[str, type[Tracker]] = {"wandb": WandbRun, "tensorboard": TensorboardRun, "trackio": TrackioRun}
+TRACKERS: dict[str, Callable[[TrackedTraining, int], Tracker]] = {
+    "wandb": WandbRun,
+    "tensorboard": TensorboardRun,
+    "trackio": TrackioRun,
+}
 
 
 def named_in(args: TrainingArguments) -> list[str]:
-    """Those of TRACKERS that a training reports to; transformers' own callbacks serve the others."""
+    """Those of TRACKERS in `report_to`; transformers' own callbacks serve the others."""
     return [name for name in args.report_to or () if name in TRACKERS]
 
 
@@ -194,8 +196,7 @@ class Tracking(TrainerCallback):
     """Tells the trackers of these names what metrics.jsonl is told; on leaving, their runs end."""
 
     def __init__(self, names: Iterable[str], training: TrackedTraining) -> None:
-        self.names, self.training = tuple(names), training
-        self.open: dict[str, Tracker] = {}
+        self.names, self.training, self.open = tuple(names), training, dict[str, Tracker]()
 
     def __enter__(self):
         return self
@@ -222,8 +223,7 @@ class Tracking(TrainerCallback):
     def _guarded(self, name: str, act: Callable[..., None], *given: Any) -> None:
         try:
             act(*given)
-        except Exception as error:
-            # of another's software, anything: none is worth a training
+        except Exception as error:  # anything another's software may raise: none is worth a training
             self.open.pop(name, None)
             why = f"{type(error).__name__}: {error}"
             print(f"{name}: {why}; going on without it, metrics.jsonl has every figure", flush=True)

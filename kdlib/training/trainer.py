@@ -1,4 +1,4 @@
-"""Training: transformers' Trainer with kdlib's objective in it, writing a student's folder."""
+"""transformers' Trainer with kdlib's objective in it, writing a student's folder."""
 
 import shutil
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ from kdlib.models.loading import head_form
 from kdlib.models.teacher import PROJECTIONS, LiveTeacher, insides, signal_of
 from kdlib.runs.files import StudentFolder
 from kdlib.schedulers import Schedule
-from kdlib.training.callbacks import LogBeforeSave, PrintedLines, Throughput, best_metric
+from kdlib.training.callbacks import LogBeforeSave, PrintedLines, Throughput, scores
 from kdlib.training.gradients import gradient_figures, term_gradients
 from kdlib.training.nan_guard import UNSHARDED, GuardedTrainer
 from kdlib.training.nan_search import Batch, Replay
@@ -41,8 +41,8 @@ OWN = ("ce", "accuracy")  # what is measured of a student without a teacher
 class DistillationTrainer(GuardedTrainer):
     """A Trainer whose loss is an Objective's ledger, in training and in evaluation.
 
-    Every term is divided by the kept tokens of the whole optimizer step, all micro-batches and ranks, which
-    is what makes batch 8 x accumulation 1 equal 1 x 8, and one rank equal two.
+    Every term is divided by the kept tokens of the whole optimizer step, all micro-batches and ranks: batch
+    8 x accumulation 1 equals 1 x 8, and one rank equals two.
     """
 
     loss_is_scaled_for_ga = True
@@ -75,8 +75,7 @@ class DistillationTrainer(GuardedTrainer):
             last_step: shown as the end where training will be stopped before the schedule's.
             grad_norms_every: so many steps apart, measure each term's gradient by itself, on the first
                 micro-batch (of the first rank): one more forward pass, a backward pass per term.
-            figures: what the task makes of an evaluation's means (kdlib.data.batches.Prepared).
-            choices: of the held-out questions, a row each, scored at every evaluation.
+            figures, choices: see kdlib.data.batches.Prepared; choices are scored at every evaluation.
         """
         super().__init__(folder=folder, **options)
         if self.args.n_gpu > 1:
@@ -107,11 +106,11 @@ class DistillationTrainer(GuardedTrainer):
 
     @property
     def student(self) -> PreTrainedModel:
-        """The model itself, without what spreads it over processes."""
+        """Without what spreads it over processes."""
         return self.accelerator.unwrap_model(self.model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        """The learning rate's schedule: one of kdlib.schedulers where given, else the Trainer's own."""
+        """One of kdlib.schedulers where given, else the Trainer's own."""
         if self.learning_rate_schedule is None:
             return super().create_scheduler(num_training_steps, optimizer)
         schedule, steps = self.learning_rate_schedule, max(num_training_steps, 1)
@@ -125,7 +124,7 @@ class DistillationTrainer(GuardedTrainer):
     def signals(
         self, model, batch: Batch, at: ObjectiveAt, *, with_teacher: bool
     ) -> tuple[Kept, Signal, Signal | None]:
-        """The kept tokens of a batch and what student and teacher say of them, and have inside for a term."""
+        """The kept tokens of a batch, and what student and teacher say of them."""
         tokens, student = kept(batch["labels"]), self.accelerator.unwrap_model(model)
         ours, theirs = insides(at, self.layer_pairs, student)
         signal = signal_of(
@@ -137,9 +136,8 @@ class DistillationTrainer(GuardedTrainer):
         """The ledger's total for one micro-batch; `num_items_in_batch`: kept tokens of the whole step."""
         if num_items_in_batch is None:
             raise RunError(
-                "the Trainer gave no num_items_in_batch, so the loss cannot be divided by the step's tokens. "
-                f"It does so for models whose forward takes **kwargs, and {type(self.student).__name__}'s "
-                "does not: use a model that does"
+                "the Trainer gave no num_items_in_batch, so the loss cannot be divided by the step's tokens: "
+                f"use a model whose forward takes **kwargs; {type(self.student).__name__}'s does not"
             )
         step, every = self.state.global_step, self.grad_norms_every
         at, is_first = self.objective.at(self.done(step)), self.guard.begin(inputs, step)
@@ -150,19 +148,17 @@ class DistillationTrainer(GuardedTrainer):
             tokens, student, teacher = self.signals(model, inputs, at, with_teacher=at.needs_teacher)
             costs = partial(ledger, at=at, count=num_items_in_batch, workspace=self.workspace)
             book = costs(student, teacher, tokens.targets)
-        total = book.total
         self.window.add(book, step)
-        self.guard.end(total, num_items_in_batch)
+        self.guard.end(book.total, num_items_in_batch)
         self.tokens += len(tokens.targets)
         self.counted = "tokens" if inputs["labels"].ndim == 2 else "rows"
-        # DDP waits for a gradient of every parameter
+        # DDP waits for a gradient of every parameter, and averages those of the ranks, whose sum is meant
         idle = [] if at.needs_projection else getattr(self.student, PROJECTIONS, [])
         unused = sum(0 * matrix.weight.sum() for matrix in idle)
-        # DDP averages the ranks' gradients; their sum is meant
-        return total * self.accelerator.num_processes + unused
+        return book.total * self.accelerator.num_processes + unused
 
     def _gradient_figures(self, at: ObjectiveAt) -> dict[str, float]:
-        """Of the micro-batch that has just begun; nothing of the step is changed, and DDP is not to know."""
+        """Of the micro-batch that has just begun; the step is not changed, and DDP not told."""
         model, micro_batch = self.student, self.guard.micro_batches[-1]
         trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
         weights = [weight for name, weight in trained if not name.startswith(PROJECTIONS)]
@@ -185,7 +181,7 @@ class DistillationTrainer(GuardedTrainer):
         return Replay(models, signals, partial(values_of, at=at, terms=terms or {}, chunk=chunk), chunk)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the terms to the Trainer's own training line, after checking that they sum to its loss."""
+        """The Trainer's training line with the terms, which sum to its loss."""
         if "loss" in logs:
             logs |= self.term_figures(logs["loss"]) | self.gradients
             self.gradients = {}
@@ -195,10 +191,9 @@ class DistillationTrainer(GuardedTrainer):
         """What is logged of the steps since the last call, whose mean loss this is."""
         figures = self.window.figures(partial(self.accelerator.reduce, reduction="sum"))
         tokens = float(self.accelerator.reduce(torch.tensor(float(self.tokens), device=self.args.device)))
-        done = self.done(self.state.global_step - 1)
         if wrong := breach(figures, loss):
             raise RunError(f"step {self.state.global_step}: {wrong}")
-        self.window, self.tokens = LedgerWindow(), 0
+        self.window, self.tokens, done = LedgerWindow(), 0, self.done(self.state.global_step - 1)
         return {
             **{f"{name}_loss": value for name, (value, _) in figures.items()},
             **{f"{name}_weight": weight for name, (_, weight) in figures.items()},
@@ -210,7 +205,7 @@ class DistillationTrainer(GuardedTrainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        """The same objective with the weights of this step, and the terms that do not depend on them."""
+        """The objective with the weights of this step, and the terms that do not depend on them."""
         with_teacher = self.teacher is not None
         at = self.objective.at(self.done(self.state.global_step), sampled=False)
         terms = {name: term for name, term in EVAL_TERMS.items() if with_teacher or name in OWN}
@@ -237,17 +232,16 @@ class DistillationTrainer(GuardedTrainer):
         """Every term's sum over each row of the data, all ranks'; of classes also [rows, 2] (said, right)."""
         self.student.eval()
         parts, answers, summed = [], [], partial(row_sums, at=at, terms=terms)
+        gather = self.accelerator.gather_for_metrics  # without rows that were repeated to fill a batch
         for batch in loader:
             with torch.no_grad(), self.accelerator.autocast():
                 batch = self._prepare_inputs(batch)
                 tokens, student, teacher = self.signals(self.student, batch, at, with_teacher=with_teacher)
                 count, chunk = len(batch["labels"]), self.workspace.chunk_for(student)
                 sums = summed(student, teacher, tokens.targets, tokens.rows, row_count=count, chunk=chunk)
-            # drops repeated rows
-            parts.append(self.accelerator.gather_for_metrics(torch.stack([*sums.values()], dim=1)))
+            parts.append(gather(torch.stack([*sums.values()], dim=1)))
             if batch["labels"].ndim == 1:
-                said = torch.stack([student.logits().argmax(-1), tokens.targets], dim=1)
-                answers.append(self.accelerator.gather_for_metrics(said))
+                answers.append(gather(torch.stack([student.logits().argmax(-1), tokens.targets], dim=1)))
         rows = torch.cat(parts).cpu()
         if not rows.isfinite().all():
             row = int((~rows.isfinite()).any(1).nonzero()[0, 0])
@@ -259,9 +253,8 @@ class DistillationTrainer(GuardedTrainer):
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Evaluates, and keeps in best_model/ the student whose metric beats all earlier of this training."""
         metrics = super().evaluate(*args, **options)
-        key, sign = best_metric(self.args), 1 if self.args.greater_is_better else -1
         if self.is_in_train:
-            *earlier, latest = [sign * line[key] for line in self.state.log_history if key in line]
+            *earlier, latest = scores(self.args, self.state)
             if all(latest > value for value in earlier):
                 self.save_student(self.folder.best_model)
         return metrics
