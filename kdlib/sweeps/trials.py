@@ -1,4 +1,4 @@
-"""A sweep's trials: each some settings, the config that they resolve to, and a run's name made from it."""
+"""A sweep's trials: listed, drawn, or chosen one at a time."""
 
 import hashlib
 import itertools
@@ -17,8 +17,6 @@ from kdlib.config.run import Config
 from kdlib.config.task_rules import rules_of
 from kdlib.errors import ConfigError
 from kdlib.sweeps.config import WEIGHTS, SweepConfig
-
-DIGITS = 4  # of a drawn number: what stands in tables is what was run
 
 
 @dataclass(frozen=True)
@@ -63,12 +61,7 @@ class Base:
 
 
 def base_of(
-    settings: SweepConfig,
-    sweep: str,
-    root: Path,
-    *,
-    smoke: bool = False,
-    overrides: Mapping[str, Any] | None = None,
+    settings: SweepConfig, sweep: str, root: Path, *, smoke: bool = False, overrides: Mapping | None = None
 ) -> Base:
     """Read the base config; its path, as all in a config, is seen from the project's folder, `root`."""
     raw = configs.read_yaml(configs.read_text(root / settings.base), settings.base)
@@ -102,22 +95,28 @@ def spelt_out(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def combinations(settings: SweepConfig) -> list[dict[str, Any]]:
-    """The settings of every trial, but of a search: there the first is known only when the sweep begins."""
+    """The settings of every trial; of a search the ends of each range, to be tried before it begins."""
     if settings.grid:
         every = itertools.product(*settings.grid.values())
         return [dict(zip(settings.grid, values, strict=True)) for values in every]
     if settings.listed:
         return [dict(parameters) for parameters in settings.listed]
     if settings.random:
-        generator, space = random.Random(settings.random.seed), settings.random.space.items()
+        generator, space = random.Random(settings.random.seed), settings.random.space
         return [
-            {name: _drawn(generator, draw) for name, draw in space} for _ in range(settings.random.trials)
+            {name: _drawn(generator, *draw) for name, draw in _draws(space)}
+            for _ in range(settings.random.trials)
         ]
-    return []
+    first = first_of(settings.search.space)
+    return [first | {name: end} for name, (_, values) in _draws(settings.search.space) for end in values]
 
 
-def _drawn(generator: random.Random, draw: Mapping[str, Sequence]) -> Any:
-    ((kind, values),) = draw.items()
+def _draws(space: Mapping[str, Mapping[str, Sequence]]) -> list[tuple[str, tuple[str, Sequence]]]:
+    """(setting, (kind, values))"""
+    return [(name, *draw.items()) for name, draw in space.items()]
+
+
+def _drawn(generator: random.Random, kind: str, values: Sequence) -> Any:
     if kind == "choice":
         return generator.choice(values)
     if kind == "integer":
@@ -128,29 +127,26 @@ def _drawn(generator: random.Random, draw: Mapping[str, Sequence]) -> Any:
 
 
 def _rounded(value: float) -> float:
-    """With so many digits as one reads."""
-    return float(f"{value:.{DIGITS}g}")
+    """With as many digits as one reads: what stands in tables is what was run."""
+    return float(f"{value:.4g}")
 
 
 def first_of(space: Mapping[str, Mapping[str, Sequence]]) -> dict[str, Any]:
     """One point of a space."""
-    return {name: next(iter(draw.values()))[0] for name, draw in space.items()}
+    return {name: values[0] for name, (_, values) in _draws(space)}
 
 
 def expanded(settings: SweepConfig, base: Base) -> tuple[list[Trial], list[str]]:
     """All trials, each config once, and a line for each that would have been a second.
 
-    Of a search there are none yet; the ends of each of its ranges are tried in their place.
+    A search has none yet: its points are only checked.
 
     Raises:
         ConfigError: trials that make no sound config: all of them in one message.
     """
     trials: dict[str, Trial] = {}
-    repeated, faults, tried = [], [], combinations(settings)
-    if settings.search:
-        first, space = first_of(settings.search.space), settings.search.space
-        tried = [{**first, name: end} for name, draw in space.items() for end in next(iter(draw.values()))]
-    for parameters in tried:
+    repeated, faults = [], []
+    for parameters in combinations(settings):
         try:
             trial = base.trial(parameters)
         except ConfigError as error:
@@ -201,8 +197,9 @@ class Search:
             ConfigError: optuna is not installed.
         """
         self.optuna, search = _optuna(), settings.search
-        self.base, self.space, self.left = base, search.space, search.trials - len(earlier)
-        self.draws = {name: self._distribution(draw) for name, draw in search.space.items()}
+        self.base, self.left = base, search.trials - len(earlier)
+        self.kinds = dict(_draws(search.space))
+        self.draws = {name: self._distribution(*draw) for name, draw in self.kinds.items()}
         sampler = self.optuna.samplers.TPESampler(seed=search.seed + len(earlier), constant_liar=True)
         direction = "maximize" if settings.higher_is_better else "minimize"
         self.study = self.optuna.create_study(direction=direction, sampler=sampler)
@@ -220,8 +217,7 @@ class Search:
         while self.left > 0:
             self.left -= 1
             asked = self.study.ask(self.draws)
-            proposed = {name: _value(draw, asked.params[name]) for name, draw in self.space.items()}
-            trial = self.base.trial(proposed)
+            trial = self.base.trial({name: self._setting(name, asked.params[name]) for name in self.kinds})
             if trial.run not in self.asked and trial.run not in self.values:
                 self.asked[trial.run] = asked
                 return trial
@@ -245,13 +241,14 @@ class Search:
 
     def _remember(self, trial: Trial, value: float) -> None:
         self.values[trial.run] = value
-        given = {name: trial.parameters[name] for name in self.space}
-        params = {n: json.dumps(v) if "choice" in self.space[n] else v for n, v in given.items()}
+        params = {
+            name: json.dumps(trial.parameters[name]) if kind == "choice" else trial.parameters[name]
+            for name, (kind, _) in self.kinds.items()
+        }
         known = self.optuna.trial.create_trial(params=params, distributions=self.draws, value=value)
         self.study.add_trial(known)
 
-    def _distribution(self, draw: Mapping[str, Sequence]) -> Any:
-        ((kind, values),) = draw.items()
+    def _distribution(self, kind: str, values: Sequence) -> Any:
         of = self.optuna.distributions
         if kind == "choice":
             return of.CategoricalDistribution([json.dumps(value) for value in values])
@@ -259,13 +256,11 @@ class Search:
             return of.IntDistribution(*values)
         return of.FloatDistribution(*values, log=kind == "log_uniform")
 
-
-def _value(draw: Mapping[str, Sequence], proposed: Any) -> Any:
-    """What optuna proposed, as a setting."""
-    ((kind, values),) = draw.items()
-    if kind == "choice":
-        return json.loads(proposed)
-    return proposed if kind == "integer" else min(max(_rounded(proposed), values[0]), values[1])
+    def _setting(self, name: str, proposed: Any) -> Any:
+        kind, values = self.kinds[name]
+        if kind == "choice":
+            return json.loads(proposed)
+        return proposed if kind == "integer" else min(max(_rounded(proposed), values[0]), values[1])
 
 
 def _optuna() -> Any:
