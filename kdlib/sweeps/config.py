@@ -1,4 +1,4 @@
-"""One sweep as typed, frozen, checked objects; notebooks/guides/sweeps.md shows its four forms.
+"""One sweep, checked; notebooks/guides/sweeps.md shows its four forms.
 
 A space says for each setting {uniform: [1, 6]}, {log_uniform: [1e-5, 1e-3]}, {integer: [2, 8]} or
 {choice: [a, b]}.  `loss.weights.kd:ce` is a setting of two weights: 0.7 makes the first 0.7, the second 0.3.
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from kdlib.config.loss import TERM_NAMES
-from kdlib.config.sections import Count, Number, Section, number, refuse
+from kdlib.config.sections import Number, Positive, Section, Seed, number, refuse
 from kdlib.errors import nearest, printable
 from kdlib.metrics.names import MEASURES
 
@@ -27,15 +27,12 @@ def _faults(names: Sequence[Any]) -> list[str]:
     """What is wrong with these dotted names, a line each."""
     faults = []
     for name in names:
+        terms = str(name).removeprefix(WEIGHTS).split(":")
+        pair = str(name).startswith(WEIGHTS) and len(set(terms) & set(TERM_NAMES)) == len(terms) == 2
         if not isinstance(name, str) or not all(name.split(".")):
             faults.append(f"found {name!r} as a setting; write its dotted name, as loss.temperature")
-        elif ":" in name:
-            terms = name.removeprefix(WEIGHTS).split(":")
-            two = len(terms) == len(set(terms)) == 2 and set(terms) <= set(TERM_NAMES)
-            if not (name.startswith(WEIGHTS) and two):
-                faults.append(
-                    f"{printable(name)}: with a colon only two weights can be named, as {WEIGHTS}kd:ce"
-                )
+        elif ":" in name and not pair:
+            faults.append(f"{printable(name)}: with a colon only two weights can be named, as {WEIGHTS}kd:ce")
     return faults
 
 
@@ -54,8 +51,8 @@ def _value(value: Any) -> Any:
 
 
 def _list(trials: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    empty = [] if trials else ["the list is empty; it needs a trial at least"]
-    refuse(empty + [fault for trial in trials for fault in _faults(list(trial))])
+    faults = [fault for trial in trials for fault in _faults(list(trial))]
+    refuse(faults if trials else ["the list is empty; it needs a trial at least"])
     return [{name: _value(value) for name, value in trial.items()} for trial in trials]
 
 
@@ -104,8 +101,8 @@ def _metric(value: Any) -> str:
 class Drawn(Section):
     """So many trials from a space."""
 
-    trials: Annotated[Count, Field(ge=1)]
-    seed: Annotated[Count, Field(ge=0, lt=2**32)] = 0
+    trials: Positive
+    seed: Seed = 0
     space: Annotated[dict[str, Any], AfterValidator(_space)] = Field(alias="from")
 
 
@@ -120,22 +117,20 @@ class SweepConfig(Section):
     random: Drawn | None = None
     search: Drawn | None = None
     metric: Annotated[str, BeforeValidator(_metric)] = "kl_to_teacher"
-    jobs: Annotated[Count, Field(ge=1)] = 1
+    jobs: Positive = 1
     timeout_minutes: Annotated[Number, Field(gt=0)] | None = None
     keep_checkpoints: bool = False
 
     @model_validator(mode="after")
     def _one_form(self):
-        forms = {"grid": self.grid, "list": self.listed, "random": self.random, "search": self.search}
-        given = [name for name, value in forms.items() if value is not None]
+        forms = {"grid", "listed", "random", "search"}
+        given = self.model_dump(by_alias=True, include=forms, exclude_none=True)
         if len(given) != 1:
             found = " and ".join(given) or "none"
             raise ValueError(f"found {found} of grid, list, random, search; a sweep has exactly one of them")
         if clash := sorted(set(self.overrides) & set(self.parameters)):
-            raise ValueError(
-                f"{', '.join(clash)}: both in `overrides`, which all trials share, and among what differs; "
-                "leave one out"
-            )
+            shared = "both in `overrides`, which all trials share, and among what differs; leave one out"
+            raise ValueError(f"{', '.join(clash)}: {shared}")
         return self
 
     @property

@@ -1,4 +1,4 @@
-"""All trials of a sweep, some side by side: what failed stops nothing, and the time that is left is told."""
+"""All trials of a sweep, some side by side; what failed stops nothing."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +75,7 @@ class Clock:
     """The time that is left: the runs' forecasts, times what the finished runs took over theirs."""
 
     def __init__(self, forecast: Mapping[str, float] | None = None) -> None:
-        """
-        Args:
-            forecast: seconds by the run's name; other runs count as their mean.
-        """
-        self.forecast = forecast or {}
+        self.forecast = forecast or {}  # seconds by the run's name; other runs count as their mean
         self.mean = sum(self.forecast.values()) / len(self.forecast) if self.forecast else 1.0
         self.ahead = self.took = 0.0  # of the finished runs: seconds as forecast, as measured
 
@@ -99,16 +95,17 @@ class Clock:
         return time_left(self.took, self.ahead, ahead / jobs)
 
 
+@dataclass
 class Pool:
     """One start of a sweep."""
 
-    def __init__(
-        self, sweep: Sweep, base: Base, order: Order, processes: Processes, clock: Clock, render: Callable
-    ) -> None:
-        self.sweep, self.base, self.order, self.render = sweep, base, order, render
-        self.processes, self.clock = processes, clock
-        self.keep_checkpoints = sweep.facts["settings"]["keep_checkpoints"]
-        self.outcomes: list[Outcome] = []
+    sweep: Sweep
+    base: Base
+    order: Order
+    processes: Processes
+    clock: Clock
+    render: Callable[[Sweep, Path], Path]
+    outcomes: list[Outcome] = field(default_factory=list)
 
     def run(self, supply: Listed | Search) -> Path:
         """Run what the supply gives, so many at a time, a line for every event; returns the report's path."""
@@ -134,13 +131,13 @@ class Pool:
         if trial.run not in [each["run"] for each in facts["trials"]]:  # of a search
             facts["trials"].append({"run": trial.run, "parameters": dict(trial.parameters)})
             write_json(self.sweep.path / FILE, facts)
-        if not (root / trial.run / "config.yaml").exists():
+        if (root / trial.run / "config.yaml").exists():
+            run = runs.open_run(root, trial.run, trial.config)
+        else:
             shutil.rmtree(root / trial.run, ignore_errors=True)  # killed before it was whole
             origin = {"config_file": facts["file"], "smoke": self.base.smoke, "sweep": self.sweep.name}
             origin |= {"parameters": trial.parameters, "command": self.base.command(trial.parameters)}
             run = runs.create(root, trial.run, trial.config, **origin)
-        else:
-            run = runs.open_run(root, trial.run, trial.config)
         state = run.status["state"]
         verbs = {"created": "started", "running": "waits for the process that runs it"}
         say(f"{verbs.get(state, f'goes on ({state})'):8} {run.name}  {described(trial.parameters)}")
@@ -151,8 +148,7 @@ class Pool:
         self.outcomes.append(outcome)
         run, value, log = outcome.run, None, ""
         if outcome.state == "done":
-            metric = self.sweep.facts["metric"]
-            found = distilled_of(run)[metric]
+            found = distilled_of(run)[self.sweep.metric]
             what, value = f"{self.sweep.measure.words} {with_interval(found)}", found["value"]
             self._tidy(run)
         else:
@@ -171,7 +167,7 @@ class Pool:
 
     def _tidy(self, run: Run) -> None:
         """What remains to do for a run that is done: also what an earlier start was killed before doing."""
-        if not self.keep_checkpoints:
+        if not self.sweep.facts["settings"]["keep_checkpoints"]:
             for student in (run, run.baseline):
                 shutil.rmtree(student.checkpoints, ignore_errors=True)
         if report_link(run.name, self.order.reports) is None:
@@ -192,8 +188,9 @@ class Pool:
         reports = self.order.reports
         page = self.render(self.sweep, reports)
         self.order.render_index(self.sweep.path.parent, reports)
-        overview = os.path.relpath(reports / "index.html")
-        print(f"report: {os.path.relpath(page)}    index: {overview}", flush=True)
+        print(
+            f"report: {os.path.relpath(page)}    index: {os.path.relpath(reports / 'index.html')}", flush=True
+        )
         if message:
             raise RunError(f"sweep {self.sweep.name}: {message}")
         return page

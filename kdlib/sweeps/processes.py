@@ -1,4 +1,4 @@
-"""The processes of a sweep: each trial is a `kd run`, held to its time, stopped with a checkpoint."""
+"""The processes of a sweep: each trial is a `kd run`, held to its time."""
 
 import contextlib
 import fcntl
@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -28,9 +27,9 @@ class Outcome:
 
     run: Run
     state: str  # done, or what the run's status says, or stopped: by the one who stopped the sweep
-    message: str
-    seconds: float
-    whole: bool  # these seconds are a whole run's
+    message: str = ""
+    seconds: float = 0.0
+    whole: bool = False  # these seconds are a whole run's
     unreported: bool = False  # its process ended without a word, so it left no report
 
 
@@ -50,18 +49,32 @@ class Processes:
         """Run a trial to its end, from where it stands; waits for a process that is at work on it already."""
         with (run.path / "log.txt").open("a", encoding="utf-8") as log:
             if not self._wait_for(run, log):
-                return Outcome(run, "stopped", "", 0.0, False)
+                return Outcome(run, "stopped")
             if run.status["state"] == "done":
-                return Outcome(run, "done", "", 0.0, False)
+                return Outcome(run, "done")
             whole, began = not run.manifest.get("stages"), time.monotonic()
-            with self._started(run, log) as process:
-                in_time = self._ended(process)
+            with self.guard:
+                process = self.at_work[run.name] = subprocess.Popen(
+                    self.command(run),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    cwd=project_root(),
+                    env=self.environment(),
+                    start_new_session=True,
+                )
+                if self.stopping.is_set():
+                    process.send_signal(signal.SIGINT)
+            in_time = self._ended(process)
+            with self.guard:
+                del self.at_work[run.name]
             seconds = time.monotonic() - began
         run.add_to_manifest(minutes=round(run.manifest.get("minutes", 0.0) + seconds / 60, 2))
         done = run.status["state"] == "done"
         unreported = not done and self._explained(run, process.returncode, in_time=in_time)
-        state = "stopped" if self.stopping.is_set() and not done else run.status["state"]
-        return Outcome(run, state, run.status.get("message", ""), seconds, whole and done, unreported)
+        status = run.status
+        state = "stopped" if self.stopping.is_set() and not done else status["state"]
+        return Outcome(run, state, status.get("message", ""), seconds, whole and done, unreported)
 
     def ask(self) -> None:
         """Ask every process for a checkpoint and to end, and start no more."""
@@ -87,27 +100,6 @@ class Processes:
                 fcntl.flock(log, fcntl.LOCK_UN)
             self.stopping.wait(5 * TICK)
         return False
-
-    @contextlib.contextmanager
-    def _started(self, run: Run, log: IO[str]) -> Iterator[subprocess.Popen]:
-        with self.guard:
-            process = subprocess.Popen(
-                self.command(run),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=project_root(),
-                env=self.environment(),
-                start_new_session=True,
-            )
-            self.at_work[run.name] = process
-            if self.stopping.is_set():
-                process.send_signal(signal.SIGINT)
-        try:
-            yield process
-        finally:
-            with self.guard:
-                del self.at_work[run.name]
 
     def command(self, run: Run) -> list[str]:
         resume = [str(run.path / "config.yaml"), "--resume", run.name, "--without", LEFT_OUT]
@@ -138,21 +130,18 @@ class Processes:
         if not in_time:
             limit = f"{self.timeout_s / 60:g}; the sweep, started again, goes on with it"
             run.set_status("failed", f"not done within timeout_minutes: {limit}")
-            return True
-        if code < 0 or run.status["state"] in ("created", "running"):
-            run.set_status("died", f"its process ended with status {code}: {last_line(run)}")
-            return True
-        return False
+        elif code < 0 or run.status["state"] in ("created", "running"):
+            text = (run.path / "log.txt").read_text(encoding="utf-8", errors="replace").strip()
+            last = text.splitlines()[-1].strip() if text else "it said nothing"
+            run.set_status("died", f"its process ended with status {code}: {last}")
+        else:
+            return False
+        return True
 
 
 def cores() -> int:
     """How many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def last_line(run: Run) -> str:
-    text = (run.path / "log.txt").read_text(encoding="utf-8", errors="replace").strip()
-    return text.splitlines()[-1].strip() if text else "it said nothing"
 
 
 def _kill(process: subprocess.Popen) -> None:

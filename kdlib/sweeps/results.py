@@ -74,8 +74,8 @@ def compared(run: Run) -> dict[str, Any]:
 
 
 def distilled_of(run: Run) -> dict[str, Any]:
-    """The same of the distilled student."""
-    return compared(run).get("models", {}).get(STUDENT, {})
+    """The same of the distilled student of a run that is done."""
+    return compared(run).get("models", {}).get(STUDENT, {}) if run.status["state"] == "done" else {}
 
 
 def trial_table(sweep: Sweep) -> pd.DataFrame:
@@ -86,7 +86,7 @@ def trial_table(sweep: Sweep) -> pd.DataFrame:
         status = run.status
         row = {"run": run.name, **trial["parameters"], "minutes": run.manifest.get("minutes")}
         row |= {"state": status["state"].replace("created", "waiting"), "message": status.get("message", "")}
-        if status["state"] == "done" and (found := distilled_of(run)):
+        if found := distilled_of(run):
             row |= found.get(facts["metric"], {})
             row |= {"parameters": found["parameters"] / 1e6, "training_s": seconds_taken(training_table(run))}
             row |= {cost: found[fact] for cost, fact in SPEEDS.items() if fact in found}

@@ -21,7 +21,7 @@ from kdlib.sweeps.trials import Base, Search, Trial, base_of, described, expande
 
 GIB = 2**30
 BUDGET = 180.0  # s for all forecasts together; the runs that are left then count as the mean of the others
-# settings of `training` that change neither memory nor time, with those of Adam
+# settings of `training` that change neither memory nor time
 NEUTRAL = {"learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"}
 NEUTRAL |= {"metric_for_best_model", "report_to", "adam_beta1", "adam_beta2", "adam_epsilon"}
 
@@ -33,17 +33,17 @@ def run_sweep(settings: SweepConfig, order: Order, *, dry_run: bool = False) -> 
         ConfigError: a trial would make no sound config; nothing is written.
         RunError: the sweep is running already; or runs failed, or it was stopped.
     """
-    sweep, searched = Sweep(order.root / order.name), settings.search
+    sweep = Sweep(order.root / order.name)
     base = base_of(settings, order.name, Path.cwd(), smoke=order.smoke, overrides=order.overrides)
     trials, repeated = expanded(settings, base)
-    if searched:  # those that it has made so far
+    if settings.search:  # those that it has made so far
         trials = [base.trial(trial["parameters"]) for trial in sweep.facts.get("trials", [])]
-    supply = supply_of(sweep, settings, base, trials)
     ahead = to_do(sweep, trials)
+    supply = searched(sweep, settings, base, trials) if settings.search else Listed(ahead)
     more = len(supply.ahead()) - len(ahead)
     print(listing(sweep, trials, repeated, more=more), flush=True)
-    if searched and more:  # one trial stands for all that are not chosen yet
-        ahead += [base.trial(first_of(searched.space))] * more
+    if more:  # one trial stands for all that are not chosen yet
+        ahead += [base.trial(first_of(settings.search.space))] * more
     clock, text = Clock(), ""
     if order.forecast and ahead:
         print("forecasting …", flush=True)
@@ -75,26 +75,21 @@ def to_do(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
     return sorted(left, key=lambda trial: states[trial.run] == "running")
 
 
-def supply_of(sweep: Sweep, settings: SweepConfig, base: Base, trials: Sequence[Trial]) -> Listed | Search:
-    """The trials to run; a search remembers the finished ones."""
-    if not settings.search:
-        return Listed(to_do(sweep, trials))
-
-    def metric(trial: Trial) -> float | None:
-        run = sweep.run(trial.run)
-        return distilled_of(run)[settings.metric]["value"] if run.status["state"] == "done" else None
-
-    return Search(settings, base, [(trial.parameters, metric(trial)) for trial in trials])
+def searched(sweep: Sweep, settings: SweepConfig, base: Base, trials: Sequence[Trial]) -> Search:
+    """The search, which remembers its finished trials."""
+    found = [distilled_of(sweep.run(trial.run)).get(settings.metric, {}).get("value") for trial in trials]
+    return Search(
+        settings, base, [(trial.parameters, value) for trial, value in zip(trials, found, strict=True)]
+    )
 
 
 def begin(sweep: Sweep, settings: SweepConfig, trials: Sequence[Trial], **facts: Any) -> None:
     """Write down what the sweep is, and that it runs; a RunError where it cannot."""
     if (sweep.path / "config.yaml").exists():
         raise RunError(f"{sweep.name!r} is the name of a run; choose another --name for the sweep")
-    status = sweep.status
-    if status["state"] == "running":
-        where = f"in process {status['pid']}; wait for it, or stop it first"
-        raise RunError(f"sweep {sweep.name} is running already, {where}")
+    if (status := sweep.status)["state"] == "running":
+        do = f"in process {status['pid']}; wait for it, or stop it first"
+        raise RunError(f"sweep {sweep.name} is running already, {do}")
     if not sweep.path.exists():
         check_new(sweep.path.parent, sweep.name)
     try:
@@ -102,15 +97,9 @@ def begin(sweep: Sweep, settings: SweepConfig, trials: Sequence[Trial], **facts:
     except OSError as error:
         raise write_error(sweep.path, error) from error
     earlier = sweep.facts
-    about = {
-        "sweep": sweep.name,
-        "created": earlier.get("created", now()),
-        **facts,
-        "settings": settings.as_dict(),
-        "parameters": settings.parameters,
-        "metric": settings.metric,
-        "trials": [{"run": trial.run, "parameters": dict(trial.parameters)} for trial in trials],
-    }
+    about = {"sweep": sweep.name, "created": earlier.get("created", now()), **facts}
+    about |= {"settings": settings.as_dict(), "parameters": settings.parameters, "metric": settings.metric}
+    about["trials"] = [{"run": trial.run, "parameters": dict(trial.parameters)} for trial in trials]
     write_json(sweep.path / FILE, about)
     sweep.set_status("running")
     if gone := {trial["run"] for trial in earlier.get("trials", [])} - {trial.run for trial in trials}:
@@ -123,30 +112,29 @@ def forecast(trials: Sequence[Trial], order: Order, *, keep_checkpoints: bool) -
     alike: dict[str, list[Trial]] = {}
     for trial in trials:
         alike.setdefault(cost_key(trial.config), []).append(trial)
-    costs: dict[str, tuple[Cost, Config]] = {}
+    costs: dict[str, Cost] = {}
     errors, began = [], time.monotonic()
     for group in sorted(alike.values(), key=len, reverse=True):
         if time.monotonic() - began > BUDGET:
             break
         try:
-            cost = order.forecast(group[0].config)
+            costs |= dict.fromkeys([trial.run for trial in group], order.forecast(group[0].config))
         except KdlibError as error:
-            errors += [f"  {t.run}: no forecast, and it will hardly run: {error}" for t in group]
-        else:
-            costs |= {trial.run: (cost, trial.config) for trial in group}
-    if not costs:
+            errors += [f"  {trial.run}: no forecast, and it will hardly run: {error}" for trial in group]
+    known = [(costs[trial.run], trial.config) for trial in trials if trial.run in costs]
+    if not known:
         return Clock(), "\n".join(["forecast: none of the runs can be forecast", *errors])
-    known = [costs[trial.run] for trial in trials if trial.run in costs]
     seconds = {
-        run: (2 if config.baseline else 1) * cost.seconds
-        for run, (cost, config) in costs.items()
-        if cost.seconds is not None
+        trial.run: _students(trial.config) * costs[trial.run].seconds
+        for trial in trials
+        if trial.run in costs and costs[trial.run].seconds
     }
-    clock, side_by_side = Clock(seconds), order.jobs > 1
+    clock = Clock(seconds)
+    how, share = "one after another", ""
+    if order.jobs > 1:
+        how, share = f"{order.jobs} side by side", "; side by side they share what the machine has"
     time_left = clock.left([trial.run for trial in trials], order.jobs)
-    share = "; side by side they share what the machine has" if side_by_side else ""
     took = f"{duration(time_left or 0)} of training; setting up and comparing come on top{share}"
-    how = f"{order.jobs} side by side" if side_by_side else "one after another"
     lines = [
         f"forecast of {len(trials)} runs, {how} (corrected as runs finish):",
         f"  time    {took if time_left else 'not known: it depends on the number of rows'}",
@@ -165,11 +153,13 @@ def cost_key(config: Config) -> str:
     return json.dumps(plain, sort_keys=True)
 
 
+def _students(config: Config) -> int:
+    return 2 if config.baseline else 1
+
+
 def _memory(costs: Sequence[Cost], jobs: int) -> str:
-    free = costs[0].free
-    peak, at_most = (
-        sum(sorted(each)[-jobs:]) for each in zip(*((c.peak, c.at_most) for c in costs), strict=True)
-    )
+    free, peaks, bounds = costs[0].free, [c.peak for c in costs], [c.at_most for c in costs]
+    peak, at_most = (sum(sorted(each)[-jobs:]) for each in (peaks, bounds))
     found = "fits" if at_most <= free else "tight" if peak <= free else "does not fit"
     advice = "; take fewer --jobs" if found != "fits" and jobs > 1 else ""
     return f"{peak / GIB:.2f} GiB at the highest, {free / GIB:.2f} free: {found}{advice}"
@@ -179,7 +169,7 @@ def _disk(costs: Sequence[tuple[Cost, Config]], runs: int, order: Order, keep_ch
     """Of each student the best and the last model; a checkpoint has AdamW's averages as well."""
     models, checkpoints = [], []
     for cost, config in costs:
-        weights, training = (2 if config.baseline else 1) * cost.weights, config.training
+        weights, training = _students(config) * cost.weights, config.training
         kept = 0 if training.get("save_strategy") == "no" else training["save_total_limit"] or 2
         models.append(2 * weights)
         checkpoints.append(3 * weights * kept)

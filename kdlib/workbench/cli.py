@@ -62,7 +62,10 @@ def run(
     """
     root, reports = folders(runs_folder, reports_folder)
     resolved = configs.load(config, override or [], smoke=smoke)
-    extra = _parameters(parameter or [])
+    extra = dict(pairs(parameter or []))
+    if own := sorted({"config", "run", "overrides", "smoke"} & set(extra)):
+        ways = "this parameter has a way of its own: CONFIG, --resume, -o, --smoke"
+        raise ConfigError(f"-p {own[0]}: {ways}")
     if resume:
         if name:
             raise ConfigError("--name is for a new run; --resume goes on with one that has a name")
@@ -104,10 +107,9 @@ def dry_run(
     session.preflight(resolved)
     opened = created(root, name, resolved, given)
     bench = session.Workbench(opened)
-    parts = ("setup", "doctor", "shapes", "example", "selftest", "dry_run", "forecast", "plan")
-    for part in parts:
+    for part in ("setup", "doctor", "shapes", "example", "selftest", "dry_run", "forecast", "plan"):
         made = getattr(bench, part)()  # or it has printed what it found
-        text = made.to_string() if hasattr(made, "to_string") else str(made)
+        text = made.to_string() if hasattr(made, "to_string") else made
         print("" if made is None else f"{text}\n", flush=True)
     words = [given["config"], *(f"--override={text}" for text in override or []), *["--smoke"] * smoke]
     words += ["--resume", opened.name, *(["--runs", os.path.relpath(root)] if runs_folder else [])]
@@ -218,19 +220,13 @@ def _cost(config: Config) -> Any:
     from kdlib.workbench import measurement
 
     found = memory.forecast(config)
-    seconds = measurement.measured(config).seconds
-    weights = BYTES * found.parameters["student"]
-    return Cost(seconds, found.peak, found.peak * (1 + MARGIN), found.free, weights)
-
-
-def _parameters(texts: list[str]) -> dict:
-    """Further notebook parameters: name=value, read as overrides are."""
-    given = dict(pairs(texts))
-    own = sorted({"config", "run", "overrides", "smoke"} & set(given))
-    if own:
-        ways = "this parameter has a way of its own: CONFIG, --resume, -o, --smoke"
-        raise ConfigError(f"-p {own[0]}: {ways}")
-    return given
+    return Cost(
+        seconds=measurement.measured(config).seconds,
+        peak=found.peak,
+        at_most=found.peak * (1 + MARGIN),
+        free=found.free,
+        weights=BYTES * found.parameters["student"],
+    )
 
 
 if __name__ == "__main__":

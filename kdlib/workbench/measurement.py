@@ -48,7 +48,6 @@ class Measured:
         return self.steps * self.step_s + self.evaluations * self.evaluation_s
 
     def as_dict(self) -> dict[str, float]:
-        """Everything as plain data."""
         return {**asdict(self), "seconds": self.seconds}
 
 
@@ -72,17 +71,16 @@ def measured(config: Config) -> Measured:
     Raises:
         RunError: the process failed, as for want of memory; its last words are in the message.
     """
-    asked = {"config": config.as_dict(), "memory": False, "dense": False}
-    return Measured(
-        **in_fresh_process(__name__, asked, what=f"timing {STEPS} steps of this config", memory=False)
-    )
+    asked = {"config": config.as_dict(), "memory": False}
+    what = f"timing {STEPS} steps of this config"
+    return Measured(**in_fresh_process(__name__, asked, what=what, memory=False))
 
 
 def measured_peak(config: Config, *, dense: bool = False) -> int:
     """Bytes that a training takes above what its process held before, on rows as long as the config allows.
 
-    In a process of its own, which gives large blocks back when they are freed: that takes time, so that
-    memory is measured without it.
+    In a process of its own, which gives large blocks back when they are freed; that takes time, so the two
+    are measured apart.
 
     Args:
         dense: all logits at once, whatever the models' heads.
@@ -91,7 +89,7 @@ def measured_peak(config: Config, *, dense: bool = False) -> int:
     return in_fresh_process(__name__, asked, what=f"training {MEMORY_STEPS} steps of this config")["bytes"]
 
 
-def measured_here(config: Config, *, memory: bool, dense: bool) -> dict[str, Any]:
+def measured_here(config: Config, *, memory: bool, dense: bool = False) -> dict[str, Any]:
     """What the fresh process does: teacher, student and trainer as in a run."""
     tokenizer = tokenizer_of(config)
     prepared = tasks.prepare(config, tokenizer)
@@ -124,10 +122,9 @@ def filled(rows: Dataset, length: int) -> Dataset:
     """The rows, each repeated to `length` tokens, all of which are learned: what a forecast reckons with."""
 
     def fill(batch: Mapping[str, list]) -> dict[str, list]:
-        ids = {
-            name: [(row * length)[:length] for row in batch[name]] for name in batch if "input_ids" in name
-        }
-        return ids | ({"label": batch["label"]} if "label" in batch else {})
+        columns = {name: ids for name, ids in batch.items() if "input_ids" in name}
+        found = {name: [(row * length)[:length] for row in ids] for name, ids in columns.items()}
+        return found | ({"label": batch["label"]} if "label" in batch else {})
 
     return rows.with_transform(fill)
 
@@ -138,12 +135,8 @@ def _seconds_of_others() -> float:
     return spent.user + spent.system - time.process_time()
 
 
-def main() -> None:
+if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
     with redirect_stdout(sys.stderr):
         found = measured_here(configs.parse(asked.pop("config")), **asked)
     print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()

@@ -32,8 +32,8 @@ def without(names: Sequence[str]) -> tuple[str, ...]:
     """The numbered notebooks but these; a RunError where one is unknown, or the others need it."""
     for name in names:
         if name not in NOTEBOOKS[1:]:
-            why = f"there is none of this name{nearest(name, NOTEBOOKS)}"
-            why = "the others need it" if name in NOTEBOOKS else why
+            unknown = f"there is none of this name{nearest(name, NOTEBOOKS)}"
+            why = "the others need it" if name in NOTEBOOKS else unknown
             raise RunError(f"--without {name}: {why}; it is one of {', '.join(NOTEBOOKS[1:])}")
     return tuple(name for name in NOTEBOOKS if name not in names)
 
@@ -76,7 +76,7 @@ class Kernels:
 
 
 def _end(kernel: AsyncKernelManager) -> None:
-    run_sync(kernel.shutdown_kernel)(now=True)  # nothing of it is needed any more: notebooks hand over files
+    run_sync(kernel.shutdown_kernel)(now=True)  # notebooks hand over files: nothing of it is needed any more
 
 
 def run_notebooks(
@@ -99,10 +99,9 @@ def run_notebooks(
         Stopped: by Ctrl-C or a STOP file.
         RunError: a notebook failed, or its kernel died.
     """
-    status = run.status
-    if status["state"] == "running":
-        where = f"in process {status['pid']}; wait for it, or stop it first"
-        raise RunError(f"run {run.name} is running already, {where}")
+    if (status := run.status)["state"] == "running":
+        do = f"in process {status['pid']}; wait for it, or stop it first"
+        raise RunError(f"run {run.name} is running already, {do}")
     refuse_keys(str(given))  # they stand in the executed notebooks
     folder = os.path.join(".", os.path.relpath(run.path))  # with a separator: a folder, not a name
     run.set_status("running")
@@ -111,17 +110,13 @@ def run_notebooks(
             _run_in_turn(run, {**given, "run": folder}, names, kernels)
     except BaseException as error:
         with contextlib.suppress(RunError):  # a full disk must not hide what went wrong
-            run.set_status(_state_after(error), str(error) or type(error).__name__)
+            state = "died" if isinstance(error.__cause__, DeadKernelError) else "failed"
+            asked = isinstance(error, (Stopped, KeyboardInterrupt))
+            run.set_status("stopped" if asked else state, str(error) or type(error).__name__)
             render(run)
         raise
     run.set_status("done")
     return render(run)
-
-
-def _state_after(error: BaseException) -> str:
-    if isinstance(error, (Stopped, KeyboardInterrupt)):
-        return "stopped"
-    return "died" if isinstance(error.__cause__, DeadKernelError) else "failed"
 
 
 def _run_in_turn(run: Run, parameters: Mapping[str, Any], names: Sequence[str], kernels: Kernels) -> None:

@@ -1,4 +1,4 @@
-"""What the notebooks call: one run, opened; each stage reads and writes the run's folder and nothing else."""
+"""What the notebooks call: one run, whose stages read and write its folder and nothing else."""
 
 import os
 import platform
@@ -62,15 +62,14 @@ def open_run(
     root, name = runs.locate(run) if run else (runs.default_root(), None)
     origin = {"config_file": str(config), "smoke": smoke}
     if name is None and not new:
-        found = [each.name for each in runs.all_runs(root) if origin.items() <= each.manifest.items()]
-        if not found:
-            kind = f"{'smoke ' * smoke}run of {config}"
-            raise RunError(f"there is no {kind} yet; run 00_setup first, or name one in `run`")
-        name = found[0]
+        made = (each.name for each in runs.all_runs(root) if origin.items() <= each.manifest.items())
+        if (name := next(made, None)) is None:
+            do = "run 00_setup first, or name one in `run`"
+            raise RunError(f"there is no {'smoke ' * smoke}run of {config} yet; {do}")
     if name is not None and (root / name).exists():
         opened = runs.open_run(root, name)
         if overrides:
-            opened = runs.open_run(root, name, configs.parse(opened.config.as_dict(), overrides))
+            runs.open_run(root, name, configs.parse(opened.config.as_dict(), overrides))
     else:
         resolved = configs.load(config, overrides, smoke=smoke)
         opened = runs.create(root, name or runs.new_name(config, smoke=smoke), resolved, **origin)
@@ -79,7 +78,7 @@ def open_run(
 
 
 def preflight(config: Config) -> None:
-    """Everything that can be refused before a run's folder is made: arguments, tokenizers, data."""
+    """Refuse what can be refused before a run's folder is made: arguments, tokenizers, data."""
     trackers.check_key(training_arguments(config, Path("unused")).report_to)
     tokenizer = tokenizer_of(config)
     check_pair(config, tokenizer)
@@ -91,14 +90,11 @@ class Workbench:
 
     def __init__(self, run: Run) -> None:
         self.run, self.config = run, teacher_stage.resolved(run.config, run.path.parent)
+        self.task = tasks.task_of(self.config)
         pd.options.display.max_colwidth = None  # a formula is read whole
         transformers.utils.logging.disable_progress_bar()  # for each checkpoint is noise
         if runs.headless():  # where a frozen bar is noise
             datasets.disable_progress_bars()
-
-    @property
-    def task(self) -> tasks.Task:
-        return tasks.task_of(self.config)
 
     @cached_property
     def tokenizer(self):
@@ -128,13 +124,17 @@ class Workbench:
         self.config = teacher_stage.taught(self.run.config, self.run)
         device = device_of(self.config.wanted_device)
         dtype, reason = precision_of(self.config.precision, device)
-        layers = tasks.layers_for_student(self.config, self.teacher.model, self.prepared)
+        layers, notes = (
+            tasks.layers_for_student(self.config, self.teacher.model, self.prepared),
+            self.prepared.notes,
+        )
+        precision, formula = f"{dtype} ({reason})".replace("torch.", ""), self.formula()
         self.run.add_to_manifest(
             student_layers=layers,
-            formula=self.formula(),
+            formula=formula,
             seed=self.config.seed,
-            precision=f"{dtype} ({reason})".replace("torch.", ""),
-            data=self.prepared.notes,
+            precision=precision,
+            data=notes,
             versions={name: version(name) for name in PACKAGES},
             machine={
                 "python": platform.python_version(),
@@ -150,16 +150,16 @@ class Workbench:
             "teacher": f"{self.config.teacher.model}: {tables.size_of(self.teacher.model)}",
             "student": tables.size_of(self.student()) + (f": the teacher's {layers}" if layers else ""),
             **self.task.facts(self.prepared, self.tokenizer, self.teacher),
-            **tables.texts_in(self.prepared.notes),
-            "fingerprint": self.prepared.notes["fingerprint"],
-            "precision": self.run.manifest["precision"],
-            "objective": self.formula(),
+            **tables.texts_in(notes),
+            "fingerprint": notes["fingerprint"],
+            "precision": precision,
+            "objective": formula,
             "baseline": self.objective_at(baseline.weights).formula if baseline else "none",
         }
         return tables.of_facts(facts)
 
     def formula(self) -> str:
-        """The resolved objective at the start, and at the end where it moves."""
+        """The objective at the start, and at the end where it moves."""
         start, end = self.objective_at().formula, self.objective_at(fraction=1.0).formula
         return start if start == end else f"{start}  …  {end}"
 
@@ -191,9 +191,8 @@ class Workbench:
 
     def dry_run(self) -> pd.DataFrame:
         """Five optimizer steps of the real schedule and one evaluation; returns the terms, step by step."""
-        folder = self.trial
-        shutil.rmtree(folder.path, ignore_errors=True)
-        trial = self._train(folder, None, label="dry run", stop_after=DRY_STEPS)
+        shutil.rmtree(self.trial.path, ignore_errors=True)
+        trial = self._train(self.trial, None, label="dry run", stop_after=DRY_STEPS)
         metrics = trial.evaluate()
         took = measurement.by_steps(self.config, trial, metrics["eval_runtime"])
         self.run.add_to_manifest(
@@ -201,7 +200,7 @@ class Workbench:
             warmup_steps=trial.args.get_warmup_steps(took.steps),
             seconds_per_step=round(took.step_s, 3),
         )
-        table = training_table(folder)
+        table = training_table(self.trial)
         print(f"held-out: loss {metrics['eval_loss']:.3f}, evaluated in {took.evaluation_s:.0f} s")
         print(
             f"forecast for the distilled student, from these steps: {took.steps} steps of "
@@ -211,7 +210,7 @@ class Workbench:
         return tables.of_steps(table)
 
     def forecast(self) -> None:
-        """Say what the whole run will hold in memory, moment by moment; the dry run's steps tell its time."""
+        """Say what the whole run will hold in memory, moment by moment."""
         rows, vocabulary = len(self.prepared.train), self.prepared.vocabulary
         found = forecast.advised(self.config, memory.forecast, rows=rows, vocabulary=vocabulary)
         print(forecast.as_text(found))
@@ -258,8 +257,8 @@ class Workbench:
             return tasks.asked(self.task.load(source, self.prepared, dtype), self.prepared)
 
         names = ["teacher", *(name for name in students if name != "baseline" or self.config.baseline)]
-        sample = self.task.sample(self.prepared, self.tokenizer)
         models = {name: partial(asked, name) for name in names}
+        sample = self.task.sample(self.prepared, self.tokenizer)
         found = predictions.look(models, sample, self.task.unit)
         predictions.write(self.run, found)
         return found

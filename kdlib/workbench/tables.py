@@ -16,7 +16,6 @@ TEXTS = {"train": "training text", "validation": "held-out text", "test": "test 
 
 
 def of_facts(facts: Mapping[str, Any]) -> pd.DataFrame:
-    """One line a fact."""
     return pd.DataFrame({"": list(map(str, facts.values()))}, index=list(facts))
 
 
@@ -57,7 +56,7 @@ def of_shapes(models: Mapping[str, LiveTeacher], prepared: Prepared, unit: str) 
 
 
 def of_steps(log: pd.DataFrame) -> pd.DataFrame:
-    """Each term's value and weight, the loss, temperature, learning rate and gradient norm, step by step."""
+    """A row a step."""
     shown = {"step": log["step"]}
     for term in terms_in(log):
         shown[f"{term}, nats"] = log[f"{term}_loss"].map("{:.4f}".format)
@@ -73,7 +72,7 @@ def of_steps(log: pd.DataFrame) -> pd.DataFrame:
 
 
 def of_plan(plan: pd.DataFrame) -> pd.DataFrame:
-    """Learning rate, weights and temperature at every tenth of the training."""
+    """A row for every tenth of the training."""
     tenths = [round(i * (len(plan) - 1) / 10) for i in range(11)]
     shown = plan.iloc[tenths].drop_duplicates().set_index("step")
     if "learning_rate" in shown:

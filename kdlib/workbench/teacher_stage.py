@@ -8,9 +8,9 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
-from transformers import PreTrainedTokenizerBase
 
 from kdlib.config.run import Config, parse
 from kdlib.data.batches import Prepared
@@ -61,8 +61,7 @@ def resolved(config: Config, root: Path) -> Config:
 
 
 def taught(config: Config, asked_by: Run) -> Config:
-    """`resolved`, after the teacher is trained where that is still to do; from its last checkpoint where
-    there is one.
+    """`resolved`, after the teacher is trained where that is still to do, from its last checkpoint if any.
 
     Its run stands beside `asked_by`, and stops when that is asked to.  The best teacher by
     `metric_for_best_model` on the validation rows is taken.  Of several runs that need the same teacher at
@@ -77,37 +76,30 @@ def taught(config: Config, asked_by: Run) -> Config:
         own = own_config(config)
         tokenizer = tokenizer_of(own)
         prepared = tasks.prepare(own, tokenizer, new_head=True)
-        _check_rows(own, run, prepared)
+        before = run.manifest.get("data", {}).get("fingerprint")
+        if before not in (None, prepared.notes["fingerprint"]):
+            raise RunError(
+                f"{run.name} was trained on other rows than {config.data.source} has now, and rows that are "
+                f"held out now may be among them; delete {os.path.relpath(run.path)}, and it is trained "
+                "again, or give the new rows another name"
+            )
         if run.is_trained:
             print(f"the teacher was trained before, in {run.name}", flush=True)
         else:
             print(f"{config.teacher.model} is trained for the task first, in {run.name}", flush=True)
-            _train(own, run, tokenizer, prepared, asked_by)
+            made = {"teacher": None, "tokenizer": tokenizer, "prepared": prepared, "asked_by": asked_by}
+            _train(own, run, **made)
     return resolved(config, root)
 
 
-def _check_rows(config: Config, run: Run, prepared: Prepared) -> None:
-    """Refuse a teacher that has learned from other rows than there are now."""
-    before = run.manifest.get("data", {}).get("fingerprint") if run.path.exists() else None
-    if before not in (None, prepared.notes["fingerprint"]):
-        raise RunError(
-            f"{run.name} was trained on other rows than {config.data.source} has now, and rows that are held "
-            f"out now may be among them; delete {os.path.relpath(run.path)}, and it is trained again, or"
-            " give the new rows another name"
-        )
-
-
-def _train(
-    config: Config, run: Run, tokenizer: PreTrainedTokenizerBase, prepared: Prepared, asked_by: Run
-) -> None:
+def _train(config: Config, run: Run, *, prepared: Prepared, **made: Any) -> None:
     if not run.path.exists():
         runs.create(run.path.parent, run.name, config, teacher_stage=True)
     run.set_status("running")
     try:
         student = tasks.untrained_student(config, prepared, None)
         run.add_to_manifest(data=prepared.notes, formula=objective_of(config).at(0.0).formula)
-        made = {"student": student, "teacher": None, "tokenizer": tokenizer, "prepared": prepared}
-        training.train(config, run, **made, label="teacher", asked_by=asked_by)
+        training.train(config, run, student=student, prepared=prepared, label="teacher", **made)
     except BaseException as error:
         stopped = isinstance(error, (Stopped, KeyboardInterrupt))
         run.set_status("stopped" if stopped else "failed", str(error) or type(error).__name__)
