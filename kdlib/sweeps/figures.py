@@ -27,7 +27,6 @@ CHARACTERS = 11  # of a title to the inch
 MANY = 12  # values, above which a parameter is a range rather than a grid
 WIDE = 30  # the highest over the lowest value, above which an axis is logarithmic
 EMPTY = {"facecolor": "#f1f1f1", "edgecolor": "#c8c8c8", "hatch": "///", "linewidth": 0}
-PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
 
 
 def run_figures(
@@ -138,7 +137,7 @@ def heat_map(trials: pd.DataFrame, across: str, along: str, measure: Measure) ->
         text, style = f"{value:.4g}", {"fontsize": 9, "color": "white" if dark else "black"}
         if np.isnan(value):
             axes.fill_between([column, column + 1], row, row + 1, **EMPTY)
-            text, style = "no result", {"fontsize": 8, "bbox": PAPER}
+            text, style = "no result", {"fontsize": 8, "backgroundcolor": "white"}
         elif several:
             text += f"\nn = {counts[row, column]}"
         axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", **style)

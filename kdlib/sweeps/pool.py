@@ -155,11 +155,11 @@ class Pool:
             what, log = outcome.message, f"\n         all it said: {os.path.relpath(run.path / 'log.txt')}"
         if outcome.whole:
             self.clock.learn(run.name, outcome.seconds)
-        time = f"; took {duration(outcome.seconds)}" if outcome.seconds else ""
+        took = f"; took {duration(outcome.seconds)}" if outcome.seconds else ""
         if ahead:
             left = self.clock.left(ahead, self.order.jobs)
-            time += f"; {len(ahead)} to go" + (f", about {duration(left)}" if left else "")
-        say(f"{outcome.state:8} {run.name}  {described(trial.parameters)}: {what}{time}{log}")
+            took += f"; {len(ahead)} to go" + (f", about {duration(left)}" if left else "")
+        say(f"{outcome.state:8} {run.name}  {described(trial.parameters)}: {what}{took}{log}")
         if outcome.unreported:
             self.order.render_run(run, self.order.reports)
         self.render(self.sweep, self.order.reports)
@@ -168,8 +168,7 @@ class Pool:
     def _tidy(self, run: Run) -> None:
         """What remains to do for a run that is done: also what an earlier start was killed before doing."""
         if not self.sweep.facts["settings"]["keep_checkpoints"]:
-            for student in (run, run.baseline):
-                shutil.rmtree(student.checkpoints, ignore_errors=True)
+            runs.clean(run)
         if report_link(run.name, self.order.reports) is None:
             self.order.render_run(run, self.order.reports)
 
@@ -188,9 +187,8 @@ class Pool:
         reports = self.order.reports
         page = self.render(self.sweep, reports)
         self.order.render_index(self.sweep.path.parent, reports)
-        print(
-            f"report: {os.path.relpath(page)}    index: {os.path.relpath(reports / 'index.html')}", flush=True
-        )
+        index = os.path.relpath(reports / "index.html")
+        print(f"report: {os.path.relpath(page)}    index: {index}", flush=True)
         if message:
             raise RunError(f"sweep {self.sweep.name}: {message}")
         return page

@@ -121,11 +121,9 @@ def averaged(seeds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
     One training keeps its own interval; so does what is the same in all, as a teacher that was trained once.
     """
-    values = [each["value"] for each in seeds]
+    values, low, high = [each["value"] for each in seeds], seeds[0]["low"], seeds[0]["high"]
     mean, count = statistics.fmean(values), len(values)
-    if max(values) == min(values):
-        low, high = seeds[0]["low"], seeds[0]["high"]
-    else:
+    if max(values) > min(values):
         spread = stdtrit(count - 1, 0.975) * statistics.stdev(values) / math.sqrt(count)
         low, high = mean - spread, mean + spread
     return {"value": mean, "low": low, "high": high, "n": count, "values": values}
@@ -134,7 +132,7 @@ def averaged(seeds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 def overlapping(settings: pd.DataFrame) -> int:
     """How many settings, beside the best, have intervals that reach into the best one's."""
     best, others = settings.iloc[0], settings.iloc[1:]
-    return int(((others["low"] <= best["high"]) & (others["high"] >= best["low"])).sum())
+    return int((others["low"].le(best["high"]) & others["high"].ge(best["low"])).sum())
 
 
 def verdict(sweep: Sweep, settings: pd.DataFrame) -> str:
@@ -152,18 +150,18 @@ def verdict(sweep: Sweep, settings: pd.DataFrame) -> str:
         others = "the next does" if count == 1 else f"{count} others do"
         return f"{opening}; but {others} as well within the intervals, so there is no clear winner"
     second = settings.iloc[1]
-    worse = f"{described(second[sweep.varied])}, is worse beyond the intervals: {with_interval(second)}"
-    return f"{opening}; the next, {worse}"
+    next_one = f"{described(second[sweep.varied])}, is worse beyond the intervals: {with_interval(second)}"
+    return f"{opening}; the next, {next_one}"
 
 
 def pareto(table: pd.DataFrame, cost: str, measure: Measure) -> pd.DataFrame:
     """The rows that no other beats in both, the metric and this cost; the cheapest first."""
-    known = table[table[cost].notna()]
-    value = known["value"] * (-1 if measure.higher_is_better else 1)  # less is better, in both
-    price = known[cost] * (-1 if COSTS[cost][1] else 1)
-    order = pd.DataFrame({"price": price, "value": value}).sort_values(["price", "value"]).index
-    value = value.loc[order]
-    return known.loc[order[value < value.cummin().shift(fill_value=math.inf)]]
+    higher = measure.higher_is_better
+    known = table[table[cost].notna()].sort_values(
+        [cost, "value"], ascending=[not COSTS[cost][1], not higher]
+    )
+    loss = known["value"] * (-1 if higher else 1)
+    return known[loss < loss.cummin().shift(fill_value=math.inf)]
 
 
 def compared_costs(table: pd.DataFrame) -> list[str]:
