@@ -29,7 +29,7 @@ from kdlib.sweeps import pool, processes, report, results, run as sweep_run
 from kdlib.sweeps.config import SweepConfig
 from kdlib.sweeps.pool import Clock, Cost, Order
 from kdlib.sweeps.results import Sweep
-from kdlib.sweeps.trials import Search, base_of, expanded
+from kdlib.sweeps.trials import Base, Search, expanded
 from kdlib.workbench import cli, runner
 
 FAKE = """
@@ -87,7 +87,7 @@ def acted(config_file, tmp_path, monkeypatch, rendered):
         settings = configs.parse(
             {"base": str(config_file), "grid": {"seed": list(range(seeds))}}, kind=SweepConfig
         )
-        base = base_of(settings, "s", tmp_path)
+        base = Base(settings, "s", tmp_path)
         trials, _ = expanded(settings, base)
         sweep = Sweep(tmp_path / "runs" / "s")
         sweep_run.begin(
@@ -302,7 +302,7 @@ def test_each_distinct_cost_is_forecast_once(config_file, tmp_path):
     }
     changes = {"base": str(config_file), "grid": grid, "overrides": {"baseline": None}}
     settings = configs.parse(changes, kind=SweepConfig)
-    trials, _ = expanded(settings, base_of(settings, "s", tmp_path))
+    trials, _ = expanded(settings, Base(settings, "s", tmp_path))
     order = Order("s", "s.yaml", "", tmp_path / "runs", tmp_path, None, None, jobs=2, forecast=forecast)
     clock, text = sweep_run.forecast(trials, order, keep_checkpoints=False)
     assert len(asked) == 3 * 2  # layers × whether there is CE at all
@@ -324,7 +324,7 @@ def test_a_search_nears_the_best_and_remembers_finished_trials(config_file, tmp_
     settings = configs.parse(
         {"base": str(config_file), "search": {"trials": 25, "from": space}}, kind=SweepConfig
     )
-    base, done = base_of(settings, "s", tmp_path), []
+    base, done = Base(settings, "s", tmp_path), []
 
     def until(count, search):
         while len(done) < count and (trial := search.next()):
@@ -353,7 +353,7 @@ def test_without_optuna_a_search_says_what_to_install(config_file, tmp_path, mon
         kind=SweepConfig,
     )
     with pytest.raises(ConfigError, match=r'pip install "kdlib\[sweep\]"'):
-        Search(settings, base_of(settings, "s", tmp_path), [])
+        Search(settings, Base(settings, "s", tmp_path), [])
 
 
 def test_a_notebook_can_be_left_out_but_not_the_first():
@@ -408,7 +408,7 @@ def test_a_dry_run_lists_the_runs_and_writes_nothing(sweep_file, tmp_path, monke
 def test_a_sweep_killed_in_the_middle_ends_with_three_good_runs_and_the_planted_failure(sweep_file, tmp_path):
     folders = ("--runs", tmp_path / "runs", "--reports", tmp_path / "reports", "--no-forecast")
     settings = configs.load(sweep_file, kind=SweepConfig)
-    trials, _ = expanded(settings, base_of(settings, "try", tmp_path))
+    trials, _ = expanded(settings, Base(settings, "try", tmp_path))
     planted = runs.create(tmp_path / "runs", trials[1].run, trials[1].config)
     (planted.path / "final_model").write_text("in the way")
     others = [Run(tmp_path / "runs" / trial.run) for trial in trials if trial.run != planted.name]

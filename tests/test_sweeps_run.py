@@ -22,7 +22,7 @@ from kdlib.sweeps import figures, report, results, run as sweep_run
 from kdlib.sweeps.config import SweepConfig
 from kdlib.sweeps.figures import variance_shares
 from kdlib.sweeps.results import Sweep
-from kdlib.sweeps.trials import base_of, expanded
+from kdlib.sweeps.trials import Base, expanded
 from kdlib.workbench import cli
 
 GRID = {"loss.temperature": [1, 2], "loss.weights.kd:ce": [0.5, 0.9]}
@@ -47,7 +47,7 @@ def trials_of(settings, tmp_path):
 
     def expand(**sections):
         found = settings(**sections)
-        base = base_of(found, "s", tmp_path)
+        base = Base(found, "s", tmp_path)
         return base, *expanded(found, base)
 
     return expand
@@ -109,7 +109,7 @@ def test_all_trials_that_make_no_sound_config_are_named_at_once(trials_of):
 
 def test_the_shipped_sweep_is_complete_and_short():
     found = configs.load("configs/sweep_temperature_alpha.yaml", kind=SweepConfig)
-    trials, repeated = expanded(found, base_of(found, "s", Path.cwd()))
+    trials, repeated = expanded(found, Base(found, "s", Path.cwd()))
     assert (len(trials), repeated) == (9, [])
     assert {trial.config.loss.weights["kd"] + trial.config.loss.weights["ce"] for trial in trials} == {1.0}
     assert len(Path("configs/sweep_temperature_alpha.yaml").read_text().splitlines()) <= 60
@@ -176,7 +176,7 @@ def test_the_same_config_is_run_once_and_said(trials_of):
 
 def test_overrides_of_the_sweep_and_smoke_reach_every_trial(settings, tmp_path):
     found = settings(grid={"seed": [0, 1]}, overrides={"baseline": None}, smoke=True)
-    base = base_of(found, "s", tmp_path, overrides={"loss.temperature": 5})
+    base = Base(found, "s", tmp_path, overrides={"loss.temperature": 5})
     trials, _ = expanded(found, base)
     for trial in trials:
         assert (trial.config.baseline, trial.config.loss.temperature, trial.config.training["max_steps"]) == (
@@ -213,7 +213,7 @@ def swept(trials_of, settings, tmp_path):
 
     def make(values, *, name="s", costs=None, **sections) -> Sweep:
         found = settings(**sections)
-        base = base_of(found, name, tmp_path)
+        base = Base(found, name, tmp_path)
         trials, _ = expanded(found, base)
         sweep = Sweep(tmp_path / "runs" / name)
         sweep_run.begin(

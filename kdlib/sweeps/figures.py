@@ -75,8 +75,8 @@ def gains_by_setting(gains: Mapping[str, pd.DataFrame], names: Sequence[str]) ->
     for axes, (name, gain) in zip(every, gains.items(), strict=True):
         axes.axvline(0, color=COLOURS[ALONE], linewidth=1.5)
         shown, above = gain.head(MOST), {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
-        helped = [helps(row, name) for _, row in shown.iterrows()]
-        _list_settings(axes, shown, names, [BEST if each else OTHER for each in helped])
+        colours = [BEST if helps(row, name) else OTHER for _, row in shown.iterrows()]
+        _list_settings(axes, shown, names, colours)
         for position, value in enumerate(shown["value"]):
             axes.annotate(f"{value:+.3g}", (value, position), fontsize=7, **above)
         better = "more" if MEASURES[name].higher_is_better else "less"
@@ -90,9 +90,8 @@ def gains_by_setting(gains: Mapping[str, pd.DataFrame], names: Sequence[str]) ->
     if len(table) == 1:
         gained = "A gain" if clear else "No gain"
         return titled(figure, f"{gained} in {words} by the teacher beyond the interval")
-    counts = (
-        f"in {(sign * table['value'] > 0).sum()} of {len(table)} settings, beyond the interval in {clear}"
-    )
+    helped = (sign * table["value"] > 0).sum()
+    counts = f"in {helped} of {len(table)} settings, beyond the interval in {clear}"
     return titled(figure, f"In {words} the teacher helps {counts}")
 
 
@@ -128,9 +127,8 @@ def heat_map(trials: pd.DataFrame, across: str, along: str, measure: Measure) ->
     norm, higher = Normalize(np.nanmin(grid), np.nanmax(grid)), measure.higher_is_better
     shades = matplotlib.colormaps["YlGnBu"](np.linspace(0.22, 1, 256))  # the palest cannot be seen on white
     colours = ListedColormap(shades if higher else shades[::-1])
-    mesh = axes.pcolormesh(
-        np.ma.masked_invalid(grid), cmap=colours, norm=norm, edgecolors="white", linewidth=2
-    )
+    shown = np.ma.masked_invalid(grid)
+    mesh = axes.pcolormesh(shown, cmap=colours, norm=norm, edgecolors="white", linewidth=2)
     several = counts.max() > 1
     for (row, column), value in np.ndenumerate(grid):
         dark = norm(value) > 0.4 if higher else norm(value) < 0.6

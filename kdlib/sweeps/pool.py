@@ -67,7 +67,7 @@ class Order:
     render_index: Callable[[Path, Path], object]  # the page over all runs
     jobs: int = 1
     smoke: bool = False
-    overrides: Mapping[str, Any] | None = None  # in all trials
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # in all trials
     forecast: Callable[[Config], Cost] | None = None  # raises a KdlibError for what cannot be run
 
 

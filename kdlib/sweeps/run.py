@@ -17,7 +17,7 @@ from kdlib.sweeps.config import SweepConfig
 from kdlib.sweeps.pool import Clock, Cost, Listed, Order, Pool, say
 from kdlib.sweeps.processes import Processes
 from kdlib.sweeps.results import FILE, Sweep, distilled_of
-from kdlib.sweeps.trials import Base, Search, Trial, base_of, described, expanded, first_of
+from kdlib.sweeps.trials import Base, Search, Trial, described, expanded, first_of
 
 GIB = 2**30
 BUDGET = 180.0  # s for all forecasts together; the runs that are left then count as the mean of the others
@@ -34,7 +34,7 @@ def run_sweep(settings: SweepConfig, order: Order, *, dry_run: bool = False) -> 
         RunError: the sweep is running already; or runs failed, or it was stopped.
     """
     sweep = Sweep(order.root / order.name)
-    base = base_of(settings, order.name, Path.cwd(), smoke=order.smoke, overrides=order.overrides)
+    base = Base(settings, order.name, Path.cwd(), smoke=order.smoke, overrides=order.overrides)
     trials, repeated = expanded(settings, base)
     if settings.search:  # those that it has made so far
         trials = [base.trial(trial["parameters"]) for trial in sweep.facts.get("trials", [])]
@@ -77,10 +77,11 @@ def to_do(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
 
 def searched(sweep: Sweep, settings: SweepConfig, base: Base, trials: Sequence[Trial]) -> Search:
     """The search, which remembers its finished trials."""
-    found = [distilled_of(sweep.run(trial.run)).get(settings.metric, {}).get("value") for trial in trials]
-    return Search(
-        settings, base, [(trial.parameters, value) for trial, value in zip(trials, found, strict=True)]
-    )
+    earlier = []
+    for trial in trials:
+        found = distilled_of(sweep.run(trial.run)).get(settings.metric, {})
+        earlier.append((trial.parameters, found.get("value")))
+    return Search(settings, base, earlier)
 
 
 def begin(sweep: Sweep, settings: SweepConfig, trials: Sequence[Trial], **facts: Any) -> None:
@@ -121,15 +122,10 @@ def forecast(trials: Sequence[Trial], order: Order, *, keep_checkpoints: bool) -
             costs |= dict.fromkeys([trial.run for trial in group], order.forecast(group[0].config))
         except KdlibError as error:
             errors += [f"  {trial.run}: no forecast, and it will hardly run: {error}" for trial in group]
-    known = [(costs[trial.run], trial.config) for trial in trials if trial.run in costs]
+    known = [(costs[trial.run], trial) for trial in trials if trial.run in costs]
     if not known:
         return Clock(), "\n".join(["forecast: none of the runs can be forecast", *errors])
-    seconds = {
-        trial.run: _students(trial.config) * costs[trial.run].seconds
-        for trial in trials
-        if trial.run in costs and costs[trial.run].seconds
-    }
-    clock = Clock(seconds)
+    clock = Clock({trial.run: _students(trial) * cost.seconds for cost, trial in known if cost.seconds})
     how, share = "one after another", ""
     if order.jobs > 1:
         how, share = f"{order.jobs} side by side", "; side by side they share what the machine has"
@@ -153,8 +149,8 @@ def cost_key(config: Config) -> str:
     return json.dumps(plain, sort_keys=True)
 
 
-def _students(config: Config) -> int:
-    return 2 if config.baseline else 1
+def _students(trial: Trial) -> int:
+    return 2 if trial.config.baseline else 1
 
 
 def _memory(costs: Sequence[Cost], jobs: int) -> str:
@@ -165,11 +161,11 @@ def _memory(costs: Sequence[Cost], jobs: int) -> str:
     return f"{peak / GIB:.2f} GiB at the highest, {free / GIB:.2f} free: {found}{advice}"
 
 
-def _disk(costs: Sequence[tuple[Cost, Config]], runs: int, order: Order, keep_checkpoints: bool) -> str:
+def _disk(costs: Sequence[tuple[Cost, Trial]], runs: int, order: Order, keep_checkpoints: bool) -> str:
     """Of each student the best and the last model; a checkpoint has AdamW's averages as well."""
     models, checkpoints = [], []
-    for cost, config in costs:
-        weights, training = _students(config) * cost.weights, config.training
+    for cost, trial in costs:
+        weights, training = _students(trial) * cost.weights, trial.config.training
         kept = 0 if training.get("save_strategy") == "no" else training["save_total_limit"] or 2
         models.append(2 * weights)
         checkpoints.append(3 * weights * kept)

@@ -28,16 +28,16 @@ class Trial:
     config: Config
 
 
-@dataclass(frozen=True)
 class Base:
     """What all trials start from: the base config as its file has it, and the sweep's own overrides."""
 
-    sweep: str
-    file: str
-    raw: Any
-    smoke: bool
-    overrides: Mapping[str, Any]
-    parameters: Sequence[str]  # all that the trials differ in
+    def __init__(
+        self, settings: SweepConfig, sweep: str, root: Path, *, smoke: bool = False, overrides: Mapping = {}
+    ) -> None:
+        self.sweep, self.file, self.smoke = sweep, settings.base, settings.small or smoke
+        # its path, as all in a config, is seen from the project's folder, `root`
+        self.raw = configs.read_yaml(configs.read_text(root / self.file), self.file)
+        self.overrides, self.parameters = {**settings.overrides, **overrides}, settings.parameters
 
     def trial(self, parameters: Mapping[str, Any]) -> Trial:
         """The trial with these settings.
@@ -58,15 +58,6 @@ class Base:
         for name, value in spelt_out({**self.overrides, **parameters}).items():
             words += ["-o", f"{name}={json.dumps(value, ensure_ascii=False)}"]
         return shlex.join(words)
-
-
-def base_of(
-    settings: SweepConfig, sweep: str, root: Path, *, smoke: bool = False, overrides: Mapping | None = None
-) -> Base:
-    """Read the base config; its path, as all in a config, is seen from the project's folder, `root`."""
-    raw = configs.read_yaml(configs.read_text(root / settings.base), settings.base)
-    changes = {**settings.overrides, **(overrides or {})}
-    return Base(sweep, settings.base, raw, settings.small or smoke, changes, settings.parameters)
 
 
 def _found(config: Any, name: str) -> Any:
@@ -102,11 +93,9 @@ def combinations(settings: SweepConfig) -> list[dict[str, Any]]:
     if settings.listed:
         return [dict(parameters) for parameters in settings.listed]
     if settings.random:
-        generator, space = random.Random(settings.random.seed), settings.random.space
-        return [
-            {name: _drawn(generator, *draw) for name, draw in _draws(space)}
-            for _ in range(settings.random.trials)
-        ]
+        generator, draws = random.Random(settings.random.seed), _draws(settings.random.space)
+        every = [draws] * settings.random.trials
+        return [{name: _drawn(generator, *draw) for name, draw in draws} for draws in every]
     first = first_of(settings.search.space)
     return [first | {name: end} for name, (_, values) in _draws(settings.search.space) for end in values]
 
@@ -154,10 +143,9 @@ def expanded(settings: SweepConfig, base: Base) -> tuple[list[Trial], list[str]]
             continue
         rules = rules_of(trial.config)
         if settings.metric not in rules.held:
-            faults.append(
-                f"{described(parameters)}: metric: found {settings.metric}, which a comparison of "
-                f"{rules.name} has not; it is one of {', '.join(rules.held)}"
-            )
+            others = f"has not; it is one of {', '.join(rules.held)}"
+            found = f"found {settings.metric}, which a comparison of {rules.name} {others}"
+            faults.append(f"{described(parameters)}: metric: {found}")
         if trial.run in trials:
             same = described(trials[trial.run].parameters)
             repeated.append(f"{described(parameters)}: the same config as {same}; run once")

@@ -188,8 +188,7 @@ def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
 @contextlib.contextmanager
 def _stop_file(run: Run):
     """Ctrl-C asks the training kernel for a checkpoint by a file named STOP; a second one ends everything."""
-    previous_parent, stop = os.environ.get(PARENT), run.path / "STOP"
-    os.environ[PARENT] = "kd"
+    stop = run.path / "STOP"
     stop.unlink(missing_ok=True)
     asked = False
 
@@ -208,4 +207,3 @@ def _stop_file(run: Run):
     finally:
         signal.signal(signal.SIGINT, previous)
         stop.unlink(missing_ok=True)
-        os.environ.pop(PARENT) if previous_parent is None else os.environ.update({PARENT: previous_parent})

@@ -124,10 +124,8 @@ class Workbench:
         self.config = teacher_stage.taught(self.run.config, self.run)
         device = device_of(self.config.wanted_device)
         dtype, reason = precision_of(self.config.precision, device)
-        layers, notes = (
-            tasks.layers_for_student(self.config, self.teacher.model, self.prepared),
-            self.prepared.notes,
-        )
+        layers = tasks.layers_for_student(self.config, self.teacher.model, self.prepared)
+        notes, baseline = self.prepared.notes, self.config.baseline
         precision, formula = f"{dtype} ({reason})".replace("torch.", ""), self.formula()
         self.run.add_to_manifest(
             student_layers=layers,
@@ -145,7 +143,6 @@ class Workbench:
                 "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             },
         )
-        baseline = self.config.baseline
         facts = {
             "teacher": f"{self.config.teacher.model}: {tables.size_of(self.teacher.model)}",
             "student": tables.size_of(self.student()) + (f": the teacher's {layers}" if layers else ""),
@@ -156,7 +153,7 @@ class Workbench:
             "objective": formula,
             "baseline": self.objective_at(baseline.weights).formula if baseline else "none",
         }
-        return tables.of_facts(facts)
+        return pd.Series(facts).astype(str).to_frame("")
 
     def formula(self) -> str:
         """The objective at the start, and at the end where it moves."""
@@ -203,9 +200,9 @@ class Workbench:
         table = training_table(self.trial)
         print(f"held-out: loss {metrics['eval_loss']:.3f}, evaluated in {took.evaluation_s:.0f} s")
         print(
-            f"forecast for the distilled student, from these steps: {took.steps} steps of "
-            f"{took.step_s:.1f} s and {took.evaluations} evaluations, so {took.seconds / 60:.1f} minutes; "
-            f"memory in use {table['memory_gib'].max():.1f} GiB"
+            f"forecast for the distilled student, from these steps: {took.steps} steps of {took.step_s:.1f} s"
+            f" and {took.evaluations} evaluations, so {took.seconds / 60:.1f} minutes; memory in use "
+            f"{table['memory_gib'].max():.1f} GiB"
         )
         return tables.of_steps(table)
 

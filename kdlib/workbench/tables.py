@@ -15,10 +15,6 @@ from kdlib.runs.log import terms_in
 TEXTS = {"train": "training text", "validation": "held-out text", "test": "test text"}
 
 
-def of_facts(facts: Mapping[str, Any]) -> pd.DataFrame:
-    return pd.DataFrame({"": list(map(str, facts.values()))}, index=list(facts))
-
-
 def size_of(model: PreTrainedModel) -> str:
     """`134.5 M parameters, 30 layers`"""
     return f"{parameters(model) / 1e6:.1f} M parameters, {model.config.num_hidden_layers} layers"

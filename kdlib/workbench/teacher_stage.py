@@ -25,21 +25,15 @@ from kdlib.training.plan import objective_of
 
 def own_config(config: Config) -> Config:
     """The stage as a run of its own: the teacher is the student, and ce is all there is to learn from."""
-    stage, data = config.teacher_stage, config.data
-    # the same rows are held out from the teacher and its students
-    seed = config.seed if data.split_seed is None else data.split_seed
+    plain = config.as_dict()
+    seed = config.seed if config.data.split_seed is None else config.data.split_seed
     return parse(
         {
-            "task": config.task,
-            "seed": stage.seed,
-            "device": config.device,
-            "precision": config.precision,
-            "teacher": config.teacher.as_dict(),
+            **{name: plain[name] for name in ("task", "device", "precision", "teacher")},
+            **plain["teacher_stage"],
             "student": {"from": config.teacher.model},
-            "data": {**data.as_dict(), "split_seed": seed},
+            "data": {**plain["data"], "split_seed": seed},  # teacher and students are kept from the same rows
             "loss": {"weights": {"ce": 1.0}},
-            "training": stage.training,
-            "early_stopping": stage.early_stopping and stage.early_stopping.as_dict(),
         },
         name="teacher_stage",
     )
