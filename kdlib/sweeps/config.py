@@ -105,6 +105,16 @@ class Drawn(Section):
     seed: Seed = 0
     space: Annotated[dict[str, Any], AfterValidator(_space)] = Field(alias="from")
 
+    @property
+    def draws(self) -> dict[str, tuple[str, list]]:
+        """Setting → (kind, values)."""
+        return {name: next(iter(draw.items())) for name, draw in self.space.items()}
+
+    @property
+    def first(self) -> dict[str, Any]:
+        """One point of the space."""
+        return {name: values[0] for name, (_, values) in self.draws.items()}
+
 
 class SweepConfig(Section):
     """One complete sweep."""

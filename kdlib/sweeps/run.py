@@ -17,7 +17,7 @@ from kdlib.sweeps.config import SweepConfig
 from kdlib.sweeps.pool import Clock, Cost, Listed, Order, Pool, say
 from kdlib.sweeps.processes import Processes
 from kdlib.sweeps.results import FILE, Sweep, distilled_of
-from kdlib.sweeps.trials import Base, Search, Trial, described, expanded, first_of
+from kdlib.sweeps.trials import Base, Search, Trial, described, expanded
 
 GIB = 2**30
 BUDGET = 180.0  # s for all forecasts together; the runs that are left then count as the mean of the others
@@ -43,7 +43,7 @@ def run_sweep(settings: SweepConfig, order: Order, *, dry_run: bool = False) -> 
     more = len(supply.ahead()) - len(ahead)
     print(listing(sweep, trials, repeated, more=more), flush=True)
     if more:  # one trial stands for all that are not chosen yet
-        ahead += [base.trial(first_of(settings.search.space))] * more
+        ahead += [base.trial(settings.search.first)] * more
     clock, text = Clock(), ""
     if order.forecast and ahead:
         print("forecasting …", flush=True)

@@ -93,16 +93,11 @@ def combinations(settings: SweepConfig) -> list[dict[str, Any]]:
     if settings.listed:
         return [dict(parameters) for parameters in settings.listed]
     if settings.random:
-        generator, draws = random.Random(settings.random.seed), _draws(settings.random.space)
-        every = [draws] * settings.random.trials
-        return [{name: _drawn(generator, *draw) for name, draw in draws} for draws in every]
-    first = first_of(settings.search.space)
-    return [first | {name: end} for name, (_, values) in _draws(settings.search.space) for end in values]
-
-
-def _draws(space: Mapping[str, Mapping[str, Sequence]]) -> list[tuple[str, tuple[str, Sequence]]]:
-    """(setting, (kind, values))"""
-    return [(name, *draw.items()) for name, draw in space.items()]
+        generator, draws = random.Random(settings.random.seed), settings.random.draws.items()
+        times = range(settings.random.trials)
+        return [{name: _drawn(generator, *draw) for name, draw in draws} for _ in times]
+    search = settings.search
+    return [search.first | {name: end} for name, (_, values) in search.draws.items() for end in values]
 
 
 def _drawn(generator: random.Random, kind: str, values: Sequence) -> Any:
@@ -118,11 +113,6 @@ def _drawn(generator: random.Random, kind: str, values: Sequence) -> Any:
 def _rounded(value: float) -> float:
     """With as many digits as one reads: what stands in tables is what was run."""
     return float(f"{value:.4g}")
-
-
-def first_of(space: Mapping[str, Mapping[str, Sequence]]) -> dict[str, Any]:
-    """One point of a space."""
-    return {name: values[0] for name, (_, values) in _draws(space)}
 
 
 def expanded(settings: SweepConfig, base: Base) -> tuple[list[Trial], list[str]]:
@@ -143,9 +133,8 @@ def expanded(settings: SweepConfig, base: Base) -> tuple[list[Trial], list[str]]
             continue
         rules = rules_of(trial.config)
         if settings.metric not in rules.held:
-            others = f"has not; it is one of {', '.join(rules.held)}"
-            found = f"found {settings.metric}, which a comparison of {rules.name} {others}"
-            faults.append(f"{described(parameters)}: metric: {found}")
+            held = f"a comparison of {rules.name} has not; it is one of {', '.join(rules.held)}"
+            faults.append(f"{described(parameters)}: metric: found {settings.metric}, which {held}")
         if trial.run in trials:
             same = described(trials[trial.run].parameters)
             repeated.append(f"{described(parameters)}: the same config as {same}; run once")
@@ -168,7 +157,7 @@ def plain(value: Any) -> str:
         return "[" + ", ".join(map(plain, value)) + "]"
     if isinstance(value, float):
         return f"{value:g}"
-    return value if isinstance(value, str) else json.dumps(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class Search:
@@ -186,8 +175,8 @@ class Search:
         """
         self.optuna, search = _optuna(), settings.search
         self.base, self.left = base, search.trials - len(earlier)
-        self.kinds = dict(_draws(search.space))
-        self.draws = {name: self._distribution(*draw) for name, draw in self.kinds.items()}
+        self.draws = search.draws
+        self.distributions = {name: self._distribution(*draw) for name, draw in self.draws.items()}
         sampler = self.optuna.samplers.TPESampler(seed=search.seed + len(earlier), constant_liar=True)
         direction = "maximize" if settings.higher_is_better else "minimize"
         self.study = self.optuna.create_study(direction=direction, sampler=sampler)
@@ -204,8 +193,8 @@ class Search:
             return self.again.popleft()
         while self.left > 0:
             self.left -= 1
-            asked = self.study.ask(self.draws)
-            trial = self.base.trial({name: self._setting(name, asked.params[name]) for name in self.kinds})
+            asked = self.study.ask(self.distributions)
+            trial = self.base.trial({name: self._setting(name, asked.params[name]) for name in self.draws})
             if trial.run not in self.asked and trial.run not in self.values:
                 self.asked[trial.run] = asked
                 return trial
@@ -231,10 +220,10 @@ class Search:
         self.values[trial.run] = value
         params = {
             name: json.dumps(trial.parameters[name]) if kind == "choice" else trial.parameters[name]
-            for name, (kind, _) in self.kinds.items()
+            for name, (kind, _) in self.draws.items()
         }
-        known = self.optuna.trial.create_trial(params=params, distributions=self.draws, value=value)
-        self.study.add_trial(known)
+        create = self.optuna.trial.create_trial
+        self.study.add_trial(create(params=params, distributions=self.distributions, value=value))
 
     def _distribution(self, kind: str, values: Sequence) -> Any:
         of = self.optuna.distributions
@@ -245,7 +234,7 @@ class Search:
         return of.FloatDistribution(*values, log=kind == "log_uniform")
 
     def _setting(self, name: str, proposed: Any) -> Any:
-        kind, values = self.kinds[name]
+        kind, values = self.draws[name]
         if kind == "choice":
             return json.loads(proposed)
         return proposed if kind == "integer" else min(max(_rounded(proposed), values[0]), values[1])
