@@ -76,7 +76,7 @@ def collate(rows: Sequence[Mapping[str, Any]], *, pad_id: int) -> Batch:
 
 
 def collate_classes(rows: Sequence[Mapping[str, Any]], *, pad_id: int, teacher_pad_id: int) -> Batch:
-    """Likewise: input_ids, attention_mask [B, T], labels [B]; the teacher's too, where it reads otherwise."""
+    """Likewise, with labels [B]; and the teacher's ids and mask, where it reads otherwise."""
     ids, mask = padded([row["input_ids"] for row in rows], pad_id)
     batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([row["label"] for row in rows])}
     if "teacher_input_ids" in rows[0]:
@@ -93,9 +93,8 @@ def pairwise(spans: Sequence[int]) -> list[tuple[int, int]]:
 def padded(lists: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """[B, T] token ids and the mask of those that are no padding."""
     longest = max(map(len, lists))
-    ids = [[*each, *[pad_id] * (longest - len(each))] for each in lists]
-    mask = [[1] * len(each) + [0] * (longest - len(each)) for each in lists]
-    return torch.tensor(ids), torch.tensor(mask)
+    mask = torch.tensor([[1] * len(each) + [0] * (longest - len(each)) for each in lists])
+    return torch.tensor([[*each, *[pad_id] * (longest - len(each))] for each in lists]), mask
 
 
 def calibration_rows(rows: Dataset, count: int = 8) -> Tensor:

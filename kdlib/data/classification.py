@@ -1,6 +1,6 @@
 """From texts with a class each to rows for teacher and student: split by class, each text on one side.
 
-A stratified split of our own, as scikit-learn's know no groups that hold several classes, spare none of a
+The stratified split is our own, as scikit-learn's know no groups that hold several classes, spare none of a
 small class, and would change with the number of rows of another class.
 """
 
@@ -77,9 +77,10 @@ def split_texts(
     notes |= repeated
     whole, grouped = len(splits["train"]), "group" in splits["train"]
     how = f"by class, and whole {config.group or 'module'}s" if grouped else "by class"
-    for name, share, spare in (("test", config.test, 2), ("validation", config.validation, 1)):
+    for name, share in (("test", config.test), ("validation", config.validation)):
         if name not in splits and isinstance(share, float):
-            train, spare = splits["train"], spare if "validation" not in splits else 1
+            train = splits["train"]
+            spare = 1 if name == "validation" or "validation" in splits else 2  # a row for each side to come
             groups, total = train["group"].tolist() if grouped else None, round(share * whole)
             out = held_out(train["class"].tolist(), total, seed=seed, spare=spare, groups=groups)
             splits |= {"train": train.drop(out).reset_index(drop=True), name: train.loc[out]}
@@ -89,12 +90,11 @@ def split_texts(
         held = {group for name, rows in splits.items() if name != "train" for group in rows["group"]}
         notes["groups_on_two_sides"] = len(held & set(splits["train"]["group"]))
     to_train, out_of_it = (counts(splits[name], labels) for name in ("train", "validation"))
-    faults = [
+    if faults := [
         f"{shown(label)}: {to_train[label]} to train on, {out_of_it[label]} held out"
         for label in labels
         if not to_train[label] or not out_of_it[label]
-    ]
-    if faults:
+    ]:
         raise DataError(
             f"{config.source}: {len(faults)} of the {len(labels)} classes are empty on one side after the "
             "split; each needs a row to train on and one in validation. Give more rows of them, leave them "
@@ -124,8 +124,8 @@ def tokenized(
 
 def class_table(prepared: Prepared) -> pd.DataFrame:
     """How many rows of each class are in each split."""
-    found = {name: prepared.notes.get(f"{name}_classes") for name in SPLITS}
-    table = {name: counted for name, counted in found.items() if counted is not None}
+    notes = prepared.notes
+    table = {name: notes[f"{name}_classes"] for name in SPLITS if f"{name}_classes" in notes}
     return pd.DataFrame(table, index=list(prepared.labels)).rename_axis("class")
 
 
@@ -183,10 +183,7 @@ def held_out(
 
 def _by_class(classes: Sequence[int]) -> list[list[int]]:
     """The numbers of each class's rows; classes as they come first, so that their names change no split."""
-    rows: dict[int, list[int]] = {}
-    for row, number in enumerate(classes):
-        rows.setdefault(number, []).append(row)
-    return list(rows.values())
+    return [list(rows) for _, rows in pd.Series(range(len(classes))).groupby(list(classes), sort=False)]
 
 
 def _drawn(rows: Sequence[Sequence[int]], counts: Sequence[int], seed: int) -> list[int]:
@@ -228,13 +225,13 @@ def _cut_ids(
         return [], []
     ids = tokenizer(list(texts), verbose=False)["input_ids"]
     lengths = list(map(len, ids))
-    if empty := [shown(text) for text, length in zip(texts, lengths, strict=True) if length == 0]:
+    if empty := [shown(text) for text, tokens in zip(texts, ids, strict=True) if not tokens]:
         raise DataError(
             f"{config.source}: {len(empty)} texts have no token; a class needs something to be read from: "
             "leave them out" + listed(empty)
         )
-    long = [row for row, length in enumerate(lengths) if length > config.max_length]
-    if long:  # by the tokenizer itself, which keeps the special token at the end
+    if long := [row for row, length in enumerate(lengths) if length > config.max_length]:
+        # by the tokenizer itself, which keeps the special token at the end
         options = {"truncation": True, "max_length": config.max_length, "verbose": False}
         short = tokenizer([texts[row] for row in long], **options)["input_ids"]
         for row, tokens in zip(long, short, strict=True):

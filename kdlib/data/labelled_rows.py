@@ -4,20 +4,19 @@ A split is a frame with a row for each text and the columns text, class (its num
 what must not be divided, group.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
 import pandas as pd
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 
 from kdlib.config.sections import DataConfig
-from kdlib.data.sources import BUILT_IN, check_column, read_splits
-from kdlib.errors import DataError, listed, nearest
+from kdlib.data.sources import BUILT_IN, check_column, own_splits, read_splits, refuse
+from kdlib.errors import DataError, nearest
 
 NAMED = 10  # rows or classes in one message
 SHOWN = 60  # characters of a text
-NumberOf = Callable[[Any], int | None]  # a label → the number of its class; None where it is none of them
 
 
 def read_texts(
@@ -34,36 +33,50 @@ def read_texts(
     Raises:
         DataError: a column or split that is not there; rows without a text or a known class, one by one.
     """
-    splits, notes = _named_splits(config, read_splits(config))
+    source, notes = read_splits(config), {"source": config.source, "test": "none"}
+    own = own_splits(config, [name for name in source if name != "train"])
+    for name, split in own.items():
+        whose = "own" if split == name else split
+        notes["split" if name == "validation" else "test"] = f"the source's {whose}"
+    splits = {name: source[split] for name, split in {"train": "train", **own}.items()}
     columns = [config.text] if isinstance(config.text, str) else config.text
     named = {**dict.fromkeys(columns, "data.text"), config.label: "data.label"}
+    group = config.group or ("group" if config.source in BUILT_IN else None)
     named |= {config.group: "data.group"} if config.group else {}
-    for rows in splits.values():
+    frames: dict[str, pd.DataFrame] = {}
+    for name, rows in splits.items():
         for column, setting in named.items():
             check_column(config, rows, column, setting)
-    values = {name: _label_values(rows, config.label) for name, rows in splits.items()}
-    if "test" in splits and set(values["test"]) == {None}:
+        read = {"text": _joined(rows, columns), "label": _label_values(rows, config.label)}
+        if group in rows.column_names:
+            read["group"] = rows[group][:]
+        frames[name] = pd.DataFrame(read, dtype=object)
+    if "test" in frames and set(frames["test"]["label"]) == {None}:
         if config.test is not None:
             raise DataError(
                 f"{config.source}: no row of {config.test!r} has a label, so nothing can be tested on it; "
                 "name another in data.test"
             )
-        del splits["test"], values["test"]
+        del frames["test"]
         notes["test"] = "none: the source's has no labels"
-    labels, number_of = _numbering(config, splits["train"].features[config.label], values)
-    texts = {name: _joined(rows, columns) for name, rows in splits.items()}
-    if faults := list(_faults(texts, values, labels, number_of, known)):
-        raise DataError(
-            f"{config.source}: {len(faults)} row{'s' * (len(faults) > 1)} cannot be used; each needs a text, "
-            f"and a label that is one of {some(labels)}. Correct them or leave them out, or see whether "
-            "data.text, data.label and data.labels are meant so" + listed(faults)
-        )
-    found = {}
-    for name, rows in splits.items():
-        found[name] = pd.DataFrame({"text": texts[name], "class": list(map(number_of, values[name]))})
-        if (groups := _groups(config, rows, name)) is not None:
-            found[name]["group"] = groups
-    return found, labels, notes
+    labels, numbers = _numbering(config, splits["train"].features[config.label], frames)
+    what = f"cannot be used; each needs a text, and a label that is one of {some(labels)}. Correct them or "
+    what += "leave them out, or see whether data.text, data.label and data.labels are meant so"
+    refuse(config, list(_faults(frames, labels, numbers, known)), what)
+    for frame in frames.values():
+        frame["class"] = [numbers[label] for label in frame.pop("label")]
+    if group in splits["train"].column_names:
+        faults = [
+            f"row {row} of {name}"
+            for name, frame in frames.items()
+            for row, value in enumerate(frame["group"])
+            if value in (None, "")
+        ]
+        what = f"have nothing in {group!r} (data.group), so they cannot be kept together with their like"
+        refuse(config, faults, f"{what}; name what each belongs to")
+        for frame in frames.values():
+            frame["group"] = frame["group"].map(str)
+    return frames, labels, notes
 
 
 def unique(
@@ -107,37 +120,6 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:NAMED])) + (f", … ({len(names)} in all)" if len(names) > NAMED else "")
 
 
-def _named_splits(config: DataConfig, source: DatasetDict) -> tuple[dict[str, Dataset], dict[str, Any]]:
-    """train, and what is held out by name; shares are taken later."""
-    notes, splits = {"source": config.source, "test": "none"}, {"train": source["train"]}
-    for name, asked in (("validation", config.validation), ("test", config.test)):
-        wanted = asked if isinstance(asked, str) else None if name == "test" and asked is not None else name
-        if isinstance(asked, str) and (asked not in source or asked == "train"):
-            raise DataError(
-                f"{config.source}: data.{name}: found {asked!r}{nearest(asked, source)}; it has the splits "
-                f"{', '.join(source)}: name one of them other than train, or give a share of the rows, such "
-                "as 0.1"
-            )
-        if wanted in source:
-            splits[name], own = source[wanted], "own" if wanted == name else wanted
-            notes["split" if name == "validation" else "test"] = f"the source's {own}"
-    return splits, notes
-
-
-def _groups(config: DataConfig, rows: Dataset, name: str) -> list[str] | None:
-    """What each row belongs to, where the config names such a column or the built-in source has one."""
-    column = config.group or ("group" if config.source in BUILT_IN and "group" in rows.column_names else None)
-    if column is None:
-        return None
-    values = rows[column][:]
-    if faults := [f"row {row} of {name}" for row, value in enumerate(values) if value in (None, "")]:
-        raise DataError(
-            f"{config.source}: {len(faults)} rows have nothing in {column!r} (data.group), so they cannot be "
-            f"kept together with their like; name what each belongs to{listed(faults)}"
-        )
-    return list(map(str, values))
-
-
 def _label_values(rows: Dataset, column: str) -> list[Any]:
     """What each row says of its class: a name, a whole number, or None where it says nothing."""
     feature, values = rows.features[column], rows[column][:]
@@ -155,30 +137,30 @@ def _label_value(value: Any) -> Any:
 
 
 def _numbering(
-    config: DataConfig, feature: Any, values: Mapping[str, list[Any]]
-) -> tuple[tuple[str, ...], NumberOf]:
-    """The classes' names in order, and what gives the number of a label."""
-    found = {value for each in values.values() for value in each if value is not None}
+    config: DataConfig, feature: Any, frames: Mapping[str, pd.DataFrame]
+) -> tuple[tuple[str, ...], dict[Any, int]]:
+    """The classes' names in order, and the number of each label."""
+    found = {label for frame in frames.values() for label in frame["label"]} - {None}
     given = config.labels
     if isinstance(feature, datasets.ClassLabel):
         labels = _renamed(config, feature.names)
         same = set(labels) == set(feature.names)
-        place = {name: labels.index(name) if same else number for number, name in enumerate(feature.names)}
+        numbers = {name: labels.index(name) if same else number for number, name in enumerate(feature.names)}
     elif found and all(isinstance(value, int) for value in found):
         labels = given or [str(value) for value in sorted(found)]
-        from_one = given and found == set(range(1, len(given) + 1))
-        numbers = range(bool(from_one), len(labels) + bool(from_one)) if given else sorted(found)
-        place = {value: number for number, value in enumerate(numbers)}
+        first = int(bool(given) and found == set(range(1, len(labels) + 1)))
+        values = range(first, first + len(labels)) if given else sorted(found)
+        numbers = {value: number for number, value in enumerate(values)}
     else:
         labels = given or sorted(map(str, found))
-        place = {name: number for number, name in enumerate(labels)}
+        numbers = {name: number for number, name in enumerate(labels)}
     if len(labels) < 2 or len(set(labels)) < len(labels):
         raise DataError(
             f"{config.source}: the classes in {config.label!r} are {', '.join(map(repr, labels)) or 'none'}; "
             "two or more, each once, are needed: name the column with the class in data.label, and the "
             "classes in data.labels"
         )
-    return tuple(labels), place.get
+    return tuple(labels), numbers
 
 
 def _renamed(config: DataConfig, names: Sequence[str]) -> Sequence[str]:
@@ -208,27 +190,26 @@ def _joined(rows: Dataset, columns: Sequence[str]) -> list[Any]:
 
 
 def _faults(
-    texts: Mapping[str, list[Any]],
-    values: Mapping[str, list[Any]],
+    frames: Mapping[str, pd.DataFrame],
     labels: Sequence[str],
-    number_of: NumberOf,
+    numbers: Mapping[Any, int],
     known: Sequence[str] | None,
 ) -> Iterator[str]:
     """What is wrong with each row of which nothing can be learned."""
     ours, taught = ({label.casefold() for label in names} for names in (labels, known or ()))
     if not ours & taught:  # names of something else: kdlib.models.classifier says so
         taught = ours
-    for name, each in texts.items():
-        for row, (text, value) in enumerate(zip(each, values[name], strict=True)):
-            where, number = f"row {row} of {name}", number_of(value)
+    for name, frame in frames.items():
+        for row, (text, label) in enumerate(zip(frame["text"], frame["label"], strict=True)):
+            where, number = f"row {row} of {name}", numbers.get(label)
             if not isinstance(text, str):
                 yield f"{where}: its text is {shown(text)} ({type(text).__name__})"
             elif not text.strip():
                 yield f"{where}: its text is {shown(text)}"
-            elif value is None:
+            elif label is None:
                 yield f"{where}: no label; text {shown(text)}"
             elif number is None:
-                yield f"{where}: label {value!r}{nearest(str(value), labels)}; text {shown(text)}"
+                yield f"{where}: label {label!r}{nearest(str(label), labels)}; text {shown(text)}"
             elif labels[number].casefold() not in taught:
                 found = f"label {labels[number]!r}, which the teacher does not know"
                 yield f"{where}: {found}; text {shown(text)}"

@@ -1,7 +1,6 @@
 """From questions and answers to rows whose prompt is given and whose answer is learned.
 
-A row is {"input_ids", "prompt_tokens", "text": the question}, with "read_only" in conversations.  Of a
-multiple choice the right choice is learned, and every choice of every held-out question stands in
+Of a multiple choice the right choice is learned, and every choice of every held-out question stands in
 `Prepared.choices` to be scored.
 
 A multiple choice is written as lm-eval writes it, `Question: …\\nAnswer:` and ` <choice>`, without chat
@@ -11,7 +10,7 @@ template where there is one, and ends as the model is to end it: with the templa
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from os.path import commonprefix
 from typing import Any
@@ -23,16 +22,15 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.config.sections import DataConfig
 from kdlib.data.batches import Prepared, collate, fingerprint
-from kdlib.data.qa_rows import Fault, Item, collected, form_of, read_items, refusal
-from kdlib.data.sources import read_splits
+from kdlib.data.qa_rows import Fault, Item, collected, form_of, read_items
+from kdlib.data.sources import own_splits, read_splits, refuse
 from kdlib.data.text import beginning
-from kdlib.errors import DataError, nearest
+from kdlib.errors import DataError
 
 INT, TEXT, IDS = datasets.Value("int32"), datasets.Value("string"), datasets.List(datasets.Value("int32"))
 ROWS = datasets.Features({"input_ids": IDS, "prompt_tokens": INT, "text": TEXT, "read_only": IDS})
 ASKED = {"item": INT, "choice": INT, "is_answer": datasets.Value("bool"), "text": TEXT, "question": TEXT}
 CHOICES = datasets.Features({**ASKED, "characters": INT, "input_ids": IDS, "prompt_tokens": INT})
-Writer = Callable[[Item], list["Encoded"]]  # an item's rows
 
 
 @dataclass(frozen=True)
@@ -100,31 +98,21 @@ def _splits(
     config: DataConfig, found: Mapping[str, Dataset], form: str, *, seed: int, notes: dict[str, Any]
 ) -> dict[str, list[Item]]:
     """Train, validation, test where there is one: the source's own as they stand, else taken by question."""
-    asked = {"validation": config.validation, "test": config.test}
-    own = {what: each if isinstance(each, str) else what for what, each in asked.items()}
-    for what, split in own.items():
-        if split not in found and split == asked[what]:
-            raise DataError(
-                f"{config.source}: no split {split!r}{nearest(split, found)}; it has {', '.join(found)}: "
-                f"name one of them in data.{what}, or write a share of the rows, as 0.1"
-            )
-    own = {what: split for what, split in own.items() if split in found}
-    if isinstance(config.test, float):
-        own.pop("test", None)
-    elif "test" in own and config.test is None and form == "multiple choice":
-        rows = found[own["test"]]
+    own = own_splits(config, found)
+    if "test" in own and config.test is None and form == "multiple choice":
+        rows = found["test"]
         answers = rows[config.answer] if config.answer in rows.column_names else [0]
         if all(answer in (None, "", -1, "-1") for answer in answers):
             notes["test"] = "the source's own has no answers and is not used"
-            own.pop("test")
-    splits = {"train": read_items(config, found["train"], "train", form)}
-    splits |= {what: read_items(config, found[split], split, form) for what, split in own.items()}
-    shares = {} if "validation" in own else {"validation": config.validation}
-    shares |= {"test": config.test} if isinstance(config.test, float) else {}
+            del own["test"]
+    sides = {"train": "train", **own}
+    splits = {what: read_items(config, found[split], split, form) for what, split in sides.items()}
+    wanted = {"validation": config.validation, "test": config.test}
+    shares = {what: each for what, each in wanted.items() if isinstance(each, float) and what not in own}
     notes["split"] = "by question" if "validation" in shares else "the source's own"
     if "test" in shares or "test" in own:
         notes["test"] = f"{config.test:g} of the questions" if "test" in shares else "the source's own"
-    unique = list({replace(item, where=""): item for item in splits["train"]}.values())
+    unique = list(dict.fromkeys(splits["train"]))
     notes["duplicate_documents_left_out"] = len(splits["train"]) - len(unique) if shares else 0
     if shares:
         splits |= _taken(config, unique, shares, seed)
@@ -137,21 +125,18 @@ def _taken(
     """Shares of the questions held out; all rows of one question on one side."""
     questions = list(dict.fromkeys(item.question for item in items))
     random.Random(seed).shuffle(questions)
-    side, start = {}, 0
+    side, start = dict.fromkeys(questions, "train"), 0
     for what, share in shares.items():
         count = max(1, round(share * len(questions)))
         side |= dict.fromkeys(questions[start : start + count], what)
         start += count
     if start >= len(questions):
+        count = f"{len(questions)} question{'s' * (len(questions) != 1)}"
         raise DataError(
-            f"{config.source}: {len(questions)} question{'s' * (len(questions) != 1)} in train, of which "
-            f"{start} would be held out for {' and '.join(shares)}; give more, or lower "
-            f"data.{' and data.'.join(shares)}"
+            f"{config.source}: {count} in train, of which {start} would be held out for "
+            f"{' and '.join(shares)}; give more, or lower data.{' and data.'.join(shares)}"
         )
-    sides = {what: [] for what in ("train", *shares)}
-    for item in items:
-        sides[side.get(item.question, "train")].append(item)
-    return sides
+    return {what: [item for item in items if side[item.question] == what] for what in ("train", *shares)}
 
 
 def _check_one_answer(config: DataConfig, items: Sequence[Item]) -> None:
@@ -160,34 +145,29 @@ def _check_one_answer(config: DataConfig, items: Sequence[Item]) -> None:
     for item in items:
         if len(item.answers) > 1:
             earlier = first.setdefault((item.question, frozenset(item.answers)), item)
-            if earlier.answers[earlier.right] != item.answers[item.right]:
-                faults.append(
-                    f"{item.where}: asks what {earlier.where} asks, whose answer is "
-                    f"{earlier.answers[earlier.right]!r}, and answers {item.answers[item.right]!r}"
-                )
-    if faults:
-        found = f"{config.source}: {{count}} with another answer to a question asked before; keep one of each"
-        raise DataError(refusal(found, faults))
+            before, now = (each.answers[each.right] for each in (earlier, item))
+            if before != now:
+                asks = f"asks what {earlier.where} asks, whose answer is {before!r}, and answers {now!r}"
+                faults.append(f"{item.where}: {asks}")
+    refuse(config, faults, "with another answer to a question asked before; keep one of each")
 
 
-def _encoded(config: DataConfig, name: str, items: Sequence[Item], write: Writer) -> list[list[Encoded]]:
+def _encoded(
+    config: DataConfig, name: str, items: Sequence[Item], write: Callable[[Item], list[Encoded]]
+) -> list[list[Encoded]]:
     """Each item's rows: one for each choice, or one; none is cut to data.max_length."""
-    source, wheres = config.source, [item.where for item in items]
-    found = f"{source}: {{count}} of {name} that cannot be written as tokens; mend them, or take them out"
-    made = collected(write, items, wheres, found)
+    wheres = [item.where for item in items]
+    what = f"of {name} that cannot be written as tokens; mend them, or take them out"
+    made = collected(config, what, wheres, write, items)
     longest = [max(each, key=lambda row: len(row.input_ids)) for each in made]
     faults = [
         f"{where}: {len(row.input_ids)} tokens, {row.prompt_tokens} before the answer"
         for where, row in zip(wheres, longest, strict=True)
         if len(row.input_ids) > config.max_length
     ]
-    if faults:
-        needed = max(len(row.input_ids) for row in longest)
-        found = (
-            f"{source}: {{count}} of {name} longer than data.max_length = {config.max_length}, whose answers "
-            f"would be cut; raise data.max_length to {needed}, or take them out"
-        )
-        raise DataError(refusal(found, faults))
+    needed = max(len(row.input_ids) for row in longest)
+    what = f"longer than data.max_length = {config.max_length}, whose answers would be cut"
+    refuse(config, faults, f"of {name} {what}; raise data.max_length to {needed}, or take them out")
     return made
 
 
@@ -205,12 +185,20 @@ def _rows(items: Sequence[Item], learned: Sequence[Encoded]) -> Dataset:
 
 def _choices(items: Sequence[Item], encoded: Sequence[Sequence[Encoded]]) -> Dataset:
     """Every choice of every item, a row each, in order."""
-    rows = []
-    for number, (item, each) in enumerate(zip(items, encoded, strict=True)):
-        for choice, (answer, row) in enumerate(zip(item.answers, each, strict=True)):
-            said = {"text": answer, "characters": len(answer), "is_answer": choice == item.right}
-            made = {"input_ids": row.input_ids, "prompt_tokens": row.prompt_tokens}
-            rows.append({"item": number, "choice": choice, "question": item.question, **said, **made})
+    rows = [
+        {
+            "item": number,
+            "choice": choice,
+            "question": item.question,
+            "text": answer,
+            "characters": len(answer),
+            "is_answer": choice == item.right,
+            "input_ids": row.input_ids,
+            "prompt_tokens": row.prompt_tokens,
+        }
+        for number, (item, each) in enumerate(zip(items, encoded, strict=True))
+        for choice, (answer, row) in enumerate(zip(item.answers, each, strict=True))
+    ]
     return Dataset.from_list(rows, features=CHOICES)
 
 
@@ -231,9 +219,7 @@ def encoded_response(item: Item, tokenizer: Tokenizer, first: Sequence[int]) -> 
         messages = item.messages or (("user", prompt), ("assistant", response))
         return [_conversation(messages, tokenizer)]
     if item.messages:
-        raise Fault(
-            "messages need a chat template, and the tokenizer has none; write them as prompt and response"
-        )
+        raise Fault("messages need a chat template, and the tokenizer has none; write prompt and response")
     between = "" if prompt[-1].isspace() or response[0].isspace() else " "
     made = continued(prompt, between + response, tokenizer, first)
     return [Encoded([*made.input_ids, tokenizer.eos_token_id], made.prompt_tokens)]
@@ -268,9 +254,7 @@ def _conversation(messages: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> 
     tokens = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     learned = [any(start <= place < end for start, end in spans) for place, _ in tokens["offset_mapping"]]
     if not any(learned):
-        raise Fault(
-            "the chat template does not show the assistant's answer as it stands: nothing is there to learn"
-        )
+        raise Fault("the chat template shows no answer of the assistant's as it stands: nothing to learn")
     ids = list(tokens["input_ids"])
     if learned[-1] and ids[-1] not in tokenizer.all_special_ids:
         ids, learned = [*ids, tokenizer.eos_token_id], [*learned, True]

@@ -8,14 +8,16 @@ prompt and response   prompt, response
 import json
 import math
 import string
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
 
 from kdlib.config.sections import DataConfig
-from kdlib.errors import DataError, listed, nearest
+from kdlib.data.sources import refuse
+from kdlib.errors import DataError, nearest
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -24,7 +26,7 @@ ROLES = ("system", "user", "assistant", "tool")
 class Item:
     """One row, whatever its form."""
 
-    where: str  # `row 3 of train`, counted from 0
+    where: str = field(compare=False)  # `row 3 of train`, counted from 0
     question: str  # what is asked; of messages, all that comes before the first answer
     answers: tuple[str, ...]  # the choices, or the one response
     right: int = 0
@@ -38,10 +40,8 @@ class Fault(Exception):
 def form_of(config: DataConfig, rows: Dataset) -> str:
     """Which form these rows have; a DataError where none, with the columns that are missing."""
     found, wanted = rows.column_names, (config.question, config.choices, config.answer)
-    pair = ("prompt", "response")
-    columns = {"multiple choice": wanted, "messages": ("messages",), "prompt and response": pair}
-    for form, names in columns.items():
-        if set(names) <= set(found):
+    for form, (columns, _) in FORMS.items():
+        if set(columns or wanted) <= set(found):
             return form
     near = "".join(nearest(name, found) for name in wanted if name not in found)
     raise DataError(
@@ -57,29 +57,23 @@ def read_items(config: DataConfig, rows: Dataset, split: str, form: str) -> list
         raise DataError(
             f"{config.source}: {split} has {other} and train has {form}; needed is one form in all splits"
         )
-    readers = {"multiple choice": _multiple_choice, "messages": _conversation, "prompt and response": _pair}
     wheres = [f"row {number} of {split}" for number in range(len(rows))]
-    each, read = list(zip(wheres, rows, strict=True)), readers[form]
-    found = f"{config.source}: {{count}} of {split} with nothing to ask or to answer"
-    return collected(lambda one: read(config, *one), each, wheres, f"{found}; mend them, or take them out")
+    what = f"of {split} with nothing to ask or to answer; mend them, or take them out"
+    return collected(config, what, wheres, partial(FORMS[form][1], config), wheres, rows)
 
 
-def collected(make: Callable[[Any], Any], each: Sequence, wheres: Sequence[str], found: str) -> list[Any]:
-    """`make` of each, or a DataError of `found` ({count} is `3 rows`) and the first faults."""
+def collected(
+    config: DataConfig, what: str, wheres: Sequence[str], make: Callable[..., Any], *lists: Iterable
+) -> list[Any]:
+    """As `map(make, *lists)`; a DataError of all the `Fault`s (see `refuse`) where there are any."""
     made, faults = [], []
-    for one, where in zip(each, wheres, strict=True):
+    for where, *each in zip(wheres, *lists, strict=True):
         try:
-            made.append(make(one))
+            made.append(make(*each))
         except Fault as fault:
             faults.append(f"{where}: {fault}")
-    if faults:
-        raise DataError(refusal(found, faults))
+    refuse(config, faults, what)
     return made
-
-
-def refusal(found: str, faults: Sequence[str]) -> str:
-    """The message that names the first ten faults and counts them all; `found` holds {count}."""
-    return found.replace("{count}", f"{len(faults)} row{'s' * (len(faults) != 1)}") + listed(faults)
 
 
 def _multiple_choice(config: DataConfig, where: str, row: Mapping[str, Any]) -> Item:
@@ -101,7 +95,7 @@ def _choices(value: Any, column: str) -> tuple[tuple[str, ...], tuple[str, ...]]
     if not isinstance(value, list):
         raise Fault(f"{column} = {value!r}; needed is a list of choices, or {{text: […], label: […]}}")
     if len(value) < 2:
-        raise Fault(f"{len(value)} choice{'s' * (len(value) != 1)}; needed are two or more to choose among")
+        raise Fault(f"{len(value)} choice{'s' * (not value)}; needed are two or more to choose among")
     if labels and len(labels) != len(value):
         raise Fault(f"{len(value)} choices with {len(labels)} labels")
     written = [str(each) if type(each) in (int, float) else each for each in value]
@@ -119,16 +113,14 @@ def _right(answer: Any, choices: Sequence[str], labels: Sequence[str], column: s
         return labels.index(words)
     same = [number for number, choice in enumerate(choices) if choice.strip() == words]
     if isinstance(answer, str) and len(same) > 1:
-        numbers = " and ".join(map(str, same))
-        raise Fault(f"the answer {answer!r} is the text of the choices {numbers}; say which, by its number")
+        both = " and ".join(map(str, same))
+        raise Fault(f"the answer {answer!r} is the text of the choices {both}; say which, by its number")
     if isinstance(answer, str) and same:
         return same[0]
-    is_letter = len(words) == 1 and words.isalpha()
-    place = (
-        string.ascii_uppercase.find(words.upper()) if is_letter else int(words) if words.isdecimal() else -1
-    )
+    letters = string.ascii_uppercase
+    place = int(words) if words.isdecimal() else letters.find(words.upper()) if len(words) == 1 else -1
     if labels or not 0 <= place < len(choices):
-        last = string.ascii_uppercase[min(len(choices), 26) - 1]
+        last = letters[min(len(choices), 26) - 1]
         among = ", ".join(labels) or f"0 to {len(choices) - 1}, A to {last}"
         raise Fault(
             f"the answer {answer!r} is none of the {len(choices)} choices ({among}, or a choice's text)"
@@ -146,8 +138,8 @@ def _conversation(config: DataConfig, where: str, row: Mapping[str, Any]) -> Ite
         raise Fault(f"messages = {messages!r}; needed is a list of {{role, content}}")
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or message.get("role") not in ROLES:
-            roles = ", ".join(ROLES)
-            raise Fault(f"message {number} = {message!r}; needed is {{role, content}} with a role of {roles}")
+            needed = f"{{role, content}} with a role of {', '.join(ROLES)}"
+            raise Fault(f"message {number} = {message!r}; needed is {needed}")
         _text(message.get("content"), f"the content of message {number}")
     roles = [message["role"] for message in messages]
     if roles[-1] != "assistant" or roles[0] == "assistant":
@@ -155,8 +147,8 @@ def _conversation(config: DataConfig, where: str, row: Mapping[str, Any]) -> Ite
             f"the roles are {', '.join(roles)}; needed is a beginning by someone else, and the assistant "
             "at the end"
         )
-    asked = "\n".join(message["content"] for message in messages[: roles.index("assistant")])
     spoken = tuple((message["role"], message["content"]) for message in messages)
+    asked = "\n".join(content for _, content in spoken[: roles.index("assistant")])
     return Item(where, asked, (spoken[-1][1],), messages=spoken)
 
 
@@ -165,3 +157,11 @@ def _text(value: Any, what: str) -> str:
         found = "empty" if value is None or isinstance(value, str) else repr(value)
         raise Fault(f"{what} is {found}; needed is a text")
     return value
+
+
+# form → its columns (of a multiple choice those that the config names), and what reads a row
+FORMS: dict[str, tuple[tuple[str, ...], Callable[[DataConfig, str, Mapping[str, Any]], Item]]] = {
+    "multiple choice": ((), _multiple_choice),
+    "messages": (("messages",), _conversation),
+    "prompt and response": (("prompt", "response"), _pair),
+}

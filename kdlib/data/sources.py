@@ -4,8 +4,8 @@ import ast
 import glob
 import json
 import sysconfig
-from collections.abc import Callable, Iterator
-from functools import cache, partial
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import datasets
@@ -18,9 +18,10 @@ from kdlib.errors import DataError, listed, nearest
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 SECTIONS = {
     "text processing": "string re difflib textwrap stringprep rlcompleter",
-    "data types": "datetime _pydatetime _strptime zoneinfo calendar collections _collections_abc heapq "
-    "bisect weakref _weakrefset types "
-    "copy pprint reprlib enum graphlib",
+    "data types": (
+        "datetime _pydatetime _strptime zoneinfo calendar collections _collections_abc heapq bisect weakref "
+        "_weakrefset types copy pprint reprlib enum graphlib"
+    ),
     "numeric and mathematical": "numbers decimal _pydecimal fractions random statistics",
     "file and directory access": (
         "pathlib posixpath ntpath genericpath fileinput stat filecmp tempfile glob fnmatch linecache shutil"
@@ -92,11 +93,43 @@ def check_column(config: DataConfig, rows: Dataset, column: str, setting: str) -
         )
 
 
+def own_splits(config: DataConfig, names: Collection[str]) -> dict[str, str]:
+    """{"validation" or "test": which split of the source it is}: those that the config names, else so called.
+
+    A `data.test` that is a share is taken from train, whatever the source has.
+
+    Raises:
+        DataError: it names a split that is none of `names`.
+    """
+    own = {}
+    for what, asked in (("validation", config.validation), ("test", config.test)):
+        name = asked if isinstance(asked, str) else what
+        if name in names:
+            own[what] = name
+        elif name == asked:
+            raise DataError(
+                f"{config.source}: no split {asked!r}{nearest(asked, names)}; held out can be "
+                f"{', '.join(names) or 'none of its own'}: name it in data.{what}, or write a share of the "
+                "rows, as 0.1"
+            )
+    if isinstance(config.test, float):
+        own.pop("test", None)
+    return own
+
+
+def refuse(config: DataConfig, faults: Sequence[str], what: str) -> None:
+    """Raise where there are faults: `3 rows <what>`, and the first ten of them, a line each."""
+    if faults:
+        count = f"{len(faults)} row{'s' * (len(faults) != 1)}"
+        raise DataError(f"{config.source}: {count} {what}{listed(faults)}")
+
+
 def python_docs() -> Dataset:
     """The language reference that comes with every Python: 79 documents, 465 kB of prose and code."""
     from pydoc_data.topics import topics
 
-    return Dataset.from_dict({"name": sorted(topics), "text": [topics[name] for name in sorted(topics)]})
+    names = sorted(topics)
+    return Dataset.from_dict({"name": names, "text": [topics[name] for name in names]})
 
 
 @cache  # it takes a few seconds
@@ -113,7 +146,7 @@ def stdlib_sections() -> Dataset:
         for name in names.split()
         for file in _files(home, name)
         for module in [".".join(file.relative_to(home).with_suffix("").parts).removesuffix(".__init__")]
-        for text in _docstrings(file)
+        for text in _docstrings(ast.parse(file.read_bytes()))
     ]
     if not rows:
         raise DataError(f"stdlib-sections: no sources of the standard library in {home}; use another Python")
@@ -128,16 +161,15 @@ def _files(home: Path, name: str) -> list[Path]:
     return [file for file in files if file.exists() and not TESTS.intersection(file.relative_to(home).parts)]
 
 
-def _docstrings(file: Path) -> Iterator[str]:
-    """Those of the module, its classes, functions and methods, in order."""
-    waiting: list[ast.AST] = [ast.parse(file.read_bytes())]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            text = (ast.get_docstring(node) or "").strip()
-            if len(text) >= SHORTEST:
-                yield text
-        waiting.extend(reversed([child for child in ast.iter_child_nodes(node) if isinstance(child, HOLDS)]))
+def _docstrings(node: ast.AST) -> Iterator[str]:
+    """Those of a module, its classes, functions and methods, in order."""
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+        text = (ast.get_docstring(node) or "").strip()
+        if len(text) >= SHORTEST:
+            yield text
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, HOLDS):
+            yield from _docstrings(child)
 
 
 BUILT_IN = {"python-docs": python_docs, "stdlib-sections": stdlib_sections}
@@ -154,8 +186,8 @@ def _read_file(path: Path) -> DatasetDict:
     if path.suffix == ".jsonl":
         _check_lines(path)
     options = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
-    read = partial(datasets.load_dataset, READERS[path.suffix], **options)
-    return _loaded(path, lambda: read(data_files=glob.escape(str(path))))
+    options["data_files"] = glob.escape(str(path))
+    return _loaded(path, lambda: datasets.load_dataset(READERS[path.suffix], **options))
 
 
 def _loaded(path: Path, load: Callable[[], DatasetDict | Dataset]) -> DatasetDict | Dataset:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import datasets
+import pandas as pd
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -21,8 +22,7 @@ ROWS = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
 def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
     """Read, split by document, tokenize and cut the text of a config.
 
-    The split, the order and the fingerprint depend on the documents and `data.split_seed` (else the seed)
-    alone.
+    All depends on the documents and `data.split_seed` (else the seed) alone.
 
     Raises:
         DataError: nothing to read, not the named column, or not enough tokens.
@@ -44,7 +44,11 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
             blocks = ids.map(lambda row: {"input_ids": row["input_ids"][:length]})
             notes |= {f"{name}_{what}": figure for what, figure in cut_off(lengths, length).items()}
         if len(blocks) == 0:
-            raise DataError(_too_little(name, config, len(split[name]), sum(lengths)))
+            fault = "are all shorter than two tokens, so there is nothing to predict"
+            if tokens := sum(lengths):
+                fault = f"have {tokens} tokens together, fewer than one block of data.max_length={length}"
+                fault += "; lower max_length, or give more text"
+            raise DataError(f"{config.source}: the {len(split[name])} {name} documents {fault}")
         if limit is not None and limit < len(blocks):  # a sample over all documents, not the first of them
             blocks = blocks.select(sorted(random.Random(seed).sample(range(len(blocks)), limit)))
         rows[name] = blocks
@@ -74,12 +78,9 @@ def split_documents(documents: DatasetDict, config: DataConfig, *, seed: int) ->
     if "validation" in documents:
         return DatasetDict(train=documents["train"], validation=documents["validation"])
     texts = documents["train"]
-    first = {text: number for number, text in reversed(list(enumerate(texts[config.text])))}
-    unique = texts.select(sorted(first.values()))
+    unique = texts.select(pd.Series(texts[config.text][:]).drop_duplicates().index)
     if len(unique) < 2:
-        raise DataError(
-            "the source has one document only, so nothing can be held out from it; give two or more"
-        )
+        raise DataError("the source has one document only, so nothing can be held out; give two or more")
     split = unique.train_test_split(test_size=max(1, round(config.validation * len(unique))), seed=seed)
     return DatasetDict(train=split["train"], validation=split["test"])
 
@@ -121,15 +122,3 @@ def cut_off(lengths: Sequence[int], length: int) -> dict[str, float]:
         "longest_document": max(lengths, default=0),
         "share_of_tokens_cut_off": round(sum(lost) / max(sum(lengths), 1), 4),
     }
-
-
-def _too_little(name: str, config: DataConfig, documents: int, tokens: int) -> str:
-    if tokens < 2:
-        return (
-            f"{config.source}: all {documents} {name} documents are shorter than two tokens, so there is "
-            "nothing to predict"
-        )
-    return (
-        f"{config.source}: the {documents} {name} documents have {tokens} tokens together, fewer than one "
-        f"block of data.max_length={config.max_length}; lower max_length, or give more text"
-    )

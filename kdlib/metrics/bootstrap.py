@@ -24,7 +24,7 @@ class Bootstrap:
     groups: Sequence[str] | None = None
 
     def sums(self, values: np.ndarray) -> np.ndarray:
-        """[N, K] figures of each item to [resamples, K] sums over the items of each draw."""
+        """[N, K] figures of each item to their [resamples, K] sums over each draw."""
         return np.concatenate([times @ values for times in self._draws()])
 
     @property
@@ -33,7 +33,7 @@ class Bootstrap:
         return np.concatenate(list(self._draws()))
 
     def _draws(self) -> Iterator[np.ndarray]:
-        """[some, N] how many times each item is drawn."""
+        """`times`, some draws at a time."""
         groups = np.arange(self.items) if self.groups is None else self.groups
         names, belongs = np.unique(groups, return_inverse=True)
         generator, uniform = np.random.default_rng(self.seed), np.full(len(names), 1 / len(names))

@@ -1,5 +1,4 @@
-"""What a model answered, as probabilities, and how good that is: by itself, and beside its teacher.  Imports
-no torch.
+"""What a model answered, as probabilities, and how good that is: by itself, and beside its teacher.
 
 Axes: N items, C classes, or choices of an item.
 """
@@ -34,7 +33,7 @@ class Answers:
 
     def __post_init__(self) -> None:
         probabilities = np.asarray(self.probabilities, dtype=float)
-        labels, fault = np.asarray(self.labels, dtype=int), ""
+        labels = np.asarray(self.labels, dtype=int)
         if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1] or not len(labels):
             raise ValueError(
                 f"answers: found probabilities {probabilities.shape} and labels {labels.shape}; needed [N, "
@@ -44,12 +43,11 @@ class Answers:
         broken = np.flatnonzero(~(np.abs(sums - 1) < 1e-3) | (probabilities < 0).any(axis=1))
         outside = np.flatnonzero((labels < 0) | (labels >= probabilities.shape[1]))
         if len(broken):
-            fault = f"{len(broken)} rows are no distribution, first {broken[0]}: {probabilities[broken[0]]}"
-        elif len(outside):
-            row, most = outside[0], probabilities.shape[1] - 1
-            fault = f"row {row} has the label {labels[row]}; it must be 0 to {most}"
-        if fault:
-            raise ValueError(f"answers: {fault}")
+            first = f"first {broken[0]}: {probabilities[broken[0]]}"
+            raise ValueError(f"answers: {len(broken)} rows are no distribution, {first}")
+        if len(outside):
+            needed = f"it must be 0 to {probabilities.shape[1] - 1}"
+            raise ValueError(f"answers: row {outside[0]} has the label {labels[outside[0]]}; {needed}")
         object.__setattr__(self, "probabilities", probabilities / sums[:, None])
         object.__setattr__(self, "labels", labels)
 
@@ -87,17 +85,14 @@ def class_figures(means: Mapping[str, float], answers: np.ndarray) -> dict[str, 
     """What an evaluation tells beside its mean measures; `answers` [N, 2]: what was said, what was right."""
     from sklearn.metrics import f1_score  # as in `details`
 
-    said, right = answers.T
-    macro_f1 = f1_score(right, said, average="macro", zero_division=0.0)
+    macro_f1 = f1_score(answers[:, 1], answers[:, 0], average="macro", zero_division=0.0)
     return {"log_loss": means["ce"], "macro_f1": float(macro_f1)}
 
 
 def details(answers: Answers, labels: Sequence[str]) -> dict[str, Any]:
     """What lies behind the measures: reliability bins; of named classes precision, recall, F1, confusion."""
-    found: dict[str, Any] = {
-        "reliability": reliability(answers.confidence, answers.right),
-        "confidence": float(answers.confidence.mean()),
-    }
+    bins = reliability(answers.confidence, answers.right)
+    found: dict[str, Any] = {"reliability": bins, "confidence": float(answers.confidence.mean())}
     if labels:
         # takes two seconds, and not every process compares
         from sklearn.metrics import confusion_matrix, precision_recall_fscore_support

@@ -27,9 +27,8 @@ def table_of(choices: Choices, scores: np.ndarray, *, normalised: bool = True) -
 def probabilities(choices: Choices, scores: np.ndarray, *, normalised: bool = True) -> np.ndarray:
     """[N, C] softmax over each question's choices, 0 where a question has fewer than C.
 
-    Of the normalised scores, nats per character, so that the likeliest choice is the one that counts as
-    chosen.  Differences per character are small, so these lie nearer to one another than the probabilities of
-    the whole texts (`normalised=False`).
+    The likeliest is the one that counts as chosen.  Differences per character are small, so the normalised
+    lie nearer to one another than the probabilities of the whole texts (`normalised=False`).
     """
     table = table_of(choices, scores, normalised=normalised)
     weights = np.exp(table - table.max(1, keepdims=True))

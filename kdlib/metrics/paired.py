@@ -37,9 +37,7 @@ def results_of(
     teacher = next(iter(models.values()))
     for name, answers in models.items():
         if not np.array_equal(answers.labels, teacher.labels):
-            raise ValueError(
-                f"{name} was asked other questions than the teacher; needed the same items in the same order"
-            )
+            raise ValueError(f"{name} was asked other questions than the teacher, or in another order")
     independent = len(teacher) if groups is None else len(set(groups))
     over = "rows"
     if groups is not None:
@@ -61,7 +59,10 @@ def results_of(
             entry["on_teachers_mistakes"] = {"rows": missed, **shown}
         entry |= details(answers, labels)
         for number, of_class in enumerate(entry.get("per_class", [])):
-            of_class["f1"] = _f1(of_class["f1"], behind["f1"][1][:, number])
+            value, drawn = of_class["f1"], behind["f1"][1][:, number]
+            # no draw may have the class
+            certain = {"value": value, "low": value, "high": value}
+            of_class["f1"] = certain if np.isnan(drawn).all() else interval(value, drawn)
         entries[name] = entry
     return {
         "models": entries,
@@ -115,16 +116,16 @@ def worst_rows(
         Each {"row", "why", "text", "label", "nats", "kl_to_teacher", "said": {model: [[class, share], …]}}.
     """
     teacher, answers = next(iter(models.values())), models[student]
-    kl, chosen = answers.kl_from(teacher), {}
-    for row in [row for row in np.argsort(-answers.nats, kind="stable") if not answers.right[row]][:wrong]:
-        chosen[int(row)] = "most wrong"
-    for row in [row for row in np.argsort(-kl, kind="stable") if row not in chosen and kl[row] > 0][:far]:
-        chosen[int(row)] = "furthest from the teacher"
+    kl = answers.kl_from(teacher)
+    worst = [row for row in np.argsort(-answers.nats, kind="stable").tolist() if not answers.right[row]]
+    chosen = dict.fromkeys(worst[:wrong], "most wrong")
+    others = [row for row in np.argsort(-kl, kind="stable").tolist() if row not in chosen and kl[row] > 0]
+    chosen |= dict.fromkeys(others[:far], "furthest from the teacher")
     return [
         {
             "row": row,
             "why": why,
-            "text": _cut(texts[row]),
+            "text": texts[row][:LONGEST] + " …" * (len(texts[row]) > LONGEST),
             "label": choices[row][answers.labels[row]],
             "nats": float(answers.nats[row]),
             "kl_to_teacher": float(kl[row]),
@@ -146,21 +147,15 @@ def _figures(
     }
     table = np.concatenate(list(columns.values()), axis=1)
     ends = np.cumsum([values.shape[1] for values in columns.values()])[:-1]
-    found = {}
     both = [
         dict(zip(columns, np.split(sums, ends, axis=1), strict=True))
         for sums in (table.sum(axis=0, keepdims=True), bootstrap.sums(table))
     ]
+    found = {}
     for name in models:
         whole, drawn = (measures({c: each[n, c] for n, c in columns if n == name}) for each in both)
         found[name] = {m: (v[0], drawn[m]) for m, v in whole.items() if not np.isnan(v).all()}
     return found
-
-
-def _f1(value: float, drawn: np.ndarray) -> dict[str, float]:
-    """With its interval; without one where no draw has the class."""
-    certain = {"value": value, "low": value, "high": value}
-    return certain if np.isnan(drawn).all() else interval(value, drawn)
 
 
 def _discordant(models: Mapping[str, Answers], a: str, b: str) -> dict[str, Any]:
@@ -174,7 +169,3 @@ def _discordant(models: Mapping[str, Answers], a: str, b: str) -> dict[str, Any]
 def _top(probabilities: np.ndarray, choices: Sequence[str]) -> list[list[Any]]:
     likeliest = np.argsort(-probabilities[: len(choices)], kind="stable")[:TOP]
     return [[choices[number], float(probabilities[number])] for number in likeliest]
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
