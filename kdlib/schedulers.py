@@ -54,8 +54,8 @@ def cosine(start: float, end: float) -> Schedule:
 def exponential(start: float, end: float) -> Schedule:
     """From `start` to `end`, both above 0, by equal factors in equal times: a line of the logarithm."""
     if not (start > 0 and end > 0):
-        found = f"found {start:g} and {end:g}"
-        raise ValueError(f"both ends must be above 0, {found}; take a small positive number, or linear")
+        advice = "take a small positive number, or linear"
+        raise ValueError(f"both ends must be above 0, found {start:g} and {end:g}; {advice}")
     return lambda fraction: start ** (1 - _clipped(fraction)) * end ** _clipped(fraction)
 
 
@@ -79,11 +79,7 @@ def piecewise(points: Mapping[float, float]) -> Schedule:
 
 
 def joined(phases: Sequence[tuple[float, Schedule]]) -> Schedule:
-    """Schedules one after another, each stretched over its own phase.
-
-    Args:
-        phases: (until, schedule) with `until` rising to 1; a schedule sees its own phase as 0 to 1.
-    """
+    """Schedules one after another, (until, schedule), `until` rising to 1; each sees its phase as 0 to 1."""
     ends = [until for until, _ in phases]
     if not ends or ends[-1] != 1 or not all(start < end for start, end in pairwise([0.0, *ends])):
         raise ValueError(f"phases must end at rising fractions, the last at 1; found {ends}")
@@ -151,11 +147,9 @@ def sampled(spec: Spec) -> list[float]:
 
 
 def with_curriculum(weights: Mapping[str, Spec], curriculum: Sequence[Mapping]) -> dict[str, Spec]:
-    """Every term's weight over the whole training, as the number or the schedule that a config could hold.
+    """Every term's weight over the whole training, as a config could hold it, from the usual weights.
 
-    Args:
-        weights: the usual ones, by term.
-        curriculum: phases in order, free of the faults below; none leave the weights as they are.
+    The phases are free of the faults below; where there are none, the weights stay as they are.
     """
     named = {term: weights.get(term, 0.0) for term in _terms(curriculum)}
     return {**weights, **{term: _over_phases(term, usual, curriculum) for term, usual in named.items()}}

@@ -68,7 +68,9 @@ def _unfit(weights: Mapping[str, Any]) -> list[str]:
     return faults
 
 
-def _normal(weights: Mapping[str, Any]) -> dict[str, Spec]:
+def _sound(weights: Mapping[str, Any], faults: list[str]) -> dict[str, Spec]:
+    """The weights with all their numbers floats, where there are no faults."""
+    refuse(faults)
     return {name: normal(spec) for name, spec in weights.items()}
 
 
@@ -76,13 +78,7 @@ def _weights(weights: dict, info: ValidationInfo) -> dict:
     """Sound one by one, and together with the curriculum where that is sound in itself."""
     phases = _plain(info.data.get("curriculum"))
     faults = _unfit(weights) + curriculum_conflicts(weights, phases)
-    refuse(faults or (idle(weights, phases) if "curriculum" in info.data else []))
-    return _normal(weights)
-
-
-def _baseline_weights(weights: dict) -> dict:
-    refuse(_unfit(weights) or idle(weights, []))
-    return _normal(weights)
+    return _sound(weights, faults or (idle(weights, phases) if "curriculum" in info.data else []))
 
 
 def _phase_weights(weights: dict, info: ValidationInfo) -> dict:
@@ -93,8 +89,7 @@ def _phase_weights(weights: dict, info: ValidationInfo) -> dict:
             for name, spec in weights.items()
             if isinstance(spec, Mapping)
         ]
-    refuse(faults)
-    return _normal(weights)
+    return _sound(weights, faults)
 
 
 def _by_term(temperature: Any) -> bool:
@@ -267,7 +262,9 @@ class LossConfig(Section):
 class BaselineConfig(Section):
     """A second student that differs in its loss weights alone: same start, data, order, steps, rate."""
 
-    weights: Annotated[dict[str, Any], AfterValidator(_baseline_weights)] = {"ce": 1.0}
+    weights: Annotated[
+        dict[str, Any], AfterValidator(lambda weights: _sound(weights, _unfit(weights) or idle(weights, [])))
+    ] = {"ce": 1.0}
 
     @property
     def feature_terms(self) -> list[str]:

@@ -20,6 +20,7 @@ from kdlib.config.sections import (
     Seed,
     StudentConfig,
     TeacherConfig,
+    read_beside,
     refuse,
 )
 from kdlib.config.task_rules import RULES, misfits, rules_named
@@ -27,21 +28,8 @@ from kdlib.config.training_arguments import TRAINING_DEFAULTS, clashes, problem_
 from kdlib.errors import ConfigError, nearest, printable
 
 Overrides = Sequence[str] | Mapping[str, Any]
-SMOKE: dict[str, dict[str, int]] = {
-    "training": {
-        "max_steps": 4,
-        "warmup_steps": 1,
-        "logging_steps": 1,
-        "eval_steps": 4,
-        "save_steps": 4,
-        "per_device_train_batch_size": 2,
-        "per_device_eval_batch_size": 4,
-        "gradient_accumulation_steps": 1,
-    },
-    "data": {"max_length": 32, "max_train_rows": 64, "max_eval_rows": 4},
-    "compare": {"resamples": 200, "continuations": 1, "prompt_tokens": 8, "new_tokens": 4},
-}
-"""What `smoke` changes, so that the same config runs through in under two minutes: few steps, short rows."""
+SMOKE: dict[str, dict[str, int]] = read_beside(__file__)
+"""What `smoke` changes, so that the same config runs through in under two minutes."""
 
 
 def _steps(training: Any) -> Mapping[str, Any]:

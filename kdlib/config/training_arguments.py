@@ -23,11 +23,9 @@ WARM_UP = (
 def training_fields() -> dict[str, str]:
     """TrainingArguments' own field names with their annotations."""
     return {
-        node.target.id: ast.unparse(node.annotation)
+        name: ast.unparse(node.annotation)
         for node in _body("training_args.py", "TrainingArguments")
-        if isinstance(node, ast.AnnAssign)
-        and isinstance(node.target, ast.Name)
-        and not node.target.id.startswith("_")
+        if isinstance(node, ast.AnnAssign) and not (name := ast.unparse(node.target)).startswith("_")
     }
 
 
@@ -73,8 +71,8 @@ def _problem_with_rate(name: str, value: Any) -> str | None:
         known = scheduler_names()
         if value in known:
             return None
-        form = f"one of {', '.join(known)}, or a schedule that multiplies learning_rate"
-        return f"{name}: found {value!r}{nearest(str(value), known)}; it is {form}, as {{cosine: [1, 0.1]}}"
+        form = f"{', '.join(known)}, or a schedule that multiplies learning_rate, as {{cosine: [1, 0.1]}}"
+        return f"{name}: found {value!r}{nearest(str(value), known)}; it is one of {form}"
     try:
         values = sampled(value)
     except ValueError as error:
@@ -105,7 +103,7 @@ def typed(name: str, value: Any) -> Any:
     """The value in its field's type; TrainingArguments itself would take `learning_rate="abc"`."""
     if name == "lr_scheduler_type" and isinstance(value, Mapping):
         return normal(value)
-    kinds = {kind.strip() for kind in training_fields()[name].split("|")}
+    kinds = set(training_fields()[name].split(" | "))
     if value is None:
         fits = "None" in kinds
     elif not kinds <= {"int", "float", "bool", "None"}:

@@ -1,7 +1,6 @@
 """What the chunked losses keep between steps: two buffers of logits, and the compiled arithmetic on rows.
 
-A signal here is one of `losses.signals`, and its form, which makes logits of its head's products, hashable:
-equal ones share compiled code.
+Signals, of `losses.signals`, whose forms are equal share compiled code.
 """
 
 import logging
@@ -25,9 +24,9 @@ log = logging.getLogger(__name__)
 
 
 class Workspace:
-    """Buffers for the logits of one chunk, student's and teacher's, and the arithmetic on their rows.
+    """Buffers for the logits of one chunk, and the arithmetic on its rows.  One serves one training.
 
-    Keeping the buffers spares the page faults of fresh memory at each step.  One serves one training.
+    Keeping the buffers spares the page faults of fresh memory at each step.
     """
 
     def __init__(self, chunk: int | None = None, *, compiled: bool = False) -> None:
@@ -50,10 +49,9 @@ class Workspace:
         return self.chunk
 
     def products(self, name: str, signal: Any, rows: slice) -> Tensor:
-        """A model's raw products with its head for these rows, in the kept buffer of this name.
+        """[n or more, V] raw products of a model with its head, in the kept buffer of this name.
 
-        Returns:
-            [n or more, V]: whole pieces where the arithmetic is compiled, so that it sees one shape.
+        More where the arithmetic is compiled, to whole pieces, so that it sees one shape.
         """
         tokens = rows.stop - rows.start
         buffer = self._buffer(name, max(-(-tokens // PIECE), 1) * PIECE if self.compiled else tokens, signal)
@@ -100,8 +98,7 @@ class Workspace:
 def row_width(vocabulary: int, itemsize: int, device: torch.device) -> int:
     """Elements from one row of logits to the next: V, on a CPU a cache line more where V fills whole pages.
 
-    Rows whole pages apart begin in the same few sets of the caches, and a product that writes a tile of many
-    rows evicts itself.
+    Rows whole pages apart share a few sets of the caches: a product that writes many rows evicts itself.
     """
     fills_pages = device.type == "cpu" and vocabulary * itemsize % PAGE == 0
     return vocabulary + (LINE // itemsize if fills_pages else 0)
@@ -110,7 +107,7 @@ def row_width(vocabulary: int, itemsize: int, device: torch.device) -> int:
 def chunk_tokens(vocabulary: int, itemsize: int, device: torch.device, *, free: int | None = None) -> int:
     """Tokens whose logits to make at a time: as many as an eighth of the free memory holds, in bounds.
 
-    A multiple of 64.  More make the products a little faster, up to a few hundred; memory grows with them.
+    A multiple of 64.  More make the products a little faster, up to a few hundred.
 
     Args:
         free: bytes of the device; those that are free now where None.
@@ -158,9 +155,7 @@ def _compiled(functions: tuple[Callable, ...], student: Any, teacher: Any) -> Su
             return chosen(*arguments)
         except torch._dynamo.exc.TorchDynamoException as error:  # before it touched anything
             why = " ".join(str(error).splitlines()[:2])
-            log.warning(
-                "the row arithmetic of the losses is not compiled, and some three times slower: %s", why
-            )
+            log.warning("the losses' row arithmetic is not compiled, and some three times slower: %s", why)
             chosen = eager
             return eager(*arguments)
 

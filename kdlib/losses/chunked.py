@@ -1,9 +1,8 @@
 """Loss terms evaluated chunk by chunk, so that no [N, V] tensor of logits ever exists.
 
 The gradient with respect to hidden states and head is made in the forward pass, while a chunk's logits are at
-hand: backward then only scales it.  Any number of terms shares one product with each head.  What remains is
-the cost of the matrix products: buffers are kept between steps, the gradient overwrites the student's logits,
-and the arithmetic on rows may be compiled into a few passes.
+hand: backward only scales it.  All terms share one product with each head, whose cost is what remains: the
+buffers are kept between steps, the gradient overwrites the student's logits, the arithmetic may be compiled.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,7 +40,6 @@ def token_values(
 
     Args:
         student, teacher: of the same N tokens; no teacher where no term asks for it.
-        targets: [N] token ids.
         chunk: tokens whose logits are made at a time; all at once where None.  Autograd keeps them all.
     """
     student, teacher, parts = student.cast(), None if teacher is None else teacher.cast(), []
@@ -71,7 +69,6 @@ def term_sums(
         terms: weights not 0.
         count: a chunked gradient is that of `sum(weight * sum) / count`: back-propagate a multiple of that
             (what `Ledger.total` is) and nothing else; anything else is refused.
-        workspace: buffers kept between calls.
 
     Raises:
         RuntimeError: on backward, where the sums were combined with other weights, or the gradient is to be

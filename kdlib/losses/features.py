@@ -1,8 +1,7 @@
 """What goes on inside: hidden states and attention maps of chosen layers, student's against teacher's.
 
 Axes: N kept tokens, H hidden, A heads, T positions.  Every function returns [N], one value per token, in
-float32 (float64 for float64 inputs); it sums no tokens and knows no weight, so that a feature term is masked
-and normalised as every other term is.
+float32 (float64 for float64 inputs); a feature term is masked and normalised as every other term is.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -82,7 +81,7 @@ def contrastive_loss(student: Tensor, teacher: Tensor, rows: Tensor, *, temperat
 
     Args:
         student, teacher: [N, H], projected to one size.
-        rows: [N] rising row numbers.
+        rows: as of `relational_distance`.
         temperature: of the softmax over cosines; smaller looks at the nearest wrong token more.
 
     Reference: Tian et al. 2020 (CRD), https://arxiv.org/abs/1910.10699, with the negatives of the token's own

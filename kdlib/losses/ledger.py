@@ -82,9 +82,6 @@ def breach(figures: Mapping[str, tuple[float, float]], loss: float) -> str | Non
     """How the logged terms fail to sum to the loss that was back-propagated; None where they do sum.
 
     A sum cannot prove whose fault it is: a term is named where a usual mistake with it alone explains it.
-
-    Args:
-        figures: {term: (value, weight)}.
     """
     shares = {name: value * weight for name, (value, weight) in figures.items()}
     total = sum(shares.values())

@@ -160,7 +160,6 @@ class ObjectiveAt:
 
     @property
     def logit_terms(self) -> dict[str, Weighted]:
-        """The terms that are made from logits."""
         return {
             name: Weighted(self._function(name), weight, self.temperatures.get(name, 1.0))
             for name, weight in self.weights.items()
@@ -168,7 +167,7 @@ class ObjectiveAt:
         }
 
     def feature_values(self, student: Signal, teacher: Signal | None) -> dict[str, Tensor]:
-        """{term: [N] unweighted values} of the terms on features; nothing is asked where there is none."""
+        """{term: [N] unweighted values} of the terms on features."""
         return {
             name: FEATURE_TERMS[name].values(
                 student, teacher, temperature=self.temperatures.get(name, 1.0), normalise=self.normalise
@@ -212,7 +211,6 @@ def ledger(
 
     Args:
         student, teacher: of the same N kept tokens; no teacher where not `at.needs_teacher`.
-        targets: [N] token ids.
         count: kept tokens of the whole optimizer step: all micro-batches, all ranks.
     """
     if not at.weights:
@@ -243,11 +241,7 @@ def values_of(
     at: ObjectiveAt | None = None,
     chunk: int | None = None,
 ) -> dict[str, Tensor]:
-    """{term: [N] unweighted values} of these terms and of the objective's `at`, those in both made once.
-
-    Args:
-        chunk: tokens whose logits are made at a time.
-    """
+    """{term: [N] unweighted values} of these terms and of the objective's, those in both made once."""
     wanted = {**(at.logit_terms if at else {}), **terms}
     values = at.feature_values(student, teacher) if at else {}
     if not wanted:
