@@ -58,7 +58,7 @@ SHORTEST_KEY = 12  # characters; a shorter value may stand in a text by chance
 
 
 def refuse_keys(text: str) -> None:
-    """Raise where the text holds the value of a key in the environment, or what looks like a well-known one.
+    """Raise where the text holds a key of the environment, or what looks like a well-known one.
 
     Raises:
         ConfigError: it does; the message names the variable, or the key's first letters.

@@ -15,6 +15,7 @@ from PIL import Image
 from kdlib.config.run import parse
 from kdlib.errors import RunError
 from kdlib.plots.training_panels import View
+from kdlib.reports.html import page
 from kdlib.reports.scorecard import Line
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import PARENT, Run
@@ -34,7 +35,7 @@ def test_before_anything_is_logged_the_picture_says_so(raw_config, tmp_path):
     picture = dashboard.LiveRun(run, View())
     assert picture.words[0] == "empty  ·  nothing logged yet"
     assert Image.open(io.BytesIO(picture.png())).size[0] == 800
-    assert dashboard.card_html(picture.scorecard()) == ""
+    assert page("card.html.j2", lines=picture.scorecard()) == ""
 
 
 @pytest.fixture
@@ -106,8 +107,9 @@ def test_a_file_that_cannot_be_read_is_said_to_be_and_watching_goes_on(board, ru
 
 
 def test_the_scorecard_is_escaped():
-    card = dashboard.card_html(
-        [Line("<script>alert(1)</script>", "<img src=x onerror=alert(2)>", "1", passed=False)]
+    card = page(
+        "card.html.j2",
+        lines=[Line("<script>alert(1)</script>", "<img src=x onerror=alert(2)>", "1", passed=False)],
     )
     assert "<script" not in card
     assert "<img" not in card

@@ -11,6 +11,7 @@ from kdlib.plots.axes import LABELS, png
 from kdlib.plots.schedules import as_yaml, schedules_of
 from kdlib.plots.softening import message, softening_figure
 from kdlib.plots.tokens import heat_map, of
+from kdlib.reports.html import page
 from kdlib.runs.files import StudentFolder, read_json
 from kdlib.runs.folder import Run
 from kdlib.runs.log import plan_table
@@ -70,10 +71,9 @@ def steps_of(run: Run) -> int | None:
 
 def yaml_html(text: str) -> str:
     """To be selected and copied."""
-    return f'<pre class="kd-yaml" style="color:inherit;user-select:all;margin:.4rem 0">{escape(text)}</pre>'
+    return page("explorer.html.j2", yaml=text)
 
 
 def _picture(figure: Figure, words: str) -> str:
     encoded = base64.b64encode(png(figure, dpi=130)).decode()
-    image = f'<img alt="{escape(words)}" src="data:image/png;base64,{encoded}" style="max-width:100%">'
-    return f'<figure style="margin:.4rem 0">{image}</figure>'
+    return page("explorer.html.j2", png=encoded, words=words)

@@ -20,7 +20,8 @@ from matplotlib.text import Text
 from matplotlib.ticker import FixedFormatter, FuncFormatter
 from pygments.formatters import HtmlFormatter
 
-from kdlib.runs.files import now, write_error, write_text
+from kdlib.metrics.names import three_digits, with_interval
+from kdlib.runs.files import now, write_text, writing
 
 TEMPLATES = Path(__file__).parent / "templates"
 PLOTS = Path(__file__).parent.parent / "plots"  # with heat_map.css
@@ -76,7 +77,7 @@ def write(
     Raises:
         RunError: the disk refuses.
     """
-    try:
+    with writing(folder):
         for name in ("figures", "tables"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         for name, image in pictures.items():
@@ -84,8 +85,6 @@ def write(
         for name, frame in tables.items():
             frame.to_csv(folder / "tables" / f"{name}.csv", index=index)
         write_text(folder / "report.html", text)
-    except OSError as error:
-        raise write_error(folder, error) from error
     return folder / "report.html"
 
 
@@ -117,7 +116,7 @@ def _saved(figure: Figure, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _highlight(style: str) -> Markup:
+def highlight(style: str) -> Markup:
     """The style sheet of code, which a notebook brings along but its page does not take over."""
     return Markup(HtmlFormatter(style=style).get_style_defs(".highlight"))
 
@@ -129,4 +128,4 @@ ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-ENVIRONMENT.globals |= {"table": table, "highlight": _highlight, "now": now}
+ENVIRONMENT.globals |= {f.__name__: f for f in (highlight, now, table, three_digits, with_interval)}

@@ -16,9 +16,8 @@ import pandas as pd
 from kdlib.metrics.names import three_digits
 from kdlib.plots.axes import LABELS
 from kdlib.reports.html import page, report_link
-from kdlib.reports.scorecard import failed, passed
 from kdlib.reports.summary import Summary, keys_of, summaries
-from kdlib.runs.files import write_error, write_text
+from kdlib.runs.files import write_text, writing
 from kdlib.runs.log import thinned
 
 STATES = {"running": 0, "created": 1, "done": 2, "stopped": 3, "failed": 4, "died": 5, "unreadable": 6}
@@ -43,10 +42,8 @@ class Cell(NamedTuple):
 
 def render_index(runs: Path, reports: Path) -> Path:
     """Write index.html over all runs of a folder, and return its path."""
-    try:
+    with writing(reports):
         reports.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(reports, error) from error
     write_text(reports / "index.html", _page(summaries(runs), reports))
     return reports / "index.html"
 
@@ -91,8 +88,9 @@ def settings_that_differ(found: Sequence[Summary]) -> dict[str, list[Cell]]:
 
 
 def _scorecard(each: Summary) -> Cell:
-    faults = [f"fails: {line.check}: {line.found}" for line in failed(each.card)]
-    return Cell(passed(each.card), "; ".join(faults), bool(faults))
+    passed = f"{sum(line.passed is True for line in each.card)} of {len(each.card)} pass"
+    failed = [f"fails: {line.check}: {line.found}" for line in each.card if line.passed is False]
+    return Cell(passed if each.card else "", "; ".join(failed), bool(failed))
 
 
 def _places(values: Sequence[Any]) -> list[tuple[int, int]]:

@@ -9,16 +9,16 @@ from nbconvert.filters import strip_ansi
 
 from kdlib.config.task_rules import rules_in, shown_in
 from kdlib.errors import RunError
-from kdlib.metrics.names import MEASURES, three_digits, with_interval
+from kdlib.metrics.names import MEASURES
 from kdlib.plots import comparison as plots
-from kdlib.plots.axes import LABELS, label_of
+from kdlib.plots.axes import label_of
 from kdlib.plots.classification import ANSWER_FIGURES, TITLES, answer_tables
 from kdlib.plots.training import run_figures
 from kdlib.reports import html
 from kdlib.reports.explorers import static_html
 from kdlib.reports.notebook_html import notebook_html
-from kdlib.reports.scorecard import Line, failed, passed, scorecard, scorecard_table
-from kdlib.reports.summary import Summary, flat, keys_of, summary
+from kdlib.reports.scorecard import scorecard, scorecard_table
+from kdlib.reports.summary import flat, keys_of, summary
 from kdlib.runs.files import read_json
 from kdlib.runs.folder import Run
 
@@ -45,9 +45,17 @@ def render(run: Run, reports: Path) -> Path:
         tables |= comparison_tables(results)
     if cards:
         tables["scorecard"] = scorecard_table(next(iter(cards.values())))
-    strip = _strip(brief, results, next(iter(cards.values()), []))
-    found = {"pictures": pictures, "tables": tables, "cards": cards, "strip": strip, "own_place": OWN_PLACE}
-    page = html.page("report.html.j2", **found, **run_content(run), **_comparison_content(results))
+    page = html.page(
+        "report.html.j2",
+        brief=brief,
+        keys=keys_of([brief]),
+        pictures=pictures,
+        tables=tables,
+        cards=cards,
+        own_place=OWN_PLACE,
+        **run_content(run),
+        **_comparison_content(results),
+    )
     return html.write(reports / run.name, page, pictures, tables)
 
 
@@ -84,32 +92,6 @@ def run_content(run: Run, *, command: str = "kd run") -> dict[str, Any]:
         "again": f"{command} runs/{run.name}/config.yaml",
         "notebooks": {path.stem: notebook_html(path) for path in sorted(run.notebooks.glob("*.ipynb"))},
     }
-
-
-def _strip(
-    brief: Summary, results: Mapping[str, Any] | None, card: list[Line]
-) -> list[tuple[str, str, list[str]]]:
-    """Key figures: what, how much, and what to hold it against."""
-    strip = []
-    for metric, label in keys_of([brief]).items():
-        value, _, interval = brief.key(metric).partition(" ")
-        if results:
-            rival = "baseline" if "baseline" in results["models"] else "untrained"
-            against = f"{LABELS[rival]} {with_interval(results['models'][rival][metric])}"
-        else:
-            against = f"held-out, at step {brief.evaluation['step'].iloc[-1]}"
-        strip.append((label, value, [interval, against]))
-    if results:
-        student, teacher = (results["models"][name]["parameters"] / 1e6 for name in ("distilled", "teacher"))
-        share = f"{student / teacher:.0%} of the teacher's {three_digits(teacher)} M"
-        strip.append(("parameters", f"{three_digits(student)} M", [share]))
-    if brief.step is not None:
-        strip.append(("steps", f"{brief.step:,}", [f"of {brief.steps:,}"] if brief.steps else []))
-    strip += [(name, cost, []) for name, cost in brief.costs.items() if name.startswith("training")]
-    if card:
-        faults = [f"fails: {line.check}" for line in failed(card)]
-        strip.append(("scorecard", passed(card), faults or ["no check fails"]))
-    return strip
 
 
 def _comparison_content(results: Mapping[str, Any] | None) -> dict[str, Any]:

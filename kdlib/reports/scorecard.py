@@ -4,7 +4,6 @@ To add one: a function that returns a `Line`, and its call in `scorecard`.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,16 +64,6 @@ def scorecard(run: Run, folder: StudentFolder | None = None, tail: Tail | None =
     ]
 
 
-def passed(lines: Sequence[Line]) -> str:
-    """`5 of 7 pass`; nothing of no lines."""
-    return f"{sum(line.passed is True for line in lines)} of {len(lines)} pass" if lines else ""
-
-
-def failed(lines: Sequence[Line]) -> list[Line]:
-    """Those that were measured and fail."""
-    return [line for line in lines if line.passed is False]
-
-
 def scorecard_table(lines: list[Line]) -> pd.DataFrame:
     """check → found, needed, result."""
     columns = ["check", "found", "needed", "result"]
@@ -104,9 +93,8 @@ def _evaluation(evaluation: pd.DataFrame, metric: str) -> Line:
         return Line(check, found, needed, None)
     first, later, higher = values.iloc[0], values.iloc[1:], MEASURES[metric].higher_is_better
     best = later.max() if higher else later.min()
-    return Line(
-        check, f"{first:.4g} → {best:.4g} at best", needed, bool(best > first if higher else best < first)
-    )
+    is_better = bool(best > first if higher else best < first)
+    return Line(check, f"{first:.4g} → {best:.4g} at best", needed, is_better)
 
 
 def _gap(train: pd.DataFrame, evaluation: pd.DataFrame) -> Line:

@@ -4,15 +4,15 @@ import datetime
 import errno
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kdlib.errors import RunError
 
-REFUSALS = tuple(
-    getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EFBIG", "ENOTDIR")
-)
+REFUSALS = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EFBIG", "ENOTDIR")
 
 
 @dataclass(frozen=True)
@@ -66,20 +66,27 @@ def write_text(path: Path, text: str) -> None:
         RunError: the disk refuses.
     """
     neighbour = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of this process: several write one index
-    try:
+    with writing(path):
         neighbour.write_text(text, encoding="utf-8")
         neighbour.replace(path)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, a disk that refuses is a RunError that says what to do."""
+    try:
+        yield
     except OSError as error:
         raise write_error(path, error) from error
 
 
 def is_refusal(error: BaseException) -> bool:
     """True for a disk that refuses: full, read-only, not ours; not for a tracker's lost connection."""
-    return isinstance(error, OSError) and error.errno in REFUSALS
+    return isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in REFUSALS
 
 
 def write_error(path: Path, error: Exception) -> RunError:
-    """The RunError for a disk that refuses: full, read-only, or not ours."""
+    """The RunError for a disk that refuses."""
     advice = "free some space, then go on with --resume"
     if isinstance(error, OSError) and error.errno != errno.ENOSPC:
         advice = "choose a folder you can write to with --runs"

@@ -19,7 +19,7 @@ import yaml
 
 from kdlib.config.run import Config, differences, parse
 from kdlib.errors import RunError, nearest, refuse_keys
-from kdlib.runs.files import StudentFolder, now, read_json, write_error, write_json, write_text
+from kdlib.runs.files import StudentFolder, now, read_json, write_json, write_text, writing
 
 # set by the command that runs the notebooks: it keeps status.json, and nobody watches the cells
 PARENT = "KDLIB_RUN_BY"
@@ -57,8 +57,7 @@ class Run(StudentFolder):
 
     @property
     def config(self) -> Config:
-        """The resolved config."""
-        path = self.path / "config.yaml"
+        path = self.path / "config.yaml"  # resolved
         return _resolved(path, path.stat().st_mtime_ns)
 
     @property
@@ -83,7 +82,6 @@ class Run(StudentFolder):
         write_json(self.path / "status.json", {"state": state, "message": message, "since": now(), **process})
 
     def add_to_manifest(self, **entries: Any) -> None:
-        """Merge these entries into manifest.json."""
         write_json(self.path / "manifest.json", {**self.manifest, **entries})
 
     def finish(self) -> None:
@@ -107,10 +105,8 @@ def create(root: Path, name: str, config: Config, **origin: Any) -> Run:
     check_new(root, name)
     refuse_keys(f"{config.as_yaml()} {origin}")
     run = Run(root / name)
-    try:
+    with writing(run.path):
         run.notebooks.mkdir(parents=True)
-    except OSError as error:
-        raise write_error(run.path, error) from error
     try:
         write_text(run.path / "config.yaml", config.as_yaml())
         write_json(run.path / "manifest.json", {"run": name, "created": now(), "commit": _commit(), **origin})
@@ -126,8 +122,8 @@ def check_new(root: Path, name: str) -> None:
     if not re.fullmatch(r"[\w.+=-]+", name) or name.startswith("."):
         raise RunError(f"run name {name!r}: use letters, digits and . _ - + = only, and no leading dot")
     if (root / name).exists():
-        go_on = f"go on with it by --resume {name}"
-        raise RunError(f"run {name!r} exists already; choose another --name, or {go_on}")
+        advice = f"choose another --name, or go on with it by --resume {name}"
+        raise RunError(f"run {name!r} exists already; {advice}")
 
 
 def open_run(root: Path, name: str, config: Config | None = None) -> Run:
@@ -155,8 +151,8 @@ def clean(run: Run) -> int:
         RunError: the run is not done.
     """
     if (state := run.status["state"]) != "done":
-        what = f"run {run.name} is {state}, not done: it may go on from its checkpoints with --resume"
-        raise RunError(f"{what}; or delete them by hand")
+        advice = "it may go on from its checkpoints with --resume; or delete them by hand"
+        raise RunError(f"run {run.name} is {state}, not done: {advice}")
     folders = [student.checkpoints for student in (run, run.baseline)]
     freed = sum(file.stat().st_size for folder in folders for file in folder.rglob("*"))
     for folder in folders:
@@ -165,7 +161,6 @@ def clean(run: Run) -> int:
 
 
 def default_root() -> Path:
-    """The project's own folder of runs."""
     return project_root() / "runs"
 
 

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.json
 
 from kdlib.errors import RunError
-from kdlib.runs.files import StudentFolder, read_json, write_error, write_text
+from kdlib.runs.files import StudentFolder, read_json, write_text, writing
 
 POINTS = 1000  # that a curve is drawn from
 PAUSE, PAUSE_S = 10.0, 60.0  # more usual times than that, and more seconds, from line to line: it stood still
@@ -44,15 +44,12 @@ def cut_metrics(folder: StudentFolder, step: int) -> None:
 
 def append_metrics(folder: StudentFolder, line: Mapping[str, Any]) -> None:
     """Add one line at once, so that a kill loses nothing already logged."""
-    try:
-        with folder.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-    except OSError as error:
-        raise write_error(folder.metrics, error) from error
+    with writing(folder.metrics), folder.metrics.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def history(folder: StudentFolder) -> list[dict[str, float]]:
-    """One line per epoch begun: the mean of its training figures and its last evaluation."""
+    """One line per epoch begun: the mean of its training figures, and its last evaluation."""
     epochs: dict[int, dict[str, list[float]]] = {}
     for line in read_metrics(folder):
         figures = epochs.setdefault(math.ceil(line["train/epoch"]), {})
@@ -124,12 +121,12 @@ def _of(lines: pa.Table, prefix: str) -> pd.DataFrame:
 
 
 def training_table(folder: StudentFolder) -> pd.DataFrame:
-    """The training lines of metrics.jsonl, one row per log, without the train/ prefix."""
+    """`Tail.train`, once."""
     return Tail(folder).train
 
 
 def eval_table(folder: StudentFolder) -> pd.DataFrame:
-    """The evaluation lines of metrics.jsonl, with step and epoch, without the eval/ prefix."""
+    """`Tail.evaluation`, once."""
     return Tail(folder).evaluation
 
 
@@ -193,9 +190,7 @@ def thinned(curves: np.ndarray, *, points: int = POINTS) -> np.ndarray:
     gaps = np.flatnonzero(np.diff(is_finite).any(axis=0)) + 1
     kept = {0, length - 1, *(gaps if len(gaps) <= points else ())}
     edges = np.linspace(0, length, max(points // (2 * count), 50) + 1).astype(int)
-    for low, high in zip(
-        np.where(is_finite, curves, np.inf), np.where(is_finite, curves, -np.inf), strict=True
-    ):
-        for start, end in pairwise(edges):
-            kept |= {start + low[start:end].argmin(), start + high[start:end].argmax()}
+    lows, highs = np.where(is_finite, curves, np.inf), np.where(is_finite, curves, -np.inf)
+    for start, end in pairwise(edges):
+        kept |= {*(start + lows[:, start:end].argmin(axis=1)), *(start + highs[:, start:end].argmax(axis=1))}
     return np.array(sorted(kept))

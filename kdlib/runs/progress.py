@@ -1,4 +1,4 @@
-"""How a training stands: everything that its figures are made of, read from its folder's files."""
+"""How a training stands, by its folder's files."""
 
 import time
 from collections.abc import Mapping
@@ -67,27 +67,23 @@ class Progress:
         table = self.tail.evaluation
         if measure not in table or not np.isfinite(table[measure]).any():
             return None
-        values = table[measure].where(np.isfinite(table[measure]))
+        values = table[measure].where(np.isfinite)
         best = values.idxmax() if MEASURES[measure].higher_is_better else values.idxmin()
         return float(values[best]), int(table["step"][best]), float(table[measure].iloc[-1])
 
 
 def progress(run: Run, folder: StudentFolder | None = None, tail: Tail | None = None) -> Progress:
-    """How a run's distilled student stands, or that of another folder: the baseline.
-
-    `tail` is the folder's, where it is at hand.
-    """
-    folder = folder or run
-    tail, config, plan = tail or Tail(folder), run.config, plan_table(folder)
+    """How a run's distilled student stands, or that of another folder: the baseline; `tail` is its log."""
+    folder, config = folder or run, run.config
     state, quiet_s = _state(run, folder)
-    own = folder.path == run.path
-    phases = [(phase.until, _words(phase.weights)) for phase in config.loss.curriculum or []] if own else []
+    is_own = folder.path == run.path
+    phases = config.loss.curriculum if is_own else None
     return Progress(
-        name=run.name if own else f"{run.name}, {folder.path.name}",
+        name=run.name if is_own else f"{run.name}, {folder.path.name}",
         state=state,
-        tail=tail,
-        plan=plan,
-        phases=tuple(phases),
+        tail=tail or Tail(folder),
+        plan=plan_table(folder),
+        phases=tuple((phase.until, _words(phase.weights)) for phase in phases or []),
         best_by=config.training["metric_for_best_model"].removeprefix("eval_"),
         message=run.status.get("message", "") if state in ("stopped", "failed", "died") else "",
         quiet_s=quiet_s,
@@ -97,12 +93,9 @@ def progress(run: Run, folder: StudentFolder | None = None, tail: Tail | None = 
 
 def headline(progress: Progress) -> str:
     """Which run, and how it stands."""
-    words = progress.state
-    if words == "quiet":
-        words = f"no news for {duration(progress.quiet_s)}"
-    elif words in ("created", "running"):
-        words = "training" if len(progress.tail.train) else "nothing logged yet"
-    return f"{progress.name}  ·  {words}"
+    going = "training" if len(progress.tail.train) else "nothing logged yet"
+    words = {"quiet": f"no news for {duration(progress.quiet_s)}", "created": going, "running": going}
+    return f"{progress.name}  ·  {words.get(progress.state, progress.state)}"
 
 
 def where_line(progress: Progress) -> str:
@@ -110,9 +103,10 @@ def where_line(progress: Progress) -> str:
     if not len(progress.tail.train):
         drawn = "Loss terms, weights, temperature, learning rate and gradient norms"
         return f"{drawn} are drawn here as soon as a step is logged."
-    left = progress.seconds_left
-    of = f" of {progress.steps:,}" if progress.steps > progress.step else ""
-    return f"step {progress.step:,}{of}" + (f"  ·  {duration(left)} left" if left is not None else "")
+    line, left = f"step {progress.step:,}", progress.seconds_left
+    if progress.steps > progress.step:
+        line += f" of {progress.steps:,}"
+    return line if left is None else f"{line}  ·  {duration(left)} left"
 
 
 def held_out_line(progress: Progress) -> str:
@@ -131,14 +125,13 @@ def _state(run: Run, folder: StudentFolder) -> tuple[str, float]:
     status, is_begun = run.status, folder.metrics.exists()
     logged = folder.metrics.stat().st_mtime if is_begun else 0.0
     quiet_s = time.time() - logged if is_begun else 0.0
+    state = status["state"]
     if folder.is_trained:
-        return "done" if status["state"] == "done" else "trained", quiet_s
+        return state if state == "done" else "trained", quiet_s
     goes_on = is_begun and quiet_s < QUIET_S and logged > datetime.fromisoformat(status["since"]).timestamp()
-    if status["state"] == "running" or goes_on:  # after a failure too: by hand
+    if state == "running" or goes_on:  # after a failure too: by hand
         return "running", quiet_s
-    if status["state"] in FINAL:
-        return status["state"], quiet_s
-    return "quiet" if is_begun else "created", quiet_s
+    return state if state in FINAL else "quiet" if is_begun else "created", quiet_s
 
 
 def _words(weights: Mapping[str, object]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from kdlib.config.run import Config
 from kdlib.errors import KdlibError, RunError
-from kdlib.runs.files import now, write_error, write_json
+from kdlib.runs.files import now, write_json, writing
 from kdlib.runs.folder import check_new
 from kdlib.runs.log import duration
 from kdlib.sweeps import report
@@ -93,10 +93,8 @@ def begin(sweep: Sweep, settings: SweepConfig, trials: Sequence[Trial], **facts:
         raise RunError(f"sweep {sweep.name} is running already, {do}")
     if not sweep.path.exists():
         check_new(sweep.path.parent, sweep.name)
-    try:
+    with writing(sweep.path):
         sweep.path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(sweep.path, error) from error
     earlier = sweep.facts
     about = {"sweep": sweep.name, "created": earlier.get("created", now()), **facts}
     about |= {"settings": settings.as_dict(), "parameters": settings.parameters, "metric": settings.metric}

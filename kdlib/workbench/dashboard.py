@@ -15,12 +15,13 @@ from functools import cached_property
 import ipywidgets
 from IPython import get_ipython
 from IPython.display import Image, display
-from markupsafe import Markup, escape
+from markupsafe import escape
 
 from kdlib.errors import KdlibError
 from kdlib.plots.axes import png
 from kdlib.plots.training import dashboard
 from kdlib.plots.training_panels import View
+from kdlib.reports.html import page
 from kdlib.reports.scorecard import Line, scorecard
 from kdlib.runs import folder as runs
 from kdlib.runs.files import StudentFolder
@@ -33,7 +34,6 @@ PAUSE_S, HEADLESS_PAUSE_S = 1.0, 20.0  # between two looks, at least
 PATIENCE_S = 3600.0  # without news, after which nobody is waited for any more
 PICTURE = {"min_width": "0", "max_width": "800px", "object_fit": "contain", "align_self": "flex-start"}
 LATE = {"continuous_update": False}  # a slider speaks when it is let go
-MARKS = {"pass": ("#2da44e", "✓"), "fail": ("#e5534b", "✗"), "not measured": ("#8a8a8a", "–")}
 
 
 def watch(run: Run | str, view: View | None = None) -> "Dashboard":
@@ -60,13 +60,10 @@ class LiveRun:
 
     @cached_property
     def candidates(self) -> dict[str, tuple[Run, StudentFolder]]:
-        """What this run can be compared with: its baseline, and the other runs of its folder."""
-        others = {
-            run.name: (run, run)
-            for run in runs.all_runs(self.run.path.parent)
-            if run.name != self.run.name and run.metrics.exists()
-        }
-        return {"baseline": (self.run, self.run.baseline), **others} if self.run.config.baseline else others
+        """What it can be compared with: its baseline, and the other runs of its folder."""
+        found = {"baseline": (self.run, self.run.baseline)} if self.run.config.baseline else {}
+        others = (run for run in runs.all_runs(self.run.path.parent) if run.name != self.run.name)
+        return found | {run.name: (run, run) for run in others if run.metrics.exists()}
 
     @property
     def is_training(self) -> bool:
@@ -75,8 +72,8 @@ class LiveRun:
 
     def read(self) -> bool:
         """Read on; True where there is something new to show."""
-        before, folders = self.words, [self.run, *(self.candidates[name][1] for name in self.rivals)]
-        is_new = [self._tail(folder).read() for folder in folders]
+        before, rivals = self.words, [self.candidates[name][1] for name in self.rivals]
+        is_new = [self._tail(folder).read() for folder in (self.run, *rivals)]
         self.progress = progress(self.run, tail=self._tail(self.run))
         if self.has_ended and self.progress.state in ("running", "quiet"):
             self.progress = replace(self.progress, state="stopped")
@@ -84,7 +81,6 @@ class LiveRun:
         return any(is_new) or self.words != before
 
     def png(self) -> bytes:
-        """The picture as it stands."""
         rivals = [(*self.candidates[name], self._tail(self.candidates[name][1])) for name in self.rivals]
         shown = [progress(*rival) for rival in rivals if len(rival[-1].train)]
         return png(dashboard(self.progress, self.view, shown))
@@ -132,11 +128,9 @@ class Dashboard:
         with self.drawing:
             try:
                 is_new = self.live.read()
-                if not (is_new or always):
-                    return False
-                if self.controls is None:
+                if (is_new or always) and self.controls is None:
                     self.handle.update(self._static())
-                else:
+                elif is_new or always:
                     self.controls.show()
             except KdlibError as error:
                 self.say(str(error))
@@ -218,7 +212,7 @@ class Controls:
 
     def show(self) -> None:
         self.image.value = self.live.png()
-        self.card.value = card_html(self.live.scorecard())
+        self.card.value = page("card.html.j2", lines=self.live.scorecard())
 
     def _changed(self, change: object) -> None:
         chosen = tuple(button.description for button in self.terms if button.value)
@@ -239,24 +233,11 @@ class Controls:
             self.board.say("No training goes on here that could be stopped.")
             return
         (self.board.run.path / "STOP").touch()
-        folder = os.path.relpath(self.board.run.path, runs.project_root())
+        config = os.path.relpath(self.board.run.path / "config.yaml", runs.project_root())
+        again = f"in a terminal: kd run {config} --resume {self.board.run.name}"
         self.board.say(
-            "It stops after this step, with a checkpoint. To go on, run the training cell again, or in a "
-            f"terminal: kd run {folder}/config.yaml --resume {self.board.run.name}"
+            f"It stops after this step, with a checkpoint. To go on, run the training cell again, or {again}"
         )
-
-
-def card_html(lines: list[Line]) -> str:
-    """The scorecard as a narrow table in the notebook's own colours; every text in it is escaped."""
-    row = Markup(
-        '<tr><td style="color:{};font-weight:bold;padding:0 .5em 0 0;vertical-align:top">{}</td>'
-        '<td style="padding:0 0 .6em">{}<br><span style="opacity:.7">{}</span></td></tr>'
-    )
-    rows = Markup("").join(row.format(*MARKS[line.result], line.check, line.found) for line in lines)
-    table = Markup(
-        '<div style="line-height:1.35"><b>Scorecard</b><table style="margin-top:.4em">{}</table></div>'
-    )
-    return str(table.format(rows)) if lines else ""
 
 
 def _beside_cells() -> contextvars.Context:
