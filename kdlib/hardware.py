@@ -27,7 +27,7 @@ _native: ContextVar[bool] = ContextVar("native", default=False)  # products in t
 
 
 def precision_of(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of matrix products on a device, and the reason for it; `wanted` as in a config, or `auto`."""
+    """The dtype of matrix products on a device, and why; `wanted` as in a config, or `auto`."""
     if wanted != "auto":
         return getattr(torch, wanted), f"precision: {wanted}"
     if device.type == "cuda":
@@ -69,8 +69,8 @@ class Peak:
 def peak_memory(device: torch.device) -> Iterator[Peak]:
     """The most memory taken inside above that at entry.  One at a time: it sets the high-water mark back.
 
-    CUDA: what the allocator handed out.  Linux: the resident set's own high-water mark.  Elsewhere that mark
-    cannot be set back, so the resident set is looked at every 2 ms, and a shorter peak can be missed.
+    CUDA: what the allocator handed out.  Linux: the resident set's high-water mark.  Elsewhere the resident
+    set is looked at every 2 ms, and a shorter peak can be missed.
     """
     gc.collect()
     peak = Peak()
@@ -133,7 +133,7 @@ def bf16_instructions() -> tuple[str, ...] | None:
 
 
 def emulates_bf16() -> bool:
-    """Whether this CPU surely has none: bfloat16 products are 4 to 100 x slower then."""
+    """Whether this CPU surely has none: bfloat16 products are then 4 to 100 x slower."""
     return bf16_instructions() == ()
 
 

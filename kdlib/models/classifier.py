@@ -40,8 +40,8 @@ def load_classifier(
     fresh = bool(info["missing_keys"] or info["mismatched_keys"]) or other_classes
     if fresh and not untrained:
         raise ModelError(
-            f"{model} has no trained head for the {len(labels)} classes ({', '.join(labels[:3])}, …), so it "
-            "has nothing to teach; name one that was trained on them, or let `teacher_stage:` train it first"
+            f"{model} has no trained head for the {len(labels)} classes ({', '.join(labels[:3])}, …); name "
+            "one that was trained on them, or let `teacher_stage:` train it first"
         )
     if other_classes:
         _renew_head(model, made, len(labels))
@@ -104,18 +104,18 @@ def _reorder_head(name: str, model: PreTrainedModel, order: Sequence[int]) -> No
         parameter.copy_(parameter[list(order)].clone())
     if not head or not torch.allclose(model(input_ids=ids).logits, before, rtol=1e-3, atol=1e-3):
         raise ModelError(
-            f"{name}: its classes stand in another order than the data's, and its head is no single matrix "
-            "that could be sorted; give data.labels in the model's order"
+            f"{name}: its classes stand in another order than the data's, and its head is no single matrix; "
+            "give data.labels in the model's order"
         )
 
 
 @torch.no_grad()
 def _renew_head(name: str, model: PreTrainedModel, classes: int) -> None:
-    """Random weights for a head of as many classes by other names, as a head has that is made anew."""
+    """Random weights for a head of as many classes by other names."""
     if not (head := _head(model, classes)):
         raise ModelError(
-            f"{name}: it knows as many classes by other names, and its head is no single matrix that could "
-            "be made anew; name the model it was trained from"
+            f"{name}: it knows as many classes by other names, and its head is no single matrix; name the "
+            "model it was trained from"
         )
     nn.init.normal_(head.weight, std=getattr(model.config.get_text_config(), "initializer_range", 0.02))
     if head.bias is not None:

@@ -37,7 +37,7 @@ def check_pair(config: Config, teacher: PreTrainedTokenizerBase) -> None:
         if positions and length > positions:
             raise ModelError(f"data.max_length is {length}, but {name} has {positions} positions; lower it")
     if students == "teacher":
-        check_layers(config, configs[teachers].num_hidden_layers)
+        kept_layers(config, configs[teachers].num_hidden_layers)
         return
     if not rules_of(config).one_vocabulary:  # each reads the rows in its own way
         return
@@ -58,13 +58,10 @@ def chosen_layers(config: Config, teacher: PreTrainedModel, calibration: Tensor)
     Args:
         calibration: [B, T] token ids, on which influence is measured.
     """
-    if config.student.source != "teacher":
-        return None
-    total, count = teacher.config.num_hidden_layers, config.student.layers
-    check_layers(config, total)
-    if config.student.keep == "influence" and count > 1:
-        return sorted(layer_influence(teacher, calibration).topk(count).indices.tolist())
-    return kept_layers(config, total)
+    kept = kept_layers(config, teacher.config.num_hidden_layers)
+    if kept is None or len(kept) == 1 or config.student.keep != "influence":
+        return kept
+    return sorted(layer_influence(teacher, calibration).topk(len(kept)).indices.tolist())
 
 
 def even_layers(count: int, total: int) -> list[int]:
@@ -72,14 +69,22 @@ def even_layers(count: int, total: int) -> list[int]:
     return [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
 
 
-def check_layers(config: Config, total: int) -> None:
-    """Refuse layers that a teacher of `total` does not have."""
+def kept_layers(config: Config, total: int) -> list[int] | None:
+    """The student's of the teacher's `total` layers, evenly where influence would choose; None of its own.
+
+    Raises:
+        ModelError: the teacher does not have them.
+    """
     keep, count = config.student.keep, config.student.layers
+    if config.student.source != "teacher":
+        return None
     if isinstance(keep, list):
         if not keep or sorted(set(keep)) != keep or keep[0] < 0 or keep[-1] >= total:
             raise ModelError(f"student.keep {keep}: needs rising layer numbers from 0 to {total - 1}")
-    elif count > total:
+        return keep
+    if count > total:
         raise ModelError(f"student.layers is {count}, but the teacher has {total}; choose 1 to {total}")
+    return list(range(count)) if keep == "first" else even_layers(count, total)
 
 
 @torch.no_grad()
@@ -183,7 +188,6 @@ def outline(config: Config, task: Any, vocabulary: int | None = None) -> Outline
                 f"{each}: a {stated.model_type} model, which is no {task.kind}; name one that is"
             )
     if source == "teacher":
-        check_layers(config, teacher.num_hidden_layers)
         student = with_layers(teacher, kept_layers(config, teacher.num_hidden_layers))
         if config.student.keep == "influence":
             notes.append("which layers the student keeps is seen on text; taken evenly here")
@@ -191,13 +195,3 @@ def outline(config: Config, task: Any, vocabulary: int | None = None) -> Outline
         notes.append("the teacher's quantised weights are counted in the precision of the training")
     made = task.outlined(config, student, teacher, vocabulary)
     return replace(made, notes=(*notes, *made.notes))
-
-
-def kept_layers(config: Config, total: int) -> list[int] | None:
-    """The teacher's layers that the student has, evenly where influence would choose; None without any."""
-    keep, count = config.student.keep, config.student.layers
-    if config.student.source != "teacher":
-        return None
-    if isinstance(keep, list):
-        return keep
-    return list(range(count)) if keep == "first" else even_layers(count, total)

@@ -89,7 +89,7 @@ def joined(batches: Sequence[Batch]) -> dict[str, Tensor]:
 
 
 def nothing_kept(step: int, micro_batches: Sequence[Batch], rows: Rows) -> str:
-    """The words for an optimizer step from which nothing can be learned."""
+    """The words for a step from which nothing can be learned."""
     batch = joined(micro_batches)
     numbers = [_row_of_data(batch, row, rows) for row in range(len(batch["labels"]))]
     what, more = f"a class ({IGNORED} stands for none)", ""
@@ -106,7 +106,7 @@ def message(report: Report, folder: StudentFolder) -> str:
     of = f"of {report['tokens']} {report['of']}"
     terms = [f"{name} = {term['value']} at {term['tokens']} {of}" for name, term in report["terms"].items()]
     norm = report["grad_norm_before"]
-    known = "unknown" if norm is None else norm if isinstance(norm, str) else f"{norm:.3g}"
+    known = "unknown" if norm is None else f"{float(norm):.3g}"
     lines = [
         f"step {report['step']}: {where}{', '.join(terms)}{': ' * bool(terms)}{_blame(report)}{_at(report)}",
         "training has stopped before this reached a checkpoint (the last one: "

@@ -136,11 +136,11 @@ def broken(tensors: Mapping[str, Tensor]) -> dict[str, Facts]:
 
 def broken_weights(model: nn.Module) -> dict[str, Facts]:
     """Every parameter that is not finite."""
-    return broken({name: weight.detach() for name, weight in model.named_parameters()})
+    return broken(dict(model.named_parameters()))
 
 
 def broken_gradients(model: nn.Module) -> dict[str, Facts]:
-    """Every parameter whose gradient is not finite, the last first; else the one with the largest value."""
+    """Every parameter whose gradient is not, the last first; else the one with the largest value."""
     weights = reversed(list(model.named_parameters()))
     gradients = {name: weight.grad for name, weight in weights if weight.grad is not None}
     if found := broken(gradients):

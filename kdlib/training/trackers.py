@@ -28,7 +28,7 @@ OFFLINE = ("offline", "dryrun", "disabled")
 
 
 def figures_of(logs: Mapping[str, float], state: TrainerState) -> dict[str, float]:
-    """A log by the names that files and trackers get, train/… and eval/…; nothing where it has no loss."""
+    """A log by the names of files and trackers, train/… and eval/…; nothing where it has no loss."""
     if "loss" not in logs and "eval_loss" not in logs:
         return {}
     figures = rewrite_logs({name: value for name, value in logs.items() if name != "epoch"})
@@ -138,7 +138,7 @@ class TensorboardRun(Tracker):
 
 
 class TrackioRun(Tracker):
-    """In trackio's own folder (TRACKIO_DIR), or wherever TRACKIO_SPACE_ID or TRACKIO_SERVER_URL says."""
+    """In trackio's own folder, or where TRACKIO_DIR, TRACKIO_SPACE_ID or TRACKIO_SERVER_URL says."""
 
     def __init__(self, training: TrackedTraining, step: int) -> None:
         import trackio
@@ -176,7 +176,7 @@ def check_installed(names: Iterable[str]) -> None:
 
 
 def check_key(names: Iterable[str]) -> None:
-    """Raises a ConfigError where wandb would ask for a key: nobody may be there to answer."""
+    """Raises a ConfigError where wandb would ask for a key."""
     if "wandb" not in names:
         return
     import wandb

@@ -80,9 +80,8 @@ class DistillationTrainer(GuardedTrainer):
         super().__init__(folder=folder, **options)
         if self.args.n_gpu > 1:
             raise RunError(
-                f"{self.args.n_gpu} GPUs in one process would train by DataParallel, which divides the loss "
-                "by the wrong count; use `torchrun --nproc_per_node N -m kdlib train RUN`, or show one GPU "
-                "by CUDA_VISIBLE_DEVICES=0"
+                f"{self.args.n_gpu} GPUs in one process divide the loss by a wrong count (DataParallel); use "
+                "`torchrun --nproc_per_node N -m kdlib train RUN`, or show one GPU by CUDA_VISIBLE_DEVICES=0"
             )
         if grad_norms_every and self.accelerator.distributed_type not in UNSHARDED:
             raise RunError(
