@@ -135,24 +135,20 @@ def _top_k(value: Any) -> Any:
 
 def _samples(value: int | None, info: ValidationInfo) -> int | None:
     faults = []
-    if value is not None and (top_k := info.data.get("top_k")) is not None:
-        faults.append(
-            f"found {value} beside `top_k: {top_k}`; kd takes either random tokens or the likeliest: "
-            "set one to null"
-        )
-    if value is not None and "adaptive_kl" in (info.data.get("divergence") or ()):
-        faults.append(
-            f"found {value} with the divergence adaptive_kl, which is no sum over tokens that a sample could "
-            "estimate; take another divergence, or top_k"
-        )
-    refuse(faults)
+    if (top_k := info.data.get("top_k")) is not None:
+        likeliest = f"`top_k: {top_k}`; kd takes either random tokens or the likeliest: set one to null"
+        faults.append(f"found {value} beside {likeliest}")
+    if "adaptive_kl" in (info.data.get("divergence") or ()):
+        why = "which is no sum over tokens that a sample could estimate; take another divergence, or top_k"
+        faults.append(f"found {value} with the divergence adaptive_kl, {why}")
+    refuse(faults if value is not None else [])
     return value
 
 
 def _chunk(value: Any) -> Any:
-    if value != "auto" and whole(value) is None:
+    if (found := value if value == "auto" else whole(value)) is None:
         raise ValueError(f"found {value!r}; it is auto, or a whole number of 1 or more")
-    return value if value == "auto" else whole(value)
+    return found
 
 
 def _compile(value: Any) -> Any:

@@ -53,55 +53,49 @@ def _of_classes(config: Any) -> Iterator[str]:
             )
 
 
+LANGUAGE = TaskRules(
+    "causal-lm",
+    "token",
+    best_by=("perplexity", "kl_to_teacher", "agreement", "accuracy"),
+    measures=("kl_to_teacher", "agreement", "perplexity", "bits_per_byte"),
+    told_first=("kl_to_teacher", "agreement", "perplexity"),
+    reads=("packing", "text"),
+    rows="blocks",
+    misfits=_of_language,
+)
+CLASSES = TaskRules(
+    "sequence-classification",
+    "row",
+    best_by=("accuracy", "macro_f1", "log_loss", "kl_to_teacher", "agreement"),
+    measures=("accuracy", "macro_f1", "log_loss", "ece", "kl_to_teacher", "agreement", "retention"),
+    told_first=("accuracy", "macro_f1", "log_loss", "ece"),
+    not_shown=(),
+    reads=("label", "labels", "group", "test", "text"),
+    one_vocabulary=False,
+    trains_teacher=True,
+    smoke={"max_train_rows": 256, "max_eval_rows": 64},  # some rows of each class
+    misfits=_of_classes,
+)
+QUESTIONS = TaskRules(
+    "question-answering",
+    "token",
+    best_by=("perplexity", "kl_to_teacher", "agreement", "accuracy", "choice_accuracy"),
+    measures=(
+        *("choice_accuracy", "choice_retention", "choice_agreement", "kl_to_teacher"),
+        *("choice_accuracy_raw", "agreement", "perplexity", "bits_per_byte"),
+    ),
+    told_first=("choice_accuracy", "choice_agreement", "kl_to_teacher", "perplexity"),
+    reads=("question", "choices", "answer", "test"),
+    rows="questions",
+    smoke={"max_length": None},  # a shorter row would lose its answer
+)
+RULES = {rules.name: rules for rules in (LANGUAGE, CLASSES, QUESTIONS)}
+
+
 def register(rules: TaskRules) -> TaskRules:
     """Makes a task known to configs and readers."""
     RULES[rules.name] = rules
     return rules
-
-
-RULES: dict[str, TaskRules] = {}
-register(
-    TaskRules(
-        "causal-lm",
-        "token",
-        best_by=("perplexity", "kl_to_teacher", "agreement", "accuracy"),
-        measures=("kl_to_teacher", "agreement", "perplexity", "bits_per_byte"),
-        told_first=("kl_to_teacher", "agreement", "perplexity"),
-        reads=("packing", "text"),
-        rows="blocks",
-        misfits=_of_language,
-    )
-)
-register(
-    TaskRules(
-        "sequence-classification",
-        "row",
-        best_by=("accuracy", "macro_f1", "log_loss", "kl_to_teacher", "agreement"),
-        measures=("accuracy", "macro_f1", "log_loss", "ece", "kl_to_teacher", "agreement", "retention"),
-        told_first=("accuracy", "macro_f1", "log_loss", "ece"),
-        not_shown=(),
-        reads=("label", "labels", "group", "test", "text"),
-        one_vocabulary=False,
-        trains_teacher=True,
-        smoke={"max_train_rows": 256, "max_eval_rows": 64},  # some rows of each class
-        misfits=_of_classes,
-    )
-)
-register(
-    TaskRules(
-        "question-answering",
-        "token",
-        best_by=("perplexity", "kl_to_teacher", "agreement", "accuracy", "choice_accuracy"),
-        measures=(
-            *("choice_accuracy", "choice_retention", "choice_agreement", "kl_to_teacher"),
-            *("choice_accuracy_raw", "agreement", "perplexity", "bits_per_byte"),
-        ),
-        told_first=("choice_accuracy", "choice_agreement", "kl_to_teacher", "perplexity"),
-        reads=("question", "choices", "answer", "test"),
-        rows="questions",
-        smoke={"max_length": None},  # a shorter row would lose its answer
-    )
-)
 
 
 def rules_named(name: str) -> TaskRules:
