@@ -56,12 +56,14 @@ def prepare(
         if name == "train":  # a source may be sorted by class, and the first rows are looked at
             texts = texts.iloc[random.Random(seed).sample(range(len(texts)), len(texts))]
         rows[name], of_tokens = tokenized(texts, tokenizer, teacher, config)
-        notes |= {f"{name}_rows": len(texts), f"{name}_classes": counts(texts, labels)}
-        notes |= {f"{name}_{what}": figure for what, figure in of_tokens.items()}
+        found = {"rows": len(texts), "classes": counts(texts, labels), **of_tokens}
+        notes |= {f"{name}_{what}": figure for what, figure in found.items()}
     notes["fingerprint"] = fingerprint(*rows.values())
     pads = {"pad_id": tokenizer.pad_token_id, "teacher_pad_id": (teacher or tokenizer).pad_token_id}
-    sides, gathered = (rows["train"], rows["validation"]), partial(collate_classes, **pads)
-    return Prepared(*sides, notes, gathered, len(labels), labels, rows.get("test"), figures=class_figures)
+    gathered = partial(collate_classes, **pads)
+    return Prepared(
+        **rows, notes=notes, collate=gathered, vocabulary=len(labels), labels=labels, figures=class_figures
+    )
 
 
 def split_texts(
@@ -69,8 +71,7 @@ def split_texts(
 ) -> tuple[dict[str, pd.DataFrame], tuple[str, ...], dict[str, Any]]:
     """Train, validation and, where there is one, test, as frames; the classes' names; notes.
 
-    What is the source's own stays as it is, but for texts that stand twice; the rest is held out from train,
-    class by class.
+    The source's own splits stay, but for texts that stand twice; else train is divided, class by class.
     """
     source, labels, notes = read_texts(config, known)
     splits, repeated = unique(source, labels)
@@ -98,8 +99,7 @@ def split_texts(
         raise DataError(
             f"{config.source}: {len(faults)} of the {len(labels)} classes are empty on one side after the "
             "split; each needs a row to train on and one in validation. Give more rows of them, leave them "
-            f"out, or see whether data.label ({config.label}) and data.labels name the classes"
-            + listed(faults)
+            f"out, or see whether data.label ({config.label}) and data.labels name the classes{listed(faults)}"
         )
     return {name: splits[name] for name in SPLITS if name in splits}, labels, notes
 
@@ -226,10 +226,8 @@ def _cut_ids(
     ids = tokenizer(list(texts), verbose=False)["input_ids"]
     lengths = list(map(len, ids))
     if empty := [shown(text) for text, tokens in zip(texts, ids, strict=True) if not tokens]:
-        raise DataError(
-            f"{config.source}: {len(empty)} texts have no token; a class needs something to be read from: "
-            "leave them out" + listed(empty)
-        )
+        needed = "a class needs something to be read from: leave them out"
+        raise DataError(f"{config.source}: {len(empty)} texts have no token; {needed}{listed(empty)}")
     if long := [row for row, length in enumerate(lengths) if length > config.max_length]:
         # by the tokenizer itself, which keeps the special token at the end
         options = {"truncation": True, "max_length": config.max_length, "verbose": False}

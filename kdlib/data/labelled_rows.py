@@ -157,8 +157,7 @@ def _numbering(
     if len(labels) < 2 or len(set(labels)) < len(labels):
         raise DataError(
             f"{config.source}: the classes in {config.label!r} are {', '.join(map(repr, labels)) or 'none'}; "
-            "two or more, each once, are needed: name the column with the class in data.label, and the "
-            "classes in data.labels"
+            "two or more, each once, are needed: name their column in data.label, and them in data.labels"
         )
     return tuple(labels), numbers
 

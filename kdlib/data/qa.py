@@ -51,17 +51,15 @@ class Encoded:
 def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
     """Read, split by question and tokenize; nothing is cut, and nothing left out but exact repetitions.
 
-    The split, the order and the fingerprint depend on the rows and `data.split_seed` (else the seed) alone.
+    All depends on the rows and `data.split_seed` (else the seed) alone.
 
     Raises:
         DataError: nothing to read, not the named columns, or rows of which nothing can be asked.
     """
     seed = seed if config.split_seed is None else config.split_seed
-    found = {name: rows for name, rows in read_splits(config).items() if len(rows)}
-    if "train" not in found:
-        raise DataError(f"{config.source}: no row to train on; it needs questions with answers")
-    form, notes = form_of(config, found["train"]), {"source": config.source}
-    splits = _splits(config, found, form, seed=seed, notes=notes)
+    source = {name: rows for name, rows in read_splits(config).items() if len(rows)}
+    form, notes = form_of(config, source["train"]), {"source": config.source}
+    splits = _splits(config, source, form, seed=seed, notes=notes)
     _check_one_answer(config, [item for items in splits.values() for item in items])
     rows, choices, first = {}, {}, beginning(tokenizer)
     written = encoded_choices if form == "multiple choice" else encoded_response
@@ -75,23 +73,23 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
         rows[name] = _rows(items, learned)
         if form == "multiple choice" and name != "train":
             choices[name] = _choices(items, encoded)
-        notes |= {
-            f"{name}_documents": len({item.question for item in items}),
-            f"{name}_documents_shorter_than_two_tokens": 0,
-            f"{name}_rows": len(items),
-            f"{name}_tokens": sum(len(row.input_ids) for row in learned),
-            f"{name}_learned_tokens": sum(row.learned for row in learned),
-            f"{name}_longest": max(len(row.input_ids) for each in encoded for row in each),
+        found = {
+            "documents": len({item.question for item in items}),
+            "documents_shorter_than_two_tokens": 0,
+            "rows": len(items),
+            "tokens": sum(len(row.input_ids) for row in learned),
+            "learned_tokens": sum(row.learned for row in learned),
+            "longest": max(len(row.input_ids) for each in encoded for row in each),
         }
         if form == "messages":
-            notes[f"{name}_turns_read_only"] = sum(row.turns_read_only for row in learned)
+            found["turns_read_only"] = sum(row.turns_read_only for row in learned)
         elif form == "multiple choice":
-            notes[f"{name}_choices"] = sum(len(item.answers) for item in items)
+            found["choices"] = sum(len(item.answers) for item in items)
+        notes |= {f"{name}_{what}": figure for what, figure in found.items()}
     notes |= {"form": form, "each_document_begins_with": tokenizer.decode(first)}
     notes["fingerprint"] = fingerprint(*rows.values(), *choices.values())
-    held_out = {"test": rows.get("test"), "choices": choices}
     gathered = partial(collate, pad_id=tokenizer.pad_token_id)
-    return Prepared(rows["train"], rows["validation"], notes, gathered, len(tokenizer), **held_out)
+    return Prepared(**rows, notes=notes, collate=gathered, vocabulary=len(tokenizer), choices=choices)
 
 
 def _splits(

@@ -50,7 +50,7 @@ SECTIONS = {
 """Section of https://docs.python.org/3.12/library/index.html → its modules and packages.
 
 Data persistence and file formats are joined.  Left out are sections with fewer than 80 rows or 3 modules in
-Python 3.11, program frameworks, which is nearly all `turtle`, and IDLE.
+Python 3.11, program frameworks (nearly all `turtle`), and IDLE.
 """
 SHORTEST = 20  # characters of a docstring
 TESTS = {"test", "tests", "idle_test"}
@@ -96,10 +96,8 @@ def check_column(config: DataConfig, rows: Dataset, column: str, setting: str) -
 def own_splits(config: DataConfig, names: Collection[str]) -> dict[str, str]:
     """{"validation" or "test": which split of the source it is}: those that the config names, else so called.
 
-    A `data.test` that is a share is taken from train, whatever the source has.
-
-    Raises:
-        DataError: it names a split that is none of `names`.
+    A `data.test` that is a share is taken from train, whatever the source has.  A DataError where the config
+    names a split that is none of `names`.
     """
     own = {}
     for what, asked in (("validation", config.validation), ("test", config.test)):
@@ -137,7 +135,7 @@ def stdlib_sections() -> Dataset:
     """Docstrings of the standard library, labelled by their module's section of the library reference.
 
     {"text", "label", "group": the module}: some 6,200 in 18 sections, read with `ast`; nothing is imported.
-    Some name their module; the split is by module, so that such a name is never one that was trained on.
+    Some name their module: the split is by module, so that no such name was trained on.
     """
     home = Path(sysconfig.get_path("stdlib"))
     rows = [

@@ -40,11 +40,7 @@ class Candidate:
 def measured(
     comparison: Comparison, prepared: Prepared, candidates: Mapping[str, Candidate], student: str
 ) -> dict[str, Any]:
-    """Each model in turn, the teacher first: what it says of the rows, its time, memory and size.
-
-    Args:
-        student: whom the comparison is about.
-    """
+    """Each model in turn, the teacher first: what it says of the rows, its time, memory and size."""
     costs: dict[str, dict[str, Any]] = {}
     for name, each in candidates.items():
         print(f"measuring {name} …", flush=True)
@@ -98,13 +94,10 @@ def compare_run(run: Run, config: Config, tokenizer: Tokenizer, prepared: Prepar
 def rule_of(config: Config, prepared: Prepared) -> str:
     """Which students of a run are compared, on which rows, and who has an advantage there."""
     if prepared.measured_on == "test":
-        return (
-            "best_model/ of each student, chosen on the validation rows; measured on the test rows, on which "
-            "nothing was chosen"
-        )
-    ended = "after equally many steps"
-    if config.early_stopping:
-        ended = "when early stopping by these very rows ended it"
+        chosen = "best_model/ of each student, chosen on the validation rows"
+        return f"{chosen}; measured on the test rows, on which nothing was chosen"
+    stopped = "when early stopping by these very rows ended it"
+    ended = stopped if config.early_stopping else "after equally many steps"
     teacher = "; the teacher is the best by these rows, so its figures are rather too good"
     return (
         f"final_model/ of each student, {ended}; measured on the validation rows, as there are no test rows: "
@@ -118,11 +111,7 @@ def student_in(folder: StudentFolder, prepared: Prepared) -> str:
 
 
 def named_students(texts: Sequence[str]) -> dict[str, str]:
-    """Name -> model of each `name=MODEL` or `MODEL`, which is called by the last part of its path.
-
-    Raises:
-        ConfigError: a name is taken.
-    """
+    """Name -> model of each `name=MODEL` or `MODEL`, called by the last part of its path; no name twice."""
     found: dict[str, str] = {}
     for text in texts:
         given = None if Path(text).exists() else re.fullmatch(r"([\w.+-]+)=(.+)", text)
@@ -162,8 +151,8 @@ def compare(
         name: _config(teacher, students[name], data, task, overrides, among=every)
         for name in (*others, student)
     }
-    for config in configs.values():
-        check_pair(config, tokenizer_of(config))
+    for each in configs.values():
+        check_pair(each, tokenizer_of(each))
     config = configs[student]
     is_split = {key for key, _ in pairs(overrides)} & {"data.validation", "data.test"}
     read = prepare if is_split else _all_rows
@@ -187,11 +176,7 @@ def compare(
 
 
 def folder_for(output: Path) -> Path:
-    """A folder for what `compare` found, made where it is missing.
-
-    Raises:
-        RunError: it is a run's, which has a comparison of its own, or the disk refuses.
-    """
+    """A folder for what `compare` found; a RunError where it is a run's, or the disk refuses to make it."""
     if (output / "config.yaml").exists():
         raise RunError(
             f"--output {output}: is the folder of a run, which has a comparison of its own; name another"

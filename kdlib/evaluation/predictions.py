@@ -20,12 +20,7 @@ CANDIDATES = 5  # of each model, kept for each token
 
 
 def look(loads: Mapping[str, Callable[[], LiveTeacher]], sample: Sample, unit: str) -> Predictions:
-    """Ask models, one after another, about a task's sample.
-
-    Args:
-        loads: name → what loads the model; the teacher first.
-        unit: the task's.
-    """
+    """Ask models, one after another and the teacher first, about a task's sample; `unit` is the task's."""
     logits, targets = {}, kept(sample.batch["labels"]).targets.numpy()
     for name, load in loads.items():
         model = load()
@@ -38,13 +33,11 @@ def summary(predictions: Predictions, config: Config) -> dict[str, Any]:
     """As plain data: temperatures x top k of the teacher, and each token with what every model made of it."""
     logits = {name: torch.from_numpy(values) for name, values in predictions.logits.items()}
     targets = torch.from_numpy(predictions.targets)
+    texts = zip(predictions.texts, predictions.before, strict=True)
     return {
         **softening_of(predictions, config),
         "of": predictions.of,
-        "tokens": [
-            {"text": text, "before": before}
-            for text, before in zip(predictions.texts, predictions.before, strict=True)
-        ],
+        "tokens": [{"text": text, "before": before} for text, before in texts],
         "teacher": _said(logits["teacher"], targets, predictions.decode),
         "students": {
             name: _said(logits[name], targets, predictions.decode)
@@ -59,16 +52,13 @@ def write(run: Run, predictions: Predictions) -> None:
     path, found = run.path / "explorers.json", summary(predictions, run.config)
     earlier = read_json(path, {})
     if earlier.get("tokens") == found["tokens"]:
-        found["students"] = found["students"] | {
-            n: s for n, s in earlier["students"].items() if n not in found["students"]
-        }
+        for name, student in earlier["students"].items():
+            found["students"].setdefault(name, student)
     write_json(path, found)
 
 
 def _said(logits: Tensor, targets: Tensor, decode: Callable[[int], str]) -> dict[str, list]:
-    """Of one model: the cross-entropy of each token, in nats, and its likeliest candidates as [text,
-    probability].
-    """
+    """Of one model, of each token: cross-entropy, nats, and the likeliest candidates [text, probability]."""
     top = logits.softmax(-1).topk(min(CANDIDATES, logits.shape[-1]))
     candidates = [
         [[decode(token), round(p, 6)] for token, p in zip(*row, strict=True)]

@@ -1,7 +1,7 @@
 """What a task is.  `task_of(config)` gives it, and nobody else asks which task a config has.
 
 A task is one file of this package, found because it stands here: a `Task` with its rules, and `register` at
-the end.  What is common to all tasks, teacher and untrained student of a config, stands below.
+the end.
 """
 
 from abc import ABC, abstractmethod
@@ -63,7 +63,7 @@ class Comparison(ABC):
 
     @abstractmethod
     def results(self, student: str) -> dict[str, Any]:
-        """Everything as plain data, as comparison_results.json has it; `student` is whom it is about.
+        """What comparison_results.json has; `student` is whom it is about.
 
         Has "models": {name: {measure: {value, low, high}}}, "differences" (kdlib.metrics.paired), "rows".
         """
@@ -136,7 +136,7 @@ TASKS: dict[str, Task] = {}
 
 
 def register(task: Task) -> Task:
-    """Makes a task known, to configs and readers too."""
+    """Makes a task known, and its rules."""
     TASKS[task_rules.register(task.rules).name] = task
     return task
 
@@ -171,8 +171,7 @@ def asked(model: Model, prepared: Prepared) -> LiveTeacher:
 def untrained_student(config: Config, prepared: Prepared, keep: Sequence[int] | None) -> Model:
     """The student as its training starts with it: the teacher's layers `keep`, or a model of its own.
 
-    The same each time, in float32 from float32, whatever the teacher's precision in training: these are the
-    weights that will be trained.
+    The same each time, in float32 whatever the teacher's precision in training.
     """
     torch.manual_seed(config.seed)  # for a head that is made anew
     if config.student.source == "teacher":
@@ -186,6 +185,5 @@ def layers_for_student(config: Config, teacher: Model, prepared: Prepared) -> li
 
 
 def _teacher_model(config: Config, prepared: Prepared, dtype: torch.dtype) -> Model:
-    """Before its own stage its head says nothing so far, and may be missing."""
-    is_untrained = config.teacher_stage is not None
-    return task_of(config).load(config.teacher.model, prepared, dtype, untrained=is_untrained)
+    before_its_stage = config.teacher_stage is not None  # its head says nothing so far, and may be missing
+    return task_of(config).load(config.teacher.model, prepared, dtype, untrained=before_its_stage)

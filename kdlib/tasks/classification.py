@@ -55,12 +55,10 @@ class Classification(Task):
     checks_on_batches = ("teacher_knows_the_classes",)
 
     def prepare(self, config: Config, tokenizer: Tokenizer, *, new_head: bool = False) -> Prepared:
-        known = None
-        if not new_head and not config.teacher_stage:
-            known = named_classes(load_config(config.teacher.model))
-        return classification.prepare(
-            config.data, tokenizer, teacher=_teachers_own(config, tokenizer), seed=config.seed, known=known
-        )
+        is_new = new_head or config.teacher_stage
+        known = None if is_new else named_classes(load_config(config.teacher.model))
+        teacher = _teachers_own(config, tokenizer)
+        return classification.prepare(config.data, tokenizer, teacher=teacher, seed=config.seed, known=known)
 
     def load(
         self, source: str, prepared: Prepared, dtype: torch.dtype = torch.float32, *, untrained: bool = False
@@ -70,21 +68,15 @@ class Classification(Task):
     def outlined(
         self, config: Config, student: PreTrainedConfig, teacher: PreTrainedConfig, vocabulary: int | None
     ) -> Outline:
-        notes, classes = [], vocabulary or len(config.data.labels or ())
+        length, classes = config.data.max_length, vocabulary or len(config.data.labels or ())
+        notes = [f"each row is taken to have data.max_length ({length}) tokens; shorter texts take less"]
         if not classes:
             classes = teacher.num_labels
-            notes.append(
-                f"the data was not read, so the teacher's {classes} classes are taken for the data's: they "
-                "weigh little"
-            )
-        notes.append(
-            f"each row is taken to have data.max_length ({config.data.max_length}) tokens; shorter texts "
-            "take less"
-        )
+            of_data = f"the data was not read, so the teacher's {classes} classes are taken for the data's"
+            notes.insert(0, f"{of_data}: they weigh little")
         if config.teacher_stage:
             notes.append(
-                "this is the student's training; the teacher's own stage before it is not forecast: put it "
-                "into a config of its own"
+                "the teacher's own stage before this training is not forecast: give it its own config"
             )
         made = [deepcopy(each) for each in (student, teacher)]
         for each in made:
@@ -101,9 +93,10 @@ class Classification(Task):
             for each in (plan.student, plan.teacher)
         )
         labels = torch.randint(plan.vocabulary, (rows,), generator=generator).tolist()
-        made = [{"input_ids": ids, "label": label} for ids, label in zip(ours, labels, strict=True)]
+        columns = {"input_ids": ours, "label": labels}
         if plan.config.student.source != "teacher":
-            made = [{**row, "teacher_input_ids": ids} for row, ids in zip(made, theirs, strict=True)]
+            columns["teacher_input_ids"] = theirs
+        made = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         return collate_classes(made, pad_id=0, teacher_pad_id=0)
 
     def facts(self, prepared: Prepared, tokenizer: Tokenizer, teacher: LiveTeacher) -> dict[str, str]:
@@ -142,21 +135,17 @@ class ClassComparison(Comparison):
         self.answers: dict[str, Answers] = {}
 
     def add(self, name: str, model: LiveTeacher, prepared: Prepared) -> dict[str, Any]:
-        """Its answers to all rows.
-
-        Raises:
-            ModelError: it answers with values that are not finite.
-        """
+        """Its answers to all rows; a ModelError where they are not finite."""
         logits, seconds = [], 0.0
         _logits(model, next(self._batches(prepared, BATCH)))  # the first pass is not timed
         for batch in self._batches(prepared, BATCH):
             seconds += seconds_of(lambda batch=batch: logits.append(_logits(model, batch)), self.device)
         values = torch.cat(logits).cpu().double()
         if len(broken := (~values.isfinite()).any(dim=1).nonzero()):
+            where = f"{len(broken)} of {len(values)} rows, first in row {broken[0].item()}"
             raise ModelError(
-                f"{name}: its logits are not finite in {len(broken)} of {len(values)} rows, first in row "
-                f"{broken[0].item()}; such a model cannot be compared: see whether its weights are sound, or "
-                "set precision: float32"
+                f"{name}: its logits are not finite in {where}; such a model cannot be compared: see whether "
+                "its weights are sound, or set precision: float32"
             )
         self.answers[name] = Answers(values.softmax(dim=-1).numpy(), np.array(prepared.measured["label"]))
         single = list(self._batches(prepared, 1, SINGLE))

@@ -69,10 +69,8 @@ class LanguageModeling(Task):
             vocabulary = len(load_tokenizer(config.teacher.model))
         except ModelError:
             vocabulary = teacher.get_text_config().vocab_size
-            notes.append(
-                f"no tokenizer is to be had for {config.teacher.model}: its head's {vocabulary:,} rows are "
-                "taken for the vocabulary"
-            )
+            taken = f"its head's {vocabulary:,} rows are taken for the vocabulary"
+            notes.append(f"no tokenizer is to be had for {config.teacher.model}: {taken}")
         return Outline(config, student, teacher, vocabulary, self, notes)
 
     def random_batch(self, plan: Outline, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -131,10 +129,7 @@ class TokenComparison(Comparison):
         new_tokens: int = 32,
         **options: Any,
     ) -> None:
-        """
-        Args:
-            prompts: what every model continues, greedily, by so many `new_tokens`.
-        """
+        """Every model continues the prompts, greedily, by so many `new_tokens`."""
         super().__init__(prepared, tokenizer, **options)
         self.prompts, self.new_tokens = prompts, new_tokens
         every = list(prepared.measured)
@@ -161,11 +156,9 @@ class TokenComparison(Comparison):
         for name, sums in self.sums.items():
             found, drawn = self._figures(sums, np.ones((1, count))), self._figures(sums, draws)
             figures[name] = {measure: (float(found[measure][0]), drawn[measure]) for measure in found}
+        models = {name: {m: interval(*pair) for m, pair in each.items()} for name, each in figures.items()}
         return {
-            "models": {
-                name: {measure: interval(*pair) for measure, pair in each.items()}
-                for name, each in figures.items()
-            },
+            "models": models,
             "differences": differences(figures),
             "rows": count,
             "tokens": int(next(iter(self.sums.values()))[:, -1].sum()),
@@ -188,10 +181,10 @@ class TokenComparison(Comparison):
 
     def _figures(self, sums: np.ndarray, draws: np.ndarray) -> dict[str, np.ndarray]:
         """Each measure for each draw of rows, [draws, rows] times each row is drawn: [draws]."""
-        drawn = draws @ sums  # [draws, terms + 1]
-        mean = dict(zip(EVAL_TERMS, (drawn[:, :-1] / drawn[:, -1:]).T, strict=True))
-        nats = drawn[:, list(EVAL_TERMS).index("ce")]
-        bits_per_byte = nats / math.log(2) / (draws @ self.row_bytes)
+        *drawn, tokens = (draws @ sums).T  # of each term and the count of tokens: [draws]
+        total = dict(zip(EVAL_TERMS, drawn, strict=True))
+        mean = {name: nats / tokens for name, nats in total.items()}
+        bits_per_byte = total["ce"] / math.log(2) / (draws @ self.row_bytes)
         return {"perplexity": np.exp(mean.pop("ce")), "bits_per_byte": bits_per_byte, **mean}
 
 
@@ -205,10 +198,7 @@ def forward_tokens_per_s(model: Model, batch: Mapping[str, Tensor], repeats: int
 
 @torch.no_grad()
 def continuations(
-    model: Model,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
-    new_tokens: int,
+    model: Model, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> list[str]:
     """Greedy continuations of prompts; nothing is padded: each by itself unless all are of one length."""
     if len(set(map(len, prompts))) > 1:

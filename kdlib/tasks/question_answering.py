@@ -25,7 +25,10 @@ from kdlib.tasks.base import register
 from kdlib.tasks.language_modeling import LanguageModeling, TokenComparison
 
 BATCH = 16  # rows per forward pass
-OF_CHOICES = {"accuracy": "choice_accuracy", "agreement": "choice_agreement", "retention": "choice_retention"}
+OF_CHOICES = {
+    **{name: f"choice_{name}" for name in ("accuracy", "agreement", "retention")},
+    "on_teachers_mistakes": "on_teachers_mistakes",
+}
 OF_RAW_CHOICES = {"accuracy": "choice_accuracy_raw"}
 
 
@@ -84,20 +87,10 @@ class ChoiceComparison(TokenComparison):
         for source, names in ((chosen, OF_CHOICES), (raw, OF_RAW_CHOICES)):
             for name, measures in source["models"].items():
                 found["models"][name] |= {names[m]: f for m, f in measures.items() if m in names}
-            found["differences"] += [
-                {**each, "metric": names[each["metric"]]}
-                for each in source["differences"]
-                if each["metric"] in names
-            ]
-        for name, measures in chosen["models"].items():
-            if "on_teachers_mistakes" in measures:
-                found["models"][name]["on_teachers_mistakes"] = measures["on_teachers_mistakes"]
-        table: dict[int, tuple[str, list[str]]] = {}
-        for item, question, choice in zip(
-            *(self.choices[c][:] for c in ("item", "question", "text")), strict=True
-        ):
-            table.setdefault(item, (question, []))[1].append(choice)
-        questions, choices = zip(*(table[item] for item in range(len(table))), strict=True)
+            differing = [each for each in source["differences"] if each["metric"] in names]
+            found["differences"] += [{**each, "metric": names[each["metric"]]} for each in differing]
+        items = self.choices.to_pandas().groupby("item")
+        questions, choices = items["question"].first().tolist(), items["text"].agg(list).tolist()
         shown = {name: each for name, each in answers.items() if name == student or name != "untrained"}
         worst = worst_rows(shown, student, questions, choices)
         return {**found, "questions": len(questions), "mcnemar": chosen["mcnemar"], "worst": worst}
@@ -105,8 +98,7 @@ class ChoiceComparison(TokenComparison):
 
 def scores_of(model: LiveTeacher, prepared: Prepared, rows: Dataset) -> np.ndarray:
     """[rows] nats, <= 0: the log-probability of each choice after its question."""
-    # rows of one length: little padding
-    order = np.argsort([-len(ids) for ids in rows["input_ids"]], kind="stable")
+    order = np.argsort([-len(ids) for ids in rows["input_ids"]], kind="stable")  # by length: little padding
     found = np.zeros(len(rows))
     for start in range(0, len(rows), BATCH):
         numbers = order[start : start + BATCH]
