@@ -99,7 +99,7 @@ def split_texts(
         raise DataError(
             f"{config.source}: {len(faults)} of the {len(labels)} classes are empty on one side after the "
             "split; each needs a row to train on and one in validation. Give more rows of them, leave them "
-            f"out, or see whether data.label ({config.label}) and data.labels name the classes{listed(faults)}"
+            f"out, or see whether data.label ({config.label}) and data.labels name them{listed(faults)}"
         )
     return {name: splits[name] for name in SPLITS if name in splits}, labels, notes
 

@@ -132,6 +132,12 @@ class Task(ABC):
         """What measures models on these test rows, else validation rows; `options`: see `Comparison`."""
 
 
+def spread(rows: Sequence[Any], count: int) -> list[Any]:
+    """So many of the rows, where there are so many, from the first towards the last."""
+    count = min(count, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
 TASKS: dict[str, Task] = {}
 
 

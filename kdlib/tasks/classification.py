@@ -29,7 +29,7 @@ from kdlib.models.loading import load_config, load_tokenizer
 from kdlib.models.student import Outline
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots.tokens import RowView
-from kdlib.tasks.base import Comparison, Sample, Task, register
+from kdlib.tasks.base import Comparison, Sample, Task, register, spread
 
 BATCH = 32  # rows per forward pass
 SINGLE = 30  # rows that are answered one by one, for the latency
@@ -113,9 +113,7 @@ class Classification(Task):
 
     def sample(self, prepared: Prepared, tokenizer: Tokenizer) -> Sample:
         """Some of the held-out rows, from the first to the last."""
-        rows, labels = prepared.validation, prepared.labels
-        count = min(LOOKED_AT, len(rows))
-        some = [rows[i * len(rows) // count] for i in range(count)]
+        some, labels = spread(prepared.validation, LOOKED_AT), prepared.labels
         lines = [" ".join(text_of(row, tokenizer).split()) for row in some]
         texts = [line if len(line) <= BEGINNING else f"{line[:BEGINNING]}…" for line in lines]
         classes = [f"{labels[row['label']]}: " for row in some]

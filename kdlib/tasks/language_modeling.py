@@ -30,7 +30,7 @@ from kdlib.models.loading import load_model, load_tokenizer
 from kdlib.models.student import Outline
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots.tokens import TokenView, token_view
-from kdlib.tasks.base import Comparison, Sample, Task, register
+from kdlib.tasks.base import Comparison, Sample, Task, register, spread
 
 BATCH = 8  # rows per forward pass
 TOKENS = 128  # looked at one by one: as many as one reads
@@ -112,9 +112,9 @@ class LanguageModeling(Task):
 
     def prompts(self, config: Config, rows: Dataset) -> list[list[int]]:
         """What the models are to continue: beginnings of rows spread over the text, all of one length."""
-        count, length = config.compare.continuations, config.compare.prompt_tokens
+        length = config.compare.prompt_tokens
         fit = [row["input_ids"] for row in rows if len(row["input_ids"]) >= length]
-        return [list(fit[i * len(fit) // count][:length]) for i in range(min(count, len(fit)))]
+        return [list(ids[:length]) for ids in spread(fit, config.compare.continuations)]
 
 
 class TokenComparison(Comparison):

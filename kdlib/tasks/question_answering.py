@@ -21,7 +21,7 @@ from kdlib.metrics.classification import Answers
 from kdlib.metrics.multiple_choice import probabilities, right_choices
 from kdlib.metrics.paired import results_of, worst_rows
 from kdlib.models.teacher import LiveTeacher
-from kdlib.tasks.base import register
+from kdlib.tasks.base import register, spread
 from kdlib.tasks.language_modeling import LanguageModeling, TokenComparison
 
 BATCH = 16  # rows per forward pass
@@ -54,8 +54,7 @@ class QuestionAnswering(LanguageModeling):
 
     def prompts(self, config: Config, rows: Dataset) -> list[list[int]]:
         """What is given of a few rows, spread over all: their questions."""
-        count = min(config.compare.continuations, len(rows))
-        taken = [rows[i * len(rows) // count] for i in range(count)]
+        taken = spread(rows, config.compare.continuations)
         return [list(row["input_ids"][: row["prompt_tokens"]]) for row in taken]
 
 
