@@ -41,13 +41,11 @@ def documents_have_something_to_predict(context: Context) -> Findings:
         if short <= LEFT_OUT * total:
             continue
         sample = documents.select(range(min(SAMPLE, total)))
-        texts = [each for each in documents.column_names if all(isinstance(x, str) for x in sample[each])]
-        enough = LEFT_OUT * len(sample)
-        others = [each for each in texts if each != column and _too_short(sample, each, context) <= enough]
-        found = f"{short} of the {total} {name} documents in the column {column!r} are "
-        found += "shorter than two tokens and left out"
-        why = "the first token of a row is never predicted, so such a row teaches nothing"
-        do = "look at the text, and leave such rows out of it"
+        texts = [each for each in sample.column_names if all(isinstance(x, str) for x in sample[each])]
+        most = LEFT_OUT * len(sample)
+        others = [each for each in texts if each != column and _too_short(sample, each, context) <= most]
+        found = f"{short} of {total} {name} documents in {column!r} are shorter than two tokens and left out"
+        why, do = "a row's first token is never predicted", "leave such rows out of the text"
         if others:
             found += f"; those in {', '.join(others)} are not"
             do = f"name the column with the text: {others[0]}"
@@ -67,15 +65,14 @@ def documents_are_not_cut(context: Context) -> Findings:
         if shortened <= CUT_DOCUMENTS and lost <= CUT_TOKENS:
             continue
         found = f"{shortened:.0%} of the {name} documents are longer than {context.config.data.max_length} "
-        found += f"tokens and cut, which loses {lost:.0%} of all tokens"
-        found += f"; the longest has {notes[f'{name}_longest_document']}"
+        found += f"tokens and cut, which loses {lost:.0%} of all tokens; "
+        found += f"the longest has {notes[f'{name}_longest_document']}"
+        found_as, why = warning, "what is cut off is never trained on: the ends of texts, or whole answers"
         if context.rules.unit == "row":
-            why = "what is cut off is not read: see whether the beginning of a text tells its class"
-            yield note("data.max_length", found, why, "raise max_length")
-        else:
-            why = "what is cut off is never trained on: the ends of long texts, or whole answers"
-            do = "raise max_length" + ", or set packing: true" * can_pack
-            yield warning("data.max_length", found, why, do)
+            found_as, why = note, "what is cut off is not read: does the beginning of a text tell its class?"
+        yield found_as(
+            "data.max_length", found, why, "raise max_length" + ", or set packing: true" * can_pack
+        )
 
 
 def documents_came_once(context: Context) -> Findings:
@@ -84,10 +81,9 @@ def documents_came_once(context: Context) -> Findings:
     out = notes.get("duplicate_documents_left_out", 0)
     total = out and notes["train_documents"] + notes["validation_documents"] + out
     if out > LEFT_OUT * total:
+        found_as = warning if out > MOSTLY * total else note
         found = f"{out} of {total} documents came twice and were left out"
-        do, found_as = f"see whether {column!r} is the column with the text", note
-        if out > MOSTLY * total:
-            found_as = warning
+        do = f"see whether {column!r} is the column with the text"
         yield found_as("data.text", found, "each text is kept once, on one side", do)
 
 
@@ -102,8 +98,8 @@ def enough_is_held_out(context: Context) -> Findings:
     """A comparison on a handful of rows tells nothing."""
     rows, tokens = (context.prepared.notes[f"validation_{name}"] for name in ("rows", "tokens"))
     if rows < FEW_ROWS or tokens < FEW_TOKENS:
-        found, few = f"{rows} rows with {tokens} tokens are held out", f"{FEW_ROWS} rows or {FEW_TOKENS:,}"
-        why = f"below {few} tokens the intervals of a comparison are too wide to tell models apart"
+        found = f"{rows} rows with {tokens} tokens are held out"
+        why = f"below {FEW_ROWS} rows or {FEW_TOKENS:,} tokens a comparison hardly tells models apart"
         yield warning(_held_out_by(context, rows), found, why, "hold out more, or give more text")
 
 
@@ -112,15 +108,6 @@ def held_out_questions_are_new(context: Context) -> Findings:
     prepared = context.prepared
     for name, rows in (("validation", prepared.validation), ("test", prepared.test)):
         yield from _repeated(name, "questions", prepared.train["text"], rows["text"] if rows else [])
-
-
-def enough_questions_are_held_out(context: Context) -> Findings:
-    """An accuracy over few questions tells nothing."""
-    if (count := len(context.prepared.validation)) < FEW_HELD_OUT:
-        within = f"±{1.96 * math.sqrt(0.25 / count):.0%}"
-        why = f"an accuracy near one half is then known within {within} only, which tells few students apart"
-        where, found = _held_out_by(context, count), f"{count} questions are held out"
-        yield warning(where, found, why, "hold out more, or give more questions")
 
 
 def teacher_has_a_head(context: Context) -> Findings:
@@ -138,37 +125,40 @@ def teacher_has_a_head(context: Context) -> Findings:
     if order is None or (kinds and not classifies):
         head = f"a head for {stated.num_labels} classes" if classifies else "no head for classes"
         found = f"{config.teacher.model} has {head}; the data has {len(labels)}"
-        why = "a head that was never trained has nothing to teach"
         do = "train it first (teacher_stage: {training: {num_train_epochs: 3, learning_rate: 2e-5}})"
         do += ", or name a teacher that was trained on these classes"
-        yield critical("teacher.model", found, why, do)
+        yield critical("teacher.model", found, "an untrained head has nothing to teach", do)
     elif named_classes(stated) is None:
         found, named = f"its {len(labels)} classes have no names (LABEL_0, …)", ", ".join(labels[:3])
-        why = f"they are taken in the order of the data's ({named}, …); in another it would teach nonsense"
+        why = f"they are taken in the order of the data's ({named}, …)"
         do = "see that its accuracy is far above chance; or give data.labels in the teacher's order"
         yield note("teacher.model", found, why, do)
 
 
 def enough_rows_are_held_out(context: Context) -> Findings:
-    """An accuracy from few rows tells no models apart; texts with two classes teach none."""
-    notes, data = context.prepared.notes, context.config.data
-    rows, conflicting = notes["validation_rows"], notes.get("conflicting_documents_left_out", 0)
+    """An accuracy from few rows, or questions, tells no models apart."""
+    rows, unit = len(context.prepared.validation), "rows" if context.rules.unit == "row" else "questions"
     if rows < FEW_HELD_OUT:
         why = f"the accuracy of so few has a 95 % interval of up to ± {98 / math.sqrt(rows):.0f} points"
-        yield warning(_held_out_by(context, rows), f"{rows} rows are held out", why, "hold out more")
+        yield warning(_held_out_by(context, rows), f"{rows} {unit} are held out", why, "hold out more")
+
+
+def texts_have_one_class(context: Context) -> Findings:
+    """Texts with two classes teach none."""
+    notes = context.prepared.notes
+    conflicting = notes.get("conflicting_documents_left_out", 0)
     if conflicting > CONFLICTING * (notes["train_documents"] + notes["validation_documents"]):
         found = f"{conflicting} texts stand there with two classes, and were left out"
-        why = "what is labelled by chance cannot be learned"
-        yield warning("data.label", found, why, f"look at the column {data.label!r}")
+        do = f"look at the column {context.config.data.label!r}"
+        yield warning("data.label", found, "what is labelled by chance cannot be learned", do)
 
 
 def held_out_groups_are_new(context: Context) -> Findings:
     """What belongs together is on one side; where kdlib splits, it sees to that."""
     if count := context.prepared.notes.get("groups_on_two_sides", 0):
         found = f"{count} groups of held-out rows are trained on as well"
-        why = "what is learned of a group is asked again, so the held-out figures read too high"
         do = "mend the source's splits, or leave them out of it: kdlib's own keep groups whole"
-        yield warning("data.group", found, why, do)
+        yield warning("data.group", found, "the held-out figures then read too high", do)
 
 
 def classes_are_large_enough(context: Context) -> Findings:
@@ -176,23 +166,20 @@ def classes_are_large_enough(context: Context) -> Findings:
     data, notes = context.config.data, context.prepared.notes
     for name in ("train", "validation", "test"):
         counts, rows = notes.get(f"{name}_classes", {}), notes.get(f"{name}_rows", 0)
-        trains = name == "train"
-        least = max(FEW_TRAINED, RARE * rows) if trains else FEW_OF_A_CLASS
+        where, setting, least = f"data.{name}", "max_eval_rows", FEW_OF_A_CLASS
+        why, do = "one row then moves a class's F1 by a tenth or more", "hold out more, or give more of them"
+        if name == "train":
+            where, setting, least = "data.label", "max_train_rows", max(FEW_TRAINED, RARE * rows)
+            why = "the student hardly sees them, and accuracy hardly counts them: read macro-F1"
+            do = "give more rows of them, join them with others, or leave them out"
         few = sorted((count, label) for label, count in counts.items() if count < least)
         if not few:
             continue
-        setting = "max_train_rows" if trains else "max_eval_rows"
-        limited = getattr(data, setting) is not None and rows < notes[f"{name}_documents"]
+        if getattr(data, setting) is not None and rows < notes[f"{name}_documents"]:
+            where, do = f"data.{setting}", "take more rows"
         named = ", ".join(f"{label} {count}" for count, label in few[:NAMED]) + ", …" * (len(few) > NAMED)
-        where = f"data.{setting}" if limited else "data.label" if trains else f"data.{name}"
         found = f"{len(few)} of {len(counts)} classes have fewer than {least:.0f} of the {rows} {name} rows"
-        if trains:
-            why = "the student hardly sees them, and accuracy hardly counts them: read macro-F1"
-            do = "give more rows of them, join them with others, or leave them out"
-        else:
-            why = "one row then moves a class's F1 by a tenth or more, and macro-F1 with it"
-            do = "hold out more, or give more rows of them"
-        yield warning(where, f"{found}: {named}", why, "take more rows" if limited else do)
+        yield warning(where, f"{found}: {named}", why, do)
 
 
 @torch.no_grad()
@@ -211,11 +198,12 @@ def teacher_knows_the_classes(context: Context) -> Findings:
     right = sum(map(operator.eq, said, came)) / len(came)
     chance = max(Counter(came).values()) / len(came)
     if right <= chance + 1.96 * math.sqrt(chance * (1 - chance) / len(came)):
-        found = f"its accuracy on {len(came)} training rows is {right:.0%}, that of always saying the "
-        why = "its soft labels are noise: it was not trained for this, or has its classes in another order"
+        found = (
+            f"its accuracy on {len(came)} training rows is {right:.0%}, by the commonest class {chance:.0%}"
+        )
+        why = "it was not trained for this, or has its classes in another order"
         do = "train it first (teacher_stage), or give data.labels in the order of the teacher's classes"
-        found_as = critical if right <= chance else warning
-        yield found_as("teacher.model", f"{found}commonest class {chance:.0%}", why, do)
+        yield (critical if right <= chance else warning)("teacher.model", found, why, do)
 
 
 def _held_out_by(context: Context, rows: int) -> str:

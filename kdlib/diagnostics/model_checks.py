@@ -32,20 +32,18 @@ def device_has_the_dtype(context: Context) -> Findings:
     precision, device = context.config.precision, device_of(context.config.wanted_device).type
     cuda = torch.cuda.get_device_name() if device == "cuda" else ""
     is_recent = bool(cuda) and torch.cuda.get_device_capability()[0] >= 8
-    emulated, ends = "its products are then emulated", "float16 ends at 65,504, which logits pass"
-    where = "a CPU" if device == "cpu" else cuda
+    found_as, ends = warning, "float16 ends at 65,504, which logits pass"
     if precision == "float16" and device == "cpu":
+        found_as, where = critical, "a CPU"
         why = f"most CPUs emulate its products, 60 times slower than float32's; and {ends}"
     elif precision == "float16" and is_recent:
-        where, why = f"{cuda}, which has bfloat16", f"{ends}; bfloat16 has float32's range at the same speed"
+        where, why = f"{cuda}, which has bfloat16", f"{ends}; bfloat16 is as fast"
     elif precision == "bfloat16" and device == "cpu" and emulates_bf16():
-        where += " without avx512_bf16 or amx_bf16"
-        why = f"{emulated}, 4 to 100 times slower than float32's"
+        where, why = "a CPU without avx512_bf16 or amx_bf16", "emulated, 4 to 100 times slower than float32"
     elif precision == "bfloat16" and cuda and not is_recent:
-        where, why = f"{cuda}, which has no instructions for it", f"{emulated}, slower than float32's"
+        where, why = f"{cuda}, which has no instructions for it", "emulated, slower than float32"
     else:
         return
-    found_as = critical if precision == "float16" and device == "cpu" else warning
     yield found_as("precision", f"{precision} on {where}", why, "write auto", AUTO)
 
 
@@ -55,8 +53,11 @@ def rows_fit_the_positions(context: Context) -> Findings:
     stated = {name: getattr(each, "max_position_embeddings", None) for name, each in context.configs.items()}
     name = min(stated, key=lambda name: stated[name] or math.inf)
     if (least := stated[name] or math.inf) < length:
-        found, why = f"{length}; the {name} has {least} positions", "beyond them a model says nothing learned"
-        yield critical(where, found, f"{why}, or fails", f"write {least}", {where: least})
+        found, why = (
+            f"{length}; the {name} has {least} positions",
+            "beyond them nothing is learned, or it fails",
+        )
+        yield critical(where, found, why, f"write {least}", {where: least})
 
 
 def models_are_a_pair(context: Context) -> Findings:
@@ -76,12 +77,11 @@ def models_are_a_pair(context: Context) -> Findings:
         if rows < tokens:
             matrix, whose = ("head", "the") if is_one else ("embedding", "its")
             found = f"the {name}'s {matrix} has {rows} rows, but {whose} tokenizer {tokens} tokens"
-            why = "the tokens beyond have no row to be looked up in"
-            yield critical(where, found, why, "take the tokenizer that belongs to the model")
+            do = "take the tokenizer that belongs to the model"
+            yield critical(where, found, "the tokens beyond have no row", do)
         elif rows > tokens and is_one:
             found = f"the {name}'s head is padded from {tokens} tokens to {rows} rows"
-            do = "nothing: they are left out on both sides"
-            yield note(where, found, "rows beyond the tokenizer mean nothing", do)
+            yield note(where, found, "rows beyond mean nothing", "nothing: they are left out on both sides")
 
 
 def tokenizers_agree(context: Context) -> Findings:
@@ -94,14 +94,14 @@ def tokenizers_agree(context: Context) -> Findings:
         if own == teachers:
             continue
         found = f"its {name} is {own!r}, the teacher's {teachers!r}"
+        if name == "chat_template":
+            found = "its chat_template differs from the teacher's"
         if name in ("bos_token", "eos_token"):
-            why = "the text is made with the teacher's, which the student has not met in this place"
+            why = "the text is made with the teacher's, new to the student in this place"
             do = "train long enough for it to learn, or take a student of the teacher's family"
             yield warning("student.from", found, why, do)
         else:
-            if name == "chat_template":
-                found = "its chat_template differs from the teacher's"
-            why = "the trained student is saved with the teacher's tokenizer and template; padding is masked"
+            why = "the trained student is saved with the teacher's tokenizer and template"
             yield note("student.from", found, why, "use the saved tokenizer with the trained student")
 
 
@@ -114,11 +114,11 @@ def terms_have_a_source(context: Context) -> Findings:
         term, where = FEATURE_TERMS.get(name), f"loss.weights.{name}"
         if term and term.projected and ours != theirs:
             found = f"the student's states have {ours} dimensions, the teacher's {theirs}"
-            why = "they are compared through a projection, trained with the student and not saved in it"
+            why = "they are compared through a projection, which is trained too and not saved"
             yield note(where, found, why, "nothing")
         if term and term.attention:
             found = "both models switch to eager attention while this term has a weight"
-            why = "other attention makes no maps; eager is slower and keeps [B, A, T, T] for each layer"
+            why = "it is slower and keeps [B, A, T, T] for each layer, but other attention makes no maps"
             yield note(where, found, why, "nothing, or compare hidden states instead")
 
 
@@ -130,16 +130,19 @@ def memory_suffices(context: Context) -> Findings:
     judged = verdict(found.peak, found.total)
     if judged == "fits":
         return
-    tried = remedies(context.config, found, found.total, forecast)
-    fitting = [each for each in tried if each.peak <= found.total]
-    changes = [f"{each.overrides} ({each.what}): {each.peak / GIB:.1f} GiB" for each in fitting]
-    needs = (
-        f"the training is forecast to take {found.peak / GIB:.1f} GiB, {found.moment}, and the device has "
-    )
+    changes = [
+        f"{each.overrides} ({each.what}): {each.peak / GIB:.1f} GiB"
+        for each in remedies(context.config, found, found.total, forecast)
+        if each.peak <= found.total
+    ]
+    needs = f"{found.peak / GIB:.1f} GiB are forecast, {found.moment}, and the device has "
     why = "a training that runs out of memory ends without a word, on a CPU even with the whole machine"
     do = "; or ".join(changes) or "see `kd forecast`; take smaller models, shorter rows, or more memory"
-    found_as, needs = critical if judged == "does not fit" else warning, f"{needs}{found.total / GIB:.1f}"
-    yield found_as("training.per_device_train_batch_size", needs, why, do)
+    found_as, where = (
+        critical if judged == "does not fit" else warning,
+        "training.per_device_train_batch_size",
+    )
+    yield found_as(where, f"{needs}{found.total / GIB:.1f}", why, do)
 
 
 def temperature_leaves_something_to_teach(context: Context) -> Findings:
@@ -156,15 +159,15 @@ def temperature_leaves_something_to_teach(context: Context) -> Findings:
             continue
         where = f"loss.temperature.{term}" if by_term else "loss.temperature"
         found = f"at T = {highest:g} the teacher's entropy on the first batch is "
-        found += f"{flatness(highest):.0%} of that of a uniform guess"
-        why = "a teacher that finds every token equally likely teaches its noise on tokens that never come"
+        found += f"{flatness(highest):.0%} of a uniform guess's"
+        why = "a teacher that finds every token equally likely teaches noise"
         if better := next((T for T in PROPOSED if highest > T and flatness(T) <= TELLING), None):
             found += f"; at T = {better:g} it is {flatness(better):.0%}"
             found_as = critical if lowest == highest or flatness(lowest) > UNIFORM else warning
             change = None if isinstance(spec, Mapping) else {where: better}
             yield found_as(where, found, why, f"write {better:g}", change)
         else:
-            do = "see whether this teacher knows such text: it is near uniform at every temperature tried"
+            do = "see whether this teacher knows such text: no temperature tried is better"
             yield warning(where, found, why, do)
 
 
@@ -184,8 +187,8 @@ def terms_are_of_a_size(context: Context) -> Findings:
         if term == main or shares[main] == 0 or not all(math.isfinite(share) for share in shares.values()):
             continue
         if (mean := means(fraction)[term]) < EQUAL:
-            found = f"its value on the first batch is {mean:.1e}"
-            why = "student and teacher say the same there, so at first this term teaches nothing"
+            found = f"its value on the first batch is {mean:.1e}: student and teacher say the same there"
+            why = "at first this term teaches nothing"
             yield note(f"loss.weights.{term}", found, why, "nothing, if that is meant")
         elif max(ratio := shares[main] / shares[term], 1 / ratio) > UNLIKE:
             yield _unlike(context, term, main, shares, weights[term])
@@ -194,16 +197,16 @@ def terms_are_of_a_size(context: Context) -> Findings:
 def _unlike(context: Context, term: str, main: str, shares: Mapping[str, float], weight: float) -> Finding:
     loss, ratio, where = context.config.loss, shares[main] / shares[term], f"loss.weights.{term}"
     proposed = float(f"{weight * ratio:.2g}")
-    by_phase = [phase for phase in loss.curriculum or [] if term in phase.weights]
+    by_phase = any(term in phase.weights for phase in loss.curriculum or [])
     moves = by_phase or isinstance(loss.weights.get(term, {}), Mapping)
     small, large, times = (term, main, ratio) if ratio > 1 else (main, term, 1 / ratio)
-    listed = ", ".join(f"{name} {share:.2g}" for name, share in shares.items())
-    found = f"weight x value on the first batch: {listed}"
-    found += f", so {large} counts {times:,.0f} times as much as {small}"
-    why = "the smaller term has no say. Weights for a KD summed over a row's tokens (`batchmean`) look like "
-    why += "this: here every term is a mean over tokens"
+    found = ", ".join(f"{name} {share:.2g}" for name, share in shares.items())
+    found = (
+        f"weight x value on the first batch: {found}; {large} counts {times:,.0f} times as much as {small}"
+    )
+    why = "the smaller term has no say; weights for sums over a row's tokens (`batchmean`) look like this, "
     do = f"with the weight {proposed:g} {term} counts as much as {main}"
-    return warning(where, found, why, do, None if moves else {where: proposed})
+    return warning(where, found, f"{why}here terms are means", do, None if moves else {where: proposed})
 
 
 def teacher_is_finite(context: Context) -> Findings:

@@ -49,6 +49,7 @@ class Classification(Task):
         "documents_came_once",
         "teacher_has_a_head",
         "enough_rows_are_held_out",
+        "texts_have_one_class",
         "held_out_groups_are_new",
         "classes_are_large_enough",
     )
