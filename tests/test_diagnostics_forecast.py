@@ -56,8 +56,8 @@ def test_cards_are_judged_each_with_its_cheapest_change(raw):
         config,
         Fixed(20 * GIB),
         lambda changed: Fixed((9 if changed.training.get("activation_checkpointing") else 19) * GIB),
-        sizes=(8, 12, 24),
     )
+    lines = [line for line in lines if line["gib"] in (8, 12, 24)]
     assert [line["verdict"] for line in lines] == ["does not fit", "does not fit", "fits"]
     assert lines[0]["remedy"].peak == 9 * GIB  # at least
     assert lines[1]["remedy"].changes == {"training.activation_checkpointing": True}

@@ -33,8 +33,7 @@ def checkpointing_lets_gradients_through(context: Context) -> Findings:
     reentrant = isinstance(options, dict) and options.get("use_reentrant")
     if training.get(f"{kind}_checkpointing") and reentrant and feature_terms(context.active):
         where, found = f"training.{kind}_checkpointing_kwargs.use_reentrant", "true beside a feature term"
-        why = "re-entrant checkpointing runs a layer without gradient first: such a term would teach nothing"
-        yield critical(where, found, why, "write false", {where: False})
+        yield critical(where, found, "such a term would teach nothing", "write false", {where: False})
 
 
 def settings_are_used(context: Context) -> Findings:
@@ -52,8 +51,8 @@ def schedule_can_be_made(context: Context) -> Findings:
     if isinstance(given, Mapping) and "num_training_steps" in given:
         kept = dict(given)
         found = f"num_training_steps: {kept.pop('num_training_steps')} in a training of {context.steps} steps"
-        why = "the Trainer counts the steps itself, and its schedule fails on two counts"
-        yield critical(where, found, why, "leave num_training_steps out", {where: kept or None})
+        why, do = "the Trainer counts the steps itself", "leave num_training_steps out"
+        yield critical(where, found, why, do, {where: kept or None})
     else:
         _ = context.learning_rate  # its failure is the finding
 
@@ -70,10 +69,9 @@ def warm_up_fits(context: Context) -> Findings:
     found += f" {steps}: the learning rate gets to {rate * peak:.1e} of {rate:.1e}"
     if (accumulation := args.gradient_accumulation_steps) > 1:
         found += f"; counted in batches, {accumulation} a step, it would be {warm_up / accumulation:g} steps"
-    why = "the learning rate is low until then; one counted in batches keeps it near 0 to the end"
     do = f"count optimizer steps, or give a share of them: warmup_steps: {SHARE:g}"
     found_as = critical if peak < FLAT else warning
-    yield found_as(where, found, why, do, {where: SHARE})
+    yield found_as(where, found, "the learning rate is low until then", do, {where: SHARE})
 
 
 def learning_rate_reaches_its_peak(context: Context) -> Findings:
@@ -88,12 +86,10 @@ def learning_rate_reaches_its_peak(context: Context) -> Findings:
     if named and peak < REACHED:
         found = f"the learning rate gets to {rate * peak:.1e} of {rate:.1e} in {steps} steps"
         why, do = "it never reaches what was chosen", "leave these out, or make the schedule fit the steps"
-        found_as = critical if peak < FLAT else warning
-        yield found_as("training.lr_scheduler_kwargs", found, why, do)
+        yield (critical if peak < FLAT else warning)("training.lr_scheduler_kwargs", found, why, do)
     elif still > LONG_WARM_UP:
         found = f"in {still:.0%} of the {steps} steps the learning rate is below {FLAT:.0%} of its peak"
-        why = "steps at a learning rate near 0 take time and change nothing"
-        do = "stretch the schedule over the training, or train for fewer steps"
+        why, do = "they take time and change nothing", "stretch the schedule, or train for fewer steps"
         yield warning("training.lr_scheduler_type", found, why, do)
 
 
@@ -106,7 +102,7 @@ def learning_rate_in_range(context: Context) -> Findings:
     judged, of other optimizers nothing but that it is not 0.
     """
     rate, where = context.args.learning_rate, "training.learning_rate"
-    optimizer = getattr(context.args.optim, "value", str(context.args.optim))
+    optimizer = context.args.optim.value
     if context.has_own_schedule:
         rate *= max(_rates(context))
     if rate <= 0:
@@ -124,10 +120,9 @@ def learning_rate_in_range(context: Context) -> Findings:
     if not low <= rate <= high:
         far, rounded = not low / FAR_OUT <= rate <= high * FAR_OUT, float(f"{proposed:.1g}")
         found = f"a peak of {rate:.1e}; with {rule} trainings go well from {low:.0e} to {high:.0e}"
-        why = "above it a training diverges, below it the weights hardly move before the steps are used up"
+        why = "above it a training diverges, below it the weights hardly move"
         change = {where: rounded} if far and not context.has_own_schedule else None
-        found_as = critical if far else warning
-        yield found_as(where, found, why, f"try {rounded:g}", change)
+        yield (critical if far else warning)(where, found, why, f"try {rounded:g}", change)
 
 
 def steps_are_not_batches(context: Context) -> Findings:
@@ -139,10 +134,9 @@ def steps_are_not_batches(context: Context) -> Findings:
     passes, odd = divmod(steps, batches)
     if not odd and passes <= most:
         meant = passes * -(-batches // accumulation)
-        found = f"{steps}, the number of batches in {passes} pass{'es' * (passes > 1)} over "
-        found += f"{context.extent.rows} rows; with {accumulation} batches to an optimizer step the training "
-        found += f"passes {context.extent.passes:.1f} times over the text"
-        why = "counted in batches, a training and all its schedules are too long by the accumulation"
+        found = f"{steps}, the number of batches in {passes} pass{'es' * (passes > 1)}; with {accumulation} "
+        found += f"to an optimizer step the training passes {context.extent.passes:.1f} times over the text"
+        why = "counted in batches, training and schedules are too long by the accumulation"
         yield warning(where, found, why, f"write {meant}", {where: meant})
 
 
@@ -161,7 +155,7 @@ def intervals_fit(context: Context) -> Findings:
             yield warning(where, found, lost, f"write {shorter}", {where: shorter})
     if args.save_strategy == "steps" and args.save_steps > steps > 1:
         found = f"{args.save_steps:g} in a training of {steps} steps"
-        why = "a training that is stopped by force starts again from the beginning"
+        why = "stopped by force, it starts again from the beginning"
         yield note("training.save_steps", found, why, "save more often, if it takes long")
 
 
@@ -171,18 +165,16 @@ def batch_is_sensible(context: Context) -> Findings:
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     tokens = rows * notes.get("train_learned_tokens", notes["train_tokens"]) / max(notes["train_rows"], 1)
     seen = f"{rows} rows, {tokens:,.0f} {'' if are_rows else 'learned '}tokens, make an optimizer step"
-    do, chance = "lower batch size or accumulation", "the gradient is mostly chance"
+    do, few = "lower batch size or accumulation", rows < FEW_ROWS if are_rows else tokens < FEW_TOKENS
     if rows > context.extent.rows:
         seen += f"; the training text has {context.extent.rows} rows"
         why = "every step then sees the same text, and fewer rows than was meant"
-    elif are_rows and rows < FEW_ROWS:
-        why = f"below some {FEW_ROWS} rows, with a class each, {chance}"
-        do = "raise batch size or accumulation"
+    elif few:
+        limit = f"{FEW_ROWS} rows" if are_rows else f"{FEW_TOKENS} tokens"
+        why, do = f"below some {limit} the gradient is mostly chance", "raise batch size or accumulation"
+        do += "" if are_rows else f" by {-(-FEW_TOKENS // max(tokens, 1)):.0f} times"
     elif tokens > MANY_TOKENS:
         why = "so large a step learns little more than a smaller one would, and there are fewer"
-    elif tokens < FEW_TOKENS and not are_rows:
-        why = f"below some {FEW_TOKENS} tokens {chance}"
-        do = f"raise batch size or accumulation by {-(-FEW_TOKENS // max(tokens, 1)):.0f} times"
     else:
         return
     yield warning("training.gradient_accumulation_steps", seen, why, do)
@@ -194,10 +186,9 @@ def phases_start(context: Context) -> Findings:
     for number, phase in enumerate(context.config.loss.curriculum or []):
         near = range(int(start * steps), min(int(phase.until * steps) + 1, steps))
         if not any(start <= step / steps < phase.until for step in near):
-            span = f"phase {number + 1}, from {start:.4g} to {phase.until:.4g} of a training of {steps} steps"
-            found, why = f"{span}, has no step", "its weights never hold"
+            found = f"phase {number + 1}, from {start:.4g} to {phase.until:.4g} of {steps} steps, has no step"
             do = f"make it longer than {1 / steps:.2g} of the training, or leave it out"
-            yield warning(f"loss.curriculum.{number}.until", found, why, do)
+            yield warning(f"loss.curriculum.{number}.until", found, "its weights never hold", do)
         start = phase.until
 
 
@@ -214,7 +205,7 @@ def feature_terms_start_when_meant(context: Context) -> Findings:
         has_others = all(set(weights) - {term} | set(phase.weights) for phase in phases[:first])
         change = {f"loss.curriculum.{number}.weights.{term}": 0 for number in range(first)}
         found = f"{term} comes in with phase {first + 1}, at {later:g}, but phase 1 leaves it at {usual:g}"
-        why = "where a phase does not name it a term has its usual weight, so it acts from the first step on"
+        why = "where a phase does not name it a term has its usual weight"
         do = f"write {term}: 0 in the weights of phase 1{f' to {first}' * (first > 1)}"
         yield warning(next(iter(change)), found, why, do, change if has_others else None)
 

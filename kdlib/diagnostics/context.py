@@ -91,10 +91,9 @@ def part(where: str) -> Callable[[Callable[["Context"], Any]], property]:
             if name not in self.made:
                 try:
                     self.made[name] = make(self)
-                except Unavailable as error:
-                    self.made[name] = error
                 except (KdlibError, torch.OutOfMemoryError) as error:
-                    self.made[name] = Unavailable(where, error)
+                    known = isinstance(error, Unavailable)
+                    self.made[name] = error if known else Unavailable(where, error)
             if isinstance(found := self.made[name], Unavailable):
                 raise found
             return found
@@ -175,8 +174,8 @@ class Context:
     def extent(self) -> Extent:
         found = extent(self.args, len(self.prepared.train))
         if found.batches == 0:
-            why = f"{found.rows} rows make no whole batch, and dataloader_drop_last leaves the others out"
-            raise ConfigError(f"{why}; set it to false")
+            why = f"{found.rows} rows make no whole batch"
+            raise ConfigError(f"{why}; set dataloader_drop_last to false")
         return found
 
     @part("training")

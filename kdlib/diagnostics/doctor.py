@@ -101,7 +101,7 @@ def examine(context: Context, *, quick: bool = False) -> list[Finding]:
         found += _answers(memory_suffices, context)
     grave = [each.where for each in found if each.severity == "critical"]
     stops = [where for where in grave if where.split(".")[0] in ("teacher", "student", "data")]
-    why, do = "", "ask again when that is done"
+    do = "ask again when that is done"
     if quick:
         why, do = "asked to be quick", "ask again without --quick"
     elif stops:
@@ -109,12 +109,10 @@ def examine(context: Context, *, quick: bool = False) -> list[Finding]:
     elif context.config.teacher_stage:
         why = "the teacher is trained first (teacher_stage)"
     else:
-        found += [each for check in on_batches for each in _answers(check, context)]
-    if why:
-        open_yet = ", ".join(check.__name__.replace("_", " ") for check in on_batches)
-        why = f"{why}: the first batch was not measured"
-        found.append(Finding("note", "loss", why, f"so these are open: {open_yet}", do))
-    return ordered(found)
+        return ordered([*found, *(each for check in on_batches for each in _answers(check, context))])
+    open_yet = ", ".join(check.__name__.replace("_", " ") for check in on_batches)
+    why = f"{why}: the first batch was not measured"
+    return ordered([*found, Finding("note", "loss", why, f"so these are open: {open_yet}", do)])
 
 
 def faults(error: ConfigError) -> list[Finding]:

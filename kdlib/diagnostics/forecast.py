@@ -72,14 +72,7 @@ class Remedy:
     what: str
     changes: Mapping[str, Any]  # overrides, by dotted names
     peak: int  # bytes that are forecast with it
-
-    @property
-    def overrides(self) -> str:
-        """As they are written on the command line."""
-        return " ".join(f"-o {name}={str(value).lower()}" for name, value in self.changes.items())
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "overrides": self.overrides}
+    overrides: str  # the changes as they are written on the command line
 
 
 def single_changes(config: Config, forecast: Forecast) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -123,7 +116,8 @@ def remedies(
         """These together; of two that set the same, the later one counts."""
         what = changes[0][0] if len(changes) == 1 else "; ".join(what.split(":")[0] for what, _ in changes)
         merged = {name: value for _, each in changes for name, value in each.items()}
-        return Remedy(what, merged, forecaster(configs.parse(config.as_dict(), merged)).peak)
+        written = " ".join(f"-o {name}={str(value).lower()}" for name, value in merged.items())
+        return Remedy(what, merged, forecaster(configs.parse(config.as_dict(), merged)).peak, written)
 
     singles = list(single_changes(config, found))
     if not singles or (least := remedy(singles)).peak > memory:
@@ -137,14 +131,8 @@ def remedies(
     return fitting(([each] for each in singles), count) or fitting(together, 1) or [least]
 
 
-def cards(
-    config: Config, found: Forecast, forecaster: Forecaster, sizes: tuple[int, ...] = CARDS
-) -> list[dict[str, Any]]:
-    """For each usual memory size: whether the config fits as it is, and else with which change.
-
-    Returns:
-        [{"gib": …, "verdict": …, "remedy": a Remedy or None}, …]
-    """
+def cards(config: Config, found: Forecast, forecaster: Forecaster) -> list[dict[str, Any]]:
+    """[{"gib", "verdict", "remedy": a Remedy or None}, …]: does it fit such a card, else with which change?"""
     known: dict[str, Forecast] = {}
 
     def remembered(changed: Config) -> Forecast:
@@ -152,35 +140,30 @@ def cards(
         known[key] = known.get(key) or forecaster(changed)
         return known[key]
 
-    def line(gib: int) -> dict[str, Any]:
+    lines = []
+    for gib in CARDS:
         cheapest = next(iter(remedies(config, found, gib * GIB, remembered, count=1)), None)
-        return {"gib": gib, "verdict": verdict(found.peak, gib * GIB), "remedy": cheapest}
-
-    return [line(gib) for gib in sizes]
+        lines.append({"gib": gib, "verdict": verdict(found.peak, gib * GIB), "remedy": cheapest})
+    return lines
 
 
 def advised(
     config: Config, forecaster: Callable[..., Forecast], *, every_card: bool = False, **options: Any
 ) -> dict[str, Any]:
-    """Everything that `kd forecast` says, as plain data.
+    """`Forecast.as_dict()` with "remedies" and, for `every_card`, "cards", "card_precision" and "card_peak".
 
-    Args:
-        forecaster: kdlib.diagnostics.memory.forecast, with `options` memory, devices, rows, vocabulary.
-        every_card: also for each usual size of a card, whether the config fits or with which change.
-
-    Returns:
-        `Forecast.as_dict()` with "remedies" and, where asked for, "cards", "card_precision" and "card_peak".
+    The forecaster is kdlib.diagnostics.memory.forecast, with `options` memory, devices, rows, vocabulary.
     """
     found = forecaster(config, **options)
     changes = remedies(config, found, found.free, partial(forecaster, **options))
-    data = found.as_dict() | {"remedies": [remedy.as_dict() for remedy in changes]}
+    data = found.as_dict() | {"remedies": [asdict(remedy) for remedy in changes]}
     if every_card:
         # of the smallest: on larger ones `loss.chunk: auto` takes no larger chunks
         on_cuda = partial(forecaster, **options | {"memory": min(CARDS), "device": "cuda"})
         there = on_cuda(config)
         lines = cards(config, there, on_cuda)
         for line in lines:
-            line["remedy"] = line["remedy"] and line["remedy"].as_dict()
+            line["remedy"] = line["remedy"] and asdict(line["remedy"])
         data |= {"cards": lines, "card_precision": there.precision, "card_peak": there.peak}
     return data
 
@@ -222,8 +205,7 @@ def _fit(data: Mapping[str, Any]) -> list[str]:
     lines += [f"  {_gib(each['peak'])} GiB with {each['overrides']}   ({each['what']})" for each in fitting]
     if data["verdict"] == "does not fit" and not fitting:
         least = f": with all of them it still takes {_gib(changes[0]['peak'])} GiB" if changes else ""
-        why = f"  no change of batch, length, logits or precision makes it fit{least}"
-        lines.append(f"{why}; take smaller models, or more memory")
+        lines.append(f"  no change makes it fit{least}; take smaller models, or more memory")
     return lines
 
 
@@ -232,8 +214,7 @@ def _time(data: Mapping[str, Any]) -> list[str]:
         return ["time: measure it with --measure, or with the dry run"]
     lines = [f"time: {time['step_s']:.2g} s per optimizer step, measured on a few real ones"]
     if (others := time["cores_of_others"]) > BUSY:
-        why = "the times are those of a busy machine"
-        lines.append(f"  other processes kept {others:.1f} cores busy meanwhile: {why}")
+        lines.append(f"  other processes kept {others:.1f} cores busy meanwhile, so it may be less")
     evaluations = f", with {time['evaluations']} evaluations of {duration(time['evaluation_s'])}"
     run = f"{duration(time['seconds'])} for {time['steps']} steps{evaluations * bool(time['evaluations'])}"
     lines.append(f"  the whole run: {run}; without checkpoints, baseline and comparison")

@@ -123,8 +123,9 @@ class Breakdown:
             low = self.passing(self.plan.with_layers(*small))
             high = low if small == large else self.passing(self.plan.with_layers(*large))
         found: dict[str, Sizes] = {name: Counter() for name in high}
-        for name, part, size in [(name, *each) for name, parts in high.items() for each in parts.items()]:
-            found[name][part] = round(at_layers(full, part, low[name][part], size, small, large))
+        for name, parts in high.items():
+            for part, size in parts.items():
+                found[name][part] = round(at_layers(full, part, low[name][part], size, small, large))
         halves = [found.pop(f"backward's {half}") for half in ("beginning", "end")]
         found |= {"backward": max(halves, key=Counter.total), "optimizer step": self.optimizer_step()}
         lasting = {
@@ -186,7 +187,7 @@ class Breakdown:
         return self.parts(watch, watch.spans["evaluation"], kept)
 
     def watch(self) -> Allocations:
-        """On CUDA the loss multiplies its gradient by a scale, on a CPU only if that is not 1."""
+        # on CUDA the loss multiplies its gradient by a scale, on a CPU only if that is not 1
         watch = Allocations(answer=1.0 if self.kind == "cpu" else 2.0)
         watch.hold(_tensors(self.step.student) + _tensors(self.step.teacher))
         return watch
@@ -226,12 +227,8 @@ class Breakdown:
         shapes = {tuple(weight.shape) for weight in self.step.student.parameters() if weight.ndim > 1}
         return self.dtype is not torch.float32 and bool({block.shape, block.shape[::-1]} & shapes)
 
-    @property
-    def optimizer(self) -> str:
-        return getattr(self.args.optim, "value", self.args.optim)
-
     def optimizer_state(self) -> int:
-        name, every = self.optimizer, self.student.parameters()
+        name, every = self.args.optim.value, self.student.parameters()
         if name == "adafactor":  # a row and a column per matrix
             counts = (sum(p.shape[-2:]) * p[..., 0, 0].numel() if p.ndim > 1 else p.numel() for p in every)
             return 4 * sum(counts)
@@ -242,9 +239,9 @@ class Breakdown:
 
     def optimizer_step(self) -> Sizes:
         """What there is beside the state that the optimizer keeps."""
-        sizes = [bytes_of([parameter]) for parameter in self.student.parameters()]
+        sizes = [parameter.nbytes for parameter in self.student.parameters()]
         scratch = sum(sizes) if self.kind == "cuda" else 2 * max(sizes)  # CUDA: all in one go
-        scratch *= "fused" not in self.optimizer
+        scratch *= "fused" not in self.args.optim
         logits = bytes_of(self.workspace.buffers)
         return Counter({"gradients": sum(sizes), "logits": logits, "temporaries": scratch})
 
@@ -254,7 +251,7 @@ class Breakdown:
             return dict(parts)
         if not self.args.fsdp:
             return {**parts, "gradient buckets": parameters(self.student) * 4}
-        outside = bytes_of([self.student.get_input_embeddings().weight])
+        outside = self.student.get_input_embeddings().weight.nbytes
         layers = bytes_of(self.student.parameters()) - outside
         layer = layers // max(self.student.config.num_hidden_layers, 1)
         shards = {name: -(-size // devices) for name, size in parts.items() if name in SHARDED}
