@@ -132,21 +132,14 @@ class Context:
     loaded = ("tokenizer", "student_tokenizer", "configs", "size", "split", "prepared", "teacher", "student")
     sections = ("task", "teacher", "student", "data", "seed", "teacher_stage")
 
-    def __init__(
-        self,
-        config: Config,
-        made: Mapping[str, Any] | None = None,
-        forecast: Callable[..., Any] | None = None,
-    ) -> None:
+    def __init__(self, config: Config, made: Mapping[str, Any] | None = None) -> None:
         """`made` are parts that are there already, by the names of the properties below."""
         self.config, self.made = config, dict(made or {})
-        self.forecast = forecast  # kdlib.diagnostics.memory.forecast, for `memory_suffices`
 
     def mended(self, config: Config) -> "Context":
         """Another config, with what is loaded, where it names the same."""
         same = all(getattr(config, section) == getattr(self.config, section) for section in self.sections)
-        made = {name: self.made[name] for name in self.loaded if same and name in self.made}
-        return Context(config, made, self.forecast)
+        return Context(config, {name: self.made[name] for name in self.loaded if same and name in self.made})
 
     @property
     def rules(self) -> TaskRules:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def diagnose(config: Config, *, quick: bool = False, made: Mapping[str, Any] | N
         quick: leave out what needs the models' weights.
         made: what is loaded already, by the names of Context's properties: tokenizer, prepared, teacher, ….
     """
-    return examine(Context(config, made, forecast), quick=quick)
+    return examine(Context(config, made), quick=quick)
 
 
 def visit(
@@ -70,7 +71,7 @@ def visit(
     the text that is returned; no file is written.
     """
     try:
-        context = Context(configs.load(path, overrides), forecast=forecast)
+        context = Context(configs.load(path, overrides))
     except ConfigError as error:
         return Visit(faults(error), faults(error), {}, None)
     before = Path(path).read_text(encoding="utf-8")
@@ -98,7 +99,7 @@ def examine(context: Context, *, quick: bool = False) -> list[Finding]:
     on_batches = (*BATCH_CHECKS, *map(_named, task.checks_on_batches))
     found = [each for check in (*CHECKS, *map(_named, task.checks)) for each in _answers(check, context)]
     if not any(each.severity == "critical" for each in found):  # what cannot train takes no memory
-        found += _answers(memory_suffices, context)
+        found += _answers(partial(memory_suffices, forecast=forecast), context)
     grave = [each.where for each in found if each.severity == "critical"]
     stops = [where for where in grave if where.split(".")[0] in ("teacher", "student", "data")]
     do = "ask again when that is done"

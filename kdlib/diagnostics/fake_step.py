@@ -17,7 +17,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
 
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.objective import EVAL_TERMS, ObjectiveAt, ledger, row_sums
@@ -33,6 +32,7 @@ NEVER = 2**62
 COMPILED_SCRATCH = 2  # [rows, V] in float32 that the compiled row arithmetic needs beside its arguments
 ATEN = torch.ops.aten
 
+Batch = Mapping[str, Tensor]
 Phase = Callable[[str], AbstractContextManager]
 
 
@@ -197,14 +197,7 @@ class FakeStep:
         with unset_fake_temporarily():
             return self.plan.task.random_batch(self.plan, rows, torch.Generator().manual_seed(0))
 
-    def train(
-        self,
-        batch: Mapping[str, Tensor],
-        at: ObjectiveAt,
-        *,
-        count: int,
-        phase: Phase = lambda name: nullcontext(),
-    ) -> None:
+    def train(self, batch: Batch, at: ObjectiveAt, *, count: int, phase: Phase = nullcontext) -> None:
         """One micro-batch of a step with `count` kept tokens, `phase` entered for each of PHASES.
 
         The gradients stay in the student.
@@ -218,9 +211,7 @@ class FakeStep:
             made.total.backward()
 
     @torch.no_grad()
-    def evaluate(
-        self, batch: Mapping[str, Tensor], at: ObjectiveAt, phase: Phase = lambda name: nullcontext()
-    ) -> None:
+    def evaluate(self, batch: Batch, at: ObjectiveAt, phase: Phase = nullcontext) -> None:
         self.student.eval()
         with phase("evaluation"), self._autocast():
             tokens, student, teacher = self._signals(batch, at, True, phase)
@@ -229,23 +220,20 @@ class FakeStep:
             row_sums(*of, row_count=rows, terms=EVAL_TERMS, at=at, chunk=chunk)
 
     def _signals(
-        self, batch: Mapping[str, Tensor], at: ObjectiveAt, with_teacher: bool, phase: Phase
+        self, batch: Batch, at: ObjectiveAt, with_teacher: bool, phase: Phase
     ) -> tuple[Kept, Signal, Signal | None]:
-        tokens, inside = kept(batch["labels"]), insides(at, self.pairs, self.student)
-        reads = "teacher_" if "teacher_input_ids" in batch else ""
-
-        def signal(model: PreTrainedModel, side: int, reads: str) -> Signal:
-            of = {"vocabulary": self.plan.vocabulary, "form": self.forms[side], "inside": inside[side]}
-            return signal_of(model, batch, tokens, reads=reads, **of)
-
+        tokens, size = kept(batch["labels"]), self.plan.vocabulary
+        of = [
+            {"vocabulary": size, "form": form, "inside": inside}
+            for form, inside in zip(self.forms, insides(at, self.pairs, self.student), strict=True)
+        ]
         with phase("student's forward"):
-            student = signal(self.student, 0, "")
+            student = signal_of(self.student, batch, tokens, **of[0])
         if not with_teacher:
             return tokens, student, None
+        reads = "teacher_" if "teacher_input_ids" in batch else ""
         with phase("teacher's forward"), torch.no_grad():
-            return tokens, student, signal(self.teacher, 1, reads)
+            return tokens, student, signal_of(self.teacher, batch, tokens, reads=reads, **of[1])
 
-    @contextmanager
-    def _autocast(self) -> Iterator[None]:
-        with torch.autocast("cpu", self.dtype, enabled=self.dtype is not torch.float32):
-            yield
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", self.dtype, enabled=self.dtype is not torch.float32)

@@ -132,7 +132,7 @@ def remedies(
 
 
 def cards(config: Config, found: Forecast, forecaster: Forecaster) -> list[dict[str, Any]]:
-    """[{"gib", "verdict", "remedy": a Remedy or None}, …]: does it fit such a card, else with which change?"""
+    """[{"gib", "verdict", "remedy": a Remedy or None}, …]: does it fit the card, else with what change?"""
     known: dict[str, Forecast] = {}
 
     def remembered(changed: Config) -> Forecast:

@@ -4,13 +4,13 @@
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 
 import torch
 
 from kdlib.diagnostics.context import Context, Finding, Findings, Unavailable, critical, note, warning
-from kdlib.diagnostics.forecast import GIB, remedies, verdict
+from kdlib.diagnostics.forecast import GIB, Forecast, remedies, verdict
 from kdlib.errors import ModelError
 from kdlib.hardware import emulates_bf16
 from kdlib.losses.features import FEATURE_TERMS
@@ -122,10 +122,10 @@ def terms_have_a_source(context: Context) -> Findings:
             yield note(where, found, why, "nothing, or compare hidden states instead")
 
 
-def memory_suffices(context: Context) -> Findings:
-    """The forecast of the training's peak lies within what the device has: `kd forecast`, part by part."""
+def memory_suffices(context: Context, forecast: Callable[..., Forecast]) -> Findings:
+    """The peak that kdlib.diagnostics.memory.forecast gives lies within what the device has."""
     prepared = context.prepared
-    forecast = partial(context.forecast, rows=len(prepared.train), vocabulary=prepared.vocabulary)
+    forecast = partial(forecast, rows=len(prepared.train), vocabulary=prepared.vocabulary)
     found = forecast(context.config)
     judged = verdict(found.peak, found.total)
     if judged == "fits":

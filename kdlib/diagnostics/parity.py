@@ -38,8 +38,7 @@ from kdlib.training.trainer import DistillationTrainer
 ROWS, LONGEST = 3, 64  # rows and tokens of the longest: enough for every kind of error, and quick
 TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 1e-1), torch.float16: (2.5e-3, 1.25e-2)}
 """(terms, gradient) by the dtype of the products, relative.  Rounding alone was seen to do (2e-7, 4e-7) in
-float32, where longer sums have room to do more, and (2e-3, 5e-3) in bfloat16; float16 has three binary digits
-more than that.  A wrong count, mask, weight or temperature does more than any of these.
+float32 and (2e-3, 5e-3) in bfloat16; a wrong count, mask, weight or temperature does more than any of these.
 """
 SMALL = 0.1  # nats, against which a smaller term's difference is held: rounding does not shrink with the term
 CONTRASTIVE = {"ce", "contrastive"}  # not 0 where student and teacher agree
@@ -68,8 +67,8 @@ def parity(
     """The self-test's table, a line per comparison: compared, difference, tolerance, result.
 
     The result is pass, fail, or left out.  Compared is at the `tested_fractions`, without dropout, and an
-    estimate from samples by its expectation.  Models, their modes and random numbers are as before (but for
-    the student's gradients, which are cleared); nothing is written outside a temporary folder.
+    estimate from samples by its expectation.  Models and random numbers are left as they were, the student
+    without gradients; nothing is written outside a temporary folder.
     """
     dtype, _ = precision_of(config.precision, device_of(config.wanted_device))
     rows, fractions = shortened(prepared.train), tested_fractions(config)
@@ -84,12 +83,11 @@ def parity(
 
 
 def _line(compared: str, difference: float | None = None, tolerance: float | None = None) -> dict[str, str]:
-    """Two figures that should be one: how far apart they are, and how far rounding may set them apart."""
-    figures = ("", "", "left out")
-    if difference is not None:
-        passes = difference <= tolerance  # nan does not
-        figures = (f"{difference:.1e}", f"{tolerance:.0e}", "pass" if passes else "fail")
-    return dict(zip(("compared", "difference", "tolerance", "result"), (compared, *figures), strict=True))
+    if difference is None:
+        return {"compared": compared, "difference": "", "tolerance": "", "result": "left out"}
+    result = "pass" if difference <= tolerance else "fail"  # of nan too
+    figures = {"difference": f"{difference:.1e}", "tolerance": f"{tolerance:.0e}"}
+    return {"compared": compared, **figures, "result": result}
 
 
 def shortened(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -226,19 +224,18 @@ def _step(
 def _evaluated(trainer: DistillationTrainer, batch: Mapping[str, Tensor]) -> dict[str, float]:
     """The loss, kl_to_teacher and the terms as an evaluation here gives them, per token."""
     figures = trainer.evaluation_loop([batch], "parity").metrics
-    terms = trainer.objective.at(trainer.state.global_step).weights
-    found = {name: figures[f"eval_{name}"] for name in ("loss", "kl_to_teacher")}
-    return found | {name: figures[f"eval_{name}_loss"] for name in terms}
+    terms = [f"{name}_loss" for name in trainer.objective.at(trainer.state.global_step).weights]
+    return {name.removesuffix("_loss"): figures[f"eval_{name}"] for name in ("loss", "kl_to_teacher", *terms)}
 
 
 def _against_itself(trainer: DistillationTrainer, batch: Mapping[str, Tensor]) -> float:
     """The greatest term whose least value is 0: the teacher, and what it reads, in the student's place."""
     read = {name: values for name, values in batch.items() if name.startswith("teacher_")}
+    mine = {**batch, **{name.removeprefix("teacher_"): values for name, values in read.items()}}
     teacher, pairs = trainer.teacher, [(theirs, theirs) for _, theirs in trainer.layer_pairs]
     itself = {"model": teacher.model, "form": teacher.form, "layer_pairs": pairs}
     with _instead(*((trainer, name, value) for name, value in itself.items())):
-        mine = {name.removeprefix("teacher_"): values for name, values in read.items()}
-        figures = _evaluated(trainer, {**batch, **mine})
+        figures = _evaluated(trainer, mine)
     return max(abs(value) for name, value in figures.items() if name not in CONTRASTIVE | {"loss"})
 
 
