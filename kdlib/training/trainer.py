@@ -136,7 +136,7 @@ class DistillationTrainer(GuardedTrainer):
         if num_items_in_batch is None:
             raise RunError(
                 "the Trainer gave no num_items_in_batch, so the loss cannot be divided by the step's tokens: "
-                f"use a model whose forward takes **kwargs; {type(self.student).__name__}'s does not"
+                f"use a model whose forward takes **kwargs, and {type(self.student).__name__}'s does not"
             )
         step, every = self.state.global_step, self.grad_norms_every
         at, is_first = self.objective.at(self.done(step)), self.guard.begin(inputs, step)
