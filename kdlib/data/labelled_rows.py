@@ -12,7 +12,7 @@ import pandas as pd
 from datasets import Dataset
 
 from kdlib.config.sections import DataConfig
-from kdlib.data.sources import BUILT_IN, check_column, own_splits, read_splits, refuse
+from kdlib.data.sources import BUILT_IN, check_column, own_splits, read_splits, refuse_rows
 from kdlib.errors import DataError, nearest
 
 NAMED = 10  # rows or classes in one message
@@ -62,7 +62,7 @@ def read_texts(
     labels, numbers = _numbering(config, splits["train"].features[config.label], frames)
     what = f"cannot be used; each needs a text, and a label that is one of {some(labels)}. Correct them or "
     what += "leave them out, or see whether data.text, data.label and data.labels are meant so"
-    refuse(config, list(_faults(frames, labels, numbers, known)), what)
+    refuse_rows(config, list(_faults(frames, labels, numbers, known)), what)
     for frame in frames.values():
         frame["class"] = [numbers[label] for label in frame.pop("label")]
     if group in splits["train"].column_names:
@@ -73,7 +73,7 @@ def read_texts(
             if value in (None, "")
         ]
         what = f"have nothing in {group!r} (data.group), so they cannot be kept together with their like"
-        refuse(config, faults, f"{what}; name what each belongs to")
+        refuse_rows(config, faults, f"{what}; name what each belongs to")
         for frame in frames.values():
             frame["group"] = frame["group"].map(str)
     return frames, labels, notes

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from kdlib.config.sections import DataConfig
 from kdlib.data.batches import Prepared, collate, fingerprint
 from kdlib.data.qa_rows import Fault, Item, collected, form_of, read_items
-from kdlib.data.sources import own_splits, read_splits, refuse
+from kdlib.data.sources import own_splits, read_splits, refuse_rows
 from kdlib.data.text import beginning
 from kdlib.errors import DataError
 
@@ -147,7 +147,7 @@ def _check_one_answer(config: DataConfig, items: Sequence[Item]) -> None:
             if before != now:
                 asks = f"asks what {earlier.where} asks, whose answer is {before!r}, and answers {now!r}"
                 faults.append(f"{item.where}: {asks}")
-    refuse(config, faults, "with another answer to a question asked before; keep one of each")
+    refuse_rows(config, faults, "with another answer to a question asked before; keep one of each")
 
 
 def _encoded(
@@ -165,7 +165,7 @@ def _encoded(
     ]
     needed = max(len(row.input_ids) for row in longest)
     what = f"longer than data.max_length = {config.max_length}, whose answers would be cut"
-    refuse(config, faults, f"of {name} {what}; raise data.max_length to {needed}, or take them out")
+    refuse_rows(config, faults, f"of {name} {what}; raise data.max_length to {needed}, or take them out")
     return made
 
 

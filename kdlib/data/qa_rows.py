@@ -16,7 +16,7 @@ from typing import Any
 from datasets import Dataset
 
 from kdlib.config.sections import DataConfig
-from kdlib.data.sources import refuse
+from kdlib.data.sources import refuse_rows
 from kdlib.errors import DataError, nearest
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -65,14 +65,14 @@ def read_items(config: DataConfig, rows: Dataset, split: str, form: str) -> list
 def collected(
     config: DataConfig, what: str, wheres: Sequence[str], make: Callable[..., Any], *lists: Iterable
 ) -> list[Any]:
-    """As `map(make, *lists)`; a DataError of all the `Fault`s (see `refuse`) where there are any."""
+    """As `map(make, *lists)`; a DataError of all the `Fault`s (see `refuse_rows`) where there are any."""
     made, faults = [], []
     for where, *each in zip(wheres, *lists, strict=True):
         try:
             made.append(make(*each))
         except Fault as fault:
             faults.append(f"{where}: {fault}")
-    refuse(config, faults, what)
+    refuse_rows(config, faults, what)
     return made
 
 

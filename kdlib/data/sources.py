@@ -12,46 +12,11 @@ import datasets
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetGenerationError
 
-from kdlib.config.sections import DataConfig
+from kdlib.config.sections import DataConfig, read_beside
 from kdlib.errors import DataError, listed, nearest
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-SECTIONS = {
-    "text processing": "string re difflib textwrap stringprep rlcompleter",
-    "data types": (
-        "datetime _pydatetime _strptime zoneinfo calendar collections _collections_abc heapq bisect weakref "
-        "_weakrefset types copy pprint reprlib enum graphlib"
-    ),
-    "numeric and mathematical": "numbers decimal _pydecimal fractions random statistics",
-    "file and directory access": (
-        "pathlib posixpath ntpath genericpath fileinput stat filecmp tempfile glob fnmatch linecache shutil"
-    ),
-    "data persistence and file formats": (
-        "pickle copyreg shelve dbm sqlite3 csv configparser tomllib netrc plistlib"
-    ),
-    "data compression and archiving": "gzip bz2 lzma _compression zipfile tarfile",
-    "operating system services": "os io _pyio argparse getopt logging getpass curses platform ctypes",
-    "concurrent execution": "threading _threading_local multiprocessing concurrent subprocess sched queue",
-    "networking": "asyncio socket ssl selectors signal",
-    "internet data handling": "email json mailbox mimetypes base64 quopri",
-    "structured markup": "html xml _markupbase",
-    "internet protocols": (
-        "webbrowser wsgiref urllib http ftplib poplib imaplib smtplib uuid socketserver xmlrpc ipaddress"
-    ),
-    "graphical user interfaces": "tkinter",
-    "development tools": "typing pydoc doctest unittest",
-    "debugging and profiling": "bdb pdb profile cProfile pstats timeit trace tracemalloc",
-    "runtime services": "sysconfig warnings dataclasses contextlib abc _py_abc traceback inspect site",
-    "importing": "zipimport pkgutil modulefinder runpy importlib",
-    "language services": (
-        "ast token keyword tokenize tabnanny pyclbr py_compile compileall dis opcode pickletools"
-    ),
-}
-"""Section of https://docs.python.org/3.12/library/index.html → its modules and packages.
-
-Data persistence and file formats are joined.  Left out are sections with fewer than 80 rows or 3 modules in
-Python 3.11, program frameworks (nearly all `turtle`), and IDLE.
-"""
+SECTIONS: dict[str, str] = read_beside(__file__)  # section of the library reference → its modules
 SHORTEST = 20  # characters of a docstring
 TESTS = {"test", "tests", "idle_test"}
 HOLDS = (ast.stmt, ast.excepthandler, ast.match_case)  # what definitions may stand in
@@ -115,7 +80,7 @@ def own_splits(config: DataConfig, names: Collection[str]) -> dict[str, str]:
     return own
 
 
-def refuse(config: DataConfig, faults: Sequence[str], what: str) -> None:
+def refuse_rows(config: DataConfig, faults: Sequence[str], what: str) -> None:
     """Raise where there are faults: `3 rows <what>`, and the first ten of them, a line each."""
     if faults:
         count = f"{len(faults)} row{'s' * (len(faults) != 1)}"
