@@ -14,8 +14,7 @@ SAMPLES = 2000  # steps at which a schedule is looked at, at most
 LONG_WARM_UP = 0.5  # of the steps
 IN_BATCHES = (10, 3)  # max_steps equal to the batches of 1 to 3 passes, of 10 or more each, is no accident
 SHARE = 0.1  # of the steps: the warm-up that is proposed
-# AdamW's for N parameters: 6e-4 x (N / 125 M)^-0.37, see `learning_rate_in_range`
-REFERENCE_RATE = (6e-4, 125e6, -0.37)
+REFERENCE_RATE = (6e-4, 125e6, -0.37)  # AdamW's for N parameters: 6e-4 x (N / 125 M)^-0.37
 RATE_RANGE = (1 / 300, 5.0)  # of it
 LION = 1 / 5  # of AdamW's
 FAR_OUT = 10.0  # times beyond a limit: no training survives it
@@ -68,7 +67,7 @@ def warm_up_fits(context: Context) -> Findings:
     peak, found = min((steps - 1) / warm_up, 1.0), f"a warm-up of {warm_up} optimizer steps in a training of"
     found += f" {steps}: the learning rate gets to {rate * peak:.1e} of {rate:.1e}"
     if (accumulation := args.gradient_accumulation_steps) > 1:
-        found += f"; counted in batches, {accumulation} a step, it would be {warm_up / accumulation:g} steps"
+        found += f"; if {warm_up} are batches, it would be {warm_up / accumulation:g} steps"
     do = f"count optimizer steps, or give a share of them: warmup_steps: {SHARE:g}"
     found_as = critical if peak < FLAT else warning
     yield found_as(where, found, "the learning rate is low until then", do, {where: SHARE})
@@ -97,9 +96,8 @@ def learning_rate_in_range(context: Context) -> Findings:
     """The peak is one with which models of this size train.
 
     For AdamW the reference is GPT-3's table, 6e-4 for 125 M parameters to 1e-4 for 13 B (Brown et al. 2020,
-    table 2.1), a power law of the size; 5 times that is too much for most trainings, a 300th hardly moves a
-    weight.  Lion takes a fifth (Chen et al. 2023: a third to a tenth).  Of SGD only the order of magnitude is
-    judged, of other optimizers nothing but that it is not 0.
+    table 2.1), a power law of the size.  Lion takes a fifth (Chen et al. 2023: a third to a tenth).  Of SGD
+    only the order of magnitude is judged, of other optimizers nothing but that it is not 0.
     """
     rate, where = context.args.learning_rate, "training.learning_rate"
     optimizer = context.args.optim.value

@@ -67,8 +67,7 @@ def visit(
 ) -> Visit:
     """`diagnose` for a file; where that has faults itself, they are critical, and nothing else is looked at.
 
-    With `fix` what findings propose is changed, and the overrides put in, until nothing more is proposed: in
-    the text that is returned; no file is written.
+    With `fix` the returned text has the overrides and all that findings propose; no file is written.
     """
     try:
         context = Context(configs.load(path, overrides))
