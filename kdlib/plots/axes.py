@@ -37,13 +37,13 @@ if (shell := get_ipython()) is not None:
 
 
 def colours_of_models(names: Iterable[str]) -> dict[str, str]:
-    """A colour for each model, the same in every figure for the usual ones."""
+    """A colour for each model, by name."""
     others = [name for name in names if name not in COLOURS]
     return COLOURS | {name: OTHERS[number % len(OTHERS)] for number, name in enumerate(others)}
 
 
 def label_of(model: str) -> str:
-    """What a model is called; one with a name of its own by that."""
+    """What a model is called: its own name where it has one."""
     return LABELS.get(model, model)
 
 
@@ -63,7 +63,7 @@ def shortened(text: str, length: int) -> str:
 
 
 def colours_of(terms: Iterable[str]) -> dict[str, str]:
-    """A colour for each term, the same in every figure for the usual ones."""
+    """A colour for each term."""
     found = {term: TERM_COLOURS[term] for term in terms if term in TERM_COLOURS}
     spare = iter([colour for colour in SPARE if colour not in found.values()])
     return found | {term: next(spare, SOFT) for term in terms if term not in found}
@@ -78,9 +78,26 @@ def intervals(axes: Axes, at: Any, found: Mapping[str, Any], *, lying: bool = Fa
         lying: along x.
     """
     value, low, high = (np.atleast_1d(np.asarray(found[name], float)) for name in ("value", "low", "high"))
-    gaps, at = np.maximum([value - low, high - value], 0), np.atleast_1d(at)
+    gaps = np.maximum([value - low, high - value], 0)
     along = {"x": value, "y": at, "xerr": gaps} if lying else {"x": at, "y": value, "yerr": gaps}
     axes.errorbar(**{"capsize": 3, "fmt": "o"} | along | look)
+
+
+def panels(
+    width: float, height: float, columns: int = 1, rows: int = 1, layout: str | None = "constrained", **shared
+) -> tuple[Figure, list[Axes]]:
+    """A figure of so many inches, and its axes, line by line, open above and to the right."""
+    figure = Figure(figsize=(width, height), layout=layout)
+    every = list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
+    for axes in every:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, every
+
+
+def legend(axes: Axes | Figure, *handles: Any, **look) -> None:
+    """Small and without a frame; names from data are no formulas."""
+    for text in axes.legend(*handles, **{"frameon": False, "fontsize": 8} | look).get_texts():
+        text.set_parse_math(False)
 
 
 def titled(figure: Figure, title: str) -> Figure:

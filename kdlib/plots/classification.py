@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from kdlib.metrics.names import rivals_of, student_of, with_interval
-from kdlib.plots.axes import INK, called, colours_of_models, intervals, label_of, shortened, titled
+from kdlib.plots.axes import (
+    INK,
+    called,
+    colours_of_models,
+    intervals,
+    label_of,
+    legend,
+    panels,
+    shortened,
+    titled,
+)
 
 TITLES = {
     "mcnemar": "McNemar's test",
@@ -24,7 +33,6 @@ ANSWER_FIGURES = ("confusion", "reliability", "f1_per_class")
 COUNTED = 30  # classes, above which a matrix has no counts, as they could not be read
 NAMED = 60  # classes, above which its axes have no names
 SHORT, LONG = 20, 40  # characters of a class's name on an axis, and in a title
-EVEN = 0.01  # between confidence and accuracy: less is called even
 FULL_BIN = 10  # rows, below which a bin of the reliability plot is drawn pale
 
 
@@ -42,11 +50,11 @@ def confusion(results: Mapping[str, Any]) -> Figure:
     columns = len(models) if len(labels) <= 6 else 2 if len(labels) <= COUNTED else 1
     rows, size = math.ceil(len(models) / columns), min(max(1.2 + 0.42 * len(labels), 3.2), 11)
     figure = Figure(figsize=(size * columns + 0.6, size * rows + 0.9), layout="constrained")
-    for axes, name in zip_longest(figure.subplots(rows, columns, squeeze=False).flat, models):
-        if name is None:
-            axes.set_axis_off()
-            continue
-        counts = np.array(results["models"][name]["confusion"])
+    for place, name in enumerate(models, start=1):
+        axes, counts = (
+            figure.add_subplot(rows, columns, place),
+            np.array(results["models"][name]["confusion"]),
+        )
         _matrix(axes, counts, labels)
         right = counts.trace() / counts.sum()
         axes.set_title(f"{label_of(name)}: {right:.1%} right", fontsize=9, loc="left", parse_math=False)
@@ -57,10 +65,10 @@ def confusion(results: Mapping[str, Any]) -> Figure:
 def _matrix(axes: Axes, counts: np.ndarray, labels: Sequence[str]) -> None:
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="equal")
-    for (true, said), count in np.ndenumerate(counts) if len(labels) <= COUNTED else ():
-        if count:
-            look = {"fontsize": 8 if len(labels) <= 16 else 6, "ha": "center", "va": "center"}
-            axes.text(said, true, f"{count:,}", color="white" if shares[true, said] > 0.55 else INK, **look)
+    look = {"fontsize": 8 if len(labels) <= 16 else 6, "ha": "center", "va": "center"}
+    for true, said in np.argwhere(counts) if len(labels) <= COUNTED else ():
+        colour = "white" if shares[true, said] > 0.55 else INK
+        axes.text(said, true, f"{counts[true, said]:,}", color=colour, **look)
     names = [shortened(label, SHORT) for label in labels] if len(labels) <= NAMED else []
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8, parse_math=False)
     axes.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
@@ -84,38 +92,32 @@ def _most_confused(results: Mapping[str, Any]) -> str:
 def reliability(results: Mapping[str, Any]) -> Figure:
     """How often each model is right where it is so sure: on the diagonal as often; below, how often it is."""
     colours = colours_of_models(results["models"])
-    figure = Figure(figsize=(7, 5.6), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    figure, (upper, lower) = panels(7, 5.6, rows=2, sharex=True, height_ratios=(3, 1))
     upper.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":")
     for name in _trained(results):
-        _reliability_lines(upper, lower, results, name, colours[name])
+        facts, style = results["models"][name], "--" if name == "teacher" else "-"
+        look = {"color": colours[name], "linestyle": style, "linewidth": 1 if name == "baseline" else 2}
+        bins = pd.DataFrame(facts["reliability"])
+        filled, label = bins[bins["count"] > 0], f"{label_of(name)}: error {with_interval(facts['ece'])}"
+        sure, right = filled["confidence"], filled["accuracy"]
+        upper.plot(sure, right, label=label, **look)
+        alphas = np.where(filled["count"] >= FULL_BIN, 1, 0.3)
+        upper.scatter(sure, right, 25, colours[name], alpha=alphas, linewidth=1, zorder=2)
+        lower.stairs(bins["count"] / results["rows"], [*bins["low"], 1.0], **look)
     upper.set(ylabel="share that is right", xlim=(0, 1), ylim=(0, 1.02))
     lower.set(ylabel="share of rows", xlabel="confidence: the probability of the class said")
     lower.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    for text in upper.legend(frameon=False, fontsize=8, loc="best").get_texts():
-        text.set_parse_math(False)
-    for axes in (upper, lower):
-        axes.spines[["top", "right"]].set_visible(False)
+    legend(upper, loc="best")
     note = f"n = {results['rows']:,}; a bin of less than {FULL_BIN} rows is pale; {results['interval']}"
     return titled(figure, f"{_sureness(results)}\n{note}")
-
-
-def _reliability_lines(upper: Axes, lower: Axes, results: Mapping[str, Any], name: str, colour: str) -> None:
-    facts, style = results["models"][name], "--" if name == "teacher" else "-"
-    look = {"color": colour, "linestyle": style, "linewidth": 1 if name == "baseline" else 2}
-    bins = pd.DataFrame(facts["reliability"])
-    filled, label = bins[bins["count"] > 0], f"{label_of(name)}: error {with_interval(facts['ece'])}"
-    upper.plot(filled["confidence"], filled["accuracy"], label=label, **look)
-    alphas = np.where(filled["count"] >= FULL_BIN, 1, 0.3)
-    upper.scatter(filled["confidence"], filled["accuracy"], 25, colour, alpha=alphas, linewidth=1, zorder=2)
-    lower.stairs(bins["count"] / results["rows"], [*bins["low"], 1.0], **look)
 
 
 def _sureness(results: Mapping[str, Any]) -> str:
     name = student_of(results)
     sure, right = results["models"][name]["confidence"], results["models"][name]["accuracy"]["value"]
-    side = "surer than" if sure > right else "less sure than"
-    verdict = "about as sure as" if abs(sure - right) < EVEN else side
+    verdict = "surer than" if sure > right else "less sure than"
+    if abs(sure - right) < 0.01:
+        verdict = "about as sure as"
     return f"{called(name, 'The')} is {verdict} it is right: {sure:.1%} sure on average, {right:.1%} right"
 
 
@@ -124,8 +126,8 @@ def f1_per_class(results: Mapping[str, Any]) -> Figure:
     models, colours = _trained(results), colours_of_models(results["models"])
     own = results["models"][student_of(results)]["per_class"]
     order = sorted((n for n, each in enumerate(own) if each["support"]), key=lambda n: own[n]["f1"]["value"])
-    figure = Figure(figsize=(8, 1.5 + (0.12 + 0.13 * len(models)) * len(order)), layout="constrained")
-    axes, places = figure.subplots(), np.arange(len(order))
+    figure, (axes,) = panels(8, 1.5 + (0.12 + 0.13 * len(models)) * len(order))
+    places = np.arange(len(order))
     for place, name in enumerate(models):
         found = pd.DataFrame([results["models"][name]["per_class"][number]["f1"] for number in order])
         look = {"fmt": "D" if name == "teacher" else "o", "markersize": 4, "elinewidth": 1, "capsize": 2}
@@ -136,16 +138,13 @@ def f1_per_class(results: Mapping[str, Any]) -> Figure:
     axes.set(xlabel="F1 (in brackets: rows of the class)", ylim=(len(order) - 0.4, -0.6), xlim=(None, 1.02))
     axes.grid(axis="y", color="#eeeeee")
     axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    look = {"frameon": False, "fontsize": 8, "ncols": len(models)}
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", **look)
+    legend(figure, *axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(models))
     return titled(figure, f"{_hardest(results, order)}\nn = {results['rows']:,}; {results['interval']}")
 
 
 def _hardest(results: Mapping[str, Any], order: Sequence[int]) -> str:
-    student, labels = student_of(results), results["labels"]
-    every = {name: facts["per_class"] for name, facts in results["models"].items()}
-    ours, theirs = ([each["f1"]["value"] for each in every[name]] for name in (student, "teacher"))
+    student, labels, models = student_of(results), results["labels"], results["models"]
+    ours, theirs = ([e["f1"]["value"] for e in models[n]["per_class"]] for n in (student, "teacher"))
     behind = {number: theirs[number] - ours[number] for number in order}
     worst, furthest = order[0], max(sorted(order), key=behind.get)
     opening = f"{shortened(labels[worst], LONG)} is {called(student)}'s worst class: F1 {ours[worst]:.2f}"
@@ -172,12 +171,10 @@ def mcnemar_table(results: Mapping[str, Any]) -> pd.DataFrame:
     student, rows = student_of(results), {}
     for rival in rivals_of(results):
         test = next(t for t in results["mcnemar"] if {t["model"], t["against"]} == {student, rival})
-        ours, theirs = test["only_model_right"], test["only_other_right"]
-        if test["model"] == rival:
-            ours, theirs = theirs, ours
+        alone = {test["model"]: test["only_model_right"], test["against"]: test["only_other_right"]}
         rows[label_of(rival)] = {
-            f"only {called(student)} is right": ours,
-            "only the other is right": theirs,
+            f"only {called(student)} is right": alone[student],
+            "only the other is right": alone[rival],
             "p": f"{test['p_value']:.2g}",
             "test": test["test"],
         }
@@ -200,11 +197,11 @@ def mistakes_table(results: Mapping[str, Any]) -> pd.DataFrame:
 
 def class_table(results: Mapping[str, Any]) -> pd.DataFrame:
     """F1 of each class by model, and how many rows it has."""
-    rows = {}
-    for number, label in enumerate(results["labels"]):
-        entries = {label_of(n): facts["per_class"][number] for n, facts in results["models"].items()}
-        scores = {n: with_interval(each["f1"]) if each["support"] else "—" for n, each in entries.items()}
-        rows[label] = {"rows": next(iter(entries.values()))["support"]} | scores
+    rows = {label: {} for label in results["labels"]}
+    for name, facts in results["models"].items():
+        for row, each in zip(rows.values(), facts["per_class"], strict=True):
+            row["rows"] = each["support"]
+            row[label_of(name)] = with_interval(each["f1"]) if each["support"] else "—"
     return _table(rows, "F1 of the class")
 
 

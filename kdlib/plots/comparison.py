@@ -18,7 +18,9 @@ from kdlib.plots.axes import (
     colours_of_models,
     intervals,
     label_of,
+    legend,
     on_axis,
+    panels,
     titled,
 )
 from kdlib.plots.classification import answer_figures
@@ -40,8 +42,8 @@ LEARNED = ("choice_accuracy", "accuracy", "macro_f1", "log_loss", "kl_to_teacher
 def learning_curves(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """What was measured on held-out rows while training; none depends on the weights."""
     shown = [name for name in LEARNED if all(name in table for table in tables.values())]
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    for axes, metric in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+    figure, every = panels(10, 3.2, len(shown))
+    for axes, metric in zip(every, shown, strict=True):
         for name, table in tables.items():
             look = {"color": COLOURS[name], "linewidth": 1 if name == "baseline" else 2, "marker": "o"}
             axes.plot(table["step"], table[metric], markersize=4, label=LABELS[name], **look)
@@ -50,17 +52,16 @@ def learning_curves(tables: Mapping[str, pd.DataFrame]) -> Figure:
         if metric == "kl_to_teacher":
             axes.set_ylim(bottom=0)
         axes.set_xlabel("optimizer step")
-        axes.legend(frameon=False, fontsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
+        legend(axes)
     who = " / ".join(LABELS[name] for name in tables)
     return titled(figure, f"On held-out rows, at the end: {who}")
 
 
 def comparison_bars(results: Mapping[str, Any]) -> Figure:
     """All models on the same held-out rows, with 95 % intervals."""
-    figure, drawn = Figure(figsize=(10, 4.4), layout="constrained"), shown_in(results)[:DRAWN]
-    colours = colours_of_models(models := results["models"])
-    for axes, metric in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+    drawn, colours = shown_in(results)[:DRAWN], colours_of_models(models := results["models"])
+    figure, every = panels(10, 4.4, len(drawn))
+    for axes, metric in zip(every, drawn, strict=True):
         for place, (name, facts) in enumerate(models.items()):
             found, hatch = facts[metric], "//" if name == "teacher" else None
             axes.bar(place, found["value"], color=colours[name], hatch=hatch, edgecolor="white")
@@ -71,7 +72,6 @@ def comparison_bars(results: Mapping[str, Any]) -> Figure:
         axes.set_xticks(range(len(models)), [on_axis(m) for m in models], fontsize=8, parse_math=False)
         axes.set_title(MEASURES[metric].label(rules_in(results).unit).strip(), fontsize=9, loc="left")
         axes.margins(y=0.15)
-        axes.spines[["top", "right"]].set_visible(False)
     message = comparison_message(results).replace(": ", ":\n", 1).replace("; ", ",\n")
     return titled(figure, f"{message}\n{sample_of(results)}")
 
@@ -124,9 +124,8 @@ def difference_table(results: Mapping[str, Any]) -> pd.DataFrame:
             d = difference(results, student, rival, metric)
             clear = "yes" if d["low"] > 0 or d["high"] < 0 else "no"
             rows.append((label_of(rival), MEASURES[metric].name, with_interval(d, "+"), clear))
-    heading = f"{label_of(student)} against"
-    columns = [heading, "metric", "difference and 95 % interval", "excludes zero"]
-    return pd.DataFrame(rows, columns=columns).set_index(heading)
+    columns = [f"{label_of(student)} against", "metric", "difference and 95 % interval", "excludes zero"]
+    return pd.DataFrame(rows, columns=columns).set_index(columns[0])
 
 
 def comparison_figures(results: Mapping[str, Any]) -> dict[str, Figure]:

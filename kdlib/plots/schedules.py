@@ -18,14 +18,13 @@ from matplotlib.figure import Figure
 
 from kdlib.config.run import Config, parse
 from kdlib.config.sections import flow
-from kdlib.plots.axes import SOFT, colours_of
+from kdlib.plots.axes import SOFT, colours_of, legend, panels
 from kdlib.schedulers import Spec, breakpoints, from_spec
 
 LEARNING_RATE = 5e-5  # TrainingArguments' own, where a config is silent
 DECAYS = ("cosine", "linear", "constant")
 NAMED = (*DECAYS, "constant_with_warmup")  # the Trainer's that kdlib.schedulers has words for
 SHAPES = ("constant", "linear", "cosine", "exponential")
-BESIDE = {"warmup_steps": 0, "lr_scheduler_kwargs": None}  # what must not stand beside a schedule
 
 
 def warmed(warm_up: float, decay: str, last: float = 0.0) -> Spec:
@@ -46,18 +45,15 @@ def rate_schedule(config: Config, steps: int | None = None) -> Spec | None:
         return named
     if config.training.get("lr_scheduler_kwargs") or named not in NAMED:
         return None
-    warm_up = warm_up_of(config, steps) if named != "constant" else 0.0
-    if warm_up is None or warm_up > 1:
+    given = config.training.get("warmup_steps") or 0 if named != "constant" else 0
+    if given >= 1 and not steps:
         return None
-    return {"linear": [0.0, 1.0]} if warm_up == 1 else warmed(warm_up, named.removesuffix("_with_warmup"))
-
-
-def warm_up_of(config: Config, steps: int | None) -> float | None:
-    """The warm-up as a fraction of training, in whole steps as the Trainer's; None if that needs `steps`."""
-    given = config.training.get("warmup_steps") or 0
-    if given < 1:
-        return math.ceil(steps * given) / steps if steps else float(given)
-    return int(given) / steps if steps else None
+    warm_up = float(given)  # a fraction; below, in whole steps as the Trainer's
+    if steps:
+        warm_up = (math.ceil(steps * given) if given < 1 else int(given)) / steps
+    if warm_up >= 1:
+        return {"linear": [0.0, 1.0]} if warm_up == 1 else None
+    return warmed(warm_up, named.removesuffix("_with_warmup"))
 
 
 def curves(config: Config, steps: int | None = None, plan: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -69,10 +65,9 @@ def curves(config: Config, steps: int | None = None, plan: pd.DataFrame | None =
     weights = config.loss.schedules
     temperatures = {n: spec for n, spec in config.loss.temperatures(weights).items() if n != "contrastive"}
     specs = {f"{name}_weight": spec for name, spec in weights.items()}
-    if len({str(spec) for spec in temperatures.values()}) == 1:
-        specs["temperature"] = next(iter(temperatures.values()))
-    else:
-        specs |= {f"{name}_temperature": spec for name, spec in temperatures.items()}
+    one_for_all = len({str(spec) for spec in temperatures.values()}) == 1
+    for name, spec in temperatures.items():
+        specs["temperature" if one_for_all else f"{name}_temperature"] = spec
     if (rate := rate_schedule(config, steps)) is not None:
         specs["learning_rate"] = rate
     when = breakpoints(*specs.values())
@@ -99,13 +94,16 @@ def schedules_figure(table: pd.DataFrame, ends: Sequence[float] = (), steps: int
     if "step" in table:
         steps = int(table["step"].max())
         table = table.assign(fraction=(table["step"] - 1) / steps)
-    figure = Figure(figsize=(9, 5.4))
-    upper, middle, lower = figure.subplots(3, 1, sharex=True, height_ratios=(1, 1.3, 1))
+    ratios = {"sharex": True, "height_ratios": (1, 1.3, 1)}
+    figure, (upper, middle, lower) = panels(9, 5.4, rows=3, layout=None, **ratios)
     figure.subplots_adjust(left=0.1, right=0.88, bottom=0.12, top=0.95, hspace=0.36)
     when = 100 * table["fraction"]
+    said = "The learning rate follows a schedule of the Trainer's own, known once the dry run has planned it"
     if "learning_rate" in table:
-        upper.plot(when, table["learning_rate"], color="black")
+        rate = table["learning_rate"]
+        upper.plot(when, rate, color="black")
         upper.yaxis.set_major_formatter(lambda rate, _: f"{rate:.1e}")
+        said = f"The learning rate peaks at {rate.max():.1e} and ends at {rate.iloc[-1]:.1e}"
     terms = [name.removesuffix("_weight") for name in table if name.endswith("_weight")]
     colours = colours_of(terms)
     for term in terms:
@@ -118,10 +116,6 @@ def schedules_figure(table: pd.DataFrame, ends: Sequence[float] = (), steps: int
         lower.plot(when, table[name], color="#cc79a7", linestyle=style, label=label)
     turns = ", ".join(f"{term} {_turns(table[f'{term}_weight'])}" for term in terms)
     first = f"Temperature: {_turns(table[temperatures[0]])}" if temperatures else "No term has a temperature"
-    said = "The learning rate follows a schedule of the Trainer's own, known once the dry run has planned it"
-    if "learning_rate" in table:
-        rate = table["learning_rate"]
-        said = f"The learning rate peaks at {rate.max():.1e} and ends at {rate.iloc[-1]:.1e}"
     _dress(upper, "learning rate", said)
     _dress(middle, "weight", f"Weights: {turns}")
     _dress(lower, "temperature", first)
@@ -142,9 +136,8 @@ def _dress(axes: Axes, ylabel: str, title: str) -> None:
     axes.set_ylabel(ylabel, fontsize=9)
     axes.set_title(title, loc="left", fontsize=9.5, y=1.03)
     axes.set_ylim(0, 1.15 * max([1e-12, *(max(line.get_ydata()) for line in axes.lines)]))
-    axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        legend(axes, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _turns(values: pd.Series) -> str:
@@ -185,14 +178,14 @@ class Design:
             | ({"ramp": phase.ramp} if phase.ramp else {})
             for phase in self.phases
         ]
-        constant = self.shape == "constant"
+        constant, rate = self.shape == "constant", warmed(self.warm_up, self.decay, self.last)
         loss = {
             "weights": {name: values[0] for name, values in levels.items()},
             "curriculum": curriculum if len(curriculum) > 1 else None,
             "temperature": self.temperature[0] if constant else {self.shape: [*self.temperature]},
         }
-        rate = warmed(self.warm_up, self.decay, self.last)
-        training = {"learning_rate": self.learning_rate, "lr_scheduler_type": rate, **BESIDE}
+        beside = {"warmup_steps": 0, "lr_scheduler_kwargs": None}  # what must not stand beside a schedule
+        training = {"learning_rate": self.learning_rate, "lr_scheduler_type": rate, **beside}
         return as_yaml({"loss": loss, "training": training})
 
 
@@ -215,41 +208,37 @@ def pasted(config: Config, text: str) -> Config:
         ConfigError: they are no sound config; every fault is in the message.
     """
     plain = config.as_dict()
-    changed = {name: plain[name] | settings for name, settings in yaml.safe_load(text).items()}
-    return parse(plain | changed, name="this design")
+    for section, settings in yaml.safe_load(text).items():
+        plain[section] |= settings
+    return parse(plain, name="this design")
 
 
 def design_of(config: Config, steps: int | None = None) -> tuple[Design, list[str]]:
     """Where the designer starts: the config's own schedules, and a line for each part that it cannot hold."""
     notes, loss = [], config.loss
-    usual = {name: _level(spec, f"loss.weights.{name}", notes) for name, spec in loss.weights.items()}
-    phases = []
+
+    def levels(specs: Mapping[str, Spec], where: str) -> dict[str, float]:
+        said = "the designer moves numbers, and starts from its first value"
+        moving = {name: spec for name, spec in specs.items() if isinstance(spec, Mapping)}
+        notes.extend(f"{where}.{name} is {flow(spec)}; {said}" for name, spec in moving.items())
+        return {name: float(from_spec(spec)(0.0)) for name, spec in specs.items()}
+
+    usual, phases = levels(loss.weights, "loss.weights"), []
     for number, phase in enumerate(loss.curriculum or []):
         specs = {name: phase.weights.get(name, usual.get(name, 0.0)) for name in {**usual, **loss.schedules}}
-        where = f"loss.curriculum.{number}.weights"
-        weights = {name: _level(spec, f"{where}.{name}", notes) for name, spec in specs.items()}
+        weights = levels(specs, f"loss.curriculum.{number}.weights")
         phases.append(Phase(phase.until, weights, phase.ramp or 0.0))
-    shape, temperature = _two_ends(_one_temperature(config, notes), notes)
+    shape, temperature = _temperature(loss.temperature, notes)
     warm_up, decay, last = _rate(config, steps, notes)
     rate, phases = config.training.get("learning_rate", LEARNING_RATE), phases or [Phase(1.0, usual)]
     return Design(rate, warm_up, decay, last, temperature, shape, tuple(phases)), notes
 
 
-def _level(spec: Spec, where: str, notes: list[str]) -> float:
-    if isinstance(spec, Mapping):
-        notes.append(f"{where} is {flow(spec)}; the designer moves numbers, and starts from its first value")
-    return float(from_spec(spec)(0.0))
-
-
-def _one_temperature(config: Config, notes: list[str]) -> Spec:
-    found = config.loss.temperature
-    if not isinstance(found, Mapping) or next(iter(found)) in (*SHAPES, "steps", "piecewise", "joined"):
-        return found
-    notes.append(f"loss.temperature is {flow(found)}; the designer has one for all terms")
-    return found.get("kd", next(iter(found.values())))
-
-
-def _two_ends(spec: Spec, notes: list[str]) -> tuple[str, tuple[float, float]]:
+def _temperature(spec: Any, notes: list[str]) -> tuple[str, tuple[float, float]]:
+    """Its shape and its two ends."""
+    if isinstance(spec, Mapping) and next(iter(spec)) not in (*SHAPES, "steps", "piecewise", "joined"):
+        notes.append(f"loss.temperature is {flow(spec)}; the designer has one for all terms")
+        spec = spec.get("kd", next(iter(spec.values())))
     ((shape, ends),) = spec.items() if isinstance(spec, Mapping) else [("constant", [spec, spec])]
     if shape in SHAPES:
         return shape, (float(ends[0]), float(ends[1]))

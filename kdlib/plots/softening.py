@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kdlib.config.run import Config
-from kdlib.plots.axes import SOFT
+from kdlib.plots.axes import SOFT, legend, panels
 from kdlib.schedulers import from_spec
 
 TEMPERATURES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
@@ -134,10 +134,7 @@ def words(table: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def softening_figure(
-    table: Mapping[str, Any],
-    temperature: float,
-    top_k: int | None = None,
-    token: Mapping[str, Any] | None = None,
+    table: Mapping[str, Any], temperature: float, top_k: int | None = None, token: Mapping | None = None
 ) -> Figure:
     """Entropy against the temperature, and the mass outside the top k against k: median and quartiles.
 
@@ -145,8 +142,7 @@ def softening_figure(
         table: with a row for `temperature`, and a size for `top_k`.
         token: one token's {"entropy": …, "outside": …}, to be drawn beside the others.
     """
-    figure = Figure(figsize=(9, 3.6))
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = panels(9, 3.6, 2, layout=None)
     figure.subplots_adjust(left=0.06, right=0.985, bottom=0.14, top=0.79, wspace=0.24)
     _entropies(left, table, temperature, token)
     _masses(right, table, temperature, token)
@@ -156,8 +152,7 @@ def softening_figure(
         right.text(top_k, 1.02, f"k = {top_k:,}", ha="center", va="bottom", fontsize=8, transform=above)
     for axes, title in ((left, "How soft the teacher is"), (right, "Mass outside the top k")):
         axes.set_title(title, loc="left", fontsize=9.5, y=1.07)  # its own place: finding one takes long
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+        legend(axes)
     figure.suptitle(message(table, temperature, top_k), fontsize=11, x=0.01, y=0.98, ha="left", va="top")
     return figure
 

@@ -42,9 +42,7 @@ def visible(text: str) -> str:
     return "".join(signs.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in text) or "∅"
 
 
-def heat_map(
-    facts: Mapping[str, Any], student: str, measure: str | None = None, *, marked: int | None = None
-) -> str:
+def heat_map(facts: Mapping, student: str, measure: str | None = None, *, marked: int | None = None) -> str:
     """A text in colours, what teacher and student say of the token under the cursor, and the hardest tokens.
 
     Args:
@@ -52,10 +50,10 @@ def heat_map(
         measure: one of `COLOURED_BY`; with None the page itself offers the choice.
         marked: the token whose candidates are shown while no other is pointed at; the hardest unless given.
     """
-    marked = hardest(facts, student, measure or "kl", 1)[0] if marked is None else marked
+    marked = hardest(facts, student, measure or "kl")[0] if marked is None else marked
     teacher, said = facts["teacher"], facts["students"][student]
     limits = {name: limit(facts, name) for name in COLOURED_BY}
-    strengths = {n: FULL * np.minimum(values(facts, student, n) / limits[n], 1.0) for n in COLOURED_BY}
+    strengths = {n: FULL * np.minimum(values(facts, student, n) / most, 1.0) for n, most in limits.items()}
     tokens = [
         {
             **token,

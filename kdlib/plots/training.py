@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -24,7 +25,7 @@ LETTERS = 104  # that a line of the head holds
 
 def run_figures(run: Run, results: Mapping[str, Any] | None) -> dict[str, Figure]:
     """Every figure that the files of a run allow, by name: for notebook and report alike."""
-    evaluation, baseline = eval_table(run), eval_table(run.baseline)
+    evaluation = eval_table(run)
     figures = comparison_figures(results) if results else {}
     if len(training_table(run)):
         with suppress(ConfigError):  # of another version: its report says so
@@ -32,7 +33,7 @@ def run_figures(run: Run, results: Mapping[str, Any] | None) -> dict[str, Figure
             figures["dashboard"] = dashboard(progress(run), others=others)
     if any(name in evaluation for name in LEARNED):
         who = "teacher" if run.manifest.get("teacher_stage") else "distilled"
-        tables = {who: evaluation, "baseline": baseline}
+        tables = {who: evaluation, "baseline": eval_table(run.baseline)}
         figures["learning_curves"] = learning_curves({n: table for n, table in tables.items() if len(table)})
     return figures
 
@@ -43,7 +44,13 @@ def dashboard(training: Progress, view: View | None = None, others: Sequence[Pro
     panels = [panel for panel in PANELS if (panel.needs or panel.name) in scene.train]
     tall = HEAD + sum(panel.height + GAP for panel in panels) - GAP + FOOT if panels else BLANK
     figure = Figure(figsize=(WIDTH, tall), facecolor="white")
-    _head(figure, training, has_panels=bool(panels))
+    # which run, how it stands, and what it said, or has reached
+    said = training.message or (held_out_line(training) if panels else "")
+    lines = (headline(training), where_line(training), said)
+    for text, at, size in zip(lines, (0.3, 0.55, 0.77), (12, 9.5, 9.5), strict=True):
+        shown = shortened(text.strip().partition("\n")[0], LETTERS)
+        look = {"fontsize": size, "fontweight": "bold" if size == 12 else "normal", "color": INK}
+        figure.text(LEFT / WIDTH, 1 - at / tall, shown, parse_math=False, **look)
     if not panels:
         return figure
     top, first = HEAD, None
@@ -55,16 +62,6 @@ def dashboard(training: Progress, view: View | None = None, others: Sequence[Pro
     _steps_and_epochs(scene, first, axes)
     _legend(figure, scene)
     return figure
-
-
-def _head(figure: Figure, training: Progress, *, has_panels: bool) -> None:
-    """Which run, how it stands, and what it said, or has reached."""
-    said = training.message or (held_out_line(training) if has_panels else "")
-    lines = (headline(training), where_line(training), said)
-    for text, at, size in zip(lines, (0.3, 0.55, 0.77), (12, 9.5, 9.5), strict=True):
-        shown = shortened(text.strip().partition("\n")[0], LETTERS)
-        look = {"fontsize": size, "fontweight": "bold" if size == 12 else "normal", "color": INK}
-        figure.text(LEFT / WIDTH, 1 - at / figure.get_figheight(), shown, parse_math=False, **look)
 
 
 def _draw(panel: Panel, scene: Scene, axes: Axes, *, title_above: float) -> None:
@@ -99,7 +96,7 @@ def _phases(scene: Scene, axes: Axes, *, named: bool) -> None:
     ends = [0.0, *(until * scene.training.steps for until, _ in scene.training.phases)]
     for end in ends[1:-1]:
         axes.axvline(end, color=SOFT, linewidth=0.6, zorder=0)
-    for number, (start, end) in enumerate(zip(ends, ends[1:], strict=False) if named else (), start=1):
+    for number, (start, end) in enumerate(pairwise(ends) if named else (), start=1):
         axes.axvspan(start, end, color=SHADE if number % 2 else "white", zorder=0)
         look = {"fontsize": 7, "color": SOFT, "va": "top", "annotation_clip": True}
         axes.annotate(f" phase {number}", (start, 1), xycoords=axes.get_xaxis_transform(), **look)
@@ -125,7 +122,10 @@ def _legend(figure: Figure, scene: Scene) -> None:
         Line2D([], [], color=TRAIN, label="training loss"),
         Line2D([], [], color=HELD_OUT, marker="o", markersize=3.5, label="held-out loss"),
         *[Line2D([], [], color=SOFT, linewidth=0.8, label="as planned")][: len(scene.training.plan)],
-        *(Line2D([], [], color=SOFT, linestyle=dash, label=name) for name, _, dash in scene.dashed),
+        *(
+            Line2D([], [], color=SOFT, label=name, linestyle=look["linestyle"])
+            for name, _, look in scene.dashed
+        ),
     ]
     at = (LEFT / WIDTH - 0.004, 1 - 0.88 / figure.get_figheight())
     look = {"ncols": 9, "frameon": False, "fontsize": 8.5, "labelcolor": INK, "handlelength": 1.4}

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -37,7 +38,6 @@ class Scene:
 
     @cached_property
     def terms(self) -> list[str]:
-        """Those shown."""
         return [term for term in self.training.terms if self.view.terms is None or term in self.view.terms]
 
     @cached_property
@@ -65,25 +65,27 @@ class Scene:
         return by_step(self.training.tail.train)
 
     @cached_property
-    def dashed(self) -> list[tuple[str, Tail, tuple]]:
-        """The others, each with its dashes."""
-        return [(other.name, other.tail, dash) for other, dash in zip(self.others, DASHES, strict=False)]
+    def dashed(self) -> list[tuple[str, Tail, dict[str, Any]]]:
+        """The others, each with how its lines look."""
+        looks = ({"linestyle": dash, "linewidth": 1} for dash in DASHES)
+        return [(other.name, other.tail, look) for other, look in zip(self.others, looks, strict=False)]
 
     def figure(self, axes: Axes, name: str, colour: str, *, is_noisy: bool = False) -> None:
         """What was logged under a name, over the same of the others, crosses where it was nan or infinite."""
-        for other, tail, dash in self.dashed:
+        for other, tail, look in self.dashed:
             if name in tail.train:
                 values = by_step(tail.train)[name]
-                look = {"color": colour, "linestyle": dash, "linewidth": 1}
-                self.curve(axes, self.smoothed(values) if is_noisy else values, f"{other} {name}", **look)
+                values = self.smoothed(values) if is_noisy else values
+                self.curve(axes, values, f"{other} {name}", color=colour, **look)
         if name not in self.train:
             return
         values = self.train[name]
-        is_smoothed = is_noisy and self._width(values) >= 2
+        mean = self.smoothed(values) if is_noisy else values
+        is_smoothed = mean is not values
         look = {"linewidth": 0.7, "alpha": 0.3} if is_smoothed else {"linewidth": 1.4}
         self.curve(axes, values, name, color=colour, **look)
         if is_smoothed:
-            self.curve(axes, self.smoothed(values), f"{name} smoothed", color=colour, linewidth=1.6)
+            self.curve(axes, mean, f"{name} smoothed", color=colour, linewidth=1.6)
         self.crosses(axes, name)
 
     def curve(self, axes: Axes, values: pd.Series, label: str, **look) -> None:
@@ -108,8 +110,8 @@ class Scene:
         if len(steps):
             steps = steps[thinned(steps.to_numpy())]
             look = {"color": BROKEN, "markersize": 6, "markeredgewidth": 1.6, "clip_on": False, "zorder": 9}
-            at_top = axes.get_xaxis_transform()
-            axes.plot(steps, np.full(len(steps), 0.97), "x", transform=at_top, label=f"{name} broken", **look)
+            look |= {"transform": axes.get_xaxis_transform(), "label": f"{name} broken"}
+            axes.plot(steps, np.full(len(steps), 0.97), "x", **look)
 
     def seen(self, values: pd.Series | pd.DataFrame) -> pd.Series | pd.DataFrame:
         """Those of the steps that are shown."""
@@ -118,13 +120,10 @@ class Scene:
 
     def smoothed(self, values: pd.Series) -> pd.Series:
         """The running mean of the finite values, with the gaps where nothing was logged."""
-        if self._width(values) < 2:
+        if (width := self.view.smoothing * len(values)) < 2:
             return values
         finite = values.where(np.isfinite(values))
-        return finite.ewm(span=self._width(values), ignore_na=True).mean().where(values.notna())
-
-    def _width(self, values: pd.Series) -> float:
-        return self.view.smoothing * len(values)
+        return finite.ewm(span=width, ignore_na=True).mean().where(values.notna())
 
 
 def by_step(table: pd.DataFrame) -> pd.DataFrame:
@@ -166,10 +165,9 @@ def shares(scene: Scene, axes: Axes) -> str:
 def total(scene: Scene, axes: Axes) -> str:
     """How the last held-out loss compares with the training loss before it: the objective is the same."""
     scene.figure(axes, "loss", TRAIN, is_noisy=True)
-    for other, tail, dash in scene.dashed:
+    for other, tail, look in scene.dashed:
         if "loss" in tail.evaluation:
-            look = {"color": HELD_OUT, "linestyle": dash, "linewidth": 1}
-            scene.curve(axes, by_step(tail.evaluation)["loss"], f"{other} held-out", **look)
+            scene.curve(axes, by_step(tail.evaluation)["loss"], f"{other} held-out", color=HELD_OUT, **look)
     loss = scene.train["loss"]
     if not len(evaluation := scene.training.tail.evaluation):
         return f"The training loss is {loss.iloc[-1]:.3f}"
@@ -222,8 +220,9 @@ def grad_norm(scene: Scene, axes: Axes) -> str:
     for term in by_term:
         logged = scene.smoothed(scene.train[f"{term}_grad_norm"].dropna())  # every so many steps
         scene.curve(axes, logged, term, color=scene.colours[term], linewidth=1.2)
-    norm = scene.train["grad_norm"].where(np.isfinite(scene.train["grad_norm"]))
-    if not norm.notna().any():
+    norm = scene.train["grad_norm"]
+    norm = norm[np.isfinite(norm)]
+    if not len(norm):
         return "The gradient norm was never finite"
     most = f"{norm.max():.3g} at most (step {norm.idxmax():,})"
     coloured = "; coloured: of each term" if by_term else ""

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from kdlib.metrics.names import MEASURES, Measure
 from kdlib.plots import axes as plots
-from kdlib.plots.axes import COLOURS, intervals
+from kdlib.plots.axes import COLOURS, intervals, legend, panels
 from kdlib.sweeps.results import ALONE, COSTS, Sweep, compared_costs, helps, overlapping, pareto, upper
 from kdlib.sweeps.trials import plain
 
@@ -71,7 +71,7 @@ def ranking(settings: pd.DataFrame, names: Sequence[str], measure: Measure) -> F
 def gains_by_setting(gains: Mapping[str, pd.DataFrame], names: Sequence[str]) -> Figure:
     """What the teacher adds in each setting, metric by metric, with its interval."""
     metric, table = next(iter(gains.items()))
-    figure, every = panels(10, 1.7 + 0.32 * min(len(table), MOST), len(gains))
+    figure, every = panels(10, 1.7 + 0.32 * min(len(table), MOST), len(gains), sharey=True)
     for axes, (name, gain) in zip(every, gains.items(), strict=True):
         axes.axvline(0, color=COLOURS[ALONE], linewidth=1.5)
         shown, above = gain.head(MOST), {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
@@ -97,7 +97,7 @@ def gains_by_setting(gains: Mapping[str, pd.DataFrame], names: Sequence[str]) ->
 
 def price(settings: pd.DataFrame, costs: Sequence[str], measure: Measure) -> Figure:
     """The metric against each cost; the line joins what nothing else beats in both."""
-    figure, every = panels(max(3.6 * len(costs), 8), 3.6, len(costs))
+    figure, every = panels(max(3.6 * len(costs), 8), 3.6, len(costs), sharey=True)
     dots = {"color": OTHER, "markersize": 5, "elinewidth": 0.8, "alpha": 0.8, "capsize": 0}
     line = {"color": BEST, "markersize": 7, "label": "not beaten in both", "zorder": 4}
     fronts = [pareto(settings, cost, measure) for cost in costs]
@@ -109,7 +109,7 @@ def price(settings: pd.DataFrame, costs: Sequence[str], measure: Measure) -> Fig
         axes.set_xlabel(f"{words} ({'more' if more_is_better else 'less'} is better)", fontsize=9)
         axes.margins(0.12)
     every[0].set_ylabel(_on_axis(measure))
-    every[0].legend(frameon=False, fontsize=8)
+    legend(every[0])
     name, front = COSTS[costs[0]][0], fronts[0]
     price, value = (front[column].iloc[[0, -1]].map("{:.4g}".format) for column in (costs[0], "value"))
     if len(front) == 1:
@@ -163,7 +163,7 @@ def cells(trials: pd.DataFrame, across: str, along: str) -> tuple[np.ndarray, np
 
 def parameters(settings: pd.DataFrame, names: Sequence[str], measure: Measure) -> Figure:
     """The metric over each parameter by itself, a dot a setting; over a single one with intervals."""
-    figure, every = panels(max(8, 2.6 * len(names)), 3.4, len(names))
+    figure, every = panels(max(8, 2.6 * len(names)), 3.4, len(names), sharey=True)
     best, value, alone = settings.iloc[0], settings["value"], len(names) == 1
     for axes, name in zip(every, names, strict=True):
         at = _places(axes, name, settings[name])
@@ -235,15 +235,6 @@ def short(name: str) -> str:
 def label(row: pd.Series, names: Sequence[str]) -> str:
     """`temperature 2, kd:ce 0.7`"""
     return ", ".join(f"{short(name)} {plain(row[name])}" for name in names) or "the base config"
-
-
-def panels(width: float, height: float, count: int = 1) -> tuple[Figure, Sequence[Axes]]:
-    """A figure of so many inches, and its axes side by side over one y axis."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    every = figure.subplots(1, count, sharey=True, squeeze=False)[0]
-    for axes in every:
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, every
 
 
 def titled(figure: Figure, title: str) -> Figure:

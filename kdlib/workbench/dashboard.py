@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from dataclasses import replace
-from functools import cached_property
+from functools import cache
 
 import ipywidgets
 from IPython import get_ipython
@@ -24,7 +24,6 @@ from kdlib.plots.training_panels import View
 from kdlib.reports.html import page
 from kdlib.reports.scorecard import Line, scorecard
 from kdlib.runs import folder as runs
-from kdlib.runs.files import StudentFolder
 from kdlib.runs.folder import Run
 from kdlib.runs.log import Tail
 from kdlib.runs.progress import FINAL, headline, progress, where_line
@@ -51,19 +50,15 @@ class LiveRun:
     """What is seen of a run, kept up to date from its files."""
 
     def __init__(self, run: Run, view: View) -> None:
-        self.run, self.view = run, view
-        self.rivals = tuple(name for name in self.candidates if name == "baseline")
-        self.tails: dict[StudentFolder, Tail] = {}
+        self.run, self.view, self.tail = run, view, cache(Tail)
+        # what it can be compared with, each the run and its folder
+        self.candidates = {"baseline": (run, run.baseline)} if run.config.baseline else {}
+        self.rivals = tuple(self.candidates)
+        others = (each for each in runs.all_runs(run.path.parent) if each.name != run.name)
+        self.candidates |= {each.name: (each, each) for each in others if each.metrics.exists()}
         self.has_ended = False  # what trained in this kernel
         self.words: tuple[str, ...] = ()
         self.read()
-
-    @cached_property
-    def candidates(self) -> dict[str, tuple[Run, StudentFolder]]:
-        """What it can be compared with: its baseline, and the other runs of its folder."""
-        found = {"baseline": (self.run, self.run.baseline)} if self.run.config.baseline else {}
-        others = (run for run in runs.all_runs(self.run.path.parent) if run.name != self.run.name)
-        return found | {run.name: (run, run) for run in others if run.metrics.exists()}
 
     @property
     def is_training(self) -> bool:
@@ -73,32 +68,27 @@ class LiveRun:
     def read(self) -> bool:
         """Read on; True where there is something new to show."""
         before, rivals = self.words, [self.candidates[name][1] for name in self.rivals]
-        is_new = [self._tail(folder).read() for folder in (self.run, *rivals)]
-        self.progress = progress(self.run, tail=self._tail(self.run))
+        is_new = [self.tail(folder).read() for folder in (self.run, *rivals)]
+        self.progress = progress(self.run, tail=self.tail(self.run))
         if self.has_ended and self.progress.state in ("running", "quiet"):
             self.progress = replace(self.progress, state="stopped")
         self.words = (headline(self.progress), where_line(self.progress), self.progress.message)
         return any(is_new) or self.words != before
 
     def png(self) -> bytes:
-        rivals = [(*self.candidates[name], self._tail(self.candidates[name][1])) for name in self.rivals]
-        shown = [progress(*rival) for rival in rivals if len(rival[-1].train)]
-        return png(dashboard(self.progress, self.view, shown))
+        rivals = (self.candidates[name] for name in self.rivals)
+        shown = [progress(run, folder, self.tail(folder)) for run, folder in rivals]
+        return png(dashboard(self.progress, self.view, [each for each in shown if len(each.tail.train)]))
 
     def scorecard(self) -> list[Line]:
-        return scorecard(self.run, tail=self._tail(self.run))
-
-    def _tail(self, folder: StudentFolder) -> Tail:
-        if folder not in self.tails:
-            self.tails[folder] = Tail(folder)
-        return self.tails[folder]
+        return scorecard(self.run, tail=self.tail(self.run))
 
 
 class Dashboard:
     """A picture that follows its run, with controls where somebody is there to use them."""
 
     def __init__(self, run: Run, view: View) -> None:
-        self.run, self.live = run, LiveRun(run, view)
+        self.live = LiveRun(run, view)
         self.drawing, self.ended = threading.RLock(), threading.Event()
         self.thread: threading.Thread | None = None
 
@@ -188,7 +178,7 @@ class Controls:
             ipywidgets.ToggleButton(
                 view.terms is None or term in view.terms, description=term, tooltip=f"show {term}", **button
             )
-            for term in board.run.config.loss.schedules
+            for term in board.live.run.config.loss.schedules
         ]
         log = "raw values and gradient norms on a log scale"
         self.log = ipywidgets.ToggleButton(view.log, description="log scale", tooltip=log, **button)
@@ -232,9 +222,10 @@ class Controls:
         if self.board.ended.is_set() or not self.live.is_training:
             self.board.say("No training goes on here that could be stopped.")
             return
-        (self.board.run.path / "STOP").touch()
-        config = os.path.relpath(self.board.run.path / "config.yaml", runs.project_root())
-        again = f"in a terminal: kd run {config} --resume {self.board.run.name}"
+        run = self.live.run
+        (run.path / "STOP").touch()
+        config = os.path.relpath(run.path / "config.yaml", runs.project_root())
+        again = f"in a terminal: kd run {config} --resume {run.name}"
         self.board.say(
             f"It stops after this step, with a checkpoint. To go on, run the training cell again, or {again}"
         )

@@ -73,8 +73,7 @@ class TemperatureExplorer(widgets.VBox):
         self.top = sizes(predictions.ranked.shape[-1], *[top_k] if top_k else [])
         rows = softening(predictions.ranked, TEMPERATURES, self.top)["rows"]
         self.rows = {row["temperature"]: row for row in rows}
-        one, count = predictions.of.removesuffix("s"), len(predictions.texts)
-        self.token = _slider(widgets.IntSlider, one, 1, min=1, max=count)
+        self.token = _number(predictions.of.removesuffix("s"), 1, len(predictions.texts))
         self.temperature = _hotness("temperature T", min(max(temperature, 0.5), 8.0))
         options = [(f"{k:,}", k) for k in self.top]
         first = max(k for k in self.top if k <= (top_k or USUAL_K))
@@ -90,7 +89,7 @@ class TemperatureExplorer(widgets.VBox):
         ranked = self.predictions.ranked
         if temperature not in self.rows:
             (self.rows[temperature],) = softening(ranked, [temperature], self.top)["rows"]
-        rows = [self.rows[each] for each in sorted(self.rows)]
+        rows = [row for _, row in sorted(self.rows.items())]
         table = {"of": self.predictions.of, "sizes": self.top, "rows": rows}
         entropy, outside = softened(ranked[[number]], temperature, self.top)
         token = {"entropy": entropy[0], "outside": outside[0]}
@@ -101,12 +100,12 @@ class HeatMapExplorer(widgets.VBox):
     """Whose map, coloured by what, and whose candidates are shown: the hardest token's, the next one's, …"""
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
-        self.facts, count = facts, len(facts["tokens"])
+        self.facts = facts
         students = [(label_of(name), name) for name in facts["students"]]
         measures = [(words, name) for name, words in COLOURED_BY.items()]
         self.student = _slider(widgets.Dropdown, "student", students[0][1], options=students)
         self.measure = _slider(widgets.Dropdown, "coloured by", "kl", options=measures)
-        self.rank = _slider(widgets.IntSlider, f"hardest {of(facts).removesuffix('s')}", 1, min=1, max=count)
+        self.rank = _number(f"hardest {of(facts).removesuffix('s')}", 1, len(facts["tokens"]))
         self.map, controls = widgets.HTML(), [self.student, self.measure, self.rank]
         _watch(controls, self._redraw)
         super().__init__([*controls, self.map])
@@ -130,7 +129,7 @@ class ScheduleDesigner(widgets.VBox):
         self.shape = _slider(widgets.Dropdown, "temperature", start.shape, options=SHAPES)
         self.hot, self.cold = map(_hotness, ("at the start", "at the end"), start.temperature)
         self.phases = phase_sliders(start.phases)
-        self.count = _slider(widgets.IntSlider, "phases", len(start.phases), min=1, max=len(self.phases))
+        self.count = _number("phases", len(start.phases), len(self.phases))
         left = [self.learning_rate, self.warm_up, self.decay, self.last]
         right = [self.shape, self.hot, self.cold, self.count]
         self.row = widgets.HBox(layout=WRAPPED)
@@ -149,18 +148,6 @@ class ScheduleDesigner(widgets.VBox):
         return Design(rate, warm_up, decay, end, tuple(temperature), shape, phases)
 
     def _redraw(self, change: Any = None) -> None:
-        self._show_what_counts()
-        text = self.design().yaml()
-        try:
-            made = pasted(self.config, text)
-        except ConfigError as error:
-            self.fault.value = f'<pre style="white-space:pre-wrap;color:#d55e00">{escape(error)}</pre>'
-            return
-        self.fault.value = ""
-        self.picture.value = png(schedules_of(made, self.steps), dpi=90)
-        self.yaml.value = f"To paste in place of these settings:{still.yaml_html(text)}"
-
-    def _show_what_counts(self) -> None:
         count = self.count.value
         self.last.disabled = self.decay.value == "constant"
         self.cold.disabled = self.shape.value == "constant"
@@ -170,6 +157,15 @@ class ScheduleDesigner(widgets.VBox):
             for slider in (phase.until, phase.ramp):
                 slider.layout.display = None if count > 1 else "none"
             phase.until.layout.visibility = "visible" if number < count else "hidden"
+        text = self.design().yaml()
+        try:
+            made = pasted(self.config, text)
+        except ConfigError as error:
+            self.fault.value = f'<pre style="white-space:pre-wrap;color:#d55e00">{escape(error)}</pre>'
+            return
+        self.fault.value = ""
+        self.picture.value = png(schedules_of(made, self.steps), dpi=90)
+        self.yaml.value = f"To paste in place of these settings:{still.yaml_html(text)}"
 
 
 class PhaseSliders(widgets.VBox):
@@ -200,6 +196,10 @@ def phase_sliders(phases: tuple[Phase, ...]) -> list[PhaseSliders]:
 def _slider(kind: type, words: str, value: Any, width: str = WIDE, **options: Any) -> widgets.Widget:
     style = {"description_width": "9rem" if width == WIDE else "4.5rem"}
     return kind(value=value, description=words, layout={"width": width}, style=style, **options)
+
+
+def _number(words: str, value: int, most: int) -> widgets.IntSlider:
+    return _slider(widgets.IntSlider, words, value, min=1, max=most)
 
 
 def _share(words: str, value: float, width: str = WIDE, max: float = 1.0) -> widgets.FloatSlider:

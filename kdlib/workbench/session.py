@@ -22,7 +22,6 @@ from kdlib.diagnostics.context import as_text
 from kdlib.errors import RunError, nearest
 from kdlib.evaluation import compare, predictions
 from kdlib.hardware import device_memory, precision_of
-from kdlib.losses.objective import ObjectiveAt
 from kdlib.models.loading import device_of
 from kdlib.models.student import check_pair, tokenizer_of
 from kdlib.models.teacher import LiveTeacher
@@ -31,7 +30,7 @@ from kdlib.plots.softening import Predictions
 from kdlib.runs import folder as runs
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.folder import Run
-from kdlib.runs.log import plan_table, training_table
+from kdlib.runs.log import training_table
 from kdlib.tasks import base as tasks
 from kdlib.training import run as training, trackers
 from kdlib.training.plan import objective_of, training_arguments
@@ -116,9 +115,6 @@ class Workbench:
             raise RunError(f"run {self.run.name} is not set up yet; run 00_setup first")
         return tasks.untrained_student(self.config, self.prepared, self.run.manifest["student_layers"])
 
-    def objective_at(self, weights: Mapping[str, Any] | None = None, fraction: float = 0.0) -> ObjectiveAt:
-        return objective_of(self.config, weights).at(fraction)
-
     def setup(self) -> pd.DataFrame:
         """Train the teacher where it must be, choose the student's layers, write the manifest."""
         self.config = teacher_stage.taught(self.run.config, self.run)
@@ -151,14 +147,14 @@ class Workbench:
             "fingerprint": notes["fingerprint"],
             "precision": precision,
             "objective": formula,
-            "baseline": self.objective_at(baseline.weights).formula if baseline else "none",
+            "baseline": self.formula(baseline.weights, 0.0) if baseline else "none",
         }
         return pd.Series(facts).astype(str).to_frame("")
 
-    def formula(self) -> str:
-        """The objective at the start, and at the end where it moves."""
-        start, end = self.objective_at().formula, self.objective_at(fraction=1.0).formula
-        return start if start == end else f"{start}  …  {end}"
+    def formula(self, weights: Mapping[str, Any] | None = None, until: float = 1.0) -> str:
+        """The objective at the start, and where it moves, at the end too."""
+        objective = objective_of(self.config, weights)
+        return "  …  ".join(dict.fromkeys(objective.at(fraction).formula for fraction in (0.0, until)))
 
     def shapes(self) -> pd.DataFrame:
         """One training batch, and what each model makes of it."""
@@ -176,7 +172,7 @@ class Workbench:
 
     def doctor(self) -> None:
         """Say what is wrong with this config, data and models before they train; kd doctor --fix mends."""
-        print(f"the doctor: {as_text(doctor.diagnose(self.config, made=self._made()))}")
+        print("the doctor:", as_text(doctor.diagnose(self.config, made=self._made())))
 
     def selftest(self) -> pd.DataFrame:
         """What must be equal on this config, these models and this text, compared: a line each."""
@@ -189,7 +185,7 @@ class Workbench:
     def dry_run(self) -> pd.DataFrame:
         """Five optimizer steps of the real schedule and one evaluation; returns the terms, step by step."""
         shutil.rmtree(self.trial.path, ignore_errors=True)
-        trial = self._train(self.trial, None, label="dry run", stop_after=DRY_STEPS)
+        trial = self._train(self.trial, label="dry run", stop_after=DRY_STEPS)
         metrics = trial.evaluate()
         took = measurement.by_steps(self.config, trial, metrics["eval_runtime"])
         self.run.add_to_manifest(
@@ -208,27 +204,22 @@ class Workbench:
 
     def forecast(self) -> None:
         """Say what the whole run will hold in memory, moment by moment."""
-        rows, vocabulary = len(self.prepared.train), self.prepared.vocabulary
-        found = forecast.advised(self.config, memory.forecast, rows=rows, vocabulary=vocabulary)
-        print(forecast.as_text(found))
-
-    def plan(self) -> pd.DataFrame:
-        """Learning rate, weights and temperature at every tenth of the training that the dry run began."""
-        return tables.of_plan(plan_table(self.trial))
+        sizes = {"rows": len(self.prepared.train), "vocabulary": self.prepared.vocabulary}
+        print(forecast.as_text(forecast.advised(self.config, memory.forecast, **sizes)))
 
     def train(self) -> None:
         """The distilled student, from its last checkpoint where there is one."""
-        self._train(self.run, None, label="kd")
+        self._train(self.run, label="kd")
 
     def train_baseline(self) -> None:
         """The same student, data, order, steps and learning rate, with the baseline's weights."""
         if self.config.baseline:
-            self._train(self.run.baseline, self.config.baseline.weights, label="baseline")
+            self._train(self.run.baseline, label="baseline", weights=self.config.baseline.weights)
 
     def compare(self) -> dict[str, Any]:
         """All models on the held-out rows; writes comparison_results.json and the picture of it."""
         results = compare.compare_run(self.run, self.config, self.tokenizer, self.prepared)
-        plots.comparison_bars(results).savefig(self.run.path / "teacher_student_comparison.png", dpi=130)
+        plots.comparison_bars(results).savefig(self.run.path / f"{plots.BARS}.png", dpi=130)
         return results
 
     def explore(self, *students: str) -> Predictions:
@@ -249,9 +240,11 @@ class Workbench:
             if name == "teacher":
                 return self.teacher
             if name == "untrained":
-                return tasks.asked(self.student().to(dtype), self.prepared)
-            source = compare.student_in(folders[name], self.prepared)
-            return tasks.asked(self.task.load(source, self.prepared, dtype), self.prepared)
+                model = self.student().to(dtype)
+            else:
+                source = compare.student_in(folders[name], self.prepared)
+                model = self.task.load(source, self.prepared, dtype)
+            return tasks.asked(model, self.prepared)
 
         names = ["teacher", *(name for name in students if name != "baseline" or self.config.baseline)]
         models = {name: partial(asked, name) for name in names}
@@ -260,10 +253,9 @@ class Workbench:
         predictions.write(self.run, found)
         return found
 
-    def _train(self, folder: StudentFolder, weights: Any, *, label: str, stop_after: int | None = None):
+    def _train(self, folder: StudentFolder, *, label: str, weights: Any = None, **options):
         if folder.is_trained:
             print(f"{label}: trained already")
             return None
-        print(f"{label}: {self.objective_at(weights).formula}")
-        options = {"weights": weights, "label": label, "stop_after": stop_after}
-        return training.train(self.config, folder, **self._made(), **options)
+        print(f"{label}: {self.formula(weights, 0.0)}")
+        return training.train(self.config, folder, **self._made(), label=label, weights=weights, **options)

@@ -1,4 +1,4 @@
-"""What a notebook shows of a run at its start: what was found, shapes, the first steps, the plan."""
+"""What a notebook shows of a run at its start: what was found, shapes, the first steps."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -65,12 +65,3 @@ def of_steps(log: pd.DataFrame) -> pd.DataFrame:
         "grad norm": log["grad_norm"].map("{:.2f}".format),
     }
     return pd.DataFrame(shown).set_index("step")
-
-
-def of_plan(plan: pd.DataFrame) -> pd.DataFrame:
-    """A row for every tenth of the training."""
-    tenths = [round(i * (len(plan) - 1) / 10) for i in range(11)]
-    shown = plan.iloc[tenths].drop_duplicates().set_index("step")
-    if "learning_rate" in shown:
-        shown["learning_rate"] = shown["learning_rate"].map("{:.1e}".format)
-    return shown
