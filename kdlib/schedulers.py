@@ -92,8 +92,8 @@ def joined(phases: Sequence[tuple[float, Schedule]]) -> Schedule:
     return at
 
 
-TABLES = {"steps": steps, "piecewise": piecewise}  # a mapping from fractions to values says all
-LINES = {"linear": linear, "cosine": cosine, "exponential": exponential}  # a list of two numbers does
+TABLES = {"steps": steps, "piecewise": piecewise}  # of {fraction: value}
+LINES = {"linear": linear, "cosine": cosine, "exponential": exponential}  # of [start, end]
 SHAPES = (*LINES, *TABLES, "joined")
 
 

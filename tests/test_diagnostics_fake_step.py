@@ -46,7 +46,7 @@ def test_a_step_without_data_holds_what_the_same_step_holds_with_data(raw, chang
 def test_compiled_arithmetic_is_counted_and_not_run():
     workspace = FakeWorkspace(64, compiled=True, kind="cpu")
     products = torch.zeros(64, 10)
-    sums = workspace.rows([None], None, None)(
+    sums = workspace.sums([None], None, None)(
         products, None, torch.zeros(50, dtype=torch.long), None, torch.ones(1)
     )
     assert sums.tolist() == [0.0]

@@ -1,7 +1,7 @@
 """The loss of a config: which terms, with which weights and temperatures over training, measured how.
 
-All faults come at once: a field that depends on others stands after them and sees those that are sound, so
-`curriculum` stands before `weights`, and `samples` after `divergence` and `top_k`.
+All faults come at once: a field that depends on others stands after them and sees those that are
+sound in `info.data`: `weights` after `curriculum`, `samples` after `divergence` and `top_k`.
 """
 
 import ast
@@ -29,7 +29,7 @@ DIVERGENCES = {
     if isinstance(node, ast.FunctionDef)
     and any(ast.unparse(mark).startswith("divergence(") for mark in node.decorator_list)
 }
-"""{name: options} of those that kdlib.losses.divergences marks as such."""
+"""{name: options} of those that kdlib.losses.divergences marks as such; importing it would load torch."""
 FEATURE_TERMS = ("hidden", "attention", "relational", "contrastive")
 """The terms on what goes on inside, token by token: those of kdlib.losses.features."""
 TERM_NAMES = ("kd", "ce", *DIVERGENCES, *FEATURE_TERMS)

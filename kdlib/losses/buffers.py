@@ -1,6 +1,7 @@
 """What the chunked losses keep between steps: two buffers of logits, and the compiled arithmetic on rows.
 
-Signals, of `losses.signals`, whose forms are equal share compiled code.
+A chunk is what memory holds at a time, a piece what a core's caches hold.  Signals and forms, of
+`losses.signals`, are Any here for a shorter chain of imports; equal forms share compiled code.
 """
 
 import logging
@@ -15,11 +16,12 @@ from torch import Tensor
 from kdlib.hardware import device_memory
 
 PIECE, LEAST = 64, 8  # rows worked on at a time on a CPU, at most and at least; what is compiled
-CACHED = 8 * 2**20  # bytes of both models' logits in a piece, which a core's own caches hold between passes
+CACHED = 8 * 2**20  # bytes of both models' logits in a piece
 LINE, PAGE = 64, 4096  # bytes of a CPU's cache line, and of a page of its memory
 CPU_BUDGET, BUDGET = 256 * 2**20, 2**30  # bytes of logits, student's and teacher's, at most
-Sums = Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor], Tensor]
-"""(products [n, V], the teacher's or None, targets [n], temperatures [terms], weights [terms]) -> sums."""
+Arithmetic = Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor], Tensor]
+"""(products [n, V], the teacher's or None, targets [n], temperatures [terms], weights [terms])
+-> sums [terms] of a chunk; values [terms, n] of a piece."""
 log = logging.getLogger(__name__)
 
 
@@ -58,9 +60,9 @@ class Workspace:
         signal.write(buffer[:tokens], rows)
         return buffer
 
-    def rows(self, functions: Sequence[Callable], student: Any, teacher: Any) -> Sums:
+    def sums(self, functions: Sequence[Callable], form: Any, teacher_form: Any) -> Arithmetic:
         """The arithmetic on a chunk, piece by piece: [terms] sums; the gradient overwrites the student's."""
-        arithmetic = self.arithmetic(functions, student, teacher)
+        arithmetic = self.arithmetic(functions, form, teacher_form)
 
         def sums(
             products: Tensor, others: Tensor | None, targets: Tensor, temperatures: Tensor, weights: Tensor
@@ -74,9 +76,9 @@ class Workspace:
 
         return sums
 
-    def arithmetic(self, functions: Sequence[Callable], student: Any, teacher: Any) -> Sums:
+    def arithmetic(self, functions: Sequence[Callable], form: Any, teacher_form: Any) -> Arithmetic:
         """The same on one piece of a chunk: [terms, n] values."""
-        return (_compiled if self.compiled else _row_arithmetic)(tuple(functions), student, teacher)
+        return (_compiled if self.compiled else _row_arithmetic)(tuple(functions), form, teacher_form)
 
     def piece(self, products: Tensor) -> int:
         """Rows worked on at a time: a power of two, as many as a CPU's caches hold; elsewhere all."""
@@ -118,16 +120,16 @@ def chunk_tokens(vocabulary: int, itemsize: int, device: torch.device, *, free: 
     return max(budget // (2 * vocabulary * itemsize) // PIECE, 1) * PIECE
 
 
-def _row_arithmetic(functions: Sequence[Callable], student: Any, teacher: Any) -> Sums:
+def _row_arithmetic(functions: Sequence[Callable], form: Any, teacher_form: Any) -> Arithmetic:
     """[terms, n] values of n rows; the gradient of sum(weights * values) takes the place of the products."""
 
     def arithmetic(
         products: Tensor, others: Tensor | None, targets: Tensor, temperatures: Tensor, weights: Tensor
     ) -> Tensor:
-        teacher_logits = None if others is None else teacher.logits(others)
+        teacher_logits = None if others is None else teacher_form.logits(others)
 
         def values_of(products: Tensor) -> Tensor:
-            logits = student.logits(products)
+            logits = form.logits(products)
             return torch.stack(
                 [f(logits, teacher_logits, targets, temperatures[i]) for i, f in enumerate(functions)]
             )
@@ -141,10 +143,10 @@ def _row_arithmetic(functions: Sequence[Callable], student: Any, teacher: Any) -
 
 
 @cache
-def _compiled(functions: tuple[Callable, ...], student: Any, teacher: Any) -> Sums:
+def _compiled(functions: tuple[Callable, ...], form: Any, teacher_form: Any) -> Arithmetic:
     """The arithmetic compiled, or as it is where the compiler cannot; the log says so."""
-    eager = _row_arithmetic(functions, student, teacher)
-    # counts what was compiled for every objective of this process, as all share one code
+    eager = _row_arithmetic(functions, form, teacher_form)
+    # a limit over all objectives of this process, as they share one code
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, 64)
     chosen = torch.compile(eager, fullgraph=True)

@@ -14,14 +14,14 @@ from torch import Tensor
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.signals import LinearSignal, Signal, wide
 
-Number = Tensor | float
-TokenFunction = Callable[[Tensor, Tensor | None, Tensor, Number], Tensor]
+Scalar = Tensor | float  # a temperature; a Tensor in compiled code, to serve every T
+TokenFunction = Callable[[Tensor, Tensor | None, Tensor, Scalar], Tensor]
 """(student logits [n, V], teacher's [n, V] or None, targets [n], temperature) -> [n] per-token values."""
 
 
 @dataclass(frozen=True)
 class Weighted:
-    """One term of an objective, its weight and temperature of now, as the head sees it."""
+    """A term made from logits, with its weight and temperature of now."""
 
     function: TokenFunction
     weight: float = 1.0
@@ -36,11 +36,12 @@ def token_values(
     terms: Sequence[Weighted],
     chunk: int | None = None,
 ) -> Tensor:
-    """[terms, N] unweighted values of the kept tokens: plain differentiable code, and how to evaluate.
+    """[terms, N] unweighted values of the kept tokens, by plain differentiable code; evaluation uses it too.
 
     Args:
         student, teacher: of the same N tokens; no teacher where no term asks for it.
-        chunk: tokens whose logits are made at a time; all at once where None.  Autograd keeps them all.
+        chunk: tokens whose logits are made at a time; all at once where None.  Autograd keeps them
+            all: only without it is memory saved.
     """
     student, teacher, parts = student.cast(), None if teacher is None else teacher.cast(), []
     for rows in _chunks(len(student), chunk or len(student)):
@@ -67,8 +68,8 @@ def term_sums(
         student: gradient flows into a LinearSignal's hidden, weight and bias, or into logits.
         teacher: the same N tokens, or None; no gradient flows into it.
         terms: weights not 0.
-        count: a chunked gradient is that of `sum(weight * sum) / count`: back-propagate a multiple of that
-            (what `Ledger.total` is) and nothing else; anything else is refused.
+        count: a chunked gradient is that of `sum(weight * sum) / count`: back-propagate a multiple of that,
+            as `Ledger.total` is; all else is refused.
 
     Raises:
         RuntimeError: on backward, where the sums were combined with other weights, or the gradient is to be
@@ -76,7 +77,7 @@ def term_sums(
     """
     if not (isinstance(student, LinearSignal) and torch.is_grad_enabled()):
         return token_values(student, teacher, targets, terms=terms).sum(-1)
-    leaves = student.hidden, student.weight, student.bias  # as arguments of their own: what autograd sees
+    leaves = student.hidden, student.weight, student.bias  # autograd sees arguments, not what is inside them
     how = targets, tuple(terms), count, workspace or Workspace()
     return _ChunkedSums.apply(*leaves, student, teacher, *how)
 
@@ -88,18 +89,18 @@ class _ChunkedSums(torch.autograd.Function):
         numbers = {"dtype": wide(student.dtype), "device": hidden.device}
         temperatures = torch.tensor([term.temperature for term in terms], **numbers)
         weights = torch.tensor([term.weight for term in terms], **numbers)
-        if student.dtype is not torch.float16:  # whose range a gradient per token would leave unscaled
+        if student.dtype is not torch.float16:  # where it could underflow: backward divides, by `scale`
             weights = weights / torch.as_tensor(count, device=hidden.device).clamp(min=1)
         gradients = _Gradients((hidden, weight, bias), ctx.needs_input_grad, student.dtype)
         functions, form = [term.function for term in terms], None if teacher is None else teacher.form
         with torch.autocast(hidden.device.type, enabled=False):  # the dtype of the products is settled
-            arithmetic = workspace.rows(functions, student.form, form)
+            arithmetic = workspace.sums(functions, student.form, form)
             sums = weights.new_zeros(len(terms))
             for rows in _chunks(len(student), workspace.chunk_for(student)):
                 products = workspace.products("student", student, rows)
                 others = None if teacher is None else workspace.products("teacher", teacher, rows)
                 sums += arithmetic(products, others, targets[rows], temperatures, weights)
-                gradients.add(rows, products[: rows.stop - rows.start], student)
+                gradients.add(rows, products[: rows.stop - rows.start], student)  # now the gradient
         ctx.save_for_backward(*gradients.finished())
         ctx.weights = weights
         return sums
@@ -112,7 +113,7 @@ class _ChunkedSums(torch.autograd.Function):
                 "backward without create_graph, or use token_values, which is plain differentiable code"
             )
         weights = ctx.weights.to(grad_sums.dtype)
-        scale = (grad_sums @ weights) / (weights @ weights)
+        scale = (grad_sums @ weights) / (weights @ weights)  # a ledger's total: grad_sums = scale * weights
         torch._assert_async(  # no wait for the device, unlike `if`
             (grad_sums - scale * weights).abs().amax() <= 1e-4 * grad_sums.abs().amax(),
             "term_sums: its gradient was made for sum(weight * sum) / count with the weights given to it, "

@@ -6,8 +6,8 @@ Pure functions of log-probabilities; they know no mask, weight, temperature, log
     teacher: [N, V] likewise, same vocabulary order; no gradient flows into it.
 
 and returns [N] nats (total variation: [N] from 0 to 1), >= 0 up to rounding and 0 where the two agree.  All
-raise ValueError where the two differ in shape.  Below them: a divergence of the teacher's k likeliest tokens
-and one bucket for all the rest, or of tokens drawn from it, in place of the whole vocabulary.
+raise ValueError where the two differ in shape.  Below them: the same of the teacher's k likeliest tokens and
+one bucket for all the rest, or of tokens that it draws.
 """
 
 import math
@@ -68,9 +68,8 @@ def generalized_jsd(student: Tensor, teacher: Tensor, *, beta: float = 0.5) -> T
     [beta KL(teacher || m) + (1 - beta) KL(student || m)] / (beta (1 - beta)), where
     m = beta teacher + (1 - beta) student.
 
-    Agarwal et al. and TRL leave out the division: theirs is beta (1 - beta) times ours inside, tends to 0 at
-    both ends, and TRL then jumps to a KL exactly there.  Ours is continuous, so that beta can be swept
-    without changing the weight's meaning.
+    Agarwal et al. and TRL leave out the division: theirs tends to 0 at both ends, and TRL jumps to a KL
+    exactly there.  Ours is continuous, so that beta can be swept without changing the weight's meaning.
 
     Reference: Agarwal et al. 2024 (GKD), https://arxiv.org/abs/2306.13649
     """
@@ -162,8 +161,8 @@ def top_k_pair(
     """Student and teacher on the teacher's top k tokens and a bucket for the tail: distributions again.
 
     Of log-probabilities over the full vocabulary at the temperature used, so a student that puts its mass
-    outside the top k pays for it in the bucket.  An f-divergence of the pair is never above that of the whole
-    vocabulary, as merging outcomes loses information, and equal to it when k = V.
+    outside the top k pays for it in the bucket.  An f-divergence (all here but adaptive_kl) of the pair is
+    never above that of the whole vocabulary, as merging outcomes loses information; equal when k = V.
 
     Args:
         k: at least 1; V or more takes the whole vocabulary.
@@ -204,11 +203,11 @@ class OnTopK:
 
 @dataclass(frozen=True)
 class OnSamples:
-    """An unbiased estimate of the same divergence from `count` tokens drawn from the teacher, put back.
+    """An unbiased estimate of the divergence from `count` tokens that the teacher draws, with replacement.
 
     An f-divergence is a sum over tokens; each drawn token's summand is divided by the probability with which
     it was drawn, the teacher's own.  Value and gradient are then right on average over draws, as the
-    student's normaliser is that of the whole vocabulary; a single value may be negative.
+    log-probabilities are of the whole vocabulary; a single value may be negative.
 
     Reference: Anshumann et al. 2025 ("random sampling KD"), https://arxiv.org/abs/2503.16870
     """
@@ -248,6 +247,7 @@ def _likeliest(log_probs: Tensor, mass: float) -> Tensor:
     than 3e-4 may count as equally likely.
     """
     probs = log_probs.exp()
+    # all tokens below it hold less than 1 - mass
     lowest = math.log((1 - mass) / log_probs.shape[-1]) - 1 if mass < 1 else -math.inf
     low, high = (torch.full_like(log_probs[..., :1], bound) for bound in (lowest, 0.0))
     for _ in range(16):  # > low holds the mass, > high does not

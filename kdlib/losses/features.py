@@ -71,7 +71,7 @@ def relational_distance(student: Tensor, teacher: Tensor, rows: Tensor) -> Tenso
     for ours, theirs in _row_by_row(student, teacher, rows):
         squares = (ours @ ours.T - theirs @ theirs.T).square()
         values.append((squares.sum(-1) - squares.diagonal()) / max(len(squares) - 1, 1))
-    return torch.cat(values) if values else _wide(student).sum(-1)
+    return torch.cat(values) if values else _wide(student).sum(-1)  # no token kept: [0], with a graph
 
 
 def contrastive_loss(student: Tensor, teacher: Tensor, rows: Tensor, *, temperature: float = 0.1) -> Tensor:
@@ -109,7 +109,7 @@ class FeatureTerm:
         inside, other = student.features, None if teacher is None else teacher.features
         assert inside is not None
         assert other is not None
-        ours, theirs = inside.projected if self.projected else inside.hidden, other.hidden
+        ours, theirs = (inside.projected if self.projected else inside.hidden), other.hidden
         if self.attention:
             ours, theirs = inside.attention, other.attention
         how = inside.rows, temperature, normalise
@@ -127,7 +127,7 @@ FEATURE_TERMS = {
         projected=True,
     ),
 }
-"""By the names that a config may weight; kdlib.config.loss lists them too."""
+"""By the names that a config may weight; kdlib.config.loss, which loads no torch, lists them too."""
 
 
 def feature_terms(names: Iterable[str]) -> list[FeatureTerm]:
@@ -141,8 +141,8 @@ def layer_pairs(
     """Which layers are compared, counted from 0.
 
     Args:
-        spec: `even`: every student layer with the teacher's at the same depth; `{last: k}`: the last k with
-            the last k; or a list of [student's, teacher's].
+        spec: `even`: every student layer with the teacher's at the same depth, last with last;
+            `{last: k}`: the last k with the last k; or a list of [student's, teacher's].
 
     Raises:
         ValueError: a model has no such layer.

@@ -15,9 +15,9 @@ EXPLAINED = 1e-3  # relative; how near a factor must be to be named as the reaso
 
 @dataclass(frozen=True)
 class Entry:
-    """One term of one batch: the unweighted sum in nats, the tokens it is divided by, its weight."""
+    """One term of one batch."""
 
-    sum: Tensor  # scalar; carries the gradient while training
+    sum: Tensor  # unweighted, nats; carries the gradient while training
     count: Tensor | int  # kept tokens of the whole optimizer step, all micro-batches and ranks
     weight: float
 
@@ -79,7 +79,7 @@ class LedgerWindow:
 
 
 def breach(figures: Mapping[str, tuple[float, float]], loss: float) -> str | None:
-    """How the logged terms fail to sum to the loss that was back-propagated; None where they do sum.
+    """How the logged terms, {name: (value, weight)}, fail to sum to the loss back-propagated, or None.
 
     A sum cannot prove whose fault it is: a term is named where a usual mistake with it alone explains it.
     """

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdlib.config.loss import TEMPERATURES
 from kdlib.losses.buffers import Workspace
-from kdlib.losses.chunked import Number, TokenFunction, Weighted, term_sums, token_values
+from kdlib.losses.chunked import Scalar, TokenFunction, Weighted, term_sums, token_values
 from kdlib.losses.divergences import KNOWN, Divergence, OnSamples, OnTopK, chosen, forward_kl
 from kdlib.losses.features import FEATURE_TERMS, feature_terms
 from kdlib.losses.ledger import Entry, Ledger
@@ -20,7 +20,7 @@ from kdlib.losses.signals import Signal, wide
 from kdlib.schedulers import Schedule, constant
 
 
-def log_probs(logits: Tensor, temperature: Number = 1.0) -> Tensor:
+def log_probs(logits: Tensor, temperature: Scalar = 1.0) -> Tensor:
     """log softmax(logits / T), in float32 at least, whatever the model's dtype."""
     logits = logits.to(wide(logits.dtype))
     if not torch.compiler.is_compiling():
@@ -33,12 +33,15 @@ def log_probs(logits: Tensor, temperature: Number = 1.0) -> Tensor:
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """T^2 x divergence with both sides divided by T; the T^2 keeps the weight's meaning when T moves."""
+    """T^2 x divergence with both sides divided by T; the T^2 keeps the weight's meaning when T moves.
+
+    (Total variation, linear in small differences, would need T.)
+    """
 
     divergence: Divergence = forward_kl
 
     def __call__(
-        self, student: Tensor, teacher: Tensor | None, targets: Tensor, temperature: Number
+        self, student: Tensor, teacher: Tensor | None, targets: Tensor, temperature: Scalar
     ) -> Tensor:
         assert teacher is not None
         ours, theirs = log_probs(student, temperature), log_probs(teacher, temperature)
@@ -46,7 +49,7 @@ class SoftTargets:
 
 
 def cross_entropy(
-    student: Tensor, teacher: Tensor | None, targets: Tensor, temperature: Number = 1.0
+    student: Tensor, teacher: Tensor | None, targets: Tensor, temperature: Scalar = 1.0
 ) -> Tensor:
     """-log p(the token that came), always at T = 1; nats."""
     logs = log_probs(student)
@@ -57,12 +60,12 @@ def cross_entropy(
     return -logs.masked_fill(~came, 0.0).sum(-1)
 
 
-def accuracy(student: Tensor, teacher: Tensor | None, targets: Tensor, temperature: Number = 1.0) -> Tensor:
+def accuracy(student: Tensor, teacher: Tensor | None, targets: Tensor, temperature: Scalar = 1.0) -> Tensor:
     """1 where the student's first choice is the token that came."""
     return (student.argmax(-1) == targets).to(wide(student.dtype))
 
 
-def agreement(student: Tensor, teacher: Tensor | None, targets: Tensor, temperature: Number = 1.0) -> Tensor:
+def agreement(student: Tensor, teacher: Tensor | None, targets: Tensor, temperature: Scalar = 1.0) -> Tensor:
     """1 where student and teacher have the same first choice."""
     assert teacher is not None
     return (student.argmax(-1) == teacher.argmax(-1)).to(wide(student.dtype))
@@ -81,7 +84,7 @@ EVAL_TERMS = {
 class Objective:
     """Which terms, with which weight and temperature, at which fraction of training."""
 
-    weights: Mapping[str, Schedule]
+    weights: Mapping[str, Schedule]  # of kd, ce, divergences and feature terms, by their names
     temperature: Schedule | Mapping[str, Schedule] = constant(2.0)  # one for all soft targets, or by term
     divergence: str | Mapping[str, Mapping[str, float]] = "forward_kl"  # of the kd term
     top_k: Schedule | int | None = None  # of the teacher's tokens, in kd; the whole vocabulary where None
@@ -93,8 +96,8 @@ class Objective:
     def at(self, fraction: float, *, sampled: bool = True) -> "ObjectiveAt":
         """The objective at this fraction of training, 0 to 1.  Terms of weight 0 are gone, not computed.
 
-        Not `sampled`, the expectation takes the place of an estimate from samples: for evaluation, which then
-        neither adds noise nor moves the random numbers of the training.
+        Not `sampled`, kd is taken of the whole vocabulary, not of samples: evaluation is without noise, and
+        leaves training's random numbers as they are.
         """
         weights = {name: schedule(fraction) for name, schedule in self.weights.items()}
         active = {name: weight for name, weight in weights.items() if weight != 0}
@@ -267,7 +270,7 @@ def row_sums(
     Row by row, so that ranks can drop the rows that a sampler repeated, and comparisons can resample rows.
 
     Args:
-        rows: [N] the row of each kept token.  The others as of `values_of`.
+        rows: [N] the row of each kept token.  The others as of `token_values`.
     """
     values = values_of(student, teacher, targets, terms=terms, at=at, chunk=chunk)
     values["tokens"] = next(iter(values.values())).new_ones(len(targets))

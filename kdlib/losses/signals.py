@@ -2,7 +2,7 @@
 
 Axes: B batch, T position, N kept tokens, V vocabulary, H hidden, A heads.  The causal shift and the mask
 happen once, in `kept`: below it no loss sees a label, a mask or a batch shape.  Where rows are classified, N
-are the rows and V the classes.
+are the rows and V the classes.  `rows` are a batch's, [N]; as a slice of a signal, n of its N tokens.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Kept:
-    """The N kept tokens of a batch: where they are predicted from, what they are, and from which row."""
+    """The N kept tokens of a batch."""
 
     positions: Tensor  # [N] into the flattened [B * T], or into [B]: whose output predicts the token
     targets: Tensor  # [N] token ids, or classes
@@ -53,10 +53,10 @@ def kept(labels: Tensor) -> Kept:
 
 @dataclass(frozen=True)
 class Form:
-    """How a head's products become logits: scaled (Cohere, Granite), soft-capped (Gemma), or as they are."""
+    """How the head's products, hidden @ weight.T + bias, become logits; by default as they are."""
 
-    scale: float = 1.0
-    softcap: float | None = None
+    scale: float = 1.0  # Cohere, Granite
+    softcap: float | None = None  # Gemma
 
     def logits(self, products: Tensor) -> Tensor:
         """softcap · tanh(scale · products / softcap), in float32 at least where there is anything to do."""
@@ -82,7 +82,7 @@ class DenseSignal:
 
     values: Tensor  # [N, V]
     features: Features | None = None
-    form = Form()
+    form = Form()  # they are logits already
 
     def __len__(self) -> int:
         return self.values.shape[0]
@@ -104,11 +104,12 @@ class DenseSignal:
         return self.values[rows]
 
     def cast(self) -> "DenseSignal":
+        """Itself: no head."""
         return self
 
     @torch.no_grad()
     def write(self, out: Tensor, rows: slice) -> None:
-        """Their logits into memory that is there: [n, V]."""
+        """Puts logits into `out`, [n, V]."""
         out.copy_(self.values[rows])
 
 
@@ -131,7 +132,7 @@ class LinearSignal:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the product with the head: autocast's where that is active, else the head's; none emulated."""
+        """Of the products: autocast's where active, else the head's; float32 where a CPU would emulate it."""
         kind, asked = self.device.type, self.weight.dtype
         if torch.is_autocast_enabled(kind):
             asked = torch.get_autocast_dtype(kind)
@@ -154,7 +155,7 @@ class LinearSignal:
 
     @torch.no_grad()
     def write(self, out: Tensor, rows: slice) -> None:
-        """Their products with the head, before `form`, into memory that is there: [n, V] of `dtype`."""
+        """Puts products, not yet logits, into `out`, [n, V] of `dtype`."""
         if self.bias is None:
             torch.mm(self.hidden[rows], self.weight.T, out=out)
         else:

@@ -18,7 +18,7 @@ PROJECTIONS = "distillation_projections"  # the student's submodule: its hidden 
 
 
 class Needs(Protocol):
-    """What terms ask of the models' inside: kdlib.losses.objective.ObjectiveAt."""
+    """What terms ask of the models' inside: an ObjectiveAt, without its import."""
 
     @property
     def needs_hidden(self) -> bool: ...
@@ -63,12 +63,12 @@ def signal_of(
         model: called once with input_ids and attention_mask; may be a wrapper (DDP) of `unwrapped`.
         vocabulary: the tokenizer's size, or the number of classes; the head's rows beyond it are left out.
         form: the model's `head_form`, for a LinearSignal (the head is applied chunk by chunk); else Dense.
-        reads: "teacher_" for a model that reads those of the batch's inputs.
+        reads: what its inputs' names begin with: "teacher_" for a teacher with a tokenizer of its own.
     """
     unwrapped, inside = unwrapped or model, inside or Inside()
     attend_eagerly(unwrapped, inside.attention)
     inputs = {name: batch[reads + name] for name in ("input_ids", "attention_mask")}
-    if form is not None:  # the head is applied here, not there: at none of the positions
+    if form is not None:  # logits of no position: our signal applies the head, chunk by chunk
         inputs |= {"logits_to_keep": batch["input_ids"].new_empty(0)}
     looked_at = captured_layers(unwrapped, inside.layers, hidden=inside.hidden, attention=inside.attention)
     with captured_hidden(unwrapped) as last, looked_at as captured:
@@ -107,6 +107,7 @@ class LiveTeacher:
 def _features(captured: Captured, kept: Kept, inside: Inside) -> Features:
     layers = inside.layers
     hidden = [kept.select(captured.hidden[n]) for n in layers] if inside.hidden else []
+    # [B, A, T, T] to [N, A, T]
     maps = [kept.select(captured.attention[n].transpose(1, 2)) for n in layers] if inside.attention else []
     if torch.is_grad_enabled() and not all(state.requires_grad for state in [*hidden, *maps]):
         raise RuntimeError(

@@ -31,7 +31,7 @@ class Sample:
 
     batch: Mapping[str, Tensor]
     texts: Sequence[str]  # [N] what came
-    before: Sequence[str]  # [N] what was read, and not predicted, since the one before; of rows their class
+    before: Sequence[str]  # [N] text since the prediction before, read only; or the row's class
     decode: Callable[[int], str]  # what a number stands for: a token's text, a class's name
 
 
@@ -52,7 +52,7 @@ class Comparison(ABC):
 
     @abstractmethod
     def add(self, name: str, model: LiveTeacher, prepared: Prepared) -> dict[str, Any]:
-        """Ask one model about all rows; what it took, beside what is measured of every model.
+        """Ask one model about all rows; returns its costs, beside those measured of every model.
 
         Args:
             prepared: the same rows as this model reads them.
@@ -72,10 +72,10 @@ class Comparison(ABC):
 class Task(ABC):
     """What there is to know of a task beside its rules; one instance each, without state."""
 
-    rules: TaskRules
+    rules: TaskRules  # what is known of it without torch
     kind: ClassVar[str]  # of its models, in words
     auto: ClassVar[Any]  # transformers' class that makes them from a config
-    known: ClassVar[Mapping[type, Any]]  # its mapping of the configs that have such a model
+    known: ClassVar[Mapping[type, Any]]  # by the config classes that have such a model
     checks: ClassVar[Sequence[str | Check]] = ()  # of the doctor, by name in kdlib.diagnostics, or its own
     checks_on_batches: ClassVar[Sequence[str | Check]] = ()  # likewise, with the models loaded
     compared_data: ClassVar[Mapping[str, Any]] = {}  # settings of `data:` where nothing is to be trained
@@ -90,7 +90,7 @@ class Task(ABC):
         """The rows of a config; `tokenizer` as `kdlib.models.student.tokenizer_of` gives it.
 
         Args:
-            new_head: what the teacher chooses among is not asked for: it is to learn that of the data.
+            new_head: the teacher is to be trained first: its classes come from the data, not from its model.
 
         Raises:
             DataError: nothing to read, not the named columns, or rows that the task can do nothing with.

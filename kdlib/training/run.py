@@ -65,11 +65,11 @@ def train(
     # where it goes on, that evaluation is in metrics.jsonl already
     changes = DRY_RUN if stop_after else {"eval_on_start": False} if resume else {}
     args = training_arguments(config, folder.checkpoints, **changes)
-    told = trackers.named_in(args)
+    told = trackers.named_in(args)  # by kdlib, so not by the Trainer too
     args.report_to = [name for name in args.report_to or () if name not in told]
     trackers.check_key(told)
     if not stop_after:
-        check_disk(folder, weights=4 * parameters(student), args=args)
+        check_disk(folder, weights=4 * parameters(student), args=args)  # bytes
     try:
         if args.process_index == 0:
             folder.path.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ class DistillationTrainer(GuardedTrainer):
     8 x accumulation 1 equals 1 x 8, and one rank equals two.
     """
 
-    loss_is_scaled_for_ga = True
+    loss_is_scaled_for_ga = True  # gradient accumulation: the Trainer divides no more
     objective: Objective
     teacher: LiveTeacher | None
     choices: Dataset | None
@@ -105,7 +105,7 @@ class DistillationTrainer(GuardedTrainer):
 
     @property
     def student(self) -> PreTrainedModel:
-        """Without what spreads it over processes."""
+        """The model without what spreads it over processes."""
         return self.accelerator.unwrap_model(self.model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
@@ -145,8 +145,9 @@ class DistillationTrainer(GuardedTrainer):
         # accelerate wraps the model's forward only; the heads' products happen here
         with self.accelerator.autocast():
             tokens, student, teacher = self.signals(model, inputs, at, with_teacher=at.needs_teacher)
-            costs = partial(ledger, at=at, count=num_items_in_batch, workspace=self.workspace)
-            book = costs(student, teacher, tokens.targets)
+            book = ledger(
+                student, teacher, tokens.targets, at=at, count=num_items_in_batch, workspace=self.workspace
+            )
         self.window.add(book, step)
         self.guard.end(book.total, num_items_in_batch)
         self.tokens += len(tokens.targets)
@@ -180,7 +181,7 @@ class DistillationTrainer(GuardedTrainer):
         return Replay(models, signals, partial(values_of, at=at, terms=terms or {}, chunk=chunk), chunk)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The Trainer's training line with the terms, which sum to its loss."""
+        """The Trainer's training line with the terms, checked to sum to its loss."""
         if "loss" in logs:
             logs |= self.term_figures(logs["loss"]) | self.gradients
             self.gradients = {}
