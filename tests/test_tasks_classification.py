@@ -296,7 +296,7 @@ class Narrow(BertForSequenceClassification):
 
 def test_a_model_whose_forward_takes_no_kwargs_is_refused(pair, tmp_path):
     student = Narrow.from_pretrained(pair[1], num_labels=3, ignore_mismatched_sizes=True)
-    with pytest.raises(RunError, match="takes \\*\\*kwargs; Narrow's does not"):
+    with pytest.raises(RunError, match="takes \\*\\*kwargs, and Narrow's does not"):
         trained(pair, tmp_path, student=student)
 
 
