@@ -1,7 +1,3 @@
-"""kdlib: knowledge distillation of language models, seen term by term.
-
-Read the modules in this order: signals, schedulers, losses, objective, trainer, compare; the rest serves
-them.
-"""
+"""kdlib: knowledge distillation of language models, seen term by term.  Begin with kdlib/losses."""
 
 __version__ = "0.1.0"

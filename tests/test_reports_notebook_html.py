@@ -5,7 +5,7 @@ import pytest
 from made_runs import EVIL
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from kdlib.reports.notebook_html import ATTRIBUTES, TAGS, harmless, notebook_html
+from kdlib.reports.notebook_html import ALLOWED, harmless, notebook_html
 
 
 def shown(tmp_path, *outputs, markdown="") -> str:
@@ -62,8 +62,8 @@ class Elements(HTMLParser):
 def test_what_could_act_or_fetch_is_taken_out(html):
     kept = harmless(html)
     for tag, attributes in Elements(kept).found:
-        assert tag in TAGS
-        assert set(attributes) <= ATTRIBUTES | {"href", "src", "style", "type", "name", "value"}
+        assert tag in ALLOWED["tags"]
+        assert set(attributes) <= ALLOWED["attributes"] | {"href", "src", "style", "type", "name", "value"}
         assert attributes.get("href", "https://").startswith("https://")
         assert attributes.get("src", "data:image/").startswith("data:image/")
         assert not {"url", "position", "\\"} & set(attributes.get("style", "").replace("(", ":").split(":"))

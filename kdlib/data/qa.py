@@ -237,9 +237,8 @@ def continued(prompt: str, answer: str, tokenizer: Tokenizer, first: Sequence[in
 def _conversation(messages: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> Encoded:
     """All of a conversation, of which each answer of the assistant's is learned, with the end of its turn.
 
-    An answer is learned where the whole conversation shows it as it stood when it was given: templates that
-    strip an earlier turn (of its reasoning, say) leave no such place, and the turn is read only.  What a
-    template puts before an answer is given.
+    An answer is learned where the whole conversation shows it as it was given; where a template strips it (of
+    its reasoning, say), it is read only.  What a template puts before an answer is given.
     """
     whole, spans, lost = _shown(messages, tokenizer), [], 0
     for number, (role, content) in enumerate(messages):

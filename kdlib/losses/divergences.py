@@ -18,7 +18,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-Divergence = Callable[[Tensor, Tensor], Tensor]
+LogProbs = Tensor  # [N, V]
+Divergence = Callable[[LogProbs, LogProbs], Tensor]
 Named = TypeVar("Named", bound=Divergence)
 KNOWN: dict[str, tuple[Divergence, str]] = {}
 """Every divergence and its formula, by the name that a config may give; `{at}` takes the temperature.
@@ -38,7 +39,7 @@ def divergence(formula: str) -> Callable[[Named], Named]:
 
 
 @divergence("KL(teacher ‖ student; {at})")
-def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
+def forward_kl(student: LogProbs, teacher: LogProbs) -> Tensor:
     """KL(teacher || student): the student must cover everything that the teacher might say.
 
     +inf where the student excludes what the teacher says.
@@ -50,7 +51,7 @@ def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 @divergence("KL(student ‖ teacher; {at})")
-def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
+def reverse_kl(student: LogProbs, teacher: LogProbs) -> Tensor:
     """KL(student || teacher): the student must not say what the teacher would not; it may settle on one mode.
 
     +inf where the student says what the teacher excludes.
@@ -62,7 +63,7 @@ def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 @divergence("JSD(teacher, student; {at})")
-def generalized_jsd(student: Tensor, teacher: Tensor, *, beta: float = 0.5) -> Tensor:
+def generalized_jsd(student: LogProbs, teacher: LogProbs, *, beta: float = 0.5) -> Tensor:
     """From forward KL (beta 0) over four times the Jensen-Shannon divergence (0.5) to reverse KL (1).
 
     [beta KL(teacher || m) + (1 - beta) KL(student || m)] / (beta (1 - beta)), where
@@ -83,7 +84,7 @@ def generalized_jsd(student: Tensor, teacher: Tensor, *, beta: float = 0.5) -> T
 
 
 @divergence("KL(teacher ‖ skewed student; {at})")
-def skewed_forward_kl(student: Tensor, teacher: Tensor, *, alpha: float = 0.1) -> Tensor:
+def skewed_forward_kl(student: LogProbs, teacher: LogProbs, *, alpha: float = 0.1) -> Tensor:
     """KL(teacher || alpha teacher + (1 - alpha) student): forward KL with a bounded gradient.
 
     At most -log(alpha), also where the student excludes what the teacher says.
@@ -95,7 +96,7 @@ def skewed_forward_kl(student: Tensor, teacher: Tensor, *, alpha: float = 0.1) -
 
 
 @divergence("KL(student ‖ skewed teacher; {at})")
-def skewed_reverse_kl(student: Tensor, teacher: Tensor, *, alpha: float = 0.1) -> Tensor:
+def skewed_reverse_kl(student: LogProbs, teacher: LogProbs, *, alpha: float = 0.1) -> Tensor:
     """KL(student || (1 - alpha) teacher + alpha student): reverse KL with a bounded gradient.
 
     At most -log(alpha), also where the student says what the teacher excludes.
@@ -107,7 +108,7 @@ def skewed_reverse_kl(student: Tensor, teacher: Tensor, *, alpha: float = 0.1) -
 
 
 @divergence("AKL(teacher, student; {at})")
-def adaptive_kl(student: Tensor, teacher: Tensor, *, head: float = 0.5) -> Tensor:
+def adaptive_kl(student: LogProbs, teacher: LogProbs, *, head: float = 0.5) -> Tensor:
     """Forward and reverse KL, mixed by where the student is wrong: at the teacher's likely tokens or others.
 
     The head is the fewest of the teacher's likeliest tokens that hold a mass of `head` (and those as likely
@@ -124,7 +125,7 @@ def adaptive_kl(student: Tensor, teacher: Tensor, *, head: float = 0.5) -> Tenso
 
 
 @divergence("TV(teacher, student; {at})")
-def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
+def total_variation(student: LogProbs, teacher: LogProbs) -> Tensor:
     """Half the summed difference of probabilities: the most by which the chance of any event differs.
 
     From 0 to 1.
@@ -264,7 +265,7 @@ def _log_mass_outside(log_probs: Tensor, ids: Tensor) -> Tensor:
     return rest.masked_fill(nothing, 0.0).logsumexp(-1, keepdim=True).masked_fill(nothing, -math.inf)
 
 
-def _check_shapes(student: Tensor, teacher: Tensor) -> None:
+def _check_shapes(student: LogProbs, teacher: LogProbs) -> None:
     if student.shape != teacher.shape:
         raise ValueError(
             f"student has log-probs {tuple(student.shape)}, teacher {tuple(teacher.shape)}; a divergence "

@@ -1,6 +1,5 @@
 """What a model takes to keep and to run, measured here: bytes on disk, time for an answer."""
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -50,10 +49,6 @@ def stored_bytes(source: str) -> int | None:
         path = Path(folder if Path(folder).is_dir() else snapshot_download(source, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if whole.exists():
-        return whole.stat().st_size
-    if not index.exists():
-        return None
-    parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return sum((path / name).stat().st_size for name in parts)
+    whole = path / "model.safetensors"
+    files = [whole] if whole.exists() else path.glob("model-*-of-*.safetensors")
+    return sum(file.stat().st_size for file in files) or None

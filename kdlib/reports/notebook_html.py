@@ -20,6 +20,7 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from nbformat import NotebookNode
 from nbformat.v4 import new_output
 
+from kdlib.config.sections import read_beside
 from kdlib.reports.html import TEMPLATES
 
 LARGEST = 600_000  # characters of all outputs of a notebook
@@ -27,25 +28,8 @@ LONGEST = 20_000  # characters of one text
 ACTIVE = ("application/javascript", "application/vnd.jupyter.widget-view+json")
 
 
-def _set(words: str) -> set[str]:
-    return set(words.split())
-
-
-DROPPED = _set(
-    "iframe noembed noframes noscript object plaintext script select style template textarea title xmp"
-)
-TAGS = _set(
-    "a abbr b blockquote br caption code col colgroup dd del details div dl dt em figcaption figure form "
-    "h1 h2 h3 h4 h5 h6 hr i img input kbd label li mark ol p pre s samp section small span strong sub "
-    "summary sup table tbody td tfoot th thead tr u ul"
-)
-STYLES = _set(
-    "background background-color border border-bottom border-collapse border-left border-radius border-right "
-    "border-top color display font-family font-size font-style font-weight line-height margin max-width "
-    "min-width opacity padding text-align text-decoration vertical-align white-space width "
-    "--ce --differs --kl"  # a heat map's
-)
-ATTRIBUTES = _set("alt checked class colspan dir height lang open rowspan start title width")
+ALLOWED = {name: set(words.split()) for name, words in read_beside(__file__).items()}
+"""Tags, attributes and styles that are kept, and tags dropped with all that is in them."""
 
 
 def notebook_html(path: Path) -> Markup:
@@ -60,7 +44,7 @@ def notebook_html(path: Path) -> Markup:
 
 @cache
 def _exporter() -> HTMLExporter:
-    """nbconvert's, cleaned by `harmless`: code, prose, outputs each on its own, so that none stays open."""
+    """nbconvert's, with each cell cleaned on its own, so that none stays open."""
     exporter = HTMLExporter(
         template_name="notebook",
         extra_template_basedirs=[str(TEMPLATES)],
@@ -76,11 +60,11 @@ def harmless(html: str) -> str:
     """HTML that can neither act nor fetch: no script, frame, id, outside picture, foreign style."""
     # the dropped ones are allowed at first, so that the filter sees where they begin and end
     cleaner = Cleaner(
-        tags=TAGS | DROPPED,
+        tags=ALLOWED["tags"] | ALLOWED["dropped"],
         attributes=_is_allowed,
         protocols={"http", "https", "mailto", "data"},
         strip=True,
-        css_sanitizer=CSSSanitizer(allowed_css_properties=STYLES),
+        css_sanitizer=CSSSanitizer(allowed_css_properties=ALLOWED["styles"]),
         filters=[_WithoutDropped],
     )
     return cleaner.clean(html)
@@ -92,7 +76,7 @@ class _WithoutDropped(Filter):
     def __iter__(self) -> Iterator[dict]:
         depth = 0
         for token in super().__iter__():
-            dropped = token.get("name") in DROPPED
+            dropped = token.get("name") in ALLOWED["dropped"]
             depth += {"StartTag": 1, "EndTag": -1}.get(token["type"], 0) if dropped else 0
             if not depth and not dropped:
                 yield token
@@ -107,7 +91,7 @@ def _is_allowed(tag: str, name: str, value: str) -> bool:
         return not re.search(r"url|image|\\", value, re.IGNORECASE)  # nothing that fetches
     if tag == "input":
         return name in ("name", "value", "checked") or (name == "type" and value in ("radio", "checkbox"))
-    return name in ATTRIBUTES
+    return name in ALLOWED["attributes"]
 
 
 def _within(outputs: list[NotebookNode], left: int, name: str) -> tuple[list[NotebookNode], int]:

@@ -24,13 +24,8 @@ def in_fresh_process(
     """
     # measured is what is held, not how a heap happened to be cut up: glibc gives blocks back when asked so
     returned = {"MALLOC_MMAP_THRESHOLD_": "1000000"} if memory else {}
-    done = subprocess.run(
-        [sys.executable, "-m", module, json.dumps(asked)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **returned},
-    )
+    command = [sys.executable, "-m", module, json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | returned)
     if done.returncode != 0:
         raise RunError(f"{what} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])

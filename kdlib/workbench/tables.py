@@ -31,11 +31,7 @@ def texts_in(notes: Mapping[str, Any]) -> dict[str, str]:
 
 
 def of_shapes(models: Mapping[str, LiveTeacher], prepared: Prepared, unit: str) -> pd.DataFrame:
-    """One training batch, and what each model makes of it, a column each.
-
-    Args:
-        unit: what is predicted, one by one: "token", or "row".
-    """
+    """One training batch, and what each model makes of it, a column each; a `unit` is a token or a row."""
     batch = prepared.collate([prepared.train[i] for i in range(min(2, len(prepared.train)))])
     tokens, columns = kept(batch["labels"]), {}
     at_once = f"all logits at once: {'classes' if unit == 'row' else 'no plain head'}"
