@@ -98,19 +98,19 @@ def micro_batch_count(monkeypatch):
 
 
 def lost_row(monkeypatch):
-    right = Workspace.rows
+    right = Workspace.sums
 
-    def rows(self, *arguments):
+    def sums(self, *arguments):
         arithmetic = right(self, *arguments)
 
         def wrong(products, others, targets, *rest):
-            sums = arithmetic(products[:-1], others[:-1], targets[:-1], *rest)
+            found = arithmetic(products[:-1], others[:-1], targets[:-1], *rest)
             products[-1].zero_()
-            return sums
+            return found
 
         return wrong
 
-    monkeypatch.setattr(Workspace, "rows", rows)
+    monkeypatch.setattr(Workspace, "sums", sums)
 
 
 def collate_by(wrong, monkeypatch):

@@ -1,1 +1,1 @@
-"""What is asked for: one run as typed, checked objects.  Imports no torch."""
+"""What is asked for: one run as typed, checked objects."""

@@ -1,1 +1,1 @@
-"""What is measured, and how sure it is.  Imports no torch."""
+"""What is measured, and how sure it is."""

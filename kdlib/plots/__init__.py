@@ -1,1 +1,1 @@
-"""Figures from tables.  Imports no torch."""
+"""Figures from tables."""

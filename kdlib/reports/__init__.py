@@ -1,1 +1,1 @@
-"""HTML pages from a run's files.  Imports no torch."""
+"""HTML pages from a run's files."""

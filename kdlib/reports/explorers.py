@@ -1,4 +1,4 @@
-"""What kdlib.workbench.explorers shows, as still pages: HTML that needs no script.  Imports no torch."""
+"""What kdlib.workbench.explorers shows, as still pages: HTML that needs no script."""
 
 import base64
 from collections.abc import Mapping

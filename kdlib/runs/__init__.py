@@ -1,1 +1,1 @@
-"""A run's folder, its log, its progress.  Imports no torch."""
+"""A run's folder, its log, its progress."""

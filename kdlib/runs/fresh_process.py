@@ -1,4 +1,4 @@
-"""A measurement in a process of its own, asked and answered in JSON.  Imports no torch."""
+"""A measurement in a process of its own, asked and answered in JSON."""
 
 import json
 import os

@@ -30,7 +30,7 @@ from kdlib.plots.softening import Predictions
 from kdlib.runs import folder as runs
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.folder import Run
-from kdlib.runs.log import training_table
+from kdlib.runs.log import plan_table, training_table
 from kdlib.tasks import base as tasks
 from kdlib.training import run as training, trackers
 from kdlib.training.plan import objective_of, training_arguments
@@ -206,6 +206,12 @@ class Workbench:
         """Say what the whole run will hold in memory, moment by moment."""
         sizes = {"rows": len(self.prepared.train), "vocabulary": self.prepared.vocabulary}
         print(forecast.as_text(forecast.advised(self.config, memory.forecast, **sizes)))
+
+    def plan(self) -> pd.DataFrame:
+        """Learning rate, weights and temperature at every tenth of the training that the dry run began."""
+        plan = plan_table(self.trial)
+        tenths = sorted({round(i * (len(plan) - 1) / 10) for i in range(11)})
+        return plan.iloc[tenths].set_index("step").map("{:.3g}".format)
 
     def train(self) -> None:
         """The distilled student, from its last checkpoint where there is one."""
