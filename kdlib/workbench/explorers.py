@@ -1,4 +1,4 @@
-"""The explorers: sliders over pictures and HTML, or still pages where nobody sits.  Imports no torch.
+"""The explorers: sliders over pictures and HTML, or still pages where nobody sits.
 
 Nothing here captures output (`Output`, `interact`): that deadlocks headless.
 """

@@ -79,8 +79,7 @@ def measured(config: Config) -> Measured:
 def measured_peak(config: Config, *, dense: bool = False) -> int:
     """Bytes that a training takes above what its process held before, on rows as long as the config allows.
 
-    In a process of its own, which gives large blocks back when they are freed; that takes time, so the two
-    are measured apart.  `dense`: all logits at once, whatever the models' heads.
+    `dense`: all logits at once, whatever the models' heads.
     """
     asked = {"config": config.as_dict(), "memory": True, "dense": dense}
     return in_fresh_process(__name__, asked, what=f"training {MEMORY_STEPS} steps of this config")["bytes"]

@@ -208,7 +208,7 @@ class Workbench:
         print(forecast.as_text(forecast.advised(self.config, memory.forecast, **sizes)))
 
     def plan(self) -> pd.DataFrame:
-        """Learning rate, weights and temperature at every tenth of the training that the dry run began."""
+        """The schedules at every tenth of the training that the dry run began."""
         plan = plan_table(self.trial)
         tenths = sorted({round(i * (len(plan) - 1) / 10) for i in range(11)})
         return plan.iloc[tenths].set_index("step").map("{:.3g}".format)
