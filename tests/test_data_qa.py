@@ -158,6 +158,20 @@ def test_a_question_is_on_one_side_and_a_repeated_row_counts_once(tmp_path, toke
     assert len(made.validation) == 12
 
 
+@pytest.mark.parametrize("share", [False, True], ids=["own", "validation is a share"])
+def test_what_a_sources_own_splits_ask_is_not_trained_on(tmp_path, tokenizer, share):
+    rows = multiple_choice(40)
+    other = {**rows[35], "choices": [*rows[35]["choices"], "none of these"]}
+    splits = {"train": [*rows, rows[0], other], "validation": rows[28:36], "test": rows[34:]}
+    splits = {n: Dataset.from_list(each) for n, each in splits.items() if not (share and n == "validation")}
+    DatasetDict(splits).save_to_disk(tmp_path / "leaky")
+    made = prepare(config(tmp_path / "leaky", validation=0.2), tokenizer, seed=0)
+    questions = [set(part["text"]) for part in (made.train, made.validation, made.test)]
+    assert sum(map(len, questions)) == len(set.union(*questions)) == 40
+    assert questions[2] == {row["question"] for row in rows[34:]}
+    assert made.notes["duplicate_documents_left_out"] == (8 if share else 16)
+
+
 def test_the_split_follows_its_seed_and_any_change_is_in_the_fingerprint(tmp_path, tokenizer):
     rows = multiple_choice(20)
     first = prepared(rows, tmp_path, tokenizer).notes["fingerprint"]

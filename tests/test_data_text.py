@@ -59,6 +59,27 @@ def test_no_document_is_on_both_sides(tmp_path):
     assert len(held_out) == 3
 
 
+@pytest.mark.parametrize("validation", [sentences(40)[30:], sentences(40)[30:] * 2], ids=["once", "twice"])
+def test_what_a_sources_own_validation_repeats_of_train_is_not_trained_on(tmp_path, tokenizer, validation):
+    train = sentences(40)
+    splits = {"train": [*train, train[0]], "validation": validation}
+    DatasetDict({n: Dataset.from_dict({"text": texts}) for n, texts in splits.items()}).save_to_disk(tmp_path)
+    split = split_documents(read_documents(config(tmp_path)), config(tmp_path), seed=0)
+    assert split["train"]["text"][:] == train[:30]
+    assert split["validation"]["text"][:] == train[30:]
+    notes = prepare(config(tmp_path), tokenizer, seed=0).notes
+    assert notes["duplicate_documents_left_out"] == 11 + len(validation) - 10
+    assert (notes["train_documents"], notes["validation_documents"]) == (30, 10)
+
+
+def test_a_train_split_that_is_held_out_as_well_is_refused(tmp_path, tokenizer):
+    DatasetDict(
+        dict.fromkeys(("train", "validation"), Dataset.from_dict({"text": sentences(9)}))
+    ).save_to_disk(tmp_path)
+    with pytest.raises(DataError, match="all that train has is held out .* give splits that do not repeat"):
+        prepare(config(tmp_path), tokenizer, seed=0)
+
+
 def test_blocks_are_the_documents_end_to_end():
     prepared = packed(Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5]]}), 3, separator=0)
     assert prepared["input_ids"][:] == [[1, 2, 3], [0, 4, 5]]  # the last 0 does not fill a block

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from string import ascii_letters
 
 import pytest
 import torch
@@ -415,8 +416,9 @@ LONG = [" ".join(sentences(4, seed=i)) for i in range(60)]  # of some 80 tokens
 DATA = {  # training text, validation text, settings → findings
     "well": (sentences(300), sentences(60, seed=5), {}, {}),
     "long texts are cut": (LONG, sentences(60, seed=5), {"packing": False}, {"data.max_length": "warning"}),
-    "long texts are packed": (LONG * 3, sentences(60, seed=5), {}, {}),
-    "held-out texts are trained on": (sentences(300), sentences(60), {}, {"data.source": "warning"}),
+    "long texts are packed": (sentences(300) + LONG, sentences(60, seed=5), {}, {}),
+    "held-out texts stand in train": (sentences(300), sentences(60), {}, {}),  # a note: they are left out
+    "train is mostly repetition": (sentences(200) * 3, sentences(60, seed=5), {}, {"data.source": "warning"}),
     "little is held out": (sentences(300), sentences(60, seed=5)[:3], {}, {"data.validation": "warning"}),
     "few rows are taken": (
         sentences(300),
@@ -424,8 +426,14 @@ DATA = {  # training text, validation text, settings → findings
         {"max_eval_rows": 4},
         {"data.max_eval_rows": "warning"},
     ),
-    "nothing to predict": (["a"] * 300, ["a"] * 60, {}, {"data.text": "critical", "data.source": "critical"}),
-    "some say nothing": (sentences(300) + [""] * 30, sentences(60, seed=5), {}, {"data.text": "warning"}),
+    "nothing to predict": (["a"] * 300, ["b"] * 60, {}, {"data.text": "critical", "data.source": "critical"}),
+    "all is held out": (sentences(60), sentences(60), {}, {"data.source": "critical"}),
+    "some say nothing": (
+        [*sentences(300), *ascii_letters[:30]],
+        sentences(60, seed=5),
+        {},
+        {"data.text": "warning"},
+    ),
     "rows beyond the positions": (
         sentences(300),
         sentences(60, seed=5),

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from kdlib.config.sections import DataConfig
 from kdlib.data.batches import Prepared, collate, fingerprint
 from kdlib.data.qa_rows import Fault, Item, collected, form_of, read_items
-from kdlib.data.sources import own_splits, read_splits, refuse_rows
+from kdlib.data.sources import kept_once, own_splits, read_splits, refuse_rows
 from kdlib.data.text import beginning
 from kdlib.errors import DataError
 
@@ -95,7 +95,10 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
 def _splits(
     config: DataConfig, found: Mapping[str, Dataset], form: str, *, seed: int, notes: dict[str, Any]
 ) -> dict[str, list[Item]]:
-    """Train, validation, test where there is one: the source's own as they stand, else taken by question."""
+    """Train, validation, test where there is one: the source's own, else taken by question.
+
+    Exact repetitions go, and from the source's train the questions that its other splits ask.
+    """
     own = own_splits(config, found)
     if "test" in own and config.test is None and form == "multiple choice":
         rows = found["test"]
@@ -110,10 +113,14 @@ def _splits(
     notes["split"] = "by question" if "validation" in shares else "the source's own"
     if "test" in shares or "test" in own:
         notes["test"] = f"{config.test:g} of the questions" if "test" in shares else "the source's own"
-    unique = list(dict.fromkeys(splits["train"]))
-    notes["duplicate_documents_left_out"] = len(splits["train"]) - len(unique) if shares else 0
+    given = sum(map(len, splits.values()))
+    kept = kept_once(
+        config, {what: [(each, each.question) for each in items] for what, items in splits.items()}
+    )
+    splits = {what: [splits[what][number] for number in numbers] for what, numbers in kept.items()}
+    notes["duplicate_documents_left_out"] = given - sum(map(len, splits.values()))
     if shares:
-        splits |= _taken(config, unique, shares, seed)
+        splits |= _taken(config, splits["train"], shares, seed)
     return {name: splits[name] for name in ("train", "validation", "test") if name in splits}
 
 

@@ -4,7 +4,7 @@ import ast
 import glob
 import json
 import sysconfig
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -78,6 +78,31 @@ def own_splits(config: DataConfig, names: Collection[str]) -> dict[str, str]:
     if isinstance(config.test, float):
         own.pop("test", None)
     return own
+
+
+def kept_once(
+    config: DataConfig, splits: Mapping[str, Sequence[tuple[Hashable, Hashable]]]
+) -> dict[str, list[int]]:
+    """{split: the numbers of its rows that stay}: each row once, and none trained on that is held out.
+
+    Args:
+        splits: of each row the row itself, and what of it must not stand on two sides: its text, its
+            question.  Where it does it stays in test, else in validation, so that held-out rows are whole.
+
+    Raises:
+        DataError: that leaves a split empty.
+    """
+    kept, held_out = {}, set[Hashable]()
+    for name in ("test", "validation", "train"):
+        first = {row: number for number, (row, _) in reversed([*enumerate(splits.get(name, ()))])}
+        kept[name] = sorted(number for number in first.values() if splits[name][number][1] not in held_out)
+        held_out |= {side for _, side in splits.get(name, ())}
+        if splits.get(name) and not kept[name]:
+            raise DataError(
+                f"{config.source}: all that {name} has is held out in another split too, so nothing is left "
+                "of it; give splits that do not repeat each other, or train alone, and kdlib divides it"
+            )
+    return {name: kept[name] for name in splits}
 
 
 def refuse_rows(config: DataConfig, faults: Sequence[str], what: str) -> None:

@@ -7,16 +7,16 @@ from functools import partial
 from typing import Any
 
 import datasets
-import pandas as pd
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.config.sections import DataConfig
 from kdlib.data.batches import Prepared, collate, fingerprint, token_lists
-from kdlib.data.sources import check_column, read_splits
+from kdlib.data.sources import check_column, kept_once, read_splits
 from kdlib.errors import DataError
 
 ROWS = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
+SIDES = ("train", "validation")
 
 
 def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
@@ -30,7 +30,9 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
     seed = seed if config.split_seed is None else config.split_seed
     documents, length = read_documents(config), config.max_length
     split, own = split_documents(documents, config, seed=seed), "validation" in documents
-    repeated = 0 if own else len(documents["train"]) - sum(map(len, split.values()))
+    repeated = sum(len(documents[name]) for name in SIDES if name in documents) - sum(
+        map(len, split.values())
+    )
     notes: dict[str, Any] = {"source": config.source, "split": "the source's own" if own else "by document"}
     notes["duplicate_documents_left_out"], rows = repeated, {}
     for name, limit in (("train", config.max_train_rows), ("validation", config.max_eval_rows)):
@@ -74,14 +76,16 @@ def read_documents(config: DataConfig) -> DatasetDict:
 
 
 def split_documents(documents: DatasetDict, config: DataConfig, *, seed: int) -> DatasetDict:
-    """Train and validation: the source's own, else by document, each text kept once and on one side."""
-    if "validation" in documents:
-        return DatasetDict(train=documents["train"], validation=documents["validation"])
-    texts = documents["train"]
-    unique = texts.select(pd.Series(texts[config.text][:]).drop_duplicates().index)
-    if len(unique) < 2:
+    """Train and validation: the source's own, else by document; each text is kept once, and on one side."""
+    texts = {name: documents[name][config.text][:] for name in SIDES if name in documents}
+    kept = kept_once(config, {name: [(text, text) for text in each] for name, each in texts.items()})
+    unique = DatasetDict({name: documents[name].select(rows) for name, rows in kept.items()})
+    if "validation" in unique:
+        return unique
+    train, total = unique["train"], len(unique["train"])
+    if total < 2:
         raise DataError("the source has one document only, so nothing can be held out; give two or more")
-    split = unique.train_test_split(test_size=max(1, round(config.validation * len(unique))), seed=seed)
+    split = train.train_test_split(test_size=max(1, round(config.validation * total)), seed=seed)
     return DatasetDict(train=split["train"], validation=split["test"])
 
 

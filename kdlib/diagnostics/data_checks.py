@@ -6,7 +6,6 @@ Which of them a task asks for stands in the `checks` of its kdlib.tasks.base.Tas
 import math
 import operator
 from collections import Counter
-from collections.abc import Sequence
 
 import torch
 from datasets import Dataset
@@ -19,7 +18,6 @@ from kdlib.models.classifier import class_order, named_classes
 
 LEFT_OUT = 0.05  # of the documents
 CUT_DOCUMENTS, CUT_TOKENS = 0.10, 0.05  # shares
-REPEATED = 0.01  # of the held-out documents or questions
 MOSTLY = 0.5  # of the documents
 FEW_ROWS, FEW_TOKENS = 10, 1000  # of text, held out
 FEW_HELD_OUT = 100  # rows that are classified, or questions
@@ -76,22 +74,19 @@ def documents_are_not_cut(context: Context) -> Findings:
 
 
 def documents_came_once(context: Context) -> Findings:
-    """Where each text is kept once, on one side, few were left out for it."""
+    """Each text or question is kept once, on one side; few were left out for it, and none leaked."""
     notes, column = context.prepared.notes, context.config.data.text
     out = notes.get("duplicate_documents_left_out", 0)
     total = out and notes["train_documents"] + notes["validation_documents"] + out
-    if out > LEFT_OUT * total:
+    has_own_split = notes["split"].startswith("the source's")
+    if out > (0 if has_own_split else LEFT_OUT * total):
         found_as = warning if out > MOSTLY * total else note
         found = f"{out} of {total} documents came twice and were left out"
-        do = f"see whether {column!r} is the column with the text"
-        yield found_as("data.text", found, "each text is kept once, on one side", do)
-
-
-def held_out_text_is_new(context: Context) -> Findings:
-    """No held-out document is trained on; where kdlib splits, it sees to that."""
-    _ = context.prepared  # where no row can be made of the text, that is the finding
-    column, split = context.config.data.text, context.split
-    yield from _repeated("validation", "documents", split["train"][column], split["validation"][column])
+        why, do = "each text is kept once, on one side", f"see whether {column!r} is the column with the text"
+        if has_own_split:
+            why = "what the source's own splits share is held out and not trained on"
+            do = "nothing, or take a source whose splits do not repeat each other"
+        yield found_as("data.source" if has_own_split else "data.text", found, why, do)
 
 
 def enough_is_held_out(context: Context) -> Findings:
@@ -101,13 +96,6 @@ def enough_is_held_out(context: Context) -> Findings:
         found = f"{rows} rows with {tokens} tokens are held out"
         why = f"below {FEW_ROWS} rows or {FEW_TOKENS:,} tokens a comparison hardly tells models apart"
         yield warning(_held_out_by(context, rows), found, why, "hold out more, or give more text")
-
-
-def held_out_questions_are_new(context: Context) -> Findings:
-    """No held-out question is trained on; where kdlib splits, it sees to that."""
-    prepared = context.prepared
-    for name, rows in (("validation", prepared.validation), ("test", prepared.test)):
-        yield from _repeated(name, "questions", prepared.train["text"], rows["text"] if rows else [])
 
 
 def teacher_has_a_head(context: Context) -> Findings:
@@ -210,16 +198,6 @@ def _held_out_by(context: Context, rows: int) -> str:
     """The setting by which so few rows are held out."""
     most = context.config.data.max_eval_rows
     return "data.validation" if most is None or rows < most else "data.max_eval_rows"
-
-
-def _repeated(split: str, what: str, trained: Sequence[str], held_out: Sequence[str]) -> Findings:
-    """Held-out texts that are trained on."""
-    known = set(trained)
-    if (repeated := sum(text in known for text in held_out)) > REPEATED * len(held_out):
-        found = f"{repeated} of the {len(held_out)} {split} {what} are training {what} too"
-        why = "held-out figures then tell what was learned by heart"
-        do = "leave them out of one side, or give the source without its own split"
-        yield warning("data.source", found, why, do)
 
 
 def _too_short(documents: Dataset, column: str, context: Context) -> int:
