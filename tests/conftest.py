@@ -150,6 +150,22 @@ def narrow_student(teacher_folder: Path, folder: Path) -> str:
 
 
 @pytest.fixture
+def predictions():
+    """Of a tiny teacher, student and baseline, on 40 tokens."""
+    from made_predictions import predictions  # which needs what stands here
+
+    return predictions()
+
+
+@pytest.fixture
+def facts():
+    """The same as explorers.json has them."""
+    from made_predictions import facts
+
+    return facts()
+
+
+@pytest.fixture
 def narrow(teacher_folder, tmp_path) -> str:
     return narrow_student(teacher_folder, tmp_path / "narrow")
 

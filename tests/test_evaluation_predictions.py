@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from made_predictions import facts, models, predictions, rows, softmax
+from made_predictions import models, rows, softmax
 
 from kdlib.config.run import parse
 from kdlib.evaluation import predictions as evaluation
@@ -12,16 +12,6 @@ from kdlib.plots.softening import (
 )
 from kdlib.runs import folder as runs
 from kdlib.tasks.language_modeling import beginnings
-
-
-@pytest.fixture(name="predictions")
-def _predictions():
-    return predictions()
-
-
-@pytest.fixture(name="facts")
-def _facts():
-    return facts()
 
 
 @pytest.fixture(name="models")

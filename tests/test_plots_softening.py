@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from made_predictions import predictions, softmax
+from made_predictions import softmax
 
 from kdlib.config.run import parse
 from kdlib.plots.softening import (
@@ -14,11 +14,6 @@ from kdlib.plots.softening import (
     softening_figure,
     softening_of,
 )
-
-
-@pytest.fixture(name="predictions")
-def _predictions():
-    return predictions()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.7])

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 from conftest import sentences, tiny_tokenizer
-from made_predictions import EVIL, Page, evil_facts, facts, predictions, softmax
+from made_predictions import EVIL, Page, evil_facts, softmax
 
 from kdlib.data.batches import collate
 from kdlib.losses.signals import IGNORED
@@ -18,16 +18,6 @@ from kdlib.plots.tokens import (
     values,
     visible,
 )
-
-
-@pytest.fixture(name="predictions")
-def _predictions():
-    return predictions()
-
-
-@pytest.fixture(name="facts")
-def _facts():
-    return facts()
 
 
 def test_text_of_tokens_stays_text_and_out_of_formulas():

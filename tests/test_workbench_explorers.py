@@ -1,7 +1,7 @@
 import ipywidgets
 import pytest
 from IPython.display import HTML
-from made_predictions import Page, facts, predictions
+from made_predictions import Page
 
 from kdlib.config.run import parse
 from kdlib.errors import RunError
@@ -14,16 +14,6 @@ from kdlib.tasks.language_modeling import TOKENS
 from kdlib.workbench import explorers
 from kdlib.workbench.explorers import HeatMapExplorer, ScheduleDesigner, TemperatureExplorer
 from kdlib.workbench.session import Workbench
-
-
-@pytest.fixture(name="predictions")
-def _predictions():
-    return predictions()
-
-
-@pytest.fixture(name="facts")
-def _facts():
-    return facts()
 
 
 @pytest.fixture
