@@ -126,6 +126,12 @@ def teacher_folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def copied_teacher(teacher_folder, tmp_path) -> Path:
+    """The tiny teacher's files, to be changed."""
+    return shutil.copytree(teacher_folder, tmp_path / "copied-teacher")
+
+
 def narrow_student(teacher_folder: Path, folder: Path) -> str:
     """A student of its own, written to the folder: smaller hidden size, other head counts, an untied head."""
     torch.manual_seed(3)

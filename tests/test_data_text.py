@@ -231,3 +231,12 @@ def test_a_hub_id_goes_through_the_ordinary_call(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", hub)
     read_documents(config("Salesforce/wikitext", subset="wikitext-2-raw-v1"))
     assert seen == [(("Salesforce/wikitext", "wikitext-2-raw-v1"), {})]
+
+
+def test_rows_that_only_a_script_would_make_are_refused_and_it_is_not_run(tmp_path):
+    ran = tmp_path / "ran"
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "rows.py").write_text(f"open({str(ran)!r}, 'w')")
+    with pytest.raises(DataError, match=r"code of its own, which is never run here .*rows\.py"):
+        read_documents(config(str(tmp_path / "rows")))
+    assert not ran.exists()

@@ -1,3 +1,7 @@
+import ast
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import tiny_model
@@ -12,11 +16,15 @@ from transformers import (
     GraniteForCausalLM,
 )
 
+from kdlib.config.run import parse
 from kdlib.errors import ModelError
 from kdlib.losses.signals import Form, kept
 from kdlib.models import loading
-from kdlib.models.loading import head_form, load_model, load_tokenizer
+from kdlib.models.classifier import load_classifier
+from kdlib.models.loading import head_form, load_config, load_model, load_tokenizer
+from kdlib.models.student import outline
 from kdlib.models.teacher import LiveTeacher, signal_of
+from kdlib.tasks.base import task_of
 
 SMALL = {
     "vocab_size": 64,
@@ -115,3 +123,132 @@ def test_the_built_in_teacher_loads_from_its_wheel_and_by_folder(tmp_path):
     teacher.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(again(input_ids=ids).logits, teacher(input_ids=ids).logits)
+
+
+STRANGERS = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import PreTrainedTokenizerFast
+
+Path(__file__).with_name("ran").touch()
+
+class Config(LlamaConfig):
+    model_type = "stranger"
+
+class Model(LlamaForCausalLM):
+    config_class = Config
+
+class Classifier(LlamaForSequenceClassification):
+    config_class = Config
+
+class Words(PreTrainedTokenizerFast):
+    pass
+"""
+THEIRS = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+CODE = {
+    "config": ("config.json", {"model_type": "stranger", "auto_map": THEIRS}),
+    "tokenizer": (
+        "tokenizer_config.json",
+        {"tokenizer_class": "Words", "auto_map": {"AutoTokenizer": [None, "theirs.Words"]}},
+    ),
+    "of another repository": (
+        "config.json",
+        {"model_type": "stranger", "auto_map": {"AutoConfig": "a/stranger--theirs.Config"}},
+    ),
+    "model": (
+        "config.json",
+        {
+            "model_type": "clip_text_model",
+            "auto_map": {
+                name: f"theirs.{kind}"
+                for name, kind in (
+                    ("AutoModelForCausalLM", "Model"),
+                    ("AutoModelForSequenceClassification", "Classifier"),
+                )
+            },
+        },
+    ),
+    "attention": ("config.json", {"attn_implementation": "stranger/attention"}),
+}
+
+
+def changed(folder, name, change):
+    """A copy's json file with these entries, and a stranger's module beside it."""
+    (folder / "theirs.py").write_text(STRANGERS)
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+@pytest.fixture
+def says_yes(monkeypatch):
+    """Whoever asks on the terminal is told yes; the questions that came."""
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "y")
+    return asked
+
+
+@pytest.mark.parametrize(("name", "change"), CODE.values(), ids=CODE)
+def test_no_code_of_a_models_repository_is_run_and_nobody_is_asked(
+    copied_teacher, raw_config, says_yes, name, change
+):
+    changed(copied_teacher, name, change)
+    folder = str(copied_teacher)
+    config, said = parse({**raw_config, "teacher": {"model": folder}}), []
+    for load in (
+        lambda: load_config(folder),
+        lambda: load_tokenizer(folder),
+        lambda: load_model(folder),
+        lambda: load_classifier(folder, ["a", "b"], untrained=True),
+        lambda: outline(config, task_of(config)).blank_teacher(torch.float32),
+    ):
+        try:
+            load()
+        except ModelError as error:
+            said.append(str(error))
+    assert any("never run here" in each for each in said)
+    assert all(folder in each for each in said)
+    assert not says_yes
+    assert not (copied_teacher / "ran").exists()
+
+
+def test_a_known_architecture_is_made_without_the_code_that_its_files_name(
+    copied_teacher, says_yes, tmp_path
+):
+    changed(copied_teacher, "config.json", {"auto_map": THEIRS})
+    changed(copied_teacher, "tokenizer_config.json", {"auto_map": {"AutoTokenizer": [None, "theirs.Words"]}})
+    model, tokenizer = load_model(str(copied_teacher)), load_tokenizer(str(copied_teacher))
+    for each in (model, tokenizer):
+        each.save_pretrained(tmp_path / "saved")
+    assert type(model).__module__ == "transformers.models.llama.modeling_llama"
+    assert "auto_map" not in (tmp_path / "saved" / "config.json").read_text()
+    assert "auto_map" not in (tmp_path / "saved" / "tokenizer_config.json").read_text()
+    assert (says_yes, (copied_teacher / "ran").exists()) == ([], False)
+
+
+def test_pickled_weights_are_refused_with_the_way_out(copied_teacher):
+    (copied_teacher / "model.safetensors").unlink()
+    torch.save(tiny_model().state_dict(), copied_teacher / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"no weights as safetensors.*save_pretrained"):
+        load_model(str(copied_teacher))
+
+
+PLACES = {  # the one file that calls it
+    "from_pretrained": "models/loading.py",
+    "from_config": "models/loading.py",
+    "load_dataset": "data/sources.py",
+    "load_from_disk": "data/sources.py",
+    "input": None,
+}
+
+
+def test_what_others_made_is_loaded_in_one_place():
+    home = Path(loading.__file__).parents[1]
+    strays = [
+        f"{place}: {name}"
+        for path in home.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in [getattr(node, "attr", getattr(node, "id", None))]
+        for place in [path.relative_to(home).as_posix()]
+        if name in PLACES and place != PLACES[name]
+    ]
+    assert not strays

@@ -71,6 +71,20 @@ def test_a_bad_setting_is_refused_with_a_reason_and_nothing_is_written(
     assert nothing_written(tmp_path)
 
 
+@pytest.mark.parametrize("command", ["doctor", "forecast", "run", "dry-run", "selftest"])
+def test_a_model_with_code_of_its_own_is_refused_without_a_question(
+    kd, config_file, copied_teacher, monkeypatch, command
+):
+    settings = json.loads((copied_teacher / "config.json").read_text())
+    settings |= {"model_type": "stranger", "auto_map": {"AutoConfig": "theirs.Config"}}
+    (copied_teacher / "config.json").write_text(json.dumps(settings))
+    (copied_teacher / "theirs.py").write_text("raise AssertionError('a stranger’s file was run')")
+    monkeypatch.setattr("builtins.input", lambda *words: pytest.fail(f"asked: {words}"))
+    status, said = kd(command, config_file, "-o", f"teacher.model={copied_teacher}")
+    assert (status, "Traceback" in said) == (2 if command == "doctor" else 1, False)
+    assert command == "doctor" or "which is never run here" in said
+
+
 def test_a_tracker_that_is_not_installed_is_refused_and_nothing_is_written(
     kd, config_file, tmp_path, monkeypatch
 ):

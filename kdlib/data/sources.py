@@ -5,6 +5,7 @@ import glob
 import json
 import sysconfig
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -180,11 +181,26 @@ def _read_file(path: Path) -> DatasetDict:
 
 def _loaded(path: Path, load: Callable[[], DatasetDict | Dataset]) -> DatasetDict | Dataset:
     try:
-        return load()
+        with _no_script(path):
+            return load()
     # pyarrow's and json's errors are ValueErrors
     except (DatasetGenerationError, OSError, ValueError, KeyError) as error:
         what, cause = path.suffix or "a folder of data files", error.__cause__ or error
         raise DataError(f"{path}: cannot be read as {what}: {cause}") from error
+
+
+@contextmanager
+def _no_script(source: object) -> Iterator[None]:
+    """Where `datasets` (4 and later) finds a loading script, which it never runs: an error that says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "scripts" not in str(error):
+            raise
+        raise DataError(
+            f"{source}: its rows are made by code of its own, which is never run here ({error}); name its "
+            "data files (.jsonl, .csv, .parquet), or a copy that has them"
+        ) from error
 
 
 def _check_lines(path: Path) -> None:
@@ -208,7 +224,8 @@ def _from_hub(config: DataConfig) -> DatasetDict:
     if config.source.startswith((".", "/", "~")):
         raise DataError(f"{config.source}: no such file or folder")
     try:
-        return datasets.load_dataset(config.source, config.subset)
+        with _no_script(config.source):
+            return datasets.load_dataset(config.source, config.subset)
     except (FileNotFoundError, ConnectionError, ValueError) as error:
         # ValueError: a subset must be named, or is not there
         raise DataError(

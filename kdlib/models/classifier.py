@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig, P
 from transformers.utils import logging
 
 from kdlib.errors import ModelError
-from kdlib.models.loading import explained, folder_of, load_config, load_tokenizer
+from kdlib.models.loading import load_config, load_tokenizer, load_weights
 
 
 def load_classifier(
@@ -33,10 +33,8 @@ def load_classifier(
     numbers = {label: number for number, label in enumerate(labels)}
     names = {"id2label": dict(enumerate(labels)), "label2id": numbers}
     options = {} if order else {**names, "ignore_mismatched_sizes": True}
-    with explained(model, "model"), _no_report() if untrained else nullcontext():
-        made, info = AutoModelForSequenceClassification.from_pretrained(
-            folder_of(model), dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
+    with _no_report() if untrained else nullcontext():
+        made, info = load_weights(AutoModelForSequenceClassification, model, dtype, **options)
     fresh = bool(info["missing_keys"] or info["mismatched_keys"]) or other_classes
     if fresh and not untrained:
         raise ModelError(

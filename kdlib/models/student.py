@@ -15,7 +15,7 @@ from kdlib.config.run import Config
 from kdlib.config.task_rules import rules_of
 from kdlib.errors import ModelError
 from kdlib.models.hooks import layers_name, layers_of
-from kdlib.models.loading import explained, load_config, load_tokenizer, plain_config
+from kdlib.models.loading import blank, load_config, load_tokenizer, plain_config
 
 
 def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
@@ -158,13 +158,11 @@ class Outline:
 
     def blank_student(self) -> PreTrainedModel:
         """One with random weights, in float32."""
-        with explained(self.config.student.source, self.task.kind):
-            return self.task.auto.from_config(self.student, dtype=torch.float32).eval()
+        return blank(self.task.auto, self.config.student.source, self.student, torch.float32)
 
     def blank_teacher(self, dtype: torch.dtype) -> PreTrainedModel:
         """One with random weights."""
-        with explained(self.config.teacher.model, self.task.kind):
-            return self.task.auto.from_config(self.teacher, dtype=dtype).eval()
+        return blank(self.task.auto, self.config.teacher.model, self.teacher, dtype)
 
     def with_layers(self, student: int, teacher: int) -> "Outline":
         """The same with so many layers of each model, evenly taken."""
