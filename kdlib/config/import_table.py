@@ -10,7 +10,7 @@ from typing import Any
 
 from kdlib.config.run import read_text, read_yaml
 from kdlib.config.sections import read_beside
-from kdlib.errors import ConfigError
+from kdlib.errors import ConfigError, refuse_keys
 
 TABLE = read_beside(__file__)
 OURS, MEANT, REASONS, DTYPES = (
@@ -27,6 +27,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         ConfigError: it is none of JSON, YAML with names, or flags.
     """
     text, name = read_text(Path(path)), str(path)
+    refuse_keys(text, name)  # what has no counterpart here is repeated, with its value
     try:
         if text.lstrip().startswith("{") or name.endswith(".json"):
             found = json.loads(text, object_pairs_hook=_once)

@@ -25,7 +25,7 @@ from kdlib.config.sections import (
 )
 from kdlib.config.task_rules import RULES, misfits, rules_named
 from kdlib.config.training_arguments import TRAINING_DEFAULTS, clashes, problem_with, typed
-from kdlib.errors import ConfigError, nearest, printable
+from kdlib.errors import ConfigError, nearest, printable, refuse_keys
 
 Overrides = Sequence[str] | Mapping[str, Any]
 SMOKE: dict[str, dict[str, int]] = read_beside(__file__)
@@ -127,6 +127,7 @@ def parse(
     if not isinstance(raw, dict):
         sections = ", ".join(f"{key}:" for key, field in kind.model_fields.items() if field.is_required())
         raise ConfigError(f"{name}: a mapping of sections is needed ({sections}), found {type(raw).__name__}")
+    refuse_keys(raw, name)
     changed = overridden(raw, overrides, name)
     if smoke:
         changed = overridden(merged(raw, kind.smoke_changes(changed)), overrides, name)
@@ -160,6 +161,7 @@ def overridden(raw: dict, overrides: Overrides, name: str) -> dict:
 
 def pairs(overrides: Overrides) -> list[tuple[str, Any]]:
     """`["loss.temperature=3"]` or `{"loss.temperature": 3}` as [("loss.temperature", 3)]."""
+    refuse_keys(overrides, "an override")
     if isinstance(overrides, Mapping):
         return [(str(key), value) for key, value in overrides.items()]
     if isinstance(overrides, str) or not all(isinstance(text, str) for text in overrides):
@@ -175,7 +177,11 @@ def pairs(overrides: Overrides) -> list[tuple[str, Any]]:
 
 
 def read_yaml(text: str, name: str) -> Any:
-    """Plain data from YAML; a ConfigError, in which `name` says where the text stood, where it is none."""
+    """Plain data from YAML; a ConfigError, in which `name` says where the text stood, where it is none.
+
+    Also where the text holds a key, were it in a comment: it is copied, and shown where it is at fault.
+    """
+    refuse_keys(text, name)
     try:
         return yaml.safe_load(text)
     except RecursionError:

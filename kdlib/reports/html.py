@@ -83,7 +83,7 @@ def write(
         for name, image in pictures.items():
             (folder / "figures" / f"{name}.png").write_bytes(image.png)
         for name, frame in tables.items():
-            frame.to_csv(folder / "tables" / f"{name}.csv", index=index)
+            write_text(folder / "tables" / f"{name}.csv", frame.to_csv(index=index))
         write_text(folder / "report.html", text)
     return folder / "report.html"
 

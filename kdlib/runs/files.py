@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdlib.errors import RunError
+from kdlib.errors import RunError, without_keys
 
 REFUSALS = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EFBIG", "ENOTDIR")
 
@@ -60,15 +60,23 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write all or nothing: to a neighbour first, then renamed.
+    """Write all or nothing, and no keys: to a neighbour first, then renamed.
 
     Raises:
         RunError: the disk refuses.
     """
     neighbour = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of this process: several write one index
     with writing(path):
-        neighbour.write_text(text, encoding="utf-8")
+        neighbour.write_text(without_keys(text), encoding="utf-8")
         neighbour.replace(path)
+
+
+def without_keys_in(path: Path) -> None:
+    """Take the keys out of a file that others wrote, where it is there and holds one."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    if (clean := without_keys(text)) != text:
+        with writing(path):
+            path.write_text(clean, encoding="utf-8")  # in place: it may be locked, or open elsewhere
 
 
 @contextmanager

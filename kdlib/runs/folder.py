@@ -103,7 +103,7 @@ def create(root: Path, name: str, config: Config, **origin: Any) -> Run:
         RunError: the name is taken or unfit for a folder, or the disk refuses.
     """
     check_new(root, name)
-    refuse_keys(f"{config.as_yaml()} {origin}")
+    refuse_keys([config.as_dict(), origin])
     run = Run(root / name)
     with writing(run.path):
         run.notebooks.mkdir(parents=True)

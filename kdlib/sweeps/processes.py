@@ -14,6 +14,7 @@ from typing import IO
 
 import psutil
 
+from kdlib.runs.files import without_keys_in
 from kdlib.runs.folder import Run, project_root
 
 LEFT_OUT = "01_dry_run"
@@ -66,6 +67,7 @@ class Processes:
                 if self.stopping.is_set():
                     process.send_signal(signal.SIGINT)
             in_time = self._ended(process)
+            without_keys_in(run.path / "log.txt")
             with self.guard:
                 del self.at_work[run.name]
             seconds = time.monotonic() - began

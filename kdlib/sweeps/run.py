@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdlib.config.run import Config
-from kdlib.errors import KdlibError, RunError
+from kdlib.errors import KdlibError, RunError, refuse_keys
 from kdlib.runs.files import now, write_json, writing
 from kdlib.runs.folder import check_new
 from kdlib.runs.log import duration
@@ -93,12 +93,13 @@ def begin(sweep: Sweep, settings: SweepConfig, trials: Sequence[Trial], **facts:
         raise RunError(f"sweep {sweep.name} is running already, {do}")
     if not sweep.path.exists():
         check_new(sweep.path.parent, sweep.name)
-    with writing(sweep.path):
-        sweep.path.mkdir(parents=True, exist_ok=True)
     earlier = sweep.facts
     about = {"sweep": sweep.name, "created": earlier.get("created", now()), **facts}
     about |= {"settings": settings.as_dict(), "parameters": settings.parameters, "metric": settings.metric}
     about["trials"] = [{"run": trial.run, "parameters": dict(trial.parameters)} for trial in trials]
+    refuse_keys(about)
+    with writing(sweep.path):
+        sweep.path.mkdir(parents=True, exist_ok=True)
     write_json(sweep.path / FILE, about)
     sweep.set_status("running")
     if gone := {trial["run"] for trial in earlier.get("trials", [])} - {trial.run for trial in trials}:

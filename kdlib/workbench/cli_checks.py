@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from kdlib.config import run as configs
-from kdlib.errors import ConfigError, KdlibError
+from kdlib.errors import ConfigError, KdlibError, refuse_keys, without_keys
 from kdlib.runs import folder as runs
 from kdlib.runs.files import write_json, write_text
 from kdlib.runs.folder import Run
@@ -77,11 +77,12 @@ def command(program: str = "kd") -> str:
 
 @contextlib.contextmanager
 def bare_errors() -> Iterator[None]:
-    """What a user can act on is printed bare, with exit status 1."""
+    """What a user can act on is printed bare, with exit status 1; a key in the command comes to nothing."""
     try:
+        refuse_keys(sys.argv[1:], "the command")
         yield
     except KdlibError as error:
-        print(f"kd: {error}", file=sys.stderr)
+        print(without_keys(f"kd: {error}"), file=sys.stderr)
         sys.exit(1)
 
 

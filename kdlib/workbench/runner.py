@@ -15,7 +15,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from kdlib.errors import RunError, Stopped, nearest, refuse_keys
-from kdlib.runs.files import write_error
+from kdlib.runs.files import without_keys_in, write_error
 from kdlib.runs.folder import PARENT, Run, project_root
 
 NOTEBOOKS = ("00_setup", "01_dry_run", "02_train", "03_compare")
@@ -102,7 +102,7 @@ def run_notebooks(
     if (status := run.status)["state"] == "running":
         do = f"in process {status['pid']}; wait for it, or stop it first"
         raise RunError(f"run {run.name} is running already, {do}")
-    refuse_keys(str(given))  # they stand in the executed notebooks
+    refuse_keys(given)  # they stand in the executed notebooks
     folder = os.path.join(".", os.path.relpath(run.path))  # with a separator: a folder, not a name
     run.set_status("running")
     try:
@@ -172,6 +172,8 @@ def execute(
     except DeadKernelError as error:
         why = "its kernel died (killed, or out of memory); go on from the last checkpoint with --resume"
         raise RunError(f"{notebook.stem}: {why}") from error
+    finally:
+        without_keys_in(output)
 
 
 def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
