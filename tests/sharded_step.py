@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.objective import Objective, ledger
 from kdlib.losses.signals import kept
-from kdlib.models.loading import head_form
+from kdlib.models.heads import head_form
 from kdlib.models.teacher import LiveTeacher, signal_of
 from kdlib.schedulers import constant
 

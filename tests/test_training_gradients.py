@@ -8,7 +8,7 @@ from tiny_training import pieces
 from kdlib.config.run import parse
 from kdlib.losses.objective import Objective, shares
 from kdlib.losses.signals import kept
-from kdlib.models.loading import head_form
+from kdlib.models.heads import head_form
 from kdlib.models.teacher import LiveTeacher, signal_of
 from kdlib.runs import log as metrics
 from kdlib.runs.files import StudentFolder

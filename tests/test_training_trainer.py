@@ -33,7 +33,7 @@ from kdlib.errors import NonFiniteLoss, RunError
 from kdlib.losses import objective
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.chunked import Weighted
-from kdlib.losses.signals import kept
+from kdlib.losses.signals import Form, kept
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.log import read_metrics
 from kdlib.training.callbacks import last_checkpoint
@@ -284,6 +284,15 @@ def test_evaluation_measures_what_training_minimises(raw_config, tmp_path):
     )
     fresh = train(unmoved, StudentFolder(tmp_path / "b"), **again, stop_after=1)
     assert fresh.evaluate()["eval_loss"] == pytest.approx(run.state.log_history[0]["loss"], rel=1e-6)
+
+
+def test_chunks_that_make_other_logits_than_the_model_are_let_go_aloud(
+    raw_config, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("kdlib.training.trainer.head_form", lambda model: Form(scale=2.0))
+    trainer = full_training(raw_config, tmp_path, max_steps=1, eval_steps=1)
+    assert capsys.readouterr().out.count("logits made by the chunk are not those of LlamaForCausalLM") == 1
+    assert trainer.form is None
 
 
 @pytest.mark.parametrize(

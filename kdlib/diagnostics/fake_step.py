@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.objective import EVAL_TERMS, ObjectiveAt, ledger, row_sums
 from kdlib.losses.signals import Kept, Signal, kept
-from kdlib.models.loading import stated_form
+from kdlib.models.heads import stated_form
 from kdlib.models.student import Outline
 from kdlib.models.teacher import insides, signal_of
 from kdlib.training.plan import compared_layers, objective_of

@@ -23,8 +23,9 @@ from kdlib.hardware import as_asked, device_memory, precision_of, product_dtype
 from kdlib.losses.buffers import chunk_tokens
 from kdlib.losses.features import feature_terms
 from kdlib.losses.objective import ObjectiveAt
+from kdlib.models.heads import stated_form
 from kdlib.models.hooks import layers_of
-from kdlib.models.loading import device_of, parameters, stated_form
+from kdlib.models.loading import device_of, parameters
 from kdlib.models.student import Outline, outline
 from kdlib.tasks.base import task_of
 from kdlib.training.plan import compared_layers, objective_of, training_arguments, workspace_of

@@ -16,11 +16,15 @@ from kdlib.errors import ModelError
 
 
 @contextmanager
-def captured_hidden(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Collects the last hidden states [B, T, H], which the head reads, of each forward pass made inside."""
-    states: list[Tensor] = []
-    with model.base_model.register_forward_hook(lambda module, args, output: states.append(output[0])):
-        yield states
+def as_evaluated(model: nn.Module) -> Iterator[None]:
+    """Inside, every module is in evaluation mode; afterwards in its own."""
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 @dataclass(frozen=True)

