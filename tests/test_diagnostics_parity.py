@@ -80,7 +80,7 @@ def test_a_sound_config_passes(raw_config, name, precision):
     raw = {**raw_config, "loss": {**raw_config["loss"], **loss}, "precision": precision}
     found = table(raw)
     assert set(found["result"]) == {"pass"}, found.to_string()
-    assert len(found) == 6 * (2 if "curriculum" in loss else 1)
+    assert len(found) == 2 + 6 * (2 if "curriculum" in loss else 1)
 
 
 def test_rows_of_own_lengths_and_projections_pass(raw_config, narrow):

@@ -32,7 +32,14 @@ from kdlib.models.teacher import PROJECTIONS, LiveTeacher
 from kdlib.runs.files import StudentFolder
 from kdlib.schedulers import breakpoints, from_spec
 from kdlib.tasks import base as tasks
-from kdlib.training.plan import DRY_RUN, compared_layers, objective_of, training_arguments, workspace_of
+from kdlib.training.plan import (
+    DRY_RUN,
+    check_causality,
+    compared_layers,
+    objective_of,
+    training_arguments,
+    workspace_of,
+)
 from kdlib.training.trainer import DistillationTrainer
 
 ROWS, LONGEST = 3, 64  # rows and tokens of the longest: enough for every kind of error, and quick
@@ -69,12 +76,17 @@ def parity(
     The result is pass, fail, or left out.  Compared is at the `tested_fractions`, without dropout, and an
     estimate from samples by its expectation.  Models and random numbers are left as they were, the student
     without gradients; nothing is written outside a temporary folder.
+
+    Raises:
+        ModelError: a model looks ahead: nothing else means anything then.
     """
     dtype, _ = precision_of(config.precision, device_of(config.wanted_device))
     rows, fractions = shortened(prepared.train), tested_fractions(config)
     lines = []
     with _as_before(student, teacher.model), TemporaryDirectory() as folder, without_dropout(student):
         trainer = _trainer(config, student, teacher, tokenizer, prepared, rows, Path(folder))
+        for who, pair in check_causality(config, prepared, student, teacher.model).items():
+            lines.append(_line(f"another last token leaves the {who}'s earlier logits alone", *pair))
         for fraction in fractions:
             trainer.state.global_step, trainer.state.max_steps = fraction, 1  # only the quotient is read
             at = f", at {100 * fraction:.3g} % of training" if len(fractions) > 1 else ""

@@ -19,12 +19,13 @@ from transformers import (
 from kdlib.config.run import Config
 from kdlib.config.task_rules import RULES
 from kdlib.data import text
-from kdlib.data.batches import Prepared, collate, random_ids
+from kdlib.data.batches import Prepared, calibration_rows, collate, random_ids
 from kdlib.errors import ModelError
 from kdlib.losses.objective import EVAL_TERMS, row_sums
 from kdlib.losses.signals import IGNORED, Signal, kept
 from kdlib.metrics.bootstrap import Bootstrap, interval
 from kdlib.metrics.paired import differences
+from kdlib.models.causality import check_causal
 from kdlib.models.efficiency import seconds_of
 from kdlib.models.loading import load_model, load_tokenizer
 from kdlib.models.student import Outline
@@ -141,6 +142,8 @@ class TokenComparison(Comparison):
         self.samples: dict[str, list[str]] = {}
 
     def add(self, name: str, model: LiveTeacher, prepared: Prepared) -> dict[str, Any]:
+        """Its sums over all rows; a ModelError where it looks ahead."""
+        check_causal(name, model.model, calibration_rows(prepared.measured, 1))
         self.sums[name] = np.concatenate([self._sums(number, model) for number in range(len(self.batches))])
         return {"forward_tokens_per_s": forward_tokens_per_s(model.model, self.batches[0])}
 

@@ -11,12 +11,14 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from kdlib.config.run import Config
 from kdlib.config.task_rules import rules_of
+from kdlib.data.batches import Prepared, calibration_rows
 from kdlib.errors import ConfigError
 from kdlib.hardware import precision_of
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.features import LayerPairs, feature_terms, layer_pairs, projections
 from kdlib.losses.objective import Objective
 from kdlib.metrics.names import MEASURES
+from kdlib.models.causality import check_causal, rounding
 from kdlib.models.loading import device_of
 from kdlib.models.teacher import PROJECTIONS
 from kdlib.schedulers import from_spec
@@ -90,6 +92,25 @@ def training_arguments(config: Config, output: Path, **changes: Any) -> Training
         raise ConfigError(f"training: transformers refuses these arguments: {error}") from error
     check_installed(named_in(args))
     return args
+
+
+def check_causality(
+    config: Config, prepared: Prepared, student: PreTrainedModel, teacher: PreTrainedModel | None
+) -> dict[str, tuple[float, float]]:
+    """See that no model looks ahead, where tokens are predicted: {who: (how much, what rounding may do)}.
+
+    Raises:
+        ModelError: one does.
+    """
+    if prepared.labels:
+        return {}
+    source, name = config.student.source, config.teacher.model
+    ours = f"the student, made from {name}," if source == "teacher" else f"the student {source}"
+    names = {"teacher": f"the teacher {name}", "student": ours}
+    ids, models = calibration_rows(prepared.train, 1), {"teacher": teacher, "student": student}
+    return {
+        who: (check_causal(names[who], model, ids), rounding(model)) for who, model in models.items() if model
+    }
 
 
 def objective_of(config: Config, weights: Mapping[str, Any] | None = None) -> Objective:

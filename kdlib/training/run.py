@@ -27,7 +27,14 @@ from kdlib.training.callbacks import (
     last_checkpoint,
     step_of,
 )
-from kdlib.training.plan import DRY_RUN, compared_layers, objective_of, training_arguments, workspace_of
+from kdlib.training.plan import (
+    DRY_RUN,
+    check_causality,
+    compared_layers,
+    objective_of,
+    training_arguments,
+    workspace_of,
+)
 from kdlib.training.trainer import DistillationTrainer
 
 
@@ -57,6 +64,7 @@ def train(
 
     Raises:
         ConfigError: a tracker cannot be told.
+        ModelError: a model looks ahead.
         Stopped: by an interrupt or a STOP file; a checkpoint is there.
         RunError: the disk is full.
         NonFiniteLoss: see nan_report/.
@@ -102,6 +110,7 @@ def train(
             choices=prepared.choices.get("validation"),
             callbacks=[*callbacks],
         )
+        check_causality(config, prepared, student, teacher.model if teacher else None)
         if (stops := config.early_stopping) and not stop_after:
             trainer.add_callback(EarlyStop(stops.patience, stops.min_delta))
         stop = StopRequest(folder.path, folder.path.parent, *([asked_by.path] if asked_by else []))
