@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,7 +36,8 @@ from kdlib.losses.buffers import Workspace
 from kdlib.losses.chunked import Weighted
 from kdlib.losses.signals import Form, kept
 from kdlib.runs.files import StudentFolder
-from kdlib.runs.log import read_metrics
+from kdlib.runs.log import eval_table, read_metrics, training_table
+from kdlib.training import callbacks
 from kdlib.training.callbacks import last_checkpoint
 from kdlib.training.plan import extent, objective_of, training_arguments
 from kdlib.training.run import train
@@ -263,6 +265,38 @@ def test_a_training_leaves_its_files(raw_config, tmp_path):
         loaded = AutoModelForCausalLM.from_pretrained(folder.path / name).eval()
         torch.testing.assert_close(loaded(**inputs).logits, ours, rtol=0, atol=0)
         assert len(AutoTokenizer.from_pretrained(folder.path / name)) == 300
+
+
+def test_under_a_curriculum_the_least_loss_is_that_of_the_best_evaluation_not_of_the_least_weighted(
+    raw_config, tmp_path
+):
+    raw_config["loss"]["weights"] = {"kd": {"linear": [0.01, 1.0]}, "ce": {"linear": [0.01, 1.0]}}
+    full_training(raw_config, tmp_path, metric_for_best_model="eval_kl_to_teacher", eval_on_start=True)
+    lines = eval_table(StudentFolder(tmp_path))
+    assert lines["loss"].idxmin() == 0  # weighted least
+    for last in lines.index:
+        best = lines["kl_to_teacher"][: last + 1].idxmin()
+        assert lines["min_loss"][last] == lines["loss"][best]
+    assert best > 0
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_waiting_for_rows_is_in_the_pace_and_evaluation_is_not(
+    raw_config, tmp_path, accumulation, monkeypatch
+):
+    config = parse(raw_config, {"training.gradient_accumulation_steps": accumulation})
+    parts, clock = pieces(config), [0.0]
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def slow(rows):
+        clock[0] += 0.5
+        return collate(rows, pad_id=0)
+
+    parts["prepared"] = replace(parts["prepared"], collate=slow)
+    trainer = train(config, StudentFolder(tmp_path), **parts)
+    pace, durations = training_table(StudentFolder(tmp_path))["tokens_per_s"], trainer.throughput.durations
+    assert pace[1:].tolist() == [4 * 15 / 0.5] * 5
+    assert durations == [0.5 * (accumulation + 1), *[0.5 * accumulation] * 11]  # one is fetched ahead
 
 
 def test_evaluation_measures_what_training_minimises(raw_config, tmp_path):

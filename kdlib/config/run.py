@@ -26,6 +26,7 @@ from kdlib.config.sections import (
 from kdlib.config.task_rules import RULES, misfits, rules_named
 from kdlib.config.training_arguments import TRAINING_DEFAULTS, clashes, problem_with, typed
 from kdlib.errors import ConfigError, nearest, printable, refuse_keys
+from kdlib.metrics.names import TO_TEACHER
 
 Overrides = Sequence[str] | Mapping[str, Any]
 SMOKE: dict[str, dict[str, int]] = read_beside(__file__)
@@ -41,7 +42,9 @@ def _steps(training: Any) -> Mapping[str, Any]:
 def _training(training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
     """TrainingArguments by their own names, with kdlib's defaults."""
     able = next(rules.name for rules in RULES.values() if rules.trains_teacher)  # a stage's own training
-    metrics = RULES[info.data.get("task", able)].best_by
+    metrics: Sequence[str] = RULES[info.data.get("task", able)].best_by
+    if "task" not in info.data:  # the stage has no teacher to be compared with
+        metrics = [name for name in metrics if name not in TO_TEACHER]
     problems = {name: problem_with(name, value, metrics) for name, value in training.items()}
     sound = {name: typed(name, value) for name, value in training.items() if problems[name] is None}
     clashing = clashes({**sound, "lr_scheduler_type": training.get("lr_scheduler_type")})

@@ -6,13 +6,13 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from kdlib.errors import RunError
 from kdlib.metrics.names import MEASURES
@@ -75,14 +75,18 @@ class PrintedLines(TrainerCallback):
 
 
 class Throughput(TrainerCallback):
-    """Time in optimizer steps alone, without evaluation and checkpoints."""
+    """Wall time of optimizer steps, waiting for their rows included, evaluation and checkpoints not."""
 
     def __init__(self) -> None:
         self.seconds = 0.0  # since the last log
         self.durations: list[float] = []  # of each step
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def begin(self) -> None:
+        """A step begins, with its rows; what came before is over."""
         self.began = time.perf_counter()
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.begin()
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.device.type == "cuda":
@@ -153,7 +157,7 @@ class EarlyStop(TrainerCallback):
 
     def on_evaluate(self, args, state, control, **kwargs):
         best, since = -math.inf, 0
-        for value in scores(args, state):
+        for value in scores(args, state.log_history):
             best, since = (value, 0) if value > best + self.min_delta else (best, since + 1)
         control.should_training_stop |= since >= self.patience
 
@@ -173,10 +177,10 @@ class StopAfter(TrainerCallback):
         control.should_evaluate = control.should_save = False
 
 
-def scores(args: TrainingArguments, state: TrainerState) -> list[float]:
+def scores(args: TrainingArguments, logged: Iterable[Mapping[str, float]]) -> list[float]:
     """What chooses best_model/, at each evaluation logged; more is better."""
     name, sign = str(args.metric_for_best_model).removeprefix("eval_"), 1 if args.greater_is_better else -1
-    return [sign * line[f"eval_{name}"] for line in state.log_history if f"eval_{name}" in line]
+    return [sign * line[f"eval_{name}"] for line in logged if f"eval_{name}" in line]
 
 
 def last_checkpoint(folder: StudentFolder) -> str | None:

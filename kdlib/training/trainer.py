@@ -1,5 +1,6 @@
 """transformers' Trainer with kdlib's objective in it, writing a student's folder."""
 
+import operator
 import shutil
 from collections.abc import Mapping
 from functools import partial
@@ -182,6 +183,11 @@ class DistillationTrainer(GuardedTrainer):
         chunk = self.workspace.chunk or PIECE
         return Replay(models, signals, partial(values_of, at=at, terms=terms or {}, chunk=chunk), chunk)
 
+    def _maybe_log_save_evaluate(self, *args: Any, **options: Any) -> None:
+        """What this takes, a best model saved among it, is no time of the next step."""
+        super()._maybe_log_save_evaluate(*args, **options)
+        self.throughput.begin()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's training line with the terms, checked to sum to its loss."""
         if "loss" in logs:
@@ -221,11 +227,13 @@ class DistillationTrainer(GuardedTrainer):
         figures |= self.figures(means, None if answers is None else answers.numpy())
         if self.choices is not None:  # in the order of the rows; repeated ones are dropped
             loader, ce = self.get_test_dataloader(self.choices), {"ce": EVAL_TERMS["ce"]}
-            scores, _ = self._row_sums(loader, ObjectiveAt({}, {}), ce, with_teacher=False)
-            figures["choice_accuracy"] = choice_accuracy(self.choices, -scores["ce"].numpy())
-        past = [line["eval_loss"] for line in self.state.log_history if "eval_loss" in line]
-        figures["min_loss"] = min([*past, figures["loss"]])
+            nats, _ = self._row_sums(loader, ObjectiveAt({}, {}), ce, with_teacher=False)
+            figures["choice_accuracy"] = choice_accuracy(self.choices, -nats["ce"].numpy())
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        # the loss where the model was best by a measure that no weight changes: a curriculum changes losses
+        evaluations = [line for line in [*self.state.log_history, metrics] if "eval_loss" in line]
+        by_score = zip(scores(self.args, evaluations), evaluations, strict=True)
+        metrics["eval_min_loss"] = max(by_score, key=operator.itemgetter(0))[1]["eval_loss"]
         return EvalLoopOutput(np.empty(0), None, metrics=metrics, num_samples=len(sums["ce"]))
 
     def _row_sums(
@@ -270,7 +278,7 @@ class DistillationTrainer(GuardedTrainer):
         """Evaluates, and keeps in best_model/ the student whose metric beats all earlier of this training."""
         metrics = super().evaluate(*args, **options)
         if self.is_in_train:
-            *earlier, latest = scores(self.args, self.state)
+            *earlier, latest = scores(self.args, self.state.log_history)
             if all(latest > value for value in earlier):
                 self.save_student(self.folder.best_model)
         return metrics
