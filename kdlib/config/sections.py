@@ -135,7 +135,7 @@ class DataConfig(Section):
     text: str | list[str] = "text"  # of a classification, several columns make one text, a line each
     label: str = "label"
     labels: list[str] | None = None  # the classes' names, where the source gives numbers alone
-    group: str | None = None  # of a classification, what must not be divided: an author, a patient, a page
+    group: str | None = None  # the column with what must not be divided: an author, a patient, a page
     question: str = "question"
     choices: str = "choices"
     answer: str = "answer"

@@ -59,7 +59,7 @@ LANGUAGE = TaskRules(
     best_by=("perplexity", "kl_to_teacher", "agreement", "accuracy"),
     measures=("kl_to_teacher", "agreement", "perplexity", "bits_per_byte"),
     told_first=("kl_to_teacher", "agreement", "perplexity"),
-    reads=("packing", "text"),
+    reads=("packing", "text", "group"),
     rows="blocks",
     misfits=_of_language,
 )
@@ -85,7 +85,7 @@ QUESTIONS = TaskRules(
         *("choice_accuracy_raw", "agreement", "perplexity", "bits_per_byte"),
     ),
     told_first=("choice_accuracy", "choice_agreement", "kl_to_teacher", "perplexity"),
-    reads=("question", "choices", "answer", "test"),
+    reads=("question", "choices", "answer", "test", "group"),
     rows="questions",
     smoke={"max_length": None},  # a shorter row would lose its answer
 )

@@ -12,7 +12,7 @@ import pandas as pd
 from datasets import Dataset
 
 from kdlib.config.sections import DataConfig
-from kdlib.data.sources import BUILT_IN, check_column, own_splits, read_splits, refuse_rows
+from kdlib.data.sources import check_column, group_values, own_splits, read_splits, refuse_rows
 from kdlib.errors import DataError, nearest
 
 NAMED = 10  # rows or classes in one message
@@ -41,15 +41,13 @@ def read_texts(
     splits = {name: source[split] for name, split in {"train": "train", **own}.items()}
     columns = [config.text] if isinstance(config.text, str) else config.text
     named = {**dict.fromkeys(columns, "data.text"), config.label: "data.label"}
-    group = config.group or ("group" if config.source in BUILT_IN else None)
-    named |= {config.group: "data.group"} if config.group else {}
     frames: dict[str, pd.DataFrame] = {}
     for name, rows in splits.items():
         for column, setting in named.items():
             check_column(config, rows, column, setting)
         read = {"text": _joined(rows, columns), "label": _label_values(rows, config.label)}
-        if group in rows.column_names:
-            read["group"] = rows[group][:]
+        if (groups := group_values(config, rows, name)) is not None:
+            read["group"] = groups
         frames[name] = pd.DataFrame(read, dtype=object)
     if "test" in frames and set(frames["test"]["label"]) == {None}:
         if config.test is not None:
@@ -65,17 +63,6 @@ def read_texts(
     refuse_rows(config, list(_faults(frames, labels, numbers, known)), what)
     for frame in frames.values():
         frame["class"] = [numbers[label] for label in frame.pop("label")]
-    if group in splits["train"].column_names:
-        faults = [
-            f"row {row} of {name}"
-            for name, frame in frames.items()
-            for row, value in enumerate(frame["group"])
-            if value in (None, "")
-        ]
-        what = f"have nothing in {group!r} (data.group), so they cannot be kept together with their like"
-        refuse_rows(config, faults, f"{what}; name what each belongs to")
-        for frame in frames.values():
-            frame["group"] = frame["group"].map(str)
     return frames, labels, notes
 
 

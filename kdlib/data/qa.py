@@ -28,7 +28,9 @@ from kdlib.data.text import beginning
 from kdlib.errors import DataError
 
 INT, TEXT, IDS = datasets.Value("int32"), datasets.Value("string"), datasets.List(datasets.Value("int32"))
-ROWS = datasets.Features({"input_ids": IDS, "prompt_tokens": INT, "text": TEXT, "read_only": IDS})
+ROWS = datasets.Features(
+    {"input_ids": IDS, "prompt_tokens": INT, "text": TEXT, "read_only": IDS, "group": TEXT}
+)
 ASKED = {"item": INT, "choice": INT, "is_answer": datasets.Value("bool"), "text": TEXT, "question": TEXT}
 CHOICES = datasets.Features({**ASKED, "characters": INT, "input_ids": IDS, "prompt_tokens": INT})
 
@@ -86,6 +88,7 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
         elif form == "multiple choice":
             found["choices"] = sum(len(item.answers) for item in items)
         notes |= {f"{name}_{what}": figure for what, figure in found.items()}
+    notes["units"] = "groups of questions" if config.group else "questions"
     notes |= {"form": form, "each_document_begins_with": tokenizer.decode(first)}
     notes["fingerprint"] = fingerprint(*rows.values(), *choices.values())
     gathered = partial(collate, pad_id=tokenizer.pad_token_id)
@@ -127,8 +130,8 @@ def _splits(
 def _taken(
     config: DataConfig, items: Sequence[Item], shares: Mapping[str, float], seed: int
 ) -> dict[str, list[Item]]:
-    """Shares of the questions held out; all rows of one question on one side."""
-    questions = list(dict.fromkeys(item.question for item in items))
+    """Shares of the questions held out; all rows of one question, or of one group, on one side."""
+    questions = list(dict.fromkeys(item.group or item.question for item in items))
     random.Random(seed).shuffle(questions)
     side, start = dict.fromkeys(questions, "train"), 0
     for what, share in shares.items():
@@ -141,7 +144,10 @@ def _taken(
             f"{config.source}: {count} in train, of which {start} would be held out for "
             f"{' and '.join(shares)}; give more, or lower data.{' and data.'.join(shares)}"
         )
-    return {what: [item for item in items if side[item.question] == what] for what in ("train", *shares)}
+    return {
+        what: [item for item in items if side[item.group or item.question] == what]
+        for what in ("train", *shares)
+    }
 
 
 def _check_one_answer(config: DataConfig, items: Sequence[Item]) -> None:
@@ -183,9 +189,10 @@ def _rows(items: Sequence[Item], learned: Sequence[Encoded]) -> Dataset:
         "prompt_tokens": [row.prompt_tokens for row in learned],
         "text": [item.question for item in items],
         "read_only": [list(row.read_only) for row in learned],
+        "group": [item.group for item in items],
     }
     made = Dataset.from_dict(columns, features=ROWS)
-    return made if any(columns["read_only"]) else made.remove_columns("read_only")
+    return made.remove_columns([name for name in ("read_only", "group") if not any(columns[name])])
 
 
 def _choices(items: Sequence[Item], encoded: Sequence[Sequence[Encoded]]) -> Dataset:

@@ -9,14 +9,14 @@ import json
 import math
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from datasets import Dataset
 
 from kdlib.config.sections import DataConfig
-from kdlib.data.sources import refuse_rows
+from kdlib.data.sources import group_values, refuse_rows
 from kdlib.errors import DataError, nearest
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -31,6 +31,7 @@ class Item:
     answers: tuple[str, ...]  # the choices, or the one response
     right: int = 0
     messages: tuple[tuple[str, str], ...] = ()  # (role, content)
+    group: str = field(default="", compare=False)  # what it belongs to, where data.group says
 
 
 class Fault(Exception):
@@ -59,7 +60,11 @@ def read_items(config: DataConfig, rows: Dataset, split: str, form: str) -> list
         )
     wheres = [f"row {number} of {split}" for number in range(len(rows))]
     what = f"of {split} with nothing to ask or to answer; mend them, or take them out"
-    return collected(config, what, wheres, partial(FORMS[form][1], config), wheres, rows)
+    items = collected(config, what, wheres, partial(FORMS[form][1], config), wheres, rows)
+    groups = group_values(config, rows, split)
+    if groups is None:
+        return items
+    return [replace(item, group=group) for item, group in zip(items, groups, strict=True)]
 
 
 def collected(

@@ -59,6 +59,28 @@ def check_column(config: DataConfig, rows: Dataset, column: str, setting: str) -
         )
 
 
+def group_values(config: DataConfig, rows: Dataset, split: str) -> list[str] | None:
+    """What each row belongs to and is not divided from: `data.group`, a built-in source's own; None without.
+
+    Raises:
+        DataError: no such column, or rows with nothing in it.
+    """
+    group = config.group or ("group" if config.source in BUILT_IN else None)
+    if config.group:
+        check_column(config, rows, config.group, "data.group")
+    if group not in rows.column_names:
+        return None
+    values = rows[group][:]
+    faults = [
+        f"row {number} of {split}"
+        for number, value in enumerate(values)
+        if value is None or value != value or not str(value).strip()
+    ]
+    what = f"have nothing in {group!r} (data.group), so they cannot be kept together with their like"
+    refuse_rows(config, faults, f"{what}; name what each belongs to")
+    return list(map(str, values))
+
+
 def own_splits(config: DataConfig, names: Collection[str]) -> dict[str, str]:
     """{"validation" or "test": which split of the source it is}: those that the config names, else so called.
 

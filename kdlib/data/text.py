@@ -2,25 +2,33 @@
 
 import itertools
 import random
+import re
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import pandas as pd
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.config.sections import DataConfig
 from kdlib.data.batches import Prepared, collate, fingerprint, token_lists
-from kdlib.data.sources import check_column, kept_once, read_splits
+from kdlib.data.sources import check_column, group_values, kept_once, read_splits
 from kdlib.errors import DataError
 
-ROWS = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
 SIDES = ("train", "validation")
+IDS, NUMBER = datasets.List(datasets.Value("int32")), datasets.Value("int32")
+WHOLE = datasets.Features({"input_ids": IDS, "document": NUMBER})
+ROWS = datasets.Features({"input_ids": IDS, "documents": IDS})
+ONE_TEXT = "blocks of one text, as if independent: rather too narrow"
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a token of a SentencePiece vocabulary
 
 
 def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
-    """Read, split by document, tokenize and cut the text of a config.
+    """Read, split by document (or whole groups of them), tokenize and cut the text of a config.
 
     All depends on the documents and `data.split_seed` (else the seed) alone.
 
@@ -33,17 +41,26 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
     repeated = sum(len(documents[name]) for name in SIDES if name in documents) - sum(
         map(len, split.values())
     )
-    notes: dict[str, Any] = {"source": config.source, "split": "the source's own" if own else "by document"}
-    notes["duplicate_documents_left_out"], rows = repeated, {}
+    grouped = f", whole {config.group}s" if config.group else ""
+    how = "the source's own" if own else f"by document{grouped}"
+    notes: dict[str, Any] = {"source": config.source, "split": how, "duplicate_documents_left_out": repeated}
+    rows, numbered = {}, 0
     for name, limit in (("train", config.max_train_rows), ("validation", config.max_eval_rows)):
-        ids = tokenized(split[name], config.text, tokenizer)
+        groups = group_values(config, split[name], name)
+        numbers = np.arange(len(split[name])) if groups is None else pd.factorize(groups)[0]
+        ids = tokenized(split[name], config.text, tokenizer, numbers + numbered)
+        numbered += int(numbers.max(initial=0)) + 1
         lengths = token_lists(ids).value_lengths().to_pylist()
         notes[f"{name}_documents"] = len(split[name])
         notes[f"{name}_documents_shorter_than_two_tokens"] = len(split[name]) - len(ids)
         if config.packing:
             blocks = packed(ids, length, separator=tokenizer.eos_token_id)
         else:  # a document a row, its first tokens
-            blocks = ids.map(lambda row: {"input_ids": row["input_ids"][:length]})
+            blocks = ids.map(
+                lambda row: {"input_ids": row["input_ids"][:length], "documents": [0, row["document"]]},
+                remove_columns=["document"],
+                features=ROWS,
+            )
             notes |= {f"{name}_{what}": figure for what, figure in cut_off(lengths, length).items()}
         if len(blocks) == 0:
             fault = "are all shorter than two tokens, so there is nothing to predict"
@@ -52,13 +69,29 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
                 fault += "; lower max_length, or give more text"
             raise DataError(f"{config.source}: the {len(split[name])} {name} documents {fault}")
         if limit is not None and limit < len(blocks):  # a sample over all documents, not the first of them
-            blocks = blocks.select(sorted(random.Random(seed).sample(range(len(blocks)), limit)))
+            compared = name == "validation"  # of as many documents as there can be
+            order = random.Random(seed).sample(range(len(blocks)), len(blocks) if compared else limit)
+            blocks = blocks.select(sorted((_in_turn(order, blocks) if compared else order)[:limit]))
         rows[name] = blocks
         notes[f"{name}_rows"], notes[f"{name}_tokens"] = len(blocks), len(token_lists(blocks).flatten())
+    notes["units"] = "documents" if groups is None else "groups of documents"
+    if Path(config.source).suffix == ".txt":  # its paragraphs are parts of one text
+        rows = {name: each.remove_columns("documents") for name, each in rows.items()}
+        notes["units"] = ONE_TEXT
     notes["each_document_begins_with"] = tokenizer.decode(beginning(tokenizer))
     notes["fingerprint"] = fingerprint(rows["train"], rows["validation"])
     gathered = partial(collate, pad_id=tokenizer.pad_token_id)
     return Prepared(rows["train"], rows["validation"], notes, gathered, len(tokenizer))
+
+
+def _in_turn(order: Sequence[int], blocks: Dataset) -> list[int]:
+    """The same blocks, one of each document, then a second of each, …; whose its middle is, whose it is."""
+    runs = [np.array(blocks[number]["documents"]).reshape(-1, 2) for number in order]
+    middle = [len(blocks[number]["input_ids"]) // 2 for number in order]
+    owner = [each[each[:, 0] <= half][-1, 1] for each, half in zip(runs, middle, strict=True)]
+    return pd.Series(order)[
+        pd.Series(owner).groupby(owner).cumcount().sort_values(kind="stable").index
+    ].tolist()
 
 
 def read_documents(config: DataConfig) -> DatasetDict:
@@ -85,19 +118,48 @@ def split_documents(documents: DatasetDict, config: DataConfig, *, seed: int) ->
     train, total = unique["train"], len(unique["train"])
     if total < 2:
         raise DataError("the source has one document only, so nothing can be held out; give two or more")
-    split = train.train_test_split(test_size=max(1, round(config.validation * total)), seed=seed)
+    count = max(1, round(config.validation * total))
+    if (groups := group_values(config, train, "train")) is not None:
+        out = _whole_groups(config, groups, count, seed)
+        split = {"train": train.select(np.flatnonzero(~out)), "test": train.select(np.flatnonzero(out))}
+    else:
+        split = train.train_test_split(test_size=count, seed=seed)
     return DatasetDict(train=split["train"], validation=split["test"])
 
 
-def tokenized(documents: Dataset, column: str, tokenizer: Tokenizer) -> Dataset:
-    """{"input_ids": …} of each document of two tokens or more; shorter ones predict nothing and go."""
-    first = beginning(tokenizer)
+def _whole_groups(config: DataConfig, groups: Sequence[str], count: int, seed: int) -> np.ndarray:
+    """[documents] whether it is held out: whole groups, as they come, until they have so many documents."""
+    names, belongs, sizes = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
+    if len(names) < 2:
+        raise DataError(
+            f"{config.source}: all documents are of one {config.group} (data.group), so nothing can be held "
+            "out; give documents of two or more, or leave data.group out"
+        )
+    order = np.random.default_rng(seed).permutation(len(names))[:-1]
+    before = np.cumsum(sizes[order]) - sizes[order]
+    return np.isin(belongs, order[before < count])
 
-    def ids(batch):
+
+def tokenized(
+    documents: Dataset, column: str, tokenizer: Tokenizer, numbers: Sequence[int] | None = None
+) -> Dataset:
+    """{"input_ids", "document"} of each document of two tokens or more; shorter ones predict nothing and go.
+
+    Args:
+        numbers: what each is called in "document", several alike where they belong together; else its place.
+    """
+    first, numbers = beginning(tokenizer), range(len(documents)) if numbers is None else numbers
+
+    def ids(batch, places):
         lists = tokenizer(batch[column], add_special_tokens=False, verbose=False)["input_ids"]
-        return {"input_ids": [first + tokens for tokens in lists if len(tokens) >= 2]}
+        kept = [
+            (first + ids, numbers[place]) for ids, place in zip(lists, places, strict=True) if len(ids) > 1
+        ]
+        return {"input_ids": [ids for ids, _ in kept], "document": [number for _, number in kept]}
 
-    return documents.map(ids, batched=True, remove_columns=documents.column_names, features=ROWS)
+    return documents.map(
+        ids, batched=True, with_indices=True, remove_columns=documents.column_names, features=WHOLE
+    )
 
 
 def beginning(tokenizer: Tokenizer) -> list[int]:
@@ -107,15 +169,77 @@ def beginning(tokenizer: Tokenizer) -> list[int]:
 
 
 def packed(rows: Dataset, length: int, *, separator: int | None) -> Dataset:
-    """Documents end to end, a separator after each, in blocks of exactly `length`; what is left over goes."""
+    """Documents end to end, a separator after each, in blocks of exactly `length`; what is left over goes.
+
+    Returns:
+        {"input_ids", "documents": [start, number, …]}: whose the tokens from each start on are.
+    """
     after = [] if separator is None else [separator]
 
-    def blocks(batch):
+    def blocks(batch, places):
+        numbers = batch["document"] if "document" in rows.column_names else places
         stream = list(itertools.chain.from_iterable([*ids, *after] for ids in batch["input_ids"]))
+        sizes = [len(ids) + len(after) for ids in batch["input_ids"]]
+        owners = np.repeat(numbers, sizes)
         starts = range(0, len(stream) - length + 1, length)
-        return {"input_ids": [stream[start : start + length] for start in starts]}
+        return {
+            "input_ids": [stream[start : start + length] for start in starts],
+            "documents": [_runs(owners[start : start + length]) for start in starts],
+        }
 
-    return rows.map(blocks, batched=True, batch_size=10_000, features=ROWS)
+    options = {
+        "batched": True,
+        "with_indices": True,
+        "batch_size": 10_000,
+        "remove_columns": rows.column_names,
+    }
+    return rows.map(blocks, features=ROWS, **options)
+
+
+def _runs(owners: np.ndarray) -> list[int]:
+    """[start, owner, …] of runs of equal owners."""
+    starts = np.flatnonzero(np.diff(owners, prepend=owners[:1] - 1))
+    return np.column_stack([starts, owners[starts]]).flatten().tolist()
+
+
+def units_of_tokens(prepared: Prepared) -> tuple[list[np.ndarray], str]:
+    """Of the measured rows: the number of the unit that each token belongs to, from 0; and what units are.
+
+    Documents, or what they belong to; of rows that know none, or one alone, the rows, and the words say so.
+    """
+    rows, what = prepared.measured, prepared.notes.get("units", "rows")
+    lengths = token_lists(rows).value_lengths().to_numpy()
+    owners = np.repeat(np.arange(len(rows)), lengths)
+    if "documents" in rows.column_names:
+        spans = [np.array(each).reshape(-1, 2).T for each in rows["documents"]]
+        ends = [np.append(s[0][1:], length) for s, length in zip(spans, lengths, strict=True)]
+        each = [np.repeat(s[1], end - s[0]) for s, end in zip(spans, ends, strict=True)]
+        owners, what = (
+            (found, what) if len(np.unique(found := np.concatenate(each))) > 1 else (owners, ONE_TEXT)
+        )
+    elif "group" in rows.column_names:
+        owners = np.repeat(pd.factorize(rows["group"][:])[0], lengths)
+    return np.split(np.unique(owners, return_inverse=True)[1], np.cumsum(lengths)[:-1]), what
+
+
+def bytes_of_tokens(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """[N] bytes of text that each token stands for; 0 for a special one.
+
+    Of a character that is made of several tokens each has its own bytes, wherever a row is cut; decoded by
+    itself it would count as the three bytes of U+FFFD.
+    """
+    known, places = np.unique(ids, return_inverse=True)
+    once, twice = (
+        tokenizer.batch_decode([[i] * n for i in known.tolist()], skip_special_tokens=True) for n in (1, 2)
+    )
+    # a first token may lose the space before it
+    sizes = [len(two.encode()) - len(one.encode()) for one, two in zip(once, twice, strict=True)]
+    for place, (text, token) in enumerate(
+        zip(once, tokenizer.convert_ids_to_tokens(known.tolist()), strict=True)
+    ):
+        if "\N{REPLACEMENT CHARACTER}" in text:  # part of a character: a byte a letter, or written out
+            sizes[place] = 1 if BYTE.fullmatch(token) else len(token)
+    return np.array(sizes)[places]
 
 
 def cut_off(lengths: Sequence[int], length: int) -> dict[str, float]:

@@ -14,6 +14,7 @@ from kdlib.data.text import tokenized
 from kdlib.diagnostics.context import Context, Findings, Unavailable, critical, note, warning
 from kdlib.errors import ModelError
 from kdlib.losses.signals import kept
+from kdlib.metrics.bootstrap import FEW_UNITS
 from kdlib.models.classifier import class_order, named_classes
 
 LEFT_OUT = 0.05  # of the documents
@@ -96,6 +97,9 @@ def enough_is_held_out(context: Context) -> Findings:
         found = f"{rows} rows with {tokens} tokens are held out"
         why = f"below {FEW_ROWS} rows or {FEW_TOKENS:,} tokens a comparison hardly tells models apart"
         yield warning(_held_out_by(context, rows), found, why, "hold out more, or give more text")
+    elif (documents := context.prepared.notes["validation_documents"]) < FEW_UNITS:
+        why = f"documents are what a comparison's intervals rest on; below {FEW_UNITS} they are rough"
+        yield note("data.validation", f"{documents} documents are held out", why, "hold out more")
 
 
 def teacher_has_a_head(context: Context) -> Findings:

@@ -50,7 +50,9 @@ def measured(
             model = each.load().to(comparison.device)
             wait_for(comparison.device)
             loaded = perf_counter() - started
-            took = comparison.add(name, (asked if costs else teacher_of)(model, rows), rows)
+            live = (asked if costs else teacher_of)(model, rows)
+            took = comparison.add(name, live, rows)
+        comparison.beside_teacher(name, live)
         comparison.show(name, model)
         held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         costs[name] = {
@@ -60,8 +62,9 @@ def measured(
             **({"load_seconds": loaded} if each.source else {}),
             "peak_memory_gib": peak.bytes / GIB,
         }
-        del model
+        del model, live
     found = comparison.results(student)
+    print(f"intervals: {found['interval']}")
     models = {name: {**measures, **costs[name]} for name, measures in found["models"].items()}
     return {**found, "models": models, "student": student, "split": prepared.measured_on}
 

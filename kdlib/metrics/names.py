@@ -3,9 +3,28 @@
 Every difference is a model's figure minus that of the model it is held against: distilled − baseline.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a figure can be."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    share: float = 0.0  # what all units together amount to, where each counts or does not: 1, or 100 (%)
+
+    @property
+    def of_differences(self) -> "Range":
+        """Of one figure minus another."""
+        return Range(self.low - self.high, self.high - self.low, self.share)
+
+
+UNBOUNDED, POSITIVE = Range(), Range(0.0)
+SHARE, PERCENT = Range(0.0, 1.0, share=1.0), Range(0.0, share=100.0)  # of the teacher's, which may be less
 
 
 @dataclass(frozen=True)
@@ -16,6 +35,7 @@ class Measure:
     unit: str
     words: str  # within a sentence
     higher_is_better: bool
+    within: Range = UNBOUNDED
 
     @property
     def brief(self) -> str:
@@ -32,24 +52,32 @@ class Measure:
 
 
 MEASURES = {
-    "kl_to_teacher": Measure("KL to teacher", "nats per {item}, T = 1", "KL to the teacher", False),
-    "agreement": Measure("top-1 agreement", "with the teacher", "top-1 agreement with the teacher", True),
-    "perplexity": Measure("perplexity", "per token", "perplexity", False),
-    "bits_per_byte": Measure("bits per byte", "", "bits per byte", False),
-    "accuracy": Measure("accuracy", "share of {item}s", "accuracy", True),
-    "macro_f1": Measure("macro-F1", "mean over the classes", "macro-F1", True),
-    "log_loss": Measure("log-loss", "nats per {item}", "log-loss", False),
-    "ece": Measure("calibration error", "expected; 15 bins", "calibration error", False),
+    "kl_to_teacher": Measure("KL to teacher", "nats per {item}, T = 1", "KL to the teacher", False, POSITIVE),
+    "agreement": Measure(
+        "top-1 agreement", "with the teacher", "top-1 agreement with the teacher", True, SHARE
+    ),
+    "perplexity": Measure("perplexity", "per token", "perplexity", False, Range(1.0)),
+    "bits_per_byte": Measure("bits per byte", "", "bits per byte", False, POSITIVE),
+    "accuracy": Measure("accuracy", "share of {item}s", "accuracy", True, SHARE),
+    "macro_f1": Measure("macro-F1", "mean over the classes", "macro-F1", True, SHARE),
+    "log_loss": Measure("log-loss", "nats per {item}", "log-loss", False, POSITIVE),
+    "ece": Measure("calibration error", "expected; 15 bins", "calibration error", False, Range(0.0, 1.0)),
     "retention": Measure(
-        "retention, %", "of the teacher's accuracy", "retention of the teacher's accuracy", True
+        "retention, %", "of the teacher's accuracy", "retention of the teacher's accuracy", True, PERCENT
     ),
-    "choice_accuracy": Measure("right choices", "likeliest per character", "right choices", True),
+    "choice_accuracy": Measure("right choices", "likeliest per character", "right choices", True, SHARE),
     "choice_accuracy_raw": Measure(
-        "right choices, raw", "likeliest as a whole", "right choices by raw likelihood", True
+        "right choices, raw", "likeliest as a whole", "right choices by raw likelihood", True, SHARE
     ),
-    "choice_agreement": Measure("the teacher's choices", "right or wrong", "agreement on choices", True),
+    "choice_agreement": Measure(
+        "the teacher's choices", "right or wrong", "agreement on choices", True, SHARE
+    ),
     "choice_retention": Measure(
-        "retention, %", "of the teacher's right choices", "retention of the teacher's right choices", True
+        "retention, %",
+        "of the teacher's right choices",
+        "retention of the teacher's right choices",
+        True,
+        PERCENT,
     ),
 }
 # of no meaning for the teacher itself

@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from kdlib.metrics.bootstrap import Bootstrap, interval, mcnemar
+from kdlib.metrics.bootstrap import Bootstrap, interval, mcnemar, over, permutation
 from kdlib.metrics.classification import Answers, details, item_figures, measures
+from kdlib.metrics.names import MEASURES, SHARE, TO_TEACHER, UNBOUNDED, Range
 
-CENTRED = ("ece",)  # chance parts accuracy from confidence in every bin, and resampling adds more of it
 ON_MISTAKES = ("repeated", "mended")  # of the teacher's: shares that are repeated, and answered rightly
-FEW_GROUPS = 10  # of which a bootstrap's intervals are far too narrow
 LONGEST = 300  # characters of a text that is shown
 TOP = 3  # classes shown of a distribution
 
@@ -24,7 +23,7 @@ def results_of(
     resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Models, the teacher first, with 95 % intervals; the paired differences and McNemar's test of each two.
+    """Models, the teacher first, with 95 % intervals; the paired differences and a test of each two.
 
     Args:
         labels: the classes' names; none where the choices of each item are its own, so that F1 means nothing.
@@ -32,68 +31,80 @@ def results_of(
 
     Returns:
         {"models": {name: {measure: {value, low, high}, …}}, "differences": […], "mcnemar": […], "labels",
-        "rows", "resamples", "interval"}, as comparison_results.json has it.
+        "rows", "units", "resamples", "interval"}, as comparison_results.json has it.
     """
     teacher = next(iter(models.values()))
     for name, answers in models.items():
         if not np.array_equal(answers.labels, teacher.labels):
             raise ValueError(f"{name} was asked other questions than the teacher, or in another order")
-    independent = len(teacher) if groups is None else len(set(groups))
-    over = "rows"
-    if groups is not None:
-        over = f"{independent} groups of rows" + ", too few to trust" * (independent < FEW_GROUPS)
     bootstrap = Bootstrap(len(teacher), resamples, seed, groups)
     figures, entries = _figures(models, bootstrap, classes=bool(labels)), {}
     for name, answers in models.items():
         behind = {m: figures[name].pop(m) for m in ("f1", *ON_MISTAKES) if m in figures[name]}
-        # the teacher agrees with itself for certain
-        shares = {"accuracy": independent, "agreement": None if answers is teacher else independent}
-        entry: dict[str, Any] = {
-            m: interval(value, drawn, centred=m in CENTRED, share_of=shares.get(m))
-            for m, (value, drawn) in figures[name].items()
-        }
-        entry["ece"]["low"] = max(entry["ece"]["low"], 0.0)
+        itself = answers is teacher
+        entry: dict[str, Any] = intervals(figures[name], bootstrap.units, itself=itself)
         if missed := int((~teacher.right).sum()):
-            share_of = min(missed, independent) if answers is not teacher else None
-            shown = {m: interval(*behind[m], share_of=share_of) for m in ON_MISTAKES}
+            asked = units_in(~teacher.right, groups)
+            shown = {m: interval(*behind[m], None if itself else asked, SHARE) for m in ON_MISTAKES}
             entry["on_teachers_mistakes"] = {"rows": missed, **shown}
         entry |= details(answers, labels)
         for number, of_class in enumerate(entry.get("per_class", [])):
-            value, drawn = of_class["f1"], behind["f1"][1][:, number]
-            # no draw may have the class
-            certain = {"value": value, "low": value, "high": value}
-            of_class["f1"] = certain if np.isnan(drawn).all() else interval(value, drawn)
+            has_part = (answers.labels == number) | (answers.said == number)
+            drawn = behind["f1"][1][:, number]
+            of_class["f1"] = interval(of_class["f1"], drawn, units_in(has_part, groups) or None, SHARE)
         entries[name] = entry
     return {
         "models": entries,
-        "differences": differences(figures, CENTRED),
-        "mcnemar": [_discordant(models, a, b) for b, a in combinations(models, 2)],
+        "differences": differences(figures, bootstrap.units),
+        "mcnemar": [_discordant(models, a, b, groups) for b, a in combinations(models, 2)],
         "labels": list(labels),
         "rows": len(teacher),
+        "units": bootstrap.units,
         "resamples": resamples,
-        "interval": f"95 %, paired bootstrap over {over}",
+        "interval": over(bootstrap.units, "rows" if groups is None else "groups of rows"),
+    }
+
+
+def units_in(chosen: np.ndarray, groups: Sequence[str] | None) -> int:
+    """How many independent units these rows, [N] true or false, are: themselves, or their groups."""
+    return int(chosen.sum()) if groups is None else len(set(np.asarray(groups)[chosen]))
+
+
+def intervals(
+    figures: Mapping[str, tuple[float, np.ndarray]], units: int, *, itself: bool = False
+) -> dict[str, dict[str, float]]:
+    """A model's measures with their intervals; the teacher `itself` is for certain as near to it as it is."""
+    return {
+        m: interval(*pair, None if itself and m in TO_TEACHER else units, _range(m))
+        for m, pair in figures.items()
     }
 
 
 def differences(
-    figures: Mapping[str, Mapping[str, tuple[float, np.ndarray]]], centred: Sequence[str] = ()
+    figures: Mapping[str, Mapping[str, tuple[float, np.ndarray]]], units: int
 ) -> list[dict[str, Any]]:
     """Each model's figures minus those of each before it, the teacher first, with intervals.
 
+    Two that have the same figures on every draw are one model twice, and differ by nothing for certain.
+
     Args:
         figures: model → measure → its value, and its values on the same resampled items.
-        centred: measures that resampling by itself makes larger.
+        units: how many were resampled.
     """
-    return [
-        {
-            "model": a,
-            "against": b,
-            "metric": m,
-            **interval(value - figures[b][m][0], drawn - figures[b][m][1], centred=m in centred),
-        }
-        for b, a in combinations(figures, 2)
-        for m, (value, drawn) in figures[a].items()
-    ]
+    found = []
+    for b, a in combinations(figures, 2):
+        ours, theirs = figures[a], figures[b]
+        is_same = all(np.allclose(ours[m][1], theirs[m][1], 1e-5, 1e-6, equal_nan=True) for m in ours)
+        for m, (value, drawn) in ours.items():
+            pair, within = (value - theirs[m][0], drawn - theirs[m][1]), _range(m).of_differences
+            entry = interval(*pair, None if is_same else units, within)
+            found.append({"model": a, "against": b, "metric": m, **entry})
+    return found
+
+
+def _range(measure: str) -> Range:
+    """What a measure can be; of one that a task brings along, whatever there is."""
+    return MEASURES[measure].within if measure in MEASURES else UNBOUNDED
 
 
 def worst_rows(
@@ -158,12 +169,15 @@ def _figures(
     return found
 
 
-def _discordant(models: Mapping[str, Answers], a: str, b: str) -> dict[str, Any]:
-    """On how many items only one of two is right, and McNemar's test of that."""
+def _discordant(
+    models: Mapping[str, Answers], a: str, b: str, groups: Sequence[str] | None
+) -> dict[str, Any]:
+    """On how many items only one of two is right, and a test of that: McNemar's, or by groups."""
     one, other = models[a].right, models[b].right
     first, second = int((one & ~other).sum()), int((~one & other).sum())
     counts = {"only_model_right": first, "only_other_right": second}
-    return {"model": a, "against": b, **counts, **mcnemar(first, second)}
+    test = mcnemar(first, second) if groups is None else permutation(one.astype(int) - other, groups)
+    return {"model": a, "against": b, **counts, **test}
 
 
 def _top(probabilities: np.ndarray, choices: Sequence[str]) -> list[list[Any]]:

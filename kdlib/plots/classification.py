@@ -24,7 +24,7 @@ from kdlib.plots.axes import (
 )
 
 TITLES = {
-    "mcnemar": "McNemar's test",
+    "mcnemar": "Right alone: McNemar's test, or a permutation of groups",
     "on_teachers_mistakes": "On the teacher's mistakes",
     "f1_per_class": "F1 by class",
     "worst": "Worst examples",
@@ -178,7 +178,7 @@ def mcnemar_table(results: Mapping[str, Any]) -> pd.DataFrame:
             "p": f"{test['p_value']:.2g}",
             "test": test["test"],
         }
-    return _table(rows, "McNemar's test against")
+    return _table(rows, "against")
 
 
 def mistakes_table(results: Mapping[str, Any]) -> pd.DataFrame:

@@ -9,6 +9,7 @@ from nbconvert.filters import strip_ansi
 
 from kdlib.config.task_rules import rules_in, shown_in
 from kdlib.errors import RunError
+from kdlib.metrics.bootstrap import FEW_UNITS
 from kdlib.metrics.names import MEASURES
 from kdlib.plots import comparison as plots
 from kdlib.plots.axes import label_of
@@ -104,6 +105,7 @@ def _comparison_content(results: Mapping[str, Any] | None) -> dict[str, Any]:
         "message": plots.comparison_message(results),
         "rows": rules_in(results).rows,
         "lower": [measure.brief for measure in shown if not measure.higher_is_better],
+        "few_units": FEW_UNITS,
         "label_of": label_of,
         "bars": plots.BARS,
         "answer_figures": ANSWER_FIGURES,

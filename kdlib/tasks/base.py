@@ -58,6 +58,9 @@ class Comparison(ABC):
             prepared: the same rows as this model reads them.
         """
 
+    def beside_teacher(self, name: str, model: LiveTeacher) -> None:  # noqa: B027 — most tasks need it not
+        """Ask one model together with the teacher, who is the first, when its memory is measured no more."""
+
     def show(self, name: str, model: Model) -> None:  # noqa: B027 — most tasks have nothing to show
         """Look at what it makes of a few rows, when nothing is measured any more."""
 

@@ -1,7 +1,7 @@
 """Language modelling: the next token of a text; what the models are compared by, token by token."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,12 @@ from transformers import (
 from kdlib.config.run import Config
 from kdlib.config.task_rules import RULES
 from kdlib.data import text
-from kdlib.data.batches import Prepared, calibration_rows, collate, random_ids
+from kdlib.data.batches import Batch, Prepared, calibration_rows, collate, random_ids
 from kdlib.errors import ModelError
 from kdlib.losses.objective import EVAL_TERMS, row_sums
-from kdlib.losses.signals import IGNORED, Signal, kept
-from kdlib.metrics.bootstrap import Bootstrap, interval
-from kdlib.metrics.paired import differences
+from kdlib.losses.signals import IGNORED, kept
+from kdlib.metrics.bootstrap import Bootstrap, over
+from kdlib.metrics.paired import differences, intervals
 from kdlib.models.causality import check_causal
 from kdlib.models.efficiency import seconds_of
 from kdlib.models.loading import load_model, load_tokenizer
@@ -118,7 +118,12 @@ class LanguageModeling(Task):
 
 
 class TokenComparison(Comparison):
-    """Between models the sums of each row are kept, and what the teacher said (its last hidden states)."""
+    """Of every model the sums over each document's tokens are kept, or over each row's where none is known.
+
+    A packed block holds parts of several documents: each token counts for its own.  Student and teacher are
+    asked batch by batch, so that no more than one batch of either is held; the teacher is asked again beside
+    each student.
+    """
 
     def __init__(
         self,
@@ -132,62 +137,93 @@ class TokenComparison(Comparison):
         """Every model continues the prompts, greedily, by so many `new_tokens`."""
         super().__init__(prepared, tokenizer, **options)
         self.prompts, self.new_tokens = prompts, new_tokens
-        every = list(prepared.measured)
-        self.batches = [prepared.collate(every[i : i + BATCH]) for i in range(0, len(every), BATCH)]
-        labels = [row for batch in self.batches for row in batch["labels"]]
-        texts = tokenizer.batch_decode([row[row != IGNORED] for row in labels], skip_special_tokens=True)
-        self.row_bytes = np.array([len(each.encode()) for each in texts], dtype=float)  # of what is predicted
-        self.teacher_signals: list[Signal] = []  # batch by batch
-        self.sums: dict[str, np.ndarray] = {}  # model -> [rows, terms + 1]
+        self.unit_of_token, self.of_units = text.units_of_tokens(prepared)
+        self.units = 1 + max(int(each.max(initial=0)) for each in self.unit_of_token)
+        self.teacher: LiveTeacher | None = None
+        self.sums: dict[str, np.ndarray] = {}  # model -> [units, terms + 1]
         self.samples: dict[str, list[str]] = {}
 
     def add(self, name: str, model: LiveTeacher, prepared: Prepared) -> dict[str, Any]:
-        """Its sums over all rows; a ModelError where it looks ahead."""
+        """What it costs; a ModelError where it looks ahead."""
         check_causal(name, model.model, calibration_rows(prepared.measured, 1))
-        self.sums[name] = np.concatenate([self._sums(number, model) for number in range(len(self.batches))])
-        return {"forward_tokens_per_s": forward_tokens_per_s(model.model, self.batches[0])}
+        return {"forward_tokens_per_s": forward_tokens_per_s(model.model, next(self._batches())[1])}
+
+    def beside_teacher(self, name: str, model: LiveTeacher) -> None:
+        self.teacher = self.teacher or model
+        self.sums[name] = sum(self._sums(units, batch, model) for units, batch in self._batches())
 
     def show(self, name: str, model: Model) -> None:
         made = self.prompts and continuations(model, self.tokenizer, self.prompts, self.new_tokens)
         self.samples[name] = list(made)
 
     def results(self, student: str) -> dict[str, Any]:
-        count = len(self.row_bytes)
-        draws = Bootstrap(count, self.resamples, self.seed).times  # [resamples, rows] times drawn
+        sizes, tokens = self._bytes(), next(iter(self.sums.values()))[:, -1]
+        units = int((tokens > 0).sum())  # of others nothing is predicted
+        draws = Bootstrap(units, self.resamples, self.seed)
         figures: dict[str, dict[str, tuple[float, np.ndarray]]] = {}
         for name, sums in self.sums.items():
-            found, drawn = self._figures(sums, np.ones((1, count))), self._figures(sums, draws)
+            table = np.column_stack([sums, sizes])[tokens > 0]
+            found, drawn = _figures(table.sum(0, keepdims=True)), _figures(draws.sums(table))
             figures[name] = {measure: (float(found[measure][0]), drawn[measure]) for measure in found}
-        models = {name: {m: interval(*pair) for m, pair in each.items()} for name, each in figures.items()}
+        teacher = next(iter(figures))
         return {
-            "models": models,
-            "differences": differences(figures),
-            "rows": count,
-            "tokens": int(next(iter(self.sums.values()))[:, -1].sum()),
+            "models": {n: intervals(each, units, itself=n == teacher) for n, each in figures.items()},
+            "differences": differences(figures, units),
+            "rows": len(self.prepared.measured),
+            "units": units,
+            "tokens": int(tokens.sum()),
             "resamples": self.resamples,
-            "interval": "95 %, paired bootstrap over rows",
+            "interval": over(units, self.of_units),
             "samples": self.samples,
             "prompts": self.tokenizer.batch_decode(self.prompts),
         }
 
-    def _sums(self, number: int, model: LiveTeacher) -> np.ndarray:
-        """[rows, terms + 1] sums of one batch."""
-        batch = {key: value.to(model.model.device) for key, value in self.batches[number].items()}
+    def _batches(self) -> Iterator[tuple[list[np.ndarray], Batch]]:
+        """Each batch, and of its rows the unit of each token."""
+        rows = self.prepared.measured
+        for start in range(0, len(rows), BATCH):
+            numbers = range(start, min(start + BATCH, len(rows)))
+            units = [self.unit_of_token[n] for n in numbers]
+            yield units, self.prepared.collate([rows[n] for n in numbers])
+
+    def _units_of(self, units: Sequence[np.ndarray], labels: Tensor) -> Tensor:
+        """[N] the unit of each kept token."""
+        every = np.zeros(labels.shape, dtype=np.int64)
+        for number, row in enumerate(units):
+            every[number, : len(row)] = row
+        return torch.from_numpy(every)[:, 1:][labels[:, 1:] != IGNORED]
+
+    def _sums(self, units: Sequence[np.ndarray], batch: Batch, model: LiveTeacher) -> np.ndarray:
+        """[units, terms + 1] sums of one batch."""
+        its_units = self._units_of(units, batch["labels"])
+        batch = {key: value.to(model.model.device) for key, value in batch.items()}
         tokens = kept(batch["labels"])
         signal = model(batch, tokens)
-        if number == len(self.teacher_signals):  # the first model, the teacher, is asked once
-            self.teacher_signals.append(signal)
-        teacher, count = self.teacher_signals[number], len(batch["labels"])
-        sums = row_sums(signal, teacher, tokens.targets, tokens.rows, row_count=count)
-        return torch.stack(list(sums.values()), dim=1).cpu().double().numpy()
+        teacher = signal if model is self.teacher else self.teacher(batch, tokens)
+        numbers, places = its_units.unique(return_inverse=True)
+        where = places.to(signal.device)
+        sums = row_sums(signal, teacher, tokens.targets, where, row_count=len(numbers))
+        found = np.zeros((self.units, len(sums)))
+        found[numbers.numpy()] = torch.stack(list(sums.values()), dim=1).cpu().double().numpy()
+        return found
 
-    def _figures(self, sums: np.ndarray, draws: np.ndarray) -> dict[str, np.ndarray]:
-        """Each measure for each draw of rows, [draws, rows] times each row is drawn: [draws]."""
-        *drawn, tokens = (draws @ sums).T  # of each term and the count of tokens: [draws]
-        total = dict(zip(EVAL_TERMS, drawn, strict=True))
-        mean = {name: nats / tokens for name, nats in total.items()}
-        bits_per_byte = total["ce"] / math.log(2) / (draws @ self.row_bytes)
-        return {"perplexity": np.exp(mean.pop("ce")), "bits_per_byte": bits_per_byte, **mean}
+    def _bytes(self) -> np.ndarray:
+        """[units] bytes of the text that is predicted."""
+        found = [
+            (self._units_of(units, b["labels"]), kept(b["labels"]).targets) for units, b in self._batches()
+        ]
+        units, targets = (torch.cat(each).numpy() for each in zip(*found, strict=True))
+        return np.bincount(units, text.bytes_of_tokens(targets, self.tokenizer), self.units)
+
+
+def _figures(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """[R, terms + 2] sums of each term, of tokens and of bytes to each measure, [R]."""
+    *drawn, tokens, size = sums.T
+    total = dict(zip(EVAL_TERMS, drawn, strict=True))
+    mean = {name: nats / tokens for name, nats in total.items()}
+    with np.errstate(divide="ignore", invalid="ignore"):  # of special tokens alone there is no text
+        bits_per_byte = total["ce"] / math.log(2) / size
+    return {"perplexity": np.exp(mean.pop("ce")), "bits_per_byte": bits_per_byte, **mean}
 
 
 @torch.no_grad()

@@ -80,7 +80,9 @@ class ChoiceComparison(TokenComparison):
 
     def results(self, student: str) -> dict[str, Any]:
         found, answers = super().results(student), self.answers()
-        drawn = {"resamples": self.resamples, "seed": self.seed}
+        rows = self.prepared.measured
+        groups = rows["group"][:] if "group" in rows.column_names else None
+        drawn = {"resamples": self.resamples, "seed": self.seed, "groups": groups}
         chosen = results_of(answers, **drawn)
         raw = results_of(self.answers(normalised=False), **drawn)
         for source, names in ((chosen, OF_CHOICES), (raw, OF_RAW_CHOICES)):
