@@ -1,4 +1,7 @@
+import json
+
 import datasets
+import numpy as np
 import pytest
 import torch
 from conftest import sentences, tiny_tokenizer
@@ -7,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 
 from kdlib.config.sections import DataConfig
 from kdlib.data.batches import collate
-from kdlib.data.text import packed, prepare, read_documents, split_documents
+from kdlib.data.text import packed, prepare, read_documents, split_documents, units_of_tokens
 from kdlib.errors import DataError
 from kdlib.losses.signals import IGNORED
 
@@ -83,6 +86,67 @@ def test_a_train_split_that_is_held_out_as_well_is_refused(tmp_path, tokenizer):
 def test_blocks_are_the_documents_end_to_end():
     prepared = packed(Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5]]}), 3, separator=0)
     assert prepared["input_ids"][:] == [[1, 2, 3], [0, 4, 5]]  # the last 0 does not fill a block
+    assert prepared["documents"][:] == [[0, 0], [0, 0, 1, 1]]  # a separator is its document's
+
+
+def authored(folder, authors):
+    lines = [
+        json.dumps({"text": text, "author": authors[n]}) for n, text in enumerate(sentences(len(authors)))
+    ]
+    path = folder / "authored.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_what_belongs_together_is_on_one_side_and_counts_as_one(tmp_path, tokenizer, packing):
+    authors = [f"author {n % 12}" for n in range(60)]
+    asked = config(authored(tmp_path, authors), group="author", validation=0.25, packing=packing)
+    split = split_documents(read_documents(asked), asked, seed=0)
+    sides = [set(each["author"]) for each in split.values()]
+    assert not sides[0] & sides[1]
+    assert len(split["validation"]) == 15
+    made = prepare(asked, tokenizer, seed=0)
+    units, what = units_of_tokens(made)
+    assert what == "groups of documents"
+    assert sorted(set(np.concatenate(units).tolist())) == [0, 1, 2]
+    assert [len(each) for each in units] == list(map(len, made.validation["input_ids"]))
+
+
+@pytest.mark.parametrize(
+    ("authors", "changes", "expected"),
+    [
+        (["a"] * 6, {"group": "author"}, "all documents are of one author (data.group)"),
+        (["a", "b", None, "", float("nan"), "a"], {"group": "author"}, "3 rows have nothing in 'author'"),
+        (["a"] * 6, {"group": "writer"}, "no column 'writer'"),
+    ],
+)
+def test_groups_that_are_none_are_refused_with_a_reason(tmp_path, tokenizer, authors, changes, expected):
+    with pytest.raises(DataError) as caught:
+        prepare(config(authored(tmp_path, authors), **changes), tokenizer, seed=0)
+    assert expected in str(caught.value)
+
+
+def test_held_out_blocks_are_taken_of_as_many_documents_as_there_can_be(tmp_path, tokenizer):
+    """One document of half of all text, and many short ones."""
+    path = tmp_path / "text.jsonl"
+    texts = [" ".join(sentences(400)), *(" ".join(sentences(6, seed=n)) for n in range(1, 30))]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    asked = config(path, validation=0.5, max_eval_rows=15)
+    for seed in range(3):
+        made = prepare(asked, tokenizer, seed=seed)
+        assert len(made.validation) == 15
+        owners = {row["documents"][1] for row in made.validation} | {
+            row["documents"][-1] for row in made.validation
+        }
+        assert len(owners) >= 14
+
+
+def test_paragraphs_of_a_text_file_are_no_documents(tmp_path, tokenizer):
+    made = prepare(config(write(tmp_path, "txt")), tokenizer, seed=0)
+    units, what = units_of_tokens(made)
+    assert [set(each.tolist()) for each in units] == [{n} for n in range(len(made.validation))]
+    assert what == "blocks of one text, as if independent: rather too narrow"
 
 
 def test_what_is_left_out_is_noted(tmp_path, tokenizer):

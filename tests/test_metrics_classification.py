@@ -1,12 +1,14 @@
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 from sklearn import metrics
 
-from kdlib.metrics.bootstrap import Bootstrap, interval, mcnemar
+from kdlib.metrics.bootstrap import Bootstrap, interval, mcnemar, permutation
 from kdlib.metrics.calibration import bin_of, calibration_gaps, reliability
 from kdlib.metrics.classification import Answers, item_figures, measures
+from kdlib.metrics.names import MEASURES, SHARE
 from kdlib.metrics.paired import results_of, worst_rows
 
 NAMES = ("sport", "politics", "science", "music")
@@ -79,7 +81,7 @@ def test_the_resampled_measures_are_those_of_scikit_learn_on_the_items_drawn(mod
     teacher, answers = (Answers(each.probabilities[few], each.labels[few]) for each in (teacher, answers))
     figures, bootstrap = item_figures(answers, teacher, classes=True), Bootstrap(25, 50, seed=4)
     resampled = measures({name: bootstrap.sums(values) for name, values in figures.items()})
-    draws = np.concatenate(list(bootstrap._draws())).astype(int)
+    draws = np.concatenate(list(bootstrap.draws())).astype(int)
     for number, times in enumerate(draws):
         items = np.repeat(np.arange(25), times)
         drawn, beside = (
@@ -190,13 +192,15 @@ def test_an_interval_holds_its_value(results):
 
 def test_groups_are_drawn_whole():
     groups = ["a"] * 10 + ["b"] * 20 + ["c"] * 5
-    times = Bootstrap(35, 200, seed=3, groups=groups).times
-    assert times.shape == (200, 35)
-    assert all(len(set(draw[:10])) == len(set(draw[10:30])) == len(set(draw[30:])) == 1 for draw in times)
-    assert {draw[0] + draw[10] + draw[30] for draw in times} == {3.0}
-    assert np.array_equal(
-        Bootstrap(5, 20, groups=list("edcba")).times[:, ::-1], Bootstrap(5, 20, groups=list("abcde")).times
+    one_each = np.eye(35)
+    draws = Bootstrap(35, 200, seed=3, groups=groups).sums(one_each)  # how often each item is drawn
+    assert draws.shape == (200, 35)
+    assert all(len(set(draw[:10])) == len(set(draw[10:30])) == len(set(draw[30:])) == 1 for draw in draws)
+    assert {draw[0] + draw[10] + draw[30] for draw in draws} == {3.0}
+    backwards, forwards = (
+        Bootstrap(5, 20, groups=list(names)).sums(np.eye(5)) for names in ("edcba", "abcde")
     )
+    assert np.array_equal(backwards[:, ::-1], forwards)
 
 
 def test_rows_that_say_the_same_make_an_interval_no_narrower():
@@ -213,37 +217,30 @@ def test_rows_that_say_the_same_make_an_interval_no_narrower():
     assert by_page.std() == pytest.approx((share * (1 - share) / 30) ** 0.5, rel=0.1)
 
 
-def test_the_interval_covers_as_it_says():
-    """Answers drawn again and again from one population: the 95 % interval of accuracy holds the
-    population's about that often.
-    """
-    generator, covered = np.random.default_rng(0), 0
-    for _ in range(200):
-        right = generator.random(80) < 0.7
-        low_high = interval(right.mean(), Bootstrap(80, 300).sums(right[:, None].astype(float))[:, 0] / 80)
-        covered += low_high["low"] <= 0.7 <= low_high["high"]
-    assert 0.88 <= covered / 200 <= 0.99
-
-
 def test_what_is_always_or_never_right_on_a_few_rows_is_not_taken_for_certain():
-    assert interval(1.0, np.ones(9), share_of=3) == {
-        "value": 1,
-        "low": pytest.approx(3 / (3 + 1.959964**2)),
-        "high": 1,
-    }
-    assert interval(0.0, np.zeros(9), share_of=40) == {
-        "value": 0,
-        "low": 0,
-        "high": pytest.approx(1.959964**2 / (40 + 1.959964**2)),
-    }
+    third = 3 / (3 + 1.959964**2)
+    assert interval(1.0, np.ones(9), 3, SHARE) == {"value": 1, "low": pytest.approx(third), "high": 1}
     teacher, student = Answers([[0.9, 0.1], [0.2, 0.8]], [0, 0]), Answers([[0.8, 0.2], [0.7, 0.3]], [0, 0])
-    found = results_of({"teacher": teacher, "distilled": student}, ("a", "b"), resamples=100)["models"]
+    results = results_of({"teacher": teacher, "distilled": student}, ("a", "b"), resamples=100)
+    found = results["models"]
     assert found["distilled"]["accuracy"]["low"] == pytest.approx(2 / (2 + 1.959964**2))
     assert found["distilled"]["on_teachers_mistakes"]["mended"]["low"] < 0.3
     for certain in (found["teacher"]["agreement"], found["teacher"]["on_teachers_mistakes"]["repeated"]):
         assert certain["low"] == certain["high"] == 1
-    of_one_author = results_of({"teacher": student}, groups=["a", "a"], resamples=100)["models"]["teacher"]
-    assert of_one_author["accuracy"]["low"] == pytest.approx(1 / (1 + 1.959964**2))
+    of_one_author = results_of({"teacher": student}, groups=["a", "a"], resamples=100)
+    assert of_one_author["models"]["teacher"]["accuracy"] == {"value": 1, "low": 0, "high": 1}
+    assert "of which no interval can be told" in of_one_author["interval"]
+
+
+def test_models_that_never_differ_on_a_few_rows_are_not_equal_for_certain():
+    one, other = (Answers([[p, 1 - p]] * 6, [0] * 6) for p in (0.9, 0.8))
+    found = results_of({"teacher": one, "distilled": other}, ("a", "b"), resamples=100)["differences"]
+    width = 1.959964**2 / (6 + 1.959964**2)
+    accuracy, retention = (
+        next(each for each in found if each["metric"] == name) for name in ("accuracy", "retention")
+    )
+    assert (accuracy["value"], accuracy["low"], accuracy["high"]) == (0, *map(pytest.approx, (-width, width)))
+    assert (retention["low"], retention["high"]) == pytest.approx((-100 * width, 100 * width))
 
 
 def test_retention_is_the_share_of_the_teachers_accuracy(models, results):
@@ -334,15 +331,63 @@ def test_choices_may_differ_from_row_to_row():
     assert found[0]["said"]["distilled"] == [["no", 0.9], ["yes", 0.1]]
 
 
-def test_few_groups_are_said_to_be_too_few(models):
-    groups = [f"page {number % 3}" for number in range(len(models["teacher"]))]
-    assert results_of(models, NAMES, groups=groups, resamples=50)["interval"].endswith(
-        "over 3 groups of rows, too few to trust"
-    )
-    groups = [f"page {number % 20}" for number in range(len(models["teacher"]))]
-    assert results_of(models, NAMES, groups=groups, resamples=50)["interval"].endswith(
-        "over 20 groups of rows"
-    )
+@pytest.mark.parametrize(
+    ("pages", "said"), [(3, "3 groups of rows, which are few"), (20, "20 groups of rows")]
+)
+def test_few_groups_are_said_to_be_few(models, pages, said):
+    groups = [f"page {number % pages}" for number in range(len(models["teacher"]))]
+    found = results_of(models, NAMES, groups=groups, resamples=50)
+    assert found["units"] == pages
+    assert said in found["interval"]
+    assert ("few" in found["interval"]) == (pages < 20)
+
+
+def test_every_interval_stays_within_what_its_measure_can_be(models):
+    few = Answers(models["distilled"].probabilities[:4], models["distilled"].labels[:4])
+    teacher = Answers(models["teacher"].probabilities[:4], models["teacher"].labels[:4])
+    found = results_of({"teacher": teacher, "distilled": few}, NAMES, resamples=300)
+    for facts in found["models"].values():
+        for name, figures in facts.items():
+            if name in MEASURES:
+                within = MEASURES[name].within
+                assert within.low <= figures["low"] <= figures["value"] <= figures["high"] <= within.high
+        shares = [each["f1"] for each in facts["per_class"]]
+        assert all(0 <= each["low"] <= each["value"] <= each["high"] <= 1 for each in shares)
+    for each in found["differences"]:
+        within = MEASURES[each["metric"]].within.of_differences
+        assert within.low <= each["low"] <= each["value"] <= each["high"] <= within.high
+
+
+def test_a_test_by_groups_is_exact_and_of_single_rows_it_is_mcnemars():
+    advantage = np.array([1] * 9 + [-1] + [0] * 5)
+    assert permutation(advantage, [str(n) for n in range(15)])["p_value"] == pytest.approx(22 / 1024)
+    # groups that sum to 3, 2, -1: the signs' eight sums are 6, 4, 2, 0 and their opposites; |4| or more: four
+    found = permutation(np.array([1, 1, 1, 1, 1, -1, 0]), list("aaabbcd"))
+    assert found == {"p_value": 0.5, "test": "exact permutation over 4 groups"}
+    assert permutation(np.zeros(4, dtype=int), list("abab"))["p_value"] == 1
+
+
+def test_equal_models_whose_groups_stand_or_fall_together_differ_in_one_trial_of_twenty():
+    generator, groups = np.random.default_rng(0), np.repeat(np.arange(12), 50)
+    labels, sure = np.zeros(600, dtype=int), np.array([[0.9, 0.1], [0.1, 0.9]])
+    called = 0
+    for _ in range(300):
+        one, other = (Answers(sure[np.repeat(generator.integers(2, size=12), 50)], labels) for _ in "ab")
+        advantage = one.right.astype(int) - other.right
+        called += permutation(advantage, groups)["p_value"] < 0.05
+    assert called / 300 < 0.08
+    found = results_of({"teacher": one, "distilled": other}, groups=groups, resamples=50)["mcnemar"][0]
+    assert found["test"] == "exact permutation over 12 groups"
+
+
+def test_sums_of_many_rows_take_no_more_memory_than_they_need():
+    rows = np.random.default_rng(0).random((20_000, 24))
+    tracemalloc.start()
+    sums = Bootstrap(len(rows), 2000).sums(rows)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sums.shape == (2000, 24)
+    assert peak < 30 * 2**20
 
 
 def test_calibration_error_is_never_below_0():

@@ -18,9 +18,9 @@ from kdlib.diagnostics.doctor import diagnose
 from kdlib.errors import ConfigError
 from kdlib.evaluation.compare import compare_run
 from kdlib.losses.signals import kept
-from kdlib.metrics.bootstrap import Bootstrap, interval
+from kdlib.metrics.bootstrap import Bootstrap, over
 from kdlib.metrics.names import MEASURES, Measure
-from kdlib.metrics.paired import differences
+from kdlib.metrics.paired import differences, intervals
 from kdlib.models.classifier import load_classifier
 from kdlib.models.student import tokenizer_of
 from kdlib.plots.comparison import comparison_bars, comparison_message, quality_table
@@ -120,8 +120,9 @@ class Hesitation(Comparison):
             table = np.stack([right, 1 - np.abs(said[:, 0] - said[:, 1])], axis=1)
             means, drawn = table.mean(0), draws.sums(table) / 16
             figures[name] = {m: (means[i], drawn[:, i]) for i, m in enumerate(("accuracy", "hesitation"))}
-        models = {name: {m: interval(*each) for m, each in found.items()} for name, found in figures.items()}
-        return {"models": models, "differences": differences(figures), "rows": 16, "interval": "95 %"}
+        models = {name: intervals(found, 16) for name, found in figures.items()}
+        different, how = differences(figures, 16), over(16, "rows")
+        return {"models": models, "differences": different, "rows": 16, "interval": how}
 
 
 @pytest.fixture

@@ -1,3 +1,4 @@
+import gc
 import math
 from functools import partial
 
@@ -6,13 +7,16 @@ import pytest
 import torch
 from conftest import sentences, tiny_model, tiny_tokenizer
 from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from kdlib.config.run import parse
 from kdlib.data.batches import Prepared, collate
+from kdlib.data.text import bytes_of_tokens
 from kdlib.evaluation.compare import Candidate, measured
-from kdlib.metrics.bootstrap import Bootstrap
 from kdlib.models.student import shallower
-from kdlib.tasks.base import task_of
+from kdlib.reports.run import render_comparison
+from kdlib.tasks.base import asked, task_of
 from kdlib.tasks.language_modeling import TokenComparison, continuations
 
 
@@ -58,7 +62,7 @@ def test_the_figures_are_those_of_plain_torch(results, rows, tokenizer):
         kl += (t.exp() * (t - s)).sum().item()
         agree += (s.argmax(-1) == t.argmax(-1)).sum().item()
         tokens += len(s)
-        size += len(tokenizer.decode(ids[0, 1:]).encode())
+        size += len(tokenizer.decode(ids[0]).encode()) - len(tokenizer.decode(ids[0, :1]).encode())
     found = {
         name: results["models"]["distilled"][name]["value"]
         for name in ("perplexity", "bits_per_byte", "kl_to_teacher", "agreement")
@@ -94,18 +98,109 @@ def test_a_paired_interval_holds_its_value_and_is_narrower_than_the_unpaired(res
     assert paired["high"] - paired["low"] < sum(w["high"] - w["low"] for w in widths)
 
 
-def test_the_interval_covers_as_it_says(tokenizer):
-    """Rows drawn again and again from one population: the 95 % interval holds the population's mean about
-    that often.
-    """
-    generator, covered = np.random.default_rng(0), 0
-    made = prepared(Dataset.from_dict({"input_ids": [[1, 2, 3]] * 60}), tokenizer)
-    comparison, draws = TokenComparison(made, tokenizer), Bootstrap(60, 300).times
-    for _ in range(200):
-        sums = np.stack([generator.normal(2.0, 1.0, 60)] * 4 + [np.ones(60)], axis=1)
-        low, high = np.percentile(comparison._figures(sums, draws)["agreement"], [2.5, 97.5])
-        covered += low <= 2.0 <= high
-    assert 0.88 <= covered / 200 <= 0.99
+def compared(rows, tokenizer, resamples=400, **loads):
+    made, loads = prepared(rows, tokenizer), {"teacher": lambda: tiny_model().eval(), **loads}
+    candidates = {name: Candidate(load) for name, load in loads.items()}
+    return measured(TokenComparison(made, tokenizer, resamples=resamples), made, candidates, [*loads][-1])
+
+
+def test_documents_are_resampled_and_each_token_counts_for_its_own(rows, tokenizer):
+    """Ten documents of three blocks each, the middle one of which begins with the end of the first."""
+    ids = [row["input_ids"][:12] for row in rows]
+    whole = Dataset.from_dict({"input_ids": ids, "documents": [[0, n // 3] for n in range(30)]})
+    shared = [
+        [0, n // 3 * 2, 5, n // 3 * 2 + 1] if n % 3 == 1 else [0, n // 3 * 2 + n % 3 // 2] for n in range(30)
+    ]
+    packed = Dataset.from_dict({"input_ids": ids, "documents": shared})
+    blocks, documents, halves = (
+        compared(each, tokenizer) for each in (whole.remove_columns("documents"), whole, packed)
+    )
+    assert [each["units"] for each in (blocks, documents, halves)] == [30, 10, 20]
+    assert documents["interval"] == (
+        "95 %, paired bootstrap over 10 documents, which are few: below 20 it is rough"
+    )
+    for found in (documents, halves):
+        facts, others = found["models"]["teacher"], blocks["models"]["teacher"]
+        for name in ("perplexity", "bits_per_byte"):
+            assert facts[name]["value"] == pytest.approx(others[name]["value"])
+        assert found["tokens"] == blocks["tokens"]
+    comparison = TokenComparison(prepared(packed, tokenizer), tokenizer)
+    comparison.beside_teacher("teacher", asked(tiny_model(), comparison.prepared))
+    # of the blocks 0, 1, 2 the second's tokens 1 to 4 are the first's; a row's first is not predicted
+    assert comparison.sums["teacher"][:2, -1].tolist() == [11 + 4, 7 + 11]
+
+
+def test_blocks_that_are_alike_within_a_document_make_no_narrower_interval(rows, tokenizer):
+    """Each block three times over: three times as many blocks, and as sure as before."""
+    ids = [row["input_ids"][:12] for row in rows]
+    once = Dataset.from_dict({"input_ids": ids, "documents": [[0, n] for n in range(30)]})
+    thrice = Dataset.from_dict({"input_ids": ids * 3, "documents": [[0, n] for n in range(30)] * 3})
+    widths = []
+    for each in (once, thrice):
+        facts = compared(each, tokenizer)["models"]["teacher"]["perplexity"]
+        widths.append(facts["high"] - facts["low"])
+    assert widths[0] == pytest.approx(widths[1])
+
+
+def test_one_text_has_blocks_as_units_and_says_that_they_are_not_independent(rows, tokenizer):
+    one = Dataset.from_dict({"input_ids": rows["input_ids"][:], "documents": [[0, 7]] * 30})
+    found = compared(one, tokenizer)
+    assert found["units"] == 30
+    assert "30 blocks of one text, as if independent: rather too narrow" in found["interval"]
+
+
+def test_one_block_has_no_interval_but_all_that_can_be_and_still_a_page(rows, tokenizer, tmp_path):
+    found = compared(rows.select([0]), tokenizer, distilled=lambda: shallower(tiny_model(), [0, 3]))
+    facts = found["models"]["distilled"]
+    assert (facts["agreement"]["low"], facts["agreement"]["high"]) == (0, 1)
+    assert (facts["perplexity"]["low"], facts["perplexity"]["high"]) == (1, math.inf)
+    assert all(each["low"] <= 0 <= each["high"] for each in found["differences"])
+    render_comparison({**found, "task": "causal-lm", "rule": "here", "sources": {}}, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "of which no interval can be told" in page
+    assert "Few units were measured" in page
+
+
+def test_of_the_teacher_no_more_is_kept_than_one_batch(rows, tokenizer):
+    made = prepared(rows, tokenizer)
+    comparison, teacher = TokenComparison(made, tokenizer), asked(tiny_model(), made)
+    weights = {parameter.data_ptr() for parameter in teacher.model.parameters()}
+    comparison.add("teacher", teacher, made)
+    comparison.beside_teacher("teacher", teacher)
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.ndim == 2]
+    wide = [each for each in tensors if each.shape[-1] in (32, 300) and each.data_ptr() not in weights]
+    one_batch = 8 * max(len(row["input_ids"]) for row in rows) * 32 * 4
+    assert sum(each.numel() * each.element_size() for each in wide) <= one_batch
+
+
+@pytest.mark.parametrize("length", [7, 10, 16, 33])
+def test_bytes_of_a_character_that_a_block_divides_are_counted_once(tokenizer, length):
+    text = "蒸馏让小模型向大模型学习。Naïve café: 模型越小，越要好老师。" * 20
+    ids = np.array(tokenizer(text)["input_ids"])
+    assert len(ids) > 2 * len(text)  # a character is made of several tokens
+    assert bytes_of_tokens(ids, tokenizer).sum() == len(text.encode())
+    made = Dataset.from_dict({"input_ids": [ids[n : n + length] for n in range(0, len(ids) - 1, length)]})
+    comparison = TokenComparison(prepared(made, tokenizer), tokenizer)
+    predicted = np.concatenate([np.array(row["input_ids"][1:]) for row in made])
+    first = sum(bytes_of_tokens(np.array([row["input_ids"][0]]), tokenizer).sum() for row in made)
+    assert comparison._bytes().sum() == bytes_of_tokens(predicted, tokenizer).sum()
+    assert (
+        comparison._bytes().sum() + first
+        == bytes_of_tokens(ids[: sum(map(len, made["input_ids"]))], tokenizer).sum()
+    )
+
+
+def test_bytes_of_tokens_that_are_written_out_are_bytes():
+    """As vocabularies by SentencePiece have them: a space before a word, and bytes as <0xE8>."""
+    words = ["<unk>", "▁a", "▁stone", "s", *(f"<0x{byte:02X}>" for byte in range(256))]
+    model = models.BPE({word: n for n, word in enumerate(words)}, [], byte_fallback=True, unk_token="<unk>")
+    made = Tokenizer(model)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(steps)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+    ids = tokenizer.convert_tokens_to_ids(["▁a", "▁stone", "s", "<0xE8>", "<0x92>", "<0xB8>", "<unk>"])
+    assert bytes_of_tokens(np.array(ids), tokenizer).tolist() == [2, 6, 1, 1, 1, 1, 0]
 
 
 def test_facts_are_measured(results):

@@ -47,7 +47,7 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
     rows, numbered = {}, 0
     for name, limit in (("train", config.max_train_rows), ("validation", config.max_eval_rows)):
         groups = group_values(config, split[name], name)
-        numbers = np.arange(len(split[name])) if groups is None else pd.factorize(groups)[0]
+        numbers = np.arange(len(split[name])) if groups is None else np.unique(groups, return_inverse=True)[1]
         ids = tokenized(split[name], config.text, tokenizer, numbers + numbered)
         numbered += int(numbers.max(initial=0)) + 1
         lengths = token_lists(ids).value_lengths().to_pylist()
@@ -207,19 +207,18 @@ def units_of_tokens(prepared: Prepared) -> tuple[list[np.ndarray], str]:
 
     Documents, or what they belong to; of rows that know none, or one alone, the rows, and the words say so.
     """
-    rows, what = prepared.measured, prepared.notes.get("units", "rows")
+    rows, what = prepared.measured, prepared.notes.get("units")
     lengths = token_lists(rows).value_lengths().to_numpy()
     owners = np.repeat(np.arange(len(rows)), lengths)
     if "documents" in rows.column_names:
         spans = [np.array(each).reshape(-1, 2).T for each in rows["documents"]]
-        ends = [np.append(s[0][1:], length) for s, length in zip(spans, lengths, strict=True)]
-        each = [np.repeat(s[1], end - s[0]) for s, end in zip(spans, ends, strict=True)]
-        owners, what = (
-            (found, what) if len(np.unique(found := np.concatenate(each))) > 1 else (owners, ONE_TEXT)
-        )
+        sizes = [np.diff(starts, append=n) for (starts, _), n in zip(spans, lengths, strict=True)]
+        each = [np.repeat(numbers, size) for (_, numbers), size in zip(spans, sizes, strict=True)]
+        known, what = np.concatenate(each), what or "documents"
+        owners, what = (owners, ONE_TEXT) if len(np.unique(known)) == 1 else (known, what)
     elif "group" in rows.column_names:
-        owners = np.repeat(pd.factorize(rows["group"][:])[0], lengths)
-    return np.split(np.unique(owners, return_inverse=True)[1], np.cumsum(lengths)[:-1]), what
+        owners = np.repeat(np.unique(rows["group"][:], return_inverse=True)[1], lengths)
+    return np.split(np.unique(owners, return_inverse=True)[1], np.cumsum(lengths)[:-1]), what or "rows"
 
 
 def bytes_of_tokens(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
