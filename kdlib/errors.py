@@ -26,6 +26,10 @@ class Stopped(RunError):
     """A run that was asked to stop, and can go on."""
 
 
+class Died(RunError):
+    """A run whose process is gone: killed, or out of memory."""
+
+
 class DataError(KdlibError):
     """Text that cannot be read or trained on."""
 

@@ -171,15 +171,22 @@ def test_a_parameter_is_checked_against_the_notebook_itself():
         runner.check_parameters(notebook, {"runn": 1})
 
 
-def test_the_students_of_a_run_train_without_notebooks(raw_config, tmp_path, monkeypatch):
+def test_the_students_of_a_run_train_without_notebooks(raw_config, tmp_path, monkeypatch, capsys):
     bench = session.Workbench(runs.create(tmp_path / "runs", "plain", parse(raw_config)))
     monkeypatch.setattr(sys, "argv", ["kd", "train", str(bench.run.path)])
     with pytest.raises(RunError, match="run 00_setup first"):
         bench.student()
     bench.setup()
+    (bench.run.path / "STOP").touch()
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    words = f"stopped at step 1 with a checkpoint; go on with kd train {bench.run.path}"
+    assert (caught.value.code, capsys.readouterr().err.splitlines()[-1]) == (1, f"kd: {words}")
+    assert (bench.run.status["state"], bench.run.status["message"]) == ("stopped", words)
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert not caught.value.code
+    assert bench.run.status["state"] == "done"
     assert bench.run.is_trained
     assert bench.run.baseline.is_trained
 

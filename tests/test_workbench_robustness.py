@@ -112,7 +112,7 @@ def test_an_interrupted_run_stops_before_its_next_notebook_and_says_how_to_go_on
     assert process.returncode == 1
     assert "Ctrl-C again to stop at once" in out
     assert run.status["state"] == "stopped"
-    assert run.status["message"] == "stopped before second; go on with --resume waiting"
+    assert run.status["message"] == "stopped before second; go on with --resume, or run this cell again"
     assert run.manifest["stages"] == ["first"]
     assert not (run.path / "STOP").exists()
     assert '<span class="state stopped">stopped</span>' in (tmp_path / "reports" / "index.html").read_text()
@@ -128,5 +128,5 @@ def test_a_second_interrupt_stops_at_once_and_leaves_no_kernel(waiting):
     process.communicate(timeout=60)
     assert process.returncode != 0
     assert run.status["state"] == "stopped"
-    assert run.status["message"] == "interrupted; go on from the last checkpoint with --resume"
+    assert run.status["message"] == "interrupted; go on with --resume, or run this cell again"
     until(lambda: gone(left), "the kernel ends with its parent")

@@ -13,6 +13,7 @@ from typing import Any
 from kdlib.errors import RunError, without_keys
 
 REFUSALS = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EFBIG", "ENOTDIR")
+GO_ON = "KDLIB_GO_ON"
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,27 @@ def is_refusal(error: BaseException) -> bool:
 
 def write_error(path: Path, error: Exception) -> RunError:
     """The RunError for a disk that refuses."""
-    advice = "free some space, then go on with --resume"
+    advice = f"free some space, then {go_on()}"
     if isinstance(error, OSError) and error.errno != errno.ENOSPC:
         advice = "choose a folder you can write to with --runs"
     return RunError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; {advice}")
+
+
+@contextmanager
+def going_on(how: str) -> Iterator[None]:
+    """Inside, and in what is started there, this is how a stopped run goes on."""
+    before = os.environ.get(GO_ON)
+    os.environ[GO_ON] = how
+    try:
+        yield
+    finally:
+        del os.environ[GO_ON]
+        os.environ.update({GO_ON: before} if before else {})
+
+
+def go_on() -> str:
+    """How to go on from the last checkpoint: as the command says that was used, else as in a notebook."""
+    return os.environ.get(GO_ON, "go on with --resume, or run this cell again")
 
 
 def now() -> str:

@@ -9,17 +9,20 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
 from kdlib.config.run import Config, differences, parse
-from kdlib.errors import RunError, nearest, refuse_keys
+from kdlib.errors import Died, RunError, Stopped, nearest, refuse_keys
 from kdlib.runs.files import StudentFolder, now, read_json, write_json, write_text, writing
+from kdlib.runs.interrupts import heard, interrupted
+from kdlib.runs.lock import held, lives, this_process
 
 # set by the command that runs the notebooks: it keeps status.json, and nobody watches the cells
 PARENT = "KDLIB_RUN_BY"
@@ -71,15 +74,13 @@ class Run(StudentFolder):
         A run that says "running" while the process that ran it is gone has died.
         """
         status = read_json(self.path / "status.json", {"state": "created"})
-        if status["state"] == "running":
-            pid = status.get("pid")
-            if pid is None or _process_start(pid) != status.get("pid_started"):
-                return {**status, "state": "died", "message": "the process that ran it is gone"}
+        if status["state"] == "running" and not lives(status):
+            return {**status, "state": "died", "message": "the process that ran it is gone"}
         return status
 
     def set_status(self, state: str, message: str = "") -> None:
-        process = {"pid": os.getpid(), "pid_started": _process_start(os.getpid())}
-        write_json(self.path / "status.json", {"state": state, "message": message, "since": now(), **process})
+        status = {"state": state, "message": message, "since": now(), **this_process()}
+        write_json(self.path / "status.json", status)
 
     def add_to_manifest(self, **entries: Any) -> None:
         write_json(self.path / "manifest.json", {**self.manifest, **entries})
@@ -88,6 +89,33 @@ class Run(StudentFolder):
         """Mark a run made by hand as done; the command that runs notebooks does it itself."""
         if not headless():
             self.set_status("done")
+
+
+@contextmanager
+def working(run: Run, failed: Callable[[Run], object] = bool) -> Iterator[None]:
+    """Inside, this process alone works on the run; status.json says that it does, and how it ended.
+
+    Args:
+        failed: called after that with the run, where it did not end well.
+
+    Raises:
+        RunError: another process works on it.
+    """
+    with held(run.path), heard(interrupted, interrupted):
+        if (status := run.status)["state"] == "running":  # by a kdlib that knew no lock
+            do = f"in process {status['pid']}; wait for it, or stop it first"
+            raise RunError(f"run {run.name} is running already, {do}")
+        run.set_status("running")
+        try:
+            yield
+        except BaseException as error:
+            asked = isinstance(error, (Stopped, KeyboardInterrupt))
+            state = "stopped" if asked else "died" if isinstance(error, Died) else "failed"
+            with suppress(RunError):  # a full disk must not hide what went wrong
+                run.set_status(state, str(error) or type(error).__name__)
+                failed(run)
+            raise
+        run.set_status("done")
 
 
 def new_name(config_path: str | Path, *, smoke: bool = False) -> str:
@@ -150,14 +178,15 @@ def clean(run: Run) -> int:
     Raises:
         RunError: the run is not done.
     """
-    if (state := run.status["state"]) != "done":
-        advice = "it may go on from its checkpoints with --resume; or delete them by hand"
-        raise RunError(f"run {run.name} is {state}, not done: {advice}")
-    folders = [student.checkpoints for student in (run, run.baseline)]
-    freed = sum(file.stat().st_size for folder in folders for file in folder.rglob("*"))
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
-    return freed
+    with held(run.path):
+        if (state := run.status["state"]) != "done":
+            advice = "it may go on from its checkpoints with --resume; or delete them by hand"
+            raise RunError(f"run {run.name} is {state}, not done: {advice}")
+        folders = [student.checkpoints for student in (run, run.baseline)]
+        freed = sum(file.stat().st_size for folder in folders for file in folder.rglob("*"))
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        return freed
 
 
 def default_root() -> Path:
@@ -188,12 +217,3 @@ def _commit() -> str | None:
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=project_root(), check=False
     )
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _process_start(pid: int) -> float | None:
-    """When this process began: it tells it from a later one of the same number; None if none lives."""
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except psutil.NoSuchProcess:
-        return None

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from kdlib.reports.html import report_link
 from kdlib.runs import folder as runs
 from kdlib.runs.files import write_json
 from kdlib.runs.folder import Run
+from kdlib.runs.interrupts import heard
 from kdlib.runs.log import duration, time_left
 from kdlib.sweeps.processes import Outcome, Processes
 from kdlib.sweeps.results import FILE, Sweep, distilled_of
@@ -202,18 +202,11 @@ def say(line: str) -> None:
 
 @contextlib.contextmanager
 def _stoppable(processes: Processes) -> Iterator[None]:
-    """Ctrl-C, or a polite kill, asks all runs for a checkpoint; a second one ends them at once."""
+    """Ctrl-C, or a polite kill, asks all runs for a checkpoint; a second Ctrl-C ends them at once."""
 
-    def ask(number, frame):
-        if processes.stopping.is_set():
-            processes.end()
-        else:
-            processes.ask()
-            say("stopping: the runs make a checkpoint and end; Ctrl-C again to end them at once")
+    def ask() -> None:
+        processes.ask()
+        say("stopping: the runs make a checkpoint and end; Ctrl-C again to end them at once")
 
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with heard(ask, processes.end):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -16,6 +16,7 @@ import psutil
 
 from kdlib.runs.files import without_keys_in
 from kdlib.runs.folder import Run, project_root
+from kdlib.runs.lock import is_free
 
 LEFT_OUT = "01_dry_run"
 GRACE = 90.0  # s to make a checkpoint in, after which a process is killed
@@ -97,7 +98,7 @@ class Processes:
         while not self.stopping.is_set():
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if run.status["state"] != "running":  # a `kd run --resume` by hand holds no lock
+                if is_free(run.path) and run.status["state"] != "running":  # by hand
                     return True
                 fcntl.flock(log, fcntl.LOCK_UN)
             self.stopping.wait(5 * TICK)

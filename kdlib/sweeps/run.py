@@ -11,6 +11,7 @@ from kdlib.config.run import Config
 from kdlib.errors import KdlibError, RunError, refuse_keys
 from kdlib.runs.files import now, write_json, writing
 from kdlib.runs.folder import check_new
+from kdlib.runs.lock import held
 from kdlib.runs.log import duration
 from kdlib.sweeps import report
 from kdlib.sweeps.config import SweepConfig
@@ -52,10 +53,11 @@ def run_sweep(settings: SweepConfig, order: Order, *, dry_run: bool = False) -> 
     if dry_run:
         return None
     facts = {"file": order.file, "base": settings.base, "smoke": base.smoke, "command": order.command}
-    begin(sweep, settings, trials, **facts, repeated=repeated, forecast=text)
     limit = settings.timeout_minutes and settings.timeout_minutes * 60
     processes = Processes(order.reports, jobs=order.jobs, timeout_s=limit)
-    return Pool(sweep, base, order, processes, clock, report.render).run(supply)
+    with held(sweep.path):
+        begin(sweep, settings, trials, **facts, repeated=repeated, forecast=text)
+        return Pool(sweep, base, order, processes, clock, report.render).run(supply)
 
 
 def listing(sweep: Sweep, trials: Sequence[Trial], repeated: Sequence[str], *, more: int = 0) -> str:

@@ -3,11 +3,9 @@
 import json
 import math
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import torch
@@ -16,6 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from kdlib.errors import RunError
 from kdlib.metrics.names import MEASURES
+from kdlib.runs import interrupts
 from kdlib.runs.files import StudentFolder, read_json, write_json
 from kdlib.runs.log import duration, time_left
 
@@ -100,36 +99,43 @@ class Throughput(TrainerCallback):
         return seconds
 
 
-class LogBeforeSave(TrainerCallback):
-    """No checkpoint falls between two log lines: a resumed run's lines are those of an unbroken one."""
+class WholeLog(TrainerCallback):
+    """A checkpoint has all that its step logs, so that a resumed training's log is that of an unbroken one.
+
+    It falls between no two log lines, and where an epoch's end brings an evaluation, it comes after that.
+    """
+
+    def __init__(self) -> None:
+        self.awaited = False
 
     def on_step_end(self, args, state, control, **kwargs):
-        if control.should_save:
-            control.should_log = True
+        is_last = control.should_training_stop or state.epoch == int(state.epoch)
+        if control.should_save and is_last and args.eval_strategy == "epoch":
+            control.should_save, self.awaited = False, True
+        control.should_log |= control.should_save
 
-    on_epoch_end = on_step_end
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_save |= self.awaited
+        control.should_log |= control.should_save
+        self.awaited = False
 
 
 class StopRequest(TrainerCallback):
-    """Turns an interrupt, or a file STOP in a folder, into: finish the step, save, stop."""
+    """Turns Ctrl-C, a polite kill, or a file STOP in a folder, into: finish the step, save, stop.
+
+    Attributes:
+        stopped: so it ended, with steps left to make.
+    """
 
     def __init__(self, *folders: Path) -> None:
         self.files = [folder / "STOP" for folder in folders]
-        self.requested = False
+        self.requested, self.stopped, self.saved = False, False, -1
 
-    def __enter__(self):
-        self.main = threading.current_thread() is threading.main_thread()
-        if self.main:
-            self.previous = signal.signal(signal.SIGINT, self._interrupt)
-        return self
+    def heard(self) -> AbstractContextManager[None]:
+        """Inside, signals are heard."""
+        return interrupts.heard(self._request, interrupts.interrupted)
 
-    def __exit__(self, *error) -> None:
-        if self.main:
-            signal.signal(signal.SIGINT, self.previous)
-
-    def _interrupt(self, number, frame) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
+    def _request(self) -> None:
         self.requested = True
         print("stopping after this step, with a checkpoint; interrupt again to stop at once", flush=True)
 
@@ -142,8 +148,18 @@ class StopRequest(TrainerCallback):
             flag = torch.tensor(float(self.requested), device=args.device)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
             self.requested = bool(flag)
-        if self.requested and state.global_step < state.max_steps:
-            control.should_save = control.should_training_stop = control.should_log = True
+        self.stopped = self.requested and state.global_step < state.max_steps
+        control.should_training_stop |= self.stopped
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved = state.global_step
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """Called at a stop as well, where an unbroken training would neither evaluate nor log an epoch."""
+        if self.stopped:
+            control.should_evaluate &= state.epoch == int(state.epoch)
+            control.should_save = control.should_evaluate or self.saved < state.global_step
+            control.should_log |= control.should_save
 
 
 class EarlyStop(TrainerCallback):
@@ -156,10 +172,14 @@ class EarlyStop(TrainerCallback):
         self.patience, self.min_delta = patience, min_delta
 
     def on_evaluate(self, args, state, control, **kwargs):
+        control.should_training_stop |= self.is_due(args, state.log_history)
+
+    def is_due(self, args: TrainingArguments, logged: Iterable[Mapping[str, float]]) -> bool:
+        """Whether what is logged says: stop; a training that was killed then has nothing left to learn."""
         best, since = -math.inf, 0
-        for value in scores(args, state.log_history):
+        for value in scores(args, logged):
             best, since = (value, 0) if value > best + self.min_delta else (best, since + 1)
-        control.should_training_stop |= since >= self.patience
+        return since >= self.patience
 
 
 class StopAfter(TrainerCallback):

@@ -1,19 +1,20 @@
 """One training from a config: resumed where it stopped, its files left behind."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from kdlib.config.run import Config
 from kdlib.data.batches import Prepared
 from kdlib.errors import KdlibError, Stopped
 from kdlib.models.loading import parameters
 from kdlib.models.teacher import PROJECTIONS, LiveTeacher
-from kdlib.runs.files import StudentFolder, is_refusal, read_json, write_error, write_json
+from kdlib.runs.files import StudentFolder, go_on, is_refusal, write_error, write_json
 from kdlib.runs.folder import Run
+from kdlib.runs.lock import held
 from kdlib.runs.log import cut_metrics, history
 from kdlib.schedulers import from_spec
 from kdlib.training import nan_report, trackers
@@ -66,19 +67,18 @@ def train(
         ConfigError: a tracker cannot be told.
         ModelError: a model looks ahead.
         Stopped: by an interrupt or a STOP file; a checkpoint is there.
-        RunError: the disk is full.
+        RunError: the disk is full, or another process trains this run.
         NonFiniteLoss: see nan_report/.
     """
-    resume = last_checkpoint(folder)
-    # where it goes on, that evaluation is in metrics.jsonl already
-    changes = DRY_RUN if stop_after else {"eval_on_start": False} if resume else {}
-    args = training_arguments(config, folder.checkpoints, **changes)
+    args = training_arguments(config, folder.checkpoints, **(DRY_RUN if stop_after else {}))
     told = trackers.named_in(args)  # by kdlib, so not by the Trainer too
     args.report_to = [name for name in args.report_to or () if name not in told]
     trackers.check_key(told)
     if not stop_after:
         check_disk(folder, weights=4 * parameters(student), args=args)  # bytes
-    try:
+    with nullcontext() if args.process_index else held(folder.path), _write_errors(folder):
+        if resume := last_checkpoint(folder):
+            args.eval_on_start = False  # that evaluation is in metrics.jsonl already
         if args.process_index == 0:
             folder.path.mkdir(parents=True, exist_ok=True)
             cut_metrics(folder, step_of(resume))
@@ -111,8 +111,10 @@ def train(
             callbacks=[*callbacks],
         )
         check_causality(config, prepared, student, teacher.model if teacher else None)
+        early = None
         if (stops := config.early_stopping) and not stop_after:
-            trainer.add_callback(EarlyStop(stops.patience, stops.min_delta))
+            early = EarlyStop(stops.patience, stops.min_delta)
+            trainer.add_callback(early)
         stop = StopRequest(folder.path, folder.path.parent, *([asked_by.path] if asked_by else []))
         formulas = dict.fromkeys(objective.at(fraction).formula for fraction in (0.0, 1.0))
         facts = {"formula": "  …  ".join(formulas), **config.as_dict()}
@@ -121,27 +123,36 @@ def train(
         ends = StopAfter(stop_after) if stop_after else stop
         for callback in (PlanFile(folder, objective.planned), ends, tracking):
             trainer.add_callback(callback)
-        with nullcontext() if stop_after else stop, tracking:
-            _run(trainer, resume)
+        with nullcontext() if stop_after else stop.heard(), tracking:
+            _run(trainer, resume, early)
         if stop_after:
             return trainer
-        step = trainer.state.global_step
-        if stop.requested and step < trainer.state.max_steps:
-            how = "go on with --resume, or run this cell again"
-            raise Stopped(f"stopped at step {step} with a checkpoint; {how}")
+        if stop.stopped:
+            raise Stopped(f"stopped at step {trainer.state.global_step} with a checkpoint; {go_on()}")
         _finish(trainer, folder)
-    except Exception as error:  # of a full disk, torch, safetensors and tokenizers have each their own
-        if not isinstance(error, KdlibError) and (is_refusal(error) or disk_is_full(folder)):
-            raise write_error(folder.path, error) from error
-        raise
     return trainer
 
 
-def _run(trainer: DistillationTrainer, resume: str | None) -> None:
+@contextmanager
+def _write_errors(folder: StudentFolder) -> Iterator[None]:
+    """Inside, a disk that refuses is a RunError; of a full one, torch, safetensors and tokenizers have each
+    their own.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, KdlibError) and (is_refusal(error) or disk_is_full(folder)):
+            raise write_error(folder.path, error) from error
+        raise
+
+
+def _run(trainer: DistillationTrainer, resume: str | None, early: EarlyStop | None) -> None:
+    """Make the steps that are still to be made: none where the last was, before a kill."""
     if resume:
-        state = read_json(Path(resume) / "trainer_state.json")
-        if state["global_step"] >= state["max_steps"]:
-            trainer._load_from_checkpoint(resume)  # killed after its last step: the Trainer would go on
+        state = TrainerState.load_from_json(str(Path(resume) / "trainer_state.json"))
+        if state.global_step >= state.max_steps or (early and early.is_due(trainer.args, state.log_history)):
+            trainer._load_from_checkpoint(resume)
+            trainer.state = state
             return
     trainer.train(resume_from_checkpoint=resume)
 

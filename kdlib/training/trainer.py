@@ -30,7 +30,7 @@ from kdlib.models.heads import head_form
 from kdlib.models.teacher import PROJECTIONS, LiveTeacher, form_error, insides, signal_of
 from kdlib.runs.files import StudentFolder
 from kdlib.schedulers import Schedule
-from kdlib.training.callbacks import LogBeforeSave, PrintedLines, Throughput, scores
+from kdlib.training.callbacks import PrintedLines, Throughput, WholeLog, scores
 from kdlib.training.gradients import gradient_figures, term_gradients
 from kdlib.training.nan_guard import UNSHARDED, GuardedTrainer
 from kdlib.training.nan_search import Batch, Replay
@@ -101,7 +101,7 @@ class DistillationTrainer(GuardedTrainer):
             how += ": its head makes them by more than a matrix, a scale and a soft cap"
         lines = PrintedLines(label, f"the student's logits {how}", last_step=last_step)
         self.remove_callback(PrinterCallback)
-        for callback in (MetricsFile(folder), lines, LogBeforeSave(), self.throughput):
+        for callback in (MetricsFile(folder), lines, WholeLog(), self.throughput):
             self.add_callback(callback)
         if teacher is not None:
             teacher.to(self.args.device)

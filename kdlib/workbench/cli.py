@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from kdlib.config import run as configs
 from kdlib.config.run import Config, pairs
 from kdlib.errors import ConfigError
 from kdlib.runs import folder as runs
+from kdlib.runs.files import going_on
 from kdlib.runs.folder import Run
+from kdlib.runs.lock import held
 from kdlib.workbench.cli_checks import (
     ConfigFile,
     Overrides,
@@ -74,11 +77,13 @@ def run(
         name = free_name(root, name, config, smoke=smoke)
     from kdlib.workbench import runner
 
-    notebooks = runner.without(without or [])
+    notebooks, again = runner.without(without or []), f"go on with --resume {resume or name}"
     given = entered(config, override, smoke=smoke) | extra
     for notebook in notebooks:
         runner.check_parameters(Path("notebooks", f"{notebook}.ipynb"), {"run": "", **given})
-    with runner.Kernels(runs.project_root()) as kernels:  # the first gets ready meanwhile
+    # refused before anything is loaded; the first kernel gets ready meanwhile
+    alone = held(opened.path) if resume else nullcontext()
+    with alone, going_on(again), runner.Kernels(runs.project_root()) as kernels:
         if not resume:
             from kdlib.workbench import session  # after the checks that need no torch
 
@@ -121,13 +126,16 @@ def train(
     run: argument("A run's name, or its folder; 00_setup has prepared it."),
 ) -> None:
     """Train the students of RUN without notebooks; under torchrun (-m kdlib train RUN) on several GPUs."""
-    from kdlib.workbench import session
-
     opened = runs.open_run(*runs.locate(run))
     os.chdir(runs.project_root())  # from which a trained teacher's folder is named
-    bench = session.Workbench(opened)
-    bench.train()
-    bench.train_baseline()
+    ranks, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
+    again = f"{'torchrun … -m kdlib' if ranks > 1 else 'kd'} train {run}"
+    with going_on(f"go on with {again}"), nullcontext() if rank else runs.working(opened):
+        from kdlib.workbench import session
+
+        bench = session.Workbench(opened)
+        bench.train()
+        bench.train_baseline()
 
 
 @app.command()

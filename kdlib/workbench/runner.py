@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,9 +13,10 @@ from jupyter_core.utils import run_sync
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from kdlib.errors import RunError, Stopped, nearest, refuse_keys
-from kdlib.runs.files import without_keys_in, write_error
-from kdlib.runs.folder import PARENT, Run, project_root
+from kdlib.errors import Died, RunError, Stopped, nearest, refuse_keys
+from kdlib.runs.files import go_on, without_keys_in, write_error
+from kdlib.runs.folder import PARENT, Run, project_root, working
+from kdlib.runs.interrupts import heard, interrupted
 
 NOTEBOOKS = ("00_setup", "01_dry_run", "02_train", "03_compare")
 START_TIMEOUT = 600  # seconds; on a busy machine a kernel needs a minute to import torch
@@ -99,23 +99,10 @@ def run_notebooks(
         Stopped: by Ctrl-C or a STOP file.
         RunError: a notebook failed, or its kernel died.
     """
-    if (status := run.status)["state"] == "running":
-        do = f"in process {status['pid']}; wait for it, or stop it first"
-        raise RunError(f"run {run.name} is running already, {do}")
     refuse_keys(given)  # they stand in the executed notebooks
     folder = os.path.join(".", os.path.relpath(run.path))  # with a separator: a folder, not a name
-    run.set_status("running")
-    try:
-        with _stop_file(run):
-            _run_in_turn(run, {**given, "run": folder}, names, kernels)
-    except BaseException as error:
-        with contextlib.suppress(RunError):  # a full disk must not hide what went wrong
-            state = "died" if isinstance(error.__cause__, DeadKernelError) else "failed"
-            asked = isinstance(error, (Stopped, KeyboardInterrupt))
-            run.set_status("stopped" if asked else state, str(error) or type(error).__name__)
-            render(run)
-        raise
-    run.set_status("done")
+    with working(run, failed=render), _stop_file(run):
+        _run_in_turn(run, {**given, "run": folder}, names, kernels)
     return render(run)
 
 
@@ -126,7 +113,7 @@ def _run_in_turn(run: Run, parameters: Mapping[str, Any], names: Sequence[str], 
             print(f"— {name}: done before", flush=True)
             continue
         if (run.path / "STOP").exists():  # asked for while no training was there to hear it
-            raise Stopped(f"stopped before {name}; go on with --resume {run.name}")
+            raise Stopped(f"stopped before {name}; {go_on()}")
         print(f"— {name}", flush=True)
         notebook, copy = project_root() / "notebooks" / f"{name}.ipynb", run.notebooks / f"{name}.ipynb"
         with kernels.taken(another=name != names[-1]) as kernel:
@@ -170,8 +157,8 @@ def execute(
     except OSError as error:
         raise write_error(output, error) from error
     except DeadKernelError as error:
-        why = "its kernel died (killed, or out of memory); go on from the last checkpoint with --resume"
-        raise RunError(f"{notebook.stem}: {why}") from error
+        why = f"its kernel died (killed, or out of memory); {go_on()}"
+        raise Died(f"{notebook.stem}: {why}") from error
     finally:
         without_keys_in(output)
 
@@ -188,24 +175,18 @@ def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _stop_file(run: Run):
+def _stop_file(run: Run) -> Iterator[None]:
     """Ctrl-C asks the training kernel for a checkpoint by a file named STOP; a second one ends everything."""
     stop = run.path / "STOP"
     stop.unlink(missing_ok=True)
-    asked = False
 
-    def ask(number, frame):
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt("interrupted; go on from the last checkpoint with --resume")
-        asked = True
+    def ask() -> None:
         stop.touch()
         words = "a training stops after this step, with a checkpoint; anything else when its notebook ends"
         print(f"{words}; Ctrl-C again to stop at once", flush=True)
 
-    previous = signal.signal(signal.SIGINT, ask)
     try:
-        yield
+        with heard(ask, interrupted):
+            yield
     finally:
-        signal.signal(signal.SIGINT, previous)
         stop.unlink(missing_ok=True)

@@ -7,17 +7,18 @@ setting that its weights depend on.
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock
 
 from kdlib.config.run import Config, parse
 from kdlib.data.batches import Prepared
 from kdlib.errors import RunError, Stopped
 from kdlib.models.student import tokenizer_of
 from kdlib.runs import folder as runs
+from kdlib.runs.files import go_on
 from kdlib.runs.folder import Run
+from kdlib.runs.lock import held
 from kdlib.tasks import base as tasks
 from kdlib.training import run as training
 from kdlib.training.plan import objective_of
@@ -65,8 +66,7 @@ def taught(config: Config, asked_by: Run) -> Config:
         return config
     root = asked_by.path.parent
     run = run_of(config, root)
-    run.path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(run.path.with_name(f".{run.name}.lock")):
+    with held(run.path, wait=_waiting(run, asked_by)):
         own = own_config(config)
         tokenizer = tokenizer_of(own)
         prepared = tasks.prepare(own, tokenizer, new_head=True)
@@ -86,17 +86,26 @@ def taught(config: Config, asked_by: Run) -> Config:
     return resolved(config, root)
 
 
+def _waiting(run: Run, asked_by: Run) -> Callable[[str], None]:
+    """What to do while another process trains the teacher: say so once, and look for a STOP."""
+    told: set[str] = set()
+
+    def wait(who: str) -> None:
+        if who not in told:
+            told.add(who)
+            print(f"waiting for the teacher, {run.name}: it is being trained on {who}", flush=True)
+        if (asked_by.path / "STOP").exists():
+            (asked_by.path / "STOP").unlink(missing_ok=True)
+            raise Stopped(f"stopped while waiting for the teacher; {go_on()}")
+
+    return wait
+
+
 def _train(config: Config, run: Run, *, prepared: Prepared, **made: Any) -> None:
     if not run.path.exists():
         runs.create(run.path.parent, run.name, config, teacher_stage=True)
-    run.set_status("running")
-    try:
+    with runs.working(run):
         student = tasks.untrained_student(config, prepared, None)
         run.add_to_manifest(data=prepared.notes, formula=objective_of(config).at(0.0).formula)
         training.train(config, run, student=student, prepared=prepared, label="teacher", **made)
-    except BaseException as error:
-        stopped = isinstance(error, (Stopped, KeyboardInterrupt))
-        run.set_status("stopped" if stopped else "failed", str(error) or type(error).__name__)
-        raise
-    run.set_status("done")
     runs.clean(run)
