@@ -44,7 +44,7 @@ def test_all_faults_come_at_once_each_with_its_path_and_the_nearest_name(raw_con
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("loss.temperature=0", "loss.temperature: the temperature must stay above 0"),
+        ("loss.temperature=0", "loss.temperature: the temperature must stay from 0.01 to 100"),
         ("loss.temperature=hot", "loss.temperature: found 'hot'"),
         ("loss.weights={kd: 0, ce: 0}", "loss.weights: all weights are 0"),
         ("loss.weights.kd=-0.1", "weights are 0 or more"),
@@ -92,14 +92,20 @@ def test_all_faults_come_at_once_each_with_its_path_and_the_nearest_name(raw_con
         ),
         ("loss.temperature={reverse_lk: 2}", "did you mean 'reverse_kl'?"),
         ("loss.temperature={liner: [4, 1]}", "did you mean 'linear'?"),
-        ("loss.temperature={kd: 0}", "loss.temperature: kd: the temperature must stay above 0, found 0"),
+        (
+            "loss.temperature={kd: 0}",
+            "loss.temperature: kd: the temperature must stay from 0.01 to 100, found 0",
+        ),
         (
             "loss.temperature={kd: {linear: [1, -1]}}",
-            "loss.temperature: kd: the temperature must stay above 0",
+            "loss.temperature: kd: the temperature must stay from 0.01 to 100",
         ),
         ("loss.temperature={linear: [4, 1], kd: 2}", "a schedule is a number or one of linear"),
         ("loss.temperature={}", "loss.temperature: found {}; it is a number, a schedule, or a mapping"),
-        ("loss.temperature={piecewise: {0: 1, 0.505: 0, 0.506: 1}}", "must stay above 0"),
+        ("loss.temperature=1000", "from 0.01 to 100, found 1000"),
+        ("loss.temperature={linear: [4, 300]}", "from 0.01 to 100, found"),
+        ("loss.temperature={contrastive: 0.001}", "contrastive: the temperature must stay from 0.01 to 100"),
+        ("loss.temperature={piecewise: {0: 1, 0.505: 0, 0.506: 1}}", "must stay from 0.01 to 100"),
         ("loss.samples=64", None),
         ("loss.samples=0", "loss.samples: found 0"),
         (
@@ -255,7 +261,7 @@ def test_faults_in_nested_sections_and_between_fields_come_all_at_once(raw_confi
     message = faults(raw)
     for expected in (
         "no term 'kdd'",
-        "kd: the temperature must stay above 0",
+        "kd: the temperature must stay from 0.01 to 100",
         "'ce' has no temperature",
         "'hiden' has no temperature",
         "beside `top_k: 8`",
@@ -393,7 +399,7 @@ def test_differences_name_the_values_that_differ(raw_config):
         (
             "half.yaml",
             b'loss: {weights: {"\\ud800": -1}, temperature: {"\\ud800": 0}}',
-            r"'\ud800': the temperature must stay above 0",
+            r"'\ud800': the temperature must stay from 0.01 to 100",
         ),
         (
             "lines.yaml",

@@ -181,17 +181,44 @@ def test_vocabularies_of_different_size_are_refused(divergence):
         divergence(torch.zeros(2, 3), torch.zeros(2, 4))
 
 
+@each
+@pytest.mark.parametrize(
+    ("mistake", "found"),
+    [
+        (lambda x: x + 5, "148.4"),
+        (lambda x: x / 2, "sum to"),
+        (lambda x: x.exp(), "sum to"),
+        (lambda x: torch.full_like(x, -math.inf), "sum to 0"),
+    ],
+    ids=["raw logits", "divided by T afterwards", "probabilities", "nothing"],
+)
+def test_what_is_no_distribution_is_refused_by_name(divergence, mistake, found):
+    student, teacher = random_log_probs(2, seed=0), random_log_probs(2, seed=1)
+    for side, pair in (("student", (mistake(student), teacher)), ("teacher", (student, mistake(teacher)))):
+        with pytest.raises(ValueError, match=rf"{side}: .*{found}.*log_softmax"):
+            divergence(*pair)
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_rounded_log_probs_and_those_of_a_batch_pass_as_distributions(divergence, dtype):
+    student = torch.randn(2, 3, 50_000).log_softmax(-1).to(dtype)
+    assert divergence(student, student.roll(1, 0)).shape == (2, 3)
+    assert divergence(student[:, :0], student[:, :0]).shape == (2, 0)
+
+
 STUDENT, TEACHER = random_log_probs(40, seed=0), random_log_probs(40, seed=1)
 
 
 def test_the_pair_by_hand():
-    teacher, student = torch.tensor([[0.1, 0.5, 0.1, 0.3]]).log(), torch.tensor([[0.4, 0.2, 0.3, 0.1]]).log()
+    of = partial(torch.tensor, dtype=torch.float64)
+    teacher, student = of([[0.1, 0.5, 0.1, 0.3]]).log(), of([[0.4, 0.2, 0.3, 0.1]]).log()
     s, t = top_k_pair(student, teacher, 2)
-    torch.testing.assert_close(t.exp(), torch.tensor([[0.5, 0.3, 0.2]]))
-    torch.testing.assert_close(s.exp(), torch.tensor([[0.2, 0.1, 0.7]]))
+    torch.testing.assert_close(t.exp(), of([[0.5, 0.3, 0.2]]))
+    torch.testing.assert_close(s.exp(), of([[0.2, 0.1, 0.7]]))
     s, t = top_k_pair(student, teacher, 2, renormalise=True)
-    torch.testing.assert_close(t.exp(), torch.tensor([[0.625, 0.375]]))
-    torch.testing.assert_close(s.exp(), torch.tensor([[2 / 3, 1 / 3]]))
+    torch.testing.assert_close(t.exp(), of([[0.625, 0.375]]))
+    torch.testing.assert_close(s.exp(), of([[2 / 3, 1 / 3]]))
 
 
 @pytest.mark.parametrize("renormalise", [False, True], ids=["bucket", "renormalised"])

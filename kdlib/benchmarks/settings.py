@@ -4,6 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
+from kdlib.config.loss import COOLEST, HOTTEST
 from kdlib.config.sections import Count, Number, Section
 from kdlib.errors import nearest
 
@@ -90,7 +91,7 @@ class StepsConfig(Section):
     student_layers: Positive
     batch: Positive = 4
     length: Annotated[Count, Field(ge=2)] = 128
-    temperature: Annotated[Number, Field(gt=0)] = 2.0
+    temperature: Annotated[Number, Field(ge=COOLEST, le=HOTTEST)] = 2.0
     chunk: Positive = 512
     precision: list[Literal["float32", "bfloat16"]] = ["float32", "bfloat16"]
     rounds: Positive = 5

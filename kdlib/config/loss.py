@@ -36,6 +36,9 @@ TERM_NAMES = ("kd", "ce", *DIVERGENCES, *FEATURE_TERMS)
 TEMPERATURES = {**dict.fromkeys(("kd", *DIVERGENCES), 2.0), "contrastive": 0.1}
 """The terms that have a temperature, with the one they take unless told otherwise."""
 
+COOLEST, HOTTEST = 0.01, 100.0
+"""The temperatures that float32 can carry: at 1000 a KL is smaller than the rounding of a probability."""
+
 
 def _divergence(value: Any) -> Any:
     """`reverse_kl`, or `{generalized_jsd: {beta: 0.3}}`."""
@@ -100,7 +103,7 @@ def _by_term(temperature: Any) -> bool:
 def _temperature(value: Any) -> Any:
     """One for all terms, or one by term."""
     if not _by_term(value):
-        return _above_zero(value)
+        return _in_range(value)
     known = f"the terms with a temperature are {', '.join(TEMPERATURES)}"
     if not value:
         refuse([f"found {value!r}; it is a number, a schedule, or a mapping from terms to these; {known}"])
@@ -110,17 +113,29 @@ def _temperature(value: Any) -> Any:
             hint = "" if name in TERM_NAMES else nearest(str(name), [*TEMPERATURES, *SHAPES])
             faults.append(f"{name!r} has no temperature{hint}; {known}; schedules are {', '.join(SHAPES)}")
         try:
-            found[name] = _above_zero(spec)
+            found[name] = _in_range(spec)
         except ValueError as error:
             faults.append(f"{printable(str(name))}: {error}")
     refuse(faults)
     return found
 
 
-def _above_zero(spec: Any) -> Spec:
-    if min(sampled(spec)) <= 0:
-        raise ValueError(f"the temperature must stay above 0, found {spec}; usual values are 1 to 4")
+def _in_range(spec: Any) -> Spec:
+    values = sampled(spec)
+    if not COOLEST <= min(values) <= max(values) <= HOTTEST:
+        between = f"from {COOLEST:g} to {HOTTEST:g}"
+        raise ValueError(f"the temperature must stay {between}, found {spec}; usual values are 1 to 4")
     return normal(spec)
+
+
+def check_temperature(temperature: float) -> None:
+    """
+    Raises:
+        ValueError: it is not one that float32 can carry.
+    """
+    if not COOLEST <= temperature <= HOTTEST:
+        between = f"needs {COOLEST:g} to {HOTTEST:g}"
+        raise ValueError(f"the temperature is {temperature:g}, {between}; usual values are 1 to 4")
 
 
 def _top_k(value: Any) -> Any:

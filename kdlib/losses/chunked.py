@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kdlib.config.loss import check_temperature
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.signals import LinearSignal, Signal, wide
 
@@ -21,11 +22,14 @@ TokenFunction = Callable[[Tensor, Tensor | None, Tensor, Scalar], Tensor]
 
 @dataclass(frozen=True)
 class Weighted:
-    """A term made from logits, with its weight and temperature of now."""
+    """A term made from logits, with its weight and temperature of now; from 0.01 to 100, else ValueError."""
 
     function: TokenFunction
     weight: float = 1.0
     temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
 
 
 def token_values(

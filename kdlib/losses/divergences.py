@@ -6,14 +6,16 @@ Pure functions of log-probabilities; they know no mask, weight, temperature, log
     teacher: [N, V] likewise, same vocabulary order; no gradient flows into it.
 
 and returns [N] nats (total variation: [N] from 0 to 1), >= 0 up to rounding and 0 where the two agree.  All
-raise ValueError where the two differ in shape.  Below them: the same of the teacher's k likeliest tokens and
-one bucket for all the rest, or of tokens that it draws.
+raise ValueError where the two differ in shape, or where the first row of one is no distribution: raw logits,
+say.  Below them: the same of the teacher's k likeliest tokens and one bucket for all the rest, or of tokens
+that it draws.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,19 +23,48 @@ from torch import Tensor
 LogProbs = Tensor  # [N, V]
 Divergence = Callable[[LogProbs, LogProbs], Tensor]
 Named = TypeVar("Named", bound=Divergence)
-KNOWN: dict[str, tuple[Divergence, str]] = {}
-"""Every divergence and its formula, by the name that a config may give; `{at}` takes the temperature.
+
+
+@dataclass(frozen=True)
+class Known:
+    """A divergence as the objective takes it."""
+
+    function: Divergence  # which looks at nothing but numbers: no check, no wait for a device
+    formula: str  # `{at}` takes options and temperature
+    power: int = 2  # of the temperature: T^power keeps the size of the gradient when T moves
+
+    @property
+    def factor(self) -> str:
+        """As the formula writes it: `T²·`."""
+        return "T²·" if self.power == 2 else "T·"
+
+
+KNOWN: dict[str, Known] = {}
+"""Every divergence by the name that a config may give.
 
 A new one is a function here, with `@divergence`: kdlib.config.loss reads names and options off this file.
 """
 
 
-def divergence(formula: str) -> Callable[[Named], Named]:
-    """Makes a function one of the KNOWN; its keyword-only arguments are options, numbers from 0 to 1."""
+def divergence(formula: str, *, power: int = 2) -> Callable[[Named], Named]:
+    """Makes a function one of the KNOWN; its keyword-only arguments are options, numbers from 0 to 1.
+
+    What stands in this module under its name checks that it was given log-probabilities.
+
+    Args:
+        power: 2 where it is quadratic in small differences, as f-divergences with a smooth f are; 1 where
+            linear.  With both sides divided by T its gradient shrinks as 1 / T^power.
+    """
 
     def known(function: Named) -> Named:
-        KNOWN[function.__name__] = function, formula
-        return function
+        KNOWN[function.__name__] = Known(function, formula, power)
+
+        @wraps(function)
+        def checked(student: LogProbs, teacher: LogProbs, **options: float) -> Tensor:
+            _check_rows(student=student, teacher=teacher)
+            return function(student, teacher, **options)
+
+        return cast(Named, checked)
 
     return known
 
@@ -124,7 +155,7 @@ def adaptive_kl(student: LogProbs, teacher: LogProbs, *, head: float = 0.5) -> T
     return share * _kl(teacher, student) + (1 - share) * _kl(student, teacher)
 
 
-@divergence("TV(teacher, student; {at})")
+@divergence("TV(teacher, student; {at})", power=1)
 def total_variation(student: LogProbs, teacher: LogProbs) -> Tensor:
     """Half the summed difference of probabilities: the most by which the chance of any event differs.
 
@@ -147,17 +178,19 @@ class WithOptions:
         return self.divergence(student, teacher, **dict(self.options))
 
 
-def chosen(spec: str | Mapping[str, Mapping[str, float]]) -> tuple[Divergence, str]:
-    """The divergence of a config, `reverse_kl` or `{generalized_jsd: {beta: 0.3}}`, and its formula."""
+def chosen(spec: str | Mapping[str, Mapping[str, float]]) -> Known:
+    """The divergence of a config: `reverse_kl`, or `{generalized_jsd: {beta: 0.3}}`."""
     ((name, options),) = spec.items() if isinstance(spec, Mapping) else [(spec, {})]
-    function, formula = KNOWN[name]
+    known = KNOWN[name]
+    if not options:
+        return known
     settings = "".join(f"{option}={value:g}, " for option, value in options.items())
-    found = WithOptions(function, tuple(options.items())) if options else function
-    return found, formula.replace("{at}", settings + "{at}")
+    formula = known.formula.replace("{at}", settings + "{at}")
+    return replace(known, function=WithOptions(known.function, tuple(options.items())), formula=formula)
 
 
 def top_k_pair(
-    student: Tensor, teacher: Tensor, k: int, *, renormalise: bool = False
+    student: Tensor, teacher: Tensor, k: int, *, renormalise: bool = False, by: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Student and teacher on the teacher's top k tokens and a bucket for the tail: distributions again.
 
@@ -169,9 +202,12 @@ def top_k_pair(
         k: at least 1; V or more takes the whole vocabulary.
         renormalise: divide by the mass of the k instead of keeping a bucket, as most tools do.  A student
             with 99 % of its mass elsewhere then pays nothing, as long as its ratios within the k are right.
+        by: [N, V] what the k are the largest of; the teacher's log-probabilities where None.  Its logits tell
+            apart what rounding makes equal at a high temperature.
 
     Returns:
-        [N, k + 1] each; [N, k] renormalised; [N, V] where k covers the vocabulary.
+        [N, k + 1] each; [N, k] renormalised; [N, V] where k covers the vocabulary.  In float64, where the
+        device has it: the k are little of the vocabulary, and at a high temperature little of the mass.
 
     Reference: Anshumann et al. 2025, section on top-k and ghost token, https://arxiv.org/abs/2503.16870
     """
@@ -179,13 +215,13 @@ def top_k_pair(
         raise ValueError(f"top_k is {k}, needs 1 or more")
     if k >= teacher.shape[-1]:
         return student, teacher
-    ids = teacher.topk(k, dim=-1).indices
+    ids = (teacher if by is None else by).topk(k, dim=-1).indices
 
     def part(log_probs: Tensor) -> Tensor:
-        likeliest = log_probs.gather(-1, ids)
+        likeliest = widest(log_probs.gather(-1, ids))
         if renormalise:
             return likeliest.log_softmax(-1)
-        return torch.cat([likeliest, _log_mass_outside(log_probs, ids)], -1)
+        return torch.cat([likeliest, _log_mass_outside(log_probs, ids, likeliest)], -1)
 
     return part(student), part(teacher)
 
@@ -198,8 +234,10 @@ class OnTopK:
     k: int
     renormalise: bool = False
 
-    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return self.divergence(*top_k_pair(student, teacher, self.k, renormalise=self.renormalise))
+    def __call__(self, student: Tensor, teacher: Tensor, by: Tensor | None = None) -> Tensor:
+        """`by`: see `top_k_pair`."""
+        pair = top_k_pair(student, teacher, self.k, renormalise=self.renormalise, by=by)
+        return self.divergence(*pair).to(student.dtype)
 
 
 @dataclass(frozen=True)
@@ -208,7 +246,8 @@ class OnSamples:
 
     An f-divergence is a sum over tokens; each drawn token's summand is divided by the probability with which
     it was drawn, the teacher's own.  Value and gradient are then right on average over draws, as the
-    log-probabilities are of the whole vocabulary; a single value may be negative.
+    log-probabilities are of the whole vocabulary; a single value may be negative.  The noise of a KL's
+    gradient falls as 1/T, its mean as 1/T^2: twice the temperature asks for four times the samples.
 
     Reference: Anshumann et al. 2025 ("random sampling KD"), https://arxiv.org/abs/2503.16870
     """
@@ -217,7 +256,8 @@ class OnSamples:
     count: int
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
-        if adaptive_kl in (self.divergence, getattr(self.divergence, "divergence", None)):
+        named = getattr(self.divergence, "divergence", self.divergence)
+        if getattr(named, "__name__", "") == "adaptive_kl":
             raise ValueError("adaptive_kl is not a sum over tokens: no sample estimates it; use another")
         ids = teacher.exp().multinomial(self.count, replacement=True)
         drawn, theirs = student.gather(-1, ids), teacher.gather(-1, ids)
@@ -226,9 +266,17 @@ class OnSamples:
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) per row; gradient flows into both."""
+    """KL(p || q) per row; gradient flows into both.
+
+    With sum(q - p), which is 0 but for rounding: so an error of the logarithms that is common to a row drops
+    out.  Without it a KL of 1e-5, as at T = 100, was wrong by per cents.
+    """
     difference = (log_p - log_q).masked_fill(log_p.isneginf(), 0.0)  # 0 * (-inf - x) is 0 here, not nan
-    return (log_p.exp() * difference).sum(-1)
+    p = log_p.exp()
+    value = (p * difference).sum(-1)
+    if log_p.shape[-1] == 1:  # a summand (OnSamples), not a distribution
+        return value
+    return value + (log_q.detach().exp() - p.detach()).sum(-1)
 
 
 def _mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
@@ -258,11 +306,36 @@ def _likeliest(log_probs: Tensor, mass: float) -> Tensor:
     return log_probs > low
 
 
-def _log_mass_outside(log_probs: Tensor, ids: Tensor) -> Tensor:
-    """[N, 1] log of the mass of all tokens but these; -inf where none.  Not log(1 - mass), which cancels."""
+def widest(tensor: Tensor) -> Tensor:
+    """In float64, or float32 on a device without it (MPS)."""
+    return tensor.float() if tensor.device.type == "mps" else tensor.double()
+
+
+def _log_mass_outside(log_probs: Tensor, ids: Tensor, likeliest: Tensor) -> Tensor:
+    """[N, 1] log of the mass of all tokens but these; -inf where none.
+
+    Of a small rest its own sum, as 1 - mass would cancel; of a large one 1 - mass, whose error is smaller.
+    """
     rest = log_probs.scatter(-1, ids, -math.inf)
     nothing = rest.isneginf().all(-1, keepdim=True)  # logsumexp's gradient is nan there
-    return rest.masked_fill(nothing, 0.0).logsumexp(-1, keepdim=True).masked_fill(nothing, -math.inf)
+    summed = widest(rest.masked_fill(nothing, 0.0).logsumexp(-1, keepdim=True))
+    mass = likeliest.exp().sum(-1, keepdim=True)
+    outside = torch.where(mass < 0.5, torch.log1p(-mass.clamp(max=0.5)), summed)
+    return outside.masked_fill(nothing, -math.inf)
+
+
+def _check_rows(**sides: LogProbs) -> None:
+    """That the first row of each is a distribution; a look at all of them would cost as much as the loss."""
+    for side, log_probs in sides.items():
+        if torch.compiler.is_compiling() or log_probs.numel() == 0 or log_probs.shape[-1] == 1:
+            continue
+        with torch.no_grad():
+            total = log_probs.detach()[(0,) * (log_probs.ndim - 1)].double().exp().sum().item()
+        if abs(total - 1) > (1e-3 if torch.finfo(log_probs.dtype).eps < 1e-4 else 0.1):
+            raise ValueError(
+                f"{side}: the first row's exponentials sum to {total:.4g}; a divergence needs "
+                "log-probabilities, whose exponentials sum to 1: pass (logits / temperature).log_softmax(-1)"
+            )
 
 
 def _check_shapes(student: LogProbs, teacher: LogProbs) -> None:

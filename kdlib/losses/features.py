@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdlib.losses.divergences import skewed_forward_kl
+from kdlib.config.loss import check_temperature
+from kdlib.losses.divergences import KNOWN
 from kdlib.losses.signals import Signal, wide
 
 LayerPairs = Sequence[tuple[int, int]]  # (student's layer, teacher's layer), counted from 0
@@ -50,7 +51,7 @@ def attention_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     student, teacher = _wide(student), _wide(teacher)
     if teacher.shape[1] != student.shape[1]:
         teacher = F.adaptive_avg_pool1d(teacher.transpose(1, 2), student.shape[1]).transpose(1, 2)
-    return skewed_forward_kl(_log(student), _log(teacher)).mean(-1)
+    return KNOWN["skewed_forward_kl"].function(_log(student), _log(teacher)).mean(-1)
 
 
 def relational_distance(student: Tensor, teacher: Tensor, rows: Tensor) -> Tensor:
@@ -87,6 +88,7 @@ def contrastive_loss(student: Tensor, teacher: Tensor, rows: Tensor, *, temperat
     Reference: Tian et al. 2020 (CRD), https://arxiv.org/abs/1910.10699, with the negatives of the token's own
         row
     """
+    check_temperature(temperature)
     values = []
     for ours, theirs in _row_by_row(student, teacher, rows):
         own = torch.arange(len(ours), device=ours.device)

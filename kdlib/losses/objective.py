@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdlib.config.loss import TEMPERATURES
+from kdlib.config.loss import TEMPERATURES, check_temperature
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.chunked import Scalar, TokenFunction, Weighted, term_sums, token_values
-from kdlib.losses.divergences import KNOWN, Divergence, OnSamples, OnTopK, chosen, forward_kl
+from kdlib.losses.divergences import KNOWN, Divergence, Known, OnSamples, OnTopK, chosen
 from kdlib.losses.features import FEATURE_TERMS, feature_terms
 from kdlib.losses.ledger import Entry, Ledger
 from kdlib.losses.signals import Signal, wide
@@ -21,7 +21,9 @@ from kdlib.schedulers import Schedule, constant
 
 
 def log_probs(logits: Tensor, temperature: Scalar = 1.0) -> Tensor:
-    """log softmax(logits / T), in float32 at least, whatever the model's dtype."""
+    """log softmax(logits / T), in float32 at least, whatever the model's dtype; T from 0.01 to 100."""
+    if not isinstance(temperature, Tensor):
+        check_temperature(temperature)
     logits = logits.to(wide(logits.dtype))
     if not torch.compiler.is_compiling():
         return F.log_softmax(logits * (1 / temperature), dim=-1)
@@ -33,19 +35,18 @@ def log_probs(logits: Tensor, temperature: Scalar = 1.0) -> Tensor:
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """T^2 x divergence with both sides divided by T; the T^2 keeps the weight's meaning when T moves.
+    """T^power x divergence, both sides divided by T: the weight keeps its meaning when T moves."""
 
-    (Total variation, linear in small differences, would need T.)
-    """
-
-    divergence: Divergence = forward_kl
+    divergence: Divergence = KNOWN["forward_kl"].function
+    power: int = 2
 
     def __call__(
         self, student: Tensor, teacher: Tensor | None, targets: Tensor, temperature: Scalar
     ) -> Tensor:
         assert teacher is not None
-        ours, theirs = log_probs(student, temperature), log_probs(teacher, temperature)
-        return temperature**2 * self.divergence(ours, theirs)
+        pair = log_probs(student, temperature), log_probs(teacher, temperature)
+        by_logits = {"by": teacher} if isinstance(self.divergence, OnTopK) else {}
+        return temperature**self.power * self.divergence(*pair, **by_logits)
 
 
 def cross_entropy(
@@ -101,17 +102,17 @@ class Objective:
         """
         weights = {name: schedule(fraction) for name, schedule in self.weights.items()}
         active = {name: weight for name, weight in weights.items() if weight != 0}
-        divergence, formula = chosen(self.divergence)
+        kd = chosen(self.divergence)
         if self.top_k:
             k = round(self.top_k(fraction)) if callable(self.top_k) else self.top_k
-            divergence = OnTopK(divergence, k, self.renormalise)
             tail = "renormalised" if self.renormalise else "+ tail"
-            formula = formula.replace("{at}", f"{{at}}, top-{k} {tail}")
+            formula = kd.formula.replace("{at}", f"{{at}}, top-{k} {tail}")
+            kd = replace(kd, function=OnTopK(kd.function, k, self.renormalise), formula=formula)
         if self.samples and sampled:
-            divergence = OnSamples(divergence, self.samples)
-            formula = formula.replace("{at}", f"{{at}}, from {self.samples} samples")
+            formula = kd.formula.replace("{at}", f"{{at}}, from {self.samples} samples")
+            kd = replace(kd, function=OnSamples(kd.function, self.samples), formula=formula)
         temperatures = {name: self.temperature_of(name)(fraction) for name in active if name in TEMPERATURES}
-        return ObjectiveAt(active, temperatures, divergence, formula, self.normalise, self.layers)
+        return ObjectiveAt(active, temperatures, kd, self.normalise, self.layers)
 
     def planned(self, fraction: float) -> dict[str, float]:
         """Weights and temperatures at this fraction of training, by the names under which they are logged."""
@@ -140,8 +141,7 @@ class ObjectiveAt:
 
     weights: Mapping[str, float]
     temperatures: Mapping[str, float]
-    divergence: Divergence = forward_kl
-    divergence_formula: str = KNOWN["forward_kl"][1]
+    kd: Known = KNOWN["forward_kl"]  # what the kd term measures
     normalise: bool = True
     layers: str = "even"
 
@@ -188,7 +188,11 @@ class ObjectiveAt:
     def _function(self, name: str) -> TokenFunction:
         if name == "ce":
             return cross_entropy
-        return SoftTargets(self.divergence if name == "kd" else chosen(name)[0])
+        known = self._known(name)
+        return SoftTargets(known.function, known.power)
+
+    def _known(self, name: str) -> Known:
+        return self.kd if name == "kd" else chosen(name)
 
     def _written(self, name: str) -> str:
         if name == "ce":
@@ -197,8 +201,8 @@ class ObjectiveAt:
         if name in FEATURE_TERMS:
             normalised = ", normalised" if name == "hidden" and self.normalise else ""
             return f"{name}({self.layers}{normalised}{at and f'; {at}'})"
-        formula = self.divergence_formula if name == "kd" else chosen(name)[1]
-        return "T²·" + formula.format(at=at)
+        known = self._known(name)
+        return known.factor + known.formula.format(at=at)
 
 
 def ledger(

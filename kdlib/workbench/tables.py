@@ -56,7 +56,6 @@ def of_steps(log: pd.DataFrame) -> pd.DataFrame:
     shown |= {
         "loss": log["loss"].map("{:.4f}".format),
         "T": log["temperature"],
-        "T²": log["temperature"] ** 2,
         "learning rate": log["learning_rate"].map("{:.1e}".format),
         "grad norm": log["grad_norm"].map("{:.2f}".format),
     }
