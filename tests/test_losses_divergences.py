@@ -8,16 +8,15 @@ import torch
 from torch import Tensor
 
 from kdlib.losses.divergences import (
-    OnTopK,
     adaptive_kl,
     forward_kl,
     generalized_jsd,
     reverse_kl,
     skewed_forward_kl,
     skewed_reverse_kl,
-    top_k_pair,
     total_variation,
 )
+from kdlib.losses.sparse import OnTopK, top_k_pair
 
 V = 11
 FAMILY = {

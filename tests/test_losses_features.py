@@ -138,6 +138,20 @@ def test_layer_maps(spec, pairs):
     assert layer_pairs(spec, 2, 6) == pairs
 
 
+@pytest.mark.parametrize("ours", range(1, 13))
+@pytest.mark.parametrize("theirs", range(1, 13))
+def test_even_pairs_exist_rise_end_at_the_last_and_lie_at_the_same_depth(ours, theirs):
+    pairs = layer_pairs("even", ours, theirs)
+    assert [student for student, _ in pairs] == list(range(ours))
+    layers = [teacher for _, teacher in pairs]
+    assert layers[0] >= 0
+    assert layers == sorted(layers)
+    assert layers[-1] == theirs - 1
+    for student, teacher in pairs:  # half a layer of the teacher apart at most, but for its first
+        apart = (teacher + 1) / theirs - (student + 1) / ours
+        assert abs(apart) <= 0.5 / theirs + 1e-9 or teacher == 0
+
+
 @pytest.mark.parametrize("spec", [{"last": 3}, [[0, 6]], [[2, 0]]])
 def test_a_layer_that_is_not_there_is_refused(spec):
     with pytest.raises(ValueError, match="the student has layers 0 to 1, the teacher 0 to 5"):

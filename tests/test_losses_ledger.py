@@ -7,7 +7,7 @@ import torch
 from kdlib.config.loss import DIVERGENCES, TEMPERATURES, TERM_NAMES
 from kdlib.losses.divergences import KNOWN, chosen
 from kdlib.losses.features import FEATURE_TERMS
-from kdlib.losses.ledger import Entry, Ledger, LedgerWindow, breach
+from kdlib.losses.ledger import SUM_TOLERANCE, Entry, Ledger, LedgerWindow, breach
 from kdlib.losses.objective import EVAL_TERMS, Objective, ledger
 from kdlib.losses.signals import DenseSignal
 from kdlib.schedulers import constant, linear
@@ -51,6 +51,23 @@ def test_a_term_that_starts_inside_a_window_is_shown_at_its_full_value():
     window.add(Ledger({"ce": entry(1.0, 1, 1.0)}), 0)
     window.add(Ledger({"ce": entry(1.0, 1, 1.0), "kd": entry(6.0, 1, 0.5)}), 1)
     assert window.figures() == {"ce": (1.0, 1.0), "kd": (6.0, 0.25)}  # a share of 3 in one step of two: 1.5
+
+
+@pytest.mark.parametrize("widest", [torch.Tensor.double, torch.Tensor.float], ids=["float64", "MPS"])
+def test_a_long_window_adds_up_and_is_as_strict_as_a_short_one(widest, monkeypatch):
+    """Sums of float32 drift apart; where a device has no other, the tolerance grows with the window."""
+    monkeypatch.setattr("kdlib.losses.ledger.widest", widest)
+    window, book = LedgerWindow(), Ledger({"kd": entry(3.1, 8, 0.7), "ce": entry(4.3, 8, 0.3)})
+    total = book.total
+    with torch.no_grad():
+        for number in range(2000):
+            window.add(book, number // 8)
+            window.went_back(total)
+    assert breach(window.figures(), window.loss(), window.tolerance) is None
+    if widest is torch.Tensor.double:
+        assert window.tolerance == SUM_TOLERANCE
+        assert window.loss() == pytest.approx(8 * total.item(), rel=1e-12)
+        assert breach(window.figures(), window.loss() * (1 + 5e-5), window.tolerance)
 
 
 FIGURES = {"kd": (4.0, 0.7), "ce": (3.0, 0.3), "hidden": (0.5, 0.1)}

@@ -58,6 +58,24 @@ def test_each_terms_gradient_is_that_of_plain_autograd():
     assert all(parameter.grad is None for parameter in parameters)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_under_autocast_each_terms_gradient_is_taken_as_in_float32(dtype, monkeypatch):
+    """The check that sums were combined as the ledger does was made in autocast's dtype, and failed."""
+    monkeypatch.setattr("kdlib.hardware.bf16_instructions", lambda: ("avx512_bf16",))
+    student, teacher = tiny_model(layers=2, seed=1), LiveTeacher(tiny_model(), 300)
+    ids = torch.randint(300, (3, 11), generator=torch.Generator().manual_seed(0))
+    batch, found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, []
+    tokens, at = kept(ids), Objective({"kd": constant(0.7), "ce": constant(0.3)}, constant(2.0)).at(0)
+    for enabled, scale in ((False, 1.0), (True, 1.0), (True, 2.0**14)):
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            signal = signal_of(student, batch, tokens, vocabulary=300, form=head_form(student))
+            terms = shares(signal, teacher(batch, tokens), tokens.targets, at=at, chunk=7)
+            scaled = ((name, scale * term) for name, term in terms)
+            found.append(gradient_figures(term_gradients(scaled, list(student.parameters())), scale))
+    for figures in found[1:]:
+        assert figures == pytest.approx(found[0], rel=0.05)
+
+
 def test_the_cosine_says_whether_terms_pull_the_same_way():
     one = [torch.tensor([[1.0, 2.0]]), torch.tensor([3.0])]
     opposite, across = [-2 * part for part in one], [torch.tensor([[2.0, -1.0]]), torch.tensor([0.0])]

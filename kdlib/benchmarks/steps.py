@@ -87,8 +87,7 @@ class BooksClock(TrainerCallback):
 
     def figures(self, warmup: int) -> dict[str, float]:
         """Seconds of the median step after the warm-up, with its share of a line of the log."""
-        loss = sum(value * weight for value, weight in self.trainer.window.figures().values())
-        line = seconds(lambda: self.trainer.term_figures(loss), self.trainer.args.device)["wall_s"]
+        line = seconds(self.trainer.term_figures, self.trainer.args.device)["wall_s"]
         return {"ledger_s": statistics.median(self.steps[warmup:]) + line / LOGGING_STEPS}
 
 

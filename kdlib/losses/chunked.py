@@ -15,6 +15,7 @@ from kdlib.config.loss import check_temperature
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.signals import LinearSignal, Signal, wide
 
+BLOCK = 4096  # rows of a product whose sum has a wider dtype, made at a time
 Scalar = Tensor | float  # a temperature; a Tensor in compiled code, to serve every T
 TokenFunction = Callable[[Tensor, Tensor | None, Tensor, Scalar], Tensor]
 """(student logits [n, V], teacher's [n, V] or None, targets [n], temperature) -> [n] per-token values."""
@@ -117,7 +118,8 @@ class _ChunkedSums(torch.autograd.Function):
                 "backward without create_graph, or use token_values, which is plain differentiable code"
             )
         weights = ctx.weights.to(grad_sums.dtype)
-        scale = (grad_sums @ weights) / (weights @ weights)  # a ledger's total: grad_sums = scale * weights
+        # a ledger's total: grad_sums = scale * weights; `@` would be made in autocast's dtype
+        scale = (grad_sums * weights).sum() / weights.square().sum()
         torch._assert_async(  # no wait for the device, unlike `if`
             (grad_sums - scale * weights).abs().amax() <= 1e-4 * grad_sums.abs().amax(),
             "term_sums: its gradient was made for sum(weight * sum) / count with the weights given to it, "
@@ -161,11 +163,12 @@ class _Gradients:
 
 
 def _put_product(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
-    """out = left @ right, or += it; without another tensor of its size where the dtypes allow."""
+    """out = left @ right, or += it; without another tensor of its size."""
     if out.dtype == left.dtype:
         out.addmm_(left, right, beta=float(add))  # beta 0 does not read what was there
-    else:
-        out.copy_(out + left @ right if add else left @ right)
+        return
+    for rows, part in zip(out.split(BLOCK), left.split(BLOCK), strict=True):
+        rows.add_(part @ right) if add else rows.copy_(part @ right)
 
 
 def _chunks(tokens: int, size: int) -> list[slice]:

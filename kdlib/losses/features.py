@@ -150,7 +150,8 @@ def layer_pairs(
         ValueError: a model has no such layer.
     """
     if isinstance(spec, str):  # even
-        return [(i, round((i + 1) * teacher_layers / student_layers) - 1) for i in range(student_layers)]
+        depths = [(i + 1) * teacher_layers / student_layers for i in range(student_layers)]
+        return [(i, max(round(depth), 1) - 1) for i, depth in enumerate(depths)]
     if isinstance(spec, Mapping):
         pairs = [(student_layers - i, teacher_layers - i) for i in range(spec["last"], 0, -1)]
     else:

@@ -13,10 +13,11 @@ from torch import Tensor
 from kdlib.config.loss import TEMPERATURES, check_temperature
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.chunked import Scalar, TokenFunction, Weighted, term_sums, token_values
-from kdlib.losses.divergences import KNOWN, Divergence, Known, OnSamples, OnTopK, chosen
+from kdlib.losses.divergences import KNOWN, Divergence, Known, chosen
 from kdlib.losses.features import FEATURE_TERMS, feature_terms
 from kdlib.losses.ledger import Entry, Ledger
 from kdlib.losses.signals import Signal, wide
+from kdlib.losses.sparse import OnSamples, OnTopK
 from kdlib.schedulers import Schedule, constant
 
 

@@ -22,6 +22,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def widest(tensor: Tensor) -> Tensor:
+    """In float64, or float32 on a device without it (MPS)."""
+    return tensor.float() if tensor.device.type == "mps" else tensor.double()
+
+
 @dataclass(frozen=True)
 class Kept:
     """The N kept tokens of a batch."""

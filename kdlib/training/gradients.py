@@ -23,16 +23,19 @@ def term_gradients(
 
 
 @torch.no_grad()
-def gradient_figures(gradients: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
+def gradient_figures(gradients: Mapping[str, Sequence[Tensor]], scale: float = 1.0) -> dict[str, float]:
     """`<term>_grad_norm` of each term, `<a>_<b>_grad_cosine` of each pair: 1 alike, -1 against each other.
 
     A pair of which one norm is 0 has no cosine, and is left out.
+
+    Args:
+        scale: by which the losses were multiplied, as float16 asks for; norms are divided by it.
     """
     pairs = combinations_with_replacement(gradients, 2)
     products = {(a, b): _dot(gradients[a], gradients[b]) for a, b in pairs}
     values = dict(zip(products, torch.stack(list(products.values())).tolist(), strict=True))
     norms = {name: values[name, name] ** 0.5 for name in gradients}
-    figures = {f"{name}_grad_norm": norm for name, norm in norms.items()}
+    figures = {f"{name}_grad_norm": norm / scale for name, norm in norms.items()}
     for a, b in combinations(gradients, 2):
         if scale := norms[a] * norms[b]:
             figures[f"{a}_{b}_grad_cosine"] = values[a, b] / scale

@@ -160,6 +160,12 @@ class DistillationTrainer(GuardedTrainer):
         unused = sum(0 * matrix.weight.sum() for matrix in idle)
         return book.total * self.accelerator.num_processes + unused
 
+    def training_step(self, *arguments: Any, **options: Any) -> Tensor:
+        """The Trainer's, of one micro-batch; what it back-propagated is noted."""
+        loss = super().training_step(*arguments, **options)
+        self.window.went_back(loss / self.accelerator.num_processes)
+        return loss
+
     def _gradient_figures(self, at: ObjectiveAt) -> dict[str, float]:
         """Of the micro-batch that has just begun; the step is not changed, and DDP not told."""
         model, micro_batch = self.student, self.guard.micro_batches[-1]
@@ -168,7 +174,9 @@ class DistillationTrainer(GuardedTrainer):
         with micro_batch.replayed(), self.accelerator.autocast():
             tokens, ours, theirs = self.signals(model, micro_batch.inputs, at, with_teacher=at.needs_teacher)
             terms = shares(ours, theirs, tokens.targets, at=at, chunk=self.workspace.chunk)
-            return gradient_figures(term_gradients(terms, weights))
+            scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
+            scaled = ((name, scale * term) for name, term in terms)  # in float16 small gradients would be 0
+            return gradient_figures(term_gradients(scaled, weights), scale)
 
     def replay(
         self, at: ObjectiveAt | None = None, terms: Mapping[str, Weighted] | None = None, *, with_teacher=None
@@ -191,18 +199,20 @@ class DistillationTrainer(GuardedTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's training line with the terms, checked to sum to its loss."""
         if "loss" in logs:
-            logs |= self.term_figures(logs["loss"]) | self.gradients
+            logs |= self.term_figures() | self.gradients
             self.gradients = {}
         super().log(logs, start_time)
 
-    def term_figures(self, loss: float) -> dict[str, float]:
-        """What is logged of the steps since the last call, whose mean loss this is."""
-        figures = self.window.figures(partial(self.accelerator.reduce, reduction="sum"))
+    def term_figures(self) -> dict[str, float]:
+        """What is logged of the steps since the last call: their mean loss and its terms."""
+        over_ranks = partial(self.accelerator.reduce, reduction="sum")
+        figures, loss = self.window.figures(over_ranks), self.window.loss(over_ranks)
         tokens = float(self.accelerator.reduce(torch.tensor(float(self.tokens), device=self.args.device)))
-        if wrong := breach(figures, loss):
+        if wrong := breach(figures, loss, self.window.tolerance):
             raise RunError(f"step {self.state.global_step}: {wrong}")
         self.window, self.tokens, done = LedgerWindow(), 0, self.done(self.state.global_step - 1)
         return {
+            "loss": loss,
             **{f"{name}_loss": value for name, (value, _) in figures.items()},
             **{f"{name}_weight": weight for name, (_, weight) in figures.items()},
             **{name: schedule(done) for name, schedule in self.objective.temperature_schedules.items()},
