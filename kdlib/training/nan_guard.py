@@ -4,6 +4,7 @@ While all is well it costs one look per optimizer step, at its loss and the grad
 makes anyway, and keeps the micro-batches with their random numbers, to ask once more, dropout and all.
 """
 
+import shutil
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from kdlib.errors import NonFiniteLoss, RunError
 from kdlib.hardware import memory_kept
+from kdlib.models.teacher import PROJECTIONS
 from kdlib.runs.files import StudentFolder
 from kdlib.training import nan_report
 from kdlib.training.callbacks import last_checkpoint
@@ -78,6 +80,11 @@ class GuardedTrainer(Trainer):
         super().__init__(**options)
         self.folder, self.guard = folder, NanGuard()
 
+    @property
+    def student(self) -> PreTrainedModel:
+        """The model without what spreads it over processes."""
+        return self.accelerator.unwrap_model(self.model)
+
     @abstractmethod
     def replay(self) -> Replay:
         """How a batch of this optimizer step is asked once more."""
@@ -130,6 +137,21 @@ class GuardedTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         self.check_weights()
         super()._save_checkpoint(model, trial)
+
+    def save_student(self, folder: Path) -> None:
+        """The student and its tokenizer as safetensors, all or nothing, loadable by `from_pretrained`."""
+        self.check_weights()
+        state = self.accelerator.get_state_dict(self.model_wrapped)
+        state = {name: value for name, value in state.items() if not name.startswith(PROJECTIONS)}
+        if not self.is_world_process_zero():
+            return
+        half_made = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(half_made, ignore_errors=True)
+        self.student.save_pretrained(half_made, state_dict=state)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(half_made)
+        shutil.rmtree(folder, ignore_errors=True)
+        half_made.rename(folder)
 
     def micro_batch_of(self, row: dict[str, Any]) -> MicroBatch:
         """One row of the data."""

@@ -1,10 +1,8 @@
 """transformers' Trainer with kdlib's objective in it, writing a student's folder."""
 
 import operator
-import shutil
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PrinterCallback
+from transformers import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from kdlib.data.batches import Figures, perplexity
@@ -105,11 +103,6 @@ class DistillationTrainer(GuardedTrainer):
             self.add_callback(callback)
         if teacher is not None:
             teacher.to(self.args.device)
-
-    @property
-    def student(self) -> PreTrainedModel:
-        """The model without what spreads it over processes."""
-        return self.accelerator.unwrap_model(self.model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """One of kdlib.schedulers where given, else the Trainer's own."""
@@ -292,18 +285,3 @@ class DistillationTrainer(GuardedTrainer):
             if all(latest > value for value in earlier):
                 self.save_student(self.folder.best_model)
         return metrics
-
-    def save_student(self, folder: Path) -> None:
-        """The student and its tokenizer as safetensors, all or nothing, loadable by `from_pretrained`."""
-        self.check_weights()
-        state = self.accelerator.get_state_dict(self.model_wrapped)
-        state = {name: value for name, value in state.items() if not name.startswith(PROJECTIONS)}
-        if not self.is_world_process_zero():
-            return
-        half_made = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(half_made, ignore_errors=True)
-        self.student.save_pretrained(half_made, state_dict=state)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(half_made)
-        shutil.rmtree(folder, ignore_errors=True)
-        half_made.rename(folder)
