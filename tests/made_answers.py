@@ -29,8 +29,7 @@ COSTS = {
     "parameters": 10**6,
     "size_on_disk_gib": 0.004,
     "latency_ms": {"value": 2.5, "low": 2.4, "high": 2.9},
-    "throughput_rows_per_s": 1234.0,
-    "load_seconds": 0.3,
+    "throughput_rows_per_s": {"value": 1234.0, "low": 1200.0, "high": 1240.0},
     "peak_memory_gib": 0.2,
 }
 

@@ -139,10 +139,8 @@ def test_what_a_model_takes_is_measured(found, place):
         facts["size_on_disk_gib"] * 2**30
         == (place / "run" / "best_model" / "model.safetensors").stat().st_size
     )
-    assert 0 < facts["latency_ms"]["low"] <= facts["latency_ms"]["value"] <= facts["latency_ms"]["high"]
-    assert facts["throughput_rows_per_s"] > 0
-    assert facts["load_seconds"] > 0
-    assert "load_seconds" not in found[0]["models"]["untrained"]
+    for timed in (facts["latency_ms"], facts["throughput_rows_per_s"]):
+        assert 0 < timed["low"] <= timed["value"] <= timed["high"]
 
 
 def test_a_model_whose_logits_are_not_finite_is_refused(place, config):

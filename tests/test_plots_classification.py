@@ -25,7 +25,7 @@ def test_tables_and_figures_are_made_from_what_stands_in_the_file():
     assert set(figures) == {"confusion", "reliability", "f1_per_class"}
     assert tables["f1_per_class"]["rows"].sum() == 200
     assert "<b>" not in tables["worst"].to_html()
-    assert list(plots.quality_table(results).columns)[:2] == ["accuracy", "macro-F1"]
+    assert list(plots.quality_table(results).columns)[:2] == ["accuracy (primary)", "macro-F1"]
     assert plots.comparison_message(results).startswith(
         "Against the CE-only baseline, the distilled student shows: "
     )

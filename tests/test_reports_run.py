@@ -231,6 +231,41 @@ def test_the_message_says_better_worse_or_no_clear_difference():
     assert "no clear difference in KL to the teacher" in plots.comparison_message(results(distilled_kl=1.5))
 
 
+@pytest.mark.parametrize(("kl", "found"), [(1.0, "better"), (2.0, "worse"), (1.5, "open")])
+def test_one_difference_is_named_as_the_one_that_decides_and_the_others_as_uncorrected(tmp_path, kl, found):
+    table = plots.difference_table(results(distilled_kl=kl))
+    assert table["metric"].tolist().count("KL to teacher (primary)") == 1
+    first = table.reset_index().iloc[0]
+    assert (first.iloc[0], first["metric"]) == ("CE-only baseline", "KL to teacher (primary)")
+    assert (first["found"], set(table["found"])) == (found, {found, "better", "worse"} - {""})
+    said = plots.decided_by(results(kl))
+    assert "KL to the teacher is the primary measure: its difference to the CE-only baseline decides" in said
+    assert f"The other {len(table) - 1} differences are each taken by itself" in said
+    message = plots.comparison_message(results(kl))
+    assert message.index(", the primary measure; beside it, uncorrected: ") < message.index("agreement")
+    assert list(plots.quality_table(results(kl)).columns)[0] == "KL to teacher (primary)"
+    page = reports.render(made_run(tmp_path / "runs", "r", kl=kl), tmp_path / "reports").read_text()
+    assert said in page
+    assert (
+        plots.comparison_bars(results(kl)).axes[0].get_title(loc="left").startswith("KL to teacher (primary)")
+    )
+
+
+def test_a_speed_that_was_timed_once_is_not_shown():
+    made = results()
+    shown = plots.cost_table(made)["forward, tokens/s (median, middle half)"]
+    assert set(shown) == {"100 [90.0, 105]"}
+    for facts in made["models"].values():
+        facts["forward_tokens_per_s"] = 1455.0
+        facts["load_seconds"] = 1.0
+    assert [name for name in plots.cost_table(made) if "tokens/s" in name or "load" in name] == []
+
+
+def test_the_pace_of_a_training_has_its_spread(tmp_path):
+    page = reports.render(made_run(tmp_path / "runs", "r"), tmp_path / "reports").read_text()
+    assert "<dt>training, tokens/s</dt><dd>100</dd><small>middle half [100, 100]</small>" in page
+
+
 def test_figures_have_three_digits_and_their_interval():
     assert with_interval({"value": 0.42, "low": 0.3961, "high": 0.441}) == "0.420 [0.396, 0.441]"
     assert with_interval({"value": -1234.5, "low": -2000.0, "high": 534.2}, "+") == "-1,234 [-2,000, +534]"

@@ -19,6 +19,7 @@ from kdlib.reports import run as reports
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run
 from kdlib.sweeps import figures, report, results, run as sweep_run
+from kdlib.sweeps.cautions import at_the_edge, few_seeds, findings
 from kdlib.sweeps.config import SweepConfig
 from kdlib.sweeps.figures import variance_shares
 from kdlib.sweeps.results import Sweep
@@ -198,7 +199,7 @@ def finished(root: Path, trial, value: float, *, spread: float = 0.05, minutes: 
         "kl_to_teacher": metric,
         "agreement": metric,
         "parameters": 10**6,
-        "forward_tokens_per_s": 100.0,
+        "forward_tokens_per_s": {"value": 100.0, "low": 90.0, "high": 105.0},
         **facts,
     }
     runs.write_json(run.path / "comparison_results.json", {"models": {"distilled": distilled}})
@@ -306,7 +307,7 @@ def test_students_t_is_that_of_the_tables():
 
 def test_the_front_holds_what_nothing_beats_in_both(swept):
     costs = [
-        {"parameters": p * 10**6, "forward_tokens_per_s": s}
+        {"parameters": p * 10**6, "forward_tokens_per_s": {"value": s, "low": s - 9, "high": s + 5}}
         for p, s in ((1, 400.0), (2, 300.0), (3, 200.0), (4, 100.0))
     ]
     trials, settings = tables(swept([1.0, 0.8, 0.9, 0.7], costs=costs, grid=GRID))
@@ -449,12 +450,146 @@ def test_each_setting_has_a_gain_of_its_own_and_one_seed_keeps_its_own_interval(
         (-0.05, 1),
     ]
     assert " ".join(title(figures_of(sweep)["gains"]).split()) == (
-        "In accuracy the teacher helps in 2 of 4 settings, beyond the interval in 1"
+        "In accuracy the teacher helps in 1 of 4 settings, harms in 1, open in 2"
     )
     assert (
         "in one training: accuracy +0.0300 [+0.0100, +0.0500], over the same held-out rows: the teacher helps"
         in (results.gain_words(found[found["value"] == 0.03].iloc[0], "accuracy"))
     )
+
+
+def test_harm_is_drawn_and_told_as_plainly_as_gain(swept, tmp_path):
+    sweep = swept([1.0, 1.0], grid={"loss.temperature": [1, 2]}, metric="accuracy")
+    held_against_the_baseline(sweep, [-0.2, -0.25], spread=0.05)
+    _, settings = tables(sweep)
+    gains = results.gain_tables(sweep, settings)
+    figure = figures_of(sweep)["gains"]
+    assert title(figure) == "In accuracy the teacher helps in 0 of 2 settings, harms in 2, open in 0"
+    drawn = [line for line in figure.axes[0].lines if line.get_marker() == "X"]
+    assert [line.get_color() for line in drawn] == [figures.FOUND["harms"][0]] * 2
+    assert "helps 0, harms 2, open 0" in figure.axes[0].get_title(loc="left")
+    counted = results.counts_table(gains)
+    assert counted.loc["accuracy"].to_dict() == {"helps": 0, "harms": 2, "open": 0}
+    page = report.render(sweep, tmp_path / "reports")
+    table = pd.read_csv(page.parent / "tables" / "gains.csv")
+    assert table[table["metric"] == "accuracy"]["found"].tolist() == ["harms", "harms"]
+    assert "about one in twenty does so by chance" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("differences", "metric", "expected"),
+    [
+        ([-0.2], "accuracy", "The teacher harms in accuracy"),
+        ([0.036], "ece", "The teacher harms in calibration error"),
+        ([-0.2], "ece", "The teacher helps in calibration error"),
+        ([0.01], "accuracy", "What the teacher does to accuracy is open"),
+    ],
+)
+def test_a_single_setting_says_which_way_the_teacher_moved_it(swept, differences, metric, expected):
+    sweep = swept([1.0], grid={"seed": [0]}, metric="kl_to_teacher")
+    held_against_the_baseline(sweep, differences)
+    found = results.gain_tables(sweep, tables(sweep)[1])["kl_to_teacher"]
+    found["found"] = results.FOUND[results.is_better(found.iloc[0], metric)]
+    assert title(figures.gains_by_setting({metric: found}, [])) == expected
+
+
+# what the figures do not show
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "within"),
+    [("agreement", [0.6, 0.664], (0.0, 1.0)), ("kl_to_teacher", [0.01, 0.2], (0.0, 1.4))],
+)
+def test_an_interval_over_two_seeds_stays_in_its_measures_range_and_warns(
+    swept, tmp_path, metric, values, within
+):
+    sweep = swept(values, grid={"seed": [0, 1]}, metric=metric)
+    trials, settings = tables(sweep)
+    best = settings.iloc[0]
+    assert within[0] <= best["low"] < best["value"] < best["high"] <= within[1]
+    assert within[0] in (best["low"], None) or best["high"] == within[1]
+    assert any("two seeds only" in line for line in findings(sweep, trials, settings))
+    assert "Caution: there are two seeds only" in report.render(sweep, tmp_path / "reports").read_text()
+
+
+def test_a_difference_over_two_seeds_stays_between_its_bounds():
+    found = [
+        {"metric": "agreement", "model": "distilled", "against": "baseline", "value": value}
+        for value in (0.5, -0.4)
+    ]
+    gain = results.gain_of([{"differences": [{**each, "low": -1, "high": 1}]} for each in found], "agreement")
+    assert (gain["low"], gain["high"], gain["found"]) == (-1, 1, "open")
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        ([1, 1], []),
+        ([3, 3], []),
+        ([2, 3], ["1 of 2 settings has two seeds only"]),
+        ([2, 2], ["2 of 2 settings have two seeds only"]),
+        ([1, 3], ["1 of 2 settings has one seed"]),
+        ([1, 2], ["1 of 2 settings has two seeds only", "1 of 2 settings has one seed"]),
+    ],
+)
+def test_few_seeds_are_said(count, expected):
+    said = list(few_seeds(pd.DataFrame({"n": count})))
+    assert len(said) == len(expected)
+    assert all(words in line for words, line in zip(expected, said, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("grid", "values", "expected"),
+    [
+        (
+            {"loss.temperature": [1, 2, 4]},
+            [3.0, 2.0, 1.0],
+            "loss.temperature 4 is the highest of 3 tried, so",
+        ),
+        ({"loss.temperature": [1, 2, 4]}, [3.0, 2.0, 1.0], "; try 8 as well"),
+        ({"loss.temperature": [1, 2, 3]}, [3.0, 2.0, 1.0], "; try 4 as well"),
+        ({"loss.temperature": [1, 2, 4]}, [1.0, 2.0, 3.0], "temperature 1 is the lowest of 3 tried"),
+        ({"loss.temperature": [1, 2, 4]}, [3.0, 1.0, 2.0], None),
+        ({"training.learning_rate": ["1e-5", "1e-4"]}, [3.0, 1.0], "try 0.001 as well"),
+        ({"loss.weights.kd:ce": [0.5, 0.7, 0.9]}, [3.0, 2.0, 1.0], "try 1 as well"),
+        ({"loss.weights.kd:ce": [0.5, 0.75, 1.0]}, [3.0, 2.0, 1.0], None),  # no weight lies beyond
+        ({"student.layers": [1, 2]}, [1.0, 2.0], None),  # nor fewer layers
+        ({"loss.divergence": ["forward_kl", "reverse_kl"]}, [1.0, 2.0], None),
+        ({"loss.temperature": [2]}, [1.0], None),
+        ({"loss.temperature": [1, 2], "seed": [0, 1]}, [1.0, 1.1, 2.0, 2.1], "temperature 1 is the lowest"),
+        ({"loss.temperature": [1, 2, 4]}, [3.0, 1.0, None], None),  # what failed was tried
+    ],
+)
+def test_a_best_at_the_edge_of_what_was_tried_says_what_to_try(swept, grid, values, expected):
+    sweep = swept(values, grid=grid)
+    said = " ".join(at_the_edge(sweep, *tables(sweep)))
+    assert expected in said if expected else said == ""
+    assert "seed " not in said
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(5.9, "near the highest of its range"), (3.0, ""), (1.05, "lowest")]
+)
+def test_a_best_near_the_end_of_a_range_says_what_to_try(swept, value, expected):
+    space = {"loss.temperature": {"uniform": [1, 6]}}
+    sweep = swept([1.0, 2.0], random={"trials": 2, "from": space})
+    trials, settings = tables(sweep)
+    settings.loc[0, "loss.temperature"] = value
+    said = " ".join(at_the_edge(sweep, trials, settings))
+    assert expected in said
+    assert bool(said) == bool(expected)
+
+
+def test_a_speed_has_its_spread_and_a_time_of_one_training_is_not_compared(swept):
+    costs = [{"parameters": p * 10**6} for p in (1, 2)]
+    trials, settings = tables(swept([1.0, 0.8], costs=costs, grid={"loss.temperature": [1, 2]}))
+    assert (
+        settings[["tokens_per_s", "tokens_per_s_low", "tokens_per_s_high"]].to_numpy().tolist()
+        == [[100, 90, 105]] * 2
+    )
+    assert settings["training_s"].isna().all()
+    old = swept([1.0], name="old", costs=[{"forward_tokens_per_s": 1455.0}], grid={"seed": [0]})
+    assert tables(old)[1]["tokens_per_s"].isna().all()
 
 
 def test_without_baselines_there_is_no_gain_to_show(swept):

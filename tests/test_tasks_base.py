@@ -187,6 +187,6 @@ def test_what_a_report_does_not_know_of_a_task_it_shows_as_measured():
     figures = {"value": 0.5, "low": 0.4, "high": 0.6}
     models = {name: {"accuracy": figures, "perplexity": figures} for name in ("teacher", "distilled")}
     assert list(quality_table({"task": "of another machine", "models": models}).columns) == [
-        "perplexity",
+        "perplexity (primary)",
         "accuracy",
     ]

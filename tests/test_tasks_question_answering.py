@@ -250,7 +250,10 @@ def test_a_comparison_has_the_choices_with_paired_intervals(folders, prepared):
 def test_the_picture_and_the_tables_of_a_comparison_begin_with_the_choices(folders, prepared):
     models = {"teacher": "teacher", "untrained": "student", "distilled": "student"}
     results = {"task": "question-answering", **compared(folders, prepared, models)}
-    assert list(plots.quality_table(results).columns)[:2] == ["right choices", "retention, %"]
+    assert list(plots.quality_table(results).columns)[:2] == [
+        "right choices (primary)",
+        "retention, %",
+    ]
     assert "the distilled student shows: no clear difference in right choices" in plots.comparison_message(
         results
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from kdlib.metrics.names import MEASURES, TO_TEACHER
+from kdlib.metrics.names import MEASURES, TO_TEACHER, rivals_of
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class TaskRules:
     unit: str  # what is predicted, one by one: "token", or "row"
     best_by: tuple[str, ...]  # of an evaluation, the usual first: what may choose the best model
     measures: tuple[str, ...]  # of a comparison, first in its table and in this order; four are drawn
-    told_first: tuple[str, ...]  # in the sentence that opens a report, and in the table over all runs
+    told_first: tuple[str, ...]  # in a report's first sentence; the first is the primary: see `primary_in`
     reads: tuple[str, ...] = ()  # of `data:`, beside what every task reads
     not_shown: tuple[str, ...] = ("accuracy",)  # what a comparison has and its table leaves out
     rows: str = "rows"  # what a comparison is made over, in words
@@ -132,6 +132,16 @@ def shown_in(results: Mapping[str, Any], *, first: bool = False) -> list[str]:
 def differing(results: Mapping[str, Any], rival: str, *, first: bool = False) -> list[str]:
     """The measures held against this rival: not those of nearness to the teacher against the teacher."""
     return [name for name in shown_in(results, first=first) if rival != "teacher" or name not in TO_TEACHER]
+
+
+def primary_in(results: Mapping[str, Any]) -> str:
+    """The one measure that a comparison is decided by, against the hardest rival; chosen before it is made.
+
+    All others, and all other rivals, are beside it, each with an interval of its own: of many such some
+    exclude zero by chance (Hochberg and Tamhane 1987, Multiple Comparison Procedures, chapter 1).
+    """
+    first, every = (differing(results, rivals_of(results)[0], first=only) for only in (True, False))
+    return next(iter([*first, *every]))
 
 
 def misfits(config: Any) -> list[str]:

@@ -212,7 +212,8 @@ def _fit(data: Mapping[str, Any]) -> list[str]:
 def _time(data: Mapping[str, Any]) -> list[str]:
     if not (time := data.get("time")):
         return ["time: measure it with --measure, or with the dry run"]
-    lines = [f"time: {time['step_s']:.2g} s per optimizer step, measured on a few real ones"]
+    spread = f"from {time['fastest_s']:.2g} to {time['slowest_s']:.2g}"
+    lines = [f"time: {time['step_s']:.2g} s per optimizer step, the median of a few real ones, {spread}"]
     if (others := time["cores_of_others"]) > BUSY:
         lines.append(f"  other processes kept {others:.1f} cores busy meanwhile, so it may be less")
     evaluations = f", with {time['evaluations']} evaluations of {duration(time['evaluation_s'])}"

@@ -6,7 +6,6 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from kdlib.config.run import Config, pairs, parse
 from kdlib.data.batches import Prepared
 from kdlib.errors import ConfigError, RunError
 from kdlib.hardware import GIB, peak_memory, precision_of
-from kdlib.models.efficiency import stored_bytes, wait_for
+from kdlib.models.efficiency import stored_bytes
 from kdlib.models.loading import device_of, load_config, load_tokenizer, parameters
 from kdlib.models.student import check_pair, tokenizer_of
 from kdlib.plots.axes import LABELS
@@ -46,10 +45,7 @@ def measured(
         print(f"measuring {name} …", flush=True)
         rows = each.prepared or prepared
         with peak_memory(comparison.device) as peak:
-            started = perf_counter()
             model = each.load().to(comparison.device)
-            wait_for(comparison.device)
-            loaded = perf_counter() - started
             live = (asked if costs else teacher_of)(model, rows)
             took = comparison.add(name, live, rows)
         comparison.beside_teacher(name, live)
@@ -59,7 +55,6 @@ def measured(
             "parameters": parameters(model),
             "size_on_disk_gib": ((each.source and stored_bytes(each.source)) or held) / GIB,
             **took,
-            **({"load_seconds": loaded} if each.source else {}),
             "peak_memory_gib": peak.bytes / GIB,
         }
         del model, live

@@ -102,6 +102,13 @@ def difference(results: Mapping[str, Any], model: str, against: str, metric: str
     return next(each for each in results["differences"] if asked.items() <= each.items())
 
 
+def is_better(found: Mapping[str, float], metric: str) -> bool | None:
+    """Whether a difference is for the better or for the worse; None where its interval leaves that open."""
+    if found["low"] <= 0 <= found["high"]:
+        return None
+    return (found["value"] > 0) == MEASURES[metric].higher_is_better
+
+
 def three_digits(value: float, sign: str = "") -> str:
     """0.420, 12.3; whole numbers from 1,000 on."""
     return f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}#.3g}".rstrip(".")

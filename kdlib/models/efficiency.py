@@ -14,6 +14,7 @@ from kdlib.models.loading import folder_of
 
 Batch = Mapping[str, Tensor]
 WARM_UP = 3  # answers that are not timed
+TIMES, ENOUGH_S = 5, 10.0  # timings at least, unless three took so long
 
 
 def wait_for(device: torch.device) -> None:
@@ -37,9 +38,22 @@ def latency_ms(
     """Milliseconds for one row by itself, its inputs at hand: median of these rows, and the middle half."""
     for batch in batches[:WARM_UP]:
         ask(batch)
-    times = [1e3 * seconds_of(lambda batch=batch: ask(batch), device) for batch in batches]
-    low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    return middle_half([1e3 * seconds_of(lambda batch=batch: ask(batch), device) for batch in batches])
+
+
+def middle_half(timings: Sequence[float]) -> dict[str, float]:
+    """{value, low, high}: the median of several timings, and the quartiles, which a busy machine moves."""
+    low, median, high = statistics.quantiles(timings, n=4) if len(timings) > 1 else [*timings] * 3
     return {"value": median, "low": low, "high": high}
+
+
+def repeated(action: Callable[[], object], device: torch.device) -> list[float]:
+    """Seconds that it takes, five times, or three where it is slow; a first time is not counted."""
+    action()
+    found: list[float] = []
+    while len(found) < TIMES and not (len(found) >= 3 and sum(found) > ENOUGH_S):
+        found.append(seconds_of(action, device))
+    return found
 
 
 def stored_bytes(source: str) -> int | None:

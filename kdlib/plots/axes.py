@@ -57,6 +57,11 @@ def on_axis(model: str) -> str:
     return "\n".join(wrap(label_of(model), 10))
 
 
+def upper(words: str) -> str:
+    """As a sentence begins."""
+    return words[:1].upper() + words[1:]
+
+
 def shortened(text: str, length: int) -> str:
     """Its beginning, where it is longer."""
     return text if len(text) <= length else f"{text[: length - 1]}…"

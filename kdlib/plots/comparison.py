@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kdlib.config.task_rules import differing, rules_in, shown_in
-from kdlib.metrics.names import DRAWN, MEASURES, difference, rivals_of, student_of, with_interval
+from kdlib.config.task_rules import differing, primary_in, rules_in, shown_in
+from kdlib.metrics.names import DRAWN, MEASURES, difference, is_better, rivals_of, student_of, with_interval
 from kdlib.plots.axes import (
     COLOURS,
     LABELS,
@@ -22,19 +22,22 @@ from kdlib.plots.axes import (
     on_axis,
     panels,
     titled,
+    upper,
 )
 from kdlib.plots.classification import answer_figures
 
 COSTS = {  # what a comparison measures of it: how a column is headed, and its figures written
     "parameters": ("parameters", lambda count: f"{count / 1e6:.1f} M"),
     "size_on_disk_gib": ("as safetensors, GiB", lambda size: f"{size:.{'2f' if size >= 0.1 else '2g'}}"),
-    "forward_tokens_per_s": ("forward, tokens/s", "{:.0f}".format),
+    "forward_tokens_per_s": ("forward, tokens/s (median, middle half)", with_interval),
     "latency_ms": ("one row, ms (median, middle half)", with_interval),
-    "throughput_rows_per_s": ("rows/s, in batches", "{:,.0f}".format),
-    "load_seconds": ("to load, s", "{:.1f}".format),
+    "throughput_rows_per_s": ("rows/s, in batches (median, middle half)", with_interval),
     "peak_memory_gib": ("peak memory, GiB", "{:.2f}".format),
 }
 
+PRIMARY = " (primary)"
+FOUND = {True: "better", False: "worse", None: "no clear difference in"}
+WAYS = {True: "better", False: "worse", None: "open"}
 BARS = "teacher_student_comparison"  # the figure over all models
 LEARNED = ("choice_accuracy", "accuracy", "macro_f1", "log_loss", "kl_to_teacher", "perplexity")
 
@@ -70,7 +73,10 @@ def comparison_bars(results: Mapping[str, Any]) -> Figure:
         if metric == "perplexity":
             axes.set_yscale("log")
         axes.set_xticks(range(len(models)), [on_axis(m) for m in models], fontsize=8, parse_math=False)
-        axes.set_title(MEASURES[metric].label(rules_in(results).unit).strip(), fontsize=9, loc="left")
+        title = MEASURES[metric].label(rules_in(results).unit).strip()
+        if metric == primary_in(results):
+            title = title.replace(MEASURES[metric].name, MEASURES[metric].name + PRIMARY, 1)
+        axes.set_title(title, fontsize=9, loc="left")
         axes.margins(y=0.15)
     message = comparison_message(results).replace(": ", ":\n", 1).replace("; ", ",\n")
     return titled(figure, f"{message}\n{sample_of(results)}")
@@ -88,43 +94,60 @@ def sample_of(results: Mapping[str, Any]) -> str:
 
 
 def comparison_message(results: Mapping[str, Any]) -> str:
-    """What the comparison found, in a sentence; says so where an interval overlaps zero."""
+    """What the comparison found, in a sentence: the primary measure first, the others named as beside it."""
     student, rival, parts = student_of(results), rivals_of(results)[0], []
-    for metric in differing(results, rival, first=True):
-        d, measure = difference(results, student, rival, metric), MEASURES[metric]
-        better = d["value"] > 0 if measure.higher_is_better else d["value"] < 0
-        verdict = "no clear difference in" if d["low"] <= 0 <= d["high"] else "better" if better else "worse"
-        parts.append(f"{verdict} {measure.brief} ({with_interval(d, '+')})")
+    for metric in dict.fromkeys([primary_in(results), *differing(results, rival, first=True)]):
+        d = difference(results, student, rival, metric)
+        parts.append(f"{FOUND[is_better(d, metric)]} {MEASURES[metric].brief} ({with_interval(d, '+')})")
+    parts[0] += ", the primary measure"
+    if len(parts) > 1:
+        parts[1] = f"beside it, uncorrected: {parts[1]}"
     if "retention" in shown_in(results):
         parts.append(f"{with_interval(results['models'][student]['retention'])} % of the teacher's accuracy")
     return f"Against {called(rival)}, {called(student)} shows: {'; '.join(parts)}"
 
 
+def decided_by(results: Mapping[str, Any]) -> str:
+    """Which difference decides, and what the others are worth, which are many."""
+    rivals, name = rivals_of(results), MEASURES[primary_in(results)].words
+    others = sum(len(differing(results, rival)) for rival in rivals) - 1
+    found = f"{upper(name)} is the primary measure: its difference to {called(rivals[0])} decides."
+    if others:
+        found += (
+            f" The other {others} differences are each taken by itself, at 95 %, and not corrected for their "
+            "number: where nothing differs, about one in twenty still excludes zero."
+        )
+    return found
+
+
 def quality_table(results: Mapping[str, Any]) -> pd.DataFrame:
     """One row per model: each metric with its 95 % interval."""
     models, shown = results["models"].items(), shown_in(results)
-    rows = {label_of(n): {MEASURES[m].name: with_interval(facts[m]) for m in shown} for n, facts in models}
+    heads = {m: MEASURES[m].name + PRIMARY * (m == primary_in(results)) for m in shown}
+    rows = {label_of(n): {heads[m]: with_interval(facts[m]) for m in shown} for n, facts in models}
     return pd.DataFrame(rows).T
 
 
 def cost_table(results: Mapping[str, Any]) -> pd.DataFrame:
-    """One row per model: size, speed and memory, as measured in this comparison."""
-    rows = {
-        label_of(name): {label: form(facts[cost]) for cost, (label, form) in COSTS.items() if cost in facts}
-        for name, facts in results["models"].items()
-    }
+    """One row per model: size, speed and memory, as measured in this comparison; no speed timed only once."""
+    rows: dict[str, dict[str, str]] = {}
+    for name, facts in results["models"].items():
+        known = {cost: facts[cost] for cost in COSTS if cost in facts}
+        told = {c: v for c, v in known.items() if COSTS[c][1] is not with_interval or isinstance(v, Mapping)}
+        rows[label_of(name)] = {COSTS[cost][0]: COSTS[cost][1](value) for cost, value in told.items()}
     return pd.DataFrame(rows).T.fillna("")
 
 
 def difference_table(results: Mapping[str, Any]) -> pd.DataFrame:
-    """The student's paired differences, the hardest rival first, and whether the interval excludes zero."""
-    student, rows = student_of(results), []
+    """The student's paired differences, the primary first, and which way each goes beyond its interval."""
+    student, rows, decides = student_of(results), [], primary_in(results)
     for rival in rivals_of(results):
-        for metric in differing(results, rival):
-            d = difference(results, student, rival, metric)
-            clear = "yes" if d["low"] > 0 or d["high"] < 0 else "no"
-            rows.append((label_of(rival), MEASURES[metric].name, with_interval(d, "+"), clear))
-    columns = [f"{label_of(student)} against", "metric", "difference and 95 % interval", "excludes zero"]
+        metrics = differing(results, rival)
+        for metric in sorted(metrics, key=lambda m: m != decides) if not rows else metrics:
+            d, name = difference(results, student, rival, metric), MEASURES[metric].name
+            primary = PRIMARY * (not rows)
+            rows.append((label_of(rival), name + primary, with_interval(d, "+"), WAYS[is_better(d, metric)]))
+    columns = [f"{label_of(student)} against", "metric", "difference and 95 % interval", "found"]
     return pd.DataFrame(rows, columns=columns).set_index(columns[0])
 
 

@@ -103,6 +103,7 @@ def _comparison_content(results: Mapping[str, Any] | None) -> dict[str, Any]:
     return {
         "results": results,
         "message": plots.comparison_message(results),
+        "decided_by": plots.decided_by(results),
         "rows": rules_in(results).rows,
         "lower": [measure.brief for measure in shown if not measure.higher_is_better],
         "few_units": FEW_UNITS,

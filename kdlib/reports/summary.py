@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from kdlib.config.task_rules import rules_in
+from kdlib.config.task_rules import primary_in, rules_in
 from kdlib.errors import KdlibError
 from kdlib.metrics.names import MEASURES, difference, three_digits, with_interval
 from kdlib.plots.axes import LABELS
@@ -134,7 +134,9 @@ def _costs(results: Mapping | None, train: pd.DataFrame, evaluation: pd.DataFram
     found = {}
     for what in ("tokens", "rows"):
         if f"{what}_per_s" in train:
-            found[f"training, {what}/s"] = three_digits(train[f"{what}_per_s"].median())
+            low, median, high = train[f"{what}_per_s"].quantile([0.25, 0.5, 0.75])
+            spread = {"value": median, "low": low, "high": high}
+            found[f"training, {what}/s"] = with_interval(spread)
     if "memory_gib" in train:
         found["training, peak GiB"] = f"{train['memory_gib'].max():.2f}"
     if seconds := seconds_taken(train, evaluation):
@@ -143,8 +145,9 @@ def _costs(results: Mapping | None, train: pd.DataFrame, evaluation: pd.DataFram
         return found
     found |= cost_table(results).loc[LABELS["distilled"]].to_dict()
     if "baseline" in results["models"]:
-        gain = difference(results, "distilled", "baseline", "kl_to_teacher")
-        found["KL, difference to the baseline"] = with_interval(gain, "+")
+        metric = primary_in(results)
+        gain = difference(results, "distilled", "baseline", metric)
+        found[f"{MEASURES[metric].brief}, difference to the baseline"] = with_interval(gain, "+")
     return found
 
 

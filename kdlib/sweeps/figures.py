@@ -1,6 +1,7 @@
 """Figures of a sweep: one message each, stated in the title from the figures themselves.
 
-The best is blue, the others grey.  Numbers stand on an axis by size, other values side by side.
+The best is blue, the others grey; of gains blue helps, red harms, grey is open.  Numbers stand on an
+axis by size, other values side by side.
 """
 
 import textwrap
@@ -17,12 +18,13 @@ from matplotlib.ticker import MaxNLocator
 
 from kdlib.metrics.names import MEASURES, Measure
 from kdlib.plots import axes as plots
-from kdlib.plots.axes import COLOURS, intervals, legend, panels
-from kdlib.sweeps.results import ALONE, COSTS, Sweep, compared_costs, helps, overlapping, pareto, upper
+from kdlib.plots.axes import COLOURS, INK, intervals, legend, panels, upper
+from kdlib.sweeps.results import COSTS, Sweep, compared_costs, counts, overlapping, pareto
 from kdlib.sweeps.trials import plain
 
 MOST = 30  # settings that a ranking shows
 BEST, OTHER = COLOURS["distilled"], "#8a939b"
+FOUND = {"helps": (BEST, "o"), "harms": ("#d55e00", "X"), "open": (OTHER, "o")}  # told by colour and form
 CHARACTERS = 11  # of a title to the inch
 MANY = 12  # values, above which a parameter is a range rather than a grid
 WIDE = 30  # the highest over the lowest value, above which an axis is logarithmic
@@ -54,7 +56,7 @@ def ranking(settings: pd.DataFrame, names: Sequence[str], measure: Measure) -> F
     """Every setting with its interval, the best first; small dots are single seeds."""
     shown, best, total = settings.head(MOST), settings.iloc[0], len(settings)
     figure, (axes,) = panels(8, 1.3 + 0.28 * len(shown))
-    _list_settings(axes, shown, names, [BEST, *[OTHER] * (len(shown) - 1)])
+    _list_settings(axes, shown, names, [(BEST, "o"), *[(OTHER, "o")] * (len(shown) - 1)])
     for position, value in enumerate(shown["value"]):
         axes.text(1.01, position, f"{value:.4g}", transform=axes.get_yaxis_transform(), va="center", size=8)
     axes.axvspan(best["low"], best["high"], color=BEST, alpha=0.1, linewidth=0)
@@ -73,26 +75,24 @@ def gains_by_setting(gains: Mapping[str, pd.DataFrame], names: Sequence[str]) ->
     metric, table = next(iter(gains.items()))
     figure, every = panels(10, 1.7 + 0.32 * min(len(table), MOST), len(gains), sharey=True)
     for axes, (name, gain) in zip(every, gains.items(), strict=True):
-        axes.axvline(0, color=COLOURS[ALONE], linewidth=1.5)
+        axes.axvline(0, color=INK, linewidth=0.8)  # the same student trained alone
         shown, above = gain.head(MOST), {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
-        colours = [BEST if helps(row, name) else OTHER for _, row in shown.iterrows()]
-        _list_settings(axes, shown, names, colours)
+        _list_settings(axes, shown, names, [FOUND[found] for found in shown["found"]])
         for position, value in enumerate(shown["value"]):
             axes.annotate(f"{value:+.3g}", (value, position), fontsize=7, **above)
         better = "more" if MEASURES[name].higher_is_better else "less"
-        axes.set_title(f"{MEASURES[name].brief}\n{better} is better", fontsize=9, loc="left")
+        title = f"{MEASURES[name].brief}, {better} is better:\n{counts(gain, short=True)}"
+        axes.set_title(title, fontsize=9, loc="left")
         axes.margins(x=0.15)
         axes.tick_params(labelsize=8)
     over = "95 % over seeds" if table["n"].max() > 1 else "95 % over held-out rows"
-    figure.supxlabel(f"distilled minus trained alone; {over}; blue: better beyond the interval", fontsize=9)
-    words, sign = MEASURES[metric].words, 1 if MEASURES[metric].higher_is_better else -1
-    clear = sum(helps(row, metric) is True for _, row in table.iterrows())
+    key = "blue ● helps, red ✕ harms, beyond the interval; grey ● open"
+    figure.supxlabel(f"distilled minus trained alone; {over}, each by itself; {key}", fontsize=9)
+    words, found = MEASURES[metric].words, table["found"].iloc[0]
     if len(table) == 1:
-        gained = "A gain" if clear else "No gain"
-        return titled(figure, f"{gained} in {words} by the teacher beyond the interval")
-    helped = (sign * table["value"] > 0).sum()
-    counts = f"in {helped} of {len(table)} settings, beyond the interval in {clear}"
-    return titled(figure, f"In {words} the teacher helps {counts}")
+        told = f"What the teacher does to {words} is open"
+        return titled(figure, told if found == "open" else f"The teacher {found} in {words}")
+    return titled(figure, f"In {words} the teacher {counts(table)}")
 
 
 def price(settings: pd.DataFrame, costs: Sequence[str], measure: Measure) -> Figure:
@@ -104,9 +104,14 @@ def price(settings: pd.DataFrame, costs: Sequence[str], measure: Measure) -> Fig
     for axes, cost, front in zip(every, costs, fronts, strict=True):
         words, more_is_better = COSTS[cost]
         intervals(axes, settings[cost], settings, **dots)
+        is_timed = f"{cost}_low" in settings
+        if is_timed:
+            ends = {"value": settings[cost], "low": settings[f"{cost}_low"], "high": settings[f"{cost}_high"]}
+            intervals(axes, settings["value"], ends, lying=True, **dots)
         axes.plot(front[cost], front["value"], "o-", **line)
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlabel(f"{words} ({'more' if more_is_better else 'less'} is better)", fontsize=9)
+        whisker = "; whisker: its spread" * is_timed
+        axes.set_xlabel(f"{words} ({'more' if more_is_better else 'less'} is better{whisker})", fontsize=9)
         axes.margins(0.12)
     every[0].set_ylabel(_on_axis(measure))
     legend(every[0])
@@ -247,12 +252,14 @@ def _on_axis(measure: Measure, between: str = "\n") -> str:
     return f"{measure.words}{between}{measure.unit.format(item='prediction')}"
 
 
-def _list_settings(axes: Axes, shown: pd.DataFrame, names: Sequence[str], colours: Iterable[str]) -> None:
+def _list_settings(
+    axes: Axes, shown: pd.DataFrame, names: Sequence[str], looks: Iterable[tuple[str, str]]
+) -> None:
     """A line a setting, the first on top: its name, its mean with the interval, and its seeds."""
     labels = []
-    for (_, row), colour in zip(shown.iterrows(), colours, strict=True):
+    for (_, row), (colour, marker) in zip(shown.iterrows(), looks, strict=True):
         at = len(labels)
-        intervals(axes, at, row, lying=True, color=colour, markersize=6)
+        intervals(axes, at, row, lying=True, color=colour, fmt=marker, markersize=7)
         if row["n"] > 1:
             axes.plot(row["values"], [at] * row["n"], ".", color=colour, markersize=4, alpha=0.6)
         labels.append(label(row, names))

@@ -22,8 +22,9 @@ from kdlib.runs.files import write_json
 from kdlib.runs.folder import Run
 from kdlib.runs.interrupts import heard
 from kdlib.runs.log import duration, time_left
+from kdlib.sweeps.cautions import findings
 from kdlib.sweeps.processes import Outcome, Processes
-from kdlib.sweeps.results import FILE, Sweep, distilled_of
+from kdlib.sweeps.results import FILE, Sweep, distilled_of, setting_table, trial_table
 from kdlib.sweeps.trials import Base, Search, Trial, described
 
 
@@ -188,7 +189,9 @@ class Pool:
         page = self.render(self.sweep, reports)
         self.order.render_index(self.sweep.path.parent, reports)
         index = os.path.relpath(reports / "index.html")
-        print(f"report: {os.path.relpath(page)}    index: {index}", flush=True)
+        trials = trial_table(self.sweep)
+        said = findings(self.sweep, trials, setting_table(self.sweep, trials))
+        print("\n".join([*said, f"report: {os.path.relpath(page)}    index: {index}"]), flush=True)
         if message:
             raise RunError(f"sweep {self.sweep.name}: {message}")
         return page

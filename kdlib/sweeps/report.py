@@ -9,6 +9,7 @@ import yaml
 from kdlib.metrics.names import with_interval
 from kdlib.reports import html
 from kdlib.sweeps import results
+from kdlib.sweeps.cautions import findings
 from kdlib.sweeps.figures import run_figures
 from kdlib.sweeps.results import COSTS, Sweep
 from kdlib.sweeps.trials import described
@@ -42,7 +43,8 @@ def render(sweep: Sweep, reports: Path) -> Path:
         name=sweep.name,
         facts=facts,
         status=sweep.status,
-        message=results.verdict(sweep, settings),
+        found=findings(sweep, trials, settings),
+        counts_of_gains=html.table(results.counts_table(gains)) if gains else "",
         counts=trials["state"].value_counts().to_dict(),
         best={**best, "what": described(best[sweep.varied])} if len(settings) else None,
         with_interval=with_interval,

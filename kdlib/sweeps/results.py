@@ -14,8 +14,8 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from kdlib.config.task_rules import rules_in, shown_in
-from kdlib.metrics.names import MEASURES, Measure, difference, with_interval
-from kdlib.plots.axes import LABELS, label_of
+from kdlib.metrics.names import MEASURES, UNBOUNDED, Measure, Range, difference, is_better, with_interval
+from kdlib.plots.axes import LABELS, label_of, upper
 from kdlib.runs.files import read_json
 from kdlib.runs.folder import Run
 from kdlib.runs.log import seconds_taken, training_table
@@ -34,6 +34,8 @@ COSTS = {
 }
 """Column -> (how figures call it, whether more is better)."""
 SPEEDS = {"tokens_per_s": "forward_tokens_per_s", "rows_per_s": "throughput_rows_per_s"}  # as the task is
+SPREADS = [f"{cost}_{end}" for cost in (*SPEEDS, "training_s") for end in ("low", "high")]  # of what is timed
+FOUND = {True: "helps", False: "harms", None: "open"}  # what the teacher does, by `is_better`
 CLEAR = 10  # s: logs have the time to the second, so shorter trainings are not told apart
 
 
@@ -63,11 +65,6 @@ class Sweep(Run):
         return [name for name in self.facts["parameters"] if name != SEED]
 
 
-def upper(words: str) -> str:
-    """As a sentence begins."""
-    return words[:1].upper() + words[1:]
-
-
 def compared(run: Run) -> dict[str, Any]:
     """What the run's comparison found; {} where it has come to none."""
     return read_json(run.path / "comparison_results.json", {})
@@ -88,10 +85,15 @@ def trial_table(sweep: Sweep) -> pd.DataFrame:
         row |= {"state": status["state"].replace("created", "waiting"), "message": status.get("message", "")}
         if found := distilled_of(run):
             row |= found.get(facts["metric"], {})
-            row |= {"parameters": found["parameters"] / 1e6, "training_s": seconds_taken(training_table(run))}
-            row |= {cost: found[fact] for cost, fact in SPEEDS.items() if fact in found}
+            took = seconds_taken(training_table(run))
+            timed = {cost: found.get(fact) for cost, fact in SPEEDS.items()}  # a number was timed once
+            timed |= {"training_s": {"value": took, "low": took, "high": took}}
+            for cost, x in timed.items():
+                if isinstance(x, Mapping):
+                    row |= {cost: x["value"], f"{cost}_low": x["low"], f"{cost}_high": x["high"]}
+            row["parameters"] = found["parameters"] / 1e6
         rows.append(row)
-    numbers = ("value", "low", "high", *COSTS, "minutes")
+    numbers = ("value", "low", "high", *COSTS, *SPREADS, "minutes")
     columns = ["run", *facts["parameters"], *numbers, "state", "message"]
     return pd.DataFrame(rows, columns=columns, dtype=object).astype(dict.fromkeys(numbers, float))
 
@@ -100,14 +102,19 @@ def setting_table(sweep: Sweep, trials: pd.DataFrame) -> pd.DataFrame:
     """One row per setting, the best first: the mean over its seeds' finished runs, interval, n, and the runs.
 
     One run has the interval of its comparison, over held-out rows; several have Student's over the seeds.
+    What is timed has the lowest and the highest of the seeds besides; of one training its time is left out.
     """
     names, done = sweep.varied, trials[trials["value"].notna()]
     keys = [json.dumps(list(row[names]), sort_keys=True) for _, row in done.iterrows()]
     rows = []
     for _, seeds in done.groupby(pd.Series(keys, done.index, str), sort=False):
-        found = {**averaged(seeds.to_dict("records")), "runs": list(seeds["run"])}
-        rows.append({**seeds.iloc[0][names], **found, **seeds[list(COSTS)].mean()})
-    columns = [*names, "value", "low", "high", "n", "values", "runs", *COSTS]
+        found = averaged(seeds.to_dict("records"), sweep.measure.within)
+        costs = seeds[list(COSTS)].mean()
+        if len(seeds) == 1:
+            costs["training_s"] = math.nan
+        spread = {each: seeds[each].agg("min" if each.endswith("low") else "max") for each in SPREADS}
+        rows.append({**seeds.iloc[0][names], **found, "runs": list(seeds["run"]), **costs, **spread})
+    columns = [*names, "value", "low", "high", "n", "values", "runs", *COSTS, *SPREADS]
     return _best_first(sweep, pd.DataFrame(rows, columns=columns)).reset_index(drop=True)
 
 
@@ -116,16 +123,17 @@ def _best_first(sweep: Sweep, table: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values("value", ascending=upwards, na_position="last", kind="stable")
 
 
-def averaged(seeds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+def averaged(seeds: Sequence[Mapping[str, float]], within: Range = UNBOUNDED) -> dict[str, Any]:
     """value, low, high of several trainings as their mean with Student's 95 % interval, n and the values.
 
     One training keeps its own interval; so does what is the same in all, as a teacher that was trained once.
+    The interval is cut to what the figure can be, `within`, which takes nothing from its coverage.
     """
     values, low, high = [each["value"] for each in seeds], seeds[0]["low"], seeds[0]["high"]
     mean, count = statistics.fmean(values), len(values)
     if max(values) > min(values):
         spread = stdtrit(count - 1, 0.975) * statistics.stdev(values) / math.sqrt(count)
-        low, high = mean - spread, mean + spread
+        low, high = max(mean - spread, within.low), min(mean + spread, within.high)
     return {"value": mean, "low": low, "high": high, "n": count, "values": values}
 
 
@@ -169,7 +177,8 @@ def compared_costs(table: pd.DataFrame) -> list[str]:
     sizes = table["parameters"].dropna()
     speeds = [speed for speed in SPEEDS if table[speed].notna().any()]
     size = ["parameters", *speeds] if len(sizes) and sizes.max() > sizes.min() else []
-    return [*size, "training_s"] if table["training_s"].min() >= CLEAR else size
+    times = table["training_s"]
+    return [*size, "training_s"] if times.notna().all() and times.min() >= CLEAR else size
 
 
 def shown_trials(sweep: Sweep, trials: pd.DataFrame) -> pd.DataFrame:
@@ -192,8 +201,9 @@ def gain_tables(sweep: Sweep, settings: pd.DataFrame) -> dict[str, pd.DataFrame]
     pair: the interval is Student's over the seeds' differences; of one seed, its comparison's own.
 
     Returns:
-        The settings' own columns with value, low, high, n, values of the difference, and `clear`: how many
-        seeds are beyond chance by themselves, by the paired bootstrap over held-out rows.
+        The settings' own columns with value, low, high, n, values of the difference, what is `found`: the
+        teacher helps, harms, or it is open; and `clear`: how many seeds are beyond chance by themselves, by
+        the paired bootstrap over held-out rows.
     """
     found = [(setting, results_of(sweep, setting["runs"])) for _, setting in settings.iterrows()]
     found = [(setting, [each for each in results if ALONE in each["models"]]) for setting, results in found]
@@ -211,14 +221,24 @@ def gain_tables(sweep: Sweep, settings: pd.DataFrame) -> dict[str, pd.DataFrame]
 def gain_of(results: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
     """The distilled student minus the one trained alone, over the seeds."""
     each = [difference(one, STUDENT, ALONE, metric) for one in results]
-    return {**averaged(each), "clear": sum(one["low"] > 0 or one["high"] < 0 for one in each)}
+    gain = averaged(each, MEASURES[metric].within.of_differences)
+    clear = sum(is_better(one, metric) is not None for one in each)
+    return {**gain, "found": FOUND[is_better(gain, metric)], "clear": clear}
 
 
-def helps(gain: Mapping[str, Any], metric: str) -> bool | None:
-    """Whether the teacher helps or harms in this metric; None where chance may have done it."""
-    if gain["low"] <= 0 <= gain["high"]:
-        return None
-    return (gain["value"] > 0) == MEASURES[metric].higher_is_better
+def counts(gain: pd.DataFrame, *, short: bool = False) -> str:
+    """`helps in 2 of 4 settings, harms in 1, open in 1`; short: `helps 2, harms 1, open 1`."""
+    times = {found: int((gain["found"] == found).sum()) for found in FOUND.values()}
+    if short:
+        return ", ".join(f"{found} {count}" for found, count in times.items())
+    (first, count), *others = times.items()
+    return ", ".join([f"{first} in {count} of {len(gain)} settings", *(f"{f} in {n}" for f, n in others)])
+
+
+def counts_table(gains: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """For reading: a row per metric, in how many settings the teacher helps, harms, or it is open."""
+    rows = {MEASURES[metric].name: gain["found"].value_counts() for metric, gain in gains.items()}
+    return pd.DataFrame(rows).T.reindex(columns=list(FOUND.values())).fillna(0).astype(int)
 
 
 def results_of(sweep: Sweep, runs: Sequence[str]) -> list[dict[str, Any]]:
@@ -233,7 +253,8 @@ def model_table(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     models = [name for name in MODELS if all(name in each for each in every)]
     rows = {
         label_of(name): [
-            with_interval(averaged([each[name][measure] for each in every])) for measure in shown
+            with_interval(averaged([each[name][measure] for each in every], MEASURES[measure].within))
+            for measure in shown
         ]
         for name in models
     }
@@ -249,13 +270,13 @@ def same_rows(sweep: Sweep, runs: Sequence[str]) -> bool:
 
 
 def gain_words(gain: Mapping[str, Any], metric: str) -> str:
-    """`helps` in a sentence."""
+    """What the teacher adds, in a sentence."""
     over, how, alone = "in one training", "over the same held-out rows", ""
     if gain["n"] > 1:
         over, how = f"over {gain['n']} seeds", "paired by seed"
         alone = f"; {gain['clear']} of the {gain['n']} by themselves, over held-out rows"
-    words = {None: "no difference beyond chance", True: "the teacher helps", False: "the teacher harms"}
+    words = "no difference beyond chance" if gain["found"] == "open" else f"the teacher {gain['found']}"
     return (
         f"Against the same student trained without a teacher, {over}: {MEASURES[metric].words} "
-        f"{with_interval(gain, '+')}, {how}: {words[helps(gain, metric)]}{alone}"
+        f"{with_interval(gain, '+')}, {how}: {words}{alone}"
     )

@@ -26,7 +26,7 @@ from kdlib.losses.signals import IGNORED, kept
 from kdlib.metrics.bootstrap import Bootstrap, over
 from kdlib.metrics.paired import differences, intervals
 from kdlib.models.causality import check_causal
-from kdlib.models.efficiency import seconds_of
+from kdlib.models.efficiency import middle_half, repeated
 from kdlib.models.loading import load_model, load_tokenizer
 from kdlib.models.student import Outline
 from kdlib.models.teacher import LiveTeacher
@@ -227,11 +227,12 @@ def _figures(sums: np.ndarray) -> dict[str, np.ndarray]:
 
 
 @torch.no_grad()
-def forward_tokens_per_s(model: Model, batch: Mapping[str, Tensor], repeats: int = 2) -> float:
-    """Tokens per second of a plain forward pass with logits, the best of a few; padding is no token."""
+def forward_tokens_per_s(model: Model, batch: Mapping[str, Tensor]) -> dict[str, float]:
+    """Tokens per second of a plain forward pass with logits: median, middle half; padding is no token."""
     inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    seconds = min(seconds_of(lambda: model(**inputs, use_cache=False), model.device) for _ in range(repeats))
-    return int(inputs["attention_mask"].sum()) / seconds
+    tokens = int(inputs["attention_mask"].sum())
+    seconds = repeated(lambda: model(**inputs, use_cache=False), model.device)
+    return middle_half([tokens / each for each in seconds])
 
 
 @torch.no_grad()

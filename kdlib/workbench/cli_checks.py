@@ -197,4 +197,4 @@ def compare(
     render_comparison(results, folder)
     for table in (plots.quality_table(results), plots.cost_table(results), plots.difference_table(results)):
         print(f"\n{table.to_string()}")
-    print(f"\nmeasured: {results['rule']}\nwritten: {os.path.relpath(folder)}")
+    print(f"\n{plots.decided_by(results)}\nmeasured: {results['rule']}\nwritten: {os.path.relpath(folder)}")

@@ -40,6 +40,8 @@ class Measured:
     evaluation_s: float
     steps: int
     evaluations: int
+    fastest_s: float = 0.0  # of the steps that were timed
+    slowest_s: float = 0.0
     cores_of_others: float = 0.0  # kept busy by other processes meanwhile, on which the times depend
 
     @property
@@ -56,11 +58,14 @@ def by_steps(
 ) -> Measured:
     """From a trainer of this config that was stopped after a few steps, and an evaluation of it."""
     args, seconds = training_arguments(config, Path("unused")), trainer.throughput.durations
+    seconds = seconds[1:] or seconds
     return Measured(
-        step_s=statistics.median(seconds[1:] or seconds),
+        step_s=statistics.median(seconds),
         evaluation_s=evaluation_s,
         steps=trainer.state.max_steps,
         evaluations=extent(args, len(trainer.train_dataset)).evaluations,
+        fastest_s=min(seconds),
+        slowest_s=max(seconds),
         cores_of_others=others,
     )
 

@@ -197,8 +197,8 @@ class Workbench:
         print(f"held-out: loss {metrics['eval_loss']:.3f}, evaluated in {took.evaluation_s:.0f} s")
         print(
             f"forecast for the distilled student, from these steps: {took.steps} steps of {took.step_s:.1f} s"
-            f" and {took.evaluations} evaluations, so {took.seconds / 60:.1f} minutes; memory in use "
-            f"{table['memory_gib'].max():.1f} GiB"
+            f" ({took.fastest_s:.1f} to {took.slowest_s:.1f}) and {took.evaluations} evaluations, so "
+            f"{took.seconds / 60:.1f} minutes; memory in use {table['memory_gib'].max():.1f} GiB"
         )
         return tables.of_steps(table)
 
