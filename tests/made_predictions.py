@@ -10,7 +10,7 @@ from datasets import Dataset
 from kdlib.config.run import parse
 from kdlib.data.batches import Prepared, collate
 from kdlib.evaluation import predictions as evaluation
-from kdlib.models.student import shallower
+from kdlib.models.depth import shallower
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots.softening import (
     Predictions,

@@ -10,8 +10,9 @@ from kdlib.config import run as configs
 from kdlib.diagnostics.fake_step import FakeWorkspace
 from kdlib.diagnostics.memory import Breakdown, at_layers, forecast
 from kdlib.errors import ModelError
+from kdlib.models.depth import shallower
 from kdlib.models.loading import load_model, parameters
-from kdlib.models.student import outline, shallower
+from kdlib.models.student import outline
 from kdlib.tasks.base import task_of
 from kdlib.training.plan import training_arguments
 

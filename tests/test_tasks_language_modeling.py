@@ -14,7 +14,7 @@ from kdlib.config.run import parse
 from kdlib.data.batches import Prepared, collate
 from kdlib.data.text import bytes_of_tokens
 from kdlib.evaluation.compare import Candidate, measured
-from kdlib.models.student import shallower
+from kdlib.models.depth import shallower
 from kdlib.reports.run import render_comparison
 from kdlib.tasks.base import asked, task_of
 from kdlib.tasks.language_modeling import TokenComparison, continuations

@@ -32,8 +32,9 @@ from kdlib.benchmarks.settings import StepsConfig
 from kdlib.data.batches import collate
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.objective import Objective
+from kdlib.models.depth import shallower
 from kdlib.models.loading import load_model, load_tokenizer
-from kdlib.models.student import even_layers, shallower
+from kdlib.models.student import even_layers
 from kdlib.models.teacher import LiveTeacher
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.fresh_process import in_fresh_process

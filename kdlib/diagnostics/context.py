@@ -26,9 +26,10 @@ from kdlib.hardware import precision_of
 from kdlib.losses.features import LayerPairs
 from kdlib.losses.objective import EVAL_TERMS, Objective, ObjectiveAt, row_sums
 from kdlib.losses.signals import Kept, Signal, kept
+from kdlib.models.depth import shallower
 from kdlib.models.heads import head_form
 from kdlib.models.loading import device_of, load_config, load_tokenizer, parameters
-from kdlib.models.student import outline, shallower, tokenizer_of
+from kdlib.models.student import outline, tokenizer_of
 from kdlib.models.teacher import LiveTeacher, insides, signal_of
 from kdlib.schedulers import Schedule, Spec, from_spec, sampled
 from kdlib.tasks import base as tasks

@@ -91,8 +91,14 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
 
 def layers_name(model: PreTrainedModel) -> str:
     """The dotted name of the list of layers: `model.layers`, `transformer.h`, …"""
-    count = model.config.num_hidden_layers
+    text = model.config.get_text_config()
+    count, other = text.num_hidden_layers, ()
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
+        if isinstance(module, PreTrainedModel) and type(module.config) not in (
+            type(model.config),
+            type(text),
+        ):
+            other = (*other, name + ".")  # what reads images, or sounds
+        if isinstance(module, nn.ModuleList) and len(module) == count and not name.startswith(other):
             return name
     raise ModelError(f"{type(model).__name__}: found no list of {count} layers to choose from")

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.initialization import no_init_weights
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kdlib.config.run import Config
 from kdlib.config.task_rules import rules_of
 from kdlib.errors import ModelError
-from kdlib.models.hooks import layers_name, layers_of
-from kdlib.models.loading import blank, load_config, load_tokenizer, plain_config
+from kdlib.models.depth import with_layers
+from kdlib.models.hooks import layers_of
+from kdlib.models.loading import blank, load_config, load_tokenizer
 
 
 def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
@@ -108,36 +108,6 @@ def layer_influence(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
             hooks.enter_context(layer.register_forward_hook(measure, with_kwargs=True))
         model.base_model(input_ids=input_ids.to(model.device), use_cache=False)
     return torch.stack(influence)
-
-
-def shallower(teacher: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
-    """A float32 copy of the teacher with only the layers `keep`; embeddings, norms and head come along."""
-    config = with_layers(teacher.config, keep)
-    with no_init_weights():  # every weight is the teacher's; this leaves out the tying too
-        student = type(teacher)(config)
-    student.tie_weights()
-    prefix, place, state = layers_name(teacher) + ".", {str(old): new for new, old in enumerate(keep)}, {}
-    for name, value in teacher.state_dict().items():
-        if not name.startswith(prefix):
-            state[name] = value
-            continue
-        number, rest = name.removeprefix(prefix).split(".", 1)
-        if number in place:
-            state[f"{prefix}{place[number]}.{rest}"] = value
-    student.load_state_dict(state)
-    if student.can_generate():  # without the teacher's sampling habits
-        student.generation_config = GenerationConfig.from_model_config(config)
-    return student.float().eval()
-
-
-def with_layers(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfig:
-    """A copy of a model's config with only the layers `keep`."""
-    changed = plain_config(config)
-    for name, value in config.to_dict().items():  # layer_types, no_rope_layers, …: one entry per layer
-        if isinstance(value, list) and len(value) == config.num_hidden_layers:
-            setattr(changed, name, [value[i] for i in keep])
-    changed.num_hidden_layers = len(keep)
-    return changed
 
 
 @dataclass(frozen=True)

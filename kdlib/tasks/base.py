@@ -18,8 +18,9 @@ from kdlib.config.run import Config
 from kdlib.config.task_rules import TaskRules
 from kdlib.data.batches import Prepared, calibration_rows
 from kdlib.hardware import precision_of
+from kdlib.models.depth import shallower
 from kdlib.models.loading import device_of
-from kdlib.models.student import Outline, chosen_layers, shallower
+from kdlib.models.student import Outline, chosen_layers
 from kdlib.models.teacher import LiveTeacher
 
 Check = Callable[[Any], Iterator[Any]]  # kdlib.diagnostics.context.Context → findings
