@@ -61,7 +61,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write all or nothing, and no keys: to a neighbour first, then renamed.
+    """Write all or nothing, also in a power cut, and no keys: to a neighbour first, then renamed.
 
     Raises:
         RunError: the disk refuses.
@@ -69,7 +69,24 @@ def write_text(path: Path, text: str) -> None:
     neighbour = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of this process: several write one index
     with writing(path):
         neighbour.write_text(without_keys(text), encoding="utf-8")
+        synced(neighbour)
         neighbour.replace(path)
+        synced(path.parent, within=False)
+
+
+def synced(*paths: Path, within: bool = True) -> None:
+    """Have the disk take in files, and folders with all that is `within` them; returns when it has."""
+    for path in paths:
+        inside = path.rglob("*") if within and path.is_dir() else ()
+        for each in (*inside, path):
+            opened = os.open(each, os.O_RDONLY)
+            try:
+                os.fsync(opened)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot be told so
+                    raise
+            finally:
+                os.close(opened)
 
 
 def without_keys_in(path: Path) -> None:

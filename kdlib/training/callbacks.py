@@ -1,11 +1,10 @@
 """What happens around training steps."""
 
-import json
 import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 from kdlib.errors import RunError
 from kdlib.metrics.names import MEASURES
 from kdlib.runs import interrupts
-from kdlib.runs.files import StudentFolder, read_json, write_json
+from kdlib.runs.files import StudentFolder, write_json
 from kdlib.runs.log import duration, time_left
 
 PRINTED = ("perplexity", "log_loss", "accuracy", "macro_f1", "choice_accuracy", "kl_to_teacher")
@@ -172,14 +171,12 @@ class EarlyStop(TrainerCallback):
         self.patience, self.min_delta = patience, min_delta
 
     def on_evaluate(self, args, state, control, **kwargs):
-        control.should_training_stop |= self.is_due(args, state.log_history)
-
-    def is_due(self, args: TrainingArguments, logged: Iterable[Mapping[str, float]]) -> bool:
-        """Whether what is logged says: stop; a training that was killed then has nothing left to learn."""
         best, since = -math.inf, 0
-        for value in scores(args, logged):
+        for value in scores(args, state.log_history):
             best, since = (value, 0) if value > best + self.min_delta else (best, since + 1)
-        return since >= self.patience
+        control.should_training_stop |= since >= self.patience
+
+    on_train_begin = on_evaluate  # one that was killed after its stop makes no step more
 
 
 class StopAfter(TrainerCallback):
@@ -203,21 +200,6 @@ def scores(args: TrainingArguments, logged: Iterable[Mapping[str, float]]) -> li
     return [sign * line[f"eval_{name}"] for line in logged if f"eval_{name}" in line]
 
 
-def last_checkpoint(folder: StudentFolder) -> str | None:
-    """The newest whole checkpoint; one that a kill left half-written is passed over."""
-    found = [str(path) for path in folder.checkpoints.glob("checkpoint-*")]
-    for checkpoint in sorted(found, key=step_of, reverse=True):
-        with suppress(json.JSONDecodeError):
-            if "global_step" in read_json(Path(checkpoint) / "trainer_state.json", {}):  # written last
-                return checkpoint
-    return None
-
-
-def step_of(checkpoint: str | None) -> int:
-    """The step of a checkpoint's folder; -1, before the evaluation at step 0, where there is none."""
-    return int(checkpoint.rsplit("-", 1)[1]) if checkpoint else -1
-
-
 def disk_is_full(folder: StudentFolder) -> bool:
     """Whether so little is left that a failed write is put down to it."""
     return shutil.disk_usage(folder.path).free < FULL
@@ -225,7 +207,8 @@ def disk_is_full(folder: StudentFolder) -> bool:
 
 def check_disk(folder: StudentFolder, *, weights: int, args: TrainingArguments) -> None:
     """Refuse before the first step what would fail at a checkpoint; `weights`: the student's, bytes."""
-    checkpoint = 3 * weights if args.save_strategy != "no" else 0  # AdamW's two averages are as large, each
+    # AdamW's two averages are as large as the weights, each; the best model up to there may be another
+    checkpoint = 4 * weights if args.save_strategy != "no" else 0
     needed = 3 * weights + checkpoint * ((args.save_total_limit or 2) + 1)
     free = shutil.disk_usage(next(p for p in (folder.path, *folder.path.parents) if p.exists())).free
     if free < needed:

@@ -24,9 +24,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from kdlib.errors import NonFiniteLoss, RunError
 from kdlib.hardware import memory_kept
 from kdlib.models.teacher import PROJECTIONS
-from kdlib.runs.files import StudentFolder
+from kdlib.runs import checkpoints
+from kdlib.runs.files import StudentFolder, synced
 from kdlib.training import nan_report
-from kdlib.training.callbacks import last_checkpoint
 from kdlib.training.nan_search import WHO, Batch, MicroBatch, Replay, is_finite, origin_of
 
 UNSHARDED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)  # a student per rank
@@ -79,6 +79,7 @@ class GuardedTrainer(Trainer):
     def __init__(self, *, folder: StudentFolder, **options: Any) -> None:
         super().__init__(**options)
         self.folder, self.guard = folder, NanGuard()
+        self.kept_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None
 
     @property
     def student(self) -> PreTrainedModel:
@@ -93,6 +94,12 @@ class GuardedTrainer(Trainer):
         """On a CPU a step finds the memory that the step before has freed."""
         with memory_kept() if self.args.device.type == "cpu" else nullcontext():
             return super().train(*arguments, **options)
+
+    def _run_epoch(self, *arguments, **options):
+        """Not where the last step was made before a kill, or it is to stop before the first."""
+        self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
+        if not self.control.should_training_stop:
+            super()._run_epoch(*arguments, **options)
 
     def _clip_grad_norm(self, model):
         """Looks before it clips: a norm that is nan would make every gradient nan, and hide whose was."""
@@ -135,8 +142,18 @@ class GuardedTrainer(Trainer):
             self.stop(self.replay(), asked, step=self.state.global_step)
 
     def _save_checkpoint(self, model, trial):
+        """One that is whole by its manifest; only then older ones go, which the Trainer does before."""
         self.check_weights()
+        is_first, wait = self.is_world_process_zero(), self.accelerator.wait_for_everyone
+        checkpoint = self.folder.checkpoints / f"checkpoint-{self.state.global_step}"
+        if is_first:
+            checkpoints.begin(checkpoint)
+        wait()
         super()._save_checkpoint(model, trial)
+        wait()
+        if is_first:
+            checkpoints.seal(self.folder, checkpoint)
+            checkpoints.thin_out(self.folder, checkpoint, self.kept_checkpoints)
 
     def save_student(self, folder: Path) -> None:
         """The student and its tokenizer as safetensors, all or nothing, loadable by `from_pretrained`."""
@@ -150,8 +167,10 @@ class GuardedTrainer(Trainer):
         self.student.save_pretrained(half_made, state_dict=state)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(half_made)
+        synced(half_made)
         shutil.rmtree(folder, ignore_errors=True)
         half_made.rename(folder)
+        synced(folder.parent, within=False)
 
     def micro_batch_of(self, row: dict[str, Any]) -> MicroBatch:
         """One row of the data."""
@@ -185,7 +204,7 @@ class GuardedTrainer(Trainer):
 
     def _state_at(self, replay: Replay, step: int, stage: str) -> dict[str, Any]:
         """How training stands at this step, by the names of the report; stage: training or evaluation."""
-        args, checkpoint = self.args, last_checkpoint(self.folder)
+        args, (checkpoint, _) = self.args, checkpoints.last_whole(self.folder)
         precision = {who: str(model.dtype).removeprefix("torch.") for who, model in replay.models.items()}
         precision["autocast"] = "float16" if args.fp16 else "bfloat16" if args.bf16 else "off"
         norms = [float(norm) for norm in self.guard.norms]  # of the optimizer steps before, the last one last
@@ -200,5 +219,5 @@ class GuardedTrainer(Trainer):
             "grad_norm_before": norms[-1] if norms else None,
             "grad_norms_before": norms,
             "last_log": next((line for line in reversed(self.state.log_history) if "loss" in line), {}),
-            "last_checkpoint": checkpoint and str(Path(checkpoint).relative_to(self.folder.path)),
+            "last_checkpoint": checkpoint and str(checkpoint.relative_to(self.folder.path)),
         }

@@ -2,16 +2,16 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from kdlib.config.run import Config
 from kdlib.data.batches import Prepared
 from kdlib.errors import KdlibError, Stopped
 from kdlib.models.loading import parameters
 from kdlib.models.teacher import PROJECTIONS, LiveTeacher
+from kdlib.runs.checkpoints import last_whole, restore_best, step_of
 from kdlib.runs.files import StudentFolder, go_on, is_refusal, write_error, write_json
 from kdlib.runs.folder import Run
 from kdlib.runs.lock import held
@@ -25,8 +25,6 @@ from kdlib.training.callbacks import (
     StopRequest,
     check_disk,
     disk_is_full,
-    last_checkpoint,
-    step_of,
 )
 from kdlib.training.plan import (
     DRY_RUN,
@@ -77,11 +75,13 @@ def train(
     if not stop_after:
         check_disk(folder, weights=4 * parameters(student), args=args)  # bytes
     with nullcontext() if args.process_index else held(folder.path), _write_errors(folder):
-        if resume := last_checkpoint(folder):
-            args.eval_on_start = False  # that evaluation is in metrics.jsonl already
+        checkpoint, said = last_whole(folder)
+        args.eval_on_start &= checkpoint is None  # else that evaluation is in metrics.jsonl already
         if args.process_index == 0:
             folder.path.mkdir(parents=True, exist_ok=True)
-            cut_metrics(folder, step_of(resume))
+            cut_metrics(folder, step_of(checkpoint))
+            for line in filter(None, (*said, restore_best(folder, checkpoint))):
+                print(f"{label}: {line}", flush=True)
             nan_report.put_aside(folder)
         objective = objective_of(config, weights)
         pairs = compared_layers(config, student, teacher.model, objective) if teacher else ()
@@ -111,10 +111,8 @@ def train(
             callbacks=[*callbacks],
         )
         check_causality(config, prepared, student, teacher.model if teacher else None)
-        early = None
         if (stops := config.early_stopping) and not stop_after:
-            early = EarlyStop(stops.patience, stops.min_delta)
-            trainer.add_callback(early)
+            trainer.add_callback(EarlyStop(stops.patience, stops.min_delta))
         stop = StopRequest(folder.path, folder.path.parent, *([asked_by.path] if asked_by else []))
         formulas = dict.fromkeys(objective.at(fraction).formula for fraction in (0.0, 1.0))
         facts = {"formula": "  …  ".join(formulas), **config.as_dict()}
@@ -124,7 +122,7 @@ def train(
         for callback in (PlanFile(folder, objective.planned), ends, tracking):
             trainer.add_callback(callback)
         with nullcontext() if stop_after else stop.heard(), tracking:
-            _run(trainer, resume, early)
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         if stop_after:
             return trainer
         if stop.stopped:
@@ -144,17 +142,6 @@ def _write_errors(folder: StudentFolder) -> Iterator[None]:
         if not isinstance(error, KdlibError) and (is_refusal(error) or disk_is_full(folder)):
             raise write_error(folder.path, error) from error
         raise
-
-
-def _run(trainer: DistillationTrainer, resume: str | None, early: EarlyStop | None) -> None:
-    """Make the steps that are still to be made: none where the last was, before a kill."""
-    if resume:
-        state = TrainerState.load_from_json(str(Path(resume) / "trainer_state.json"))
-        if state.global_step >= state.max_steps or (early and early.is_due(trainer.args, state.log_history)):
-            trainer._load_from_checkpoint(resume)
-            trainer.state = state
-            return
-    trainer.train(resume_from_checkpoint=resume)
 
 
 def _finish(trainer: DistillationTrainer, folder: StudentFolder) -> None:
