@@ -8,6 +8,7 @@ from tokenizers.processors import TemplateProcessing
 from kdlib.config.run import parse
 from kdlib.config.sections import DataConfig
 from kdlib.data.qa import continued, prepare
+from kdlib.data.text import units_of_tokens
 from kdlib.errors import ConfigError, DataError
 from kdlib.losses.signals import IGNORED
 from kdlib.tasks import base as tasks
@@ -72,6 +73,18 @@ def test_a_right_choice_is_named_by_number_letter_text_or_label(tmp_path, tokeni
         rows = [{"question": f"Which one, {number}?", **form} for number in range(4)]
         rows = prepared(rows, tmp_path, tokenizer).choices["validation"]
         assert rows["is_answer"][:] == [False, True], form
+
+
+def test_questions_of_one_passage_are_on_one_side_and_count_as_one(tmp_path, tokenizer):
+    rows = [{**row, "passage": n % 8} for n, row in enumerate(multiple_choice(40))]
+    made = prepared(rows, tmp_path, tokenizer, validation=0.25, group="passage")
+    sides = [set(each["group"]) for each in (made.train, made.validation)]
+    assert not sides[0] & sides[1]
+    assert (len(sides[1]), len(made.validation)) == (2, 10)
+    units, what = units_of_tokens(made)
+    assert (len({int(each[0]) for each in units}), what) == (2, "groups of questions")
+    with pytest.raises(DataError, match=r"1 row have nothing in 'passage'"):
+        prepared([*rows, {**rows[0], "passage": None}], tmp_path, tokenizer, group="passage")
 
 
 def test_columns_may_have_other_names_and_choices_may_be_numbers(tmp_path, tokenizer):

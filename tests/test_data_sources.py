@@ -4,15 +4,21 @@ to learn.
 
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
 import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
+from kdlib.config.run import load
 from kdlib.config.sections import DataConfig
 from kdlib.data.classification import split_texts
 from kdlib.data.labelled_rows import counts
 from kdlib.data.sources import SECTIONS, SHORTEST, read_splits, stdlib_sections
+from kdlib.data.text import units_of_tokens
+from kdlib.models.student import tokenizer_of
+from kdlib.tasks.base import prepare
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +71,11 @@ def test_words_alone_tell_a_section_far_above_chance_but_not_for_certain(split):
     model = LogisticRegression(C=10, max_iter=200).fit(words.fit_transform(train["text"]), train["class"])
     accuracy = model.score(words.transform(test["text"]), test["class"])
     assert 0.3 < accuracy < 0.8  # always the largest class: 0.12
+
+
+def test_the_quickstart_holds_out_documents_enough_for_its_intervals():
+    config = load(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
+    prepared = prepare(config, tokenizer_of(config))
+    units, what = units_of_tokens(prepared)
+    assert (len(prepared.validation), what) == (32, "documents")
+    assert len(np.unique(np.concatenate(units))) >= 30

@@ -84,6 +84,28 @@ def test_the_teacher_as_its_own_student_differs_in_nothing(place):
     } == {0.0}
 
 
+def test_a_comparison_on_four_rows_warns_and_stays_within_what_can_be(place, tmp_path, capsys):
+    found = compare.compare(
+        str(place / "teacher"),
+        {"small": str(place / "small")},
+        str(place / "rows.jsonl"),
+        overrides=[*COLUMNS, *FEW, "data.max_eval_rows=4"],
+    )
+    warned = "95 %, paired bootstrap over 4 rows, which are few: below 20 it is rough"
+    assert found["interval"] == warned
+    assert f"intervals: {warned}" in capsys.readouterr().out
+    assert (
+        0
+        <= found["models"]["small"]["agreement"]["low"]
+        <= found["models"]["small"]["agreement"]["high"]
+        <= 1
+    )
+    render_comparison(found, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert warned in page
+    assert "Few units were measured" in page
+
+
 def test_nearly_a_whole_file_can_be_measured(place):
     found = compare.compare(
         str(place / "teacher"),

@@ -88,6 +88,9 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
         elif form == "multiple choice":
             found["choices"] = sum(len(item.answers) for item in items)
         notes |= {f"{name}_{what}": figure for what, figure in found.items()}
+    sides = {name: {item.group for item in items if item.group} for name, items in splits.items()}
+    held = set().union(*(each for name, each in sides.items() if name != "train"))
+    notes["groups_on_two_sides"] = len(held & sides["train"])
     notes["units"] = "groups of questions" if config.group else "questions"
     notes |= {"form": form, "each_document_begins_with": tokenizer.decode(first)}
     notes["fingerprint"] = fingerprint(*rows.values(), *choices.values())

@@ -44,9 +44,10 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
     grouped = f", whole {config.group}s" if config.group else ""
     how = "the source's own" if own else f"by document{grouped}"
     notes: dict[str, Any] = {"source": config.source, "split": how, "duplicate_documents_left_out": repeated}
-    rows, numbered = {}, 0
+    rows, numbered, sides = {}, 0, []
     for name, limit in (("train", config.max_train_rows), ("validation", config.max_eval_rows)):
         groups = group_values(config, split[name], name)
+        sides.append(set(groups or ()))
         numbers = np.arange(len(split[name])) if groups is None else np.unique(groups, return_inverse=True)[1]
         ids = tokenized(split[name], config.text, tokenizer, numbers + numbered)
         numbered += int(numbers.max(initial=0)) + 1
@@ -74,6 +75,7 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
             blocks = blocks.select(sorted((_in_turn(order, blocks) if compared else order)[:limit]))
         rows[name] = blocks
         notes[f"{name}_rows"], notes[f"{name}_tokens"] = len(blocks), len(token_lists(blocks).flatten())
+    notes["groups_on_two_sides"] = len(set.intersection(*sides))
     notes["units"] = "documents" if groups is None else "groups of documents"
     if Path(config.source).suffix == ".txt":  # its paragraphs are parts of one text
         rows = {name: each.remove_columns("documents") for name, each in rows.items()}

@@ -50,6 +50,7 @@ class LanguageModeling(Task):
         "documents_have_something_to_predict",
         "documents_are_not_cut",
         "documents_came_once",
+        "held_out_groups_are_new",
         "enough_is_held_out",
     )
 

@@ -36,7 +36,12 @@ class QuestionAnswering(LanguageModeling):
     """Causal language models that answer."""
 
     rules = RULES["question-answering"]
-    checks = ("documents_are_not_cut", "documents_came_once", "enough_rows_are_held_out")
+    checks = (
+        "documents_are_not_cut",
+        "documents_came_once",
+        "held_out_groups_are_new",
+        "enough_rows_are_held_out",
+    )
     compared_data = {"validation": 0.99}  # nearly all: questions to train on have no choices to be scored
 
     def prepare(self, config: Config, tokenizer: Tokenizer, *, new_head: bool = False) -> Prepared:
