@@ -4,7 +4,7 @@ from inspect import signature
 import pytest
 import torch
 
-from kdlib.config.loss import DIVERGENCES, TEMPERATURES, TERM_NAMES
+from kdlib.config.loss import DIVERGENCES, ROUTER, TEMPERATURES, TERM_NAMES
 from kdlib.losses.divergences import KNOWN, chosen
 from kdlib.losses.features import FEATURE_TERMS
 from kdlib.losses.ledger import SUM_TOLERANCE, Entry, Ledger, LedgerWindow, breach
@@ -125,7 +125,7 @@ def test_a_moment_without_any_weight_is_refused():
 
 
 def test_the_config_knows_the_objectives_terms():
-    assert set(TERM_NAMES) == {"kd", "ce", *KNOWN, *FEATURE_TERMS}
+    assert set(TERM_NAMES) == {"kd", "ce", *KNOWN, *FEATURE_TERMS, ROUTER}
     assert set(TEMPERATURES) < set(TERM_NAMES)
     # made once for both
     assert EVAL_TERMS["ce"].function is Objective({"ce": constant(1.0)}).at(0).logit_terms["ce"].function

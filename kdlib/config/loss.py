@@ -32,7 +32,9 @@ DIVERGENCES = {
 """{name: options} of those that kdlib.losses.divergences marks as such; importing it would load torch."""
 FEATURE_TERMS = ("hidden", "attention", "relational", "contrastive")
 """The terms on what goes on inside, token by token: those of kdlib.losses.features."""
-TERM_NAMES = ("kd", "ce", *DIVERGENCES, *FEATURE_TERMS)
+ROUTER = "router_aux"
+"""The term of a student with experts: the auxiliary loss by which its router uses them evenly."""
+TERM_NAMES = ("kd", "ce", *DIVERGENCES, *FEATURE_TERMS, ROUTER)
 TEMPERATURES = {**dict.fromkeys(("kd", *DIVERGENCES), 2.0), "contrastive": 0.1}
 """The terms that have a temperature, with the one they take unless told otherwise."""
 

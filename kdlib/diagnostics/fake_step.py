@@ -166,8 +166,8 @@ class FakeStep:
     ) -> None:
         """`dtype` is of matrix products, and of the teacher's weights; `dense`: all logits at once."""
         self.plan, self.dtype, self.workspace = plan, dtype, workspace
-        self.objective = objective_of(plan.config)
         self.student, self.teacher = plan.blank_student(), plan.blank_teacher(dtype).requires_grad_(False)
+        self.objective = objective_of(plan.config, student=self.student)
         with torch.random.fork_rng(devices=[]):  # `compared_layers` seeds it
             self.pairs = compared_layers(plan.config, self.student, self.teacher, self.objective)
         self.forms = (None if dense else stated_form(self.student), stated_form(self.teacher))
@@ -187,7 +187,7 @@ class FakeStep:
         """The objective wherever in training it asks the models for something else, with the most terms."""
         found: dict[tuple, ObjectiveAt] = {}
         for at in (self.objective.at(number / FRACTIONS) for number in range(FRACTIONS + 1)):
-            asks = (at.needs_teacher, at.needs_hidden, at.needs_attention)
+            asks = (at.needs_teacher, at.needs_hidden, at.needs_attention, at.needs_router)
             if at.weights and len(at.weights) > len(getattr(found.get(asks), "weights", ())):
                 found[asks] = at
         return list(found.values())

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kdlib.config.loss import ROUTER
 from kdlib.config.run import Config
 from kdlib.data.batches import Prepared
 from kdlib.hardware import precision_of
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.ledger import LedgerWindow
+from kdlib.losses.objective import Objective
 from kdlib.losses.signals import kept
 from kdlib.models.hooks import attend_eagerly
 from kdlib.models.loading import device_of
@@ -163,7 +165,7 @@ def without_dropout(model: PreTrainedModel) -> AbstractContextManager[None]:
 
 def _trainer(config, student, teacher, tokenizer, prepared, rows, folder: Path) -> DistillationTrainer:
     """The trainer of the run, its logits in chunks so small that several are needed for these few rows."""
-    args, objective = training_arguments(config, folder, **DRY_RUN), objective_of(config)
+    args, objective = training_arguments(config, folder, **DRY_RUN), objective_of(config, student=student)
     tokens = len(kept(prepared.collate(rows)["labels"]).targets)
     usual = workspace_of(config, args, len(prepared.train), prepared.vocabulary)
     trainer = DistillationTrainer(
@@ -192,7 +194,7 @@ def _compared(
 
     Chunks come first: an error there shows in later lines too.
     """
-    whole, count = trainer.data_collator(rows), len(rows)
+    whole = trainer.data_collator(rows)
     tokens, chunk = len(kept(whole["labels"]).targets), trainer.workspace.chunk
     sums, slopes = _step(trainer, [whole])
     if whole["labels"].ndim == 1:
@@ -205,17 +207,24 @@ def _compared(
             dense, dense_slopes = _step(trainer, [whole])
         yield f"{how}, terms", _furthest(sums, dense, tokens), terms
         yield f"{how}, gradient", _apart(slopes, dense_slopes), gradient
+    count, usual, plain = len(rows), trainer.objective, _without_router(trainer.objective)
     ones = [{name: values[i : i + 1] for name, values in whole.items()} for i in range(count)]
-    apart = _apart(slopes, _step(trainer, ones)[1])
+    with _instead((trainer, "objective", plain)):  # the router's term is of a batch as a whole
+        own, own_slopes = (sums, slopes) if plain == usual else _step(trainer, [whole])
+        apart = _apart(own_slopes, _step(trainer, ones)[1])
+        alone = [_step(trainer, [trainer.data_collator([row])])[0] for row in rows]
     yield f"1 batch of {count} rows = {count} of 1, accumulated, gradient", apart, gradient
-    alone = [_step(trainer, [trainer.data_collator([row])])[0] for row in rows]
-    added = {name: sum(each[name] for each in alone) for name in sums}
-    yield "rows padded together = each row alone, terms", _furthest(sums, added, tokens), terms
+    added = {name: sum(each[name] for each in alone) for name in own}
+    yield "rows padded together = each row alone, terms", _furthest(own, added, tokens), terms
     means = {name: value / tokens for name, value in sums.items()}
     weights = trainer.objective.at(trainer.state.global_step).weights
     means["loss"] = sum(weight * means[name] for name, weight in weights.items())
     yield "training = evaluation, loss and terms", _furthest(means, _evaluated(trainer, whole)), terms
     yield "student = teacher: 0 in every divergence, nats", _against_itself(trainer, whole), terms
+
+
+def _without_router(objective: Objective) -> Objective:
+    return replace(objective, weights={n: w for n, w in objective.weights.items() if n != ROUTER})
 
 
 def _step(
@@ -246,6 +255,7 @@ def _against_itself(trainer: DistillationTrainer, batch: Mapping[str, Tensor]) -
     mine = {**batch, **{name.removeprefix("teacher_"): values for name, values in read.items()}}
     teacher, pairs = trainer.teacher, [(theirs, theirs) for _, theirs in trainer.layer_pairs]
     itself = {"model": teacher.model, "form": teacher.form, "layer_pairs": pairs}
+    itself |= {"objective": _without_router(trainer.objective)}
     with _instead(*((trainer, name, value) for name, value in itself.items())):
         figures = _evaluated(trainer, mine)
     return max(abs(value) for name, value in figures.items() if name not in CONTRASTIVE | {"loss"})

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdlib.config.loss import TEMPERATURES, check_temperature
+from kdlib.config.loss import ROUTER, TEMPERATURES, check_temperature
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.chunked import Scalar, TokenFunction, Weighted, term_sums, token_values
 from kdlib.losses.divergences import KNOWN, Divergence, Known, chosen
@@ -148,7 +148,7 @@ class ObjectiveAt:
 
     @property
     def needs_teacher(self) -> bool:
-        return any(name != "ce" for name in self.weights)
+        return any(name not in ("ce", ROUTER) for name in self.weights)
 
     @property
     def needs_hidden(self) -> bool:
@@ -163,16 +163,28 @@ class ObjectiveAt:
         return any(term.attention for term in feature_terms(self.weights))
 
     @property
+    def needs_router(self) -> bool:
+        return ROUTER in self.weights
+
+    @property
     def logit_terms(self) -> dict[str, Weighted]:
         return {
             name: Weighted(self._function(name), weight, self.temperatures.get(name, 1.0))
             for name, weight in self.weights.items()
-            if name not in FEATURE_TERMS
+            if name not in FEATURE_TERMS and name != ROUTER
         }
 
     def feature_values(self, student: Signal, teacher: Signal | None) -> dict[str, Tensor]:
-        """{term: [N] unweighted values} of the terms on features."""
-        return {
+        """{term: [N] unweighted values} of the terms on features.
+
+        The router's auxiliary loss is one number for a batch, and counts for each of its kept tokens: over a
+        step it is the mean over micro-batches, by their kept tokens.  (transformers adds them up, so that it
+        weighs more the more batches are accumulated.)
+        """
+        inside = student.features
+        router = inside.router if inside and self.needs_router else None
+        routed = {} if router is None else {ROUTER: router.expand(len(student))}
+        return routed | {
             name: FEATURE_TERMS[name].values(
                 student, teacher, temperature=self.temperatures.get(name, 1.0), normalise=self.normalise
             )
@@ -196,8 +208,8 @@ class ObjectiveAt:
         return self.kd if name == "kd" else chosen(name)
 
     def _written(self, name: str) -> str:
-        if name == "ce":
-            return "CE"
+        if name in ("ce", ROUTER):
+            return "CE" if name == "ce" else name
         at = f"T={self.temperatures[name]:g}" if name in self.temperatures else ""
         if name in FEATURE_TERMS:
             normalised = ", normalised" if name == "hidden" and self.normalise else ""

@@ -79,6 +79,7 @@ class Features:
     hidden: Sequence[Tensor] = ()  # [N, H] each: a layer's output
     attention: Sequence[Tensor] = ()  # [N, A, T] each: how much the token looks at each position
     projected: Sequence[Tensor] = ()  # [N, H of the teacher] each; the student's alone
+    router: Tensor | None = None  # the auxiliary loss of its router on this batch; the student's alone
 
 
 @dataclass(frozen=True)

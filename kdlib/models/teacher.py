@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
+from kdlib.errors import ModelError
 from kdlib.losses.features import LayerPairs
 from kdlib.losses.signals import DenseSignal, Features, Form, Kept, LinearSignal, Signal, kept
 from kdlib.models.heads import head_form, head_inputs, rounding
@@ -28,6 +29,8 @@ class Needs(Protocol):
     def needs_attention(self) -> bool: ...
     @property
     def needs_projection(self) -> bool: ...
+    @property
+    def needs_router(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,11 @@ class Inside:
     hidden: bool = False
     attention: bool = False
     projections: nn.ModuleList | None = None  # the student's, to the teacher's size
+    router: bool = False  # the auxiliary loss of its router
+
+    @property
+    def is_looked_at(self) -> bool:
+        return self.hidden or self.attention or self.router
 
 
 def insides(needs: Needs, pairs: LayerPairs, student: PreTrainedModel) -> tuple[Inside, Inside]:
@@ -45,7 +53,7 @@ def insides(needs: Needs, pairs: LayerPairs, student: PreTrainedModel) -> tuple[
     ours, theirs = zip(*pairs, strict=True) if pairs else ((), ())
     made = getattr(student, PROJECTIONS, None) if needs.needs_projection else None
     hidden, attention = needs.needs_hidden, needs.needs_attention
-    return Inside(ours, hidden, attention, made), Inside(theirs, hidden, attention)
+    return Inside(ours, hidden, attention, made, needs.needs_router), Inside(theirs, hidden, attention)
 
 
 def signal_of(
@@ -70,12 +78,14 @@ def signal_of(
     unwrapped, inside = unwrapped or model, inside or Inside()
     attend_eagerly(unwrapped, inside.attention)
     inputs = {name: batch[reads + name] for name in ("input_ids", "attention_mask")}
+    inputs |= {"output_router_logits": True} if inside.router else {}
     looked_at = captured_layers(unwrapped, inside.layers, hidden=inside.hidden, attention=inside.attention)
     # with a form the model's own head is left out: our signal applies it, chunk by chunk
     read_by_head = nullcontext([]) if form is None else head_inputs(unwrapped)
     with read_by_head as states, looked_at as captured:
         output = model(**inputs, use_cache=False)
-    features = _features(captured, kept, inside) if inside.hidden or inside.attention else None
+    router = _router_loss(unwrapped, output) if inside.router else None
+    features = _features(captured, kept, inside, router) if inside.is_looked_at else None
     if form is None:
         return DenseSignal(kept.select(output.logits)[:, :vocabulary], features)
     head = unwrapped.get_output_embeddings()
@@ -122,21 +132,42 @@ class LiveTeacher:
         return signal_of(self.model, batch, kept, inside=inside, **how)
 
 
-def _features(captured: Captured, kept: Kept, inside: Inside) -> Features:
+def router_weight(student: PreTrainedModel) -> float | None:
+    """The weight of its router's auxiliary loss, where transformers adds one: `output_router_logits`."""
+    config = student.config.get_text_config()
+    if not getattr(config, "output_router_logits", False):
+        return None
+    names = ("router_aux_loss_coef", "aux_loss_coef")  # JetMoe's is the second
+    return next((float(getattr(config, name)) for name in names if hasattr(config, name)), None)
+
+
+def _router_loss(model: PreTrainedModel, output: Any) -> Tensor:
+    """As transformers makes it, of every token that is attended to."""
+    loss = getattr(output, "aux_loss", None)
+    if not isinstance(loss, Tensor):
+        raise ModelError(
+            f"{type(model).__name__} gives no auxiliary loss of a router, which loss.weights.router_aux "
+            "needs: it is for students with experts (Mixtral, Qwen-MoE, …); leave it out"
+        )
+    return loss
+
+
+def _features(captured: Captured, kept: Kept, inside: Inside, router: Tensor | None) -> Features:
     layers = inside.layers
     hidden = [kept.select(captured.hidden[n]) for n in layers] if inside.hidden else []
     # [B, A, T, T] to [N, A, T]
     maps = [kept.select(captured.attention[n].transpose(1, 2)) for n in layers] if inside.attention else []
-    if torch.is_grad_enabled() and not all(state.requires_grad for state in [*hidden, *maps]):
+    looked_at = [*hidden, *maps, *([] if router is None else [router])]
+    if torch.is_grad_enabled() and not all(state.requires_grad for state in looked_at):
         raise RuntimeError(
             "the student's inner states carry no gradient, so feature terms would teach nothing; with "
             "gradient checkpointing use `activation_checkpointing_kwargs: {use_reentrant: false}`"
         )
     if inside.projections is None:
-        return Features(kept.rows, hidden, maps, hidden)
+        return Features(kept.rows, hidden, maps, hidden, router)
     pairs = zip(inside.projections, hidden, strict=True)
     projected = [matrix(state.to(matrix.weight.dtype)) for matrix, state in pairs]
-    return Features(kept.rows, hidden, maps, projected)
+    return Features(kept.rows, hidden, maps, projected, router)
 
 
 def _whole(parameter: nn.Parameter | None, vocabulary: int) -> Tensor | None:

@@ -18,6 +18,7 @@ TERM_COLOURS = {
     "attention": "#cc79a7",
     "relational": "#d55e00",
     "contrastive": "#56b4e9",
+    "router_aux": "#999933",
 }  # Okabe and Ito's, safe for colour-blind eyes; spare ones by Tol, and theirs
 SPARE = ("#332288", "#117733", "#882255", "#999933", "#aa4499", "#d55e00", "#56b4e9", "#cc79a7")
 INK, SOFT, SHADE, BROKEN = "#1f2328", "#6e6e6e", "#f1f1ee", "#cc0000"

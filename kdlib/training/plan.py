@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
+from kdlib.config.loss import ROUTER
 from kdlib.config.run import Config
 from kdlib.config.task_rules import rules_of
 from kdlib.data.batches import Prepared, calibration_rows
@@ -20,7 +21,7 @@ from kdlib.losses.objective import Objective
 from kdlib.metrics.names import MEASURES
 from kdlib.models.causality import check_causal, rounding
 from kdlib.models.loading import device_of
-from kdlib.models.teacher import PROJECTIONS
+from kdlib.models.teacher import PROJECTIONS, router_weight
 from kdlib.schedulers import from_spec
 from kdlib.training.trackers import check_installed, named_in
 
@@ -113,9 +114,16 @@ def check_causality(
     }
 
 
-def objective_of(config: Config, weights: Mapping[str, Any] | None = None) -> Objective:
-    """The config's objective, or the same with other weights: the baseline."""
+def objective_of(
+    config: Config, weights: Mapping[str, Any] | None = None, student: PreTrainedModel | None = None
+) -> Objective:
+    """The config's objective, or the same with other weights: the baseline.
+
+    With the auxiliary loss of the student's router, where its config asks for it and the weights say nothing.
+    """
     loss, specs = config.loss, config.loss.schedules if weights is None else weights
+    if student is not None and (aux := router_weight(student)):
+        specs = {**specs, **({} if ROUTER in specs else {ROUTER: aux})}
     each = {name: from_spec(spec) for name, spec in loss.temperatures(specs).items()}
     return Objective(
         weights={name: from_spec(spec) for name, spec in specs.items()},

@@ -83,7 +83,7 @@ def train(
             for line in filter(None, (*said, restore_best(folder, checkpoint))):
                 print(f"{label}: {line}", flush=True)
             nan_report.put_aside(folder)
-        objective = objective_of(config, weights)
+        objective = objective_of(config, weights, student)
         pairs = compared_layers(config, student, teacher.model, objective) if teacher else ()
         if hasattr(student, PROJECTIONS) and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # DDP sees only its forward: they would count as unused

@@ -13,6 +13,7 @@ import datasets
 import pandas as pd
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from kdlib.config import run as configs
 from kdlib.config.run import Config
@@ -122,9 +123,10 @@ class Workbench:
         dtype, reason = precision_of(self.config.precision, device)
         layers = tasks.layers_for_student(self.config, self.teacher.model, self.prepared)
         notes, baseline = self.prepared.notes, self.config.baseline
-        precision, formula = f"{dtype} ({reason})".replace("torch.", ""), self.formula()
+        self.run.add_to_manifest(student_layers=layers)
+        student, precision = self.student(), f"{dtype} ({reason})".replace("torch.", "")
+        formula = self.formula(student=student)
         self.run.add_to_manifest(
-            student_layers=layers,
             formula=formula,
             seed=self.config.seed,
             precision=precision,
@@ -141,19 +143,24 @@ class Workbench:
         )
         facts = {
             "teacher": f"{self.config.teacher.model}: {tables.size_of(self.teacher.model)}",
-            "student": tables.size_of(self.student()) + (f": the teacher's {layers}" if layers else ""),
+            "student": tables.size_of(student) + (f": the teacher's {layers}" if layers else ""),
             **self.task.facts(self.prepared, self.tokenizer, self.teacher),
             **tables.texts_in(notes),
             "fingerprint": notes["fingerprint"],
             "precision": precision,
             "objective": formula,
-            "baseline": self.formula(baseline.weights, 0.0) if baseline else "none",
+            "baseline": self.formula(baseline.weights, 0.0, student) if baseline else "none",
         }
         return pd.Series(facts).astype(str).to_frame("")
 
-    def formula(self, weights: Mapping[str, Any] | None = None, until: float = 1.0) -> str:
-        """The objective at the start, and where it moves, at the end too."""
-        objective = objective_of(self.config, weights)
+    def formula(
+        self,
+        weights: Mapping[str, Any] | None = None,
+        until: float = 1.0,
+        student: PreTrainedModel | None = None,
+    ) -> str:
+        """The objective at the start, and where it moves, at the end; with what the student adds."""
+        objective = objective_of(self.config, weights, student)
         return "  …  ".join(dict.fromkeys(objective.at(fraction).formula for fraction in (0.0, until)))
 
     def shapes(self) -> pd.DataFrame:
@@ -263,5 +270,6 @@ class Workbench:
         if folder.is_trained:
             print(f"{label}: trained already")
             return None
-        print(f"{label}: {self.formula(weights, 0.0)}")
-        return training.train(self.config, folder, **self._made(), label=label, weights=weights, **options)
+        made = self._made()
+        print(f"{label}: {self.formula(weights, 0.0, made['student'])}")
+        return training.train(self.config, folder, **made, label=label, weights=weights, **options)
