@@ -4,6 +4,7 @@ Checks are generators: `Context` → `Finding`s, none for what is well.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
 from itertools import accumulate
@@ -37,6 +38,7 @@ from kdlib.training.plan import Extent, compared_layers, extent, objective_of, t
 
 TOKENS = 2048  # of the first batch, at most
 CHUNK = 128  # tokens whose logits exist at a time
+LONGEST = 300  # characters of an error that nobody foresaw
 SEVERITIES = ("critical", "warning", "note")  # it will fail or teach nothing; it may go wrong; good to know
 
 
@@ -77,9 +79,29 @@ def as_text(findings: Sequence[Finding]) -> str:
 class Unavailable(KdlibError):
     """A part of what the config names cannot be had; `where` is the setting that names it."""
 
-    def __init__(self, where: str, error: Exception) -> None:
+    def __init__(self, where: str, error: Exception | str, *, is_unforeseen: bool = False) -> None:
         super().__init__(str(error))
-        self.where = where
+        self.where, self.is_unforeseen = where, is_unforeseen
+
+
+@contextmanager
+def answered(where: str, name: str) -> Iterator[None]:
+    """Whatever fails inside is `Unavailable`, at this setting: a doctor must not die of what it looks at.
+
+    Here any error is right to catch, as none is hushed up: what nobody foresaw becomes a critical finding
+    that says which check, or which part of what it looks at, failed with which error.
+    """
+    try:
+        yield
+    except Unavailable:
+        raise
+    except (KdlibError, torch.OutOfMemoryError) as error:
+        raise Unavailable(where, error) from error
+    except Exception as error:
+        text = " ".join(str(error).split()) or "without a message"
+        short = text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
+        found = f"this check failed: {name.replace('_', ' ')}: {type(error).__name__}: {short}"
+        raise Unavailable(where, found, is_unforeseen=True) from error
 
 
 def part(where: str) -> Callable[[Callable[["Context"], Any]], property]:
@@ -92,10 +114,10 @@ def part(where: str) -> Callable[[Callable[["Context"], Any]], property]:
         def get(self):
             if name not in self.made:
                 try:
-                    self.made[name] = make(self)
-                except (KdlibError, torch.OutOfMemoryError) as error:
-                    known = isinstance(error, Unavailable)
-                    self.made[name] = error if known else Unavailable(where, error)
+                    with answered(where, name):
+                        self.made[name] = make(self)
+                except Unavailable as error:
+                    self.made[name] = error
             if isinstance(found := self.made[name], Unavailable):
                 raise found
             return found

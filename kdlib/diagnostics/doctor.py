@@ -16,7 +16,7 @@ from kdlib.config.run import Config, pairs
 from kdlib.config.sections import flow
 from kdlib.diagnostics import data_checks
 from kdlib.diagnostics.config_checks import CONFIG_CHECKS
-from kdlib.diagnostics.context import Context, Finding, Findings, Unavailable, as_text, ordered
+from kdlib.diagnostics.context import Context, Finding, Findings, Unavailable, answered, as_text, ordered
 from kdlib.diagnostics.memory import forecast
 from kdlib.diagnostics.model_checks import BATCH_CHECKS, MODEL_CHECKS, memory_suffices
 from kdlib.errors import ConfigError
@@ -132,10 +132,16 @@ def _named(check: Any) -> Any:
 
 def _answers(check, context: Context) -> Findings:
     try:
-        yield from check(context)
+        with answered("doctor", getattr(check, "func", check).__name__):
+            yield from check(context)
     except Unavailable as error:
-        why = "what depends on it could not be checked"
-        yield Finding("critical", error.where, str(error), why, "mend this first")
+        why, do = "what depends on it could not be checked", "mend this first"
+        if error.is_unforeseen:
+            do = "see whether models and rows are whole and of the right kind: a training would meet the same"
+            do += (
+                "; if they are, it is a fault of kdlib's: report it, and kd run --anyway trains all the same"
+            )
+        yield Finding("critical", error.where, str(error), why, do)
 
 
 def rewritten(text: str, changes: Mapping[str, Any]) -> str:
