@@ -113,7 +113,7 @@ def test_runs_beside_each_other_show_figures_settings_scorecard_and_cost(root, t
     assert re.findall(r'class="settings(?: differs)?">([^<]*)</td>', page) == ["2", "1"]
     for expected in (
         "1.00<small>[0.900, 1.10]</small>",
-        "of 7 pass",
+        "of 10 pass, ",
         "1.0 M",
         "+0.500 [+0.400, +0.600]",
         "peak",

@@ -47,7 +47,7 @@ def test_a_run_of_before_is_watched(folder, name, said):
     board = dashboard.watch(str(folder / name))
     assert board.live.words[0] == f"{name}  ·  {said}"
     assert board.live.png().startswith(b"\x89PNG")
-    assert len(board.live.scorecard()) == 7
+    assert len(board.live.scorecard()) == 10
     board.live.view = View(log=False)
     assert board.live.png()
 

@@ -85,6 +85,23 @@ def collate_classes(rows: Sequence[Mapping[str, Any]], *, pad_id: int, teacher_p
     return batch
 
 
+def units_of_rows(rows: Dataset) -> np.ndarray | None:
+    """[N] the number of what each row belongs to: its group, or the document of which it holds most.
+
+    None where the rows say nothing of it: each is then a unit of its own.
+    """
+    if "group" in rows.column_names:
+        return np.unique(np.asarray(rows["group"][:], dtype=str), return_inverse=True)[1]
+    if "documents" not in rows.column_names:  # [start, document, start, document, …]
+        return None
+    longest = []
+    for row in rows.select_columns(["documents", "input_ids"]):
+        starts, owners = row["documents"][::2], row["documents"][1::2]
+        sizes = np.diff([*starts, len(row["input_ids"])])
+        longest.append(owners[int(sizes.argmax())])
+    return np.asarray(longest)
+
+
 def pairwise(spans: Sequence[int]) -> list[tuple[int, int]]:
     """[start, end, start, end, …] as [(start, end), …]."""
     return list(zip(spans[::2], spans[1::2], strict=True))

@@ -40,6 +40,13 @@ def right_choices(choices: Choices) -> np.ndarray:
     return np.array(choices["choice"][:])[np.array(choices["is_answer"][:], dtype=bool)]
 
 
+def answered_rightly(choices: Choices, scores: np.ndarray) -> dict[str, np.ndarray]:
+    """Of each question, [N]: whether its right choice scores highest, a guess's chance of that, and 1."""
+    right = table_of(choices, scores).argmax(1) == right_choices(choices)
+    chance = 1 / np.bincount(np.array(choices["item"][:]))
+    return {"choice_accuracy": right, "chance": chance, "questions": np.ones(len(right))}
+
+
 def accuracy(choices: Choices, scores: np.ndarray, *, normalised: bool = True) -> float:
     """The share of questions whose right choice scores highest."""
     chosen = table_of(choices, scores, normalised=normalised).argmax(1)

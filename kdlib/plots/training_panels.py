@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from kdlib.plots.axes import BROKEN, INK, colours_of
 from kdlib.runs.log import Tail, thinned
 from kdlib.runs.progress import Progress
+from kdlib.runs.verdict import trend
 
 TRAIN, HELD_OUT = "#0072b2", INK
 DASHES = ((0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (9, 3)))  # of other runs, in turn
@@ -137,11 +138,8 @@ def values(scene: Scene, axes: Axes) -> str:
     known = [term for term in ("kd", *scene.terms) if term in scene.terms and f"{term}_loss" in scene.train]
     if not known:
         return "None of the terms shown is logged yet"
-    loss = scene.train[f"{known[0]}_loss"].dropna()
-    first, last = loss.iloc[0], loss.iloc[-1]
-    verb = "fell" if last < first else "rose" if last > first else "went"
-    way = f"from {first:.2f} to {last:.2f} nats per {scene.training.of}"
-    return f"The {known[0]} loss {verb} {way} in {loss.index[-1]:,} steps"
+    found = trend(scene.train[f"{known[0]}_loss"], known[0], scene.training.moving)
+    return f"The {known[0]} loss was never finite" if found is None else found.words(scene.training.of)
 
 
 def shares(scene: Scene, axes: Axes) -> str:

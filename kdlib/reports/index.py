@@ -16,6 +16,7 @@ import pandas as pd
 from kdlib.metrics.names import three_digits
 from kdlib.plots.axes import LABELS
 from kdlib.reports.html import page, report_link
+from kdlib.reports.scorecard import counted
 from kdlib.reports.summary import Summary, keys_of, summaries
 from kdlib.runs.files import write_text, writing
 from kdlib.runs.log import thinned
@@ -88,9 +89,8 @@ def settings_that_differ(found: Sequence[Summary]) -> dict[str, list[Cell]]:
 
 
 def _scorecard(each: Summary) -> Cell:
-    passed = f"{sum(line.passed is True for line in each.card)} of {len(each.card)} pass"
     failed = [f"fails: {line.check}: {line.found}" for line in each.card if line.passed is False]
-    return Cell(passed if each.card else "", "; ".join(failed), bool(failed))
+    return Cell(counted(each.card) if each.card else "", "; ".join(failed), bool(failed))
 
 
 def _places(values: Sequence[Any]) -> list[tuple[int, int]]:

@@ -18,11 +18,13 @@ from kdlib.plots.training import run_figures
 from kdlib.reports import html
 from kdlib.reports.explorers import static_html
 from kdlib.reports.notebook_html import notebook_html
-from kdlib.reports.scorecard import scorecard, scorecard_table
+from kdlib.reports.scorecard import counted, scorecard, scorecard_table
 from kdlib.reports.summary import flat, keys_of, summary
 from kdlib.runs.files import read_json
 from kdlib.runs.folder import Run
+from kdlib.runs.verdict import critical_findings
 
+NOT_FACTS = ("formula", "command", "stages", "doctor")  # of a manifest: told elsewhere
 OWN_PLACE = ("dashboard", plots.BARS, *ANSWER_FIGURES)  # figures that stand by themselves
 
 
@@ -40,7 +42,11 @@ def render(run: Run, reports: Path) -> Path:
         raise RunError(f"{run.name} is a benchmark: `{command}` makes its page")
     pictures = {name: html.picture(figure, name) for name, figure in run_figures(run, results).items()}
     students = {"teacher" if brief.is_teacher else "distilled student": run, "baseline": run.baseline}
-    cards = {name: lines for name, student in students.items() if (lines := scorecard(run, student))}
+    cards = {
+        name: lines
+        for name, student in students.items()
+        if (lines := scorecard(run, student, results=results))
+    }
     tables = {"metrics": brief.train, "evaluation": brief.evaluation}
     if results:
         tables |= comparison_tables(results)
@@ -53,6 +59,8 @@ def render(run: Run, reports: Path) -> Path:
         pictures=pictures,
         tables=tables,
         cards=cards,
+        counted=counted,
+        objections=critical_findings(run.manifest) or [],
         own_place=OWN_PLACE,
         **run_content(run),
         **_comparison_content(results),
@@ -82,7 +90,7 @@ def comparison_tables(results: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
 def run_content(run: Run, *, command: str = "kd run") -> dict[str, Any]:
     """What templates/run.html.j2 takes: the run's files as they are; `command` makes it again."""
     manifest, status = run.manifest, run.status
-    facts = {name: value for name, value in manifest.items() if name not in ("formula", "command", "stages")}
+    facts = {name: value for name, value in manifest.items() if name not in NOT_FACTS}
     return {
         "run": run,
         "manifest": manifest,

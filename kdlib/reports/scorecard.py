@@ -1,20 +1,21 @@
 """The scorecard: did a training go as it should?  Each line has its figure, the threshold, pass or fail.
 
-To add one: a function that returns a `Line`, and its call in `scorecard`.
+To add one: a function that returns a `Line`, and its call in `scorecard`.  A line that fails says what to do.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import linregress
 
 from kdlib.errors import ConfigError
-from kdlib.metrics.names import MEASURES
-from kdlib.runs.files import StudentFolder
+from kdlib.reports.learning import Case, Line, learning_lines
+from kdlib.runs.files import StudentFolder, read_json
 from kdlib.runs.folder import Run
 from kdlib.runs.log import Tail, plan_table, terms_in
+from kdlib.runs.verdict import critical_findings
 
 GAP = 2.0  # held-out loss over training loss, and the other way round
 BALANCE = 100.0  # the largest weighted share over the smallest
@@ -22,26 +23,19 @@ MEMORY = 0.9  # of the device's
 PEAK = 0.5  # of training.learning_rate, that the learning rate should reach
 OFF_PLAN = 1e-3  # of the planned peak
 LATE = 0.2  # of the steps: "at the end"
+WHOLE = 0.995  # of an epoch: rounding
+SHOWN = 3  # critical findings in a line
 
 
-@dataclass(frozen=True)
-class Line:
-    """One question with its answer; `passed` is None where it could not be measured, and `found` says why."""
-
-    check: str
-    found: str
-    needed: str
-    passed: bool | None
-
-    @property
-    def result(self) -> str:
-        return {True: "pass", False: "fail", None: "not measured"}[self.passed]
-
-
-def scorecard(run: Run, folder: StudentFolder | None = None, tail: Tail | None = None) -> list[Line]:
+def scorecard(
+    run: Run,
+    folder: StudentFolder | None = None,
+    tail: Tail | None = None,
+    results: Mapping[str, Any] | None = None,
+) -> list[Line]:
     """The distilled student's scorecard, or of another folder: the baseline's.  [] before anything is logged.
 
-    `tail` is the folder's, where it is at hand.
+    `tail` is the folder's and `results` the run's comparison, where they are at hand.
     """
     folder = folder or run
     tail = tail or Tail(folder)
@@ -53,9 +47,15 @@ def scorecard(run: Run, folder: StudentFolder | None = None, tail: Tail | None =
     except ConfigError as error:  # of another version
         faults = "; ".join(line.strip() for line in str(error).splitlines()[1:])
         return [Line("the settings can be read", faults, "a config of this version", None)]
+    if folder.path != run.path:
+        results = None
+    elif results is None:
+        results = read_json(run.path / "comparison_results.json")
+    case = Case(run, folder, train, evaluation, results)
     return [
-        _learning(train),
-        _evaluation(evaluation, training["metric_for_best_model"].removeprefix("eval_")),
+        *_doctor(case),
+        *learning_lines(case),
+        _epoch(case),
         _gap(train, evaluation),
         _learning_rate(train, plan_table(folder), training.get("learning_rate", 5e-5)),
         _finite(folder, tail),
@@ -64,37 +64,59 @@ def scorecard(run: Run, folder: StudentFolder | None = None, tail: Tail | None =
     ]
 
 
+def counted(lines: Sequence[Line]) -> str:
+    """`8 of 11 pass, 2 fail, 1 not measured`."""
+    said = [f"{sum(line.passed is True for line in lines)} of {len(lines)} pass"]
+    for result in ("fail", "not measured"):
+        if count := sum(line.result == result for line in lines):
+            said.append(f"{count} {result}" + "s" * (result == "fail" and count == 1))
+    return ", ".join(said)
+
+
 def scorecard_table(lines: list[Line]) -> pd.DataFrame:
-    """check → found, needed, result."""
-    columns = ["check", "found", "needed", "result"]
+    """check → found, needed, result, and what to do about what fails."""
+    columns = ["check", "found", "needed", "result", "do"]
     rows = [[getattr(line, column) for column in columns] for line in lines]
     return pd.DataFrame(rows, columns=columns).set_index("check")
 
 
-def _learning(train: pd.DataFrame) -> Line:
-    """By the change from the first step to the last along a straight line through the logarithms."""
-    term = "kd" if "kd" in terms_in(train) else terms_in(train)[0]
-    check, needed = f"the model learns ({term})", "a fall, with its interval"
-    values = train.set_index("step")[f"{term}_loss"]
-    values = values[values > 0]
-    if len(values) < 4:
-        return Line(check, f"{len(values)} logged values; a trend needs 4", needed, None)
-    fit, length = linregress(values.index, np.log(values)), values.index[-1] - values.index[0]
-    slopes = (fit.slope + side * 1.96 * fit.stderr for side in (0, -1, 1))
-    value, low, high = (math.expm1(min(slope * length, 50.0)) for slope in slopes)
-    return Line(check, f"{value:+.0%} [{low:+.0%}, {high:+.0%}] over the steps", needed, high < 0)
+def _doctor(case: Case) -> list[Line]:
+    """What spoke against this training before it began."""
+    if not case.is_own or case.run.manifest.get("teacher_stage"):
+        return []
+    check, needed, found = (
+        "the doctor had no objection",
+        "no critical finding",
+        critical_findings(case.run.manifest),
+    )
+    if found is None:
+        return [Line(check, "it was not asked", needed, None, "ask kd doctor, or run 00_setup")]
+    said = "; ".join(f"{each['where']}: {each['what']}" for each in found[:SHOWN])
+    do = "; ".join(f"{each['where']}: {each['fix']}" for each in found[:SHOWN])
+    return [Line(check, said or "nothing critical", needed, not found, do)]
 
 
-def _evaluation(evaluation: pd.DataFrame, metric: str) -> Line:
-    check, needed = f"held-out {metric.replace('_', ' ')} moves", "better than at the first evaluation"
-    values = evaluation[metric].dropna() if metric in evaluation else pd.Series(dtype=float)
-    if len(values) < 2:
-        found = f"{len(values)} evaluation{'s' * (len(values) != 1)}; a change needs 2"
-        return Line(check, found, needed, None)
-    first, later, higher = values.iloc[0], values.iloc[1:], MEASURES[metric].higher_is_better
-    best = later.max() if higher else later.min()
-    is_better = bool(best > first if higher else best < first)
-    return Line(check, f"{first:.4g} → {best:.4g} at best", needed, is_better)
+def _epoch(case: Case) -> Line:
+    """Every training row was seen once, or why not."""
+    training, check = case.config.training, "every training row was seen"
+    epoch, step = case.train["epoch"].iloc[-1], case.train["step"].iloc[-1]
+    is_seen, do = bool(epoch >= WHOLE), ""
+    found, steps = f"{epoch:.2f} epochs", math.ceil(step / epoch) if epoch > 0 else 0
+    if not is_seen and not case.folder.is_trained:
+        return Line(check, f"{found} so far", "1 epoch or more", None)
+    if not is_seen:
+        why, do = "the training ended early", "see why it ended"
+        if (most := training.get("max_steps", -1)) > 0 and step >= most:
+            why = f"training.max_steps is {most}, and an epoch takes {steps}"
+            do = f"set training.max_steps to {steps} or more, unless so little is meant"
+        elif case.config.early_stopping and step < case.steps:
+            why = f"early stopping ended it at step {step} of {case.steps}"
+            do = "raise early_stopping.patience, or evaluate less often"
+        elif training.get("num_train_epochs", 3) < 1:
+            why = f"training.num_train_epochs is {training['num_train_epochs']:g}"
+            do = "set training.num_train_epochs to 1 or more, unless so little is meant"
+        found += f": {why}"
+    return Line(check, found, "1 epoch or more", is_seen, do)
 
 
 def _gap(train: pd.DataFrame, evaluation: pd.DataFrame) -> Line:
@@ -111,7 +133,11 @@ def _gap(train: pd.DataFrame, evaluation: pd.DataFrame) -> Line:
     held_out = sum(last[f"{term}_weight"] * last[f"{term}_loss"] for term in terms)
     seen = sum(last[f"{term}_weight"] * near[f"{term}_loss"].mean() for term in terms)
     ratio = held_out / seen if seen else math.inf
-    return Line(check, f"{held_out:.3f} ÷ {seen:.3f} = {ratio:.2f}", needed, bool(1 / GAP < ratio < GAP))
+    do = "give more text, or train for fewer passes: it learns its rows by heart"
+    if ratio < 1:
+        do = "see whether held-out rows are easier, or are among the training rows: kd doctor"
+    found = f"{held_out:.3f} ÷ {seen:.3f} = {ratio:.2f}"
+    return Line(check, found, needed, bool(1 / GAP < ratio < GAP), do)
 
 
 def _learning_rate(train: pd.DataFrame, plan: pd.DataFrame, configured: float) -> Line:
@@ -124,14 +150,18 @@ def _learning_rate(train: pd.DataFrame, plan: pd.DataFrame, configured: float) -
     off = np.abs(used - planned).max() / peak if peak > 0 else 0.0
     found = f"planned peak {peak:.1e}, used {used.max():.1e} so far; "
     found += f"off the plan by {off:.1%} of the peak at most"
-    return Line(check, found, needed, bool(peak >= PEAK * configured and off <= OFF_PLAN))
+    do = "let the schedule reach it: a shorter warm-up (warmup_steps: 0.1) or more steps"
+    if peak >= PEAK * configured:
+        do = "see what else sets the learning rate: the log and the plan do not agree"
+    return Line(check, found, needed, bool(peak >= PEAK * configured and off <= OFF_PLAN), do)
 
 
 def _finite(folder: StudentFolder, tail: Tail) -> Line:
     broken, report = len(tail.broken), (folder.path / "nan_report").exists()
     more = "see nan_report/" if report else "no step was stopped for one"
     found = f"{broken} of {tail.figures} logged figures are not; {more}"
-    return Line("every figure is finite", found, "0", broken == 0 and not report)
+    do = "nan_report/ names the first value that was not, and what to try, in which order"
+    return Line("every figure is finite", found, "0", broken == 0 and not report, do)
 
 
 def _balance(train: pd.DataFrame) -> Line:
@@ -140,7 +170,8 @@ def _balance(train: pd.DataFrame) -> Line:
     shares = {term: share for term, share in shares.items() if share > 0}
     found = ", ".join(f"{term} {share:.3g}" for term, share in shares.items()) or "no term has a share"
     is_balanced = bool(shares and max(shares.values()) < BALANCE * min(shares.values()))
-    return Line("the terms are balanced", found, needed, is_balanced)
+    do = "raise the weight of the smallest, or leave it out; kd doctor proposes a weight"
+    return Line("the terms are balanced", found, needed, is_balanced, do)
 
 
 def _memory(train: pd.DataFrame, device_gib: float | None) -> Line:
@@ -149,4 +180,5 @@ def _memory(train: pd.DataFrame, device_gib: float | None) -> Line:
         found = "the device's memory is not known: the run was not set up by 00_setup"
         return Line(check, found, needed, None)
     peak = train["memory_gib"].max()
-    return Line(check, f"{peak:.2f} of {device_gib:.1f} GiB", needed, bool(peak < MEMORY * device_gib))
+    do = "lower per_device_train_batch_size and raise gradient_accumulation_steps; kd forecast says what fits"
+    return Line(check, f"{peak:.2f} of {device_gib:.1f} GiB", needed, bool(peak < MEMORY * device_gib), do)

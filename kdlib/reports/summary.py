@@ -19,6 +19,7 @@ from kdlib.reports.scorecard import Line, scorecard
 from kdlib.runs.files import read_json
 from kdlib.runs.folder import Run
 from kdlib.runs.log import Tail, duration, eval_table, plan_table, seconds_taken
+from kdlib.runs.verdict import Best, best_by, mean_at, value_at
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class Summary:
     step: int | None = None
     steps: int | None = None  # planned
     stage: str = ""
-    keys: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # metric → value (and low, high)
+    keys: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # metric → value (low, high, of)
+    compared: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # final_model/'s, where another
+    best: Best | None = None  # whose student best_model/ is
     train: pd.DataFrame = field(default_factory=pd.DataFrame)
     evaluation: pd.DataFrame = field(default_factory=pd.DataFrame)
     baseline: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -48,6 +51,22 @@ class Summary:
     def progress(self) -> float | None:
         """The fraction of the distilled student's steps that were made."""
         return self.step / self.steps if self.step is not None and self.steps else None
+
+    @property
+    def about_best(self) -> str:
+        """Which student best_model/ is, in a sentence or two."""
+        if self.best is None:
+            return ""
+        by, of = MEASURES[self.best.measure].words, f" of {self.steps:,}" if self.steps else ""
+        if self.best.is_untrained:
+            said = f"best_model/ is the untrained student: no evaluation after step 0 was better by {by}."
+        else:
+            said = f"best_model/ is the student of step {self.best.step:,}{of}, the best by {by}."
+        if self.compared:
+            said += (
+                f" Compared is final_model/, of step {self.best.last_step:,}, in fairness to the baseline."
+            )
+        return said
 
     def key(self, metric: str) -> str:
         """`0.958 [0.904, 1.01]`, or of the last evaluation, which has no interval, `0.958`; else nothing."""
@@ -92,6 +111,8 @@ def _read(run: Run) -> Summary:
     settings = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8")) or {}
     is_benchmark, tail, plan = "student" not in settings, Tail(run), plan_table(run)
     steps = [int(table["step"].iloc[-1]) for table in (tail.train, tail.evaluation) if len(table)]
+    best = _best(settings, tail.evaluation)
+    keys, compared = _keys(run, settings, results, tail.evaluation, best)
     return Summary(
         run.name,
         status["state"],
@@ -104,13 +125,15 @@ def _read(run: Run) -> Summary:
         step=max(steps, default=None),
         steps=int(plan["step"].max()) if len(plan) else manifest.get("optimizer_steps"),
         stage=_stage(run, results, steps),
-        keys=_keys(settings, results, tail.evaluation),
+        keys=keys,
+        compared=compared,
+        best=best,
         train=tail.train,
         evaluation=tail.evaluation,
         baseline=eval_table(run.baseline),
         costs=_costs(results, tail.train, tail.evaluation),
         settings={name: _as_text(value) for name, value in flat(settings)},
-        card=tuple(scorecard(run, tail=tail)),
+        card=tuple(scorecard(run, tail=tail, results=results)),
     )
 
 
@@ -122,12 +145,26 @@ def _stage(run: Run, results: Mapping | None, steps: list[int]) -> str:
     return "training" if steps else "set up" * ("formula" in run.manifest)
 
 
-def _keys(settings: Mapping, results: Mapping | None, evaluation: pd.DataFrame) -> dict[str, dict]:
+def _best(settings: Mapping, evaluation: pd.DataFrame) -> Best | None:
+    chosen_by = (settings.get("training") or {}).get("metric_for_best_model", "")
+    return best_by(evaluation, chosen_by.removeprefix("eval_"))
+
+
+def _keys(
+    run: Run, settings: Mapping, results: Mapping | None, evaluation: pd.DataFrame, best: Best | None
+) -> tuple[dict[str, dict], dict[str, dict]]:
+    """Of best_model/, the one to be used; and of final_model/, where that is another, and was compared."""
     named = rules_in(settings).told_first
-    if results:
-        distilled = results["models"].get("distilled", {})
-        return {metric: distilled[metric] for metric in named if metric in distilled}
-    return {metric: {"value": float(evaluation[metric].iloc[-1])} for metric in named if metric in evaluation}
+    distilled = (results or {}).get("models", {}).get("distilled", {})
+    compared = {metric: distilled[metric] for metric in named if metric in distilled}
+    if compared and (best is None or best.is_last or (results or {}).get("split") == "test"):
+        return compared, {}  # the same student
+    at = best.step if best else int(evaluation["step"].iloc[-1]) if len(evaluation) else 0
+    own = {m: {"value": value_at(evaluation, m, at)} for m in named if m in evaluation}
+    own |= {m: found for m in own if (found := mean_at(run, m, at))}
+    return {
+        m: own.get(m) or {**compared[m], "of": "final_model/"} for m in named if m in own or m in compared
+    }, {m: compared[m] for m in own if m in compared}
 
 
 def _costs(results: Mapping | None, train: pd.DataFrame, evaluation: pd.DataFrame) -> dict[str, str]:

@@ -13,6 +13,7 @@ from kdlib.metrics.names import MEASURES
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.folder import Run
 from kdlib.runs.log import Tail, duration, plan_table, seconds_taken, terms_in, time_left
+from kdlib.runs.verdict import moving_settings
 
 QUIET_S = 60.0  # without a line, after which a training that nobody keeps a status of may have stopped
 RECENT = 50  # lines that a forecast goes by
@@ -36,6 +37,7 @@ class Progress:
     message: str  # why it stopped or failed
     quiet_s: float  # since the last line
     of: str  # what is predicted: a token or a row
+    moving: Mapping[str, tuple[str, ...]]  # term → the settings that change its size while it trains
 
     @property
     def step(self) -> int:
@@ -88,6 +90,7 @@ def progress(run: Run, folder: StudentFolder | None = None, tail: Tail | None = 
         message=run.status.get("message", "") if state in ("stopped", "failed", "died") else "",
         quiet_s=quiet_s,
         of=rules_of(config).unit,
+        moving=moving_settings(config, is_baseline=not is_own),
     )
 
 

@@ -70,6 +70,7 @@ class Order:
     smoke: bool = False
     overrides: Mapping[str, Any] = field(default_factory=dict)  # in all trials
     forecast: Callable[[Config], Cost] | None = None  # raises a KdlibError for what cannot be run
+    anyway: bool = False  # in spite of the doctor's critical findings
 
 
 class Clock:
@@ -139,6 +140,8 @@ class Pool:
             origin = {"config_file": facts["file"], "smoke": self.base.smoke, "sweep": self.sweep.name}
             origin |= {"parameters": trial.parameters, "command": self.base.command(trial.parameters)}
             run = runs.create(root, trial.run, trial.config, **origin)
+        if self.order.anyway:
+            run.add_to_manifest(anyway=True)
         state = run.status["state"]
         verbs = {"created": "started", "running": "waits for the process that runs it"}
         say(f"{verbs.get(state, f'goes on ({state})'):8} {run.name}  {described(trial.parameters)}")

@@ -1,6 +1,7 @@
 """What happens around training steps."""
 
 import math
+import operator
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -198,6 +199,13 @@ def scores(args: TrainingArguments, logged: Iterable[Mapping[str, float]]) -> li
     """What chooses best_model/, at each evaluation logged; more is better."""
     name, sign = str(args.metric_for_best_model).removeprefix("eval_"), 1 if args.greater_is_better else -1
     return [sign * line[f"eval_{name}"] for line in logged if f"eval_{name}" in line]
+
+
+def loss_at_best(args: TrainingArguments, logged: Iterable[Mapping[str, float]]) -> float:
+    """The held-out loss where the model was best by a measure that no weight changes: losses are changed."""
+    evaluations = [line for line in logged if "eval_loss" in line]
+    by_score = zip(scores(args, evaluations), evaluations, strict=True)
+    return max(by_score, key=operator.itemgetter(0))[1]["eval_loss"]
 
 
 def disk_is_full(folder: StudentFolder) -> bool:

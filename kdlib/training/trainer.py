@@ -1,6 +1,5 @@
 """transformers' Trainer with kdlib's objective in it, writing a student's folder."""
 
-import operator
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -14,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from kdlib.data.batches import Figures, perplexity
+from kdlib.data.batches import Figures, perplexity, units_of_rows
 from kdlib.errors import RunError
 from kdlib.hardware import memory_gib
 from kdlib.losses.buffers import PIECE, Workspace
@@ -23,12 +22,13 @@ from kdlib.losses.features import LayerPairs
 from kdlib.losses.ledger import LedgerWindow, breach
 from kdlib.losses.objective import EVAL_TERMS, Objective, ObjectiveAt, ledger, row_sums, shares, values_of
 from kdlib.losses.signals import Form, Kept, Signal, kept
-from kdlib.metrics.multiple_choice import accuracy as choice_accuracy
+from kdlib.metrics.multiple_choice import answered_rightly
 from kdlib.models.heads import head_form
 from kdlib.models.teacher import PROJECTIONS, LiveTeacher, form_error, insides, signal_of
 from kdlib.runs.files import StudentFolder
+from kdlib.runs.verdict import keep_units
 from kdlib.schedulers import Schedule
-from kdlib.training.callbacks import PrintedLines, Throughput, WholeLog, scores
+from kdlib.training.callbacks import PrintedLines, Throughput, WholeLog, loss_at_best, scores
 from kdlib.training.gradients import gradient_figures, term_gradients
 from kdlib.training.nan_guard import UNSHARDED, GuardedTrainer
 from kdlib.training.nan_search import Batch, Replay
@@ -221,6 +221,8 @@ class DistillationTrainer(GuardedTrainer):
         at = self.objective.at(self.done(self.state.global_step), sampled=False)
         terms = {name: term for name, term in EVAL_TERMS.items() if with_teacher or name in OWN}
         sums, answers = self._row_sums(dataloader, at, terms, with_teacher=with_teacher)
+        keep = partial(keep_units, self.folder, self.state.global_step, writes=self.is_world_process_zero())
+        keep({name: sums[name] for name in (*terms, "tokens")}, units_of_rows(dataloader.dataset))
         count = max(float(sums.pop("tokens").sum()), 1.0)
         means = {name: float(each.sum()) / count for name, each in sums.items()}
         figures = {"loss": sum(weight * means[name] for name, weight in at.weights.items())}
@@ -231,12 +233,10 @@ class DistillationTrainer(GuardedTrainer):
         if self.choices is not None:  # in the order of the rows; repeated ones are dropped
             loader, ce = self.get_test_dataloader(self.choices), {"ce": EVAL_TERMS["ce"]}
             nats, _ = self._row_sums(loader, ObjectiveAt({}, {}), ce, with_teacher=False)
-            figures["choice_accuracy"] = choice_accuracy(self.choices, -nats["ce"].numpy())
+            keep(said := answered_rightly(self.choices, -nats["ce"].numpy()))
+            figures["choice_accuracy"] = float(said["choice_accuracy"].mean())
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
-        # the loss where the model was best by a measure that no weight changes: a curriculum changes losses
-        evaluations = [line for line in [*self.state.log_history, metrics] if "eval_loss" in line]
-        by_score = zip(scores(self.args, evaluations), evaluations, strict=True)
-        metrics["eval_min_loss"] = max(by_score, key=operator.itemgetter(0))[1]["eval_loss"]
+        metrics["eval_min_loss"] = loss_at_best(self.args, [*self.state.log_history, metrics])
         return EvalLoopOutput(np.empty(0), None, metrics=metrics, num_samples=len(sums["ce"]))
 
     def _row_sums(

@@ -17,6 +17,7 @@ from kdlib.runs.files import going_on
 from kdlib.runs.folder import Run
 from kdlib.runs.lock import held
 from kdlib.workbench.cli_checks import (
+    Anyway,
     ConfigFile,
     Overrides,
     ReportsFolder,
@@ -56,12 +57,14 @@ def run(
     override: Overrides = None,
     parameter: option(Texts, "-p", "--parameter", help="name=value for the notebooks.") = None,
     without: option(Texts, "--without", help="Leave this notebook out, e.g. 01_dry_run.") = None,
+    anyway: Anyway = False,
     runs_folder: RunsFolder = None,
     reports_folder: ReportsFolder = None,
 ) -> None:
     """Run the numbered notebooks of CONFIG through papermill and render the report.
 
-    Ctrl-C, or a file STOP in the run's folder, saves a checkpoint and ends.
+    Critical findings of the doctor end it before it trains, unless --anyway.  Ctrl-C, or a file STOP in the
+    run's folder, saves a checkpoint and ends.
     """
     root, reports = folders(runs_folder, reports_folder)
     resolved = configs.load(config, override or [], smoke=smoke)
@@ -90,6 +93,8 @@ def run(
             print(f"checking {config}, its models and data …", flush=True)
             session.preflight(resolved)
             opened = created(root, name, resolved, given)
+        if anyway:
+            opened.add_to_manifest(anyway=True)
         page = runner.run_notebooks(opened, given, kernels, partial(_rendered, reports=reports), notebooks)
     print(f"report: {os.path.relpath(page)}    index: {os.path.relpath(reports / 'index.html')}")
 
@@ -124,6 +129,7 @@ def dry_run(
 @app.command()
 def train(
     run: argument("A run's name, or its folder; 00_setup has prepared it."),
+    anyway: Anyway = False,
 ) -> None:
     """Train the students of RUN without notebooks; under torchrun (-m kdlib train RUN) on several GPUs."""
     opened = runs.open_run(*runs.locate(run))
@@ -134,7 +140,7 @@ def train(
         from kdlib.workbench import session
 
         bench = session.Workbench(opened)
-        bench.train()
+        bench.train(anyway=anyway)
         bench.train_baseline()
 
 
@@ -146,6 +152,7 @@ def sweep(
     name: option(str | None, "--name", help="The sweep's name; that of its file unless given.") = None,
     override: option(Texts, "-o", "--override", help="key=value in all runs, e.g. seed=1.") = None,
     dry_run: option(bool, "--dry-run", help="List the runs and the forecast, and run nothing.") = False,
+    anyway: Anyway = False,
     no_forecast: option(bool, "--no-forecast", help="Start at once.") = False,
     runs_folder: RunsFolder = None,
     reports_folder: ReportsFolder = None,
@@ -170,6 +177,7 @@ def sweep(
         render_run=report.render,
         render_index=index.render_index,
         forecast=None if no_forecast else _cost,
+        anyway=anyway,
     )
     os.chdir(runs.project_root())
     run_sweep(settings, order, dry_run=dry_run)

@@ -34,6 +34,7 @@ Texts = list[str] | None
 ConfigFile = argument("The experiment: a YAML file.")
 Overrides = option(Texts, "-o", "--override", help="key=value, e.g. loss.temperature=3.")
 Smoke = option(bool, "--smoke", help="The same with few steps and short rows.")
+Anyway = option(bool, "--anyway", help="Train in spite of the doctor's critical findings.")
 RunName = option(str | None, "--name", help="The run's name; <config>_<time> unless given.")
 RunsFolder = option(Path | None, "--runs", help="Folder of runs; runs/ in the project unless given.")
 ReportsFolder = option(

@@ -17,6 +17,7 @@ from kdlib.errors import Died, RunError, Stopped, nearest, refuse_keys
 from kdlib.runs.files import go_on, without_keys_in, write_error
 from kdlib.runs.folder import PARENT, Run, project_root, working
 from kdlib.runs.interrupts import heard, interrupted
+from kdlib.runs.verdict import refuse_unsound
 
 NOTEBOOKS = ("00_setup", "01_dry_run", "02_train", "03_compare")
 START_TIMEOUT = 600  # seconds; on a busy machine a kernel needs a minute to import torch
@@ -97,7 +98,7 @@ def run_notebooks(
     Raises:
         ConfigError: a parameter holds a key.
         Stopped: by Ctrl-C or a STOP file.
-        RunError: a notebook failed, or its kernel died.
+        RunError: a notebook failed, its kernel died, or the doctor found something critical in 00_setup.
     """
     refuse_keys(given)  # they stand in the executed notebooks
     folder = os.path.join(".", os.path.relpath(run.path))  # with a separator: a folder, not a name
@@ -114,6 +115,8 @@ def _run_in_turn(run: Run, parameters: Mapping[str, Any], names: Sequence[str], 
             continue
         if (run.path / "STOP").exists():  # asked for while no training was there to hear it
             raise Stopped(f"stopped before {name}; {go_on()}")
+        if done:
+            refuse_unsound(run.manifest)
         print(f"— {name}", flush=True)
         notebook, copy = project_root() / "notebooks" / f"{name}.ipynb", run.notebooks / f"{name}.ipynb"
         with kernels.taken(another=name != names[-1]) as kernel:

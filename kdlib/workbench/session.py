@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +33,7 @@ from kdlib.runs import folder as runs
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.folder import Run
 from kdlib.runs.log import plan_table, training_table
+from kdlib.runs.verdict import refuse_unsound
 from kdlib.tasks import base as tasks
 from kdlib.training import run as training, trackers
 from kdlib.training.plan import objective_of, training_arguments
@@ -178,8 +180,13 @@ class Workbench:
         return StudentFolder(self.run.path / "dry_run")
 
     def doctor(self) -> None:
-        """Say what is wrong with this config, data and models before they train; kd doctor --fix mends."""
-        print("the doctor:", as_text(doctor.diagnose(self.config, made=self._made())))
+        """Say what is wrong with this config, data and models before they train; kd doctor --fix mends.
+
+        What is critical keeps `train` from beginning, and stands in the report.
+        """
+        found = doctor.diagnose(self.config, made=self._made())
+        self.run.add_to_manifest(doctor=[asdict(each) for each in found])
+        print("the doctor:", as_text(found))
 
     def selftest(self) -> pd.DataFrame:
         """What must be equal on this config, these models and this text, compared: a line each."""
@@ -220,13 +227,24 @@ class Workbench:
         tenths = sorted({round(i * (len(plan) - 1) / 10) for i in range(11)})
         return plan.iloc[tenths].set_index("step").map("{:.3g}".format)
 
-    def train(self) -> None:
-        """The distilled student, from its last checkpoint where there is one."""
+    def train(self, *, anyway: bool = False) -> None:
+        """The distilled student, from its last checkpoint where there is one.
+
+        Args:
+            anyway: in spite of the doctor's critical findings, which then head the report.
+
+        Raises:
+            RunError: there are such findings, and nobody said `anyway`.
+        """
+        if anyway:
+            self.run.add_to_manifest(anyway=True)
+        refuse_unsound(self.run.manifest)
         self._train(self.run, label="kd")
 
     def train_baseline(self) -> None:
         """The same student, data, order, steps and learning rate, with the baseline's weights."""
         if self.config.baseline:
+            refuse_unsound(self.run.manifest)
             self._train(self.run.baseline, label="baseline", weights=self.config.baseline.weights)
 
     def compare(self) -> dict[str, Any]:
