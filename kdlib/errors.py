@@ -73,7 +73,8 @@ SHORTEST = 12  # characters of a variable's value; a shorter one may stand in a 
 
 FORMS = {
     **{"hf_": r"[A-Za-z0-9]{30,}", "api_org_": r"[A-Za-z0-9]{30,}"},  # Hugging Face
-    **{"gh": r"[pousr]_[A-Za-z0-9]{30,}", "github_pat_": r"\w{30,}", "gl": r"[a-z]{2,6}-[\w-]{20,50}\b"},
+    **{"gh": r"[pousr]_[A-Za-z0-9]{30,}", "github_pat_": r"\w{30,}"},
+    "gl": r"(?:pat|dt|ft|soat|rt|cbt|ptt)-[\w-]{20,}",  # GitLab
     # OpenAI, Anthropic and others; sk-wikipedia-20231101-clean is a data set in Slovak
     "sk-": r"(?:[A-Za-z0-9]{20,}|(?:proj|svcacct|admin|ant|or|lf)-[\w-]{30,}|[\w-]+T3BlbkFJ\w+)",
     **{"AIza": r"[\w-]{35}", "ya29.": r"[\w-]{20,}"},  # Google
@@ -81,14 +82,14 @@ FORMS = {
     "x": r"(?:ox[a-z]|app)-[\w-]{20,}",  # Slack
     **{"wandb_v": r"\d_\w{30,}", "gsk_": r"[A-Za-z0-9]{40,}", "r8_": r"[A-Za-z0-9]{37}"},
     **{"nvapi-": r"[\w-]{40,}", "npm_": r"[A-Za-z0-9]{36}", "pypi-Ag": r"[\w-]{50,}"},
-    "eyJ": r"[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}",  # JSON web tokens
+    **{"eyJ": r"[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}", "Bearer ": r"([\w.~+/-]{20,})"},  # of web requests
     "-----BEGIN ": r"[A-Z ]*PRIVATE KEY-----[A-Za-z0-9+/=\s\\]*",
     # of an URL: user and password, or a long name alone
     "://": r"((?![$<{*])(?:[^\s/?#@:\"'<>]*:(?![$<{*])[^\s/?#@\"'<>]+|[^\s/?#@:\"'<>]{20,}))@",
 }
 NAMES = (
-    *("KEY", "TOKEN", "SECRET", "PASSWORD", "secret", "password", "passwd"),
-    *("api_key", "apikey", "access_key", "AccountKey", "access_token", "auth_token", "hf_token", "hub_token"),
+    *("KEY", "TOKEN", "SECRET", "PASSWORD", "secret", "password", "passwd", "?token", "&token", "api_key"),
+    *("apikey", "access_key", "AccountKey", "access_token", "auth_token", "hf_token", "hub_token"),
 )
 # what one of these names has: letters and digits mixed; no variable, no path, nothing in brackets
 NAMED = (
@@ -145,11 +146,12 @@ def without_keys(text: str) -> str:
 
 
 def _of_environment() -> dict[str, str]:
-    """Value → name of each variable that holds a key, by its name."""
+    """Value → name of each variable that holds a key, by its name; the path of one's file is none."""
+    named = {x.strip(): name for name, x in os.environ.items() if SECRET_NAMES.search(name)}
     return {
-        value.strip(): name
-        for name, value in os.environ.items()
-        if SECRET_NAMES.search(name) and not PLAIN_NAMES.search(name) and len(value.strip()) >= SHORTEST
+        x: name
+        for x, name in named.items()
+        if len(x) >= SHORTEST and not PLAIN_NAMES.search(name) and not os.path.exists(x)
     }
 
 

@@ -36,6 +36,8 @@ KEYS = [
     f"https://{MIXED[:30]}@hub.example/model",
     f"WANDB_API_KEY={HEX}",
     f"hf_token: {MIXED[:16]}",
+    f"https://hub.example/model?token={MIXED[:16]}",
+    f"Authorization: Bearer {MIXED[:24]}",
     f'{{"aws_secret_access_key": "{MIXED[:40]}"}}',
 ]
 PLAIN = [
@@ -48,9 +50,11 @@ PLAIN = [
     f"commit={HEX}",
     f'{{"model.safetensors": "{HEX}aaaaaaaaaaaaaaaaaaaaaaaa"}}',
     f"sha256:{HEX * 2}"[:71],
+    "glove-wiki-gigaword-300-embeddings glue-sst2-distilbert-base-uncased-finetuned",
+    "hf-internal-testing/tiny-random-gpt2 hf_internal_testing_tiny_random_llama_for_causal_lm",
     "model.layers.0.self_attn.k_proj.weight",
     "distilbert-base-uncased-finetuned-sst-2-english",
-    "https://hub.example/a/b?token=1",
+    "https://hub.example/a/b?token=1&download=true",
     "git@github.com:someone/something.git ssh://git@github.com/someone/something",
     "https://user:$TOKEN@hub.example, https://<user>:<password>@hub.example",
     "pad_token: <|endoftext|>, tokens: 123456789012, tokenizer=bert-base-uncased-2018",
@@ -110,6 +114,7 @@ def test_a_short_value_and_another_variables_may_stand_anywhere(monkeypatch):
         "TOKENIZERS_X": "another-long-value",
     }
     values |= {"HF_TOKEN_PATH": "/home/someone/token", "GPG_TTY": "/dev/pts/0000000"}
+    values["SSH_PRIVATE_KEY"] = __file__
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     refuse_keys(" ".join(values.values()))

@@ -99,7 +99,7 @@ def test_all_faults_of_a_sweep_come_at_once(config_file):
 
 def test_all_trials_that_make_no_sound_config_are_named_at_once(trials_of):
     with pytest.raises(
-        ConfigError, match=r"(?s)2 of the trials cannot be run.*ature=-1: .*must stay above 0.*ature=0"
+        ConfigError, match=r"(?s)2 of the trials cannot be run.*ature=-1: .*must stay .*ature=0"
     ):
         trials_of(grid={"loss.temperature": [-1, 0, 2]})
     with pytest.raises(ConfigError, match=r"loss.temprature=1.*\n.*did you mean 'temperature'"):

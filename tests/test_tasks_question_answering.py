@@ -260,7 +260,7 @@ def test_the_picture_and_the_tables_of_a_comparison_begin_with_the_choices(folde
     )
     titles = [axes.get_title(loc="left").split("\n")[0] for axes in plots.comparison_bars(results).axes]
     assert list(answer_tables(results)) == ["mcnemar", "on_teachers_mistakes", "worst"]
-    assert titles == ["right choices", "retention, %", "the teacher's choices", "KL to teacher"]
+    assert titles == ["right choices (primary)", "retention, %", "the teacher's choices", "KL to teacher"]
 
 
 def test_bits_per_byte_counts_the_answers_alone(folders, prepared):

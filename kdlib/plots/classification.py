@@ -24,7 +24,7 @@ from kdlib.plots.axes import (
 )
 
 TITLES = {
-    "mcnemar": "Right alone: McNemar's test, or a permutation of groups",
+    "mcnemar": "Right alone: McNemar's test, or a permutation of groups; each p by itself",
     "on_teachers_mistakes": "On the teacher's mistakes",
     "f1_per_class": "F1 by class",
     "worst": "Worst examples",

@@ -73,7 +73,8 @@ def ranking(settings: pd.DataFrame, names: Sequence[str], measure: Measure) -> F
 def gains_by_setting(gains: Mapping[str, pd.DataFrame], names: Sequence[str]) -> Figure:
     """What the teacher adds in each setting, metric by metric, with its interval."""
     metric, table = next(iter(gains.items()))
-    figure, every = panels(10, 1.7 + 0.32 * min(len(table), MOST), len(gains), sharey=True)
+    height = 1.9 + 0.32 * min(len(table), MOST)
+    figure, every = panels(max(10, 3 * len(gains)), height, len(gains), sharey=True)
     for axes, (name, gain) in zip(every, gains.items(), strict=True):
         axes.axvline(0, color=INK, linewidth=0.8)  # the same student trained alone
         shown, above = gain.head(MOST), {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
@@ -81,8 +82,8 @@ def gains_by_setting(gains: Mapping[str, pd.DataFrame], names: Sequence[str]) ->
         for position, value in enumerate(shown["value"]):
             axes.annotate(f"{value:+.3g}", (value, position), fontsize=7, **above)
         better = "more" if MEASURES[name].higher_is_better else "less"
-        title = f"{MEASURES[name].brief}, {better} is better:\n{counts(gain, short=True)}"
-        axes.set_title(title, fontsize=9, loc="left")
+        title = f"{MEASURES[name].brief}\n{better} is better\n{counts(gain, short=True)}"
+        axes.set_title(title, fontsize=8.5, loc="left")
         axes.margins(x=0.15)
         axes.tick_params(labelsize=8)
     over = "95 % over seeds" if table["n"].max() > 1 else "95 % over held-out rows"
@@ -111,7 +112,7 @@ def price(settings: pd.DataFrame, costs: Sequence[str], measure: Measure) -> Fig
         axes.plot(front[cost], front["value"], "o-", **line)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         whisker = "; whisker: its spread" * is_timed
-        axes.set_xlabel(f"{words} ({'more' if more_is_better else 'less'} is better{whisker})", fontsize=9)
+        axes.set_xlabel(f"{words}\n{'more' if more_is_better else 'less'} is better{whisker}", fontsize=9)
         axes.margins(0.12)
     every[0].set_ylabel(_on_axis(measure))
     legend(every[0])
