@@ -266,7 +266,7 @@ def test_the_picture_and_the_tables_of_a_comparison_begin_with_the_choices(folde
 def test_bits_per_byte_counts_the_answers_alone(folders, prepared):
     comparison = TokenComparison(prepared, question_tokenizer(), resamples=100)
     rights = prepared.choices["validation"].filter(lambda row: row["is_answer"])
-    assert comparison.row_bytes.tolist() == [1 + len(text.encode()) for text in rights["text"]]
+    assert comparison._bytes().tolist() == [1 + len(text.encode()) for text in rights["text"]]
 
 
 def test_the_self_test_passes_on_questions(config):

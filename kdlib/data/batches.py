@@ -1,7 +1,8 @@
 """Prepared rows, and how they become batches: the one thing that all tasks hand to a training.
 
 A row is {"input_ids": […]}, with "prompt_tokens" where its beginning is given and not learned, and
-"read_only": [start, end, …] where later parts are given too; of a classification it is {"input_ids": […],
+"read_only": [start, end, …] where later parts are given too, and "documents": [start, number, …] or "group"
+where it is known to what its tokens belong; of a classification it is {"input_ids": […],
 "label": n}, with "teacher_input_ids" where the teacher has a tokenizer of its own.
 """
 

@@ -88,12 +88,11 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
 
 def _in_turn(order: Sequence[int], blocks: Dataset) -> list[int]:
     """The same blocks, one of each document, then a second of each, …; whose its middle is, whose it is."""
-    runs = [np.array(blocks[number]["documents"]).reshape(-1, 2) for number in order]
-    middle = [len(blocks[number]["input_ids"]) // 2 for number in order]
-    owner = [each[each[:, 0] <= half][-1, 1] for each, half in zip(runs, middle, strict=True)]
-    return pd.Series(order)[
-        pd.Series(owner).groupby(owner).cumcount().sort_values(kind="stable").index
-    ].tolist()
+    halves = token_lists(blocks).value_lengths().to_numpy() // 2
+    runs = [np.array(each).reshape(-1, 2) for each in blocks["documents"]]
+    owners = np.array([each[each[:, 0] <= half][-1, 1] for each, half in zip(runs, halves, strict=True)])
+    turn = pd.Series(order).groupby(owners[order]).cumcount()
+    return np.array(order)[turn.argsort(kind="stable")].tolist()
 
 
 def read_documents(config: DataConfig) -> DatasetDict:
