@@ -127,6 +127,18 @@ def normal(spec: Spec) -> Spec:
     return {shape: _table(arguments) if shape in TABLES else list(map(float, arguments))}
 
 
+def at_most(spec: Spec, limit: float) -> Spec:
+    """The same spec with every number in it that is larger lowered to the limit."""
+    if not isinstance(spec, Mapping):
+        return min(float(spec), limit)
+    ((shape, arguments),) = spec.items()
+    if shape == "joined":
+        return {shape: [[until, at_most(part, limit)] for until, part in arguments]}
+    if shape in TABLES:
+        return {shape: {start: min(value, limit) for start, value in _table(arguments).items()}}
+    return {shape: [min(float(value), limit) for value in arguments]}
+
+
 def breakpoints(*specs: Spec) -> list[float]:
     """The fractions at which specs are judged: each per cent of training, and both sides of every corner."""
     corners = {corner for spec in specs for corner in _corners(spec)}

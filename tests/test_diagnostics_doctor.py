@@ -333,6 +333,57 @@ def test_a_loss_that_cannot_go_well_is_named(name, well, made):
         assert "eager" in next(each.what for each in findings if each.where == "loss.weights.attention")
 
 
+ADVICE = {  # a sick loss or training → the advice's own words, and what it says done by hand
+    "top k beside another divergence": (
+        {"loss": {"weights": {"reverse_kl": 0.7, "ce": 0.3}, "top_k": 8}},
+        "write kd in place of reverse_kl among the weights, and divergence: reverse_kl",
+        {"loss": {"weights": {"kd": 0.7, "ce": 0.3}, "divergence": "reverse_kl", "top_k": 8}},
+    ),
+    "samples beside another divergence": (
+        {"loss": {"weights": {"reverse_kl": 1.0}, "samples": 8}},
+        "or leave samples out",
+        {"loss": {"weights": {"reverse_kl": 1.0}}},
+    ),
+    "a divergence that stands there twice": (
+        {"loss": {"weights": {"reverse_kl": 1.0}, "divergence": "reverse_kl"}},
+        "leave it out: reverse_kl is a term by itself",
+        {"loss": {"weights": {"reverse_kl": 1.0}}},
+    ),
+    "top k beside ce alone": (
+        {"loss": {"weights": {"ce": 1.0}, "top_k": 8}},
+        "give kd a weight, or leave top_k out",
+        {"loss": {"weights": {"ce": 1.0}}},
+    ),
+    "hot at first": ({"loss": {"temperature": {"linear": [80, 1]}}}, "write {linear: [4.0, 1.0]}", None),
+    "hot at last": ({"loss": {"temperature": {"cosine": [1, 80]}}}, "write {cosine: [1.0, 4.0]}", None),
+    "hot in a table": (
+        {"loss": {"temperature": {"steps": {0: 80, 0.5: 2}}}},
+        "write {steps: {0.0: 4.0, 0.5: 2.0}}",
+        None,
+    ),
+    "no learning rate": ({"training": {"learning_rate": 0}}, "try 0.0", None),
+    "few tokens": (
+        {"training": {"per_device_train_batch_size": 1}},
+        "by 8 times",
+        {"training": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ADVICE)
+def test_advice_that_is_followed_ends_its_finding_and_brings_no_other(name, well, made):
+    changes, words, by_hand = ADVICE[name]
+    raw = {**well, **{section: {**well[section], **values} for section, values in changes.items()}}
+    (finding,) = [each for each in doctor.diagnose(parse(raw), made=made) if each.severity != "note"]
+    assert words in finding.fix
+    mended = parse(raw, finding.change or {})
+    if by_hand:
+        mended = parse(
+            {**well, **{section: {**well[section], **values} for section, values in by_hand.items()}}
+        )
+    assert named(doctor.diagnose(mended, made=made)) == {}
+
+
 def test_what_is_measured_is_what_a_training_begins_with(well, made, tmp_path):
     """The first batch of the doctor, in the order of the rows, through the trainer's own objective."""
     config = parse({**well, "loss": {**well["loss"], "weights": {"kd": 0.7, "ce": 0.3, "hidden": 0.5}}})

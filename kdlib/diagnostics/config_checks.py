@@ -1,8 +1,9 @@
 """What the doctor asks of a training's settings: length, learning rate, intervals, batch, curriculum."""
 
+import math
 from collections.abc import Mapping
 
-from kdlib.config.loss import LossConfig
+from kdlib.config.loss import DIVERGENCES, LossConfig
 from kdlib.diagnostics.context import Context, Findings, critical, note, warning
 from kdlib.losses.features import FEATURE_TERMS, feature_terms
 from kdlib.schedulers import from_spec
@@ -19,6 +20,7 @@ RATE_RANGE = (1 / 300, 5.0)  # of it
 LION = 1 / 5  # of AdamW's
 FAR_OUT = 10.0  # times beyond a limit: no training survives it
 SGD_RANGE = (1e-4, 1.0)
+STILL = "no weight moves at a learning rate of 0, and below it the loss rises"
 FEW_ROWS = 8  # of a classification, in an optimizer step
 FEW_TOKENS, MANY_TOKENS = 256, 4e6  # of an optimizer step
 
@@ -38,10 +40,17 @@ def checkpointing_lets_gradients_through(context: Context) -> Findings:
 def settings_are_used(context: Context) -> Findings:
     """What shapes the kd term stands beside a kd weight."""
     loss = context.config.loss
+    own = next((name for name in context.active if name in DIVERGENCES), None)
     for name in ("divergence", "top_k", "samples") if "kd" not in context.active else ():
         if (value := getattr(loss, name)) != LossConfig.model_fields[name].default:
             found, why = f"{value}, but no weight for kd", f"{', '.join(context.active)} do not read it"
-            yield warning(f"loss.{name}", found, why, "give kd a weight, or leave it out")
+            do = f"give kd a weight, or leave {name} out"
+            if own and name != "divergence":
+                do = f"write kd in place of {own} among the weights, and divergence: {own}; kd alone reads "
+                do += f"{name}; or leave {name} out"
+            elif own:
+                do = f"leave it out: {own} is a term by itself; or write kd in place of {own}"
+            yield warning(f"loss.{name}", found, why, do)
 
 
 def schedule_can_be_made(context: Context) -> Findings:
@@ -103,9 +112,6 @@ def learning_rate_in_range(context: Context) -> Findings:
     optimizer = context.args.optim.value
     if context.has_own_schedule:
         rate *= max(_rates(context))
-    if rate <= 0:
-        yield critical(where, f"{rate:g}", "no weight moves at a learning rate of 0", "give one, as 1e-4")
-        return
     if optimizer == "sgd":
         proposed, (low, high), rule = 0.05, SGD_RANGE, "SGD"
     elif "adamw" in optimizer or "lion" in optimizer or optimizer == "adafactor":
@@ -114,8 +120,14 @@ def learning_rate_in_range(context: Context) -> Findings:
         low, high = (proposed * factor for factor in RATE_RANGE)
         rule = f"{optimizer} and {context.size / 1e6:.3g} M parameters"
     else:
+        if rate <= 0:
+            yield critical(where, f"{rate:g}", STILL, "give one above 0")
         return
-    if not low <= rate <= high:
+    if rate <= 0:
+        own = context.has_own_schedule
+        proposed = float(f"{proposed:.1g}")
+        yield critical(where, f"{rate:g}", STILL, f"try {proposed:g}", None if own else {where: proposed})
+    elif not low <= rate <= high:
         far, rounded = not low / FAR_OUT <= rate <= high * FAR_OUT, float(f"{proposed:.1g}")
         found = f"a peak of {rate:.1e}; with {rule} trainings go well from {low:.0e} to {high:.0e}"
         why = "above it a training diverges, below it the weights hardly move"
@@ -165,12 +177,13 @@ def batch_is_sensible(context: Context) -> Findings:
     seen = f"{rows} rows, {tokens:,.0f} {'' if are_rows else 'learned '}tokens, make an optimizer step"
     do, few = "lower batch size or accumulation", rows < FEW_ROWS if are_rows else tokens < FEW_TOKENS
     if rows > context.extent.rows:
-        seen += f"; the training text has {context.extent.rows} rows"
-        why = "every step then sees the same text, and fewer rows than was meant"
+        seen += f"; there are {context.extent.rows} training rows"
+        why = "every step then sees the same rows, and fewer than was meant"
     elif few:
         limit = f"{FEW_ROWS} rows" if are_rows else f"{FEW_TOKENS} tokens"
         why, do = f"below some {limit} the gradient is mostly chance", "raise batch size or accumulation"
-        do += "" if are_rows else f" by {-(-FEW_TOKENS // max(tokens, 1)):.0f} times"
+        times = math.ceil(FEW_ROWS / rows if are_rows else FEW_TOKENS / max(tokens, 1))
+        do = f"{do} by {times} times" if rows * times <= context.extent.rows else "give more rows to train on"
     elif tokens > MANY_TOKENS:
         why = "so large a step learns little more than a smaller one would, and there are fewer"
     else:

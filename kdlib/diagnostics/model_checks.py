@@ -9,6 +9,7 @@ from functools import cache, partial
 
 import torch
 
+from kdlib.config.sections import flow
 from kdlib.data.batches import calibration_rows
 from kdlib.diagnostics.context import Context, Finding, Findings, Unavailable, critical, note, warning
 from kdlib.diagnostics.forecast import GIB, Forecast, remedies, verdict
@@ -19,12 +20,12 @@ from kdlib.losses.objective import log_probs
 from kdlib.models.causality import FOUND, WHY, look_ahead, remedy, rounding
 from kdlib.models.loading import device_of, load_tokenizer
 from kdlib.models.student import check_pair
-from kdlib.schedulers import SHAPES, breakpoints, from_spec
+from kdlib.schedulers import SHAPES, at_most, breakpoints, from_spec
 
 AUTO = {"precision": "auto"}
 UNIFORM = 0.9  # of log V: the entropy above which a teacher says next to nothing
 TELLING = 0.6  # of log V: that of a temperature which is proposed
-PROPOSED = (4.0, 3.0, 2.0, 1.0)
+PROPOSED = (4.0, 3.0, 2.0, 1.5, 1.0)
 UNLIKE = 100.0  # times, between weighted terms
 EQUAL = 1e-6  # nats: student and teacher say the same
 
@@ -172,12 +173,17 @@ def temperature_leaves_something_to_teach(context: Context) -> Findings:
         where = f"loss.temperature.{term}" if by_term else "loss.temperature"
         found = f"at T = {highest:g} the teacher's entropy on the first batch is "
         found += f"{flatness(highest):.0%} of a uniform guess's"
-        why = "a teacher that finds every token equally likely teaches noise"
-        if better := next((T for T in PROPOSED if highest > T and flatness(T) <= TELLING), None):
+        one = "token" if context.rules.unit == "token" else "class"
+        why = f"a teacher that finds every {one} equally likely teaches noise"
+        cooler = [T for T in PROPOSED if highest > T]
+        better = next((T for T in cooler if flatness(T) <= TELLING), None)
+        if isinstance(spec, Mapping) and (better or 0.0) <= lowest:  # a schedule is to stay one
+            better = next((T for T in cooler if lowest < T and flatness(T) <= UNIFORM), better)
+        if better is not None:
             found += f"; at T = {better:g} it is {flatness(better):.0%}"
             found_as = critical if lowest == highest or flatness(lowest) > UNIFORM else warning
-            change = None if isinstance(spec, Mapping) else {where: better}
-            yield found_as(where, found, why, f"write {better:g}", change)
+            mended = at_most(spec, better)
+            yield found_as(where, found, why, f"write {flow(mended)}", {where: mended})
         else:
             do = "see whether this teacher knows such text: no temperature tried is better"
             yield warning(where, found, why, do)
@@ -216,7 +222,8 @@ def _unlike(context: Context, term: str, main: str, shares: Mapping[str, float],
     found = (
         f"weight x value on the first batch: {found}; {large} counts {times:,.0f} times as much as {small}"
     )
-    why = "the smaller term has no say; weights for sums over a row's tokens (`batchmean`) look like this, "
+    sums = "a row's tokens" if context.rules.unit == "token" else "a batch's rows"
+    why = f"the smaller term has no say; weights for sums over {sums} look like this, "
     do = f"with the weight {proposed:g} {term} counts as much as {main}"
     return warning(where, found, f"{why}here terms are means", do, None if moves else {where: proposed})
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 from nbconvert.filters import strip_ansi
 
 from kdlib.config.task_rules import rules_in, shown_in
@@ -93,6 +94,7 @@ def run_content(run: Run, *, command: str = "kd run") -> dict[str, Any]:
     facts = {name: value for name, value in manifest.items() if name not in NOT_FACTS}
     return {
         "run": run,
+        "unit": "row" if rules_in(_settings(run)).unit == "row" else "kept token",
         "manifest": manifest,
         "status": {**status, "message": strip_ansi(status.get("message", ""))},
         "explorers": static_html(run),
@@ -101,6 +103,11 @@ def run_content(run: Run, *, command: str = "kd run") -> dict[str, Any]:
         "again": f"{command} runs/{run.name}/config.yaml",
         "notebooks": {path.stem: notebook_html(path) for path in sorted(run.notebooks.glob("*.ipynb"))},
     }
+
+
+def _settings(run: Run) -> Mapping[str, Any]:
+    """The config as it stands in its file, whatever its version."""
+    return yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8")) or {}
 
 
 def _comparison_content(results: Mapping[str, Any] | None) -> dict[str, Any]:

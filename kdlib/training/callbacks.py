@@ -1,7 +1,6 @@
 """What happens around training steps."""
 
 import math
-import operator
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -204,8 +203,10 @@ def scores(args: TrainingArguments, logged: Iterable[Mapping[str, float]]) -> li
 def loss_at_best(args: TrainingArguments, logged: Iterable[Mapping[str, float]]) -> float:
     """The held-out loss where the model was best by a measure that no weight changes: losses are changed."""
     evaluations = [line for line in logged if "eval_loss" in line]
-    by_score = zip(scores(args, evaluations), evaluations, strict=True)
-    return max(by_score, key=operator.itemgetter(0))[1]["eval_loss"]
+    judged = [line for line in evaluations if scores(args, [line])]  # questions may have been left out
+    if not judged:
+        return min(line["eval_loss"] for line in evaluations)
+    return max(judged, key=lambda line: scores(args, [line])[0])["eval_loss"]
 
 
 def disk_is_full(folder: StudentFolder) -> bool:
