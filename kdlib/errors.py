@@ -79,7 +79,7 @@ FORMS = {
     "sk-": r"(?:[A-Za-z0-9]{20,}|(?:proj|svcacct|admin|ant|or|lf)-[\w-]{30,}|[\w-]+T3BlbkFJ\w+)",
     **{"AIza": r"[\w-]{35}", "ya29.": r"[\w-]{20,}"},  # Google
     "A": r"(?:3T[A-Z0-9]|BIA|CCA|KIA|SIA)[A-Z0-9]{16}\b",  # Amazon
-    "x": r"(?:ox[a-z]|app)-[\w-]{20,}",  # Slack
+    "x": r"(?:ox[abceprs]|app)-[\w-]{20,}",  # Slack
     **{"wandb_v": r"\d_\w{30,}", "gsk_": r"[A-Za-z0-9]{40,}", "r8_": r"[A-Za-z0-9]{37}"},
     **{"nvapi-": r"[\w-]{40,}", "npm_": r"[A-Za-z0-9]{36}", "pypi-Ag": r"[\w-]{50,}"},
     **{"eyJ": r"[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}", "Bearer ": r"([\w.~+/-]{20,})"},  # of web requests

@@ -50,6 +50,7 @@ PLAIN = [
     f"commit={HEX}",
     f'{{"model.safetensors": "{HEX}aaaaaaaaaaaaaaaaaaaaaaaa"}}',
     f"sha256:{HEX * 2}"[:71],
+    "xoxo-gossip-girl-scripts-dataset-v2 glm-4-9b-chat hf://datasets/user/name@main",
     "glove-wiki-gigaword-300-embeddings glue-sst2-distilbert-base-uncased-finetuned",
     "hf-internal-testing/tiny-random-gpt2 hf_internal_testing_tiny_random_llama_for_causal_lm",
     "model.layers.0.self_attn.k_proj.weight",
