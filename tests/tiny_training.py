@@ -38,7 +38,7 @@ def train_file(folder: Path, file: Path) -> None:
 
 def comparable(folder: Path) -> list[dict]:
     """metrics.jsonl without what depends on the clock and the machine."""
-    clock = ("time", "tokens_per_s", "memory_gib", "runtime", "per_second")
+    clock = ("time", "tokens_per_s", "rows_per_s", "memory_gib", "runtime", "per_second")
     return [
         {k: v for k, v in line.items() if not k.endswith(clock)}
         for line in metrics.read_metrics(StudentFolder(folder))
