@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from kdlib.config.run import Config
-from kdlib.config.task_rules import TaskRules, rules_of
+from kdlib.config.task_rules import TaskRules, primary_in, rules_of
 from kdlib.metrics.names import MEASURES, difference, three_digits, with_interval
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.folder import Run
@@ -237,7 +237,7 @@ def _baseline(case: Case) -> Line:
         return Line(check, "there is none", needed, None, do)
     if not case.results or "baseline" not in case.results["models"]:
         return Line(check, "not compared yet", needed, None, "run 03_compare")
-    measure = case.rules.told_first[0]
+    measure = primary_in(case.results)
     found = difference(case.results, "distilled", "baseline", measure)
     values = (
         three_digits(case.results["models"][name][measure]["value"]) for name in ("distilled", "baseline")

@@ -1,6 +1,6 @@
 """Run folders: what a run made, in files that people and programs read.
 
-runs/<run>/  config.yaml  manifest.json  status.json  plan.json  metrics.jsonl  history.json
+runs/<run>/  config.yaml  manifest.json  status.json  plan.json  metrics.jsonl  history.json  evaluations/
              best_model/  final_model/  checkpoints/  notebooks/  baseline/ (a student's folder again)
 """
 
