@@ -304,3 +304,17 @@ def test_rows_that_only_a_script_would_make_are_refused_and_it_is_not_run(tmp_pa
     with pytest.raises(DataError, match=r"code of its own, which is never run here .*rows\.py"):
         read_documents(config(str(tmp_path / "rows")))
     assert not ran.exists()
+
+
+def test_a_whole_document_ends_with_eos_and_a_cut_one_does_not(tmp_path, tokenizer):
+    path = tmp_path / "texts.jsonl"
+    texts = ["the student learns", "the teacher says what it sees", "a student sees words again and again"]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    lengths = {len(tokenizer(text)["input_ids"]): text for text in texts}
+    prepared = prepare(config(path, packing=False, max_length=max(lengths) - 1), tokenizer, seed=0)
+    for row in [*prepared.train, *prepared.validation]:
+        is_whole = tokenizer.decode(row["input_ids"], skip_special_tokens=True) in texts
+        assert (row["input_ids"][-1] == tokenizer.eos_token_id) == is_whole
+    labels = prepared.first_rows()["labels"]
+    assert (labels == tokenizer.eos_token_id).any() or len(prepared.train) == 1  # and it is learned
+    assert prepared.notes["each_document_ends_with"] == tokenizer.eos_token

@@ -1,10 +1,22 @@
+import shutil
+
 import pytest
 import torch
 from conftest import sentences, tiny_model, tiny_tokenizer
+from transformers import (
+    BloomConfig,
+    Gemma3Config,
+    GPT2Config,
+    LlamaConfig,
+    MptConfig,
+    OPTConfig,
+    RobertaConfig,
+    XLNetConfig,
+)
 
 from kdlib.config.run import parse
 from kdlib.errors import ModelError
-from kdlib.models.loading import load_tokenizer
+from kdlib.models.loading import load_tokenizer, positions_of
 from kdlib.models.student import check_pair, chosen_layers, layer_influence
 
 
@@ -61,3 +73,31 @@ def test_different_tokenizers_are_refused_with_the_way_out(raw_config, teacher_f
     pair = parse({**raw_config, "student": {"from": str(other)}})
     with pytest.raises(ModelError, match=r"different vocabularies: \d+ tokens differ.*needs one vocabulary"):
         check_pair(pair, load_tokenizer(str(teacher_folder)))
+
+
+def test_a_folder_that_is_called_teacher_is_a_model_like_any_other(
+    raw_config, teacher_folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(teacher_folder, "teacher")
+    named = parse({**raw_config, "teacher": {"model": "teacher"}})
+    check_pair(named, load_tokenizer("teacher"))
+    with pytest.raises(ModelError, match="but the teacher has 4"):
+        check_pair(parse({**raw_config, "teacher": {"model": "teacher"}}, ["student.layers=9"]), None)
+
+
+POSITIONS = [
+    (LlamaConfig(max_position_embeddings=64), 64),
+    (GPT2Config(n_positions=32), 32),
+    (MptConfig(max_seq_len=48), 48),
+    (XLNetConfig(), None),
+    (BloomConfig(), None),
+    (OPTConfig(max_position_embeddings=40), 40),
+    (RobertaConfig(max_position_embeddings=514, pad_token_id=1), 512),
+    (Gemma3Config(text_config={"max_position_embeddings": 128}), 128),
+]
+
+
+@pytest.mark.parametrize(("stated", "expected"), POSITIONS, ids=lambda each: type(each).__name__)
+def test_a_models_longest_row_is_found_by_whatever_name_it_has(stated, expected):
+    assert positions_of(stated) == expected

@@ -139,7 +139,7 @@ def pair(settings: StepsConfig, *, precision: str, device: torch.device, seed: i
     """Teacher, student and tokens, the same for the same arguments."""
     torch.manual_seed(seed)
     teacher, tokenizer = load_model(settings.teacher), load_tokenizer(settings.teacher)
-    layers = even_layers(settings.student_layers, teacher.config.num_hidden_layers)
+    layers = even_layers(settings.student_layers, teacher.config.get_text_config().num_hidden_layers)
     count = settings.batch * (settings.warmup + settings.steps)
     rows = Dataset.from_dict({"input_ids": torch.randint(len(tokenizer), (count, settings.length)).tolist()})
     student = shallower(teacher, layers)

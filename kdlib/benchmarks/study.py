@@ -71,7 +71,7 @@ def preflight(config: BenchmarkConfig) -> None:
         raise ConfigError("device: found cuda, but torch sees no CUDA device; use auto or cpu")
     if config.steps:
         load_tokenizer(config.steps.teacher)
-        layers = load_config(config.steps.teacher).num_hidden_layers
+        layers = load_config(config.steps.teacher).get_text_config().num_hidden_layers
         if config.steps.student_layers > layers:
             raise ConfigError(
                 f"steps.student_layers is {config.steps.student_layers}, but the teacher has {layers}; "

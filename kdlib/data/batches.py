@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.losses.signals import IGNORED
 
@@ -120,6 +122,19 @@ def calibration_rows(rows: Dataset, count: int = 8) -> Tensor:
     column = "teacher_input_ids" if "teacher_input_ids" in rows.column_names else "input_ids"
     ids = sorted(rows.select(range(min(8 * count, len(rows))))[column], key=len, reverse=True)[:count]
     return torch.tensor([row[: min(map(len, ids))] for row in ids])
+
+
+def vocabulary_of(tokenizer: Tokenizer) -> int:
+    """One more than a tokenizer's largest id: as many rows as a head must have for all of its tokens.
+
+    `len(tokenizer)` counts them, which is less where the ids have gaps.
+    """
+    return 1 + max(tokenizer.get_vocab().values())
+
+
+def largest_id(rows: Dataset, column: str = "input_ids") -> int:
+    """The largest of all rows' ids."""
+    return pc.max(token_lists(rows, column).flatten()).as_py()
 
 
 def random_ids(

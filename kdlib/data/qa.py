@@ -21,7 +21,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.config.sections import DataConfig
-from kdlib.data.batches import Prepared, collate, fingerprint
+from kdlib.data.batches import Prepared, collate, fingerprint, vocabulary_of
 from kdlib.data.qa_rows import Fault, Item, collected, form_of, read_items
 from kdlib.data.sources import kept_once, own_splits, read_splits, refuse_rows
 from kdlib.data.text import beginning
@@ -95,7 +95,9 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
     notes |= {"form": form, "each_document_begins_with": tokenizer.decode(first)}
     notes["fingerprint"] = fingerprint(*rows.values(), *choices.values())
     gathered = partial(collate, pad_id=tokenizer.pad_token_id)
-    return Prepared(**rows, notes=notes, collate=gathered, vocabulary=len(tokenizer), choices=choices)
+    return Prepared(
+        **rows, notes=notes, collate=gathered, vocabulary=vocabulary_of(tokenizer), choices=choices
+    )
 
 
 def _splits(
@@ -237,7 +239,13 @@ def encoded_response(item: Item, tokenizer: Tokenizer, first: Sequence[int]) -> 
         raise Fault("messages need a chat template, and the tokenizer has none; write prompt and response")
     between = "" if prompt[-1].isspace() or response[0].isspace() else " "
     made = continued(prompt, between + response, tokenizer, first)
-    return [Encoded([*made.input_ids, tokenizer.eos_token_id], made.prompt_tokens)]
+    return [Encoded([*made.input_ids, _end(tokenizer)], made.prompt_tokens)]
+
+
+def _end(tokenizer: Tokenizer) -> int:
+    if tokenizer.eos_token_id is None:
+        raise Fault("the tokenizer has no eos_token to end an answer; name one in tokenizer_config.json")
+    return tokenizer.eos_token_id
 
 
 def continued(prompt: str, answer: str, tokenizer: Tokenizer, first: Sequence[int] = ()) -> Encoded:
@@ -271,7 +279,7 @@ def _conversation(messages: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> 
         raise Fault("the chat template shows no answer of the assistant's as it stands: nothing to learn")
     ids = list(tokens["input_ids"])
     if learned[-1] and ids[-1] not in tokenizer.all_special_ids:
-        ids, learned = [*ids, tokenizer.eos_token_id], [*learned, True]
+        ids, learned = [*ids, _end(tokenizer)], [*learned, True]
     prompt = learned.index(True)
     edges = [place for place in range(prompt + 1, len(learned)) if learned[place] != learned[place - 1]]
     read_only = [*edges, len(learned)] if len(edges) % 2 else edges

@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.config.sections import DataConfig
-from kdlib.data.batches import Prepared, collate, fingerprint, token_lists
+from kdlib.data.batches import Prepared, collate, fingerprint, token_lists, vocabulary_of
 from kdlib.data.sources import check_column, group_values, kept_once, read_splits
 from kdlib.errors import DataError
 
@@ -56,9 +56,13 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
         notes[f"{name}_documents_shorter_than_two_tokens"] = len(split[name]) - len(ids)
         if config.packing:
             blocks = packed(ids, length, separator=tokenizer.eos_token_id)
-        else:  # a document a row, its first tokens
+        else:  # a document a row, its first tokens; one that is not cut ends as documents do when packed
+            end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
             blocks = ids.map(
-                lambda row: {"input_ids": row["input_ids"][:length], "documents": [0, row["document"]]},
+                lambda row, end=end: {
+                    "input_ids": (row["input_ids"] + end)[:length],
+                    "documents": [0, row["document"]],
+                },
                 remove_columns=["document"],
                 features=ROWS,
             )
@@ -81,9 +85,10 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
         rows = {name: each.remove_columns("documents") for name, each in rows.items()}
         notes["units"] = ONE_TEXT
     notes["each_document_begins_with"] = tokenizer.decode(beginning(tokenizer))
+    notes["each_document_ends_with"] = tokenizer.eos_token or ""
     notes["fingerprint"] = fingerprint(rows["train"], rows["validation"])
     gathered = partial(collate, pad_id=tokenizer.pad_token_id)
-    return Prepared(rows["train"], rows["validation"], notes, gathered, len(tokenizer))
+    return Prepared(rows["train"], rows["validation"], notes, gathered, vocabulary_of(tokenizer))
 
 
 def _in_turn(order: Sequence[int], blocks: Dataset) -> list[int]:

@@ -254,7 +254,7 @@ class Breakdown:
             return {**parts, "gradient buckets": parameters(self.student) * 4}
         outside = self.student.get_input_embeddings().weight.nbytes
         layers = bytes_of(self.student.parameters()) - outside
-        layer = layers // max(self.student.config.num_hidden_layers, 1)
+        layer = layers // max(self.student.config.get_text_config().num_hidden_layers, 1)
         shards = {name: -(-size // devices) for name, size in parts.items() if name in SHARDED}
         return {**parts, **shards, "gathered weights": 2 * layer + outside}
 

@@ -10,7 +10,7 @@ from functools import cache, partial
 import torch
 
 from kdlib.config.sections import flow
-from kdlib.data.batches import calibration_rows
+from kdlib.data.batches import calibration_rows, vocabulary_of
 from kdlib.diagnostics.context import Context, Finding, Findings, Unavailable, critical, note, warning
 from kdlib.diagnostics.forecast import GIB, Forecast, remedies, verdict
 from kdlib.errors import ModelError
@@ -18,7 +18,7 @@ from kdlib.hardware import emulates_bf16
 from kdlib.losses.features import FEATURE_TERMS
 from kdlib.losses.objective import log_probs
 from kdlib.models.causality import FOUND, WHY, look_ahead, remedy, rounding
-from kdlib.models.loading import device_of, load_tokenizer
+from kdlib.models.loading import device_of, load_tokenizer, positions_of
 from kdlib.models.student import check_pair
 from kdlib.schedulers import SHAPES, at_most, breakpoints, from_spec
 
@@ -53,7 +53,7 @@ def device_has_the_dtype(context: Context) -> Findings:
 def rows_fit_the_positions(context: Context) -> Findings:
     """No row is longer than a model has positions."""
     where, length = "data.max_length", context.config.data.max_length
-    stated = {name: getattr(each, "max_position_embeddings", None) for name, each in context.configs.items()}
+    stated = {name: positions_of(each) for name, each in context.configs.items()}
     name = min(stated, key=lambda name: stated[name] or math.inf)
     if (least := stated[name] or math.inf) < length:
         found, why = (
@@ -75,13 +75,13 @@ def models_are_a_pair(context: Context) -> Findings:
     for name, each in context.configs.items():
         where = "teacher.model" if name == "teacher" else "student.from"
         source = config.teacher.model if name == "teacher" else config.student.source
-        tokens = len(context.tokenizer if is_one else load_tokenizer(source))
+        tokens = vocabulary_of(context.tokenizer if is_one else load_tokenizer(source))
         rows = each.get_text_config().vocab_size
         if rows < tokens:
             matrix, whose = ("head", "the") if is_one else ("embedding", "its")
-            found = f"the {name}'s {matrix} has {rows} rows, but {whose} tokenizer {tokens} tokens"
-            do = "take the tokenizer that belongs to the model"
-            yield critical(where, found, "the tokens beyond have no row", do)
+            found = f"the {name}'s {matrix} has {rows} rows, but {whose} tokenizer's ids end at {tokens - 1}"
+            do = "nothing, if they are none of the data's; else take the tokenizer that belongs to the model"
+            yield note(where, found, "tokens beyond have no row, and rows that hold one are refused", do)
         elif rows > tokens and is_one:
             found = f"the {name}'s head is padded from {tokens} tokens to {rows} rows"
             yield note(where, found, "rows beyond mean nothing", "nothing: they are left out on both sides")

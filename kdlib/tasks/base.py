@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel as Model, PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.config import task_rules
 from kdlib.config.run import Config
 from kdlib.config.task_rules import TaskRules
-from kdlib.data.batches import Prepared, calibration_rows
+from kdlib.data.batches import Prepared, calibration_rows, largest_id
+from kdlib.errors import ModelError
 from kdlib.hardware import precision_of
 from kdlib.models.depth import shallower
-from kdlib.models.loading import device_of
+from kdlib.models.loading import device_of, load_config
 from kdlib.models.student import Outline, chosen_layers
 from kdlib.models.teacher import LiveTeacher
 
@@ -134,6 +136,22 @@ class Task(ABC):
         self, config: Config, prepared: Prepared, tokenizer: Tokenizer, **options: Any
     ) -> Comparison:
         """What measures models on these test rows, else validation rows; `options`: see `Comparison`."""
+
+
+def rows_of(source: str, tokenizer: Tokenizer, parts: Sequence[Dataset], column: str = "input_ids") -> int:
+    """How many tokens a model knows: the rows of its embedding; `parts` are what it is to read.
+
+    Raises:
+        ModelError: a token among them has no row; says which.
+    """
+    rows = load_config(source).get_text_config().vocab_size
+    if (most := max(largest_id(part, column) for part in parts if len(part))) >= rows:
+        raise ModelError(
+            f"{source}: the data has the token {tokenizer.decode([most])!r}, whose id is {most}, but the "
+            f"model's embedding has {rows} rows; take the tokenizer that belongs to the model, or the rows "
+            "with this token out of the data"
+        )
+    return rows
 
 
 def spread(rows: Sequence[Any], count: int) -> list[Any]:

@@ -29,7 +29,7 @@ from kdlib.models.loading import load_config, load_tokenizer
 from kdlib.models.student import Outline
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots.tokens import RowView
-from kdlib.tasks.base import Comparison, Sample, Task, register, spread
+from kdlib.tasks.base import Comparison, Sample, Task, register, rows_of, spread
 
 BATCH = 32  # rows per forward pass
 SINGLE = 30  # rows that are answered one by one, for the latency
@@ -59,7 +59,15 @@ class Classification(Task):
         is_new = new_head or config.teacher_stage
         known = None if is_new else named_classes(load_config(config.teacher.model))
         teacher = _teachers_own(config, tokenizer)
-        return classification.prepare(config.data, tokenizer, teacher=teacher, seed=config.seed, known=known)
+        options = {"teacher": teacher, "seed": config.seed, "known": known}
+        prepared = classification.prepare(config.data, tokenizer, **options)
+        parts = [each for each in (prepared.train, prepared.validation, prepared.test) if each is not None]
+        own = config.student.source != "teacher"
+        rows_of(config.student.source if own else config.teacher.model, tokenizer, parts)
+        if own:
+            column = "teacher_input_ids" if teacher else "input_ids"
+            rows_of(config.teacher.model, teacher or tokenizer, parts, column)
+        return prepared
 
     def load(
         self, source: str, prepared: Prepared, dtype: torch.dtype = torch.float32, *, untrained: bool = False

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from transformers import (
 from kdlib.config.run import Config
 from kdlib.config.task_rules import RULES
 from kdlib.data import text
-from kdlib.data.batches import Batch, Prepared, calibration_rows, collate, random_ids
+from kdlib.data.batches import Batch, Prepared, calibration_rows, collate, random_ids, vocabulary_of
 from kdlib.errors import ModelError
 from kdlib.losses.objective import EVAL_TERMS, row_sums
 from kdlib.losses.signals import IGNORED, kept
@@ -28,10 +29,10 @@ from kdlib.metrics.paired import differences, intervals
 from kdlib.models.causality import check_causal
 from kdlib.models.efficiency import middle_half, repeated
 from kdlib.models.loading import load_model, load_tokenizer
-from kdlib.models.student import Outline
+from kdlib.models.student import Outline, sources
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots.tokens import TokenView, token_view
-from kdlib.tasks.base import Comparison, Sample, Task, register, spread
+from kdlib.tasks.base import Comparison, Sample, Task, register, rows_of, spread
 
 BATCH = 8  # rows per forward pass
 TOKENS = 128  # looked at one by one: as many as one reads
@@ -55,7 +56,7 @@ class LanguageModeling(Task):
     )
 
     def prepare(self, config: Config, tokenizer: Tokenizer, *, new_head: bool = False) -> Prepared:
-        return text.prepare(config.data, tokenizer, seed=config.seed)
+        return within_heads(config, text.prepare(config.data, tokenizer, seed=config.seed), tokenizer)
 
     def load(
         self, source: str, prepared: Prepared, dtype: torch.dtype = torch.float32, *, untrained: bool = False
@@ -67,12 +68,13 @@ class LanguageModeling(Task):
     ) -> Outline:
         notes = []
         try:
-            vocabulary = len(load_tokenizer(config.teacher.model))
+            vocabulary = vocabulary_of(load_tokenizer(config.teacher.model))
         except ModelError:
             vocabulary = teacher.get_text_config().vocab_size
             taken = f"its head's {vocabulary:,} rows are taken for the vocabulary"
             notes.append(f"no tokenizer is to be had for {config.teacher.model}: {taken}")
-        return Outline(config, student, teacher, vocabulary, self, notes)
+        heads = [each.get_text_config().vocab_size for each in (student, teacher)]
+        return Outline(config, student, teacher, min(vocabulary, *heads), self, notes)
 
     def random_batch(self, plan: Outline, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
         data = plan.config.data
@@ -80,7 +82,9 @@ class LanguageModeling(Task):
         return collate([{"input_ids": each} for each in ids], pad_id=0)
 
     def facts(self, prepared: Prepared, tokenizer: Tokenizer, teacher: LiveTeacher) -> dict[str, str]:
-        return {"vocabulary": f"{len(tokenizer):,} tokens, the same for both"}
+        end = prepared.notes.get("each_document_ends_with")
+        ends = {"end of a text": f"{end}, learned where a text is not cut"} if end else {}
+        return {"vocabulary": f"{len(tokenizer):,} tokens, the same for both", **ends}
 
     def example(self, prepared: Prepared, tokenizer: Tokenizer, teacher: LiveTeacher) -> TokenView:
         """Token by token, coloured by what is learned."""
@@ -116,6 +120,14 @@ class LanguageModeling(Task):
         length = config.compare.prompt_tokens
         fit = [row["input_ids"] for row in rows if len(row["input_ids"]) >= length]
         return [list(ids[:length]) for ids in spread(fit, config.compare.continuations)]
+
+
+def within_heads(config: Config, prepared: Prepared, tokenizer: Tokenizer) -> Prepared:
+    """The same rows, whose vocabulary ends where the models' heads do; a token beyond is refused."""
+    parts = [prepared.train, prepared.validation, prepared.test, *prepared.choices.values()]
+    every = [part for part in parts if part is not None]
+    heads = [rows_of(source, tokenizer, every) for source in sources(config)]
+    return replace(prepared, vocabulary=min(prepared.vocabulary, *heads))
 
 
 class TokenComparison(Comparison):

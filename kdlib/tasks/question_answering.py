@@ -22,7 +22,7 @@ from kdlib.metrics.multiple_choice import probabilities, right_choices
 from kdlib.metrics.paired import results_of, worst_rows
 from kdlib.models.teacher import LiveTeacher
 from kdlib.tasks.base import register, spread
-from kdlib.tasks.language_modeling import LanguageModeling, TokenComparison
+from kdlib.tasks.language_modeling import LanguageModeling, TokenComparison, within_heads
 
 BATCH = 16  # rows per forward pass
 OF_CHOICES = {
@@ -45,7 +45,7 @@ class QuestionAnswering(LanguageModeling):
     compared_data = {"validation": 0.99}  # nearly all: questions to train on have no choices to be scored
 
     def prepare(self, config: Config, tokenizer: Tokenizer, *, new_head: bool = False) -> Prepared:
-        prepared = qa.prepare(config.data, tokenizer, seed=config.seed)
+        prepared = within_heads(config, qa.prepare(config.data, tokenizer, seed=config.seed), tokenizer)
         metric = config.training["metric_for_best_model"].removeprefix("eval_")
         if metric == "choice_accuracy" and not prepared.choices:
             raise ConfigError(

@@ -101,7 +101,7 @@ def measured_here(config: Config, *, memory: bool, dense: bool = False) -> dict[
     began, busy = time.perf_counter(), _seconds_of_others()
     with tempfile.TemporaryDirectory() as folder, peak_memory(device) as peak:
         teacher = tasks.load_teacher(config, prepared, dtype)
-        layers = kept_layers(config, teacher.model.config.num_hidden_layers)
+        layers = kept_layers(config, teacher.model.config.get_text_config().num_hidden_layers)
         trainer = training.train(
             config,
             StudentFolder(Path(folder)),

@@ -17,7 +17,8 @@ TEXTS = {"train": "training text", "validation": "held-out text", "test": "test 
 
 def size_of(model: PreTrainedModel) -> str:
     """`134.5 M parameters, 30 layers`"""
-    return f"{parameters(model) / 1e6:.1f} M parameters, {model.config.num_hidden_layers} layers"
+    layers = model.config.get_text_config().num_hidden_layers
+    return f"{parameters(model) / 1e6:.1f} M parameters, {layers} layers"
 
 
 def texts_in(notes: Mapping[str, Any]) -> dict[str, str]:
@@ -36,7 +37,7 @@ def of_shapes(models: Mapping[str, LiveTeacher], prepared: Prepared, unit: str) 
     tokens, columns = kept(batch["labels"]), {}
     at_once = f"all logits at once: {'classes' if unit == 'row' else 'no plain head'}"
     for name, model in models.items():
-        signal, settings = model(batch, tokens), model.model.config
+        signal, settings = model(batch, tokens), model.model.config.get_text_config()
         columns[name] = {
             "input_ids [B, T]": list(batch[f"{model.reads}input_ids"].shape),
             f"kept {unit}s N": len(tokens.targets),
