@@ -89,7 +89,7 @@ def test_names_of_models_and_data_digests_and_commits_are_no_keys(text):
 
 
 def test_forty_hexadecimal_digits_are_a_key_unless_their_name_says_what_else_they_are():
-    for found in ({"note": HEX}, f"training.run_name={HEX}", {"grid": {"training.run_name": ["a", HEX]}}):
+    for found in ({"note": HEX}, f"training.project={HEX}", {"grid": {"training.project": ["a", HEX]}}):
         with pytest.raises(ConfigError, match="a key, 0123…"):
             refuse_keys(found)
     refuse_keys({"grid": {"teacher.revision": [HEX, HEX]}, "data_sha": HEX})
@@ -125,10 +125,10 @@ def test_a_short_value_and_another_variables_may_stand_anywhere(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "origin", [{}, {"command": f"kd run x.yaml -o training.run_name={KEY}"}], ids=["config", "command"]
+    "origin", [{}, {"command": f"kd run x.yaml -o training.project={KEY}"}], ids=["config", "command"]
 )
 def test_a_run_with_a_key_in_its_settings_is_refused_and_nothing_is_written(raw_config, tmp_path, origin):
-    changes = {} if origin else {"training.run_name": KEY}
+    changes = {} if origin else {"training.project": KEY}
     with pytest.raises(ConfigError, match=r"holds the value of \$SOME_API_KEY; .*: leave it out") as caught:
         runs.create(tmp_path / "runs", "first", parse(raw_config, changes), **origin)
     assert KEY not in str(caught.value)
@@ -170,7 +170,7 @@ def kd(tmp_path, monkeypatch, capsys):
 
 
 IN_COMMANDS = [
-    ["run", "tiny.yaml", "-o", f"training.run_name={KEYS[0]}"],
+    ["run", "tiny.yaml", "-o", f"training.project={KEYS[0]}"],
     ["run", "tiny.yaml", "-o", KEYS[0]],
     ["run", "tiny.yaml", "-p", f"note={HEX}"],
     ["run", "tiny.yaml", "--name", KEYS[0]],
@@ -196,14 +196,14 @@ def test_a_command_with_a_key_writes_and_repeats_nothing(kd, config_file, tmp_pa
 
 
 IN_FILES = {
-    "grid": {"base": "tiny.yaml", "grid": {"training.run_name": ["a", KEYS[0]]}},
+    "grid": {"base": "tiny.yaml", "grid": {"training.project": ["a", KEYS[0]]}},
     "unknown": {"base": "tiny.yaml", "grid": {KEYS[0]: [1, 2]}},
     "shared": {"base": "tiny.yaml", "grid": {"seed": [1]}, "overrides": {"data.text": KEYS[0]}},
     "drawn": {
         "base": "tiny.yaml",
         "random": {"trials": 2, "from": {"data.text": {"choice": ["a", KEYS[0]]}}},
     },
-    "list": {"base": "tiny.yaml", "list": [{"training.run_name": HEX}]},
+    "list": {"base": "tiny.yaml", "list": [{"training.project": HEX}]},
     "base": {"base": "keyed.yaml", "grid": {"seed": [0, 1]}},
 }
 
@@ -211,7 +211,7 @@ IN_FILES = {
 @pytest.mark.parametrize("words", [[], ["--dry-run"]], ids=["run", "dry"])
 @pytest.mark.parametrize("sweep", IN_FILES.values(), ids=IN_FILES)
 def test_a_sweep_with_a_key_writes_and_lists_nothing(kd, raw_config, config_file, tmp_path, sweep, words):
-    keyed = {**raw_config, "training": {**raw_config["training"], "run_name": KEYS[0]}}
+    keyed = {**raw_config, "training": {**raw_config["training"], "project": KEYS[0]}}
     (tmp_path / "keyed.yaml").write_text(yaml.safe_dump(keyed))
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     status, said = kd("sweep", "sweep.yaml", *words)

@@ -50,7 +50,7 @@ def nothing_written(tmp_path: Path) -> bool:
     [
         ("loss.temprature=3", "did you mean 'temperature'?"),
         ("training.max_steps=many", "training.max_steps: found 'many', needs int"),
-        ("training.eval_strategy=sometimes", "transformers refuses these arguments"),
+        ("training.eval_strategy=sometimes", "found 'sometimes'; it is one of no, steps, epoch"),
         ("loss.weights={kd: 0, ce: 0}", "all weights are 0"),
         ("loss.weights={kd: -1, ce: 1}", "weights are 0 or more"),
         ("data.source=missing.jsonl", "missing.jsonl: no such file"),

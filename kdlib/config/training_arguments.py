@@ -6,13 +6,49 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from kdlib.config.sections import read_beside, statements
+from kdlib.config.sections import number, read_beside, statements
 from kdlib.errors import nearest, printable
 from kdlib.schedulers import normal, sampled
 
 TRAINING_DEFAULTS = {"report_to": "none", "save_total_limit": 3, "logging_steps": 10}  # not transformers' own
 RESERVED: dict[str, str] = read_beside(__file__)
 """{a name that is not set here: why}"""
+INTERVALS = ("trainer_utils.py", "IntervalStrategy")
+ENUMERATIONS = {
+    "eval_strategy": INTERVALS,
+    "logging_strategy": INTERVALS,
+    "save_strategy": ("trainer_utils.py", "SaveStrategy"),
+    "optim": ("training_args.py", "OptimizerNames"),
+}
+LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
+CHOICES = {
+    "log_level": LEVELS,
+    "log_level_replica": LEVELS,
+    "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),
+    "dataloader_multiprocessing_context": ("fork", "spawn", "forkserver"),
+}
+LEAST: dict[str, float] = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 1),
+    **dict.fromkeys(("gradient_accumulation_steps", "torch_empty_cache_steps"), 1),
+    **dict.fromkeys(("dataloader_prefetch_factor", "ddp_bucket_cap_mb", "ddp_timeout"), 1),
+    **dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "adam_epsilon"), 0),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "eval_delay", "save_total_limit", "eval_steps"), 0),
+    **dict.fromkeys(("dataloader_num_workers", "neftune_noise_alpha"), 0),
+}
+MAPPINGS = {"lr_scheduler_kwargs": "{num_cycles: 2}"} | dict.fromkeys(
+    ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"), "{use_reentrant: false}"
+)
+OF_WORKERS = (
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
+    "dataloader_multiprocessing_context",
+)
+ABOVE_0 = ("num_train_epochs", "logging_steps", "save_steps")
+REFUSED_OPTIMIZERS = {  # what a name contains: why
+    "lomo": "it changes weights in the backward pass, before a step can be looked at",
+    "layerwise": "it changes weights in the backward pass, before a step can be looked at",
+    "schedule_free": "the weights that it evaluates are others than those that it trains",
+}
 WARM_UP = (
     "the schedule is all of it; write the warm-up as its first part, as "
     "{joined: [[0.1, {linear: [0, 1]}], [1.0, {cosine: [1, 0]}]]}"
@@ -29,11 +65,21 @@ def training_fields() -> dict[str, str]:
     }
 
 
-@cache
 def scheduler_names() -> tuple[str, ...]:
     """The Trainer's own names of learning-rate schedules."""
-    body = _body("trainer_utils.py", "SchedulerType")
-    return tuple(ast.literal_eval(node.value) for node in body if isinstance(node, ast.Assign))
+    return _members("trainer_utils.py", "SchedulerType")
+
+
+@cache
+def _members(file: str, name: str) -> tuple[str, ...]:
+    """The values of an enumeration of transformers'."""
+    values = [node.value for node in _body(file, name) if isinstance(node, ast.Assign)]
+    return tuple(str(value.value) for value in values if isinstance(value, ast.Constant))
+
+
+def _choices(name: str) -> tuple[str, ...]:
+    """What a field may say, where it is one of a few words."""
+    return CHOICES[name] if name in CHOICES else _members(*ENUMERATIONS[name]) if name in ENUMERATIONS else ()
 
 
 def _body(file: str, name: str) -> list[ast.stmt]:
@@ -50,10 +96,29 @@ def problem_with(name: str, value: Any, metrics: Sequence[str] = ()) -> str | No
         return f"{printable(name)}: TrainingArguments has no such name{nearest(name, training_fields())}"
     if name == "lr_scheduler_type":
         return _problem_with_rate(name, value)
+    if name in MAPPINGS and isinstance(value, str):
+        return f"{name}: found the text {value!r}; needs a mapping, as {MAPPINGS[name]}"
     try:
         value = typed(name, value)
     except (OverflowError, TypeError, ValueError):
         return f"{name}: found {value!r}, needs {training_fields()[name]}"
+    return _problem_with_value(name, value, metrics)
+
+
+def _problem_with_value(name: str, value: Any, metrics: Sequence[str]) -> str | None:
+    """Likewise, of a value that has its field's type."""
+    if (known := _choices(name)) and value is not None and value not in known:
+        return f"{name}: found {value!r}{nearest(str(value), known)}; it is one of {', '.join(known)}"
+    if name == "optim":
+        for part, why in REFUSED_OPTIMIZERS.items():
+            if part in value:
+                return f"{name}: {value} is not supported: {why}; take another, as adamw_torch_fused"
+    if name == "max_steps" and value < 1 and value != -1:
+        return f"{name}: found {value}, needs 1 or more, or -1 to go by num_train_epochs"
+    if value is not None and name in ABOVE_0 and value <= 0:
+        return f"{name}: found {value:g}, needs more than 0"
+    if value is not None and name in LEAST and value < LEAST[name]:
+        return f"{name}: found {value:g}, needs {LEAST[name]:g} or more"
     if name == "metric_for_best_model" and str(value).removeprefix("eval_") not in metrics:
         return f"{name}: found {value!r}{nearest(str(value), metrics)}; it is one of {', '.join(metrics)}"
     if name == "save_total_limit" and value == 1:
@@ -85,14 +150,24 @@ def _problem_with_rate(name: str, value: Any) -> str | None:
 
 def clashes(training: Mapping[str, Any]) -> list[str]:
     """What does not go together, a line each: a schedule says all of the learning rate, warm-up and all."""
+    faults = [
+        f"{name}: found {training[name]!r} without a process that loads rows; set dataloader_num_workers to "
+        f"1 or more, or leave {name} out"
+        for name in OF_WORKERS
+        if training.get(name) and not training.get("dataloader_num_workers")
+    ]
+    optimizer = str(training.get("optim"))
+    if training.get("optim_target_modules") and not optimizer.startswith(("galore", "apollo")):
+        needed = f"needs optim galore_… or apollo_…, found {optimizer}; leave it out"
+        faults.append(f"optim_target_modules: {needed}")
     if not isinstance(training.get("lr_scheduler_type"), Mapping):
-        return []
+        return faults
     advice = {
         "warmup_steps": WARM_UP,
         "warmup_ratio": WARM_UP,
         "lr_scheduler_kwargs": "a schedule does not read it",
     }
-    return [
+    return faults + [
         f"{name}: found {training[name]!r} beside a schedule as lr_scheduler_type; {why}; leave {name} out"
         for name, why in advice.items()
         if training.get(name)
@@ -103,6 +178,10 @@ def typed(name: str, value: Any) -> Any:
     """The value in its field's type; TrainingArguments itself would take `learning_rate="abc"`."""
     if name == "lr_scheduler_type" and isinstance(value, Mapping):
         return normal(value)
+    if value is False and "no" in _choices(name):
+        return "no"  # as YAML reads the word
+    if isinstance(value, Mapping) and name == "lr_scheduler_kwargs":
+        return {key: number(each) if isinstance(each, str) else each for key, each in value.items()}
     kinds = set(training_fields()[name].split(" | "))
     if value is None:
         fits = "None" in kinds

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 
 from kdlib.config.loss import DIVERGENCES, LossConfig
 from kdlib.diagnostics.context import Context, Findings, critical, note, warning
+from kdlib.errors import ConfigError
 from kdlib.losses.features import FEATURE_TERMS, feature_terms
 from kdlib.schedulers import from_spec
+from kdlib.training.plan import try_out
 
 REACHED = 0.5  # of training.learning_rate that the schedule must get to
 FLAT = 0.05  # of it, below which nothing is learned
@@ -51,6 +53,17 @@ def settings_are_used(context: Context) -> Findings:
             elif own:
                 do = f"leave it out: {own} is a term by itself; or write kd in place of {own}"
             yield warning(f"loss.{name}", found, why, do)
+
+
+def training_can_be_made(context: Context) -> Findings:
+    """Optimizer, loader, compiler and what else `training:` configures are to be had here."""
+    try:
+        try_out(context.args)
+    except ConfigError as error:
+        where, _, found = str(error).partition(": ")
+        if not where.startswith("training.lr_scheduler"):  # which the next check tells
+            why = "the training would end before its first step"
+            yield critical(where, found, why, "mend it, or leave it out")
 
 
 def schedule_can_be_made(context: Context) -> Findings:
@@ -229,6 +242,7 @@ def _rates(context: Context) -> list[float]:
 CONFIG_CHECKS = (
     checkpointing_lets_gradients_through,
     settings_are_used,
+    training_can_be_made,
     schedule_can_be_made,
     warm_up_fits,
     learning_rate_reaches_its_peak,

@@ -181,19 +181,11 @@ class Context:
     @part("training")
     def args(self) -> TrainingArguments:
         """In float32: whether the device has the config's dtype is a check of its own."""
-        args = training_arguments(self.config.model_copy(update={"precision": "float32"}), Path("unused"))
-        rows, batches = args.train_batch_size, args.gradient_accumulation_steps
-        if min(rows, batches) < 1:
-            raise ConfigError(f"found {rows} rows a batch, {batches} batches a step; both must be 1 or more")
-        return args
+        return training_arguments(self.config.model_copy(update={"precision": "float32"}), Path("unused"))
 
     @part("training")
     def extent(self) -> Extent:
-        found = extent(self.args, len(self.prepared.train))
-        if found.batches == 0:
-            why = f"{found.rows} rows make no whole batch"
-            raise ConfigError(f"{why}; set dataloader_drop_last to false")
-        return found
+        return extent(self.args, len(self.prepared.train))
 
     @part("training")
     def steps(self) -> int:

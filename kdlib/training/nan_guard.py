@@ -19,6 +19,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from kdlib.errors import NonFiniteLoss, RunError
@@ -100,6 +101,10 @@ class GuardedTrainer(Trainer):
         self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
         if not self.control.should_training_stop:
             super()._run_epoch(*arguments, **options)
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        """Rows in their own order whatever `train_sampling_strategy` says: their sums are told by place."""
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _clip_grad_norm(self, model):
         """Looks before it clips: a norm that is nan would make every gradient nan, and hide whose was."""

@@ -1,6 +1,7 @@
 """What a config's training will be, known before it runs."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.training_args import ParallelMode
 
 from kdlib.config.loss import ROUTER
 from kdlib.config.run import Config
@@ -22,9 +24,12 @@ from kdlib.metrics.names import MEASURES
 from kdlib.models.causality import check_causal, rounding
 from kdlib.models.loading import device_of
 from kdlib.models.teacher import PROJECTIONS, router_weight
+from kdlib.models.toy import FAULTS, make_all
 from kdlib.schedulers import from_spec
-from kdlib.training.trackers import check_installed, named_in
+from kdlib.training.trackers import check_installed
 
+RENAMED = {f"gradient_checkpointing{end}": f"activation_checkpointing{end}" for end in ("", "_kwargs")}
+UNKNOWN_STEPS = 1000  # of a training whose rows are not known yet
 DRY_RUN = {"save_strategy": "no", "logging_steps": 1, "eval_on_start": False, "report_to": "none"}
 WORTH_COMPILING = 4e9  # logits of a training; below it the compiler takes longer than it spares
 
@@ -41,11 +46,19 @@ class Extent:
 
 
 def extent(args: TrainingArguments, rows: int | None) -> Extent:
-    """How long a training on so many rows is, shared by the ranks of this process group."""
+    """How long a training on so many rows is, shared by the ranks of this process group.
+
+    Raises:
+        ConfigError: the rows make no batch.
+    """
     batches = per_pass = None
     if rows is not None:
         share = rows / (args.train_batch_size * args.world_size)
         batches = math.floor(share) if args.dataloader_drop_last else math.ceil(share)
+        if batches == 0:
+            found = f"{rows} rows make no whole batch of {args.train_batch_size} on each of {args.world_size}"
+            do = "set it to false, lower per_device_train_batch_size, or give more rows"
+            raise ConfigError(f"training.dataloader_drop_last: {found} device(s); {do}")
         per_pass = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
     steps = args.max_steps
     if steps < 0:
@@ -67,7 +80,10 @@ def _evaluations(args: TrainingArguments, steps: int, passes: float | None) -> i
 
 
 def training_arguments(config: Config, output: Path, **changes: Any) -> TrainingArguments:
-    """The config's `training:` as TrainingArguments; a ConfigError where transformers refuses them."""
+    """The config's `training:` as TrainingArguments; a ConfigError where transformers refuses them.
+
+    See `try_out` for what they configure.
+    """
     device = device_of(config.wanted_device)
     dtype, _ = precision_of(config.precision, device)
     metric = MEASURES[config.training["metric_for_best_model"].removeprefix("eval_")]
@@ -87,12 +103,36 @@ def training_arguments(config: Config, output: Path, **changes: Any) -> Training
     }
     if isinstance(config.training.get("lr_scheduler_type"), Mapping):
         fixed["lr_scheduler_type"] = "constant"  # the trainer follows the schedule itself
+    given = {RENAMED.get(name, name): value for name, value in config.training.items()}
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        given.pop("ddp_backend", None)  # ranks that are not there cannot be reached by it
     try:
-        args = TrainingArguments(**{**config.training, **fixed, **changes})
-    except (TypeError, ValueError, AttributeError) as error:
+        args = TrainingArguments(**{**given, **fixed, **changes})
+    except FAULTS as error:
         raise ConfigError(f"training: transformers refuses these arguments: {error}") from error
-    check_installed(named_in(args))
+    check_installed(args.report_to or ())
+    if args.torch_compile and (terms := config.loss.feature_terms):
+        why = f"{', '.join(terms)} look inside layers, which compiled ones do not show; leave one of them out"
+        raise ConfigError(f"training.torch_compile: {why}")
     return args
+
+
+def try_out(args: TrainingArguments, rows: int | None = None) -> None:
+    """Make on a toy what the arguments configure; `rows`: of the training text, where they are known.
+
+    Raises:
+        ConfigError: one of them cannot be made here (see kdlib.models.toy).
+    """
+    make_all(args, extent(args, rows).steps or UNKNOWN_STEPS)
+
+
+def check_processes(args: TrainingArguments) -> None:
+    """Raises a ConfigError where one process is to share a model with others."""
+    if args.fsdp and args.parallel_mode is not ParallelMode.DISTRIBUTED:
+        raise ConfigError(
+            f"training.fsdp: found {args.fsdp!r} with one process; needed are several, as by "
+            "`torchrun --nproc_per_node N -m kdlib train RUN`, or leave fsdp out"
+        )
 
 
 def check_causality(

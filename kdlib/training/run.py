@@ -8,9 +8,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from kdlib.config.run import Config
 from kdlib.data.batches import Prepared
-from kdlib.errors import KdlibError, Stopped
+from kdlib.errors import ConfigError, KdlibError, Stopped
 from kdlib.models.loading import parameters
 from kdlib.models.teacher import PROJECTIONS, LiveTeacher
+from kdlib.models.toy import compile_layers
 from kdlib.runs.checkpoints import last_whole, restore_best, step_of
 from kdlib.runs.files import StudentFolder, go_on, is_refusal, write_error, write_json
 from kdlib.runs.folder import Run
@@ -29,9 +30,11 @@ from kdlib.training.callbacks import (
 from kdlib.training.plan import (
     DRY_RUN,
     check_causality,
+    check_processes,
     compared_layers,
     objective_of,
     training_arguments,
+    try_out,
     workspace_of,
 )
 from kdlib.training.trainer import DistillationTrainer
@@ -69,6 +72,14 @@ def train(
         NonFiniteLoss: see nan_report/.
     """
     args = training_arguments(config, folder.checkpoints, **(DRY_RUN if stop_after else {}))
+    check_processes(args)
+    try_out(args, len(prepared.train))
+    if args.activation_checkpointing and not student.supports_gradient_checkpointing:
+        what = f"{type(student).__name__} keeps all activations; leave it out"
+        raise ConfigError(f"training.activation_checkpointing: {what}")
+    if args.torch_compile:
+        compile_layers(student, args)
+        args.torch_compile, args.torch_compile_backend = False, None  # else accelerate compiles the whole
     told = trackers.named_in(args)  # by kdlib, so not by the Trainer too
     args.report_to = [name for name in args.report_to or () if name not in told]
     trackers.check_key(told)

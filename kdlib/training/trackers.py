@@ -17,9 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerState, TrainingArguments
-from transformers.integrations.integration_utils import rewrite_logs
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+    rewrite_logs,
+)
 
-from kdlib.errors import ConfigError
+from kdlib.errors import ConfigError, nearest
 from kdlib.runs.files import StudentFolder, now, write_text
 from kdlib.runs.log import append_metrics
 
@@ -169,10 +173,15 @@ def named_in(args: TrainingArguments) -> list[str]:
 
 
 def check_installed(names: Iterable[str]) -> None:
-    """Raises a ConfigError for a tracker that is not here."""
+    """Raises a ConfigError for a tracker that is not here, transformers' own among them, or that is none."""
+    here = {*get_available_reporting_integrations(), *filter(find_spec, TRACKERS)}
     for name in names:
-        if find_spec(name) is None:
-            raise ConfigError(f"training.report_to: {name} is not installed; run: pip install {name}")
+        if name not in (known := (*TRACKERS, *INTEGRATION_TO_CALLBACK)):
+            what = f"found {name!r}{nearest(str(name), known)}; it is none, {', '.join(dict.fromkeys(known))}"
+            raise ConfigError(f"training.report_to: {what}")
+        if name not in here:
+            package = name.replace("_", "-")
+            raise ConfigError(f"training.report_to: {name} is not installed; run: pip install {package}")
 
 
 def check_key(names: Iterable[str]) -> None:

@@ -91,7 +91,7 @@ def run(
             from kdlib.workbench import session  # after the checks that need no torch
 
             print(f"checking {config}, its models and data …", flush=True)
-            session.preflight(resolved)
+            session.preflight(resolved, trains=bool({"01_dry_run", "02_train"} & {*notebooks}))
             opened = created(root, name, resolved, given)
         if anyway:
             opened.add_to_manifest(anyway=True)
