@@ -118,7 +118,7 @@ REFUSED = {
         ("schedule_free_adamw", "is not supported"),
         ("adam", "did you mean"),
     ],
-    "optim_args": [("momentum=0.9", "leave it out"), ("momentum", "mend it, or leave it out")],
+    "optim_args": [("momentum=0.9", "leave it out"), ("momentum", "leave it out")],
     "report_to": [(["mlflow"], "pip install mlflow"), ("wandbb", "did you mean 'wandb'")],
     "dataloader_persistent_workers": [(True, "set dataloader_num_workers to 1")],
     "dataloader_prefetch_factor": [(2, "set dataloader_num_workers to 1")],

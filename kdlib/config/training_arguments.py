@@ -38,6 +38,12 @@ LEAST: dict[str, float] = {
 MAPPINGS = {"lr_scheduler_kwargs": "{num_cycles: 2}"} | dict.fromkeys(
     ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"), "{use_reentrant: false}"
 )
+READ_BY: dict[str, tuple[str, ...]] = {  # optim_args by optimizer, as in transformers' trainer_optimizer.py
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adafactor"), ()),
+    "sgd": ("momentum", "dampening", "nesterov"),
+    "adagrad": ("lr_decay", "eps"),
+    "rmsprop": ("momentum", "alpha", "eps", "centered"),
+}
 OF_WORKERS = (
     "dataloader_persistent_workers",
     "dataloader_prefetch_factor",
@@ -156,7 +162,11 @@ def clashes(training: Mapping[str, Any]) -> list[str]:
         for name in OF_WORKERS
         if training.get(name) and not training.get("dataloader_num_workers")
     ]
-    optimizer = str(training.get("optim"))
+    optimizer = str(training.get("optim", "adamw_torch_fused"))
+    for name in (each.partition("=")[0].strip() for each in (training.get("optim_args") or "").split(",")):
+        if name and name not in (known := READ_BY.get(optimizer, (name,))):
+            reads = f"{optimizer} reads {', '.join(known) or 'none'}"
+            faults.append(f"optim_args: found {name!r}{nearest(name, known)}; {reads}; leave it out")
     if training.get("optim_target_modules") and not optimizer.startswith(("galore", "apollo")):
         needed = f"needs optim galore_… or apollo_…, found {optimizer}; leave it out"
         faults.append(f"optim_target_modules: {needed}")

@@ -2,14 +2,19 @@
 
 import math
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainingArguments
-from transformers.training_args import ParallelMode
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames, ParallelMode
 
 from kdlib.config.loss import ROUTER
 from kdlib.config.run import Config
@@ -22,12 +27,15 @@ from kdlib.losses.features import LayerPairs, feature_terms, layer_pairs, projec
 from kdlib.losses.objective import Objective
 from kdlib.metrics.names import MEASURES
 from kdlib.models.causality import check_causal, rounding
+from kdlib.models.hooks import layers_of
 from kdlib.models.loading import device_of
 from kdlib.models.teacher import PROJECTIONS, router_weight
-from kdlib.models.toy import FAULTS, make_all
 from kdlib.schedulers import from_spec
 from kdlib.training.trackers import check_installed
 
+# what transformers, accelerate and torch raise for settings that they cannot follow
+FAULTS: tuple[type[Exception], ...] = (ArithmeticError, AssertionError, AttributeError, ImportError)
+FAULTS += (LookupError, OSError, RuntimeError, TypeError, ValueError)
 RENAMED = {f"gradient_checkpointing{end}": f"activation_checkpointing{end}" for end in ("", "_kwargs")}
 UNKNOWN_STEPS = 1000  # of a training whose rows are not known yet
 DRY_RUN = {"save_strategy": "no", "logging_steps": 1, "eval_on_start": False, "report_to": "none"}
@@ -55,7 +63,7 @@ def extent(args: TrainingArguments, rows: int | None) -> Extent:
     if rows is not None:
         share = rows / (args.train_batch_size * args.world_size)
         batches = math.floor(share) if args.dataloader_drop_last else math.ceil(share)
-        if batches == 0:
+        if args.dataloader_drop_last and batches == 0:
             found = f"{rows} rows make no whole batch of {args.train_batch_size} on each of {args.world_size}"
             do = "set it to false, lower per_device_train_batch_size, or give more rows"
             raise ConfigError(f"training.dataloader_drop_last: {found} device(s); {do}")
@@ -118,12 +126,83 @@ def training_arguments(config: Config, output: Path, **changes: Any) -> Training
 
 
 def try_out(args: TrainingArguments, rows: int | None = None) -> None:
-    """Make on a toy what the arguments configure; `rows`: of the training text, where they are known.
+    """Make on a toy model what the arguments configure, so that what cannot be made fails before a load.
+
+    Optimizer, schedule, loader, checkpointing and compiler, each with one step; it takes a moment.
+
+    Args:
+        rows: of the training text, where they are known.
 
     Raises:
-        ConfigError: one of them cannot be made here (see kdlib.models.toy).
+        ConfigError: one of them cannot be made here; the message names the settings.
     """
-    make_all(args, extent(args, rows).steps or UNKNOWN_STEPS)
+    steps = extent(args, rows).steps or UNKNOWN_STEPS
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+        toy_args, batch = copy(args), {"input_ids": torch.arange(8)[None], "labels": torch.arange(8)[None]}
+        toy, toy_args.output_dir, toy_args.report_to = _toy(), folder, []
+        toy_args.full_determinism, toy_args.torch_compile, toy_args.torch_compile_backend = False, False, None
+        toy_args.fsdp, toy_args.fsdp_plugin_args = None, None  # which several processes share
+        with _named("training"):
+            row = {name: values[0] for name, values in batch.items()}
+            made = [row] * args.train_batch_size
+            trainer = Trainer(model=toy, args=toy_args, train_dataset=made, eval_dataset=made)
+        with _named(f"training.dataloader_* ({args.dataloader_num_workers} workers)"):
+            trainer.get_train_dataloader()
+        kind, optim = SchedulerType(args.lr_scheduler_type).value, OptimizerNames(args.optim).value
+        with _named(f"training.optim: {optim}"):
+            optimizer = trainer.create_optimizer()
+        with _named(f"training.lr_scheduler_type: {kind}, lr_scheduler_kwargs: {args.lr_scheduler_kwargs}"):
+            schedule = trainer.create_scheduler(steps)
+            if isinstance(schedule, LambdaLR):
+                _ = [schedule.lr_lambdas[0](step) for step in (0, steps // 2, steps - 1)]
+        with _named("training.activation_checkpointing_kwargs"):
+            if args.activation_checkpointing:
+                rest: Any = copy(args.activation_checkpointing_kwargs) or {}
+                layers = {
+                    "every_n_layers": rest.pop("every_n_layers", 1),
+                    "offload": rest.pop("offload", False),
+                }
+                toy.activation_checkpointing_enable(rest or None, **layers)  # as the Trainer does
+            batch = {name: values.to(args.device) for name, values in batch.items()}
+            toy(**batch).loss.backward()
+        with _named(f"training.optim: {optim}"):
+            optimizer.step()
+        if args.torch_compile:
+            with _named("training.torch_compile"):
+                compile_layers(_toy().to(args.device), args)(**batch).loss.backward()
+
+
+def compile_layers(model: Any, args: TrainingArguments) -> Any:
+    """The model with each of its layers compiled in place, as `torch_compile` asks.
+
+    The layers alone: what reads a head's input is hooked in for one forward pass, which a compiled whole
+    would not see.
+    """
+    for layer in layers_of(model):
+        layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+    return model
+
+
+def _toy() -> Any:
+    """A language model of some hundred parameters, with the names of a real one's parts."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "max_position_embeddings": 8,
+    }
+    heads: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, bos_token_id=0, eos_token_id=0))
+
+
+@contextmanager
+def _named(settings: str) -> Iterator[None]:
+    """What cannot be made inside is a ConfigError that names these settings."""
+    try:
+        yield
+    except FAULTS as error:
+        said = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConfigError(f"{settings}: cannot be made here: {said}; mend it, or leave it out") from error
 
 
 def check_processes(args: TrainingArguments) -> None:

@@ -11,7 +11,6 @@ from kdlib.data.batches import Prepared
 from kdlib.errors import ConfigError, KdlibError, Stopped
 from kdlib.models.loading import parameters
 from kdlib.models.teacher import PROJECTIONS, LiveTeacher
-from kdlib.models.toy import compile_layers
 from kdlib.runs.checkpoints import last_whole, restore_best, step_of
 from kdlib.runs.files import StudentFolder, go_on, is_refusal, write_error, write_json
 from kdlib.runs.folder import Run
@@ -32,6 +31,7 @@ from kdlib.training.plan import (
     check_causality,
     check_processes,
     compared_layers,
+    compile_layers,
     objective_of,
     training_arguments,
     try_out,
