@@ -11,7 +11,7 @@ from kdlib.runs.files import StudentFolder
 from kdlib.runs.log import eval_table, training_table
 from kdlib.training import run as training
 from kdlib.training.plan import check_processes, training_arguments, try_out
-from kdlib.workbench import session
+from kdlib.workbench import session, teacher_stage
 
 TRIED = {
     "an optimizer step": {
@@ -156,7 +156,7 @@ def test_what_cannot_be_made_is_refused_by_name_before_anything_is_loaded(raw_co
 
 def test_what_several_processes_share_is_refused_in_one(raw_config, tmp_path):
     config = parse(changed(raw_config, fsdp="full_shard"))
-    session.check_arguments(config)  # it may be prepared by one
+    teacher_stage.check_arguments(config)  # it may be prepared by one
     with pytest.raises(
         ConfigError, match=r"training.fsdp: found .* with one process; .*torchrun --nproc_per"
     ):

@@ -35,8 +35,8 @@ from kdlib.runs.folder import Run
 from kdlib.runs.log import plan_table, training_table
 from kdlib.runs.verdict import refuse_unsound
 from kdlib.tasks import base as tasks
-from kdlib.training import run as training, trackers
-from kdlib.training.plan import check_processes, extent, objective_of, training_arguments, try_out
+from kdlib.training import run as training
+from kdlib.training.plan import extent, objective_of, training_arguments
 from kdlib.workbench import measurement, tables, teacher_stage
 
 PACKAGES = ("kdlib", "torch", "transformers", "accelerate", "datasets", "tokenizers", "papermill", "numpy")
@@ -74,7 +74,7 @@ def open_run(
             runs.open_run(root, name, configs.parse(opened.config.as_dict(), overrides))
     else:
         resolved = configs.load(config, overrides, smoke=smoke)
-        check_arguments(resolved)
+        teacher_stage.check_arguments(resolved)
         opened = runs.create(root, name or runs.new_name(config, smoke=smoke), resolved, **origin)
     print(f"run: {opened.name} ({opened.status['state']})")
     return Workbench(opened)
@@ -85,21 +85,10 @@ def preflight(config: Config, *, trains: bool = True) -> None:
 
     `trains`: whether this process will train, too.
     """
-    check_arguments(config, trains=trains)
+    teacher_stage.check_arguments(config, trains=trains)
     tokenizer = tokenizer_of(config)
     check_pair(config, tokenizer)
     extent(training_arguments(config, Path("unused")), len(tasks.prepare(config, tokenizer).train))
-
-
-def check_arguments(config: Config, *, trains: bool = False) -> None:
-    """Refuse what `training:` asks for and cannot be had here, the teacher's own stage likewise."""
-    args = training_arguments(config, Path("unused"))
-    trackers.check_key(args.report_to)
-    if trains:
-        check_processes(args)
-    try_out(args)
-    if config.teacher_stage is not None:
-        check_arguments(teacher_stage.own_config(config), trains=trains)
 
 
 class Workbench:

@@ -20,8 +20,8 @@ from kdlib.runs.files import go_on
 from kdlib.runs.folder import Run
 from kdlib.runs.lock import held
 from kdlib.tasks import base as tasks
-from kdlib.training import run as training
-from kdlib.training.plan import objective_of
+from kdlib.training import run as training, trackers
+from kdlib.training.plan import check_processes, objective_of, training_arguments, try_out
 
 
 def own_config(config: Config) -> Config:
@@ -38,6 +38,17 @@ def own_config(config: Config) -> Config:
         },
         name="teacher_stage",
     )
+
+
+def check_arguments(config: Config, *, trains: bool = False) -> None:
+    """Refuse what `training:` asks for and cannot be had here, the teacher's own stage likewise."""
+    args = training_arguments(config, Path("unused"))
+    trackers.check_key(args.report_to)
+    if trains:
+        check_processes(args)
+    try_out(args)
+    if config.teacher_stage is not None:
+        check_arguments(own_config(config), trains=trains)
 
 
 def run_of(config: Config, root: Path) -> Run:
