@@ -2,15 +2,18 @@
 for out of its phase.
 """
 
+import traceback
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_training import pieces
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from kdlib.config.run import parse
+from kdlib.losses.signals import FOUND, found_in, kept
 from kdlib.models import hooks as captures
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.log import read_metrics
@@ -218,3 +221,50 @@ def test_layers_that_are_not_there_are_refused_before_training(raw_config, tmp_p
     with pytest.raises(Exception, match="the student has layers 0 to 1, the teacher 0 to 3"):
         trained(raw(raw_config, loss={"features": {"layers": [[0, 7]]}}), tmp_path / "a")
     assert not (tmp_path / "a" / "final_model").exists()
+
+
+class Waits(TorchDispatchMode):
+    """Counts what waits for a device: whose result's size, or value, the CPU must know."""
+
+    NAMES = ("nonzero", "_local_scalar_dense", "unique_consecutive", "_unique2", "masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        where = [frame.name for frame in traceback.extract_stack() if "kdlib/" in frame.filename]
+        if function.__name__.split(".")[0] in self.NAMES and where:
+            self.seen.append((function.__name__, where[-1]))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_micro_batch_with_every_term_waits_for_no_device(raw_config, narrow, tmp_path):
+    """Rows and kept tokens are found while the batch is made; on the way to the loss nothing asks a tensor.
+
+    (On a CPU the backward pass of the chunked losses looks at one number, to spare a copy of the head.)
+    """
+    run, _, _ = trained(raw(raw_config, narrow, max_steps=1), tmp_path)
+    rows = [run.train_dataset[i] for i in range(3)]
+    batch = run.data_collator(rows)
+    with Waits() as waits:
+        run.compute_loss(run.model, batch, num_items_in_batch=torch.tensor(len(batch[FOUND]["positions"])))
+    assert waits.seen == []
+    with Waits() as waits:  # without what the collator found, it is asked for: the counter counts
+        run.compute_loss(run.model, {**batch, FOUND: None}, num_items_in_batch=torch.tensor(9))
+    assert len(waits.seen) > 3
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        torch.tensor([[5, 6, -100, 7], [1, -100, -100, -100], [1, 2, 3, 4]]),
+        torch.tensor([3, -100, 0]),
+        torch.full((2, 3), -100),
+    ],
+)
+def test_what_the_collator_finds_is_what_the_labels_say(labels):
+    plain, found = kept(labels), kept(labels, found_in(labels))
+    for name in ("positions", "targets", "rows"):
+        assert torch.equal(getattr(plain, name), getattr(found, name))
+    assert sum(found.counts) == len(plain.targets)

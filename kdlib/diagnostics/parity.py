@@ -26,7 +26,7 @@ from kdlib.hardware import precision_of
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.ledger import LedgerWindow
 from kdlib.losses.objective import Objective
-from kdlib.losses.signals import kept
+from kdlib.losses.signals import FOUND, kept
 from kdlib.models.hooks import attend_eagerly
 from kdlib.models.loading import device_of
 from kdlib.models.student import check_pair, tokenizer_of
@@ -208,7 +208,8 @@ def _compared(
         yield f"{how}, terms", _furthest(sums, dense, tokens), terms
         yield f"{how}, gradient", _apart(slopes, dense_slopes), gradient
     count, usual, plain = len(rows), trainer.objective, _without_router(trainer.objective)
-    ones = [{name: values[i : i + 1] for name, values in whole.items()} for i in range(count)]
+    parts = {name: values for name, values in whole.items() if name != FOUND}
+    ones = [{name: values[i : i + 1] for name, values in parts.items()} for i in range(count)]
     with _instead((trainer, "objective", plain)):  # the router's term is of a batch as a whole
         own, own_slopes = (sums, slopes) if plain == usual else _step(trainer, [whole])
         apart = _apart(own_slopes, _step(trainer, ones)[1])

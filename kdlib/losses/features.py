@@ -54,7 +54,7 @@ def attention_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return KNOWN["skewed_forward_kl"].function(_log(student), _log(teacher)).mean(-1)
 
 
-def relational_distance(student: Tensor, teacher: Tensor, rows: Tensor) -> Tensor:
+def relational_distance(student: Tensor, teacher: Tensor, rows: Tensor | Sequence[int]) -> Tensor:
     """How differently two models relate a token to the others of its row, from 0 to 4.
 
     The mean squared difference of cosines; 0 where a row has one kept token.  Needs no projection, as only
@@ -63,7 +63,8 @@ def relational_distance(student: Tensor, teacher: Tensor, rows: Tensor) -> Tenso
     Args:
         student: [N, H].
         teacher: [N, H'].
-        rows: [N] rising row numbers; tokens of other rows are not compared, so batches may be cut anywhere.
+        rows: [N] rising row numbers, or how many tokens each row has, which asks no device; tokens of other
+            rows are not compared, so batches may be cut anywhere.
 
     Reference: Park et al. 2019 (RKD), https://arxiv.org/abs/1904.05068; Tung & Mori 2019,
         https://arxiv.org/abs/1907.09682
@@ -75,7 +76,9 @@ def relational_distance(student: Tensor, teacher: Tensor, rows: Tensor) -> Tenso
     return torch.cat(values) if values else _wide(student).sum(-1)  # no token kept: [0], with a graph
 
 
-def contrastive_loss(student: Tensor, teacher: Tensor, rows: Tensor, *, temperature: float = 0.1) -> Tensor:
+def contrastive_loss(
+    student: Tensor, teacher: Tensor, rows: Tensor | Sequence[int], *, temperature: float = 0.1
+) -> Tensor:
     """-log of the chance to pick the teacher's state of the same token among those of its row: InfoNCE, nats.
 
     Not 0 where the two agree, as other tokens of a row are alike too; 0 where a row has one kept token.
@@ -172,11 +175,15 @@ def projections(pairs: LayerPairs, student_size: int, teacher_size: int) -> nn.M
     return nn.ModuleList(nn.Linear(student_size, teacher_size, bias=False) for _ in pairs)
 
 
-def _row_by_row(student: Tensor, teacher: Tensor, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _row_by_row(
+    student: Tensor, teacher: Tensor, rows: Tensor | Sequence[int]
+) -> list[tuple[Tensor, Tensor]]:
     """Unit vectors ([n, H], [n, H']) of each row that has kept tokens."""
-    _, counts = rows.unique_consecutive(return_counts=True)
-    units = [F.normalize(_wide(hidden), dim=-1).split(counts.tolist()) for hidden in (student, teacher)]
-    return list(zip(*units, strict=True)) if len(rows) else []
+    counts = rows
+    if isinstance(rows, Tensor):
+        counts = rows.unique_consecutive(return_counts=True)[1].tolist()
+    units = [F.normalize(_wide(hidden), dim=-1).split(list(counts)) for hidden in (student, teacher)]
+    return list(zip(*units, strict=True)) if len(student) else []
 
 
 def _log(probabilities: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ are the rows and V the classes.  `rows` are a batch's, [N]; as a slice of a sign
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from kdlib.hardware import product_dtype
 
+FOUND = "kept"  # under which a batch has what `found_in` says
 IGNORED = -100  # the label of a token that is not trained on; transformers' own convention
 
 
@@ -34,6 +36,9 @@ class Kept:
     positions: Tensor  # [N] into the flattened [B * T], or into [B]: whose output predicts the token
     targets: Tensor  # [N] token ids, or classes
     rows: Tensor  # [N] 0 .. B-1
+    counts: Sequence[int] | None = (
+        None  # of each row that has kept tokens, where they are known without a wait
+    )
 
     def select(self, outputs: Tensor) -> Tensor:
         """[B, T, X], or [B, X] where rows are classified, to [N, X]: what the kept are predicted from."""
@@ -41,19 +46,33 @@ class Kept:
         return per_position.index_select(0, self.positions)
 
 
-def kept(labels: Tensor) -> Kept:
+def kept(labels: Tensor, found: Any = None) -> Kept:
     """The causal shift and the mask, once for every term: output t predicts token t + 1.
 
     Args:
         labels: [B, T] token ids, `IGNORED` where a token is not trained on; the first of a row is never
             predicted.  Or [B] classes where rows are classified, `IGNORED` likewise; nothing is shifted then.
+        found: what `found_in` says of them, where it was asked: then nothing waits for the labels' device.
     """
+    if found is not None:
+        positions, counts = found["positions"], found["counts"]
+        if labels.ndim == 1:
+            return Kept(positions, labels[positions], positions, counts)
+        rows = positions.div(labels.shape[1], rounding_mode="floor")
+        return Kept(positions, labels.flatten()[positions + 1], rows, counts)
     if labels.ndim == 1:
         (rows,) = (labels != IGNORED).nonzero(as_tuple=True)
         return Kept(positions=rows, targets=labels[rows], rows=rows)
     length = labels.shape[1]
     rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
     return Kept(positions=rows * length + columns, targets=labels[rows, columns + 1], rows=rows)
+
+
+def found_in(labels: Tensor) -> dict[str, Any]:
+    """Which tokens of a batch are kept, for `kept`: where its labels lie on the CPU, as collated."""
+    tokens = kept(labels)
+    counts = tokens.rows.unique_consecutive(return_counts=True)[1].tolist()
+    return {"positions": tokens.positions, "counts": counts}
 
 
 @dataclass(frozen=True)
@@ -75,7 +94,7 @@ class Form:
 class Features:
     """What a model had inside at the N kept tokens, for each pair of layers."""
 
-    rows: Tensor  # [N]
+    rows: Tensor | Sequence[int]  # [N], or how many tokens each row has
     hidden: Sequence[Tensor] = ()  # [N, H] each: a layer's output
     attention: Sequence[Tensor] = ()  # [N, A, T] each: how much the token looks at each position
     projected: Sequence[Tensor] = ()  # [N, H of the teacher] each; the student's alone

@@ -153,7 +153,7 @@ def _router_loss(model: PreTrainedModel, output: Any) -> Tensor:
 
 
 def _features(captured: Captured, kept: Kept, inside: Inside, router: Tensor | None) -> Features:
-    layers = inside.layers
+    layers, rows = inside.layers, kept.rows if kept.counts is None else kept.counts
     hidden = [kept.select(captured.hidden[n]) for n in layers] if inside.hidden else []
     # [B, A, T, T] to [N, A, T]
     maps = [kept.select(captured.attention[n].transpose(1, 2)) for n in layers] if inside.attention else []
@@ -164,10 +164,10 @@ def _features(captured: Captured, kept: Kept, inside: Inside, router: Tensor | N
             "gradient checkpointing use `activation_checkpointing_kwargs: {use_reentrant: false}`"
         )
     if inside.projections is None:
-        return Features(kept.rows, hidden, maps, hidden, router)
+        return Features(rows, hidden, maps, hidden, router)
     pairs = zip(inside.projections, hidden, strict=True)
     projected = [matrix(state.to(matrix.weight.dtype)) for matrix, state in pairs]
-    return Features(kept.rows, hidden, maps, projected, router)
+    return Features(rows, hidden, maps, projected, router)
 
 
 def _whole(parameter: nn.Parameter | None, vocabulary: int) -> Tensor | None:

@@ -1,6 +1,6 @@
 """transformers' Trainer with kdlib's objective in it, writing a student's folder."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from kdlib.losses.chunked import Weighted
 from kdlib.losses.features import LayerPairs
 from kdlib.losses.ledger import LedgerWindow, breach
 from kdlib.losses.objective import EVAL_TERMS, Objective, ObjectiveAt, ledger, row_sums, shares, values_of
-from kdlib.losses.signals import Form, Kept, Signal, kept
+from kdlib.losses.signals import FOUND, Form, Kept, Signal, found_in, kept
 from kdlib.metrics.multiple_choice import answered_rightly
 from kdlib.models.heads import head_form
 from kdlib.models.teacher import PROJECTIONS, LiveTeacher, form_error, insides, signal_of
@@ -77,6 +77,7 @@ class DistillationTrainer(GuardedTrainer):
             figures, choices: see kdlib.data.batches.Prepared; choices are scored at every evaluation.
         """
         super().__init__(folder=folder, **options)
+        self.data_collator = partial(_collated, self.data_collator)
         if self.args.n_gpu > 1:
             raise RunError(
                 f"{self.args.n_gpu} GPUs in one process divide the loss by a wrong count (DataParallel); use "
@@ -120,7 +121,7 @@ class DistillationTrainer(GuardedTrainer):
         self, model, batch: Batch, at: ObjectiveAt, *, with_teacher: bool
     ) -> tuple[Kept, Signal, Signal | None]:
         """The kept tokens of a batch, and what student and teacher say of them."""
-        tokens, student = kept(batch["labels"]), self.accelerator.unwrap_model(model)
+        tokens, student = kept(batch["labels"], batch.get(FOUND)), self.accelerator.unwrap_model(model)
         ours, theirs = insides(at, self.layer_pairs, student)
         signal = signal_of(
             model, batch, tokens, vocabulary=self.vocabulary, form=self.form, unwrapped=student, inside=ours
@@ -285,3 +286,9 @@ class DistillationTrainer(GuardedTrainer):
             if all(latest > value for value in earlier):
                 self.save_student(self.folder.best_model)
         return metrics
+
+
+def _collated(collate: Callable[[Any], Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A batch with what is kept of it, found before it goes to a device."""
+    batch = collate(rows)
+    return {**batch, FOUND: found_in(batch["labels"])}
