@@ -116,7 +116,7 @@ def lost_row(monkeypatch):
 def collate_by(wrong, monkeypatch):
     def trainer(**options):
         return DistillationTrainer(
-            **{**options, "data_collator": partial(wrong, pad_id=options["processing_class"].pad_token_id)}
+            **{**options, "data_collator": partial(wrong, pad_id=options["tokenizer"].pad_token_id)}
         )
 
     monkeypatch.setattr(parity, "DistillationTrainer", trainer)

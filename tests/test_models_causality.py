@@ -9,8 +9,7 @@ from kdlib.config.run import parse
 from kdlib.diagnostics import parity
 from kdlib.diagnostics.doctor import diagnose
 from kdlib.errors import ModelError
-from kdlib.models.causality import check_causal, look_ahead, rounding
-from kdlib.models.heads import head_form
+from kdlib.models.heads import ahead_by_rounding, check_causal, head_form, look_ahead
 from kdlib.models.loading import load_model, load_tokenizer
 from kdlib.models.teacher import LiveTeacher, form_error
 from kdlib.runs.files import StudentFolder
@@ -53,7 +52,7 @@ def test_a_model_that_looks_ahead_is_refused_by_name_with_what_to_do(name):
 @pytest.mark.parametrize("name", CAUSAL)
 def test_a_causal_model_passes(name, dtype):
     model = tiny(name).to(dtype).train()
-    assert check_causal("mine", model, IDS) < rounding(model) / 10
+    assert check_causal("mine", model, IDS) < ahead_by_rounding(model) / 10
     assert model.training
 
 

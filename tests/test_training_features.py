@@ -148,7 +148,7 @@ def test_outside_its_phase_a_feature_term_is_absent_and_nothing_is_asked_of_the_
         first = [1, 2] if split == "train" else [1]  # an evaluation after step 2 is judged as step 3 will be
         assert all(("hidden" in "".join(at[step])) == (step not in first) for step in at)
     assert asked[0] == (False, False, "sdpa")
-    assert asked[-1] == (True, True, "eager")
+    assert (True, True, "eager") in asked
     assert {look[2] for look in asked if not look[1]} == {"sdpa"}
 
 

@@ -93,7 +93,7 @@ def tiny(raw_config, rows, tmp_path):
             args=training_arguments(config, tmp_path / "checkpoints"),
             train_dataset=rows,
             eval_dataset=rows,
-            processing_class=tokenizer,
+            tokenizer=tokenizer,
             data_collator=partial(collator, pad_id=tokenizer.pad_token_id),
             teacher=LiveTeacher(load_model(config.teacher.model), len(tokenizer)),
             vocabulary=len(tokenizer),
@@ -176,11 +176,9 @@ def test_one_row_of_the_students_embedding(tiny, tmp_path, tied):
     ]
     assert {name: report[name] for name in PLACE} == PLACE
     assert report["tensors"]["model.embed_tokens.weight"] == {"values": 32, "first": [RARE, 0]}
-    token = run.processing_class.decode([RARE])
+    token = run.tokenizer.decode([RARE])
     assert f"⟦{token}⟧" in report["text"]
-    assert report["text"].startswith(
-        run.processing_class.decode(run.train_dataset[ROW]["input_ids"][:POSITION])
-    )
+    assert report["text"].startswith(run.tokenizer.decode(run.train_dataset[ROW]["input_ids"][:POSITION]))
 
 
 def test_one_loss_term_at_one_token(tiny, tmp_path, monkeypatch):

@@ -88,7 +88,7 @@ def trained(
         model=student,
         args=training_arguments(config, folder / "checkpoints"),
         train_dataset=rows,
-        processing_class=tokenizer,
+        tokenizer=tokenizer,
         data_collator=collator or partial(collate, pad_id=tokenizer.pad_token_id),
         objective=objective_of(config, weights),
         teacher=parts["teacher"],

@@ -1,4 +1,4 @@
-"""What the doctor asks of the data: is there something to predict, and enough that is new held out?
+"""What the doctor asks for a task: is there something to predict, and enough that is new held out?
 
 Which of them a task asks for stands in the `checks` of its kdlib.tasks.base.Task, by name.
 """
@@ -10,12 +10,14 @@ from collections import Counter
 import torch
 from datasets import Dataset
 
+from kdlib.data.batches import calibration_rows
 from kdlib.data.text import tokenized
 from kdlib.diagnostics.context import Context, Findings, Unavailable, critical, note, warning
 from kdlib.errors import ModelError
 from kdlib.losses.signals import kept
 from kdlib.metrics.bootstrap import FEW_UNITS
 from kdlib.models.classifier import class_order, named_classes
+from kdlib.models.heads import FOUND, WHY, ahead_by_rounding, look_ahead, remedy
 
 LEFT_OUT = 0.05  # of the documents
 CUT_DOCUMENTS, CUT_TOKENS = 0.10, 0.05  # shares
@@ -207,3 +209,15 @@ def _held_out_by(context: Context, rows: int) -> str:
 def _too_short(documents: Dataset, column: str, context: Context) -> int:
     """How many have fewer than two tokens in this column."""
     return len(documents) - len(tokenized(documents.select_columns([column]), column, context.tokenizer))
+
+
+def models_do_not_look_ahead(context: Context) -> Findings:
+    """No model reads the tokens that it is to predict."""
+    models = {"teacher.model": context.teacher.model}
+    if context.config.student.source != "teacher":
+        models["student.from"] = context.student
+    for where, model in models.items():
+        if (found := look_ahead(model, calibration_rows(context.prepared.train, 1))) > ahead_by_rounding(
+            model
+        ):
+            yield critical(where, FOUND.format(found), WHY, remedy(model))

@@ -10,14 +10,13 @@ from functools import cache, partial
 import torch
 
 from kdlib.config.sections import flow
-from kdlib.data.batches import calibration_rows, vocabulary_of
+from kdlib.data.batches import vocabulary_of
 from kdlib.diagnostics.context import Context, Finding, Findings, Unavailable, critical, note, warning
 from kdlib.diagnostics.forecast import GIB, Forecast, remedies, verdict
 from kdlib.errors import ModelError
 from kdlib.hardware import emulates_bf16
 from kdlib.losses.features import FEATURE_TERMS
 from kdlib.losses.objective import log_probs
-from kdlib.models.causality import FOUND, WHY, look_ahead, remedy, rounding
 from kdlib.models.loading import device_of, load_tokenizer, positions_of
 from kdlib.models.student import check_pair
 from kdlib.schedulers import SHAPES, at_most, breakpoints, from_spec
@@ -148,16 +147,6 @@ def memory_suffices(context: Context, forecast: Callable[..., Forecast]) -> Find
     yield found_as(where, f"{needs}{found.total / GIB:.1f}", why, do)
 
 
-def models_do_not_look_ahead(context: Context) -> Findings:
-    """No model reads the tokens that it is to predict."""
-    models = {"teacher.model": context.teacher.model}
-    if context.config.student.source != "teacher":
-        models["student.from"] = context.student
-    for where, model in models.items() if not context.prepared.labels else ():
-        if (found := look_ahead(model, calibration_rows(context.prepared.train, 1))) > rounding(model):
-            yield critical(where, FOUND.format(found), WHY, remedy(model))
-
-
 def temperature_leaves_something_to_teach(context: Context) -> Findings:
     """At the highest temperature of each term the teacher is not near uniform on this text."""
     loss, done, flatness = context.config.loss, set(), cache(lambda at: _flatness(context, at))
@@ -255,7 +244,6 @@ MODEL_CHECKS = (
     terms_have_a_source,
 )
 BATCH_CHECKS = (
-    models_do_not_look_ahead,
     temperature_leaves_something_to_teach,
     terms_are_of_a_size,
     teacher_is_finite,

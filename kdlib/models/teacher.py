@@ -16,6 +16,10 @@ from kdlib.losses.signals import DenseSignal, Features, Form, Kept, LinearSignal
 from kdlib.models.heads import head_form, head_inputs, rounding
 from kdlib.models.hooks import Captured, attend_eagerly, captured_layers
 
+LET_GO = (
+    "logits made by the chunk are not the model's own, which are taken from here on, all at once; what was "
+    "trained before followed wrong ones"
+)
 FEW = 32  # tokens on which a form is held against the model's own logits
 PROJECTIONS = "distillation_projections"  # the student's submodule: its hidden states to the teacher's size
 

@@ -26,8 +26,8 @@ from kdlib.losses.objective import EVAL_TERMS, row_sums
 from kdlib.losses.signals import IGNORED, kept
 from kdlib.metrics.bootstrap import Bootstrap, over
 from kdlib.metrics.paired import differences, intervals
-from kdlib.models.causality import check_causal
 from kdlib.models.efficiency import middle_half, repeated
+from kdlib.models.heads import check_causal
 from kdlib.models.loading import load_model, load_tokenizer
 from kdlib.models.student import Outline, sources
 from kdlib.models.teacher import LiveTeacher
@@ -54,6 +54,7 @@ class LanguageModeling(Task):
         "held_out_groups_are_new",
         "enough_is_held_out",
     )
+    checks_on_batches = ("models_do_not_look_ahead",)
 
     def prepare(self, config: Config, tokenizer: Tokenizer, *, new_head: bool = False) -> Prepared:
         return within_heads(config, text.prepare(config.data, tokenizer, seed=config.seed), tokenizer)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, Trainer
 
 from kdlib.errors import NonFiniteLoss, RunError
 from kdlib.hardware import memory_kept
@@ -72,13 +72,15 @@ class GuardedTrainer(Trainer):
     writes the report.  Not tried: sharded students, float16's loss scaler.
     """
 
-    model: PreTrainedModel  # these four are narrower than the Trainer's own
+    model: PreTrainedModel  # these three are narrower than the Trainer's own
     optimizer: Optimizer
     train_dataset: Dataset
-    processing_class: PreTrainedTokenizerBase | None
 
-    def __init__(self, *, folder: StudentFolder, **options: Any) -> None:
+    def __init__(self, *, folder: StudentFolder, tokenizer: Any = None, **options: Any) -> None:
         super().__init__(**options)
+        # not the Trainer's processing_class: it would write its special tokens into the model's config, and
+        # where a model makes something of its pad token, what is saved would not be what was trained
+        self.tokenizer = tokenizer
         self.folder, self.guard = folder, NanGuard()
         self.kept_checkpoints, self.args.save_total_limit = self.args.save_total_limit, None
 
@@ -170,8 +172,8 @@ class GuardedTrainer(Trainer):
         half_made = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(half_made, ignore_errors=True)
         self.student.save_pretrained(half_made, state_dict=state)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(half_made)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(half_made)
         synced(half_made)
         shutil.rmtree(folder, ignore_errors=True)
         half_made.rename(folder)
@@ -199,7 +201,7 @@ class GuardedTrainer(Trainer):
             origin = origin_of(replay, micro_batches, with_gradients=with_gradients)
         batches, state = [each.inputs for each in micro_batches], self._state_at(replay, step, stage)
         rows = self.train_dataset if rows is None else rows
-        report = nan_report.report_of(origin, state, batches, self.processing_class, rows)
+        report = nan_report.report_of(origin, state, batches, self.tokenizer, rows)
         found = gather_object([{**report, "rank": self.args.process_index}])
         first = min(found, key=lambda each: (WHO.index(each["who"]), each["rank"]))
         if first["rank"] == self.args.process_index:

@@ -26,7 +26,7 @@ from kdlib.losses.buffers import Workspace
 from kdlib.losses.features import LayerPairs, feature_terms, layer_pairs, projections
 from kdlib.losses.objective import Objective
 from kdlib.metrics.names import MEASURES
-from kdlib.models.causality import check_causal, rounding
+from kdlib.models.heads import ahead_by_rounding, check_causal
 from kdlib.models.hooks import layers_of
 from kdlib.models.loading import device_of
 from kdlib.models.teacher import PROJECTIONS, router_weight
@@ -222,14 +222,16 @@ def check_causality(
     Raises:
         ModelError: one does.
     """
-    if prepared.labels:
+    if prepared.first_rows(1)["labels"].ndim == 1:  # rows are classified: nothing lies ahead
         return {}
     source, name = config.student.source, config.teacher.model
     ours = f"the student, made from {name}," if source == "teacher" else f"the student {source}"
     names = {"teacher": f"the teacher {name}", "student": ours}
     ids, models = calibration_rows(prepared.train, 1), {"teacher": teacher, "student": student}
     return {
-        who: (check_causal(names[who], model, ids), rounding(model)) for who, model in models.items() if model
+        who: (check_causal(names[who], model, ids), ahead_by_rounding(model))
+        for who, model in models.items()
+        if model
     }
 
 

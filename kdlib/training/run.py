@@ -2,14 +2,19 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
+import torch
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from kdlib.config.run import Config
 from kdlib.data.batches import Prepared
-from kdlib.errors import ConfigError, KdlibError, Stopped
+from kdlib.errors import ConfigError, KdlibError, RunError, Stopped, listed
+from kdlib.losses.objective import EVAL_TERMS, ObjectiveAt
 from kdlib.models.loading import parameters
+from kdlib.models.saved import FIRST_ROWS, Trained, mean_of_first, settle_generation, special_tokens
 from kdlib.models.teacher import PROJECTIONS, LiveTeacher
 from kdlib.runs.checkpoints import last_whole, restore_best, step_of
 from kdlib.runs.files import StudentFolder, go_on, is_refusal, write_error, write_json
@@ -25,6 +30,7 @@ from kdlib.training.callbacks import (
     StopRequest,
     check_disk,
     disk_is_full,
+    scores,
 )
 from kdlib.training.plan import (
     DRY_RUN,
@@ -38,6 +44,9 @@ from kdlib.training.plan import (
     workspace_of,
 )
 from kdlib.training.trainer import DistillationTrainer
+
+# relative, of cross-entropies of one student here and on the CPU; rounding was seen to do 1e-7 and 2e-3
+EXACT, ROUNDED = 1e-4, 1e-2
 
 
 def train(
@@ -68,7 +77,7 @@ def train(
         ConfigError: a tracker cannot be told.
         ModelError: a model looks ahead.
         Stopped: by an interrupt or a STOP file; a checkpoint is there.
-        RunError: the disk is full, or another process trains this run.
+        RunError: the disk is full, another process trains this run, or what was saved is not what it was.
         NonFiniteLoss: see nan_report/.
     """
     args = training_arguments(config, folder.checkpoints, **(DRY_RUN if stop_after else {}))
@@ -98,13 +107,16 @@ def train(
         pairs = compared_layers(config, student, teacher.model, objective) if teacher else ()
         if hasattr(student, PROJECTIONS) and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # DDP sees only its forward: they would count as unused
+        for line in settle_generation(student, tokenizer):
+            print(f"{label}: the student is saved so: {line}", flush=True)
+        special = special_tokens(student)
         schedule = config.training.get("lr_scheduler_type")
         trainer = DistillationTrainer(
             model=student,
             args=args,
             train_dataset=prepared.train,
             eval_dataset=prepared.validation,
-            processing_class=tokenizer,
+            tokenizer=tokenizer,
             data_collator=prepared.collate,
             objective=objective,
             teacher=teacher,
@@ -138,7 +150,7 @@ def train(
             return trainer
         if stop.stopped:
             raise Stopped(f"stopped at step {trainer.state.global_step} with a checkpoint; {go_on()}")
-        _finish(trainer, folder)
+        _finish(trainer, folder, prepared.validation, special)
     return trainer
 
 
@@ -155,9 +167,54 @@ def _write_errors(folder: StudentFolder) -> Iterator[None]:
         raise
 
 
-def _finish(trainer: DistillationTrainer, folder: StudentFolder) -> None:
+def _finish(
+    trainer: DistillationTrainer, folder: StudentFolder, rows: Dataset, special: Mapping[str, Any]
+) -> None:
     trainer.save_student(folder.final_model)
+    first = rows.select(range(min(FIRST_ROWS, len(rows))))
+    loader, ce = trainer.get_test_dataloader(first), {"ce": EVAL_TERMS["ce"]}
+    now = mean_of_first(trainer._row_sums(loader, ObjectiveAt({}, {}), ce, with_teacher=False)[0])
+    best = _first_rows_ce_of_best(trainer)
     if not folder.best_model.exists():  # no evaluation during training: the last is the best known
         trainer.save_student(folder.best_model)
+        best = now
     if trainer.is_world_process_zero():
+        _check_saved(trainer, {folder.final_model: now, folder.best_model: best}, first, special)
         write_json(folder.history, history(folder))  # the last file: it says that training reached its end
+
+
+def _first_rows_ce_of_best(trainer: DistillationTrainer) -> float | None:
+    """What the evaluation said at which best_model/ was saved; None where that is not known."""
+    log = trainer.state.log_history
+    found = scores(trainer.args, log)
+    said = [line.get("first_rows_ce") for line in log if "eval_loss" in line]
+    return said[found.index(max(found))] if found else None
+
+
+def _check_saved(
+    trainer: DistillationTrainer,
+    places: Mapping[Path, float | None],
+    rows: Dataset,
+    special: Mapping[str, Any],
+) -> None:
+    """Load what was saved again: it must be what was trained, and say what it said when it was saved.
+
+    Args:
+        places: folder → nats per token of these rows that it said; None where that is not known.
+
+    Raises:
+        RunError: it is not, or does not; the files stay.
+    """
+    trainer.student.zero_grad()  # its memory is enough for another copy of the weights
+    args, batch = trainer.args, trainer.data_collator(list(rows))
+    rounded = args.bf16 or args.fp16 or args.tf32 or torch.finfo(trainer.student.dtype).bits < 32
+    within = ROUNDED if rounded else EXACT
+    trained = Trained(trainer.student, trainer.tokenizer, special, batch, trainer.vocabulary, within)
+    for place, nats in places.items():
+        if faults := trained.faults(place, nats):
+            raise RunError(
+                f"{place}: the student saved there is not the one that was trained:{listed(faults)}\n"
+                f"Nothing is deleted. See what moved it, then {go_on()}: final_model/ is saved anew from the "
+                "last checkpoint, and both are looked at again; where best_model/ differs still, delete "
+                "checkpoints/ and train again"
+            )

@@ -24,7 +24,8 @@ from kdlib.losses.objective import EVAL_TERMS, Objective, ObjectiveAt, ledger, r
 from kdlib.losses.signals import FOUND, Form, Kept, Signal, found_in, kept
 from kdlib.metrics.multiple_choice import answered_rightly
 from kdlib.models.heads import head_form
-from kdlib.models.teacher import PROJECTIONS, LiveTeacher, form_error, insides, signal_of
+from kdlib.models.saved import mean_of_first
+from kdlib.models.teacher import LET_GO, PROJECTIONS, LiveTeacher, form_error, insides, signal_of
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.verdict import keep_units
 from kdlib.schedulers import Schedule
@@ -224,6 +225,7 @@ class DistillationTrainer(GuardedTrainer):
         sums, answers = self._row_sums(dataloader, at, terms, with_teacher=with_teacher)
         keep = partial(keep_units, self.folder, self.state.global_step, writes=self.is_world_process_zero())
         keep({name: sums[name] for name in (*terms, "tokens")}, units_of_rows(dataloader.dataset))
+        self.first_rows_ce = mean_of_first(sums)
         count = max(float(sums.pop("tokens").sum()), 1.0)
         means = {name: float(each.sum()) / count for name, each in sums.items()}
         figures = {"loss": sum(weight * means[name] for name, weight in at.weights.items())}
@@ -267,21 +269,16 @@ class DistillationTrainer(GuardedTrainer):
         return dict(zip(sums, rows.double().T, strict=True)), torch.cat(answers).cpu() if answers else None
 
     def _check_form(self, batch: Batch, form: Form) -> None:
-        """See that logits made by the chunk are the model's own; else, aloud, take those from here on."""
-        error = form_error(self.student, batch, vocabulary=self.vocabulary, form=form)
-        if error > 1:
-            print(
-                f"step {self.state.global_step}: logits made by the chunk are not those of "
-                f"{type(self.student).__name__} itself ({error:.1f} times what rounding does), whose own are "
-                "taken from here on, all at once; what was trained before followed wrong ones",
-                flush=True,
-            )
+        if form_error(self.student, batch, vocabulary=self.vocabulary, form=form) > 1:
+            print(f"step {self.state.global_step}: {type(self.student).__name__}: {LET_GO}", flush=True)
             self.form = None
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Evaluates, and keeps in best_model/ the student whose metric beats all earlier of this training."""
         metrics = super().evaluate(*args, **options)
         if self.is_in_train:
+            # by this the saved student is known again; no figure of the run, so not logged
+            self.state.log_history[-1]["first_rows_ce"] = self.first_rows_ce
             *earlier, latest = scores(self.args, self.state.log_history)
             if all(latest > value for value in earlier):
                 self.save_student(self.folder.best_model)
