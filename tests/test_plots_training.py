@@ -5,12 +5,14 @@ import os
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 from made_log import logged, logged_run
 
 from kdlib.config.run import parse
 from kdlib.plots import training as plots
 from kdlib.plots.axes import png
+from kdlib.plots.comparison import learning_curves
 from kdlib.plots.training_panels import Panel, View, one
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run
@@ -166,3 +168,8 @@ def test_a_panel_of_a_logged_figure_is_one_line(run, monkeypatch):
     monkeypatch.setattr(plots, "PANELS", (*plots.PANELS, panel))
     assert titles(run)["gpu_watts"] == "The GPU takes 250 W at most"
     assert lines(plots.dashboard(progress(run)), "gpu_watts")["gpu_watts"][-1].tolist() == [11, 250]
+
+
+def test_learning_curves_without_an_evaluation_say_so():
+    figure = learning_curves({"distilled": pd.DataFrame(), "baseline": pd.DataFrame()})
+    assert "Nothing was measured on held-out rows while training" in figure.texts[0].get_text()

@@ -44,7 +44,14 @@ LEARNED = ("choice_accuracy", "accuracy", "macro_f1", "log_loss", "kl_to_teacher
 
 def learning_curves(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """What was measured on held-out rows while training; none depends on the weights."""
-    shown = [name for name in LEARNED if all(name in table for table in tables.values())]
+    tables = {name: table for name, table in tables.items() if len(table)}
+    shown = [name for name in LEARNED if tables and all(name in table for table in tables.values())]
+    if not shown:
+        figure = Figure(figsize=(10, 0.5))
+        figure.text(
+            0.01, 0.4, "Nothing was measured on held-out rows while training (training.eval_strategy)"
+        )
+        return figure
     figure, every = panels(10, 3.2, len(shown))
     for axes, metric in zip(every, shown, strict=True):
         for name, table in tables.items():

@@ -117,10 +117,13 @@ class LanguageModeling(Task):
         return TokenComparison
 
     def prompts(self, config: Config, rows: Dataset) -> list[list[int]]:
-        """What the models are to continue: beginnings of rows spread over the text, all of one length."""
-        length = config.compare.prompt_tokens
-        fit = [row["input_ids"] for row in rows if len(row["input_ids"]) >= length]
-        return [list(ids[:length]) for ids in spread(fit, config.compare.continuations)]
+        """What the models are to continue: beginnings of rows spread over the text, all of one length.
+
+        Where all rows are shorter than that, the first half of each.
+        """
+        length, every = config.compare.prompt_tokens, [list(row["input_ids"]) for row in rows]
+        fit = [ids[:length] for ids in every if len(ids) >= length]
+        return spread(fit or [ids[: -(-len(ids) // 2)] for ids in every], config.compare.continuations)
 
 
 def within_heads(config: Config, prepared: Prepared, tokenizer: Tokenizer) -> Prepared:
