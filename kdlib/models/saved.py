@@ -107,7 +107,7 @@ def plain_ce(model: PreTrainedModel, batch: Mapping[str, Tensor], vocabulary: in
     """Nats per kept token of a batch, row by row, from the logits that the model itself makes."""
     nats, count = 0.0, 0
     for row in range(len(batch["input_ids"])):
-        one = {name: values[row : row + 1] for name, values in batch.items()}
+        one = {name: batch[name][row : row + 1] for name in ("input_ids", "attention_mask", "labels")}
         tokens = kept(one["labels"])
         logits = signal_of(model, one, tokens, vocabulary=vocabulary, form=None).logits()
         nats += float(cross_entropy(logits, None, tokens.targets).sum())
