@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import os
+import platform
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,6 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -49,6 +51,18 @@ def device_memory(device: torch.device) -> tuple[int, int]:
         return total, free
     memory = psutil.virtual_memory()
     return memory.total, memory.available
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a run was made on: system, processor, threads, and the memory of its device in GiB."""
+    return {
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(device_memory(device)[0] / GIB, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
 
 
 def memory_gib(device: torch.device) -> float:

@@ -85,6 +85,13 @@ class Run(StudentFolder):
     def add_to_manifest(self, **entries: Any) -> None:
         write_json(self.path / "manifest.json", {**self.manifest, **entries})
 
+    def say_where_rows_changed(self, fingerprint: str) -> None:
+        """Print it where a training that has begun saw other rows than those of this fingerprint."""
+        before = self.manifest.get("data", {}).get("fingerprint")
+        if self.metrics.exists() and before not in (None, fingerprint):
+            why = "the source has changed, or kdlib's way of choosing them"
+            print(f"other rows than {self.name} began with ({why}): figures before and after do not compare")
+
     def finish(self) -> None:
         """Mark a run made by hand as done; the command that runs notebooks does it itself."""
         if not headless():

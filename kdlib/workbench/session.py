@@ -1,7 +1,6 @@
 """What the notebooks call: one run, whose stages read and write its folder and nothing else."""
 
 import os
-import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -12,7 +11,6 @@ from typing import Any
 
 import datasets
 import pandas as pd
-import torch
 import transformers
 from transformers import PreTrainedModel
 
@@ -23,7 +21,7 @@ from kdlib.diagnostics import doctor, forecast, memory, parity
 from kdlib.diagnostics.context import as_text
 from kdlib.errors import RunError, nearest
 from kdlib.evaluation import compare, predictions
-from kdlib.hardware import device_memory, precision_of
+from kdlib.hardware import machine, precision_of
 from kdlib.models.loading import device_of
 from kdlib.models.student import check_pair, tokenizer_of
 from kdlib.models.teacher import LiveTeacher
@@ -108,7 +106,9 @@ class Workbench:
 
     @cached_property
     def prepared(self) -> Prepared:
-        return tasks.prepare(self.config, self.tokenizer)
+        prepared = tasks.prepare(self.config, self.tokenizer)
+        self.run.say_where_rows_changed(prepared.notes["fingerprint"])
+        return prepared
 
     @cached_property
     def teacher(self) -> LiveTeacher:
@@ -138,14 +138,7 @@ class Workbench:
             precision=precision,
             data=notes,
             versions={name: version(name) for name in PACKAGES},
-            machine={
-                "python": platform.python_version(),
-                "system": platform.system(),
-                "processor": platform.machine(),
-                "threads": torch.get_num_threads(),
-                "memory_gib": round(device_memory(device)[0] / 2**30, 1),
-                "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            },
+            machine=machine(device),
         )
         facts = {
             "teacher": f"{self.config.teacher.model}: {tables.size_of(self.teacher.model)}",
