@@ -106,13 +106,12 @@ def test_what_moves_it_in_training_is_found_and_nothing_is_lost(raw_config, read
 def test_a_pad_token_without_a_row_leaves_a_student_that_can_be_loaded(raw_config, tokenizer, tmp_path):
     folder = tmp_path / "teacher"
     tiny_model(vocabulary=300).save_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(folder)
-    added = load_tokenizer(str(folder))
-    added.add_special_tokens({"pad_token": "[PAD]"})
-    assert added.pad_token_id == 300
-    trained(raw_config, tmp_path / "run", {"tokenizer": added}, teacher={"model": str(folder)})
+    assert tokenizer.pad_token_id == 300
+    trained(raw_config, tmp_path / "run", teacher={"model": str(folder)})
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "best_model")
-    assert saved.generation_config.pad_token_id is None
+    assert saved.generation_config.pad_token_id in (None, 0)
 
 
 def doubled(state):
