@@ -19,7 +19,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer
 
 from kdlib.errors import NonFiniteLoss, RunError
@@ -103,6 +103,15 @@ class GuardedTrainer(Trainer):
         self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
         if not self.control.should_training_stop:
             super()._run_epoch(*arguments, **options)
+
+    def _get_dataloader(self, *arguments: Any, **options: Any) -> DataLoader:
+        """`dataloader_drop_last` is of training: every held-out row is measured."""
+        drops = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drops and options.get("is_training", False)
+        try:
+            return super()._get_dataloader(*arguments, **options)
+        finally:
+            self.args.dataloader_drop_last = drops
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
         """Rows in their own order whatever `train_sampling_strategy` says: their sums are told by place."""
