@@ -91,7 +91,11 @@ def test_a_stop_adds_no_evaluation_that_an_undisturbed_training_has_not(raw_conf
     with pytest.raises(Stopped, match=f"stopped at step {step} with a checkpoint"):
         trained(raw_config, tmp_path / "stopped", callbacks=[stop], **how)
     assert [path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()] == [f"checkpoint-{step}"]
+    units = tmp_path / "stopped" / "evaluations"
+    units.mkdir(exist_ok=True)
+    (units / "99.npz").touch()  # of a step whose log line goes too
     trained(raw_config, tmp_path / "stopped", **how)
+    assert {path.name for path in units.iterdir()} == {"3.npz", "6.npz", "9.npz"}
     same(tmp_path / "whole", tmp_path / "stopped", lines=False)
     evaluations = [
         [line for line in comparable(tmp_path / name) if "eval/loss" in line] for name in ("whole", "stopped")

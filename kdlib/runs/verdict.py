@@ -162,6 +162,13 @@ def keep_units(
         half_made.replace(file)
 
 
+def cut_units(folder: StudentFolder, step: int) -> None:
+    """Delete those of evaluations after a step, which a training that goes on from there makes again."""
+    for file in (folder.path / "evaluations").glob("*.npz"):
+        if not file.stem.isdigit() or int(file.stem) > step:
+            file.unlink()
+
+
 def mean_at(folder: StudentFolder, measure: str, step: int) -> dict[str, float] | None:
     """A measure at an evaluation with its 95 % interval; None where its units were not kept."""
     found, column = _units(folder, step), SUMS.get(measure, "")

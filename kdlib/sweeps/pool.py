@@ -152,8 +152,9 @@ class Pool:
         self.outcomes.append(outcome)
         run, value, log = outcome.run, None, ""
         if outcome.state == "done":
-            found = distilled_of(run)[self.sweep.metric]
-            what, value = f"{self.sweep.measure.words} {with_interval(found)}", found["value"]
+            what = "no comparison: 03_compare was not run"
+            if found := distilled_of(run).get(self.sweep.metric):
+                what, value = f"{self.sweep.measure.words} {with_interval(found)}", found["value"]
             self._tidy(run)
         else:
             what, log = outcome.message, f"\n         all it said: {os.path.relpath(run.path / 'log.txt')}"

@@ -21,6 +21,7 @@ from kdlib.runs.files import StudentFolder, go_on, is_refusal, write_error, writ
 from kdlib.runs.folder import Run
 from kdlib.runs.lock import held
 from kdlib.runs.log import cut_metrics, history
+from kdlib.runs.verdict import cut_units
 from kdlib.schedulers import from_spec
 from kdlib.training import nan_report, trackers
 from kdlib.training.callbacks import (
@@ -100,6 +101,7 @@ def train(
         if args.process_index == 0:
             folder.path.mkdir(parents=True, exist_ok=True)
             cut_metrics(folder, step_of(checkpoint))
+            cut_units(folder, step_of(checkpoint))
             for line in filter(None, (*said, restore_best(folder, checkpoint))):
                 print(f"{label}: {line}", flush=True)
             nan_report.put_aside(folder)
