@@ -165,9 +165,9 @@ def test_a_task_of_one_file_trains_and_is_compared_by_the_ordinary_road(config, 
     results = compare_run(run, config, tokenizer, prepared)
     assert list(results["models"]) == ["teacher", "untrained", "distilled"]
     assert results["models"]["distilled"]["questions_asked"] == 1
-    assert list(quality_table(results).columns) == ["accuracy", "hesitation"]
+    assert list(quality_table(results).columns) == ["accuracy", "hesitation (primary)"]
     assert "hesitation" in comparison_message(results)
-    assert comparison_bars(results).axes[1].get_title(loc="left") == "hesitation\nof a row"
+    assert comparison_bars(results).axes[1].get_title(loc="left") == "hesitation (primary)\nof a row"
     assert run.config.task == "counting"
 
 
