@@ -75,7 +75,7 @@ CULPRITS = {  # config → (setting, severity, a figure in the finding, what --f
     "weights_of_a_batchmean": ("loss.weights.kd", "warning", "times as much as kd", None),
     "float16_overflow": ("precision", "critical", "float16", "auto"),
     "rows_without_a_target": ("data.text", "warning", "shorter than two tokens", "text"),
-    "temperature_that_teaches_nothing": ("loss.temperature", "critical", "T = 200", 4.0),
+    "temperature_that_teaches_nothing": ("loss.temperature", "critical", "T = 100", 4.0),
 }
 
 

@@ -88,8 +88,7 @@ class Unavailable(KdlibError):
 def answered(where: str, name: str) -> Iterator[None]:
     """Whatever fails inside is `Unavailable`, at this setting: a doctor must not die of what it looks at.
 
-    Here any error is right to catch, as none is hushed up: what nobody foresaw becomes a critical finding
-    that says which check, or which part of what it looks at, failed with which error.
+    Here any error is right to catch, as none is hushed up: it becomes a finding that says what failed.
     """
     try:
         yield
@@ -252,6 +251,7 @@ class Context:
 
     @part("data.source")
     def prepared(self) -> Prepared:
+        _ = self.configs  # as above
         return tasks.prepare(self.config, self.tokenizer)
 
     @part("teacher.model")
