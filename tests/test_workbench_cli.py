@@ -50,7 +50,7 @@ def nothing_written(tmp_path: Path) -> bool:
     [
         ("loss.temprature=3", "did you mean 'temperature'?"),
         ("training.max_steps=many", "training.max_steps: found 'many', needs int"),
-        ("training.eval_strategy=sometimes", "found 'sometimes'; it is one of no, steps, epoch"),
+        ("training.eval_strategy=sometimes", "it is one of no, steps, epoch"),
         ("loss.weights={kd: 0, ce: 0}", "all weights are 0"),
         ("loss.weights={kd: -1, ce: 1}", "weights are 0 or more"),
         ("data.source=missing.jsonl", "missing.jsonl: no such file"),
@@ -89,6 +89,7 @@ def test_a_tracker_that_is_not_installed_is_refused_and_nothing_is_written(
     kd, config_file, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("kdlib.training.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("kdlib.training.trackers.get_available_reporting_integrations", list)
     status, said = kd("run", config_file, "-o", "training.report_to=[tensorboard, wandb]")
     assert (status, nothing_written(tmp_path)) == (1, True)
     assert "training.report_to: tensorboard is not installed; run: pip install tensorboard" in said

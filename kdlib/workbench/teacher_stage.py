@@ -43,10 +43,10 @@ def own_config(config: Config) -> Config:
 def check_arguments(config: Config, *, trains: bool = False) -> None:
     """Refuse what `training:` asks for and cannot be had here, the teacher's own stage likewise."""
     args = training_arguments(config, Path("unused"))
-    trackers.check_key(args.report_to)
     if trains:
         check_processes(args)
     try_out(args)
+    trackers.check_key(args.report_to)  # of a tracker that is installed
     if config.teacher_stage is not None:
         check_arguments(own_config(config), trains=trains)
 
