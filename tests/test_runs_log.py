@@ -1,17 +1,22 @@
 """metrics.jsonl: read on as it grows, thinned without losing a spike; the time that a training took."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pandas as pd
 import pytest
-from made_log import logged, logged_run
+from made_log import evaluated, logged, logged_run
+from made_runs import made_run
 
 from kdlib.errors import RunError
+from kdlib.plots.axes import few_rows, thinned
+from kdlib.reports.index import render_index
+from kdlib.reports.run import render
 from kdlib.runs import log as metrics
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.folder import Run
-from kdlib.runs.log import Tail, append_metrics, duration, seconds_taken, thinned, time_left
+from kdlib.runs.log import Tail, append_metrics, duration, seconds_taken, time_left
 
 MADE_AT = 1.8e9
 
@@ -165,3 +170,80 @@ def test_a_disk_that_is_full_says_so(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(RunError, match="No space left on device; free some space, then go on with --resume"):
         metrics.append_metrics(StudentFolder(tmp_path), {"train/step": 1})
+
+
+def long_log(folder: StudentFolder, lines: int) -> None:
+    with folder.metrics.open("w") as file:
+        for step in range(1, lines + 1):
+            file.write(json.dumps(logged(step, steps=lines)) + "\n")
+            if step % 1000 == 0:
+                file.write(json.dumps(evaluated(step)) + "\n")
+
+
+def test_a_report_and_the_index_after_it_parse_a_log_once(tmp_path, monkeypatch):
+    run, parsed, parse = made_run(tmp_path / "runs", "long"), [], metrics.pyarrow.json.read_json
+    long_log(run, 20_000)
+
+    def counted(source, **form):
+        parsed.append(source.size())
+        return parse(source, **form)
+
+    monkeypatch.setattr(metrics.pyarrow.json, "read_json", counted)
+    page = render(run, tmp_path / "reports")
+    render_index(tmp_path / "runs", tmp_path / "reports")
+    assert sum(parsed) == run.metrics.stat().st_size + run.baseline.metrics.stat().st_size
+    assert max(parsed) < 5e6 < sum(parsed)  # block by block
+    rows = (page.parent / "tables" / "metrics.csv").read_text().splitlines()
+    assert rows[1].startswith("0,1,")
+    assert rows[-1].startswith("19999,20000,")
+    assert len(rows) < 2000
+
+
+def test_a_table_with_few_rows_keeps_ends_and_spikes():
+    table = pd.DataFrame({"loss": np.ones(50_000), "norm": np.arange(50_000.0), "time": "now"})
+    table.loc[31_415, "loss"] = 9.0
+    assert {0, 31_415, 49_999} <= set(few_rows(table).index)
+    assert few_rows(table[:1000]).equals(table[:1000])
+
+
+def test_cutting_a_log_holds_a_line_at_a_time_and_writes_nothing_where_nothing_is_after_the_step(tmp_path):
+    folder = StudentFolder(tmp_path)
+    long_log(folder, 20_000)
+    whole, before = folder.metrics.read_bytes(), folder.metrics.stat()
+    tracemalloc.start()
+    metrics.cut_metrics(folder, 10_000)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < len(whole)
+    kept = folder.metrics.read_bytes()
+    assert whole.startswith(kept)
+    assert metrics.read_metrics(folder)[-1]["train/step"] == 10_000
+    after = folder.metrics.stat()
+    assert after.st_ino != before.st_ino
+    metrics.cut_metrics(folder, 10_000)
+    assert (folder.metrics.stat().st_ino, folder.metrics.stat().st_mtime_ns) == (
+        after.st_ino,
+        after.st_mtime_ns,
+    )
+
+
+def test_a_step_that_logged_both_kinds_is_kept_and_a_line_without_a_step_is_named(tmp_path):
+    folder = StudentFolder(tmp_path)
+    folder.metrics.write_text(
+        '{"train/step": 1}\n{"train/step":2, "train/loss": 1.0}\n\n{"train/step": 12}\n'
+    )
+    metrics.cut_metrics(folder, 2)
+    assert [line["train/step"] for line in metrics.read_metrics(folder)] == [1, 2]
+    folder.metrics.write_text('{"train/loss": 1.0}\n')
+    for read in (Tail, lambda folder: metrics.cut_metrics(folder, 2)):
+        with pytest.raises(
+            RunError, match="found a line without train/step, which each must have; delete it"
+        ):
+            read(folder)
+
+
+def test_a_table_once_given_stays_as_it_was_when_the_log_grows(run):
+    before = metrics.tail_of(run)
+    append_metrics(run, logged(11))
+    assert len(metrics.training_table(run)) == 11
+    assert len(before.train) == 10

@@ -2,10 +2,12 @@
 
 import io
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from textwrap import wrap
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from IPython import get_ipython
 from IPython.core.pylabtools import select_figure_formats
 from matplotlib.axes import Axes
@@ -30,6 +32,7 @@ LABELS = {
     "baseline": "CE-only baseline",
     "distilled": "distilled student",
 }
+POINTS = 1000  # that a curve is drawn from
 OTHERS = ("#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#882255", "#999933")  # of models with own names
 
 # IPython knows what a Figure is only where pyplot is imported, which nothing here does
@@ -117,3 +120,41 @@ def png(figure: Figure, dpi: int = 100) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, pil_kwargs={"compress_level": 1})
     return buffer.getvalue()
+
+
+def thinned(curves: np.ndarray, *, points: int = POINTS) -> np.ndarray:
+    """Which positions of a long curve to draw so that no spike is lost: the ends, and each bucket's extremes.
+
+    Args:
+        curves: [N], or [C, N] drawn at the same positions.
+        points: about so many are kept, or 100 for each curve if that is more.
+
+    Returns:
+        Rising positions, with those where nan or infinite values begin or end, unless these are too many.
+    """
+    curves = np.atleast_2d(curves)
+    count, length = curves.shape
+    if length <= points:
+        return np.arange(length)
+    is_finite = np.isfinite(curves)
+    gaps = np.flatnonzero(np.diff(is_finite).any(axis=0)) + 1
+    kept = {0, length - 1, *(gaps if len(gaps) <= points else ())}
+    edges = np.linspace(0, length, max(points // (2 * count), 50) + 1).astype(int)
+    for start, end in pairwise(edges):
+        part, known = curves[:, start:end], is_finite[:, start:end]
+        for extreme in (
+            np.where(known, part, np.inf).argmin(axis=1),
+            np.where(known, part, -np.inf).argmax(axis=1),
+        ):
+            kept.update(start + extreme)
+    return np.array(sorted(kept))
+
+
+def few_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """A long table's rows at which its columns of numbers would be drawn: ends, extremes, some between."""
+    numbers = table.select_dtypes("number")
+    share = POINTS // max(len(numbers.columns), 1)
+    kept = (
+        [thinned(numbers[name].to_numpy(), points=share) for name in numbers] if len(table) > POINTS else []
+    )
+    return table.iloc[np.unique(np.concatenate(kept))] if kept else table

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from kdlib.plots.axes import BROKEN, INK, colours_of
-from kdlib.runs.log import Tail, thinned
+from kdlib.plots.axes import BROKEN, INK, colours_of, thinned
+from kdlib.runs.log import Tail
 from kdlib.runs.progress import Progress
 from kdlib.runs.verdict import trend
 

@@ -14,12 +14,11 @@ import numpy as np
 import pandas as pd
 
 from kdlib.metrics.names import three_digits
-from kdlib.plots.axes import LABELS
+from kdlib.plots.axes import LABELS, thinned
 from kdlib.reports.html import page, report_link
 from kdlib.reports.scorecard import counted
 from kdlib.reports.summary import Summary, keys_of, summaries
 from kdlib.runs.files import write_text, writing
-from kdlib.runs.log import thinned
 
 STATES = {"running": 0, "created": 1, "done": 2, "stopped": 3, "failed": 4, "died": 5, "unreadable": 6}
 COLUMNS: dict[str, Callable[[Summary], Any]] = {

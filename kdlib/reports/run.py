@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 from nbconvert.filters import strip_ansi
 
 from kdlib.config.task_rules import rules_in, shown_in
@@ -13,7 +12,7 @@ from kdlib.errors import RunError
 from kdlib.metrics.bootstrap import FEW_UNITS
 from kdlib.metrics.names import MEASURES
 from kdlib.plots import comparison as plots
-from kdlib.plots.axes import label_of
+from kdlib.plots.axes import few_rows, label_of
 from kdlib.plots.classification import ANSWER_FIGURES, TITLES, answer_tables
 from kdlib.plots.training import run_figures
 from kdlib.reports import html
@@ -21,7 +20,7 @@ from kdlib.reports.explorers import static_html
 from kdlib.reports.notebook_html import notebook_html
 from kdlib.reports.scorecard import counted, scorecard, scorecard_table
 from kdlib.reports.summary import flat, keys_of, summary
-from kdlib.runs.files import read_json
+from kdlib.runs.files import read_json, read_yaml
 from kdlib.runs.folder import Run
 from kdlib.runs.verdict import critical_findings
 
@@ -48,7 +47,7 @@ def render(run: Run, reports: Path) -> Path:
         for name, student in students.items()
         if (lines := scorecard(run, student, results=results))
     }
-    tables = {"metrics": brief.train, "evaluation": brief.evaluation}
+    tables = {"metrics": few_rows(brief.train), "evaluation": few_rows(brief.evaluation)}
     if results:
         tables |= comparison_tables(results)
     if cards:
@@ -107,7 +106,7 @@ def run_content(run: Run, *, command: str = "kd run") -> dict[str, Any]:
 
 def _settings(run: Run) -> Mapping[str, Any]:
     """The config as it stands in its file, whatever its version."""
-    return yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8")) or {}
+    return read_yaml(run.path / "config.yaml") or {}
 
 
 def _comparison_content(results: Mapping[str, Any] | None) -> dict[str, Any]:

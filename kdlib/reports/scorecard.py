@@ -14,7 +14,7 @@ from kdlib.errors import ConfigError
 from kdlib.reports.learning import Case, Line, learning_lines
 from kdlib.runs.files import StudentFolder, read_json
 from kdlib.runs.folder import Run
-from kdlib.runs.log import Tail, plan_table, terms_in
+from kdlib.runs.log import Tail, plan_table, tail_of, terms_in
 from kdlib.runs.verdict import critical_findings
 
 GAP = 2.0  # held-out loss over training loss, and the other way round
@@ -38,7 +38,7 @@ def scorecard(
     `tail` is the folder's and `results` the run's comparison, where they are at hand.
     """
     folder = folder or run
-    tail = tail or Tail(folder)
+    tail = tail or tail_of(folder)
     train, evaluation = tail.train, tail.evaluation
     if not len(train):
         return []
@@ -125,13 +125,13 @@ def _gap(train: pd.DataFrame, evaluation: pd.DataFrame) -> Line:
     if not len(evaluation):
         return Line(check, "no evaluation", needed, None)
     last = evaluation.iloc[-1]
-    near = train[train["step"] <= last["step"]]
-    near = near[near["step"] >= (1 - LATE) * near["step"].max()]
-    terms = [term for term in terms_in(evaluation) if f"{term}_loss" in near and last[f"{term}_weight"] > 0]
-    if not len(near) or not terms:
+    steps = train["step"][train["step"] <= last["step"]]
+    steps = steps[steps >= (1 - LATE) * steps.max()]
+    terms = [term for term in terms_in(evaluation) if f"{term}_loss" in train and last[f"{term}_weight"] > 0]
+    if not len(steps) or not terms:
         return Line(check, "no training line before the last evaluation", needed, None)
     held_out = sum(last[f"{term}_weight"] * last[f"{term}_loss"] for term in terms)
-    seen = sum(last[f"{term}_weight"] * near[f"{term}_loss"].mean() for term in terms)
+    seen = sum(last[f"{term}_weight"] * train[f"{term}_loss"][steps.index].mean() for term in terms)
     ratio = held_out / seen if seen else math.inf
     do = "give more text, or train for fewer passes: it learns its rows by heart"
     if ratio < 1:

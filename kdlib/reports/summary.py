@@ -16,9 +16,9 @@ from kdlib.metrics.names import MEASURES, difference, three_digits, with_interva
 from kdlib.plots.axes import LABELS
 from kdlib.plots.comparison import cost_table
 from kdlib.reports.scorecard import Line, scorecard
-from kdlib.runs.files import read_json
+from kdlib.runs.files import read_json, read_yaml
 from kdlib.runs.folder import Run
-from kdlib.runs.log import Tail, duration, eval_table, plan_table, seconds_taken
+from kdlib.runs.log import duration, eval_table, plan_table, seconds_taken, tail_of
 from kdlib.runs.verdict import Best, best_by, mean_at, value_at
 
 
@@ -108,8 +108,8 @@ def flat(nested: Mapping[str, Any], separator: str = ".", prefix: str = "") -> I
 
 def _read(run: Run) -> Summary:
     results, manifest, status = read_json(run.path / "comparison_results.json"), run.manifest, run.status
-    settings = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8")) or {}
-    is_benchmark, tail, plan = "student" not in settings, Tail(run), plan_table(run)
+    settings = read_yaml(run.path / "config.yaml") or {}
+    is_benchmark, tail, plan = "student" not in settings, tail_of(run), plan_table(run)
     steps = [int(table["step"].iloc[-1]) for table in (tail.train, tail.evaluation) if len(table)]
     best = _best(settings, tail.evaluation)
     keys, compared = _keys(run, settings, results, tail.evaluation, best)

@@ -16,11 +16,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kdlib.config.run import Config, differences, parse
 from kdlib.errors import Died, RunError, Stopped, nearest, refuse_keys
-from kdlib.runs.files import StudentFolder, now, read_json, write_json, write_text, writing
+from kdlib.runs.files import StudentFolder, now, read_json, read_yaml, write_json, write_text, writing
 from kdlib.runs.interrupts import heard, interrupted
 from kdlib.runs.lock import held, lives, this_process
 
@@ -216,7 +214,7 @@ def all_runs(root: Path) -> list[Run]:
 
 @lru_cache(maxsize=64)
 def _resolved(path: Path, changed: int) -> Config:
-    return parse(yaml.safe_load(path.read_text(encoding="utf-8")), name=str(path))
+    return parse(read_yaml(path), name=str(path))
 
 
 def _commit() -> str | None:

@@ -3,11 +3,15 @@
 Each line is {"train/step": …, "train/epoch": …, "time": …} with `train/…` or `eval/…` figures.
 """
 
-import io
+import copy
 import json
 import math
-from collections.abc import Mapping
-from itertools import pairwise
+import os
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,29 +21,61 @@ import pyarrow.compute as pc
 import pyarrow.json
 
 from kdlib.errors import RunError
-from kdlib.runs.files import StudentFolder, read_json, write_text, writing
+from kdlib.runs.files import StudentFolder, read_json, synced, writing
 
-POINTS = 1000  # that a curve is drawn from
 PAUSE, PAUSE_S = 10.0, 60.0  # more usual times than that, and more seconds, from line to line: it stood still
-FORM = {
-    "parse_options": pyarrow.json.ParseOptions(explicit_schema=pa.schema([("time", pa.string())])),
-    "read_options": pyarrow.json.ReadOptions(use_threads=False),  # others compute here
-}
+BLOCK = 4 << 20  # bytes that are parsed at a time
+STEP = re.compile(rb'"train/step"\s*:\s*(\d+)')
+NO_STEP = "found a line without train/step, which each must have; delete it"
+PLACES = {"train/step": -2, "train/epoch": -1, "time": 1}  # of the columns; the others as logged
+LINES_KEPT = 2_000_000  # of the logs that a process keeps in memory, about
+ALONE = pyarrow.json.ReadOptions(use_threads=False)  # others compute here
+KEPT: dict[Path, "Tail"] = {}
+KEEPING = threading.Lock()
 
 
 def read_metrics(folder: StudentFolder) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; a last line torn by a kill is left out."""
-    if not folder.metrics.exists():
-        return []
-    text = folder.metrics.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [json.loads(line) for line in _lines(folder)]
 
 
 def cut_metrics(folder: StudentFolder, step: int) -> None:
-    """Drop what was logged after this step: training goes on from there and will log it again."""
+    """Drop what was logged after this step: training goes on from there and will log it again.
+
+    Raises:
+        RunError: a line names no step, or the disk refuses.
+    """
+    path = folder.metrics
+    if not path.exists() or _ends_by(path, step):
+        return
+    neighbour = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        with neighbour.open("wb") as file:
+            file.writelines(line for line in _lines(folder) if _step(line, path) <= step)
+        synced(neighbour)
+        neighbour.replace(path)
+        synced(path.parent, within=False)
+
+
+def _lines(folder: StudentFolder) -> Iterator[bytes]:
+    """Whole lines only, one at a time."""
     if folder.metrics.exists():
-        lines = [line for line in read_metrics(folder) if line["train/step"] <= step]
-        write_text(folder.metrics, "".join(json.dumps(line) + "\n" for line in lines))
+        with folder.metrics.open("rb") as file:
+            yield from (line for line in file if line.endswith(b"\n") and not line.isspace())
+
+
+def _ends_by(path: Path, step: int) -> bool:
+    """Whether the last line is whole and of this step or before: steps rise, so nothing is to be cut."""
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - (1 << 16), 0))
+        *_, last = file.read().splitlines(keepends=True) or [b""]
+    return bool(last.endswith(b"\n") and (found := STEP.search(last)) and int(found[1]) <= step)
+
+
+def _step(line: bytes, path: Path) -> int:
+    if found := STEP.search(line):
+        return int(found[1])
+    raise RunError(f"{path}: {NO_STEP}")
 
 
 def append_metrics(folder: StudentFolder, line: Mapping[str, Any]) -> None:
@@ -50,24 +86,25 @@ def append_metrics(folder: StudentFolder, line: Mapping[str, Any]) -> None:
 
 def history(folder: StudentFolder) -> list[dict[str, float]]:
     """One line per epoch begun: the mean of its training figures, and its last evaluation."""
-    epochs: dict[int, dict[str, list[float]]] = {}
-    for line in read_metrics(folder):
+    epochs: dict[int, dict[str, tuple[float, int, float]]] = {}  # figure → sum, count, last
+    for line in map(json.loads, _lines(folder)):
         figures = epochs.setdefault(math.ceil(line["train/epoch"]), {})
         for name, value in line.items():
             if isinstance(value, (int, float)):
-                figures.setdefault(name, []).append(value)
-    last = ("train/step", "train/epoch")
+                total, count, _ = figures.get(name, (0, 0, 0))
+                figures[name] = (total + value, count + 1, value)
+    ends = ("train/step", "train/epoch")
     return [
         {
-            name: sum(v) / len(v) if name.startswith("train/") and name not in last else v[-1]
-            for name, v in figures.items()
+            name: total / count if name.startswith("train/") and name not in ends else last
+            for name, (total, count, last) in figures.items()
         }
         for figures in epochs.values()
     ]
 
 
 class Tail:
-    """metrics.jsonl as tables, read again as it grows.
+    """metrics.jsonl as tables, parsed block by block, and read on from where it ended as it grows.
 
     Attributes:
         train: one row per log, without the train/ prefix; empty at first.
@@ -77,57 +114,139 @@ class Tail:
     """
 
     def __init__(self, folder: StudentFolder) -> None:
-        self.folder, self._lines = folder, b""
-        self._take(pa.table({}))
+        self.folder = folder
+        self._begin()
         self.read()
 
     def read(self) -> bool:
         """Take in what the file holds now; True where that is new.  A torn last line waits for its rest.
 
         Raises:
-            RunError: a line is no JSON.
+            RunError: a line is no JSON, or has figures and no step.
         """
-        text = self.folder.metrics.read_bytes() if self.folder.metrics.exists() else b""
-        lines = text[: text.rfind(b"\n") + 1]
-        if lines == self._lines:
+        path = self.folder.metrics
+        found = path.stat() if path.exists() else None
+        state = found and (found.st_ino, found.st_size, found.st_mtime_ns)
+        if state == self._state:
             return False
-        try:
-            self._take(pyarrow.json.read_json(io.BytesIO(lines), **FORM) if lines else pa.table({}))
-        except pa.ArrowInvalid as error:
-            what = f"found a line that is no JSON ({error}); each must be an object; delete it"
-            raise RunError(f"{self.folder.metrics}: {what}") from error
-        self._lines = lines
-        return True
+        is_anew, end = self._state is not None and not self._goes_on(state), self._end
+        if is_anew:
+            self._begin()
+        if state is not None:
+            try:
+                self._read_on()
+            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+                what = f"found a line that is no JSON ({error}); each must be an object; delete it"
+                raise RunError(f"{path}: {what}") from error
+        self._state = state
+        return is_anew or self._end > end
 
-    def _take(self, lines: pa.Table) -> None:
-        self.train, self.evaluation = _of(lines, "train/"), _of(lines, "eval/")
-        self.figures, broken = 0, []
-        for name in lines.column_names:
-            if pa.types.is_floating(lines[name].type):
-                self.figures += len(lines) - lines[name].null_count
-                steps = lines["train/step"].filter(pc.invert(pc.is_finite(lines[name]))).to_pylist()
-                broken += [(step, name.split("/")[1], name.startswith("eval/")) for step in steps]
-        self.broken = pd.DataFrame(broken, columns=["step", "name", "evaluation"])
+    def _begin(self) -> None:
+        self.train, self.evaluation, self.broken = pd.DataFrame(), pd.DataFrame(), _broken([], "")
+        self._state: tuple[int, int, int] | None = None  # of the file when it was read
+        self._end, self._last = 0, b""  # of what was read: its length and its last line
+        self.figures, self._counts = 0, Counter[str]()
+        self._real: dict[str, pa.DataType] = {}  # figures, as against counts and words
+
+    def _goes_on(self, state: tuple[int, int, int] | None) -> bool:
+        """Whether what was read still stands there, so far as its last line tells."""
+        if state is None or self._state is None or state[0] != self._state[0]:
+            return False
+        with self.folder.metrics.open("rb") as file:
+            file.seek(self._end - len(self._last))
+            return file.read(len(self._last)) == self._last
+
+    def _read_on(self) -> None:
+        """Parse what was added; takes in all of it, or where a line is faulty, nothing."""
+        end, last, counts, real = self._end, self._last, self._counts.copy(), dict(self._real)
+        parts, broken = {"train/": [], "eval/": []}, [self.broken]
+        for block in _blocks(self.folder.metrics, end):
+            end, last = end + len(block), block[block.rfind(b"\n", 0, -1) + 1 :]
+            table = _parsed(block, real)
+            for name in table.column_names:
+                counts[name] += len(table) - table[name].null_count
+                if pa.types.is_floating(table[name].type):
+                    real[name] = table[name].type
+                    if "train/step" not in table.column_names:
+                        raise RunError(f"{self.folder.metrics}: {NO_STEP}")
+                    if len(steps := table["train/step"].filter(pc.invert(pc.is_finite(table[name])))):
+                        broken.append(_broken(steps.to_numpy(), name))
+            for prefix, own in parts.items():
+                own += _of(table, prefix)
+        before = {"train/": self.train, "eval/": self.evaluation}
+        self.train, self.evaluation = [_joined(before[prefix], parts[prefix], prefix) for prefix in parts]
+        self.broken = pd.concat(broken, ignore_index=True) if len(broken) > 1 else self.broken
+        self.figures = sum(counts[name] for name in real)
+        self._end, self._last, self._counts, self._real = end, last, counts, real
 
 
-def _of(lines: pa.Table, prefix: str) -> pd.DataFrame:
+def _blocks(path: Path, start: int) -> Iterator[bytes]:
+    """Whole lines from here on, some MiB at a time."""
+    with path.open("rb") as file:
+        file.seek(start)
+        rest = b""
+        while block := file.read(BLOCK):
+            whole, newline, rest = (rest + block).rpartition(b"\n")
+            if newline:
+                yield whole + newline
+
+
+def _parsed(block: bytes, real: Mapping[str, pa.DataType]) -> pa.Table:
+    if block.isspace():
+        return pa.table({})
+    form = pyarrow.json.ParseOptions(explicit_schema=pa.schema([("time", pa.string()), *real.items()]))
+    return pyarrow.json.read_json(pa.BufferReader(block), read_options=ALONE, parse_options=form)
+
+
+def _broken(steps: Sequence[int] | np.ndarray, name: str) -> pd.DataFrame:
+    what = {"name": name.partition("/")[2], "evaluation": name.startswith("eval/")}
+    return pd.DataFrame({"step": steps, **what}, columns=["step", "name", "evaluation"])
+
+
+def _of(lines: pa.Table, prefix: str) -> list[pa.Table]:
+    """The lines of one kind, where there are any, with the columns that they fill."""
     if f"{prefix}loss" not in lines.column_names:
-        return pd.DataFrame()
-    own = lines.filter(lines[f"{prefix}loss"].is_valid())
-    # as logged, time last
-    names = sorted((name for name in own.column_names if own[name].null_count < len(own)), key="time".__eq__)
-    table = own.select(names).to_pandas()
-    return table.rename(columns=lambda name: name.removeprefix(prefix).removeprefix("train/"))
+        return []
+    own = lines.filter(lines[f"{prefix}loss"].is_valid()).combine_chunks()
+    names = [name for name in own.column_names if own[name].null_count < len(own)]
+    return [own.select(names)] if names else []
+
+
+def _joined(before: pd.DataFrame, parts: list[pa.Table], prefix: str) -> pd.DataFrame:
+    """One table, as logged, time last; `parts` is emptied on the way, to spare memory."""
+    if not parts:
+        return before
+    table = pa.concat_tables(parts, promote_options="permissive")
+    parts.clear()
+    names = sorted(table.column_names, key=lambda name: PLACES.get(name, 0))
+    table = table.select(names).rename_columns([n.removeprefix(prefix).removeprefix("train/") for n in names])
+    added = table.to_pandas(split_blocks=True, self_destruct=True)
+    if not len(before):
+        return added
+    return pd.concat([before, added], ignore_index=True)[
+        sorted([*dict.fromkeys([*before, *added])], key="time".__eq__)
+    ]
+
+
+def tail_of(folder: StudentFolder) -> Tail:
+    """The folder's log as it stands now, parsed once in a process and then read on; raises as `Tail.read`."""
+    with KEEPING:
+        tail = KEPT.pop(path := folder.path.absolute(), None) or Tail(folder)
+        tail.read()
+        KEPT[path] = tail  # the last one used comes last
+        while len(KEPT) > 1 and sum(len(each.train) for each in KEPT.values()) > LINES_KEPT:
+            del KEPT[next(iter(KEPT))]
+        return copy.copy(tail)  # that others read on
 
 
 def training_table(folder: StudentFolder) -> pd.DataFrame:
-    """`Tail.train`, once."""
-    return Tail(folder).train
+    """`Tail.train`, as it stands now."""
+    return tail_of(folder).train
 
 
 def eval_table(folder: StudentFolder) -> pd.DataFrame:
-    """`Tail.evaluation`, once."""
-    return Tail(folder).evaluation
+    """`Tail.evaluation`, as it stands now."""
+    return tail_of(folder).evaluation
 
 
 def plan_table(folder: StudentFolder) -> pd.DataFrame:
@@ -148,16 +267,23 @@ def seconds_taken(train: pd.DataFrame, evaluation: pd.DataFrame | None = None) -
     """
     if "time" not in train or len(train) < 2:
         return None
-    lines = pd.concat(
-        pd.DataFrame({"time": pd.to_datetime(table["time"], utc=True, format="ISO8601"), "kind": kind})
-        for kind, table in enumerate((train, evaluation))
-        if table is not None and "time" in table
-    )
-    own = lines["time"][lines["kind"] == 0]
-    lines = lines[lines["time"].between(own.min(), own.max())].sort_values("time", kind="stable")
-    took = lines["time"].diff().dt.total_seconds().iloc[1:]
-    usual = took.groupby(lines["kind"].iloc[1:]).transform("quantile", 0.5, interpolation="lower")
-    return float(took.where(took <= (PAUSE * usual).clip(lower=PAUSE_S), usual).sum())
+    timed = [train] if evaluation is None or "time" not in evaluation else [train, evaluation]
+    kinds = [_seconds(table["time"]) for table in timed]
+    times = np.concatenate(kinds)
+    is_own = np.repeat([True, False], [len(kinds[0]), len(times) - len(kinds[0])])
+    is_within = (times >= kinds[0].min()) & (times <= kinds[0].max())
+    order = np.argsort(times[is_within], kind="stable")
+    took, is_own = np.diff(times[is_within][order]), is_own[is_within][order][1:]
+    for kind in (is_own, ~is_own):
+        if kind.any():
+            usual = np.quantile(took[kind], 0.5, method="lower")
+            took[kind & (took > max(PAUSE * usual, PAUSE_S))] = usual
+    return float(took.sum())
+
+
+def _seconds(times: pd.Series) -> np.ndarray:
+    text = pa.array(times, pa.string()).drop_null()
+    return text.cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_numpy() / 1e6
 
 
 def time_left(took: float, done: float, ahead: float) -> float | None:
@@ -170,27 +296,3 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def thinned(curves: np.ndarray, *, points: int = POINTS) -> np.ndarray:
-    """Which positions of a long curve to draw so that no spike is lost: the ends, and each bucket's extremes.
-
-    Args:
-        curves: [N], or [C, N] drawn at the same positions.
-        points: about so many are kept, or 100 for each curve if that is more.
-
-    Returns:
-        Rising positions, with those where nan or infinite values begin or end, unless these are too many.
-    """
-    curves = np.atleast_2d(curves)
-    count, length = curves.shape
-    if length <= points:
-        return np.arange(length)
-    is_finite = np.isfinite(curves)
-    gaps = np.flatnonzero(np.diff(is_finite).any(axis=0)) + 1
-    kept = {0, length - 1, *(gaps if len(gaps) <= points else ())}
-    edges = np.linspace(0, length, max(points // (2 * count), 50) + 1).astype(int)
-    lows, highs = np.where(is_finite, curves, np.inf), np.where(is_finite, curves, -np.inf)
-    for start, end in pairwise(edges):
-        kept |= {*(start + lows[:, start:end].argmin(axis=1)), *(start + highs[:, start:end].argmax(axis=1))}
-    return np.array(sorted(kept))

@@ -12,7 +12,7 @@ from kdlib.config.task_rules import rules_of
 from kdlib.metrics.names import MEASURES
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.folder import Run
-from kdlib.runs.log import Tail, duration, plan_table, seconds_taken, terms_in, time_left
+from kdlib.runs.log import Tail, duration, plan_table, seconds_taken, tail_of, terms_in, time_left
 from kdlib.runs.verdict import moving_settings
 
 QUIET_S = 60.0  # without a line, after which a training that nobody keeps a status of may have stopped
@@ -83,7 +83,7 @@ def progress(run: Run, folder: StudentFolder | None = None, tail: Tail | None = 
     return Progress(
         name=run.name if is_own else f"{run.name}, {folder.path.name}",
         state=state,
-        tail=tail or Tail(folder),
+        tail=tail or tail_of(folder),
         plan=plan_table(folder),
         phases=tuple((phase.until, _words(phase.weights)) for phase in phases or []),
         best_by=config.training["metric_for_best_model"].removeprefix("eval_"),
