@@ -137,10 +137,11 @@ def test_a_file_cut_for_a_training_that_goes_on_is_read_anew(run):
     assert tail.train["kd_loss"].tolist()[3:5] == [1.0, 9.0]
 
 
-def test_a_line_that_is_no_json_is_named_as_such(run):
+@pytest.mark.parametrize("line", ["{oops}", "null", "[1]", "step,loss"])
+def test_a_line_that_is_no_json_is_named_as_such(run, line):
     tail = Tail(run)
     with run.metrics.open("a") as file:
-        file.write("{oops}\n")
+        file.write(f"{line}\n")
     with pytest.raises(RunError, match=r"metrics.jsonl: found a line that is no JSON .*delete it"):
         tail.read()
 

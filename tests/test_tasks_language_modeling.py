@@ -229,3 +229,9 @@ def test_prompts_have_one_length_and_come_from_all_over(rows, raw_config):
     assert [len(prompt) for prompt in prompts(6)] == [6, 6, 6]
     assert len({tuple(prompt) for prompt in prompts(6)}) == 3
     assert prompts(10_000) == [ids[: -(-len(ids) // 2)] for ids in spread(rows["input_ids"], 3)]
+
+
+def test_prompts_of_several_lengths_are_continued_one_by_one(tokenizer):
+    model, prompts = tiny_model().eval(), [[1], [4, 5, 6]]
+    alone = [continuations(model, tokenizer, [prompt], 3)[0] for prompt in prompts]
+    assert continuations(model, tokenizer, prompts, 3) == alone

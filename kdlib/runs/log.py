@@ -29,6 +29,7 @@ STEP = re.compile(rb'"train/step"\s*:\s*(\d+)')
 NO_STEP = "found a line without train/step, which each must have; delete it"
 PLACES = {"train/step": -2, "train/epoch": -1, "time": 1}  # of the columns; the others as logged
 LINES_KEPT = 2_000_000  # of the logs that a process keeps in memory, about
+NULL = re.compile(rb"null\s*(?:[\[{]|$)", re.MULTILINE)  # a line of its own: pyarrow's reader dies of it
 ALONE = pyarrow.json.ReadOptions(use_threads=False)  # others compute here
 KEPT: dict[Path, "Tail"] = {}
 KEEPING = threading.Lock()
@@ -162,7 +163,7 @@ class Tail:
         parts, broken = {"train/": [], "eval/": []}, [self.broken]
         for block in _blocks(self.folder.metrics, end):
             end, last = end + len(block), block[block.rfind(b"\n", 0, -1) + 1 :]
-            table = _parsed(block, real)
+            table = _parsed(NULL.sub(b"[]", block), real)  # which is refused
             for name in table.column_names:
                 counts[name] += len(table) - table[name].null_count
                 if pa.types.is_floating(table[name].type):
@@ -223,9 +224,8 @@ def _joined(before: pd.DataFrame, parts: list[pa.Table], prefix: str) -> pd.Data
     added = table.to_pandas(split_blocks=True, self_destruct=True)
     if not len(before):
         return added
-    return pd.concat([before, added], ignore_index=True)[
-        sorted([*dict.fromkeys([*before, *added])], key="time".__eq__)
-    ]
+    names = sorted([*dict.fromkeys([*before, *added])], key="time".__eq__)
+    return pd.concat([before, added], ignore_index=True)[names]
 
 
 def tail_of(folder: StudentFolder) -> Tail:
