@@ -1,4 +1,5 @@
 import json
+import os
 from contextlib import ExitStack
 
 import pytest
@@ -31,6 +32,7 @@ OWN = {  # of each its own way to say which layer is of which kind
     "recurrent_gemma": {},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "num_mem_blocks": 1},
 }
+ALL = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - OWN.keys() - LARGE)  # ARCHITECTURES=all: 10 minutes
 SHORT = ("deepseek_v3", "gemma3n_text", "gpt_neo", "jamba", "llama4_text", "qwen2_moe")
 
 
@@ -86,7 +88,7 @@ def test_a_student_of_some_layers_computes_what_they_do_in_the_teacher(name, tmp
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - OWN.keys() - LARGE))
+@pytest.mark.parametrize("name", ALL if os.environ.get("ARCHITECTURES") == "all" else ALL[::8])
 def test_so_it_is_with_every_architecture_or_an_error_says_why_not(name, tmp_path):
     try:
         teacher = trained(name)

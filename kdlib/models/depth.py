@@ -55,11 +55,10 @@ def with_layers(
         return plain_config(config)
     teacher = _outline(config, kind)
     kinds = _kinds([_parts(layer, {}) for layer in layers_of(teacher)], keep)
-    choices = {name: _choices(name, value, keep, total, kinds) for name, value in text.to_dict().items()}
+    stated = text.to_dict()  # some configs refuse to be asked for one value of what each layer has its own
+    choices = {name: _choices(name, value, keep, total, kinds) for name, value in stated.items()}
     counts = {name: len(keep) for name in COUNTS if getattr(text, name, None) == total}
-    ways = iter(
-        [counts | {name: of[0] for name, of in choices.items() if of[0] != getattr(text, name, of[0])}]
-    )
+    ways = iter([counts | {name: of[0] for name, of in choices.items() if of[0] != stated[name]}])
     while tries and (changes := next(ways, None)):
         changed, tries = plain_config(config), tries - 1
         try:
