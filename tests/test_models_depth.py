@@ -15,7 +15,7 @@ from kdlib.models.hooks import layers_of
 
 IDS = torch.tensor([[(7 * n + 5) % 60 + 3 for n in range(24)]])
 SOME = [[0, 2], [0, 3], [1, 3]]
-NOT_KEPT = {"gemma3n_text": [[0, 3]], "zamba2": [[0, 2]]}  # keys of a layer that is gone; one kind only
+NOT_KEPT = {"gemma3n_text": [[0, 3]]}  # keys of a layer that is gone
 GEMMA_3N = {"layer_types": ["full_attention", "sliding_attention"] * 2, "intermediate_size": [32] * 4}
 OWN = {  # of each its own way to say which layer is of which kind
     "cohere2": {},
@@ -30,7 +30,6 @@ OWN = {  # of each its own way to say which layer is of which kind
     "qwen2_moe": {"decoder_sparse_step": 2, "mlp_only_layers": [1]},
     "qwen3_moe": {"mlp_only_layers": [0, 2]},
     "recurrent_gemma": {},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "num_mem_blocks": 1},
 }
 ALL = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - OWN.keys() - LARGE)  # ARCHITECTURES=all: 10 minutes
 SHORT = ("deepseek_v3", "gemma3n_text", "gpt_neo", "jamba", "llama4_text", "qwen2_moe")

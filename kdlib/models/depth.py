@@ -213,12 +213,12 @@ def _check(student: PreTrainedModel, teacher: PreTrainedModel, keep: Sequence[in
         return before if isinstance(output, Tensor) else type(output)([before, *output[1:]])
 
     ids = torch.randint(teacher.config.get_text_config().vocab_size, (1, TOKENS), generator=torch.Generator())
-    with ExitStack() as hooks:
-        for number, layer in enumerate(layers_of(teacher)):
-            if number not in keep:
-                hooks.enter_context(layer.register_forward_hook(pass_over, with_kwargs=True))
-        expected = teacher(input_ids=ids.to(teacher.device), use_cache=False).logits.float()
     try:
+        with ExitStack() as hooks:
+            for number, layer in enumerate(layers_of(teacher)):
+                if number not in keep:
+                    hooks.enter_context(layer.register_forward_hook(pass_over, with_kwargs=True))
+            expected = teacher(input_ids=ids.to(teacher.device), use_cache=False).logits.float()
         got = student(input_ids=ids.to(student.device), use_cache=False).logits.float().to(expected.device)
         apart = f"logits differ by {(error := _apart(got, expected)):.0%} of the largest"
     except (*NO_CONFIG, RuntimeError) as fault:  # it wants what a layer left out has computed
