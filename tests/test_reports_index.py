@@ -69,7 +69,7 @@ def test_a_torn_file_costs_one_row_and_not_the_index(root, tmp_path):
         "torn-status.json": "unreadable",
     }
     page = index_of(root, tmp_path)
-    for words in ("JSONDecodeError", "metrics.jsonl: found a line that is no JSON", "TypeError"):
+    for words in ("manifest.json: found no JSON", "metrics.jsonl: found a line that is no JSON", "TypeError"):
         assert words in page
     assert str(root) not in page
 

@@ -330,7 +330,15 @@ def test_training_time_leaves_out_the_break_before_a_resume(swept):
     for step, at in enumerate(["10:00:00", "10:00:10", "10:00:20", "12:00:00", "12:00:11"]):
         with run.metrics.open("a") as file:
             file.write(
-                json.dumps({"train/step": step, "train/loss": 1.0, "time": f"2026-01-01T{at}+00:00"}) + "\n"
+                json.dumps(
+                    {
+                        "train/step": step,
+                        "train/epoch": 0.1,
+                        "train/loss": 1.0,
+                        "time": f"2026-01-01T{at}+00:00",
+                    }
+                )
+                + "\n"
             )
     assert results.trial_table(sweep)["training_s"].tolist() == [41.0]  # the usual 10 s stand for the break
 

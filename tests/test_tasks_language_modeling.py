@@ -222,13 +222,14 @@ def test_continuations_are_greedy(tokenizer):
 
 
 def test_prompts_have_one_length_and_come_from_all_over(rows, raw_config):
-    def prompts(length):
-        config = parse(raw_config | {"compare": {"continuations": 3, "prompt_tokens": length}})
+    def prompts(length, count=3):
+        config = parse(raw_config | {"compare": {"continuations": count, "prompt_tokens": length}})
         return task_of(config).prompts(config, rows)
 
     assert [len(prompt) for prompt in prompts(6)] == [6, 6, 6]
     assert len({tuple(prompt) for prompt in prompts(6)}) == 3
     assert prompts(10_000) == [ids[: -(-len(ids) // 2)] for ids in spread(rows["input_ids"], 3)]
+    assert prompts(6, count=0) == []
 
 
 def test_prompts_of_several_lengths_are_continued_one_by_one(tokenizer):

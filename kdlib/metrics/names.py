@@ -97,9 +97,17 @@ def rivals_of(results: Mapping[str, Any]) -> list[str]:
 
 
 def difference(results: Mapping[str, Any], model: str, against: str, metric: str) -> dict[str, Any]:
-    """The paired difference of two models in one metric, with its interval."""
+    """The paired difference of two models in one metric, with its interval.
+
+    Raises:
+        LookupError: the comparison has none of these.
+    """
     asked = {"model": model, "against": against, "metric": metric}
-    return next(each for each in results["differences"] if asked.items() <= each.items())
+    for each in results["differences"]:
+        if asked.items() <= each.items():
+            return each
+    do = "it was made of other models or measures; compare them again"
+    raise LookupError(f"comparison: found no difference of {model} and {against} in {metric}; {do}")
 
 
 def is_better(found: Mapping[str, float], metric: str) -> bool | None:

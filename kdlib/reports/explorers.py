@@ -1,12 +1,14 @@
 """What kdlib.workbench.explorers shows, as still pages: HTML that needs no script."""
 
 import base64
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from markupsafe import escape
 from matplotlib.figure import Figure
 
+from kdlib.errors import KdlibError, RunError
 from kdlib.plots.axes import LABELS, png
 from kdlib.plots.schedules import as_yaml, schedules_of
 from kdlib.plots.softening import message, softening_figure
@@ -20,12 +22,35 @@ SETTINGS = {  # what makes up the schedules of a training, where a config gives 
     "loss": ("weights", "curriculum", "temperature"),
     "training": ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
 }
+NEEDED = ("softening", "temperature", "top_k", "tokens", "teacher", "students")
 
 
 def static_html(run: Run) -> dict[str, str]:
-    """Title → page, of each explorer; {} where the run has no explorers.json."""
-    facts = read_json(run.path / "explorers.json")
-    if facts is None:
+    """Title → page, of each explorer; {} without an explorers.json; what is faulty in one, if anything."""
+    try:
+        return _pages(run)
+    except KdlibError as error:  # torn, or the config is of another version
+        return {"Explorers": f"<p>{escape(str(error).replace(f'{run.path}{os.sep}', ''))}</p>"}
+
+
+def facts_of(run: Run) -> dict[str, Any]:
+    """explorers.json; {} where there is none.
+
+    Raises:
+        RunError: it is torn, or lacks what the explorers draw.
+    """
+    path = run.path / "explorers.json"
+    if not (facts := read_json(path)):
+        return {}
+    known = facts if isinstance(facts, dict) else {}
+    if missing := [name for name in NEEDED if known.get(name, {}) == {}]:
+        do = "delete it, and run the cells that explore again"
+        raise RunError(f"{path}: found no {', '.join(missing)}, of what the explorers draw; {do}")
+    return facts
+
+
+def _pages(run: Run) -> dict[str, str]:
+    if not (facts := facts_of(run)):
         return {}
     first, *others = most_trained(facts)
     folded = (f"<details><summary>{LABELS[n]}</summary>{heat_map(facts, n)}</details>" for n in others)

@@ -159,8 +159,10 @@ def _since_untrained(case: Case, check: str, needed: str, measure: str, against:
 def _trend(case: Case) -> Line:
     """Without an evaluation: by a raw term, while its settings stand still."""
     moving, terms = moving_settings(case.config, is_baseline=not case.is_own), terms_in(case.train)
-    term = "kd" if "kd" in terms else terms[0]
+    term = "kd" if "kd" in terms else next(iter(terms), "no")
     check, needed = f"the model learns ({term} loss)", "a fall, beyond chance"
+    if not terms:
+        return Line(check, "no evaluation, and no term was logged", needed, None)
     do = "evaluate while it trains: training.eval_strategy: steps, eval_steps, eval_on_start: true"
     found = trend(case.train[f"{term}_loss"], term, moving)
     if found is None or found.falls is None:

@@ -19,8 +19,8 @@ from kdlib.reports import html
 from kdlib.reports.explorers import static_html
 from kdlib.reports.notebook_html import notebook_html
 from kdlib.reports.scorecard import counted, scorecard, scorecard_table
-from kdlib.reports.summary import flat, keys_of, summary
-from kdlib.runs.files import read_json, read_yaml
+from kdlib.reports.summary import UNREADABLE, flat, keys_of, summary
+from kdlib.runs.files import read_yaml
 from kdlib.runs.folder import Run
 from kdlib.runs.verdict import critical_findings
 
@@ -36,16 +36,19 @@ def render(run: Run, reports: Path) -> Path:
     """
     if not (run.path / "config.yaml").exists():
         raise RunError(f"{run.path}: no run there, since there is no config.yaml")
-    results, brief = read_json(run.path / "comparison_results.json"), summary(run)
+    brief = summary(run)
     if brief.is_benchmark:
         command = f"python -m kdlib.benchmarks --report {run.name}"
         raise RunError(f"{run.name} is a benchmark: `{command}` makes its page")
-    pictures = {name: html.picture(figure, name) for name, figure in run_figures(run, results).items()}
+    is_readable = brief.state != UNREADABLE
+    results = run.comparison if is_readable else None
+    figures = run_figures(run, results) if is_readable else {}
+    pictures = {name: html.picture(figure, name) for name, figure in figures.items()}
     students = {"teacher" if brief.is_teacher else "distilled student": run, "baseline": run.baseline}
     cards = {
         name: lines
         for name, student in students.items()
-        if (lines := scorecard(run, student, results=results))
+        if is_readable and (lines := scorecard(run, student, results=results))
     }
     tables = {"metrics": few_rows(brief.train), "evaluation": few_rows(brief.evaluation)}
     if results:
@@ -55,6 +58,7 @@ def render(run: Run, reports: Path) -> Path:
     page = html.page(
         "report.html.j2",
         brief=brief,
+        unread=brief.message * (not is_readable),
         keys=keys_of([brief]),
         pictures=pictures,
         tables=tables,

@@ -12,7 +12,7 @@ import pandas as pd
 
 from kdlib.errors import ConfigError
 from kdlib.reports.learning import Case, Line, learning_lines
-from kdlib.runs.files import StudentFolder, read_json
+from kdlib.runs.files import StudentFolder
 from kdlib.runs.folder import Run
 from kdlib.runs.log import Tail, plan_table, tail_of, terms_in
 from kdlib.runs.verdict import critical_findings
@@ -50,7 +50,7 @@ def scorecard(
     if folder.path != run.path:
         results = None
     elif results is None:
-        results = read_json(run.path / "comparison_results.json")
+        results = run.comparison
     case = Case(run, folder, train, evaluation, results)
     return [
         *_doctor(case),
@@ -145,6 +145,8 @@ def _learning_rate(train: pd.DataFrame, plan: pd.DataFrame, configured: float) -
     needed = f"a peak of {PEAK:.0%} of {configured:.1e} or more, within {OFF_PLAN:.1%} of the plan"
     if "learning_rate" not in plan:
         return Line(check, "no plan: the schedule depends on how the training goes", needed, None)
+    if "learning_rate" not in train:
+        return Line(check, "none was logged", needed, None)
     peak, used = plan["learning_rate"].max(), train["learning_rate"]
     planned = np.interp(train["step"], plan["step"], plan["learning_rate"])
     off = np.abs(used - planned).max() / peak if peak > 0 else 0.0

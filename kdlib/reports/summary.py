@@ -16,10 +16,12 @@ from kdlib.metrics.names import MEASURES, difference, three_digits, with_interva
 from kdlib.plots.axes import LABELS
 from kdlib.plots.comparison import cost_table
 from kdlib.reports.scorecard import Line, scorecard
-from kdlib.runs.files import read_json, read_yaml
+from kdlib.runs.files import read_yaml
 from kdlib.runs.folder import Run
-from kdlib.runs.log import duration, eval_table, plan_table, seconds_taken, tail_of
-from kdlib.runs.verdict import Best, best_by, mean_at, value_at
+from kdlib.runs.log import duration, eval_table, plan_table, tail_of
+from kdlib.runs.verdict import Best, best_by, mean_at, seconds_taken, value_at
+
+UNREADABLE = "unreadable"  # a run whose files are torn, or of another shape
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def summary(run: Run) -> Summary:
         return _read(run)
     except (KdlibError, OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
         said = f"{type(error).__name__}: {error}".replace(f"{run.path}{os.sep}", "")
-        return Summary(run.name, "unreadable", said)
+        return Summary(run.name, UNREADABLE, said)
 
 
 def flat(nested: Mapping[str, Any], separator: str = ".", prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -107,7 +109,7 @@ def flat(nested: Mapping[str, Any], separator: str = ".", prefix: str = "") -> I
 
 
 def _read(run: Run) -> Summary:
-    results, manifest, status = read_json(run.path / "comparison_results.json"), run.manifest, run.status
+    results, manifest, status = run.comparison, run.manifest, run.status
     settings = read_yaml(run.path / "config.yaml") or {}
     is_benchmark, tail, plan = "student" not in settings, tail_of(run), plan_table(run)
     steps = [int(table["step"].iloc[-1]) for table in (tail.train, tail.evaluation) if len(table)]

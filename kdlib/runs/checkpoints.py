@@ -13,6 +13,7 @@ from pathlib import Path
 
 import xxhash
 
+from kdlib.errors import RunError
 from kdlib.runs.files import StudentFolder, read_json, synced, write_json, writing
 
 MANIFEST = "manifest.json"
@@ -139,7 +140,7 @@ def _listed(checkpoint: Path) -> Listed:
     try:
         listed = read_json(checkpoint / MANIFEST)["files"]
         return {name: (size, content) for name, (size, content) in listed.items()}
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, RunError):
         return {}
 
 
@@ -158,8 +159,8 @@ def _faults_of_before(checkpoint: Path) -> Iterator[str]:
     """What can be told without a manifest: a file is missing, or torn."""
     try:
         state = read_json(checkpoint / "trainer_state.json")
-    except ValueError as error:
-        yield f"trainer_state.json is no JSON ({error})"
+    except RunError as error:
+        yield f"trainer_state.json is no JSON ({error.__cause__})"
         return
     if not isinstance(state, dict) or state.get("global_step") != step_of(checkpoint):
         yield f"trainer_state.json is {'missing' if state is None else 'of another step'}"

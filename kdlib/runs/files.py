@@ -56,7 +56,16 @@ class StudentFolder:
 
 
 def read_json(path: Path, default: Any = None) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
+    """What a file of kdlib's holds; `default` where there is none.
+
+    Raises:
+        RunError: it holds no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
+    except ValueError as error:
+        do = "kdlib writes it whole: bring back a copy, or delete it and make it again"
+        raise RunError(f"{path}: found no JSON ({error}); {do}") from error
 
 
 def read_yaml(path: Path) -> Any:

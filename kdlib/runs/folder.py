@@ -18,6 +18,7 @@ from typing import Any
 
 from kdlib.config.run import Config, differences, parse
 from kdlib.errors import Died, RunError, Stopped, nearest, refuse_keys
+from kdlib.metrics.names import rivals_of, student_of
 from kdlib.runs.files import StudentFolder, now, read_json, read_yaml, write_json, write_text, writing
 from kdlib.runs.interrupts import heard, interrupted
 from kdlib.runs.lock import held, lives, this_process
@@ -75,6 +76,24 @@ class Run(StudentFolder):
         if status["state"] == "running" and not lives(status):
             return {**status, "state": "died", "message": "the process that ran it is gone"}
         return status
+
+    @property
+    def comparison(self) -> dict[str, Any] | None:
+        """comparison_results.json; None where nothing was compared.
+
+        Raises:
+            RunError: it is not of a student and another model.
+        """
+        path = self.path / "comparison_results.json"
+        if not (results := read_json(path)):
+            return None
+        needed = ("models", "differences")
+        if not (isinstance(results, dict) and all(results.get(name) for name in needed)) or not (
+            student_of(results) in results["models"] and rivals_of(results)
+        ):
+            need = "it needs models, the student and another, and their differences; run 03_compare again"
+            raise RunError(f"{path}: found no comparison; {need}, or delete it")
+        return results
 
     def set_status(self, state: str, message: str = "") -> None:
         status = {"state": state, "message": message, "since": now(), **this_process()}

@@ -23,10 +23,8 @@ import pyarrow.json
 from kdlib.errors import RunError
 from kdlib.runs.files import StudentFolder, read_json, synced, writing
 
-PAUSE, PAUSE_S = 10.0, 60.0  # more usual times than that, and more seconds, from line to line: it stood still
 BLOCK = 4 << 20  # bytes that are parsed at a time
 STEP = re.compile(rb'"train/step"\s*:\s*(\d+)')
-NO_STEP = "found a line without train/step, which each must have; delete it"
 PLACES = {"train/step": -2, "train/epoch": -1, "time": 1}  # of the columns; the others as logged
 LINES_KEPT = 2_000_000  # of the logs that a process keeps in memory, about
 NULL = re.compile(rb"null\s*(?:[\[{]|$)", re.MULTILINE)  # a line of its own: pyarrow's reader dies of it
@@ -76,7 +74,7 @@ def _ends_by(path: Path, step: int) -> bool:
 def _step(line: bytes, path: Path) -> int:
     if found := STEP.search(line):
         return int(found[1])
-    raise RunError(f"{path}: {NO_STEP}")
+    raise _refused(path, "train/step is missing")
 
 
 def append_metrics(folder: StudentFolder, line: Mapping[str, Any]) -> None:
@@ -86,10 +84,18 @@ def append_metrics(folder: StudentFolder, line: Mapping[str, Any]) -> None:
 
 
 def history(folder: StudentFolder) -> list[dict[str, float]]:
-    """One line per epoch begun: the mean of its training figures, and its last evaluation."""
+    """One line per epoch begun: the mean of its training figures, and its last evaluation.
+
+    Raises:
+        RunError: a line is no JSON, or names no epoch.
+    """
     epochs: dict[int, dict[str, tuple[float, int, float]]] = {}  # figure → sum, count, last
-    for line in map(json.loads, _lines(folder)):
-        figures = epochs.setdefault(math.ceil(line["train/epoch"]), {})
+    for text in _lines(folder):
+        try:
+            line = json.loads(text)
+            figures = epochs.setdefault(math.ceil(line["train/epoch"]), {})
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise _refused(folder.metrics, error) from error
         for name, value in line.items():
             if isinstance(value, (int, float)):
                 total, count, _ = figures.get(name, (0, 0, 0))
@@ -123,7 +129,7 @@ class Tail:
         """Take in what the file holds now; True where that is new.  A torn last line waits for its rest.
 
         Raises:
-            RunError: a line is no JSON, or has figures and no step.
+            RunError: a line is no JSON, or no line of a training.
         """
         path = self.folder.metrics
         found = path.stat() if path.exists() else None
@@ -136,9 +142,8 @@ class Tail:
         if state is not None:
             try:
                 self._read_on()
-            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-                what = f"found a line that is no JSON ({error}); each must be an object; delete it"
-                raise RunError(f"{path}: {what}") from error
+            except (ValueError, pa.ArrowTypeError) as error:
+                raise _refused(path, error) from error
         self._state = state
         return is_anew or self._end > end
 
@@ -168,8 +173,6 @@ class Tail:
                 counts[name] += len(table) - table[name].null_count
                 if pa.types.is_floating(table[name].type):
                     real[name] = table[name].type
-                    if "train/step" not in table.column_names:
-                        raise RunError(f"{self.folder.metrics}: {NO_STEP}")
                     if len(steps := table["train/step"].filter(pc.invert(pc.is_finite(table[name])))):
                         broken.append(_broken(steps.to_numpy(), name))
             for prefix, own in parts.items():
@@ -196,7 +199,28 @@ def _parsed(block: bytes, real: Mapping[str, pa.DataType]) -> pa.Table:
     if block.isspace():
         return pa.table({})
     form = pyarrow.json.ParseOptions(explicit_schema=pa.schema([("time", pa.string()), *real.items()]))
-    return pyarrow.json.read_json(pa.BufferReader(block), read_options=ALONE, parse_options=form)
+    table = pyarrow.json.read_json(pa.BufferReader(block), read_options=ALONE, parse_options=form)
+    _check_figures(table)
+    return table
+
+
+def _check_figures(lines: pa.Table) -> None:
+    """Raises ValueError where a step or an epoch is missing, or a figure is no number."""
+    for name in lines.column_names:
+        kind = lines[name].type
+        is_number = pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)
+        if name.startswith(("train/", "eval/")) and not is_number:
+            raise ValueError(f"{name} is of type {str(kind)[:30]}")
+    for name in ("train/step", "train/epoch"):
+        if name not in lines.column_names or lines[name].null_count:
+            raise ValueError(f"{name} is missing")
+    if not pa.types.is_integer(lines["train/step"].type):
+        raise ValueError("train/step is no whole number")
+
+
+def _refused(path: Path, why: object) -> RunError:
+    need = "each is an object with train/step, train/epoch and figures that are numbers"
+    return RunError(f"{path}: found a line that is no JSON of a training ({why}); {need}; delete it")
 
 
 def _broken(steps: Sequence[int] | np.ndarray, name: str) -> pd.DataFrame:
@@ -256,34 +280,8 @@ def plan_table(folder: StudentFolder) -> pd.DataFrame:
 
 def terms_in(table: pd.DataFrame) -> list[str]:
     """The loss terms that a training or evaluation table, or a plan, has."""
-    return [name.removesuffix("_weight") for name in table.columns if name.endswith("_weight")]
-
-
-def seconds_taken(train: pd.DataFrame, evaluation: pd.DataFrame | None = None) -> float | None:
-    """How long a training took from the first to the last of its lines; None where they do not tell.
-
-    A pause between two sittings does not count: where a line comes far later after the one before it than
-    lines of its kind usually do, the usual time stands in.
-    """
-    if "time" not in train or len(train) < 2:
-        return None
-    timed = [train] if evaluation is None or "time" not in evaluation else [train, evaluation]
-    kinds = [_seconds(table["time"]) for table in timed]
-    times = np.concatenate(kinds)
-    is_own = np.repeat([True, False], [len(kinds[0]), len(times) - len(kinds[0])])
-    is_within = (times >= kinds[0].min()) & (times <= kinds[0].max())
-    order = np.argsort(times[is_within], kind="stable")
-    took, is_own = np.diff(times[is_within][order]), is_own[is_within][order][1:]
-    for kind in (is_own, ~is_own):
-        if kind.any():
-            usual = np.quantile(took[kind], 0.5, method="lower")
-            took[kind & (took > max(PAUSE * usual, PAUSE_S))] = usual
-    return float(took.sum())
-
-
-def _seconds(times: pd.Series) -> np.ndarray:
-    text = pa.array(times, pa.string()).drop_null()
-    return text.cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_numpy() / 1e6
+    terms = [name.removesuffix("_weight") for name in table.columns if name.endswith("_weight")]
+    return [term for term in terms if "loss" not in table or f"{term}_loss" in table]
 
 
 def time_left(took: float, done: float, ahead: float) -> float | None:

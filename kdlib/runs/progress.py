@@ -12,8 +12,8 @@ from kdlib.config.task_rules import rules_of
 from kdlib.metrics.names import MEASURES
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.folder import Run
-from kdlib.runs.log import Tail, duration, plan_table, seconds_taken, tail_of, terms_in, time_left
-from kdlib.runs.verdict import moving_settings
+from kdlib.runs.log import Tail, duration, plan_table, tail_of, terms_in, time_left
+from kdlib.runs.verdict import moving_settings, seconds_taken
 
 QUIET_S = 60.0  # without a line, after which a training that nobody keeps a status of may have stopped
 RECENT = 50  # lines that a forecast goes by

@@ -18,7 +18,8 @@ from kdlib.metrics.names import MEASURES, UNBOUNDED, Measure, Range, difference,
 from kdlib.plots.axes import LABELS, label_of, upper
 from kdlib.runs.files import read_json
 from kdlib.runs.folder import Run
-from kdlib.runs.log import seconds_taken, training_table
+from kdlib.runs.log import training_table
+from kdlib.runs.verdict import seconds_taken
 from kdlib.sweeps.trials import described, plain
 
 FILE = "sweep.json"
@@ -67,7 +68,7 @@ class Sweep(Run):
 
 def compared(run: Run) -> dict[str, Any]:
     """What the run's comparison found; {} where it has come to none."""
-    return read_json(run.path / "comparison_results.json", {})
+    return read_json(run.path / "comparison_results.json") or {}
 
 
 def distilled_of(run: Run) -> dict[str, Any]:

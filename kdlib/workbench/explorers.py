@@ -27,7 +27,6 @@ from kdlib.plots.softening import (
 )
 from kdlib.plots.tokens import COLOURED_BY, candidate_bars, hardest, heat_map, of
 from kdlib.reports import explorers as still
-from kdlib.runs.files import read_json
 from kdlib.runs.folder import Run, headless
 
 USUAL_K = 256  # where the slider starts when the config has no top k
@@ -48,10 +47,9 @@ def token_heat_map(run: Run) -> widgets.Widget | HTML:
     """A text token by token, or texts row by row: where students are far from the teacher, what both say.
 
     Raises:
-        RunError: the run has no explorers.json.
+        RunError: the run has no explorers.json, or a faulty one.
     """
-    facts = read_json(run.path / "explorers.json")
-    if facts is None:
+    if not (facts := still.facts_of(run)):
         raise RunError(f'run {run.name} has no explorers.json yet; call `bench.explore("distilled")` first')
     if headless():
         return HTML(still.heat_map_page(facts, still.most_trained(facts)[0]))
