@@ -216,8 +216,8 @@ def models_do_not_look_ahead(context: Context) -> Findings:
     models = {"teacher.model": context.teacher.model}
     if context.config.student.source != "teacher":
         models["student.from"] = context.student
+    ids = calibration_rows(context.prepared.train, 1)
     for where, model in models.items():
-        if (found := look_ahead(model, calibration_rows(context.prepared.train, 1))) > ahead_by_rounding(
-            model
-        ):
+        found = look_ahead(model, ids)
+        if found > ahead_by_rounding(model):
             yield critical(where, FOUND.format(found), WHY, remedy(model))

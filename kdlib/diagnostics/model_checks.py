@@ -243,8 +243,4 @@ MODEL_CHECKS = (
     tokenizers_agree,
     terms_have_a_source,
 )
-BATCH_CHECKS = (
-    temperature_leaves_something_to_teach,
-    terms_are_of_a_size,
-    teacher_is_finite,
-)
+BATCH_CHECKS = (temperature_leaves_something_to_teach, terms_are_of_a_size, teacher_is_finite)

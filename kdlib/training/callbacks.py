@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -200,13 +200,18 @@ def scores(args: TrainingArguments, logged: Iterable[Mapping[str, float]]) -> li
     return [sign * line[f"eval_{name}"] for line in logged if f"eval_{name}" in line]
 
 
-def loss_at_best(args: TrainingArguments, logged: Iterable[Mapping[str, float]]) -> float:
+def best_evaluation(
+    args: TrainingArguments, logged: Iterable[Mapping[str, float]]
+) -> Mapping[str, float] | None:
+    """The line at which best_model/ was saved; None where none says what chooses it."""
+    judged = [line for line in logged if scores(args, [line])]  # questions may have been left out
+    return max(judged, key=lambda line: scores(args, [line]), default=None)
+
+
+def loss_at_best(args: TrainingArguments, logged: Sequence[Mapping[str, float]]) -> float:
     """The held-out loss where the model was best by a measure that no weight changes: losses are changed."""
-    evaluations = [line for line in logged if "eval_loss" in line]
-    judged = [line for line in evaluations if scores(args, [line])]  # questions may have been left out
-    if not judged:
-        return min(line["eval_loss"] for line in evaluations)
-    return max(judged, key=lambda line: scores(args, [line])[0])["eval_loss"]
+    best = best_evaluation(args, logged)
+    return best["eval_loss"] if best else min(line["eval_loss"] for line in logged if "eval_loss" in line)
 
 
 def disk_is_full(folder: StudentFolder) -> bool:

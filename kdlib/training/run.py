@@ -29,9 +29,9 @@ from kdlib.training.callbacks import (
     PlanFile,
     StopAfter,
     StopRequest,
+    best_evaluation,
     check_disk,
     disk_is_full,
-    scores,
 )
 from kdlib.training.plan import (
     DRY_RUN,
@@ -176,21 +176,14 @@ def _finish(
     first = rows.select(range(min(FIRST_ROWS, len(rows))))
     loader, ce = trainer.get_test_dataloader(first), {"ce": EVAL_TERMS["ce"]}
     now = mean_of_first(trainer._row_sums(loader, ObjectiveAt({}, {}), ce, with_teacher=False)[0])
-    best = _first_rows_ce_of_best(trainer)
+    logged = best_evaluation(trainer.args, trainer.state.log_history)
+    best = logged.get("first_rows_ce") if logged else None  # a kdlib of before noted none
     if not folder.best_model.exists():  # no evaluation during training: the last is the best known
         trainer.save_student(folder.best_model)
         best = now
     if trainer.is_world_process_zero():
         _check_saved(trainer, {folder.final_model: now, folder.best_model: best}, first, special)
         write_json(folder.history, history(folder))  # the last file: it says that training reached its end
-
-
-def _first_rows_ce_of_best(trainer: DistillationTrainer) -> float | None:
-    """What the evaluation said at which best_model/ was saved; None where that is not known."""
-    log = trainer.state.log_history
-    found = scores(trainer.args, log)
-    said = [line.get("first_rows_ce") for line in log if "eval_loss" in line]
-    return said[found.index(max(found))] if found else None
 
 
 def _check_saved(
