@@ -17,7 +17,7 @@ from kdlib.runs import log as metrics
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.folder import Run
 from kdlib.runs.log import Tail, append_metrics, duration, time_left
-from kdlib.runs.verdict import seconds_taken
+from kdlib.runs.progress import seconds_taken
 
 MADE_AT = 1.8e9
 

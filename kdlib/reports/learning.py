@@ -9,11 +9,11 @@ import pandas as pd
 
 from kdlib.config.run import Config
 from kdlib.config.task_rules import TaskRules, primary_in, rules_of
-from kdlib.metrics.names import MEASURES, difference, three_digits, with_interval
+from kdlib.metrics.names import MEASURES, difference, is_better, three_digits, with_interval
 from kdlib.runs.files import StudentFolder
-from kdlib.runs.folder import Run
+from kdlib.runs.folder import Run, critical_findings
 from kdlib.runs.log import plan_table, terms_in
-from kdlib.runs.verdict import best_by, change, critical_findings, mean_at, moving_settings, trend, value_at
+from kdlib.runs.verdict import best_by, change, mean_at, moving_settings, trend, value_at
 
 WORSE = 0.05  # of the best value: a smaller loss at the end is none to act on
 IN_NATS = {"perplexity": "nats of cross-entropy", "macro_f1": "of accuracy"}  # what an interval is of
@@ -128,13 +128,13 @@ def _moves(case: Case, measure: str) -> Line:
     if best.step == best.first_step:
         to_best = to_end
     found += f"; change {_signed(measure, to_best)}"
-    is_better, is_worse = _better(measure, to_best) is True, _better(measure, to_end) is False
+    gained, lost = is_better(to_best, measure) is True, is_better(to_end, measure) is False
     do = case.lower_rate
-    if not is_better and not is_worse:
+    if not gained and not lost:
         do = "raise training.learning_rate (kd doctor names its range), or train for longer"
         if best.first_step > 0:
             do += "; training.eval_on_start: true measures where it began"
-    return Line(check, found, needed, is_better and not is_worse, do)
+    return Line(check, found, needed, gained and not lost, do)
 
 
 def _untrained(case: Case, measure: str) -> dict[str, Any] | None:
@@ -149,11 +149,11 @@ def _since_untrained(case: Case, check: str, needed: str, measure: str, against:
     models = (case.results or {})["models"]
     before, after = (three_digits(models[name][measure]["value"]) for name in ("untrained", "distilled"))
     found = f"{before} untrained → {after}, as compared; change {with_interval(against, '+')}"
-    is_better = _better(measure, against)
+    gained = is_better(against, measure)
     do = case.lower_rate
-    if is_better is None:
+    if gained is None:
         do = "raise training.learning_rate (kd doctor names its range), or train for longer"
-    return Line(check, found, needed, is_better is True, do)
+    return Line(check, found, needed, gained is True, do)
 
 
 def _trend(case: Case) -> Line:
@@ -190,7 +190,7 @@ def _kept(case: Case, measures: list[str]) -> Line:
         elif lost is None:
             passed.append(None if is_far else True)
         else:
-            passed.append(not (is_far and _better(measure, lost) is False))
+            passed.append(not (is_far and is_better(lost, measure) is False))
             text += f", {_signed(measure, lost)}"
         if passed[-1] is False:
             away = best.step
@@ -245,21 +245,14 @@ def _baseline(case: Case) -> Line:
         three_digits(case.results["models"][name][measure]["value"]) for name in ("distilled", "baseline")
     )
     text = "{} {} against {}".format(MEASURES[measure].brief, *values) + f", {with_interval(found, '+')}"
-    is_better = _better(measure, found)
+    gained = is_better(found, measure)
     began = _untrained(case, measure)
     do = "hold out more rows, or repeat it over seeds (kd sweep); if it stays, this teacher brings nothing"
-    if began is not None and _better(measure, began) is not True:
+    if began is not None and is_better(began, measure) is not True:
         do = f"let the student learn at first: {case.lower_rate}"
-    elif is_better is False:
+    elif gained is False:
         do = "the teacher does harm: see how good it is here; lower its terms' weights, or the temperature"
-    return Line(check, text + "; no clear difference" * (is_better is None), needed, is_better is True, do)
-
-
-def _better(measure: str, difference: Mapping[str, float]) -> bool | None:
-    """Whether a difference is a gain; None where its interval holds zero."""
-    if difference["low"] <= 0 <= difference["high"]:
-        return None
-    return (difference["value"] > 0) == MEASURES[measure].higher_is_better
+    return Line(check, text + "; no clear difference" * (gained is None), needed, gained is True, do)
 
 
 def _signed(measure: str, difference: Mapping[str, float]) -> str:

@@ -21,8 +21,7 @@ from kdlib.reports.notebook_html import notebook_html
 from kdlib.reports.scorecard import counted, scorecard, scorecard_table
 from kdlib.reports.summary import UNREADABLE, flat, keys_of, summary
 from kdlib.runs.files import read_yaml
-from kdlib.runs.folder import Run
-from kdlib.runs.verdict import critical_findings
+from kdlib.runs.folder import Run, critical_findings
 
 NOT_FACTS = ("formula", "command", "stages", "doctor")  # of a manifest: told elsewhere
 OWN_PLACE = ("dashboard", plots.BARS, *ANSWER_FIGURES)  # figures that stand by themselves

@@ -19,7 +19,8 @@ from kdlib.reports.scorecard import Line, scorecard
 from kdlib.runs.files import read_yaml
 from kdlib.runs.folder import Run
 from kdlib.runs.log import duration, eval_table, plan_table, tail_of
-from kdlib.runs.verdict import Best, best_by, mean_at, seconds_taken, value_at
+from kdlib.runs.progress import seconds_taken
+from kdlib.runs.verdict import Best, best_by, mean_at, value_at
 
 UNREADABLE = "unreadable"  # a run whose files are torn, or of another shape
 

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -140,6 +140,31 @@ def working(run: Run, failed: Callable[[Run], object] = bool) -> Iterator[None]:
                 failed(run)
             raise
         run.set_status("done")
+
+
+def critical_findings(manifest: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """What the doctor found before a run's training that it calls critical; None where it was not asked."""
+    found = manifest.get("doctor")
+    return None if found is None else [each for each in found if each["severity"] == "critical"]
+
+
+def refuse_unsound(manifest: Mapping[str, Any]) -> None:
+    """Raise where the doctor's critical findings speak against a run's training, unless `anyway` was said.
+
+    Raises:
+        RunError: there are such findings; the message lists what to do about each.
+    """
+    found = critical_findings(manifest) or []
+    if not found or manifest.get("anyway"):
+        return
+    lines = "".join(f"\n  {each['where']}: {each['what']}; {each['fix']}" for each in found)
+    many = f"{len(found)} critical findings" if len(found) > 1 else "critical finding"
+    raise RunError(
+        f"the doctor's {many} stopped this run before it trains:{lines}\n"
+        "mend the config (kd doctor CONFIG --fix --output FILE writes what is unambiguous), start a new run; "
+        f"to train all the same: kd run CONFIG --resume {manifest.get('run')} --anyway, in a notebook "
+        "bench.train(anyway=True)"
+    )
 
 
 def new_name(config_path: str | Path, *, smoke: bool = False) -> str:

@@ -7,15 +7,17 @@ from datetime import datetime
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from kdlib.config.task_rules import rules_of
 from kdlib.metrics.names import MEASURES
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.folder import Run
 from kdlib.runs.log import Tail, duration, plan_table, tail_of, terms_in, time_left
-from kdlib.runs.verdict import moving_settings, seconds_taken
+from kdlib.runs.verdict import best_by, moving_settings
 
 QUIET_S = 60.0  # without a line, after which a training that nobody keeps a status of may have stopped
+PAUSE, PAUSE_S = 10.0, 60.0  # more usual times than that, and more seconds, from line to line: it stood still
 RECENT = 50  # lines that a forecast goes by
 FINAL = ("done", "stopped", "failed", "died")
 HELD_OUT = {  # told of the last evaluation, by what is predicted
@@ -66,12 +68,8 @@ class Progress:
 
     def measured(self, measure: str) -> tuple[float, int, float] | None:
         """(best value, its step, last value) of a measure on held-out text; None if it was not evaluated."""
-        table = self.tail.evaluation
-        if measure not in table or not np.isfinite(table[measure]).any():
-            return None
-        values = table[measure].where(np.isfinite)
-        best = values.idxmax() if MEASURES[measure].higher_is_better else values.idxmin()
-        return float(values[best]), int(table["step"][best]), float(table[measure].iloc[-1])
+        best = best_by(self.tail.evaluation, measure)
+        return best and (best.value, best.step, float(self.tail.evaluation[measure].iloc[-1]))
 
 
 def progress(run: Run, folder: StudentFolder | None = None, tail: Tail | None = None) -> Progress:
@@ -123,6 +121,30 @@ def held_out_line(progress: Progress) -> str:
     return "held-out: " + "  ·  ".join(parts) if parts else "no evaluation yet"
 
 
+def seconds_taken(train: pd.DataFrame, evaluation: pd.DataFrame | None = None) -> float | None:
+    """How long a training took from the first to the last of its lines; None where they do not tell.
+
+    A pause between two sittings does not count: where a line comes far later after the one before it than
+    lines of its kind usually do, the usual time stands in.
+    """
+    if "time" not in train or len(train) < 2:
+        return None
+    timed = [train] if evaluation is None or "time" not in evaluation else [train, evaluation]
+    kinds = [_seconds(table["time"]) for table in timed]
+    if not len(kinds[0]):
+        return None
+    times = np.concatenate(kinds)
+    is_own = np.repeat([True, False], [len(kinds[0]), len(times) - len(kinds[0])])
+    is_within = (times >= kinds[0].min()) & (times <= kinds[0].max())
+    order = np.argsort(times[is_within], kind="stable")
+    took, is_own = np.diff(times[is_within][order]), is_own[is_within][order][1:]
+    for kind in (is_own, ~is_own):
+        if kind.any():
+            usual = np.quantile(took[kind], 0.5, method="lower")
+            took[kind & (took > max(PAUSE * usual, PAUSE_S))] = usual
+    return float(took.sum())
+
+
 def _state(run: Run, folder: StudentFolder) -> tuple[str, float]:
     """The state, and the seconds since a log.  A training by hand keeps no status: its files tell."""
     status, is_begun = run.status, folder.metrics.exists()
@@ -142,3 +164,12 @@ def _words(weights: Mapping[str, object]) -> str:
         f"{term} {weight:g}" if isinstance(weight, (int, float)) else f"{term} {next(iter(weight))}"
         for term, weight in weights.items()
     )
+
+
+def _seconds(times: pd.Series) -> np.ndarray:
+    text = pa.array(times, pa.string()).drop_null()
+    try:
+        return text.cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_numpy() / 1e6
+    except pa.ArrowInvalid:  # some are no times
+        some = pd.to_datetime(text.to_pandas(), utc=True, format="ISO8601", errors="coerce").dropna()
+        return some.dt.as_unit("us").astype("int64").to_numpy() / 1e6

@@ -11,16 +11,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 
 from kdlib.config.run import Config
-from kdlib.errors import RunError
 from kdlib.metrics.means import ratio_of_sums
 from kdlib.metrics.names import MEASURES
 from kdlib.runs.files import StudentFolder, writing
 from kdlib.schedulers import sampled
 
-PAUSE, PAUSE_S = 10.0, 60.0  # more usual times than that, and more seconds, from line to line: it stood still
 MOST = 2000  # units that are kept; of more, neighbours are joined
 SUMS = {  # what a measure is the mean of
     **{"perplexity": "ce", "log_loss": "ce", "kl_to_teacher": "kl_to_teacher", "agreement": "agreement"},
@@ -212,61 +209,3 @@ def _units(folder: StudentFolder, step: int) -> dict[str, np.ndarray]:
         return {}
     with np.load(file, allow_pickle=False) as arrays:
         return dict(arrays)
-
-
-def critical_findings(manifest: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """What the doctor found before a run's training that it calls critical; None where it was not asked."""
-    found = manifest.get("doctor")
-    return None if found is None else [each for each in found if each["severity"] == "critical"]
-
-
-def refuse_unsound(manifest: Mapping[str, Any]) -> None:
-    """Raise where the doctor's critical findings speak against a run's training, unless `anyway` was said.
-
-    Raises:
-        RunError: there are such findings; the message lists what to do about each.
-    """
-    found = critical_findings(manifest) or []
-    if not found or manifest.get("anyway"):
-        return
-    lines = "".join(f"\n  {each['where']}: {each['what']}; {each['fix']}" for each in found)
-    many = f"{len(found)} critical findings" if len(found) > 1 else "critical finding"
-    raise RunError(
-        f"the doctor's {many} stopped this run before it trains:{lines}\n"
-        "mend the config (kd doctor CONFIG --fix --output FILE writes what is unambiguous), start a new run; "
-        f"to train all the same: kd run CONFIG --resume {manifest.get('run')} --anyway, in a notebook "
-        "bench.train(anyway=True)"
-    )
-
-
-def seconds_taken(train: pd.DataFrame, evaluation: pd.DataFrame | None = None) -> float | None:
-    """How long a training took from the first to the last of its lines; None where they do not tell.
-
-    A pause between two sittings does not count: where a line comes far later after the one before it than
-    lines of its kind usually do, the usual time stands in.
-    """
-    if "time" not in train or len(train) < 2:
-        return None
-    timed = [train] if evaluation is None or "time" not in evaluation else [train, evaluation]
-    kinds = [_seconds(table["time"]) for table in timed]
-    if not len(kinds[0]):
-        return None
-    times = np.concatenate(kinds)
-    is_own = np.repeat([True, False], [len(kinds[0]), len(times) - len(kinds[0])])
-    is_within = (times >= kinds[0].min()) & (times <= kinds[0].max())
-    order = np.argsort(times[is_within], kind="stable")
-    took, is_own = np.diff(times[is_within][order]), is_own[is_within][order][1:]
-    for kind in (is_own, ~is_own):
-        if kind.any():
-            usual = np.quantile(took[kind], 0.5, method="lower")
-            took[kind & (took > max(PAUSE * usual, PAUSE_S))] = usual
-    return float(took.sum())
-
-
-def _seconds(times: pd.Series) -> np.ndarray:
-    text = pa.array(times, pa.string()).drop_null()
-    try:
-        return text.cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_numpy() / 1e6
-    except pa.ArrowInvalid:  # some are no times
-        some = pd.to_datetime(text.to_pandas(), utc=True, format="ISO8601", errors="coerce").dropna()
-        return some.dt.as_unit("us").astype("int64").to_numpy() / 1e6

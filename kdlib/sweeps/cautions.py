@@ -8,9 +8,8 @@ import pandas as pd
 
 from kdlib.config.run import parse
 from kdlib.errors import ConfigError
-from kdlib.sweeps.figures import are_numbers, levels
 from kdlib.sweeps.results import Sweep, verdict
-from kdlib.sweeps.trials import plain, spelt_out
+from kdlib.sweeps.trials import are_numbers, levels, plain, spelt_out
 
 FEW_SEEDS = 3  # below which Student's interval rests on a single difference
 NEAR = 0.1  # of a range: as near to one of its ends, the best may lie beyond

@@ -6,7 +6,6 @@ axis by size, other values side by side.
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -20,7 +19,7 @@ from kdlib.metrics.names import MEASURES, Measure
 from kdlib.plots import axes as plots
 from kdlib.plots.axes import COLOURS, INK, intervals, legend, panels, upper
 from kdlib.sweeps.results import COSTS, Sweep, compared_costs, counts, overlapping, pareto
-from kdlib.sweeps.trials import plain
+from kdlib.sweeps.trials import are_numbers, levels, plain
 
 MOST = 30  # settings that a ranking shows
 BEST, OTHER = COLOURS["distilled"], "#8a939b"
@@ -221,16 +220,6 @@ def variance_shares(settings: pd.DataFrame, names: Sequence[str]) -> dict[str, f
         free = count - groups.nunique()
         shares[name] = max(1 - left * (count - 1) / free, 0.0) if free else 0.0
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
-
-
-def levels(values: Iterable[Any]) -> list[Any]:
-    """The values that occur, each once: numbers by size, others in the order of the trials."""
-    once = list({plain(value): value for value in values}.values())
-    return sorted(once) if are_numbers(once) else once
-
-
-def are_numbers(values: Iterable[Any]) -> bool:
-    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
 
 
 def short(name: str) -> str:

@@ -19,7 +19,7 @@ from kdlib.plots.axes import LABELS, label_of, upper
 from kdlib.runs.files import read_json
 from kdlib.runs.folder import Run
 from kdlib.runs.log import training_table
-from kdlib.runs.verdict import seconds_taken
+from kdlib.runs.progress import seconds_taken
 from kdlib.sweeps.trials import described, plain
 
 FILE = "sweep.json"

@@ -7,7 +7,7 @@ import math
 import random
 import shlex
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,16 @@ def plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def levels(values: Iterable[Any]) -> list[Any]:
+    """The values that occur, each once: numbers by size, others in the order of the trials."""
+    once = list({plain(value): value for value in values}.values())
+    return sorted(once) if are_numbers(once) else once
+
+
+def are_numbers(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
 
 
 class Search:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -29,12 +28,11 @@ from kdlib.plots import comparison as plots
 from kdlib.plots.softening import Predictions
 from kdlib.runs import folder as runs
 from kdlib.runs.files import StudentFolder
-from kdlib.runs.folder import Run
+from kdlib.runs.folder import Run, refuse_unsound
 from kdlib.runs.log import plan_table, training_table
-from kdlib.runs.verdict import refuse_unsound
 from kdlib.tasks import base as tasks
 from kdlib.training import run as training
-from kdlib.training.plan import extent, objective_of, training_arguments
+from kdlib.training.plan import extent, objective_of
 from kdlib.workbench import measurement, tables, teacher_stage
 
 PACKAGES = ("kdlib", "torch", "transformers", "accelerate", "datasets", "tokenizers", "papermill", "numpy")
@@ -83,10 +81,9 @@ def preflight(config: Config, *, trains: bool = True) -> None:
 
     `trains`: whether this process will train, too.
     """
-    teacher_stage.check_arguments(config, trains=trains)
-    tokenizer = tokenizer_of(config)
+    args, tokenizer = teacher_stage.check_arguments(config, trains=trains), tokenizer_of(config)
     check_pair(config, tokenizer)
-    extent(training_arguments(config, Path("unused")), len(tasks.prepare(config, tokenizer).train))
+    extent(args, len(tasks.prepare(config, tokenizer).train))
 
 
 class Workbench:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
+
 from kdlib.config.run import Config, parse
 from kdlib.data.batches import Prepared
 from kdlib.errors import RunError, Stopped
@@ -40,8 +42,8 @@ def own_config(config: Config) -> Config:
     )
 
 
-def check_arguments(config: Config, *, trains: bool = False) -> None:
-    """Refuse what `training:` asks for and cannot be had here, the teacher's own stage likewise."""
+def check_arguments(config: Config, *, trains: bool = False) -> TrainingArguments:
+    """What `training:` asks for; refused where it cannot be had here, the teacher's own stage likewise."""
     args = training_arguments(config, Path("unused"))
     if trains:
         check_processes(args)
@@ -49,6 +51,7 @@ def check_arguments(config: Config, *, trains: bool = False) -> None:
     trackers.check_key(args.report_to)  # of a tracker that is installed
     if config.teacher_stage is not None:
         check_arguments(own_config(config), trains=trains)
+    return args
 
 
 def run_of(config: Config, root: Path) -> Run:
