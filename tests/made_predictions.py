@@ -100,6 +100,7 @@ def evil_facts():
     said = {"ce": [1.0 + n for n in range(count)], "top": top}
     against = {"kl": [0.1 * n for n in range(count)], "agrees": [n % 2 == 0 for n in range(count)]}
     return {
+        **{name: facts()[name] for name in ("softening", "temperature", "top_k")},
         "tokens": [{"text": text, "before": text} for text in EVIL],
         "teacher": said,
         "students": {"distilled": said | against},

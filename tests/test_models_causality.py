@@ -41,11 +41,12 @@ CAUSAL = (
 )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", AHEAD)
-def test_a_model_that_looks_ahead_is_refused_by_name_with_what_to_do(name):
+def test_a_model_that_looks_ahead_is_refused_by_name_with_what_to_do(name, dtype):
     setting = next(iter(AHEAD[name]), "name a causal language model")
     with pytest.raises(ModelError, match=rf"mine looks ahead: another last token .*{setting}"):
-        check_causal("mine", tiny(name, **AHEAD[name]), IDS)
+        check_causal("mine", tiny(name, **AHEAD[name]).to(dtype), IDS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

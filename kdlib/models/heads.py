@@ -144,8 +144,11 @@ def look_ahead(model: PreTrainedModel, ids: Tensor) -> float:
 
 
 def ahead_by_rounding(model: PreTrainedModel) -> float:
-    """What `look_ahead` may give of a causal model; experts' products were seen to do 2e-7 in float32."""
-    return 1e-4 if torch.finfo(model.dtype).eps < 1e-6 else 1e-2
+    """What `look_ahead` may give of a causal model; experts' products were seen to do 2e-7.
+
+    An untrained BERT, which hardly attends, gives 5e-3 in bfloat16.
+    """
+    return 1e-4 if torch.finfo(model.dtype).eps < 1e-6 else 2e-3
 
 
 def check_causal(name: str, model: PreTrainedModel, ids: Tensor) -> float:
