@@ -136,13 +136,15 @@ def quality_table(results: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def cost_table(results: Mapping[str, Any]) -> pd.DataFrame:
-    """One row per model: size, speed and memory, as measured in this comparison; no speed timed only once."""
-    rows: dict[str, dict[str, str]] = {}
-    for name, facts in results["models"].items():
-        known = {cost: facts[cost] for cost in COSTS if cost in facts}
-        told = {c: v for c, v in known.items() if COSTS[c][1] is not with_interval or isinstance(v, Mapping)}
-        rows[label_of(name)] = {COSTS[cost][0]: COSTS[cost][1](value) for cost, value in told.items()}
-    return pd.DataFrame(rows).T.fillna("")
+    """One row per model: size, speed and memory, as measured in this comparison."""
+    return pd.DataFrame({label_of(n): costs_of(each) for n, each in results["models"].items()}).T.fillna("")
+
+
+def costs_of(facts: Mapping[str, Any]) -> dict[str, str]:
+    """One model's row of that table; no speed timed only once."""
+    known = {cost: facts[cost] for cost in COSTS if cost in facts}
+    told = {c: v for c, v in known.items() if COSTS[c][1] is not with_interval or isinstance(v, Mapping)}
+    return {COSTS[cost][0]: COSTS[cost][1](value) for cost, value in told.items()}
 
 
 def difference_table(results: Mapping[str, Any]) -> pd.DataFrame:

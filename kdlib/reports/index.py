@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from kdlib.metrics.names import three_digits
 from kdlib.plots.axes import LABELS, thinned
@@ -107,33 +106,36 @@ def _curve(each: Summary) -> str:
         table, column, words = each.train, "loss", "training loss"
     if len(table) < 2:
         return ""
-    curves = {"distilled": table.set_index("step")[column]}
-    if column in each.baseline:
-        curves = {"baseline": each.baseline.set_index("step")[column], **curves}
+    tables = {"baseline": each.baseline} if column in each.baseline else {}
+    tables["distilled"] = table
+    curves = {name: own[["step", column]].to_numpy(dtype=float).T for name, own in tables.items()}
     ends = "; ".join(
-        f"{LABELS[name]} {three_digits(values.iloc[0])} → {three_digits(values.iloc[-1])}"
-        for name, values in curves.items()
+        f"{LABELS[name]} {three_digits(values[0])} → {three_digits(values[-1])}"
+        for name, (_, values) in curves.items()
     )
     return small_curve(curves, f"{words}, steps {table['step'].iloc[0]} to {table['step'].iloc[-1]}: {ends}")
 
 
-def small_curve(curves: Mapping[str, pd.Series], words: str) -> str:
-    """Students' curves (values by step) without axes, the last on top; pointed at, they say `words`."""
-    kept = {name: values.iloc[thinned(values.to_numpy(), points=POINTS)] for name, values in curves.items()}
-    points = pd.concat(kept, names=["student", "step"]).rename("y").reset_index()
-    points["x"] = _scaled(points["step"], WIDTH)
-    points["y"] = _scaled(-points["y"].where(np.isfinite(points["y"])), HEIGHT)
-    if points["y"].count() < 2:
+def small_curve(curves: Mapping[str, np.ndarray], words: str) -> str:
+    """Students' curves without axes, the last on top; pointed at, they say `words`.
+
+    Args:
+        curves: student → [2, N], steps and values.
+    """
+    kept = [curve[:, thinned(curve[1], points=POINTS)] for curve in curves.values()]
+    steps, values = np.concatenate(kept, axis=1)
+    is_finite = np.isfinite(values)
+    if is_finite.sum() < 2:
         return ""
-    finite = points.dropna().groupby("student", sort=False)
-    lines = {student: own[["x", "y"]].to_numpy() for student, own in finite}
-    broken = points["x"][points["y"].isna()][:1]  # where it broke first
+    x, y = _scaled(steps, WIDTH), _scaled(-np.where(is_finite, values, np.nan), HEIGHT)
+    owner = np.repeat(np.arange(len(kept)), [curve.shape[1] for curve in kept])
+    lines = {name: np.stack([x, y], 1)[is_finite & (owner == own)] for own, name in enumerate(curves)}
     sizes = {"width": WIDTH, "height": HEIGHT, "edge": EDGE}
-    return page("curve.svg.j2", words=words, lines=lines, broken=broken, **sizes)
+    return page("curve.svg.j2", words=words, lines=lines, broken=x[~is_finite][:1], **sizes)
 
 
-def _scaled(values: pd.Series, length: int) -> pd.Series:
+def _scaled(values: np.ndarray, length: int) -> np.ndarray:
     """Places within a picture of this length; its middle where all values are one."""
-    low, high = values.min(), values.max()
-    shares = (values - low) / (high - low) if high > low else values.where(values.isna(), 0.5)
+    low, high = np.nanmin(values), np.nanmax(values)
+    shares = (values - low) / (high - low) if high > low else np.where(np.isnan(values), np.nan, 0.5)
     return EDGE + (length - 2 * EDGE) * shares

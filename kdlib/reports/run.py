@@ -20,7 +20,6 @@ from kdlib.reports.explorers import static_html
 from kdlib.reports.notebook_html import notebook_html
 from kdlib.reports.scorecard import counted, scorecard, scorecard_table
 from kdlib.reports.summary import UNREADABLE, flat, keys_of, summary
-from kdlib.runs.files import read_yaml
 from kdlib.runs.folder import Run, critical_findings
 
 NOT_FACTS = ("formula", "command", "stages", "doctor")  # of a manifest: told elsewhere
@@ -96,7 +95,7 @@ def run_content(run: Run, *, command: str = "kd run") -> dict[str, Any]:
     facts = {name: value for name, value in manifest.items() if name not in NOT_FACTS}
     return {
         "run": run,
-        "unit": "row" if rules_in(_settings(run)).unit == "row" else "kept token",
+        "unit": "row" if rules_in(run.settings).unit == "row" else "kept token",
         "manifest": manifest,
         "status": {**status, "message": strip_ansi(status.get("message", ""))},
         "explorers": static_html(run),
@@ -105,11 +104,6 @@ def run_content(run: Run, *, command: str = "kd run") -> dict[str, Any]:
         "again": f"{command} runs/{run.name}/config.yaml",
         "notebooks": {path.stem: notebook_html(path) for path in sorted(run.notebooks.glob("*.ipynb"))},
     }
-
-
-def _settings(run: Run) -> Mapping[str, Any]:
-    """The config as it stands in its file, whatever its version."""
-    return read_yaml(run.path / "config.yaml") or {}
 
 
 def _comparison_content(results: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -7,16 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 
 from kdlib.config.task_rules import primary_in, rules_in
 from kdlib.errors import KdlibError
 from kdlib.metrics.names import MEASURES, difference, three_digits, with_interval
-from kdlib.plots.axes import LABELS
-from kdlib.plots.comparison import cost_table
+from kdlib.plots.comparison import costs_of
 from kdlib.reports.scorecard import Line, scorecard
-from kdlib.runs.files import read_yaml
 from kdlib.runs.folder import Run
 from kdlib.runs.log import duration, eval_table, plan_table, tail_of
 from kdlib.runs.progress import seconds_taken
@@ -111,7 +110,7 @@ def flat(nested: Mapping[str, Any], separator: str = ".", prefix: str = "") -> I
 
 def _read(run: Run) -> Summary:
     results, manifest, status = run.comparison, run.manifest, run.status
-    settings = read_yaml(run.path / "config.yaml") or {}
+    settings = run.settings
     is_benchmark, tail, plan = "student" not in settings, tail_of(run), plan_table(run)
     steps = [int(table["step"].iloc[-1]) for table in (tail.train, tail.evaluation) if len(table)]
     best = _best(settings, tail.evaluation)
@@ -174,7 +173,7 @@ def _costs(results: Mapping | None, train: pd.DataFrame, evaluation: pd.DataFram
     found = {}
     for what in ("tokens", "rows"):
         if f"{what}_per_s" in train:
-            low, median, high = train[f"{what}_per_s"].quantile([0.25, 0.5, 0.75])
+            low, median, high = np.nanquantile(train[f"{what}_per_s"], [0.25, 0.5, 0.75])
             spread = {"value": median, "low": low, "high": high}
             found[f"training, {what}/s"] = with_interval(spread)
     if "memory_gib" in train:
@@ -183,7 +182,7 @@ def _costs(results: Mapping | None, train: pd.DataFrame, evaluation: pd.DataFram
         found["training, time"] = duration(seconds)
     if not results:
         return found
-    found |= cost_table(results).loc[LABELS["distilled"]].to_dict()
+    found |= costs_of(results["models"]["distilled"])
     if "baseline" in results["models"]:
         metric = primary_in(results)
         gain = difference(results, "distilled", "baseline", metric)

@@ -59,8 +59,17 @@ class Run(StudentFolder):
 
     @property
     def config(self) -> Config:
+        return _resolved(*self._config_file)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """config.yaml as it stands there, also of another version, or a benchmark's."""
+        return _read(*self._config_file) or {}
+
+    @property
+    def _config_file(self) -> tuple[Path, int]:
         path = self.path / "config.yaml"  # resolved
-        return _resolved(path, path.stat().st_mtime_ns)
+        return path, path.stat().st_mtime_ns
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -257,8 +266,13 @@ def all_runs(root: Path) -> list[Run]:
 
 
 @lru_cache(maxsize=64)
+def _read(path: Path, changed: int) -> Any:
+    return read_yaml(path)
+
+
+@lru_cache(maxsize=64)
 def _resolved(path: Path, changed: int) -> Config:
-    return parse(read_yaml(path), name=str(path))
+    return parse(_read(path, changed), name=str(path))
 
 
 def _commit() -> str | None:

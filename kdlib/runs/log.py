@@ -26,7 +26,7 @@ from kdlib.runs.files import StudentFolder, read_json, synced, writing
 BLOCK = 4 << 20  # bytes that are parsed at a time
 STEP = re.compile(rb'"train/step"\s*:\s*(\d+)')
 PLACES = {"train/step": -2, "train/epoch": -1, "time": 1}  # of the columns; the others as logged
-LINES_KEPT = 2_000_000  # of the logs that a process keeps in memory, about
+BYTES_KEPT = 600 << 20  # of the logs that a process keeps as tables
 NULL = re.compile(rb"null\s*(?:[\[{]|$)", re.MULTILINE)  # a line of its own: pyarrow's reader dies of it
 ALONE = pyarrow.json.ReadOptions(use_threads=False)  # others compute here
 KEPT: dict[Path, "Tail"] = {}
@@ -118,6 +118,7 @@ class Tail:
         evaluation: one row per evaluation, with step and epoch, without the eval/ prefix.
         broken: step and name of each figure that is nan or infinite, and whether of an evaluation.
         figures: how many figures were logged.
+        length: bytes of the file that were read.
     """
 
     def __init__(self, folder: StudentFolder) -> None:
@@ -136,7 +137,7 @@ class Tail:
         state = found and (found.st_ino, found.st_size, found.st_mtime_ns)
         if state == self._state:
             return False
-        is_anew, end = self._state is not None and not self._goes_on(state), self._end
+        is_anew, end = self._state is not None and not self._goes_on(state), self.length
         if is_anew:
             self._begin()
         if state is not None:
@@ -145,12 +146,12 @@ class Tail:
             except (ValueError, pa.ArrowTypeError) as error:
                 raise _refused(path, error) from error
         self._state = state
-        return is_anew or self._end > end
+        return is_anew or self.length > end
 
     def _begin(self) -> None:
-        self.train, self.evaluation, self.broken = pd.DataFrame(), pd.DataFrame(), _broken([], "")
+        self.train, self.evaluation, self.broken = NOTHING, NOTHING, NONE_BROKEN
         self._state: tuple[int, int, int] | None = None  # of the file when it was read
-        self._end, self._last = 0, b""  # of what was read: its length and its last line
+        self.length, self._last = 0, b""  # what was read, and its last line
         self.figures, self._counts = 0, Counter[str]()
         self._real: dict[str, pa.DataType] = {}  # figures, as against counts and words
 
@@ -159,12 +160,12 @@ class Tail:
         if state is None or self._state is None or state[0] != self._state[0]:
             return False
         with self.folder.metrics.open("rb") as file:
-            file.seek(self._end - len(self._last))
+            file.seek(self.length - len(self._last))
             return file.read(len(self._last)) == self._last
 
     def _read_on(self) -> None:
         """Parse what was added; takes in all of it, or where a line is faulty, nothing."""
-        end, last, counts, real = self._end, self._last, self._counts.copy(), dict(self._real)
+        end, last, counts, real = self.length, self._last, self._counts.copy(), dict(self._real)
         parts, broken = {"train/": [], "eval/": []}, [self.broken]
         for block in _blocks(self.folder.metrics, end):
             end, last = end + len(block), block[block.rfind(b"\n", 0, -1) + 1 :]
@@ -181,7 +182,7 @@ class Tail:
         self.train, self.evaluation = [_joined(before[prefix], parts[prefix], prefix) for prefix in parts]
         self.broken = pd.concat(broken, ignore_index=True) if len(broken) > 1 else self.broken
         self.figures = sum(counts[name] for name in real)
-        self._end, self._last, self._counts, self._real = end, last, counts, real
+        self.length, self._last, self._counts, self._real = end, last, counts, real
 
 
 def _blocks(path: Path, start: int) -> Iterator[bytes]:
@@ -228,6 +229,9 @@ def _broken(steps: Sequence[int] | np.ndarray, name: str) -> pd.DataFrame:
     return pd.DataFrame({"step": steps, **what}, columns=["step", "name", "evaluation"])
 
 
+NOTHING, NONE_BROKEN = pd.DataFrame(), _broken([], "")
+
+
 def _of(lines: pa.Table, prefix: str) -> list[pa.Table]:
     """The lines of one kind, where there are any, with the columns that they fill."""
     if f"{prefix}loss" not in lines.column_names:
@@ -258,7 +262,7 @@ def tail_of(folder: StudentFolder) -> Tail:
         tail = KEPT.pop(path := folder.path.absolute(), None) or Tail(folder)
         tail.read()
         KEPT[path] = tail  # the last one used comes last
-        while len(KEPT) > 1 and sum(len(each.train) for each in KEPT.values()) > LINES_KEPT:
+        while len(KEPT) > 1 and sum(each.length for each in KEPT.values()) > BYTES_KEPT:
             del KEPT[next(iter(KEPT))]
         return copy.copy(tail)  # that others read on
 

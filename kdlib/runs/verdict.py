@@ -52,13 +52,12 @@ class Best:
 
 def best_by(evaluation: pd.DataFrame, measure: str) -> Best | None:
     """The first of the best; None where the measure was not evaluated, or was never finite."""
-    if measure not in evaluation or not np.isfinite(evaluation[measure]).any():
+    values = evaluation[measure].to_numpy(dtype=float) if measure in evaluation else np.empty(0)
+    if not (is_finite := np.isfinite(values)).any():
         return None
-    values = evaluation[measure].where(np.isfinite)
-    row = values.idxmax() if MEASURES[measure].higher_is_better else values.idxmin()
-    steps = evaluation["step"][values.notna()].astype(int)
-    ends = int(steps.iloc[0]), int(steps.iloc[-1])
-    return Best(measure, int(evaluation["step"][row]), float(values[row]), *ends, len(steps))
+    values, steps = values[is_finite], evaluation["step"].to_numpy()[is_finite]
+    at = values.argmax() if MEASURES[measure].higher_is_better else values.argmin()
+    return Best(measure, int(steps[at]), float(values[at]), int(steps[0]), int(steps[-1]), len(steps))
 
 
 def value_at(evaluation: pd.DataFrame, measure: str, step: int) -> float:
