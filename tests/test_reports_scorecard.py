@@ -103,7 +103,7 @@ LEARNS, KEPT = "the model learns (KL to the teacher)", "what it learned is kept 
 BASELINE, DOCTOR, SEEN = (
     "better than the baseline",
     "the doctor had no objection",
-    "every training row was seen",
+    "it trained for an epoch, or for as long as it should",
 )
 HOT = {
     "severity": "critical",
@@ -128,7 +128,10 @@ SICK = {
     "worse than the baseline": ({"against": 0.3}, BASELINE),
     "no clear difference to the baseline": ({"against": 0.05}, BASELINE),
     "the doctor's objection": ({"doctor": [HOT], "anyway": True}, DOCTOR),
-    "half the text": ({"epochs": 0.5}, SEEN),
+    "half the text": (
+        {"epochs": 0.5, "logged": range(1, 15), "config": {"early_stopping": {"patience": 1}}},
+        SEEN,
+    ),
     "held-out rows far worse": (
         {"held_out": 6.0},
         "training and held-out loss are near, under the same weights",
@@ -151,6 +154,12 @@ def test_each_sickness_fails_its_own_line_alone_and_says_what_to_do(folder, name
     assert [line.check for line in lines if line.passed is False] == [check]
     assert all(line.do for line in lines if not line.passed)
     assert ", 1 fails" in counted(lines)
+
+
+def test_less_than_an_epoch_is_no_fault_where_the_config_says_so(folder):
+    (line,) = (line for line in scorecard(folder(epochs=0.5)) if line.check == SEEN)
+    assert line.passed
+    assert line.found == "0.50 epochs: training.max_steps is 12, and an epoch takes 40 steps"
 
 
 def test_a_ruined_and_a_good_run_get_opposite_verdicts_with_their_advice(folder, raw_config):

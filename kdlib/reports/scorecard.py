@@ -96,26 +96,22 @@ def _doctor(case: Case) -> list[Line]:
 
 
 def _epoch(case: Case) -> Line:
-    """Every training row was seen once, or why not."""
-    training, check = case.config.training, "every training row was seen"
+    """Every training row was seen once, or why not: what the config says by itself is no fault."""
+    training, needed = case.config.training, "1 epoch, or as much as the config says"
     epoch, step = case.train["epoch"].iloc[-1], case.train["step"].iloc[-1]
-    is_seen, do = bool(epoch >= WHOLE), ""
-    found, steps = f"{epoch:.2f} epochs", math.ceil(step / epoch) if epoch > 0 else 0
-    if not is_seen and not case.folder.is_trained:
-        return Line(check, f"{found} so far", "1 epoch or more", None)
-    if not is_seen:
-        why, do = "the training ended early", "see why it ended"
-        if (most := training.get("max_steps", -1)) > 0 and step >= most:
-            why = f"training.max_steps is {most}, and an epoch takes {steps}"
-            do = f"set training.max_steps to {steps} or more, unless so little is meant"
-        elif case.config.early_stopping and step < case.steps:
-            why = f"early stopping ended it at step {step} of {case.steps}"
-            do = "raise early_stopping.patience, or evaluate less often"
-        elif training.get("num_train_epochs", 3) < 1:
-            why = f"training.num_train_epochs is {training['num_train_epochs']:g}"
-            do = "set training.num_train_epochs to 1 or more, unless so little is meant"
-        found += f": {why}"
-    return Line(check, found, "1 epoch or more", is_seen, do)
+    check, found = "it trained for an epoch, or for as long as it should", f"{epoch:.2f} epochs"
+    if epoch >= WHOLE:
+        return Line(check, found, needed, True)
+    if not case.folder.is_trained:
+        return Line(check, f"{found} so far", needed, None)
+    every = case.train["step"].diff().max()  # it is logged so seldom that its last step may be missing
+    if case.config.early_stopping and case.steps - step >= every:
+        why = f"early stopping ended it at step {step} of {case.steps}"
+        do = "raise early_stopping.patience, or evaluate less often"
+        return Line(check, f"{found}: {why}", needed, False, do)
+    of = "max_steps" if training.get("max_steps", -1) > 0 else "num_train_epochs"
+    whole = f", and an epoch takes {math.ceil(step / epoch)} steps" if epoch > 0 else ""
+    return Line(check, f"{found}: training.{of} is {training.get(of, 3):g}{whole}", needed, True)
 
 
 def _gap(train: pd.DataFrame, evaluation: pd.DataFrame) -> Line:
