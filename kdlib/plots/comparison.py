@@ -10,7 +10,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from kdlib.config.task_rules import differing, primary_in, rules_in, shown_in
-from kdlib.metrics.names import DRAWN, MEASURES, difference, is_better, rivals_of, student_of, with_interval
+from kdlib.metrics.names import (
+    DRAWN,
+    MEASURES,
+    difference,
+    is_better,
+    rivals_of,
+    student_of,
+    three_digits,
+    with_interval,
+)
 from kdlib.plots.axes import (
     COLOURS,
     LABELS,
@@ -57,10 +66,12 @@ def learning_curves(tables: Mapping[str, pd.DataFrame]) -> Figure:
         for name, table in tables.items():
             look = {"color": COLOURS[name], "linewidth": 1 if name == "baseline" else 2, "marker": "o"}
             axes.plot(table["step"], table[metric], markersize=4, label=LABELS[name], **look)
-        last = [f"{table[metric].iloc[-1]:#.3g}".rstrip(".") for table in tables.values()]
+        last = [three_digits(table[metric].iloc[-1]) for table in tables.values()]
         axes.set_title(f"{MEASURES[metric].brief}\n{' / '.join(last)}", loc="left", fontsize=10)
         if metric == "kl_to_teacher":
             axes.set_ylim(bottom=0)
+        elif metric == "perplexity":
+            axes.set_yscale("log")
         axes.set_xlabel("optimizer step")
         legend(axes)
     who = " / ".join(LABELS[name] for name in tables)
@@ -76,7 +87,8 @@ def comparison_bars(results: Mapping[str, Any]) -> Figure:
             found, hatch = facts[metric], "//" if name == "teacher" else None
             axes.bar(place, found["value"], color=colours[name], hatch=hatch, edgecolor="white")
             intervals(axes, place, found, fmt="none", ecolor="black")
-            axes.text(place, found["high"], f" {found['value']:.3g}", ha="center", va="bottom", fontsize=8)
+            value = three_digits(found["value"])
+            axes.text(place, found["high"], value, ha="center", va="bottom", fontsize=8)
         if metric == "perplexity":
             axes.set_yscale("log")
         axes.set_xticks(range(len(models)), [on_axis(m) for m in models], fontsize=8, parse_math=False)
