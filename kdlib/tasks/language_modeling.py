@@ -192,7 +192,7 @@ class TokenComparison(Comparison):
             "resamples": self.resamples,
             "interval": over(units, self.of_units),
             "samples": self.samples,
-            "prompts": self.tokenizer.batch_decode(self.prompts),
+            "prompts": [self.tokenizer.decode(prompt) for prompt in self.prompts],
         }
 
     def _batches(self) -> Iterator[tuple[list[np.ndarray], Batch]]:
