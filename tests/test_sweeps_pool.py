@@ -60,7 +60,9 @@ if deed == "together":  # ends only beside another
 (run / "checkpoints").mkdir(exist_ok=True)
 figure = {"value": 1.0, "low": 0.9, "high": 1.1}
 distilled = {"kl_to_teacher": figure, "parameters": 1, "forward_tokens_per_s": figure}
-(run / "comparison_results.json").write_text(json.dumps({"models": {"distilled": distilled}}))
+difference = {"model": "distilled", "against": "teacher", "metric": "kl_to_teacher", **figure}
+found = {"models": {"teacher": distilled, "distilled": distilled}, "differences": [difference]}
+(run / "comparison_results.json").write_text(json.dumps(found))
 status("done")
 """
 

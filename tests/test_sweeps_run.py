@@ -202,7 +202,9 @@ def finished(root: Path, trial, value: float, *, spread: float = 0.05, minutes: 
         "forward_tokens_per_s": {"value": 100.0, "low": 90.0, "high": 105.0},
         **facts,
     }
-    runs.write_json(run.path / "comparison_results.json", {"models": {"distilled": distilled}})
+    difference = {"model": "distilled", "against": "teacher", "metric": "kl_to_teacher", **metric}
+    found = {"models": {"teacher": distilled, "distilled": distilled}, "differences": [difference]}
+    runs.write_json(run.path / "comparison_results.json", found)
     run.add_to_manifest(minutes=minutes)
     run.set_status("done")
     return run

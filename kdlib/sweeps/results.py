@@ -66,14 +66,10 @@ class Sweep(Run):
         return [name for name in self.facts["parameters"] if name != SEED]
 
 
-def compared(run: Run) -> dict[str, Any]:
-    """What the run's comparison found; {} where it has come to none."""
-    return read_json(run.path / "comparison_results.json") or {}
-
-
 def distilled_of(run: Run) -> dict[str, Any]:
-    """The same of the distilled student of a run that is done."""
-    return compared(run).get("models", {}).get(STUDENT, {}) if run.status["state"] == "done" else {}
+    """What the comparison of a run that is done found of the distilled student; {} where there is none."""
+    results = run.comparison if run.status["state"] == "done" else None
+    return results["models"].get(STUDENT, {}) if results else {}
 
 
 def trial_table(sweep: Sweep) -> pd.DataFrame:
@@ -244,7 +240,7 @@ def counts_table(gains: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 def results_of(sweep: Sweep, runs: Sequence[str]) -> list[dict[str, Any]]:
     """The comparisons of these runs, as far as they have come to one."""
-    return [found for name in runs if (found := compared(sweep.run(name)))]
+    return [found for name in runs if (found := sweep.run(name).comparison)]
 
 
 def model_table(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
