@@ -1,9 +1,11 @@
-"""What a training logs, made without one."""
+"""What a training logs, made without one, and read line by line."""
 
+import json
 import time
 
 from kdlib.config.run import parse
 from kdlib.runs import folder as runs
+from kdlib.runs.files import StudentFolder
 from kdlib.runs.folder import Run
 from kdlib.runs.log import append_metrics
 
@@ -39,6 +41,12 @@ def evaluated(step, **changes):
         "train/epoch": step / 20,
         **{f"eval/{name}": value for name, value in figures.items()},
     }
+
+
+def read_metrics(folder: StudentFolder) -> list[dict]:
+    """The lines of metrics.jsonl; a last line torn by a kill is left out."""
+    text = folder.metrics.read_text() if folder.metrics.exists() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def logged_run(raw_config, folder) -> Run:

@@ -10,11 +10,11 @@ import pytest
 import yaml
 from browser import MARKS, choose, kernel_waits, no_cell_runs, open_notebook
 from conftest import kd_process
+from made_log import read_metrics
 from nbformat.v4 import new_code_cell, new_notebook
 
 from kdlib.config.run import parse
 from kdlib.runs import folder as runs
-from kdlib.runs.log import read_metrics
 from kdlib.workbench.session import Workbench
 
 pytestmark = MARKS

@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 from conftest import tiny_experiment
 from made_classifiers import classification, classifier, source
+from made_log import read_metrics
 from tiny_training import comparable
 
 from kdlib.config.run import parse
 from kdlib.runs import checkpoints, folder as runs
 from kdlib.runs.folder import Run
-from kdlib.runs.log import read_metrics
 from kdlib.training import nan_guard, run as training, trackers
 from kdlib.training.nan_guard import GuardedTrainer
 from kdlib.workbench import cli, session, teacher_stage

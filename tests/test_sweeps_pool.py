@@ -18,13 +18,13 @@ import psutil
 import pytest
 import yaml
 from conftest import kd_process
+from made_log import read_metrics
 
 from kdlib.config import run as configs
 from kdlib.errors import ConfigError, ModelError, RunError
 from kdlib.reports.index import render_index
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run
-from kdlib.runs.log import read_metrics
 from kdlib.sweeps import pool, processes, report, results, run as sweep_run
 from kdlib.sweeps.config import SweepConfig
 from kdlib.sweeps.pool import Clock, Cost, Order

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, load_dataset
+from made_log import read_metrics
 from tiny_classifiers import bert, raw_config
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
 
@@ -25,7 +26,6 @@ from kdlib.models.classifier import load_classifier
 from kdlib.models.student import tokenizer_of
 from kdlib.plots.comparison import comparison_bars, comparison_message, quality_table
 from kdlib.runs import folder as runs
-from kdlib.runs.log import read_metrics
 from kdlib.tasks.base import (
     TASKS,
     Comparison,

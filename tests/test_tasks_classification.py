@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from made_classifiers import LABELS, classification, classifier, permuted, prepared_rows
+from made_log import read_metrics
 from sklearn.metrics import f1_score
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
@@ -28,7 +29,6 @@ from kdlib.losses.signals import kept
 from kdlib.models.classifier import load_classifier
 from kdlib.models.loading import load_tokenizer
 from kdlib.runs.files import StudentFolder
-from kdlib.runs.log import read_metrics
 from kdlib.tasks import base as tasks
 from kdlib.training.callbacks import EarlyStop
 from kdlib.training.run import train

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from made_log import read_metrics
 from made_questions import multiple_choice, question_tokenizer, tiny_gpt2, written
 
 from kdlib.config.run import parse
@@ -20,7 +21,6 @@ from kdlib.models.loading import BUILT_IN, load_model, load_tokenizer
 from kdlib.plots import comparison as plots
 from kdlib.plots.classification import answer_tables
 from kdlib.runs.files import StudentFolder
-from kdlib.runs.log import read_metrics
 from kdlib.tasks import base as tasks, question_answering
 from kdlib.tasks.language_modeling import TokenComparison
 from kdlib.tasks.question_answering import ChoiceComparison, scores_of

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_log import read_metrics
 from safetensors.torch import load_file
 from tiny_training import pieces
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,7 +17,6 @@ from kdlib.config.run import parse
 from kdlib.losses.signals import FOUND, found_in, kept
 from kdlib.models import hooks as captures
 from kdlib.runs.files import StudentFolder
-from kdlib.runs.log import read_metrics
 from kdlib.training.plan import objective_of
 from kdlib.training.run import train
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from made_log import read_metrics
 from tiny_training import pieces
 from transformers import TrainerCallback
 
@@ -23,7 +24,6 @@ from kdlib.errors import ConfigError
 from kdlib.runs import folder as runs
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.folder import Run
-from kdlib.runs.log import read_metrics
 from kdlib.training import run as training, trackers
 
 KEY = "0123456789abcdef" * 2 + "01234567"

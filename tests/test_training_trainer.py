@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from datasets import Dataset
+from made_log import read_metrics
 from safetensors.torch import load_file
 from tiny_training import comparable, pieces
 from transformers import (
@@ -33,7 +34,7 @@ from kdlib.losses.chunked import Weighted
 from kdlib.losses.signals import Form, kept
 from kdlib.runs.checkpoints import last_whole
 from kdlib.runs.files import StudentFolder
-from kdlib.runs.log import eval_table, read_metrics, training_table
+from kdlib.runs.log import eval_table, training_table
 from kdlib.training import callbacks
 from kdlib.training.plan import extent, objective_of, training_arguments
 from kdlib.training.run import train

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import yaml
 from conftest import kd_process, sentences, tiny_model, tiny_tokenizer
+from made_log import read_metrics
 from transformers import AutoModelForCausalLM
 
 from kdlib.config import run as configs
@@ -19,7 +20,6 @@ from kdlib.config.run import parse
 from kdlib.errors import RunError
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run, project_root
-from kdlib.runs.log import read_metrics
 from kdlib.workbench import cli, measurement, runner, session
 
 

@@ -4,13 +4,13 @@ changes, and it can be stopped.
 
 import pytest
 from made_classifiers import LABELS, classification, classifier, source
+from made_log import read_metrics
 
 from kdlib.config.run import Config, parse
 from kdlib.errors import RunError, Stopped
 from kdlib.models.loading import load_config
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run
-from kdlib.runs.log import read_metrics
 from kdlib.workbench import teacher_stage
 
 LONG = {"max_steps": 4000, "eval_strategy": "no", "save_steps": 4000, "logging_steps": 1}

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import torch
+from made_log import read_metrics
 
 from kdlib.config import run as config
 from kdlib.models.loading import load_model, load_tokenizer
 from kdlib.models.teacher import LiveTeacher
-from kdlib.runs import log as metrics
 from kdlib.runs.files import StudentFolder
 from kdlib.tasks import base as tasks
 from kdlib.training import run as training
@@ -41,7 +41,7 @@ def comparable(folder: Path) -> list[dict]:
     clock = ("time", "tokens_per_s", "rows_per_s", "memory_gib", "runtime", "per_second")
     return [
         {k: v for k, v in line.items() if not k.endswith(clock)}
-        for line in metrics.read_metrics(StudentFolder(folder))
+        for line in read_metrics(StudentFolder(folder))
     ]
 
 

@@ -33,11 +33,6 @@ KEPT: dict[Path, "Tail"] = {}
 KEEPING = threading.Lock()
 
 
-def read_metrics(folder: StudentFolder) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line torn by a kill is left out."""
-    return [json.loads(line) for line in _lines(folder)]
-
-
 def cut_metrics(folder: StudentFolder, step: int) -> None:
     """Drop what was logged after this step: training goes on from there and will log it again.
 
