@@ -24,8 +24,9 @@ TRIED = {
     "what is logged": {
         **{"logging_strategy": "steps", "logging_steps": 2, "logging_first_step": True},
         **{"include_num_input_tokens_seen": "all", "log_level": "error", "log_level_replica": "error"},
-        **{"log_on_each_node": False, "report_to": [], "project": "mine", "trackio_space_id": None},
-        **{"trackio_bucket_id": None, "metric_for_best_model": "eval_kl_to_teacher", "max_steps": 3},
+        **{"log_on_each_node": False, "report_to": [], "project": "mine", "run_name": "mine"},
+        **{"trackio_space_id": None, "trackio_bucket_id": None},
+        **{"metric_for_best_model": "eval_kl_to_teacher", "max_steps": 3},
     },
     "evaluation and checkpoints": {
         **{"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "eval_delay": 1},
@@ -123,7 +124,6 @@ REFUSED = {
     "dataloader_persistent_workers": [(True, "set dataloader_num_workers to 1")],
     "dataloader_prefetch_factor": [(2, "set dataloader_num_workers to 1")],
     "push_to_hub": [(True, "hf upload")],
-    "run_name": [("mine", "--name NAME")],
     "deepspeed": [("zero2.json", "torchrun")],
     "use_liger_kernel": [(True, "forward pass")],
     "torch_compile_backend": [("inductr", "torch_compile: cannot be made here")],

@@ -19,7 +19,7 @@ from made_log import read_metrics
 from tiny_training import pieces
 from transformers import TrainerCallback
 
-from kdlib.config.run import parse
+from kdlib.config.run import load, parse
 from kdlib.errors import ConfigError
 from kdlib.runs import folder as runs
 from kdlib.runs.files import StudentFolder
@@ -82,6 +82,7 @@ def told_wandb(run: Run) -> dict[str, dict]:
                 one = told.setdefault(record.run.display_name, {"rows": {}, "ids": set()})
                 one["ids"].add(record.run.run_id)
                 one |= {"group": record.run.run_group, "project": record.run.project}
+                one["entity"] = record.run.entity
                 one["facts"] = {item.key: json.loads(item.value_json) for item in record.run.config.update}
             elif record.HasField("history"):
                 row = {
@@ -182,6 +183,32 @@ def test_a_tracker_has_the_lines_of_metrics_in_a_run_for_each_student(raw_config
     assert told["first/baseline"]["facts"]["formula"] == "loss = 1·CE"
     assert told["first/kd"]["ids"].isdisjoint(told["first/baseline"]["ids"]) or name == "tensorboard"
     assert f"{name}: first/kd; " in capsys.readouterr().out
+
+
+def test_the_olmo2_preset_gives_wandb_the_original_names(raw_config, tmp_path, capsys):
+    preset = load("configs/olmo2_fsdp.yaml").as_dict()
+    assert preset["loss"]["weights"] == {"ce": 0.5, "kd": 0.5}
+    loss = {**raw_config["loss"], "weights": preset["loss"]["weights"], "temperature": 1.0}
+    mine = {"entity": "team", "alias": {**preset["trackers"]["alias"], "train/loses": "train/lost"}}
+    raw_config = {**raw_config, "loss": loss, "trackers": mine}
+    run = runs.create(tmp_path / "runs", "first", parse(raw_config))
+    settings = {"report_to": "wandb", "project": preset["training"]["project"], "run_name": "1B_from_7B"}
+    trained(raw_config, run, run, "kd", **settings)
+    one = told_wandb(run)["1B_from_7B/kd"]
+    assert (one["project"], one["entity"], one["group"]) == ("slm-distillation", "team", "first")
+    ours = logged(run)
+    for step, row in one["rows"].items():
+        same = {theirs: row[theirs] for theirs in mine["alias"] if theirs in row}
+        assert same["train/kl_loss"] == pytest.approx(ours[step]["train/kd_loss"], rel=1e-6)
+        assert {name: row[name] for name in row if name not in same} == pytest.approx(ours[step], rel=1e-6)
+        evaluated = {"eval/kl_loss", "eval/epoch", "eval/step"} if step % 4 == 0 else set()
+        assert set(same) == {"train/kl_loss"} | evaluated
+        if evaluated:
+            assert same["eval/kl_loss"] == pytest.approx(ours[step]["eval/kd_loss"], rel=1e-6)
+            assert (same["eval/step"], same["eval/epoch"]) == (step, pytest.approx(ours[step]["train/epoch"]))
+    assert (
+        capsys.readouterr().out.count("trackers.alias: train/loses: this log has no train/lost; it has") == 1
+    )
 
 
 class Break(TrainerCallback):

@@ -71,6 +71,12 @@ def test_whatever_its_weights_depend_on_makes_another_teacher(place, tmp_path, c
     assert len(places) == 2
 
 
+def test_whoever_is_told_of_it_makes_no_other_teacher(place, tmp_path):
+    told = config(place, "trackers.entity=team")
+    assert teacher_stage.own_config(told).trackers.entity == "team"
+    assert teacher_stage.run_of(told, tmp_path) == teacher_stage.run_of(config(place), tmp_path)
+
+
 def test_its_rows_are_those_of_its_students_whatever_their_seed(place, tmp_path):
     plain = parse(
         {**config(place).as_dict(), "data": {**config(place).data.as_dict(), "split_seed": None}}, ["seed=7"]

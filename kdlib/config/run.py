@@ -20,6 +20,7 @@ from kdlib.config.sections import (
     Seed,
     StudentConfig,
     TeacherConfig,
+    TrackersConfig,
     read_beside,
     refuse,
 )
@@ -77,6 +78,7 @@ class Config(Section):
     early_stopping: EarlyStopping | None = None
     compare: CompareConfig = CompareConfig()
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
+    trackers: TrackersConfig = TrackersConfig()
 
     @model_validator(mode="after")
     def _fits_the_task(self):

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -155,6 +156,22 @@ class CompareConfig(Section):
     continuations: Annotated[Count, Field(ge=0)] = 3
     prompt_tokens: Positive = 32
     new_tokens: Positive = 32
+
+
+def _metric(name: str) -> str:
+    if re.fullmatch(r"(train|eval)/\w+", name):
+        return name
+    raise ValueError(f"found {name!r}; a metric is named like train/kd_loss or eval/perplexity")
+
+
+Metric = Annotated[str, AfterValidator(_metric)]
+
+
+class TrackersConfig(Section):
+    """What trackers are told beside `training.report_to`, `project` and `run_name`."""
+
+    entity: str | None = None  # of wandb: the user or team that the run belongs to; WANDB_ENTITY where None
+    alias: dict[Metric, Metric] = {}  # {another name: ours}, as {train/kl_loss: train/kd_loss}; both are sent
 
 
 class EarlyStopping(Section):

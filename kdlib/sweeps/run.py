@@ -143,7 +143,7 @@ def forecast(trials: Sequence[Trial], order: Order, *, keep_checkpoints: bool) -
 
 def cost_key(config: Config) -> str:
     """The same text for configs that cost the same."""
-    plain = config.as_dict() | {"seed": 0, "compare": None}
+    plain = config.as_dict() | {"seed": 0, "compare": None, "trackers": None}
     terms = sorted(name for name, weight in config.loss.weights.items() if weight != 0)
     plain["loss"] |= {"temperature": 0, "weights": terms}
     plain["training"] |= dict.fromkeys(NEUTRAL)

@@ -1,7 +1,8 @@
 """Where a training's figures go: metrics.jsonl, and wandb, tensorboard and trackio, under the same names.
 
-Each student is a run of the tracker's own, `<run>/kd` or `<run>/baseline`, grouped by run.  A tracker that
-fails is left behind, aloud.  One more is a class here and a line in TRACKERS.
+Each student is a run of the tracker's own, `<run>/kd` or `<run>/baseline`, grouped by run.  A metric that
+`trackers.alias` gives another name is sent under both.  A tracker that fails is left behind, aloud.  One more
+is a class here and a line in TRACKERS.
 """
 
 import io
@@ -39,6 +40,12 @@ def figures_of(logs: Mapping[str, float], state: TrainerState) -> dict[str, floa
     return {"train/step": state.global_step, "train/epoch": logs["epoch"], **figures}
 
 
+def aliased(figures: Mapping[str, float], alias: Mapping[str, str]) -> dict[str, str]:
+    """{another name: ours} of those that belong to this log: eval/… to an evaluation's, train/… to others."""
+    side = "eval/" if any(name.startswith("eval/") for name in figures) else "train/"
+    return {theirs: ours for theirs, ours in alias.items() if theirs.startswith(side)}
+
+
 class MetricsFile(TrainerCallback):
     """Appends every log to metrics.jsonl."""
 
@@ -61,7 +68,8 @@ class TrackedTraining:
 
     @property
     def name(self) -> str:
-        return f"{self.run.name}/{self.label or self.folder.path.name}"
+        run = self.facts["training"].get("run_name") or self.run.name
+        return f"{run}/{self.label or self.folder.path.name}"
 
     @property
     def project(self) -> str:
@@ -94,6 +102,7 @@ class WandbRun(Tracker):
         begin = partial(
             wandb.init,
             project=training.project,
+            entity=training.facts["trackers"]["entity"],
             name=training.name,
             group=training.run.name,
             job_type=training.label or None,
@@ -206,6 +215,7 @@ class Tracking(TrainerCallback):
 
     def __init__(self, names: Iterable[str], training: TrackedTraining) -> None:
         self.names, self.training, self.open = tuple(names), training, dict[str, Tracker]()
+        self.missed: set[str] = set()  # other names of what was not in a log, each said once
 
     def __enter__(self):
         return self
@@ -220,9 +230,19 @@ class Tracking(TrainerCallback):
         print(f"{name}: {self.training.name}; {self.open[name].where}", flush=True)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if figures := figures_of(logs, state):
+        if self.open and (figures := figures_of(logs, state)):
+            figures = self._with_aliases(figures)
             for name, tracker in [*self.open.items()]:
                 self._guarded(name, tracker.log, figures, state.global_step)
+
+    def _with_aliases(self, figures: Mapping[str, float]) -> dict[str, float]:
+        alias = aliased(figures, self.training.facts["trackers"]["alias"])
+        found = {theirs: figures[ours] for theirs, ours in alias.items() if ours in figures}
+        for theirs in [name for name in alias if name not in found and name not in self.missed]:
+            self.missed.add(theirs)
+            known = ", ".join(sorted(figures))
+            print(f"trackers.alias: {theirs}: this log has no {alias[theirs]}; it has {known}", flush=True)
+        return {**figures, **found}
 
     def __exit__(self, kind, *error) -> None:
         for name, tracker in [*self.open.items()]:

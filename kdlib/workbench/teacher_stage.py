@@ -32,7 +32,7 @@ def own_config(config: Config) -> Config:
     seed = config.seed if config.data.split_seed is None else config.data.split_seed
     return parse(
         {
-            **{name: plain[name] for name in ("task", "device", "precision", "teacher")},
+            **{name: plain[name] for name in ("task", "device", "precision", "teacher", "trackers")},
             **plain["teacher_stage"],
             "student": {"from": config.teacher.model},
             "data": {**plain["data"], "split_seed": seed},  # teacher and students are kept from the same rows
@@ -56,7 +56,8 @@ def check_arguments(config: Config, *, trains: bool = False) -> TrainingArgument
 
 def run_of(config: Config, root: Path) -> Run:
     """Where the stage of this config is, or will be."""
-    text = json.dumps(own_config(config).as_dict(), sort_keys=True)
+    settings = {name: part for name, part in own_config(config).as_dict().items() if name != "trackers"}
+    text = json.dumps(settings, sort_keys=True)
     name = Path(config.teacher.model).name.removesuffix(".gguf")
     return Run(root / f"teacher_{name}_{hashlib.sha256(text.encode()).hexdigest()[:8]}")
 
