@@ -72,6 +72,14 @@ def test_the_command_says_what_is_held_when_and_whether_it_fits(config_file, cap
     assert "time: measure it with --measure" in said
 
 
+def test_the_command_says_what_each_of_several_ranks_holds(config_file, capsys):
+    cli.app(["forecast", str(config_file), "--ranks", "4", "--memory", "16"], standalone_mode=False)
+    said = capsys.readouterr().out
+    assert "on each of 4 ranks" in said
+    assert "peak on each rank, by how 4 share the models" in said
+    assert "GiB  FSDP: student and teacher sharded" in said
+
+
 def test_a_model_that_is_not_there_is_named_without_a_traceback(config_file, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["kd", "forecast", str(config_file), "-o", "teacher.model=./nowhere"])
     with pytest.raises(SystemExit) as caught:

@@ -191,13 +191,37 @@ def test_half_precision_halves_the_teacher(raw, plain):
     assert part(half, "loss", "cast weights") > 0
 
 
-def test_shards_and_copies_are_counted_per_device(raw, plain):
-    size = 4 * plain.parameters["student"]
-    parts = {"student's parameters": size, "gradients": size, "optimizer state": 2 * size, "activations": 10}
-    assert breakdown(parsed(raw)).on_each(parts, 2) == {**parts, "gradient buckets": size}  # DDP's
-    shards = breakdown(parsed(raw, training__fsdp="full_shard")).on_each(parts, 2)
-    assert [shards[name] for name in parts] == [size // 2, size // 2, size, 10]
-    assert shards["gathered weights"] > 0
+def test_shards_and_copies_are_counted_per_rank(raw, plain):
+    size, whole = 4 * plain.parameters["student"], plain.moments
+    shared = {
+        fsdp: forecast(parsed(raw, training__fsdp=fsdp, training__eval_strategy="epoch"), devices=2)
+        for fsdp in (None, "full_shard")
+    }
+    copied, sharded = (shared[fsdp].moments for fsdp in (None, "full_shard"))
+    buckets = whole["backward"]["student's parameters"]
+    assert copied["backward"] == {**whole["backward"], "gradient buckets": buckets}
+    for name in whole:
+        assert sharded[name]["teacher's weights"] == -(-whole[name]["teacher's weights"] // 2)
+        assert sharded[name]["optimizer state"] == size  # half of twice that
+        assert sharded[name]["framework"] == whole[name]["framework"]
+    assert sharded["optimizer step"]["gradients"] == size // 2
+    assert sharded["optimizer step"]["gathered weights"] == 0
+    # two layers at a time and what lies outside: all of the student, and as much of the teacher's four
+    gathered = {name: parts["gathered weights"] for name, parts in sharded.items()}
+    layer, head = 4 * (3 * 32 * 48 + 2 * 32 * 32 + 2 * 32 * 16 + 2 * 32), 4 * 320 * 32
+    assert gathered["student's forward"] == gathered["backward"] == size == 2 * layer + head + 4 * 32
+    assert gathered["teacher's forward"] == size + head
+    assert gathered["loss"] == 2 * head
+
+
+def test_a_rank_holds_less_the_more_is_sharded(raw, tmp_path):
+    config = parsed(large_config(raw, tmp_path / "7b"), precision="bfloat16")
+    two, four = (forecast(config, memory=80, device="cuda", devices=ranks) for ranks in (2, 4))
+    assert two.peak == two.layouts["DDP"] > two.layouts["FSDP"] > two.layouts["FSDP, offloaded"]
+    assert four.layouts["FSDP"] < two.layouts["FSDP"]
+    teacher = 2 * two.parameters["teacher"]
+    assert two.layouts["FSDP"] - two.layouts["FSDP, offloaded"] == pytest.approx(teacher / 2, rel=0.01)
+    assert forecast(config, memory=80, device="cuda").layouts == {}
 
 
 def large_config(raw: dict, folder, **changes) -> dict:

@@ -1,7 +1,7 @@
 """A forecast of memory as one reads it: does it fit, and what would make it?  Imports no torch."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -31,6 +31,7 @@ class Forecast:
     compiled: bool  # the row arithmetic between the products with the heads
     parameters: Mapping[str, int]  # of student and teacher
     notes: tuple[str, ...] = ()
+    layouts: Mapping[str, int] = field(default_factory=dict)  # each of LAYOUTS, where ranks share it -> peak
 
     @property
     def moment(self) -> str:
@@ -55,6 +56,53 @@ class Forecast:
     def as_dict(self) -> dict[str, Any]:
         derived = {name: getattr(self, name) for name in ("moment", "peak", "peak_in_training", "verdict")}
         return {**asdict(self), **derived}
+
+
+LAYOUTS = {  # how ranks hold the two models between them
+    "DDP": "a whole student and teacher on each",
+    "FSDP": "student and teacher sharded",
+    "FSDP, offloaded": "likewise, the teacher's shard in CPU memory between its forward passes",
+}
+SHARDED = ("student's parameters", "gradients", "optimizer state", "teacher's weights")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of a model's weights in the dtype of its products."""
+
+    running: int  # gathered at a time: two layers, as FSDP fetches the next while one computes, and the rest
+    head: int
+
+
+def on_each(
+    moments: Mapping[str, Mapping[str, int]], ranks: int, layout: str, student: Weights, teacher: Weights
+) -> dict[str, dict[str, int]]:
+    """{moment: {part: bytes}} on each of several ranks, from those of one that holds everything.
+
+    By DDP a second copy of the gradients comes on top.  By FSDP each holds its shard of what is SHARDED, and
+    what is gathered to compute with, once, in the dtype of the products: autocast has nothing to cast.
+    """
+    if layout == "DDP":
+        buckets = "student's parameters"
+        return {name: {**parts, "gradient buckets": parts[buckets]} for name, parts in moments.items()}
+    gathered = {
+        "student's forward": student.running,
+        "teacher's forward": student.head + teacher.running,
+        "loss": student.head + teacher.head,
+        "backward": student.running,
+        "evaluation": student.head + max(student.running, teacher.running),
+    }
+    found = {}
+    for name, whole in moments.items():
+        parts = {part: size for part, size in whole.items() if part != "cast weights"}
+        shared = SHARDED if name != "optimizer step" else (*SHARDED, "temporaries")
+        parts |= {part: -(-size // ranks) for part, size in parts.items() if part in shared}
+        if layout == "FSDP, offloaded":
+            parts["teacher's weights"] = 0
+        if name == "backward":  # until they are reduced; the head's are a part by themselves
+            parts["gradients"] = parts.get("gradients", 0) + student.running - student.head
+        found[name] = {**parts, "gathered weights": gathered.get(name, 0)}
+    return found
 
 
 Forecaster = Callable[[Config], Forecast]
@@ -171,7 +219,7 @@ def advised(
 def as_text(data: Mapping[str, Any]) -> str:
     """What `advised` gave, for people; also "time" and "measured", where a few real steps were made."""
     notes = [f"note: {note}" for note in data["notes"]]
-    sections = (_parts(data), _fit(data), _time(data), _cards(data), notes)
+    sections = (_parts(data), _fit(data), _layouts(data), _time(data), _cards(data), notes)
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
 
@@ -181,7 +229,7 @@ def _parts(data: Mapping[str, Any]) -> list[str]:
     sizes = ", ".join(f"{name} {count / 1e6:,.1f} M parameters" for name, count in data["parameters"].items())
     at_once = f"logits of {data['chunk']} tokens at a time"
     chunk = at_once if data["chunk"] else "all logits at once (no plain head)"
-    where = f"on each of {data['devices']} devices" if many else "on one device"
+    where = f"on each of {data['devices']} ranks" if many else "on one device"
     width = max(map(len, moments)) + 2
     names = dict.fromkeys(name for parts in moments.values() for name in parts)
     rows = {name: [parts.get(name, 0) for parts in moments.values()] for name in names}
@@ -207,6 +255,15 @@ def _fit(data: Mapping[str, Any]) -> list[str]:
         least = f": with all of them it still takes {_gib(changes[0]['peak'])} GiB" if changes else ""
         lines.append(f"  no change makes it fit{least}; take smaller models, or more memory")
     return lines
+
+
+def _layouts(data: Mapping[str, Any]) -> list[str]:
+    """What each rank would hold, by how they share the models."""
+    lines = [f"  {_gib(peak):>7} GiB  {name}: {LAYOUTS[name]}" for name, peak in data["layouts"].items()]
+    ways = "training.fsdp=full_shard is FSDP, null DDP"
+    return (
+        [f"peak on each rank, by how {data['devices']} share the models ({ways}):", *lines] if lines else []
+    )
 
 
 def _time(data: Mapping[str, Any]) -> list[str]:

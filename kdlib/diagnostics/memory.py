@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from kdlib.config.run import Config
 from kdlib.diagnostics.fake_step import PHASES, Allocations, Block, FakeStep, FakeWorkspace
-from kdlib.diagnostics.forecast import GIB, Forecast
+from kdlib.diagnostics.forecast import GIB, LAYOUTS, Forecast, Weights, on_each
 from kdlib.hardware import as_asked, device_memory, precision_of, product_dtype
 from kdlib.losses.buffers import chunk_tokens
 from kdlib.losses.features import feature_terms
@@ -39,7 +39,6 @@ STATE_BYTES = {  # of optimizer state per parameter, by `training.optim`; whatev
     **dict.fromkeys(("adamw_torch_4bit", "lion_8bit", "paged_lion_8bit"), 1),
     "sgd": 0,
 }
-SHARDED = ("student's parameters", "gradients", "optimizer state")  # by FSDP
 
 Sizes = Counter[str]  # part -> bytes
 
@@ -59,7 +58,7 @@ def forecast(
     Args:
         memory: GiB; what the present device has, and has free, where None.
         device: cpu or cuda; None: where the config would run here.  Elsewhere `precision: auto` is bfloat16.
-        devices: over which the training is spread; torchrun's WORLD_SIZE where None.
+        devices: over which the training is spread, a rank on each; torchrun's WORLD_SIZE where None.
         rows: of the training data: whether compiling pays depends on them.
         vocabulary: what the models choose among; of classes, what the config or the teacher says where None.
         dense: all logits at once, whatever the models' heads.
@@ -84,13 +83,18 @@ def forecast(
     workspace = FakeWorkspace(chunk, compiled=compiled, kind=kind)
     breakdown = Breakdown(plan, args, kind, dtype, workspace, dense)
     student, teacher = breakdown.student, breakdown.teacher
+    whole, weights = breakdown.moments(), (breakdown.weights(student), breakdown.weights(teacher))
+    ways = {each: on_each(whole, devices, each, *weights) for each in LAYOUTS} if devices > 1 else {}
     return Forecast(
         device=kind,
         precision=str(dtype).removeprefix("torch."),
         total=total,
         free=free,
         devices=devices,
-        moments={name: breakdown.on_each(parts, devices) for name, parts in breakdown.moments().items()},
+        moments=ways.get("FSDP" if args.fsdp else "DDP", whole),
+        layouts={
+            each: max(sum(parts.values()) for parts in moments.values()) for each, moments in ways.items()
+        },
         compiled=compiled,
         chunk=None if dense or stated_form(student) is None else chunk,
         notes=(*plan.notes, *breakdown.notes),
@@ -246,17 +250,13 @@ class Breakdown:
         logits = bytes_of(self.workspace.buffers)
         return Counter({"gradients": sum(sizes), "logits": logits, "temporaries": scratch})
 
-    def on_each(self, parts: Mapping[str, int], devices: int) -> dict[str, int]:
-        """The parts on each of several devices: shards with FSDP, else a second copy of the gradients."""
-        if devices == 1:
-            return dict(parts)
-        if not self.args.fsdp:
-            return {**parts, "gradient buckets": parameters(self.student) * 4}
-        outside = self.student.get_input_embeddings().weight.nbytes
-        layers = bytes_of(self.student.parameters()) - outside
-        layer = layers // max(self.student.config.get_text_config().num_hidden_layers, 1)
-        shards = {name: -(-size // devices) for name, size in parts.items() if name in SHARDED}
-        return {**parts, **shards, "gathered weights": 2 * layer + outside}
+    def weights(self, model: PreTrainedModel) -> Weights:
+        """Bytes of a model's weights as they are gathered to compute with."""
+        layers = [bytes_of(layer.parameters()) for layer in layers_of(model)]
+        running = bytes_of(model.parameters()) - sum(layers) + 2 * max(layers)
+        head = model.get_output_embeddings()  # None of a classifier
+        share = self.dtype.itemsize / model.dtype.itemsize  # of what is stored: FSDP gathers for the products
+        return Weights(round(running * share), 0 if head is None else round(head.weight.nbytes * share))
 
 
 def at_layers(

@@ -130,7 +130,9 @@ def forecast(
     config: ConfigFile,
     override: Overrides = None,
     memory: option(float | None, "--memory", help="GiB of the device; else what is here.", min=0.1) = None,
-    devices: option(int | None, "--devices", help="Devices that share the training.", min=1) = None,
+    ranks: option(
+        int | None, "--ranks", "--devices", help="Processes, a device each, that share the training.", min=1
+    ) = None,
     rows: option(int | None, "--rows", help="Training rows; they tell whether compiling pays.", min=1) = None,
     measure: option(bool, "--measure", help="Also train a few steps: how long it takes.") = False,
     cards: option(bool, "--cards", help="Also which usual cards would do, with which change.") = False,
@@ -141,7 +143,7 @@ def forecast(
     from kdlib.diagnostics import forecast, memory as memories
     from kdlib.workbench import measurement
 
-    options = {"memory": memory, "devices": devices, "rows": rows}
+    options = {"memory": memory, "devices": ranks, "rows": rows}
     data = forecast.advised(resolved, memories.forecast, every_card=cards, **options)
     if measure:
         peak = measurement.measured_peak(resolved)
