@@ -9,6 +9,7 @@ from test_diagnostics_memory import parsed, plan_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPConfig
 
+from kdlib.config.run import load
 from kdlib.diagnostics.fake_step import Allocations, FakeStep
 from kdlib.diagnostics.forecast import advised, as_text
 from kdlib.diagnostics.memory import forecast
@@ -16,6 +17,7 @@ from kdlib.errors import ModelError
 from kdlib.losses.buffers import Workspace
 from kdlib.models.classifier import load_classifier
 from kdlib.models.loading import parameters
+from kdlib.runs.folder import project_root
 from kdlib.training.plan import training_arguments, workspace_of
 
 
@@ -52,6 +54,10 @@ def test_parameters_are_those_of_the_real_classifiers_and_every_moment_has_a_pea
     assert found.chunk is None
     assert not found.compiled
     assert any("data.max_length (32) tokens" in note for note in found.notes)
+
+
+def test_the_shipped_preset_is_forecast_without_its_data():
+    assert forecast(load(project_root() / "configs" / "stdlib_sections.yaml")).peak > 0
 
 
 @pytest.mark.parametrize("pair", ["llama to bert", "llama to gpt2", "llama to its own layer"])

@@ -98,10 +98,12 @@ def test_so_it_is_with_every_architecture_or_an_error_says_why_not(name, tmp_pat
         computes_as_the_teacher(teacher, keep, tmp_path / str(keep))
 
 
-def test_a_list_that_is_as_long_as_there_are_layers_by_chance_stays_whole():
+def test_what_is_numbered_as_layers_are_by_chance_stays_whole():
     config = tiny_model().config
-    config.eos_token_id = [1, 2, 3, 4]
-    assert with_layers(config, [0, 3]).eos_token_id == [1, 2, 3, 4]
+    config.eos_token_id, config.id2label = [1, 2, 3, 4], {0: "no", 1: "yes"}
+    made = with_layers(config, [0, 3])
+    assert made.eos_token_id == [1, 2, 3, 4]
+    assert made.id2label == {0: "no", 1: "yes"}
 
 
 def test_what_cannot_be_kept_is_named():

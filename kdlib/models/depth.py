@@ -112,7 +112,8 @@ def _choices(name: str, value: Any, keep: Sequence[int], total: int, kinds: Sequ
         every = [moved, cut, value] if is_named else [value, moved, cut]
         every += kinds if is_named and moved is not cut or not value else []
     elif isinstance(value, dict) and value and all(_is_rising([_number(key)], total) for key in value):
-        every = [{place[_number(key)]: each for key, each in value.items() if _number(key) in place}]
+        cut = {place[_number(key)]: each for key, each in value.items() if _number(key) in place}
+        every = [cut, value] if is_named else [value, cut]  # the latter: as a classifier's id2label
     elif (is_named or is_stride) and type(value) is int and 0 <= value <= total:
         every += [sum(old < value for old in keep), sum(old >= total - value for old in keep)]
         every += range(len(keep) + 2) if is_stride else []
