@@ -37,7 +37,8 @@ import json, os, pathlib, signal, sys, time
 run = pathlib.Path(sys.argv[1])
 deed = json.loads((run.parent / "deeds.json").read_text()).get(run.name, "done")
 def status(state, message=""):
-    (run / "status.json").write_text(json.dumps({"state": state, "message": message}))
+    (run / "whole.json").write_text(json.dumps({"state": state, "message": message}))
+    os.replace(run / "whole.json", run / "status.json")
 def stopped(*_):
     status("failed", "stopped at step 3 with a checkpoint")
     sys.exit(1)
@@ -52,6 +53,8 @@ if deed == "fail":
     sys.exit(1)
 if deed in ("sleep", "deaf"):
     time.sleep(60)
+if deed == "nap":
+    time.sleep(2)
 if deed == "together":  # ends only beside another
     until = time.monotonic() + 30
     while len(list(run.parent.glob("*/starts"))) < 2:
@@ -67,7 +70,7 @@ status("done")
 """
 
 
-class Acted(processes.Processes):
+class Acted(processes.Work):
     """Its processes only pretend."""
 
     def command(self, run: Run) -> list[str]:
@@ -85,7 +88,7 @@ def acted(config_file, tmp_path, monkeypatch, rendered):
     """One start of a sweep whose runs do as they are told: acted({number of the trial: deed}, …) -> Sweep."""
     monkeypatch.setattr(processes, "GRACE", 1.0)
 
-    def start(deeds=(), *, seeds=3, jobs=1, timeout_s=None, meanwhile=None) -> Sweep:
+    def start(deeds=(), *, seeds=3, jobs=1, timeout_s=None, meanwhile=None, on=None) -> Sweep:
         settings = configs.parse(
             {"base": str(config_file), "grid": {"seed": list(range(seeds))}}, kind=SweepConfig
         )
@@ -105,14 +108,15 @@ def acted(config_file, tmp_path, monkeypatch, rendered):
         (sweep.path.parent / "deeds.json").write_text(
             json.dumps({trials[number].run: deed for number, deed in dict(deeds).items()})
         )
-        acting = Acted(tmp_path / "reports", jobs=jobs, timeout_s=timeout_s)
+        acting = Acted(sweep.path, tmp_path / "reports", jobs, timeout_s)
         folders = (tmp_path / "runs", tmp_path / "reports")
         pages = (lambda run, folder: rendered.append(run.name), render_index)  # there is nothing in the runs
-        order = Order("s", "s.yaml", "kd sweep s.yaml", *folders, *pages, jobs=jobs)
-        made = pool.Pool(sweep, base, order, acting, Clock(), report.render)
-        if meanwhile:
-            threading.Thread(target=meanwhile, args=(made.processes,), daemon=True).start()
-        made.run(pool.Listed(sweep_run.to_do(sweep, trials)))
+        order = Order("s", "s.yaml", "kd sweep s.yaml", *folders, *pages, jobs=jobs, on=on)
+        with processes.executor(jobs, on, folders[0]) as (where, jobs):
+            made = pool.Pool(sweep, base, order, where, jobs, acting, Clock(), report.render)
+            if meanwhile:
+                threading.Thread(target=meanwhile, daemon=True).start()
+            made.run(pool.Listed(sweep_run.to_do(sweep, trials)))
         return sweep
 
     return start
@@ -186,7 +190,7 @@ def test_a_run_that_takes_too_long_is_asked_to_stop_and_then_made_to(acted, tmp_
 def test_an_interrupt_stops_all_and_starts_no_more_and_a_second_ends_at_once(
     acted, tmp_path, deed, times, capsys
 ):
-    def interrupt(processes):
+    def interrupt():
         for _ in range(times):
             until = time.monotonic() + 20
             while sum(starts(tmp_path / "runs" / "s")) < 2:
@@ -212,10 +216,10 @@ def test_jobs_run_side_by_side(acted, tmp_path):
 def test_side_by_side_the_cores_are_divided_unless_somebody_has_divided_them(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert processes.Processes(tmp_path, jobs=4).environment()["OMP_NUM_THREADS"] == "2"
-    assert "OMP_NUM_THREADS" not in processes.Processes(tmp_path, jobs=1).environment()
+    assert processes.Work(tmp_path, tmp_path, jobs=4).environment()["OMP_NUM_THREADS"] == "2"
+    assert "OMP_NUM_THREADS" not in processes.Work(tmp_path, tmp_path).environment()
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert processes.Processes(tmp_path, jobs=4).environment()["OMP_NUM_THREADS"] == "5"
+    assert processes.Work(tmp_path, tmp_path, jobs=4).environment()["OMP_NUM_THREADS"] == "5"
 
 
 @pytest.fixture
@@ -236,7 +240,7 @@ def test_no_second_process_is_started_on_a_run_whose_log_is_held(run, tmp_path):
     )
     assert holder.stdout.readline() == "held\n"
     runs.write_json(run.path / "status.json", {"state": "done"})
-    outcome = Acted(tmp_path, jobs=1).work(run)
+    outcome = Acted(tmp_path, tmp_path)(run)
     assert holder.wait(1) == 0  # it waited until the log was free
     assert outcome.state == "done"
     assert not (run.path / "starts").exists()
@@ -245,8 +249,7 @@ def test_no_second_process_is_started_on_a_run_whose_log_is_held(run, tmp_path):
 
 def test_a_process_holds_its_log_from_its_start(run, tmp_path):
     (run.path.parent / "deeds.json").write_text(json.dumps({"one": "sleep"}))
-    made = Acted(tmp_path, jobs=1)
-    thread = threading.Thread(target=made.work, args=(run,))
+    thread = threading.Thread(target=Acted(tmp_path, tmp_path), args=(run,))
     thread.start()
     until = time.monotonic() + 20
     while not (run.path / "starts").exists():
@@ -254,7 +257,7 @@ def test_a_process_holds_its_log_from_its_start(run, tmp_path):
         time.sleep(0.05)
     with (run.path / "log.txt").open("a") as log, pytest.raises(BlockingIOError):
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    made.end()
+    processes.ask(tmp_path, processes.AT_ONCE)
     thread.join(20)
     assert not thread.is_alive()
 
@@ -262,8 +265,62 @@ def test_a_process_holds_its_log_from_its_start(run, tmp_path):
 def test_a_run_that_runs_elsewhere_is_waited_for(run, tmp_path):
     run.set_status("running")  # in this process, which lives
     threading.Timer(1.0, run.set_status, ["done"]).start()
-    assert Acted(tmp_path, jobs=1).work(run).state == "done"
+    assert Acted(tmp_path, tmp_path)(run).state == "done"
     assert not (run.path / "starts").exists()
+
+
+def test_a_run_of_a_machine_that_is_gone_is_gone_on_with(run, tmp_path):
+    runs.write_json(
+        run.path / "status.json", {"state": "running", "host": "gone", "pid": 1, "pid_started": 0}
+    )
+    assert Acted(tmp_path, tmp_path)(run).state == "done"
+    assert (run.path / "starts").read_text() == "x"
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two dask workers of a thread each, in processes of their own."""
+    distributed = pytest.importorskip("distributed", reason='needs pip install "kdlib[dask]"')
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=":0", processes=True
+    ) as made:
+        yield made
+
+
+def test_on_a_cluster_whose_worker_is_killed_all_is_done_and_nothing_twice(acted, tmp_path, cluster, capsys):
+    def kill():
+        until = time.monotonic() + 60
+        while sum(starts(tmp_path / "runs" / "s")) < 2:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        os.kill(next(iter(cluster.workers.values())).pid, signal.SIGKILL)
+
+    sweep = acted(
+        dict.fromkeys(range(6), "nap"), seeds=6, jobs=0, meanwhile=kill, on=cluster.scheduler_address
+    )
+    assert starts(sweep.path) == [1] * 6
+    assert results.trial_table(sweep)["state"].tolist() == ["done"] * 6
+    assert len(re.findall(r"^done ", capsys.readouterr().out, re.MULTILINE)) == 6
+
+
+def test_a_cluster_that_cannot_do_the_work_says_why(cluster, tmp_path, monkeypatch):
+    def refused(on, root, jobs=0):
+        with pytest.raises(RunError) as caught, processes.executor(jobs, on, root):
+            pytest.fail("it was taken")
+        return str(caught.value)
+
+    began = time.monotonic()
+    assert "--on tcp://127.0.0.1:9: no dask scheduler answers" in refused("tcp://127.0.0.1:9", tmp_path)
+    assert time.monotonic() - began < 30
+    assert "no dask scheduler answers" in refused("no address at all", tmp_path)
+    monkeypatch.setattr(processes, "_sees", os.path.isdir)  # as where another disk is mounted
+    assert f"it does not see {tmp_path}" in refused(cluster.scheduler_address, tmp_path)
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with (
+        pytest.raises(ConfigError, match=r'pip install "kdlib\[dask\]"'),
+        processes.executor(0, "x", tmp_path),
+    ):
+        pytest.fail("it was taken")
 
 
 def test_a_sweep_that_is_running_is_not_started_twice_and_a_runs_name_is_not_a_sweeps(acted, run, tmp_path):

@@ -6,8 +6,9 @@ import shutil
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from kdlib.runs.folder import Run
 from kdlib.runs.interrupts import heard
 from kdlib.runs.log import duration, time_left
 from kdlib.sweeps.cautions import findings
-from kdlib.sweeps.processes import Outcome, Processes
+from kdlib.sweeps.processes import AT_ONCE, Outcome, Work, ask, asked, outcome_of
 from kdlib.sweeps.results import FILE, Sweep, distilled_of, setting_table, trial_table
 from kdlib.sweeps.trials import Base, Search, Trial, described
 
@@ -66,7 +67,8 @@ class Order:
     reports: Path
     render_run: Callable[[Run, Path], object]  # the report of a run, into the folder of reports
     render_index: Callable[[Path, Path], object]  # the page over all runs
-    jobs: int = 1
+    jobs: int = 1  # at a time; on a cluster 0: as many as its workers have threads
+    on: str | None = None  # a dask cluster's address; None: this machine
     smoke: bool = False
     overrides: Mapping[str, Any] = field(default_factory=dict)  # in all trials
     forecast: Callable[[Config], Cost] | None = None  # raises a KdlibError for what cannot be run
@@ -104,26 +106,28 @@ class Pool:
     sweep: Sweep
     base: Base
     order: Order
-    processes: Processes
+    executor: Executor
+    jobs: int  # at a time
+    work: Work
     clock: Clock
     render: Callable[[Sweep, Path], Path]
     outcomes: list[Outcome] = field(default_factory=list)
 
     def run(self, supply: Listed | Search) -> Path:
         """Run what the supply gives, so many at a time, a line for every event; returns the report's path."""
-        at_work: dict[Future, Trial] = {}
-        jobs, stopping = self.order.jobs, self.processes.stopping
+        at_work: dict[Future, tuple[Trial, Run]] = {}
         bar = tqdm(total=len(supply.ahead()), unit="run", disable=None, smoothing=0)
-        with _stoppable(self.processes), bar, ThreadPoolExecutor(jobs) as threads:
+        with _stoppable(self.sweep.path), bar:
             while True:
-                while len(at_work) < jobs and not stopping.is_set() and (trial := supply.next()):
-                    at_work[threads.submit(self.processes.work, self._opened(trial))] = trial
+                while len(at_work) < self.jobs and not asked(self.sweep.path) and (trial := supply.next()):
+                    run = self._opened(trial)
+                    at_work[self.executor.submit(self.work, run)] = trial, run
                 if not at_work:
                     break
                 for ended in wait(at_work, timeout=1.0, return_when=FIRST_COMPLETED).done:
-                    trial = at_work.pop(ended)
-                    ahead = [*supply.ahead(), *(other.run for other in at_work.values())]
-                    supply.told(trial, self._settled(trial, ended.result(), ahead))
+                    trial, run = at_work.pop(ended)
+                    ahead = [*supply.ahead(), *(other.run for other, _ in at_work.values())]
+                    supply.told(trial, self._settled(trial, outcome_of(ended, run), ahead))
                     bar.update()
         return self._closed()
 
@@ -162,7 +166,7 @@ class Pool:
             self.clock.learn(run.name, outcome.seconds)
         took = f"; took {duration(outcome.seconds)}" if outcome.seconds else ""
         if ahead:
-            left = self.clock.left(ahead, self.order.jobs)
+            left = self.clock.left(ahead, self.jobs)
             took += f"; {len(ahead)} to go" + (f", about {duration(left)}" if left else "")
         say(f"{outcome.state:8} {run.name}  {described(trial.parameters)}: {what}{took}{log}")
         if outcome.unreported:
@@ -182,7 +186,7 @@ class Pool:
         failed = [each for each in self.outcomes if each.state not in ("done", "stopped")]
         lines = [f"  {each.run.name}: {(each.message or each.state).splitlines()[0]}" for each in failed]
         message = "\n".join([f"{len(failed)} of the runs failed:", *lines]) if failed else ""
-        if self.processes.stopping.is_set() or any(each.state == "stopped" for each in self.outcomes):
+        if asked(self.sweep.path) or any(each.state == "stopped" for each in self.outcomes):
             message = f"stopped; the same command goes on where it stopped{f'; {message}' if message else ''}"
         self.sweep.set_status("failed" if message else "done", message)
         for trial in self.sweep.facts["trials"]:
@@ -208,12 +212,12 @@ def say(line: str) -> None:
 
 
 @contextlib.contextmanager
-def _stoppable(processes: Processes) -> Iterator[None]:
+def _stoppable(sweep: Path) -> Iterator[None]:
     """Ctrl-C, or a polite kill, asks all runs for a checkpoint; a second Ctrl-C ends them at once."""
 
-    def ask() -> None:
-        processes.ask()
+    def stop() -> None:
+        ask(sweep)
         say("stopping: the runs make a checkpoint and end; Ctrl-C again to end them at once")
 
-    with heard(ask, processes.end):
+    with heard(stop, partial(ask, sweep, AT_ONCE)):
         yield

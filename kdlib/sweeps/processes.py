@@ -1,26 +1,39 @@
-"""The processes of a sweep: each trial is a `kd run`, held to its time."""
+"""Where trials of a sweep run, here or on a cluster: each a `kd run` in its own process, held to its time.
+
+Any `concurrent.futures.Executor` will do: threads here, dask's client elsewhere.  What the sweep and its
+workers say to each other are files, in runs/, which all machines see.
+"""
 
 import contextlib
 import fcntl
+import logging
 import os
 import signal
 import subprocess
 import sys
-import threading
+import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import psutil
 
-from kdlib.runs.files import without_keys_in
+from kdlib.errors import ConfigError, RunError
+from kdlib.runs.files import without_keys_in, write_text
 from kdlib.runs.folder import Run, project_root
-from kdlib.runs.lock import is_free
+from kdlib.runs.lock import is_free, is_here
 
 LEFT_OUT = "01_dry_run"
 GRACE = 90.0  # s to make a checkpoint in, after which a process is killed
 TICK = 0.2  # s
+CONNECT_S = 10.0  # in which a cluster must answer
+STOP, AT_ONCE = (
+    "STOP",
+    "at once",
+)  # a file in the sweep's folder, and what it says where nothing is waited for
 
 
 @dataclass(frozen=True)
@@ -35,73 +48,60 @@ class Outcome:
     unreported: bool = False  # its process ended without a word, so it left no report
 
 
-class Processes:
-    """Trials at work in processes of their own.
+@dataclass(frozen=True)
+class Work:
+    """Runs a trial to its end, from where it stands, wherever it is called.
 
     A trial's log.txt is locked by its process and whatever that starts until the last of them is gone: nobody
-    starts a second process on the run, even after the sweep itself was killed.
+    starts a second process on the run, even after the sweep, or the worker that started it, was killed.
     """
 
-    def __init__(self, reports: Path, *, jobs: int, timeout_s: float | None = None) -> None:
-        self.reports, self.jobs, self.timeout_s = reports, jobs, timeout_s
-        self.at_work: dict[str, subprocess.Popen] = {}
-        self.guard, self.stopping = threading.Lock(), threading.Event()
+    sweep: Path  # its folder
+    reports: Path
+    jobs: int = 1  # that share this machine
+    timeout_s: float | None = None
 
-    def work(self, run: Run) -> Outcome:
-        """Run a trial to its end, from where it stands; waits for a process that is at work on it already."""
+    def __call__(self, run: Run) -> Outcome:
+        """Waits for a process that is at work on the run already."""
         with (run.path / "log.txt").open("a", encoding="utf-8") as log:
             if not self._wait_for(run, log):
                 return Outcome(run, "stopped")
             if run.status["state"] == "done":
+                without_keys_in(run.path / "log.txt")
                 return Outcome(run, "done")
             whole, began = not run.manifest.get("stages"), time.monotonic()
-            with self.guard:
-                process = self.at_work[run.name] = subprocess.Popen(
-                    self.command(run),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    cwd=project_root(),
-                    env=self.environment(),
-                    start_new_session=True,
-                )
-                if self.stopping.is_set():
-                    process.send_signal(signal.SIGINT)
+            process = subprocess.Popen(
+                self.command(run),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=project_root(),
+                env=self.environment(),
+                start_new_session=True,
+            )
             in_time = self._ended(process)
             without_keys_in(run.path / "log.txt")
-            with self.guard:
-                del self.at_work[run.name]
             seconds = time.monotonic() - began
         run.add_to_manifest(minutes=round(run.manifest.get("minutes", 0.0) + seconds / 60, 2))
         done = run.status["state"] == "done"
         unreported = not done and self._explained(run, process.returncode, in_time=in_time)
         status = run.status
-        state = "stopped" if self.stopping.is_set() and not done else status["state"]
+        state = "stopped" if asked(self.sweep) and not done else status["state"]
         return Outcome(run, state, status.get("message", ""), seconds, whole and done, unreported)
 
-    def ask(self) -> None:
-        """Ask every process for a checkpoint and to end, and start no more."""
-        with self.guard:
-            self.stopping.set()
-            for process in self.at_work.values():
-                process.send_signal(signal.SIGINT)
-
-    def end(self) -> None:
-        """End every process at once."""
-        with self.guard:
-            self.stopping.set()
-            for process in self.at_work.values():
-                _kill(process)
-
     def _wait_for(self, run: Run, log: IO[str]) -> bool:
-        """Until no process is at work on this run; False where the sweep is stopped before."""
-        while not self.stopping.is_set():
+        """Until no process is at work on this run; False where the sweep is stopped before.
+
+        What another machine says is at work, and holds no lock, was killed with it.
+        """
+        while not asked(self.sweep):
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if is_free(run.path) and run.status["state"] != "running":  # by hand
+                status = run.status
+                if is_free(run.path) and not (status["state"] == "running" and is_here(status)):  # by hand
                     return True
                 fcntl.flock(log, fcntl.LOCK_UN)
-            self.stopping.wait(5 * TICK)
+            time.sleep(5 * TICK)
         return False
 
     def command(self, run: Run) -> list[str]:
@@ -110,23 +110,30 @@ class Processes:
         return [sys.executable, "-m", "kdlib", "run", *resume, *folders]
 
     def environment(self) -> dict[str, str]:
-        """Ours, with the cores divided among the jobs."""
-        threads = {"OMP_NUM_THREADS": str(max(cores() // self.jobs, 1))} if self.jobs > 1 else {}
-        return {"PYTHONUNBUFFERED": "1", **threads, **os.environ}
+        """Ours, with the cores divided among the jobs; a dask worker's without what dask itself set in it."""
+        jobs, ours = self.jobs, dict(os.environ)
+        if worker := _dask_worker():
+            import dask
+
+            preset = dask.config.get("distributed.nanny.pre-spawn-environ")  # a thread each, for numpy's sake
+            jobs = worker.state.nthreads
+            ours = {name: value for name, value in ours.items() if str(preset.get(name)) != value}
+        threads = {"OMP_NUM_THREADS": str(max(cores() // jobs, 1))} if jobs > 1 else {}
+        return {"PYTHONUNBUFFERED": "1", **threads, **ours}
 
     def _ended(self, process: subprocess.Popen) -> bool:
-        """Wait for the end; False where it had to be told, for lack of time."""
-        try:
-            process.wait(self.timeout_s)
-            return True
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
-        try:
-            process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            _kill(process)
-            process.wait()
-        return False
+        """Wait for the end, and pass on who asks for it; False where it had to be told, for lack of time."""
+        limit, told, late = time.monotonic() + (self.timeout_s or float("inf")), False, False
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(TICK)
+                return not late
+            stop, now = asked(self.sweep), time.monotonic()
+            if stop == AT_ONCE or (late and now > limit + GRACE):
+                _kill(process)
+            elif (stop or now > limit) and not told:
+                process.send_signal(signal.SIGINT)
+                told, late = True, not stop
 
     def _explained(self, run: Run, code: int, *, in_time: bool) -> bool:
         """Say in the status why a run is not done, where its own process did not; whether that was so."""
@@ -140,6 +147,95 @@ class Processes:
         else:
             return False
         return True
+
+
+def asked(sweep: Path) -> str:
+    """What the file STOP in a sweep's folder asks for: nothing (""), a checkpoint and the end, or AT_ONCE."""
+    try:
+        return (sweep / STOP).read_text().strip() or "a checkpoint"
+    except FileNotFoundError:
+        return ""
+
+
+def ask(sweep: Path, what: str = "a checkpoint") -> None:
+    """Ask all trials of a sweep, on whatever machine, to end, and start no more."""
+    write_text(sweep / STOP, what)
+
+
+def outcome_of(ended: Future, run: Run) -> Outcome:
+    """What a trial came to; that it died, where who was to run it failed.
+
+    Raises:
+        RunError: the cluster is gone.
+    """
+    if ended.cancelled():
+        do = "what its workers had begun may go on; start it again, and the same command goes on"
+        raise RunError(f"run {run.name}: the cluster is gone: {do}")
+    if error := ended.exception():
+        return Outcome(run, "died", f"{type(error).__name__}: {error}")
+    return ended.result()
+
+
+@contextlib.contextmanager
+def executor(jobs: int, on: str | None, root: Path) -> Iterator[tuple[Executor, int]]:
+    """What runs trials, and how many at a time: threads here, or the dask cluster at this address.
+
+    Args:
+        jobs: at a time; of a cluster 0: as many as its workers have threads.
+        root: the folder of runs, which every worker must see.
+
+    Raises:
+        ConfigError: dask is not installed.
+        RunError: the cluster is out of reach, or its workers cannot do this work.
+    """
+    if on is None:
+        with ThreadPoolExecutor(jobs) as threads:
+            yield threads, jobs
+        return
+    try:
+        from distributed import Client
+    except ImportError:
+        do = 'run: pip install "kdlib[dask]"'
+        raise ConfigError(f"--on: a sweep on a cluster needs dask.distributed; {do}") from None
+    for name in ("distributed", "distributed.client"):  # their tracebacks; what is lost is said below
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        client = Client(on, timeout=CONNECT_S)
+    except (OSError, ValueError) as error:
+        first, do = str(error).partition("\n")[0], "start it with `dask scheduler`, or give another address"
+        raise RunError(f"--on {on}: no dask scheduler answers ({first}); {do}") from None
+    with client:
+        threads = sum(client.nthreads().values())
+        if not (threads or jobs):
+            do = f"start some, as `dask worker {on} --nthreads 1`, or say --jobs where they come later"
+            raise RunError(f"--on {on}: the cluster has no workers; {do}")
+        _check_workers(client, on, root)
+        with client.get_executor(pure=False) as cluster:
+            yield cluster, jobs or threads
+
+
+def _check_workers(client: Any, on: str, root: Path) -> None:
+    """Raises a RunError where a worker does not see the folder of runs, or has no kdlib."""
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=root, prefix=".seen") as file:
+        answers = client.run(_sees, file.name, on_error="return")
+    for worker, answer in answers.items():
+        if answer is not True:
+            found = f"{type(answer).__name__}: {answer}" if answer else f"it does not see {root}"
+            do = "workers need this version of kdlib, and the folder of runs at the same path"
+            raise RunError(f"--on {on}: worker {worker}: {found}; {do}")
+
+
+def _sees(file: str) -> bool:
+    return Path(file).exists()
+
+
+def _dask_worker() -> Any:
+    """The dask worker that this is called in, if any."""
+    if "distributed" in sys.modules:
+        with contextlib.suppress(ValueError):
+            return sys.modules["distributed"].get_worker()
+    return None
 
 
 def cores() -> int:

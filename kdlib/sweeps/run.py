@@ -16,7 +16,7 @@ from kdlib.runs.log import duration
 from kdlib.sweeps import report
 from kdlib.sweeps.config import SweepConfig
 from kdlib.sweeps.pool import Clock, Cost, Listed, Order, Pool, say
-from kdlib.sweeps.processes import Processes
+from kdlib.sweeps.processes import STOP, Work, executor
 from kdlib.sweeps.results import FILE, Sweep, distilled_of
 from kdlib.sweeps.trials import Base, Search, Trial, described, expanded
 
@@ -32,7 +32,7 @@ def run_sweep(settings: SweepConfig, order: Order, *, dry_run: bool = False) -> 
 
     Raises:
         ConfigError: a trial would make no sound config; nothing is written.
-        RunError: the sweep is running already; or runs failed, or it was stopped.
+        RunError: the sweep is running already, the cluster is out of reach, runs failed, or it was stopped.
     """
     sweep = Sweep(order.root / order.name)
     base = Base(settings, order.name, Path.cwd(), smoke=order.smoke, overrides=order.overrides)
@@ -54,10 +54,12 @@ def run_sweep(settings: SweepConfig, order: Order, *, dry_run: bool = False) -> 
         return None
     facts = {"file": order.file, "base": settings.base, "smoke": base.smoke, "command": order.command}
     limit = settings.timeout_minutes and settings.timeout_minutes * 60
-    processes = Processes(order.reports, jobs=order.jobs, timeout_s=limit)
-    with held(sweep.path):
+    with held(sweep.path), executor(order.jobs, order.on, order.root) as (where, jobs):
         begin(sweep, settings, trials, **facts, repeated=repeated, forecast=text)
-        return Pool(sweep, base, order, processes, clock, report.render).run(supply)
+        if order.on:
+            say(f"on {order.on}: {jobs} runs at a time")
+        work = Work(sweep.path, order.reports, jobs, limit)
+        return Pool(sweep, base, order, where, jobs, work, clock, report.render).run(supply)
 
 
 def listing(sweep: Sweep, trials: Sequence[Trial], repeated: Sequence[str], *, more: int = 0) -> str:
@@ -102,6 +104,7 @@ def begin(sweep: Sweep, settings: SweepConfig, trials: Sequence[Trial], **facts:
     refuse_keys(about)
     with writing(sweep.path):
         sweep.path.mkdir(parents=True, exist_ok=True)
+        (sweep.path / STOP).unlink(missing_ok=True)
     write_json(sweep.path / FILE, about)
     sweep.set_status("running")
     if gone := {trial["run"] for trial in earlier.get("trials", [])} - {trial.run for trial in trials}:

@@ -154,6 +154,7 @@ def sweep(
     dry_run: option(bool, "--dry-run", help="List the runs and the forecast, and run nothing.") = False,
     anyway: Anyway = False,
     no_forecast: option(bool, "--no-forecast", help="Start at once.") = False,
+    on: option(str | None, "--on", help="A dask cluster's address, as tcp://host:8786; else here.") = None,
     runs_folder: RunsFolder = None,
     reports_folder: ReportsFolder = None,
 ) -> None:
@@ -171,12 +172,13 @@ def sweep(
         command=command(),
         smoke=smoke,
         overrides=dict(pairs(override or [])),
-        jobs=jobs or settings.jobs,
+        jobs=jobs or (0 if on else settings.jobs),
+        on=on,
         root=root,
         reports=reports,
         render_run=report.render,
         render_index=index.render_index,
-        forecast=None if no_forecast else _cost,
+        forecast=None if no_forecast or on else _cost,  # it is this machine that it speaks of
         anyway=anyway,
     )
     os.chdir(runs.project_root())
