@@ -80,17 +80,18 @@ def on_each(
     """{moment: {part: bytes}} on each of several ranks, from those of one that holds everything.
 
     By DDP a second copy of the gradients comes on top.  By FSDP each holds its shard of what is SHARDED, and
-    what is gathered to compute with, once, in the dtype of the products: autocast has nothing to cast.
+    what is gathered to compute with, in the dtype of the products, so that autocast has nothing to cast: a
+    model's running weights, and the teacher's head always.
     """
     if layout == "DDP":
         buckets = "student's parameters"
         return {name: {**parts, "gradient buckets": parts[buckets]} for name, parts in moments.items()}
     gathered = {
         "student's forward": student.running,
-        "teacher's forward": student.head + teacher.running,
-        "loss": student.head + teacher.head,
+        "teacher's forward": student.head + teacher.running - teacher.head,
+        "loss": student.head,
         "backward": student.running,
-        "evaluation": student.head + max(student.running, teacher.running),
+        "evaluation": student.head + max(student.running, teacher.running - teacher.head),
     }
     found = {}
     for name, whole in moments.items():
@@ -101,7 +102,7 @@ def on_each(
             parts["teacher's weights"] = 0
         if name == "backward":  # until they are reduced; the head's are a part by themselves
             parts["gradients"] = parts.get("gradients", 0) + student.running - student.head
-        found[name] = {**parts, "gathered weights": gathered.get(name, 0)}
+        found[name] = {**parts, "gathered weights": gathered.get(name, 0) + teacher.head}
     return found
 
 
