@@ -307,6 +307,7 @@ LOSS = {
     ),
     "hot at first": ({"temperature": {"linear": [100, 1]}}, {"temperature": "warning"}),
     "hot by term": ({"temperature": {"kd": 100}}, {"temperature.kd": "critical"}),
+    "warm, which teaches all the same": ({"temperature": 16.0}, {"temperature": "warning"}),
     "a feature term a thousand times too large": (
         {"weights": {"kd": 0.7, "ce": 0.3, "hidden": 1e5}},
         {"weights.hidden": "warning"},

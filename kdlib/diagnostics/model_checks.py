@@ -23,6 +23,7 @@ from kdlib.schedulers import SHAPES, at_most, breakpoints, from_spec
 
 AUTO = {"precision": "auto"}
 UNIFORM = 0.9  # of log V: the entropy above which a teacher says next to nothing
+FLAT = 0.999  # likewise: what is left of the teacher is a few thousandths of a nat
 TELLING = 0.6  # of log V: that of a temperature which is proposed
 PROPOSED = (4.0, 3.0, 2.0, 1.5, 1.0)
 UNLIKE = 100.0  # times, between weighted terms
@@ -170,7 +171,7 @@ def temperature_leaves_something_to_teach(context: Context) -> Findings:
             better = next((T for T in cooler if lowest < T and flatness(T) <= UNIFORM), better)
         if better is not None:
             found += f"; at T = {better:g} it is {flatness(better):.0%}"
-            found_as = critical if lowest == highest or flatness(lowest) > UNIFORM else warning
+            found_as = critical if flatness(lowest) > FLAT else warning
             mended = at_most(spec, better)
             yield found_as(where, found, why, f"write {flow(mended)}", {where: mended})
         else:
