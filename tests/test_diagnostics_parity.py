@@ -19,7 +19,7 @@ from tiny_training import pieces
 from kdlib.config.run import parse
 from kdlib.data.batches import collate
 from kdlib.diagnostics import parity
-from kdlib.errors import ConfigError
+from kdlib.errors import ConfigError, NonFiniteLoss
 from kdlib.losses import features
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.objective import Objective, SoftTargets, log_probs
@@ -239,6 +239,14 @@ def test_rows_are_cut_to_different_lengths():
     assert [
         len(row["input_ids"]) for row in parity.shortened([{"input_ids": [1, 2]}, {"input_ids": [1, 2, 3]}])
     ] == [2, 3]
+
+
+def test_what_is_not_finite_in_the_evaluation_alone_is_named(raw_config):
+    raw = {**raw_config, "loss": {"weights": {"ce": 1.0}}}
+    parts = pieces(parse(raw))
+    parts["teacher"].model.lm_head.weight.data.fill_(float("inf"))
+    with pytest.raises(NonFiniteLoss, match="kl_to_teacher = nan .*the teacher is not finite"):
+        table(raw, parts)
 
 
 def test_dropout_is_off_in_the_self_test_and_on_again_after_it(raw_config, monkeypatch):

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from datasets import Dataset
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdlib.config.loss import ROUTER
@@ -220,8 +222,8 @@ def _compared(
     means = {name: value / tokens for name, value in sums.items()}
     weights = trainer.objective.at(trainer.state.global_step).weights
     means["loss"] = sum(weight * means[name] for name, weight in weights.items())
-    yield "training = evaluation, loss and terms", _furthest(means, _evaluated(trainer, whole)), terms
-    yield "student = teacher: 0 in every divergence, nats", _against_itself(trainer, whole), terms
+    yield "training = evaluation, loss and terms", _furthest(means, _evaluated(trainer, rows, whole)), terms
+    yield "student = teacher: 0 in every divergence, nats", _against_itself(trainer, rows, whole), terms
 
 
 def _without_router(objective: Objective) -> Objective:
@@ -243,14 +245,15 @@ def _step(
     return sums, slopes
 
 
-def _evaluated(trainer: DistillationTrainer, batch: Mapping[str, Tensor]) -> dict[str, float]:
-    """The loss, kl_to_teacher and the terms as an evaluation here gives them, per token."""
-    figures = trainer.evaluation_loop([batch], "parity").metrics
+def _evaluated(trainer: DistillationTrainer, rows: Sequence[Mapping], batch: Mapping) -> dict[str, float]:
+    """The loss, kl_to_teacher and the terms as an evaluation of these rows, in one batch, gives them."""
+    loader = DataLoader(Dataset.from_list(list(rows)), len(rows), collate_fn=lambda _: batch)
+    figures = trainer.evaluation_loop(loader, "parity").metrics
     terms = [f"{name}_loss" for name in trainer.objective.at(trainer.state.global_step).weights]
     return {name.removesuffix("_loss"): figures[f"eval_{name}"] for name in ("loss", "kl_to_teacher", *terms)}
 
 
-def _against_itself(trainer: DistillationTrainer, batch: Mapping[str, Tensor]) -> float:
+def _against_itself(trainer: DistillationTrainer, rows: Sequence[Mapping], batch: Mapping) -> float:
     """The greatest term whose least value is 0: the teacher, and what it reads, in the student's place."""
     read = {name: values for name, values in batch.items() if name.startswith("teacher_")}
     mine = {**batch, **{name.removeprefix("teacher_"): values for name, values in read.items()}}
@@ -258,7 +261,7 @@ def _against_itself(trainer: DistillationTrainer, batch: Mapping[str, Tensor]) -
     itself = {"model": teacher.model, "form": teacher.form, "layer_pairs": pairs}
     itself |= {"objective": _without_router(trainer.objective)}
     with _instead(*((trainer, name, value) for name, value in itself.items())):
-        figures = _evaluated(trainer, mine)
+        figures = _evaluated(trainer, rows, mine)
     return max(abs(value) for name, value in figures.items() if name not in CONTRASTIVE | {"loss"})
 
 
