@@ -3,6 +3,7 @@ rows, too few tokens are named.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kdlib.config.run import parse
 from kdlib.diagnostics import doctor
 from kdlib.diagnostics.context import Context, as_text
+from kdlib.diagnostics.data_checks import teacher_knows_the_classes
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +47,20 @@ def test_a_classification_that_is_well_is_left_alone(well):
     assert all(each.severity == "note" and "not measured" not in each.what for each in said), as_text(said)
 
 
-def test_a_teacher_that_knows_nothing_is_named_with_its_accuracy(well, place):
-    severity, what = found(
-        {**well, "teacher": {"model": classifier(place / "random", labels=LABELS, seed=2)}}
-    )["teacher.model"]
-    assert severity in ("critical", "warning")
-    assert "its accuracy on 128 training rows is" in what
+def test_a_teacher_that_knows_nothing_is_named_with_its_accuracy_and_a_toy_is_no_reason_to_stop(
+    well, knowing, place
+):
+    folder = shutil.copytree(knowing, place / "renamed")
+    settings = json.loads((folder / "config.json").read_text())
+    names = ["tools", "animals", "weather"]
+    settings |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    context = Context(parse({**well, "teacher": {"model": str(folder)}}))
+    for briefly, severity in ((False, "critical"), (True, "warning")):
+        context.made["is_taught_briefly"] = briefly
+        (finding,) = teacher_knows_the_classes(context)
+        assert (finding.severity, finding.where) == (severity, "teacher.model")
+        assert "its accuracy on 128 training rows is" in finding.what
 
 
 def test_a_teacher_whose_classes_have_no_names_is_taken_in_the_order_of_the_datas_and_said(well, place):

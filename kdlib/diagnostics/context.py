@@ -169,6 +169,11 @@ class Context:
         return rules_of(self.config)
 
     @property
+    def is_taught_briefly(self) -> bool:
+        """Whether the teacher had no more than a smoke run's few steps."""
+        return self.made.get("is_taught_briefly", False)
+
+    @property
     def objective(self) -> Objective:
         return objective_of(self.config)
 

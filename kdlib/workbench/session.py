@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property, partial
 from importlib.metadata import version
 from typing import Any
@@ -178,10 +178,8 @@ class Workbench:
 
         What is critical keeps `train` from beginning, and stands in the report.
         """
-        found = doctor.diagnose(self.config, made=self._made())
-        if self.run.config.teacher_stage and self.run.manifest.get("smoke"):  # its few steps teach it nothing
-            mild = ("teacher.model", "critical")
-            found = [replace(x, severity="warning") if (x.where, x.severity) == mild else x for x in found]
+        briefly = self.run.config.teacher_stage is not None and self.run.manifest.get("smoke", False)
+        found = doctor.diagnose(self.config, made={**self._made(), "is_taught_briefly": briefly})
         self.run.add_to_manifest(doctor=[asdict(each) for each in found])
         print("the doctor:", as_text(found))
 
