@@ -528,11 +528,11 @@ def test_the_top_k_are_the_largest_logits_where_rounding_makes_log_probs_equal()
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, 1e-3, 100.5, 1e4, float("nan"), float("inf")])
 def test_a_temperature_that_no_one_can_mean_is_refused_before_anything_is_computed(temperature):
-    with pytest.raises(ValueError, match=r"needs 0\.01 to 100"):
+    with pytest.raises(ValueError, match=r"from 0\.01 to 100"):
         log_probs(torch.zeros(1, 3), temperature)
-    with pytest.raises(ValueError, match=r"needs 0\.01 to 100"):
+    with pytest.raises(ValueError, match=r"from 0\.01 to 100"):
         Weighted(SoftTargets(), 1.0, temperature)
-    with pytest.raises(ValueError, match=r"needs 0\.01 to 100"):
+    with pytest.raises(ValueError, match=r"from 0\.01 to 100"):
         contrastive_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2), temperature=temperature)
 
 

@@ -123,21 +123,19 @@ def _temperature(value: Any) -> Any:
 
 
 def _in_range(spec: Any) -> Spec:
-    values = sampled(spec)
-    if not COOLEST <= min(values) <= max(values) <= HOTTEST:
-        between = f"from {COOLEST:g} to {HOTTEST:g}"
-        raise ValueError(f"the temperature must stay {between}, found {spec}; usual values are 1 to 4")
+    check_temperature(*sampled(spec))
     return normal(spec)
 
 
-def check_temperature(temperature: float) -> None:
+def check_temperature(*temperatures: float) -> None:
     """
     Raises:
-        ValueError: it is not one that float32 can carry.
+        ValueError: one of them is none that float32 can carry.
     """
-    if not COOLEST <= temperature <= HOTTEST:
-        between = f"needs {COOLEST:g} to {HOTTEST:g}"
-        raise ValueError(f"the temperature is {temperature:g}, {between}; usual values are 1 to 4")
+    for found in temperatures:
+        if not COOLEST <= found <= HOTTEST:
+            between = f"from {COOLEST:g} to {HOTTEST:g}"
+            raise ValueError(f"the temperature must stay {between}, found {found:g}; usual values are 1 to 4")
 
 
 def _top_k(value: Any) -> Any:
