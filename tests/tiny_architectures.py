@@ -21,7 +21,7 @@ SMALL = {
     **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "n_groups", "encoder_layers", "index_n_heads"), 2),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "index_topk"), 64),
-    **dict.fromkeys(("head_dim", "d_kv", "query_pre_attn_scalar", "attention_head_dim", "d_head"), 8),
+    **dict.fromkeys(("head_dim", "d_kv", "query_pre_attn_scalar", "d_head"), 8),
     **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_channels", "rotary_dim"), 8),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "hidden_size_per_layer_input"), 8),
     **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size", "laurel_rank", "chunk_size"), 8),
@@ -35,7 +35,8 @@ SMALL = {
     **dict.fromkeys(("kv_lora_rank", "mamba_d_head", "mamba_head_dim", "embedding_size"), 16),
     **dict.fromkeys(("index_head_dim", "expert_ffn_hidden_size", "num_hash_buckets"), 16),
     **dict.fromkeys(("word_embed_proj_dim", "input_embedding_size"), 24),
-    "attention_hidden_size": 32,
+    "attention_hidden_size": 64,  # Zamba attends to a layer's input beside the embeddings
+    "attention_head_dim": 16,
     "axial_pos_shape": [8, 8],
     "axial_pos_embds_dim": [16, 16],
     "attn_layers": ["local"] * LAYERS,
