@@ -243,7 +243,7 @@ def set_up(config_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_kernel_shows_as_died_an_interrupt_as_stopped_and_the_run_resumes_to_its_end(
+def test_a_run_whose_kernel_was_killed_and_that_was_stopped_resumes_to_the_end_of_an_undisturbed_one(
     config_file, raw_config, set_up, tmp_path
 ):
     raw_config["training"] |= {"max_steps": 200, "save_steps": 20, "eval_steps": 100, "logging_steps": 5}
@@ -267,15 +267,21 @@ def test_a_killed_kernel_shows_as_died_an_interrupt_as_stopped_and_the_run_resum
     assert '<span class="state died">died</span>' in report.read_text()
     assert "its kernel died" in report.read_text()
 
-    process = kd_process(*go_on)
-    trained_to(60, run, process)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 1
-    stopped = re.search(r"kd: 02_train: stopped at step (\d+) with a checkpoint; go on with --resume", said)
-    assert run.status["state"] == "stopped"
-    assert '<span class="state stopped">stopped</span>' in index.read_text()
-    assert "stopped at step" in report.read_text()
+    stops = []
+    for step, polite in ((60, signal.SIGINT), (90, signal.SIGTERM)):
+        process = kd_process(*go_on)
+        trained_to(step, run, process)
+        process.send_signal(polite)
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 1
+        stopped = re.search(
+            r"kd: 02_train: stopped at step (\d+) with a checkpoint; go on with --resume", said
+        )
+        stops.append(int(stopped[1]))
+        assert (run.checkpoints / f"checkpoint-{stops[-1]}" / "model.safetensors").exists()
+        assert run.status["state"] == "stopped"
+        assert '<span class="state stopped">stopped</span>' in index.read_text()
+        assert "stopped at step" in report.read_text()
 
     process = kd_process(*go_on)
     out, said = process.communicate(timeout=300)
@@ -283,7 +289,13 @@ def test_a_killed_kernel_shows_as_died_an_interrupt_as_stopped_and_the_run_resum
     assert "00_setup: done before" in out
     assert run.status["state"] == "done"
     steps = [line["train/step"] for line in read_metrics(run) if "train/loss" in line]
-    assert steps == sorted({*range(5, 201, 5), int(stopped[1])})
+    assert steps == sorted({*range(5, 201, 5), *stops})
+    whole = session.Workbench(set_up("whole")[0])
+    whole.train()
+    whole.train_baseline()
+    for folder in (".", "baseline"):
+        model = Path(folder, "final_model", "model.safetensors")
+        assert (run.path / model).read_bytes() == (whole.run.path / model).read_bytes()
     for name in (
         "teacher_student_comparison.png",
         "comparison_results.json",
