@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from tiny_training import pieces
 
 from kdlib.config.run import parse
 from kdlib.config.training_arguments import RESERVED, training_fields
-from kdlib.errors import ConfigError
+from kdlib.errors import ConfigError, ModelError
+from kdlib.models.teacher import check_shards, named_device
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.log import eval_table, training_table
 from kdlib.training import run as training
@@ -200,3 +202,45 @@ def test_a_toy_leaves_the_random_numbers_alone(raw_config):
     torch.manual_seed(5)
     try_out(training_arguments(parse(raw_config), "unused"))
     assert torch.equal(torch.rand(3), expected)
+
+
+SHARED = {
+    "training.fsdp_config.version: found 1": {"training": {"fsdp_config": {"version": 1}}},
+    "needs a mapping": {"training": {"fsdp_config": "fsdp.json"}},
+    "cpu_ram_efficient_loading": {"training": {"fsdp_config": {"fsdp_cpu_ram_efficient_loading": True}}},
+    "teacher.device: found cuda:1": {"teacher": {"device": "cuda:1"}},
+    "grad_norms_every: found 2": {"diagnostics": {"grad_norms_every": 2}},
+    "teacher.offload: goes with training.fsdp": {
+        "teacher": {"offload": True},
+        "training": {"fsdp": False},
+    },
+}
+
+
+@pytest.mark.parametrize("said", SHARED)
+def test_what_does_not_go_with_shared_models_is_refused_by_name(raw_config, said):
+    given = {"training": {}, **SHARED[said]}
+    raw = raw_config | {name: {**raw_config.get(name, {}), **changes} for name, changes in given.items()}
+    raw["training"] = {"fsdp": True, **raw["training"]}
+    with pytest.raises(ConfigError) as refused:
+        parse(raw)
+    assert said in str(refused.value)
+
+
+def test_on_cpu_ranks_sharing_is_refused_and_accelerate_is_not_left_with_a_toys_state(raw_config, tmp_path):
+    """accelerate keeps the first state that is asked for: FSDP was off after the toy, on GPUs too."""
+    args = training_arguments(parse(changed(raw_config, fsdp=True)), tmp_path)
+    assert args.fsdp_config["state_dict_type"] == "SHARDED_STATE_DICT"
+    with pytest.raises(
+        ConfigError, match=r"training.fsdp: found on cpu ranks, where accelerate shards nothing"
+    ):
+        check_shards(args.device)
+    try_out(args)
+    assert not AcceleratorState._shared_state
+
+
+def test_a_teacher_on_a_device_that_is_not_there_is_refused_with_those_that_are(raw_config):
+    config = parse({**raw_config, "teacher": {**raw_config["teacher"], "device": "cuda:1"}})
+    with pytest.raises(ModelError, match=r"teacher.device: found cuda:1, but this machine has .*cpu"):
+        named_device(config.teacher.device)
+    assert parse(raw_config).as_dict()["teacher"] == raw_config["teacher"]  # older runs are known again

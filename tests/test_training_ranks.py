@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import narrow_student, tiny_experiment
+from fsdp_on_cpu import begin_from
 from safetensors.torch import load_file
 from tiny_training import comparable, train_file
 
@@ -23,52 +24,75 @@ SGD = {
 EVALUATED = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 3}
 WEIGHTS = {"kd": 0.5, "ce": 0.2, "relational": 0.1}
 PHASES = [{"until": 0.5, "weights": {"hidden": 0.3}}, {"until": 1.0, "weights": {"hidden": 0.0}}]
-# what is changed in the tiny experiment; the last two have a student of other sizes, with an untied head
+SAVED = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "optim_args": "momentum=0.9"}
+# what is changed in the tiny experiment; where it is `own`, the student has other sizes and an untied head
 CASES = {
     "tied": {"training": EVALUATED},
     "projections": {
+        "own": True,
         "loss": {"weights": WEIGHTS, "curriculum": PHASES},
         "training": {"max_steps": 4, "eval_strategy": "no"},
     },
-    "untied": {"loss": {"weights": WEIGHTS}, "training": {"max_steps": 4, "eval_strategy": "no"}},
+    "untied": {
+        "own": True,
+        "loss": {"weights": WEIGHTS},
+        "training": {"max_steps": 4, "eval_strategy": "no"},
+    },
+    "sharded": {"training": {**EVALUATED, **SAVED, "max_grad_norm": 0.5}},
+    "sharded, accumulated": {
+        "own": True,
+        "loss": {"weights": {**WEIGHTS, "hidden": 0.3, "attention": 0.1}},
+        "training": {"max_steps": 2, "eval_strategy": "no", "activation_checkpointing": True},
+    },
 }
 pytestmark = pytest.mark.together
 
 
+def settings_of(case: str, plain: dict, narrow: str, ranks: int) -> dict:
+    """The experiment of a case for so many ranks, with as many rows in a step; shared where it says so."""
+    own, changes = CASES[case].get("own"), {k: v for k, v in CASES[case].items() if k != "own"}
+    # rows of many lengths
+    raw = {**plain, **changes, "data": {**plain["data"], "packing": False, "max_length": 24}}
+    steps = 2 if "accumulated" in case else 1
+    size = {"per_device_train_batch_size": 8 // ranks // steps, "gradient_accumulation_steps": steps}
+    training = {**plain["training"], **SGD, **changes["training"], **size, "fsdp": case.startswith("sharded")}
+    training["fsdp"] &= ranks > 1
+    return {**raw, "student": {"from": narrow} if own else plain["student"], "training": training}
+
+
 @pytest.fixture(scope="module")
 def ranked(teacher_folder, tmp_path_factory) -> Path:
-    """A folder with each case trained by two ranks, in CASE/two, and by one process, in CASE/one."""
+    """A folder with each case trained by two ranks, in CASE/two, and by one process, in CASE/one; and from
+    the checkpoint of two ranks that share the models by two, in sharded/again, and by one, in sharded/alone.
+    """
     folder = tmp_path_factory.mktemp("ranks")
     plain, narrow = tiny_experiment(teacher_folder, folder), narrow_student(teacher_folder, folder / "narrow")
     words = [folder / "sharded.json"]
-    for name, changes in CASES.items():
-        (folder / name).mkdir()
-        # rows of many lengths
-        raw = {**plain, **changes, "data": {**plain["data"], "packing": False, "max_length": 24}}
-        raw["student"] = plain["student"] if name == "tied" else {"from": narrow}
-        for ranks, size in {"one": 8, "two": 4}.items():
-            training = {
-                **plain["training"],
-                **SGD,
-                **changes["training"],
-                "per_device_train_batch_size": size,
-            }
-            (folder / name / f"{ranks}.yaml").write_text(yaml.safe_dump({**raw, "training": training}))
-        train_file(folder / name / "one", folder / name / "one.yaml")
-        words += [folder / name / "two", folder / name / "two.yaml"]
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        "29611",
-    ]
+    for case in CASES:
+        (folder / case).mkdir()
+        for name, ranks in {"one": 1, "two": 2}.items():
+            settings = settings_of(case, plain, narrow, ranks)
+            (folder / case / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+        train_file(folder / case / "one", folder / case / "one.yaml")
+        words += [folder / case / "two", folder / case / "two.yaml"]
+    shared = folder / "sharded"
+    for name in ("again", "alone"):
+        (shared / name).mkdir()
+        (shared / name / "from").write_text(str(shared / "two" / "checkpoints" / "checkpoint-4"))
+    words += [shared / "again", shared / "two.yaml"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*torchrun, Path(__file__).parent / "ranks.py", *words], capture_output=True, text=True, timeout=300
+        [*torchrun, "--master_port", "29611", Path(__file__).parent / "ranks.py", *words],
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    begin_from(shared / "alone")
+    alone = yaml.safe_load((shared / "one.yaml").read_text())
+    alone["training"]["fsdp"] = True
+    (shared / "alone.yaml").write_text(yaml.safe_dump(alone))
+    train_file(shared / "alone", shared / "alone.yaml")
     return folder
 
 
@@ -89,6 +113,29 @@ def test_two_ranks_equal_one(ranked, case):
 
 
 def test_a_step_sharded_by_fsdp2_over_two_processes_is_the_whole_step(ranked):
-    differences = json.loads((ranked / "sharded.json").read_text())
+    differences = json.loads((ranked / "sharded.json").read_text())["gradients"]
     assert set(differences) == {"tied", "untied"}
     assert all(value < 1e-5 for value in differences.values())
+
+
+def test_a_teacher_that_ranks_share_says_what_the_whole_one_says(ranked):
+    """Tied, untied (in the CPU's memory), soft-capped; each rank asks it about rows of its own."""
+    found = json.loads((ranked / "sharded.json").read_text())["teachers"]
+    assert set(found) == {"tied", "untied", "soft-capped"}
+    for each in found.values():
+        assert max(each["logits"], each["hidden"]) < 1e-5
+        assert each["held"] <= 0.5
+
+
+@pytest.mark.parametrize("name", ["again", "alone"])
+def test_a_checkpoint_of_shared_models_goes_on_with_two_ranks_and_with_one(ranked, name):
+    """Momentum and all; the two oldest checkpoints are gone, and the student is one whole file."""
+    kept = {path.name for path in (ranked / "sharded" / "two" / "checkpoints").iterdir()}
+    assert kept == {"checkpoint-4", "checkpoint-6"}
+    assert (ranked / "sharded" / "two" / "checkpoints" / "checkpoint-4" / "pytorch_model_fsdp_0").is_dir()
+    whole, resumed = (
+        load_file(ranked / "sharded" / each / "final_model" / "model.safetensors") for each in ("two", name)
+    )
+    assert whole.keys() == resumed.keys()
+    for weight, tensor in whole.items():
+        torch.testing.assert_close(resumed[weight], tensor, rtol=1e-6, atol=1e-6)

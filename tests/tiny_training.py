@@ -10,8 +10,7 @@ import torch
 from made_log import read_metrics
 
 from kdlib.config import run as config
-from kdlib.models.loading import load_model, load_tokenizer
-from kdlib.models.teacher import LiveTeacher
+from kdlib.models.loading import load_tokenizer
 from kdlib.runs.files import StudentFolder
 from kdlib.tasks import base as tasks
 from kdlib.training import run as training
@@ -20,12 +19,11 @@ from kdlib.training import run as training
 def pieces(settings, *, dtype=torch.float32, layers=(0, 3)):
     """Everything that `train` needs, freshly made and the same each time."""
     tokenizer = load_tokenizer(settings.teacher.model)
-    teacher = load_model(settings.teacher.model)
     prepared = tasks.prepare(settings, tokenizer)
     student = tasks.untrained_student(settings, prepared, layers).to(dtype)
     return {
         "student": student,
-        "teacher": LiveTeacher(teacher.to(dtype), len(tokenizer)),
+        "teacher": tasks.load_teacher(settings, prepared, dtype),
         "tokenizer": tokenizer,
         "prepared": prepared,
     }

@@ -50,7 +50,10 @@ def _training(training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
     sound = {name: typed(name, value) for name, value in training.items() if problems[name] is None}
     clashing = clashes({**sound, "lr_scheduler_type": training.get("lr_scheduler_type")})
     refuse([*filter(None, problems.values()), *clashing])
-    return {**TRAINING_DEFAULTS, "metric_for_best_model": f"eval_{metrics[0]}", **sound}
+    made = {**TRAINING_DEFAULTS, "metric_for_best_model": f"eval_{metrics[0]}", **sound}
+    if made.get("fsdp"):  # no rank gathers a checkpoint
+        made["fsdp_config"] = {"state_dict_type": "SHARDED_STATE_DICT", **(made.get("fsdp_config") or {})}
+    return made
 
 
 class TeacherStage(Section):

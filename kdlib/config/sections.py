@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 
 class Section(BaseModel):
@@ -106,6 +115,13 @@ class TeacherConfig(Section):
     """Where the teacher comes from: a hub id, a local folder, a .gguf file, or a built-in name."""
 
     model: str
+    device: str | None = None  # of its own, as cuda:1; else it lies where the student does
+    offload: bool = False  # with training.fsdp: in the CPU's memory, gathered layer by layer
+
+    @model_serializer(mode="wrap")
+    def _stated(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what is off, so that older runs and trained teachers are known again."""
+        return {name: value for name, value in dump(self).items() if value}
 
 
 class StudentConfig(Section):

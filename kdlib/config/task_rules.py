@@ -146,7 +146,7 @@ def primary_in(results: Mapping[str, Any]) -> str:
 
 def misfits(config: Any) -> list[str]:
     """What does not go together in a config whose sections are sound one by one, a line each."""
-    return [*_unread(config), *rules_of(config).misfits(config), *_of_stops(config)]
+    return [*_unread(config), *rules_of(config).misfits(config), *_of_stops(config), *_of_shards(config)]
 
 
 def _unread(config: Any) -> Iterator[str]:
@@ -162,6 +162,19 @@ def _unread(config: Any) -> Iterator[str]:
     if config.teacher_stage is not None and not rules_of(config).trains_teacher:
         able = " or ".join(rules.name for rules in RULES.values() if rules.trains_teacher)
         yield f"teacher_stage: it trains a classifier's head, so it goes with task: {able}; leave it out"
+
+
+def _of_shards(config: Any) -> Iterator[str]:
+    fsdp, teacher, every = config.training.get("fsdp"), config.teacher, config.diagnostics.grad_norms_every
+    if fsdp and rules_of(config).unit == "row":
+        yield f"training.fsdp: found {fsdp!r}, but a classifier lies whole on each rank (DDP); leave it out"
+    if fsdp and teacher.device:
+        yield f"teacher.device: found {teacher.device}, but with training.fsdp it is spread over all ranks"
+    if fsdp and every:
+        found = f"found {every}, but with training.fsdp no rank has the whole student"
+        yield f"diagnostics.grad_norms_every: {found}; set it to null"
+    if teacher.offload and not fsdp:
+        yield "teacher.offload: goes with training.fsdp, which gathers it layer by layer; leave it out"
 
 
 def _of_stops(config: Any) -> Iterator[str]:

@@ -35,7 +35,10 @@ LEAST: dict[str, float] = {
     **dict.fromkeys(("adam_beta1", "adam_beta2", "eval_delay", "save_total_limit", "eval_steps"), 0),
     **dict.fromkeys(("dataloader_num_workers", "neftune_noise_alpha"), 0),
 }
-MAPPINGS = {"lr_scheduler_kwargs": "{num_cycles: 2}"} | dict.fromkeys(
+MAPPINGS = {
+    "lr_scheduler_kwargs": "{num_cycles: 2}",
+    "fsdp_config": "{reshard_after_forward: true}",
+} | dict.fromkeys(
     ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"), "{use_reentrant: false}"
 )
 READ_BY: dict[str, tuple[str, ...]] = {  # optim_args by optimizer, as in transformers' trainer_optimizer.py
@@ -54,6 +57,11 @@ REFUSED_OPTIMIZERS = {  # what a name contains: why
     "lomo": "it changes weights in the backward pass, before a step can be looked at",
     "layerwise": "it changes weights in the backward pass, before a step can be looked at",
     "schedule_free": "the weights that it evaluates are others than those that it trains",
+}
+OF_FSDP = {  # what is not to be set in fsdp_config: why
+    "version": "FSDP2 alone is here",
+    "xla": "XLA is not tried here",
+    "cpu_ram_efficient_loading": "each rank reads its part of the teacher alone, and makes the student whole",
 }
 WARM_UP = (
     "the schedule is all of it; write the warm-up as its first part, as "
@@ -162,6 +170,11 @@ def clashes(training: Mapping[str, Any]) -> list[str]:
         for name in OF_WORKERS
         if training.get(name) and not training.get("dataloader_num_workers")
     ]
+    faults += [
+        f"fsdp_config.{name}: found {value!r}, but {why}; leave it out"
+        for name, value in (training.get("fsdp_config") or {}).items()
+        if (why := OF_FSDP.get(name.removeprefix("fsdp_"))) and (value, name[-7:]) != (2, "version")
+    ]
     optimizer = str(training.get("optim", "adamw_torch_fused"))
     for name in (each.partition("=")[0].strip() for each in (training.get("optim_args") or "").split(",")):
         if name and name not in (known := READ_BY.get(optimizer, (name,))):
@@ -190,6 +203,8 @@ def typed(name: str, value: Any) -> Any:
         return normal(value)
     if value is False and "no" in _choices(name):
         return "no"  # as YAML reads the word
+    if name == "fsdp" and isinstance(value, bool):  # the words that it took once are not needed
+        return value
     if isinstance(value, Mapping) and name == "lr_scheduler_kwargs":
         return {key: number(each) if isinstance(each, str) else each for key, each in value.items()}
     kinds = set(training_fields()[name].split(" | "))

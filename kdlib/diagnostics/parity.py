@@ -223,7 +223,8 @@ def _compared(
     weights = trainer.objective.at(trainer.state.global_step).weights
     means["loss"] = sum(weight * means[name] for name, weight in weights.items())
     yield "training = evaluation, loss and terms", _furthest(means, _evaluated(trainer, rows, whole)), terms
-    yield "student = teacher: 0 in every divergence, nats", _against_itself(trainer, rows, whole), terms
+    name, elsewhere = "student = teacher: 0 in every divergence, nats", trainer.teacher.own_device
+    yield (name,) if elsewhere else (name, _against_itself(trainer, rows, whole), terms)
 
 
 def _without_router(objective: Objective) -> Objective:

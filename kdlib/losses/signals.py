@@ -6,7 +6,7 @@ are the rows and V the classes.  `rows` are a batch's, [N]; as a slice of a sign
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -188,3 +188,15 @@ class LinearSignal:
 
 
 Signal = DenseSignal | LinearSignal
+
+
+def moved(said: Any, device: torch.device) -> Any:
+    """Kept tokens, a signal, or what they are made of, on another device."""
+    if isinstance(said, Tensor):
+        return said.to(device)
+    if isinstance(said, (list, tuple)):
+        return type(said)(moved(each, device) for each in said)
+    if isinstance(said, (Kept, Features, DenseSignal, LinearSignal)):
+        parts = {field.name: moved(getattr(said, field.name), device) for field in fields(said)}
+        return replace(said, **parts)
+    return said

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
 from kdlib.errors import ModelError
@@ -83,8 +84,15 @@ class _Logits:
 
     def follow(self, form: Form) -> bool:
         """Whether they are what `form` makes of the same states."""
-        made = LinearSignal(self.states, self.head.weight, self.head.bias, form).logits()
+        made = LinearSignal(self.states, whole(self.head.weight), whole(self.head.bias), form).logits()
         return _alike(made, self.values, self.head.weight.dtype)
+
+
+def whole(parameter: Tensor | None) -> Tensor | None:
+    """All of it, where ranks have parts of it (FSDP2); its gradient is averaged, as theirs is."""
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+    return parameter
 
 
 @torch.no_grad()

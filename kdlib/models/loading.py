@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -104,13 +105,18 @@ def positions_of(config: PreTrainedConfig) -> int | None:
     return positions - (text.pad_token_id or 0) - 1 if counts_from_padding else positions
 
 
-def load_model(model: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_model(model: str, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
     """A causal language model by hub id, folder, .gguf file or built-in name; safetensors, no remote code.
+
+    Args:
+        options: of `from_pretrained`, as `teacher.sharded` gives them.
 
     Raises:
         ModelError: there is no such model, it cannot be loaded so, or some weights are not in its files.
     """
-    made, info = load_weights(AutoModelForCausalLM, model, dtype)
+    made, info = load_weights(AutoModelForCausalLM, model, dtype, **options)
+    if isinstance(made, FSDPModule):  # norm and head too, which transformers keeps for a backward pass
+        made.set_reshard_after_forward(True)
     if absent := sorted(info["missing_keys"]):
         shown = f"{', '.join(absent[:3])}{', …' * (len(absent) > 3)}"
         raise ModelError(

@@ -1,26 +1,32 @@
 """Where signals come from: a model, student or teacher, run on a batch."""
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
-from transformers import PreTrainedModel
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.distributed import DistributedConfig
+from transformers.initialization import no_init_weights
 
-from kdlib.errors import ModelError
+from kdlib.errors import ConfigError, ModelError
 from kdlib.losses.features import LayerPairs
-from kdlib.losses.signals import DenseSignal, Features, Form, Kept, LinearSignal, Signal, kept
-from kdlib.models.heads import head_form, head_inputs, rounding
-from kdlib.models.hooks import Captured, attend_eagerly, captured_layers
+from kdlib.losses.signals import DenseSignal, Features, Form, Kept, LinearSignal, Signal, kept, moved
+from kdlib.models.heads import head_form, head_inputs, rounding, whole
+from kdlib.models.hooks import Captured, attend_eagerly, captured_layers, layers_name
+from kdlib.models.loading import blank, load_config
 
 LET_GO = (
     "logits made by the chunk are not the model's own, which are taken from here on, all at once; what was "
     "trained before followed wrong ones"
 )
 FEW = 32  # tokens on which a form is held against the model's own logits
+SHARDED_ON = {"cuda"}  # on others accelerate turns FSDP off without a word, and DDP trains
 PROJECTIONS = "distillation_projections"  # the student's submodule: its hidden states to the teacher's size
 
 
@@ -93,7 +99,7 @@ def signal_of(
     if form is None:
         return DenseSignal(kept.select(output.logits)[:, :vocabulary], features)
     head = unwrapped.get_output_embeddings()
-    weight, bias = (_whole(parameter, vocabulary) for parameter in (head.weight, head.bias))
+    weight, bias = (_rows(whole(parameter), vocabulary) for parameter in (head.weight, head.bias))
     return LinearSignal(kept.select(states[-1]), weight, bias, form, features)
 
 
@@ -120,20 +126,73 @@ class LiveTeacher:
     model: PreTrainedModel
     vocabulary: int
     reads: str = ""  # see signal_of
+    own_device: torch.device | None = None  # another than the student's
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
         self.form = head_form(self.model)
+        self.heads: dict[torch.device, tuple[Tensor, Tensor | None]] = {}  # its head where it is applied
 
     def to(self, device: torch.device) -> None:
-        """Put the model there."""
-        self.model.to(device)
+        """Put the model there, or on its own device; one that ranks share lies where it was loaded."""
+        if not isinstance(self.model, FSDPModule):
+            self.model.to(self.own_device or device)
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor], kept: Kept, inside: Inside | None = None) -> Signal:
-        """The teacher's signal for the kept tokens; without gradient."""
-        how = {"vocabulary": self.vocabulary, "form": self.form, "reads": self.reads}
-        return signal_of(self.model, batch, kept, inside=inside, **how)
+        """The teacher's signal for the kept tokens, on their device; without gradient."""
+        how = {"vocabulary": self.vocabulary, "form": self.form, "reads": self.reads, "inside": inside}
+        here, there = kept.positions.device, self.own_device
+        if there in (None, here):
+            return signal_of(self.model, batch, kept, **how)
+        read = {name: batch[self.reads + name].to(there) for name in ("input_ids", "attention_mask")}
+        signal = signal_of(self.model, read, moved(kept, there), **{**how, "reads": ""})
+        if isinstance(signal, LinearSignal):  # the head is moved once, what it reads each time
+            if here not in self.heads:
+                self.heads[here] = moved((signal.weight, signal.bias), here)
+            weight, bias = self.heads[here]
+            signal = replace(signal, weight=weight, bias=bias)
+        return moved(signal, here)
+
+
+def sharded(model: str, *, offload: bool = False) -> dict[str, Any]:
+    """Options of `load_model` by which each rank reads its own part of every weight, and no more (FSDP2).
+
+    Each layer is gathered as it is run, then let go of; embedding, norm and head likewise.
+
+    Args:
+        offload: the parts lie in the CPU's memory.
+    """
+    if not dist.is_initialized():  # gloo beside NCCL, for what lies on the CPU
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+    config = load_config(model)
+    with torch.device("meta"), no_init_weights():
+        made = blank(AutoModelForCausalLM, model, config, torch.float32)
+    plan = None if made.fsdp_plan else {f"{layers_name(made)}.*": "free_full_weight"}
+    shares = DistributedConfig(fsdp_size=dist.get_world_size(), fsdp_plan=plan, fsdp_cpu_offload=offload)
+    return {"distributed_config": shares}
+
+
+def check_shards(device: torch.device) -> None:
+    """Raises a ConfigError where ranks on such a device cannot share one model."""
+    if device.type not in SHARDED_ON:
+        found = f"found on {device.type} ranks, where accelerate shards nothing and DDP would train instead"
+        raise ConfigError(f"training.fsdp: {found}; needed are several CUDA devices, or leave fsdp out: DDP")
+
+
+def named_device(name: str) -> torch.device:
+    """The device of a teacher that has one of its own.
+
+    Raises:
+        ModelError: it is not there; names those that are.
+    """
+    found = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    if name not in ("cpu", *found):
+        there = ", ".join([*found, "cpu"])
+        raise ModelError(f"teacher.device: found {name}, but this machine has {there}; name one of them")
+    return torch.device(name)
 
 
 def router_weight(student: PreTrainedModel) -> float | None:
@@ -174,8 +233,6 @@ def _features(captured: Captured, kept: Kept, inside: Inside, router: Tensor | N
     return Features(rows, hidden, maps, projected, router)
 
 
-def _whole(parameter: nn.Parameter | None, vocabulary: int) -> Tensor | None:
-    """The first `vocabulary` rows; whole where FSDP2 shards them, and the gradient averaged as it does."""
-    if isinstance(parameter, DTensor):
-        parameter = parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+def _rows(parameter: Tensor | None, vocabulary: int) -> Tensor | None:
+    """The first `vocabulary`."""
     return parameter if parameter is None or len(parameter) == vocabulary else parameter[:vocabulary]

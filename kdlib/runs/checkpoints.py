@@ -34,6 +34,11 @@ def step_of(checkpoint: Path | None) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else -1
 
 
+def is_in_parts(checkpoint: Path) -> bool:
+    """Whether ranks wrote it, each its own part of model and optimizer."""
+    return any(checkpoint.glob("pytorch_model_fsdp_*/"))
+
+
 def checkpoints(folder: StudentFolder) -> list[Path]:
     """All folders that go by a checkpoint's name, whole or not, the newest first."""
     found = [p for p in folder.checkpoints.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]

@@ -4,6 +4,7 @@ A task is one file of this package, found because it stands here: a `Task` with 
 the end.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from kdlib.hardware import precision_of
 from kdlib.models.depth import shallower
 from kdlib.models.loading import device_of, load_config
 from kdlib.models.student import Outline, chosen_layers
-from kdlib.models.teacher import LiveTeacher
+from kdlib.models.teacher import LiveTeacher, check_shards, named_device, sharded
 
 Check = Callable[[Any], Iterator[Any]]  # kdlib.diagnostics.context.Context → findings
 
@@ -105,9 +106,19 @@ class Task(ABC):
 
     @abstractmethod
     def load(
-        self, source: str, prepared: Prepared, dtype: torch.dtype = torch.float32, *, untrained: bool = False
+        self,
+        source: str,
+        prepared: Prepared,
+        dtype: torch.dtype = torch.float32,
+        *,
+        untrained: bool = False,
+        **options: Any,
     ) -> Model:
-        """A model for these rows; a head that was never trained is refused unless it may be `untrained`."""
+        """A model for these rows; a head that was never trained is refused unless it may be `untrained`.
+
+        Args:
+            options: of `from_pretrained`, for a teacher that ranks share.
+        """
 
     @abstractmethod
     def outlined(
@@ -180,15 +191,22 @@ def prepare(config: Config, tokenizer: Tokenizer, **options: Any) -> Prepared:
 
 
 def load_teacher(config: Config, prepared: Prepared, dtype: torch.dtype | None = None) -> LiveTeacher:
-    """The teacher, in the precision of the run unless told otherwise."""
-    chosen = dtype or precision_of(config.precision, device_of(config.wanted_device))[0]
-    return teacher_of(_teacher_model(config, prepared, chosen), prepared)
+    """The teacher, in the precision of the run unless told otherwise.
+
+    With `training.fsdp` each of several ranks loads its own part of it.
+    """
+    device, own, options = device_of(config.wanted_device), config.teacher.device, {}
+    chosen, apart = dtype or precision_of(config.precision, device)[0], named_device(own) if own else None
+    if config.training.get("fsdp") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        check_shards(device)
+        options = sharded(config.teacher.model, offload=config.teacher.offload)
+    return teacher_of(_teacher_model(config, prepared, chosen, **options), prepared, apart)
 
 
-def teacher_of(model: Model, prepared: Prepared) -> LiveTeacher:
-    """A loaded model as the teacher of these rows."""
+def teacher_of(model: Model, prepared: Prepared, device: torch.device | None = None) -> LiveTeacher:
+    """A loaded model as the teacher of these rows, on a device of its own where one is named."""
     reads = "teacher_" if "teacher_input_ids" in prepared.train.column_names else ""
-    return LiveTeacher(model, prepared.vocabulary, reads)
+    return LiveTeacher(model, prepared.vocabulary, reads, device)
 
 
 def asked(model: Model, prepared: Prepared) -> LiveTeacher:
@@ -212,6 +230,6 @@ def layers_for_student(config: Config, teacher: Model, prepared: Prepared) -> li
     return chosen_layers(config, teacher, calibration_rows(prepared.train))
 
 
-def _teacher_model(config: Config, prepared: Prepared, dtype: torch.dtype) -> Model:
+def _teacher_model(config: Config, prepared: Prepared, dtype: torch.dtype, **options: Any) -> Model:
     before_its_stage = config.teacher_stage is not None  # its head says nothing so far, and may be missing
-    return task_of(config).load(config.teacher.model, prepared, dtype, untrained=before_its_stage)
+    return task_of(config).load(config.teacher.model, prepared, dtype, untrained=before_its_stage, **options)

@@ -60,9 +60,15 @@ class LanguageModeling(Task):
         return within_heads(config, text.prepare(config.data, tokenizer, seed=config.seed), tokenizer)
 
     def load(
-        self, source: str, prepared: Prepared, dtype: torch.dtype = torch.float32, *, untrained: bool = False
+        self,
+        source: str,
+        prepared: Prepared,
+        dtype: torch.dtype = torch.float32,
+        *,
+        untrained: bool = False,
+        **options: Any,
     ) -> Model:
-        return load_model(source, dtype)
+        return load_model(source, dtype, **options)
 
     def outlined(
         self, config: Config, student: PreTrainedConfig, teacher: PreTrainedConfig, vocabulary: int | None

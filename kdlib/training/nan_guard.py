@@ -5,22 +5,33 @@ makes anyway, and keeps the micro-batches with their random numbers, to ask once
 """
 
 import shutil
+import warnings
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from accelerate import DistributedType
-from accelerate.utils import gather_object
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from accelerate.utils import (
+    FullyShardedDataParallelPlugin,
+    gather_object,
+    load_fsdp_model,
+    load_fsdp_optimizer,
+)
 from datasets import Dataset
 from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from kdlib.errors import NonFiniteLoss, RunError
 from kdlib.hardware import memory_kept
@@ -30,7 +41,6 @@ from kdlib.runs.files import StudentFolder, synced
 from kdlib.training import nan_report
 from kdlib.training.nan_search import WHO, Batch, MicroBatch, Replay, is_finite, origin_of
 
-UNSHARDED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)  # a student per rank
 REMEMBERED = 10  # gradient norms
 
 
@@ -69,7 +79,7 @@ class GuardedTrainer(Trainer):
     """Looks at each optimizer step before it is made; a subclass tells `guard` of every micro-batch.
 
     Several ranks stop together: each looks at its own micro-batches, and the lowest that has the origin
-    writes the report.  Not tried: sharded students, float16's loss scaler.
+    writes the report.  Not tried: float16's loss scaler.
     """
 
     model: PreTrainedModel  # these three are narrower than the Trainer's own
@@ -120,12 +130,10 @@ class GuardedTrainer(Trainer):
     def _clip_grad_norm(self, model):
         """Looks before it clips: a norm that is nan would make every gradient nan, and hide whose was."""
         limit = self.args.max_grad_norm
-        if self.accelerator.distributed_type not in UNSHARDED or self._has_mixed_mesh_grads(model):
-            self.check_step(norm := (super()._clip_grad_norm if limit > 0 else super()._get_grad_norm)(model))
-            return norm
         self.accelerator.unscale_gradients()
         parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
         norm = get_total_norm([parameter.grad for parameter in parameters])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of what ranks share, the whole's
         self.check_step(norm)
         if limit > 0:
             clip_grads_with_norm_(parameters, limit, norm)
@@ -171,16 +179,42 @@ class GuardedTrainer(Trainer):
             checkpoints.seal(self.folder, checkpoint)
             checkpoints.thin_out(self.folder, checkpoint, self.kept_checkpoints)
 
-    def save_student(self, folder: Path) -> None:
-        """The student and its tokenizer as safetensors, all or nothing, loadable by `from_pretrained`."""
-        self.check_weights()
-        state = self.accelerator.get_state_dict(self.model_wrapped)
-        state = {name: value for name, value in state.items() if not name.startswith(PROJECTIONS)}
-        if not self.is_world_process_zero():
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Also what ranks wrote in parts, where each process holds the student whole."""
+        if self.is_fsdp_enabled or not checkpoints.is_in_parts(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            with _reading_parts() as how:
+                load_fsdp_model(how, self.accelerator, model or self.model, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.is_fsdp_enabled or checkpoint is None or not checkpoints.is_in_parts(Path(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
             return
-        half_made = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(half_made, ignore_errors=True)
-        self.student.save_pretrained(half_made, state_dict=state)
+        with _reading_parts() as how:
+            load_fsdp_optimizer(how, self.accelerator, self.optimizer, self.model, checkpoint)
+        if self.lr_scheduler:
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True))
+
+    def save_student(self, folder: Path) -> None:
+        """The student and its tokenizer as safetensors, all or nothing, loadable by `from_pretrained`.
+
+        Ranks that share it write their parts, which the first joins on the disk: none holds it whole.
+        """
+        self.check_weights()
+        half_made, is_first = folder.with_name(folder.name + ".tmp"), self.is_world_process_zero()
+        if is_first:
+            shutil.rmtree(half_made, ignore_errors=True)
+        in_parts = self.is_fsdp_enabled and not _is_converted(self.student)
+        state = {} if in_parts else self.accelerator.get_state_dict(self.model_wrapped)
+        state = {name: value for name, value in state.items() if not name.startswith(PROJECTIONS)}
+        if is_first:
+            self.student.save_pretrained(half_made, state_dict=state)
+        if in_parts:
+            self.accelerator.wait_for_everyone()
+            _write_in_parts(self.student, half_made / "model.safetensors")
+        if not is_first:
+            return
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(half_made)
         synced(half_made)
@@ -237,3 +271,30 @@ class GuardedTrainer(Trainer):
             "last_log": next((line for line in reversed(self.state.log_history) if "loss" in line), {}),
             "last_checkpoint": checkpoint and str(checkpoint.relative_to(self.folder.path)),
         }
+
+
+@contextmanager
+def _reading_parts() -> Iterator[FullyShardedDataParallelPlugin]:
+    """What tells accelerate how a checkpoint in parts is read; that one process reads it is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
+
+
+def _is_converted(model: PreTrainedModel) -> bool:
+    """Whether its files have other weights than its memory, as experts' have: then one rank makes them."""
+    return bool(get_model_conversion_mapping(model, add_legacy=False))
+
+
+def _write_in_parts(model: PreTrainedModel, file: Path) -> None:
+    """The weights of a model that ranks share as one file; every rank must call it."""
+    left_out = (*(model.all_tied_weights_keys or {}), PROJECTIONS)
+    state = {
+        name: each for name, each in get_model_state_dict(model).items() if not name.startswith(left_out)
+    }
+    folder, one = file.with_name("parts"), dict.fromkeys(state, 1)
+    writer = HuggingFaceStorageWriter(str(folder), one, save_distributed=True, enable_consolidation=True)
+    dcp.save(state, storage_writer=writer)
+    if dist.get_rank() == 0:
+        next(folder.glob("*.safetensors")).rename(file)
+        shutil.rmtree(folder)

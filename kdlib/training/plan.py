@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import SchedulerType
@@ -29,7 +30,7 @@ from kdlib.metrics.names import MEASURES
 from kdlib.models.heads import ahead_by_rounding, check_causal
 from kdlib.models.hooks import layers_of
 from kdlib.models.loading import device_of
-from kdlib.models.teacher import PROJECTIONS, router_weight
+from kdlib.models.teacher import PROJECTIONS, check_shards, router_weight
 from kdlib.schedulers import from_spec
 from kdlib.training.trackers import check_installed
 
@@ -39,6 +40,7 @@ FAULTS += (LookupError, OSError, RuntimeError, TypeError, ValueError)
 RENAMED = {f"gradient_checkpointing{end}": f"activation_checkpointing{end}" for end in ("", "_kwargs")}
 UNKNOWN_STEPS = 1000  # of a training whose rows are not known yet
 DRY_RUN = {"save_strategy": "no", "logging_steps": 1, "eval_on_start": False, "report_to": "none"}
+DRY_RUN |= {"fsdp": None}  # it is made by one process, which holds the models whole
 WORTH_COMPILING = 4e9  # logits of a training; below it the compiler takes longer than it spares
 
 
@@ -118,6 +120,8 @@ def training_arguments(config: Config, output: Path, **changes: Any) -> Training
         args = TrainingArguments(**{**given, **fixed, **changes})
     except FAULTS as error:
         raise ConfigError(f"training: transformers refuses these arguments: {error}") from error
+    if config.teacher.device:  # a second GPU is the teacher's, and no reason for DataParallel
+        args._n_gpu = min(args.n_gpu, 1)
     check_installed(args.report_to or ())
     if args.torch_compile and (terms := config.loss.feature_terms):
         why = f"{', '.join(terms)} look inside layers, which compiled ones do not show; leave one of them out"
@@ -170,6 +174,7 @@ def try_out(args: TrainingArguments, rows: int | None = None) -> None:
         if args.torch_compile:
             with _named("training.torch_compile"):
                 compile_layers(_toy().to(args.device), args)(**batch).loss.backward()
+        AcceleratorState._reset_state()  # it would keep what the toy had asked for: no FSDP
 
 
 def compile_layers(model: Any, args: TrainingArguments) -> Any:
@@ -212,6 +217,8 @@ def check_processes(args: TrainingArguments) -> None:
             f"training.fsdp: found {args.fsdp!r} with one process; needed are several, as by "
             "`torchrun --nproc_per_node N -m kdlib train RUN`, or leave fsdp out"
         )
+    if args.fsdp:
+        check_shards(args.device)
 
 
 def check_causality(

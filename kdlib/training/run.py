@@ -16,7 +16,7 @@ from kdlib.losses.objective import EVAL_TERMS, ObjectiveAt
 from kdlib.models.loading import parameters
 from kdlib.models.saved import FIRST_ROWS, Trained, mean_of_first, settle_generation, special_tokens
 from kdlib.models.teacher import PROJECTIONS, LiveTeacher
-from kdlib.runs.checkpoints import last_whole, restore_best, step_of
+from kdlib.runs.checkpoints import is_in_parts, last_whole, restore_best, step_of
 from kdlib.runs.files import StudentFolder, go_on, is_refusal, write_error, write_json
 from kdlib.runs.folder import Run
 from kdlib.runs.lock import held
@@ -82,6 +82,9 @@ def train(
         NonFiniteLoss: see nan_report/.
     """
     args = training_arguments(config, folder.checkpoints, **(DRY_RUN if stop_after else {}))
+    if args.fsdp and args.world_size == 1 and last_whole(folder)[0]:
+        print(f"{label}: this process goes on alone, with the models whole: training.fsdp is off", flush=True)
+        args = training_arguments(config, folder.checkpoints, fsdp=None)
     check_processes(args)
     try_out(args, len(prepared.train))
     if args.activation_checkpointing and not student.supports_gradient_checkpointing:
@@ -97,6 +100,10 @@ def train(
         check_disk(folder, weights=4 * parameters(student), args=args)  # bytes
     with nullcontext() if args.process_index else held(folder.path), _write_errors(folder):
         checkpoint, said = last_whole(folder)
+        if args.fsdp and checkpoint and not is_in_parts(checkpoint):
+            raise RunError(
+                f"{checkpoint.name} was saved whole, by a process alone, and ranks read parts; go on with one"
+            )
         args.eval_on_start &= checkpoint is None  # else that evaluation is in metrics.jsonl already
         if args.process_index == 0:
             folder.path.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ from kdlib.runs.verdict import keep_units
 from kdlib.schedulers import Schedule
 from kdlib.training.callbacks import PrintedLines, Throughput, WholeLog, loss_at_best, scores
 from kdlib.training.gradients import gradient_figures, term_gradients
-from kdlib.training.nan_guard import UNSHARDED, GuardedTrainer
+from kdlib.training.nan_guard import GuardedTrainer
 from kdlib.training.nan_search import Batch, Replay
 from kdlib.training.trackers import MetricsFile
 
@@ -84,20 +84,18 @@ class DistillationTrainer(GuardedTrainer):
                 f"{self.args.n_gpu} GPUs in one process divide the loss by a wrong count (DataParallel); use "
                 "`torchrun --nproc_per_node N -m kdlib train RUN`, or show one GPU by CUDA_VISIBLE_DEVICES=0"
             )
-        if grad_norms_every and self.accelerator.distributed_type not in UNSHARDED:
+        if self.args.fsdp and not self.accelerator.is_fsdp2:
             raise RunError(
-                f"diagnostics.grad_norms_every is {grad_norms_every}, but no rank has the whole student "
-                f"({self.accelerator.distributed_type}); set it to null"
+                f"training.fsdp: accelerate shards nothing here ({self.accelerator.distributed_type})"
             )
         self.objective, self.teacher, self.vocabulary = objective, teacher, vocabulary
         self.workspace, self.layer_pairs = workspace or Workspace(), layer_pairs
         self.learning_rate_schedule, self.figures, self.choices = learning_rate_schedule, figures, choices
-        flattened = self.is_fsdp_enabled and not self.accelerator.is_fsdp2  # FSDP1: no weight has its shape
-        self.form = None if dense or flattened else head_form(self.model)
+        self.form = None if dense else head_form(self.model)
         self.window, self.throughput, self.tokens, self.counted = LedgerWindow(), Throughput(), 0, "tokens"
         self.grad_norms_every, self.gradients = grad_norms_every, dict[str, float]()
         how = str(self.workspace) if self.form else "all at once"
-        if not (self.form or dense or flattened or self.model.get_output_embeddings() is None):
+        if not (self.form or dense or self.model.get_output_embeddings() is None):
             how += ": its head makes them by more than a matrix, a scale and a soft cap"
         lines = PrintedLines(label, f"the student's logits {how}", last_step=last_step)
         self.remove_callback(PrinterCallback)
