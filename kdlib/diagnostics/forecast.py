@@ -60,8 +60,8 @@ class Forecast:
 
 LAYOUTS = {  # how ranks hold the two models between them
     "DDP": "a whole student and teacher on each",
-    "FSDP": "student and teacher sharded",
-    "FSDP, offloaded": "likewise, the teacher's shard in CPU memory between its forward passes",
+    "FSDP": "student and teacher sharded (training.fsdp=true)",
+    "FSDP, offloaded": "likewise, the teacher's shard in CPU memory (and teacher.offload=true)",
 }
 SHARDED = ("student's parameters", "gradients", "optimizer state", "teacher's weights")
 
@@ -81,17 +81,17 @@ def on_each(
 
     By DDP a second copy of the gradients comes on top.  By FSDP each holds its shard of what is SHARDED, and
     what is gathered to compute with, in the dtype of the products, so that autocast has nothing to cast: a
-    model's running weights, and the teacher's head always.
+    model's running weights, and heads for the losses.
     """
     if layout == "DDP":
         buckets = "student's parameters"
         return {name: {**parts, "gradient buckets": parts[buckets]} for name, parts in moments.items()}
     gathered = {
         "student's forward": student.running,
-        "teacher's forward": student.head + teacher.running - teacher.head,
-        "loss": student.head,
+        "teacher's forward": student.head + teacher.running,
+        "loss": student.head + teacher.head,
         "backward": student.running,
-        "evaluation": student.head + max(student.running, teacher.running - teacher.head),
+        "evaluation": student.head + max(student.running, teacher.running),
     }
     found = {}
     for name, whole in moments.items():
@@ -102,7 +102,7 @@ def on_each(
             parts["teacher's weights"] = 0
         if name == "backward":  # until they are reduced; the head's are a part by themselves
             parts["gradients"] = parts.get("gradients", 0) + student.running - student.head
-        found[name] = {**parts, "gathered weights": gathered.get(name, 0) + teacher.head}
+        found[name] = {**parts, "gathered weights": gathered.get(name, 0)}
     return found
 
 

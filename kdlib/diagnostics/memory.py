@@ -84,14 +84,16 @@ def forecast(
     breakdown = Breakdown(plan, args, kind, dtype, workspace, dense)
     student, teacher = breakdown.student, breakdown.teacher
     whole, weights = breakdown.moments(), (breakdown.weights(student), breakdown.weights(teacher))
-    ways = {each: on_each(whole, devices, each, *weights) for each in LAYOUTS} if devices > 1 else {}
+    known = list(LAYOUTS) if weights[0].head else ["DDP"]  # a classifier is not sharded
+    ways = {each: on_each(whole, devices, each, *weights) for each in known} if devices > 1 else {}
+    layout = "DDP" if not args.fsdp else "FSDP, offloaded" if config.teacher.offload else "FSDP"
     return Forecast(
         device=kind,
         precision=str(dtype).removeprefix("torch."),
         total=total,
         free=free,
         devices=devices,
-        moments=ways.get("FSDP" if args.fsdp else "DDP", whole),
+        moments=ways.get(layout, whole),
         layouts={
             each: max(sum(parts.values()) for parts in moments.values()) for each, moments in ways.items()
         },
