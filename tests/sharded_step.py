@@ -5,13 +5,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from conftest import tiny_model
-from torch.distributed.fsdp import fully_shard
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.objective import Objective, ledger
 from kdlib.losses.signals import kept
 from kdlib.models.heads import head_form
+from kdlib.models.hooks import layers_of
 from kdlib.models.loading import load_model
 from kdlib.models.teacher import Inside, LiveTeacher, sharded, signal_of
 from kdlib.schedulers import constant
@@ -33,10 +34,17 @@ def soft_capped():
     return Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, **limits))
 
 
+def of_other_names():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 301, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, initializer_range=0.3))
+
+
 TEACHERS = {
     "tied": lambda: tiny_model(301),
     "untied": lambda: untied(tiny_model(301)),
     "soft-capped": soft_capped,
+    "GPT-2": of_other_names,
 }
 
 
@@ -79,7 +87,7 @@ def gradients() -> dict[str, float]:
 
 def teachers(folder: Path) -> dict[str, dict[str, float]]:
     """Of each kind of teacher, read in parts: how far logits and hidden states are from the whole one's, and
-    the largest share of its weights that a rank holds beside the group of its head.
+    the share of its weights that a rank holds.
     """
     found, rank = {}, dist.get_rank()
     for name, made in TEACHERS.items():
@@ -93,6 +101,7 @@ def teachers(folder: Path) -> dict[str, dict[str, float]]:
             300, (3, 7), generator=torch.Generator().manual_seed(rank)
         )  # each has its own rows
         assert ours.form == whole.form
+        assert all(isinstance(layer, FSDPModule) for layer in layers_of(ours.model))
         said, expected = (
             each(batch_of(ids), kept(ids), Inside((0, 1), hidden=True)) for each in (ours, whole)
         )
@@ -104,6 +113,6 @@ def teachers(folder: Path) -> dict[str, dict[str, float]]:
                 float((one - other).abs().max())
                 for one, other in zip(said.features.hidden, expected.features.hidden, strict=True)
             ),
-            "held": max(held[n].numel() / size[n].numel() for n in held if ".layers." in n),
+            "held": sum(each.numel() for each in held.values()) / sum(each.numel() for each in size.values()),
         }
     return found

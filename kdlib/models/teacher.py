@@ -170,7 +170,8 @@ def sharded(model: str, *, offload: bool = False) -> dict[str, Any]:
     config = load_config(model)
     with torch.device("meta"), no_init_weights():
         made = blank(AutoModelForCausalLM, model, config, torch.float32)
-    plan = None if made.fsdp_plan else {f"{layers_name(made)}.*": "free_full_weight"}
+    layers = f"{layers_name(made)}.*"  # transformers' plan is for the names of Llama's parts
+    plan = None if layers in (made.fsdp_plan or {}) else {layers: "free_full_weight"}
     shares = DistributedConfig(fsdp_size=dist.get_world_size(), fsdp_plan=plan, fsdp_cpu_offload=offload)
     return {"distributed_config": shares}
 
