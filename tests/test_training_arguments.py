@@ -229,7 +229,10 @@ def test_what_does_not_go_with_shared_models_is_refused_by_name(raw_config, said
 
 def test_on_cpu_ranks_sharing_is_refused_and_accelerate_is_not_left_with_a_toys_state(raw_config, tmp_path):
     """accelerate keeps the first state that is asked for: FSDP was off after the toy, on GPUs too."""
-    args = training_arguments(parse(changed(raw_config, fsdp=True)), tmp_path)
+    config = parse(changed(raw_config, fsdp=True, fsdp_config={"version": 2, "xla": False}))
+    given = config.as_dict()
+    args = training_arguments(config, tmp_path)
+    assert config.as_dict() == given  # transformers writes its defaults into what it is given
     assert args.fsdp_config["state_dict_type"] == "SHARDED_STATE_DICT"
     with pytest.raises(
         ConfigError, match=r"training.fsdp: found on cpu ranks, where accelerate shards nothing"

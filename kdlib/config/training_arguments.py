@@ -173,7 +173,7 @@ def clashes(training: Mapping[str, Any]) -> list[str]:
     faults += [
         f"fsdp_config.{name}: found {value!r}, but {why}; leave it out"
         for name, value in (training.get("fsdp_config") or {}).items()
-        if (why := OF_FSDP.get(name.removeprefix("fsdp_"))) and (value, name[-7:]) != (2, "version")
+        if (why := OF_FSDP.get(name.removeprefix("fsdp_"))) and value not in (False, 2)
     ]
     optimizer = str(training.get("optim", "adamw_torch_fused"))
     for name in (each.partition("=")[0].strip() for each in (training.get("optim_args") or "").split(",")):

@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ def training_arguments(config: Config, output: Path, **changes: Any) -> Training
     }
     if isinstance(config.training.get("lr_scheduler_type"), Mapping):
         fixed["lr_scheduler_type"] = "constant"  # the trainer follows the schedule itself
-    given = {RENAMED.get(name, name): value for name, value in config.training.items()}
+    given = {RENAMED.get(name, name): value for name, value in deepcopy(config.training).items()}
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         given.pop("ddp_backend", None)  # ranks that are not there cannot be reached by it
     try:

@@ -114,7 +114,7 @@ def dry_run(
     from kdlib.workbench import session
 
     given = entered(config, override, smoke=smoke)
-    session.preflight(resolved)
+    session.preflight(resolved, trains=False)
     opened = created(root, name, resolved, given)
     bench = session.Workbench(opened)
     for part in ("setup", "doctor", "shapes", "example", "selftest", "dry_run", "forecast", "plan"):
