@@ -197,6 +197,8 @@ def test_shards_and_copies_are_counted_per_rank(raw, plain):
         fsdp: forecast(parsed(raw, training__fsdp=fsdp, training__eval_strategy="epoch"), devices=2)
         for fsdp in (None, True)
     }
+    assert any("leave room" in note for note in shared[True].notes)  # it is known to be too low
+    assert not any("leave room" in note for note in shared[None].notes)
     copied, sharded = (shared[fsdp].moments for fsdp in (None, True))
     buckets = whole["backward"]["student's parameters"]
     assert copied["backward"] == {**whole["backward"], "gradient buckets": buckets}
