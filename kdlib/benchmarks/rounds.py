@@ -12,7 +12,7 @@ import torch
 from kdlib.benchmarks.heads import Problem, Setting, agreement, problem
 from kdlib.benchmarks.peers import CASES
 from kdlib.hardware import peak_memory
-from kdlib.runs.fresh_process import in_fresh_process
+from kdlib.runs.child_processes import in_fresh_process
 
 WARMUP_CHUNKS = 1  # tokens of the warm-up, in chunks: what is compiled is compiled for the same shapes
 MATRICES = ((2048, 2048, 2048), (512, 576, 8192))  # rows x columns x columns of the products that are timed

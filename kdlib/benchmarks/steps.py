@@ -36,8 +36,8 @@ from kdlib.models.depth import shallower
 from kdlib.models.loading import load_model, load_tokenizer
 from kdlib.models.student import even_layers
 from kdlib.models.teacher import LiveTeacher
+from kdlib.runs.child_processes import in_fresh_process
 from kdlib.runs.files import StudentFolder
-from kdlib.runs.fresh_process import in_fresh_process
 from kdlib.schedulers import constant
 from kdlib.training.trainer import DistillationTrainer
 

@@ -16,6 +16,7 @@ from kdlib.config.sections import (
     DataConfig,
     DiagnosticsConfig,
     EarlyStopping,
+    LaunchConfig,
     Section,
     Seed,
     StudentConfig,
@@ -82,6 +83,7 @@ class Config(Section):
     compare: CompareConfig = CompareConfig()
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     trackers: TrackersConfig = TrackersConfig()
+    launch: LaunchConfig = LaunchConfig()
 
     @model_validator(mode="after")
     def _fits_the_task(self):
@@ -92,6 +94,11 @@ class Config(Section):
     def wanted_device(self) -> str:
         """`device`, or cpu where `training.use_cpu` says so."""
         return "cpu" if self.training.get("use_cpu") else self.device
+
+    @property
+    def experiment(self) -> dict[str, Any]:
+        """Plain data without `launch`: what a run is, wherever it trains."""
+        return {name: value for name, value in self.as_dict().items() if name != "launch"}
 
     @classmethod
     def smoke_changes(cls, raw: Mapping[str, Any]) -> Mapping[str, Any]:

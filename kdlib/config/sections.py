@@ -100,6 +100,12 @@ def _layers_kept(value: Any) -> Any:
     raise ValueError(f"found {value!r}; it is influence, even, first, or a list of layer numbers")
 
 
+def _processes(value: Any) -> Any:
+    if value == "auto" or whole(value):
+        return value if value == "auto" else whole(value)
+    raise ValueError(f"found {value!r}; it is a number of 1 or more, or auto: one for each GPU")
+
+
 def _share_or_split(value: Any) -> float | str:
     """A share of the rows, or the name of one of the source's own splits."""
     share = fraction(value)
@@ -201,3 +207,9 @@ class DiagnosticsConfig(Section):
     """What is measured beside the losses while a student trains."""
 
     grad_norms_every: Positive | None = None  # optimizer steps
+
+
+class LaunchConfig(Section):
+    """How many processes share the students' training, `per_device_train_batch_size` rows each."""
+
+    processes: Annotated[Any, BeforeValidator(_processes)] = 1

@@ -29,7 +29,7 @@ from kdlib.losses.objective import EVAL_TERMS, Objective, ObjectiveAt, row_sums
 from kdlib.losses.signals import Kept, Signal, kept
 from kdlib.models.depth import shallower
 from kdlib.models.heads import head_form
-from kdlib.models.loading import device_of, load_config, load_tokenizer, parameters
+from kdlib.models.loading import device_of, load_config, load_tokenizer, parameters, ranks_of
 from kdlib.models.student import outline, tokenizer_of
 from kdlib.models.teacher import LiveTeacher, insides, signal_of
 from kdlib.schedulers import Schedule, Spec, from_spec, sampled
@@ -189,7 +189,8 @@ class Context:
 
     @part("training")
     def extent(self) -> Extent:
-        return extent(self.args, len(self.prepared.train))
+        ranks = ranks_of(self.config.launch.processes, self.config.wanted_device)
+        return extent(self.args, len(self.prepared.train), ranks)
 
     @part("training")
     def steps(self) -> int:

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from kdlib.errors import ModelError, nearest
+from kdlib.errors import ConfigError, ModelError, nearest
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 BUILT_IN = {
@@ -160,6 +160,27 @@ def device_of(wanted: str) -> torch.device:
             f"device: found {wanted}, but this machine has {found.type}; write {found.type}, or auto"
         )
     return torch.device("cpu") if wanted == "cpu" else found
+
+
+def ranks_of(wanted: int | str, device: str) -> int:
+    """How many processes share the students' training: those that this one is among, else as is wanted.
+
+    Args:
+        wanted: as `launch.processes`; `auto` is one for each GPU, and one where there is none.
+        device: as in a config.
+
+    Raises:
+        ConfigError: more are wanted than there are GPUs.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    gpus = torch.cuda.device_count() if device_of(device).type == "cuda" else 0
+    if gpus and wanted != "auto" and int(wanted) > gpus:
+        do = f"write {gpus}, or auto; or use more machines (notebooks/guides/running.md)"
+        raise ConfigError(
+            f"launch.processes: found {wanted}, needs a GPU for each, and here are {gpus}; {do}"
+        )
+    return max(gpus, 1) if wanted == "auto" else int(wanted)
 
 
 def parameters(model: nn.Module) -> int:

@@ -39,6 +39,11 @@ def is_in_parts(checkpoint: Path) -> bool:
     return any(checkpoint.glob("pytorch_model_fsdp_*/"))
 
 
+def ranks_of(checkpoint: Path) -> int:
+    """How many processes made a checkpoint: each left its random state."""
+    return len([*checkpoint.glob("rng_state_*.pth")]) or 1
+
+
 def checkpoints(folder: StudentFolder) -> list[Path]:
     """All folders that go by a checkpoint's name, whole or not, the newest first."""
     found = [p for p in folder.checkpoints.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]

@@ -21,7 +21,7 @@ from kdlib.errors import Died, RunError, Stopped, nearest, refuse_keys
 from kdlib.metrics.names import rivals_of, student_of
 from kdlib.runs.files import StudentFolder, now, read_json, read_yaml, write_json, write_text, writing
 from kdlib.runs.interrupts import heard, interrupted
-from kdlib.runs.lock import held, lives, this_process
+from kdlib.runs.lock import held, lives, started_this, this_process
 
 # set by the command that runs the notebooks: it keeps status.json, and nobody watches the cells
 PARENT = "KDLIB_RUN_BY"
@@ -128,12 +128,19 @@ class Run(StudentFolder):
 def working(run: Run, failed: Callable[[Run], object] = bool) -> Iterator[None]:
     """Inside, this process alone works on the run; status.json says that it does, and how it ended.
 
+    What that process does or starts meanwhile is part of it: who began says how it ended.
+
     Args:
         failed: called after that with the run, where it did not end well.
 
     Raises:
         RunError: another process works on it.
     """
+    status = run.status
+    mine = status | this_process() == status or started_this(status)
+    if status["state"] == "running" and mine:
+        yield
+        return
     with held(run.path), heard(interrupted, interrupted):
         if (status := run.status)["state"] == "running":  # by a kdlib that knew no lock
             do = f"in process {status['pid']}; wait for it, or stop it first"
@@ -213,7 +220,7 @@ def check_new(root: Path, name: str) -> None:
 
 
 def open_run(root: Path, name: str, config: Config | None = None) -> Run:
-    """An existing run; with `config`, only if it was made with the same settings.
+    """An existing run; with `config`, only if it was made with the same settings, but for `launch`.
 
     Raises:
         RunError: there is no such run, or its settings differ (the message lists how).
@@ -221,7 +228,7 @@ def open_run(root: Path, name: str, config: Config | None = None) -> Run:
     run = Run(root / name)
     if not (run.path / "config.yaml").exists():
         raise RunError(f"no run {name!r} in {root}{nearest(name, (r.name for r in all_runs(root)))}")
-    if config and (lines := differences(run.config.as_dict(), config.as_dict())):
+    if config and (lines := differences(run.config.experiment, config.experiment)):
         raise RunError(
             f"run {name!r} was made with other settings, so it cannot go on with these:\n  "
             + "\n  ".join(lines)

@@ -45,6 +45,12 @@ def lives(process: Mapping[str, Any]) -> bool:
     return "pid" in process and _began(process["pid"]) == process.get("pid_started")
 
 
+def started_this(process: Mapping[str, Any]) -> bool:
+    """Whether that process started this one, or what started this one."""
+    parents = [parent.pid for parent in psutil.Process().parents()]
+    return process.get("pid") in parents and is_here(process) and lives(process)
+
+
 def _began(pid: int) -> float | None:
     try:
         process = psutil.Process(pid)
@@ -65,7 +71,7 @@ def held(folder: Path, *, wait: Callable[[str], object] | None = None) -> Iterat
         RunError: one does, and there is no `wait`; the message says which.
     """
     run = run_of(folder)
-    if run in OURS or _is_ours(_holder(run)):
+    if run in OURS or started_this(_holder(run)):
         yield
         return
     lock, note = FileLock(_beside(run), thread_local=False), _beside(run, ".json")
@@ -114,12 +120,6 @@ def _acquire(lock: FileLock, run: Path, wait: Callable[[str], object] | None) ->
 def _holder(run: Path) -> dict[str, Any]:
     """Who holds the lock, as noted by itself; {} where none does, or has not noted it yet."""
     return read_json(_beside(run, ".json"), {})
-
-
-def _is_ours(holder: dict[str, Any]) -> bool:
-    """Whether this process was started by the holder, or by what that started."""
-    parents = [parent.pid for parent in psutil.Process().parents()]
-    return holder.get("pid") in parents and is_here(holder) and lives(holder)
 
 
 def _beside(run: Path, ending: str = "") -> Path:

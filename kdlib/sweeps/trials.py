@@ -49,7 +49,8 @@ class Base:
         config = configs.parse(self.raw, changes, smoke=self.smoke, name=self.file)
         plain = config.as_dict()
         every = {name: _found(plain, name) for name in self.parameters} | parameters
-        digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+        told_apart = plain if "launch.processes" in self.parameters else config.experiment
+        digest = hashlib.sha256(json.dumps(told_apart, sort_keys=True).encode()).hexdigest()
         return Trial(f"{self.sweep}_{digest[:8]}", every, config)
 
     def command(self, parameters: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import SchedulerType
-from transformers.training_args import OptimizerNames, ParallelMode
+from transformers.training_args import OptimizerNames
 
 from kdlib.config.loss import ROUTER
 from kdlib.config.run import Config
@@ -55,18 +55,21 @@ class Extent:
     evaluations: int | None
 
 
-def extent(args: TrainingArguments, rows: int | None) -> Extent:
-    """How long a training on so many rows is, shared by the ranks of this process group.
+def extent(args: TrainingArguments, rows: int | None, ranks: int | None = None) -> Extent:
+    """How long a training on so many rows is, shared by so many ranks, or those of this process group.
 
     Raises:
-        ConfigError: the rows make no batch.
+        ConfigError: the rows make no batch, or there is none for some rank.
     """
-    batches = per_pass = None
+    batches, per_pass, ranks = None, None, ranks or args.world_size
     if rows is not None:
-        share = rows / (args.train_batch_size * args.world_size)
+        if rows < ranks:
+            do = "lower launch.processes (--processes), or give more rows"
+            raise ConfigError(f"training: found {rows} rows, needs one for each of {ranks} processes; {do}")
+        share = rows / (args.train_batch_size * ranks)
         batches = math.floor(share) if args.dataloader_drop_last else math.ceil(share)
         if args.dataloader_drop_last and batches == 0:
-            found = f"{rows} rows make no whole batch of {args.train_batch_size} on each of {args.world_size}"
+            found = f"{rows} rows make no whole batch of {args.train_batch_size} on each of {ranks}"
             do = "set it to false, lower per_device_train_batch_size, or give more rows"
             raise ConfigError(f"training.dataloader_drop_last: {found} device(s); {do}")
         per_pass = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
@@ -210,11 +213,11 @@ def _named(settings: str) -> Iterator[None]:
         raise ConfigError(f"{settings}: cannot be made here: {said}; mend it, or leave it out") from error
 
 
-def check_processes(args: TrainingArguments) -> None:
-    """Raises a ConfigError where one process is to share a model with others."""
-    if args.fsdp and args.parallel_mode is not ParallelMode.DISTRIBUTED:
+def check_processes(args: TrainingArguments, ranks: int | None = None) -> None:
+    """Raises a ConfigError where one process is to share a model with others; `ranks` as in `extent`."""
+    if args.fsdp and (ranks or args.world_size) == 1:
         raise ConfigError(
-            f"training.fsdp: found {args.fsdp!r} with one process; needed are several, as by "
+            f"training.fsdp: found {args.fsdp!r} with one process; needed are several, by --processes N or "
             "`torchrun --nproc_per_node N -m kdlib train RUN`, or leave fsdp out"
         )
     if args.fsdp:

@@ -1,5 +1,6 @@
 """One training from a config: resumed where it stopped, its files left behind."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from kdlib.config.run import Config
 from kdlib.data.batches import Prepared
@@ -16,7 +17,7 @@ from kdlib.losses.objective import EVAL_TERMS, ObjectiveAt
 from kdlib.models.loading import parameters
 from kdlib.models.saved import FIRST_ROWS, Trained, mean_of_first, settle_generation, special_tokens
 from kdlib.models.teacher import PROJECTIONS, LiveTeacher
-from kdlib.runs.checkpoints import is_in_parts, last_whole, restore_best, step_of
+from kdlib.runs.checkpoints import is_in_parts, last_whole, ranks_of, restore_best, step_of
 from kdlib.runs.files import StudentFolder, go_on, is_refusal, write_error, write_json
 from kdlib.runs.folder import Run
 from kdlib.runs.lock import held
@@ -104,6 +105,7 @@ def train(
             raise RunError(
                 f"{checkpoint.name} was saved whole, by a process alone, and ranks read parts; go on with one"
             )
+        said.append(share_step(args, checkpoint and ranks_of(checkpoint)))
         args.eval_on_start &= checkpoint is None  # else that evaluation is in metrics.jsonl already
         if args.process_index == 0:
             folder.path.mkdir(parents=True, exist_ok=True)
@@ -161,6 +163,26 @@ def train(
             raise Stopped(f"stopped at step {trainer.state.global_step} with a checkpoint; {go_on()}")
         _finish(trainer, folder, prepared.validation, special)
     return trainer
+
+
+def share_step(args: TrainingArguments, before: int | None) -> str:
+    """Give each rank its share of the rows that a step had with `before` of them; says what a step has.
+
+    Args:
+        before: None where training begins: then each rank's share is as `training:` says.
+
+    Raises:
+        ConfigError: the rows cannot be shared equally.
+    """
+    now, batch, times = args.world_size, args.per_device_train_batch_size, args.gradient_accumulation_steps
+    rows = (before or now) * batch * times
+    if rows % now:
+        found = f"{rows} rows a step, as this training began with {before} process(es)"
+        raise ConfigError(f"{found}, cannot be shared by {now}; go on with a number that divides {rows}")
+    batch = math.gcd(batch, rows // now)
+    args.per_device_train_batch_size, args.gradient_accumulation_steps = batch, rows // now // batch
+    shared = f"{rows} rows a step: {now} process(es) × {batch} rows × {rows // now // batch} accumulated"
+    return "" if now == (before or 1) == 1 else shared
 
 
 @contextmanager

@@ -11,15 +11,18 @@ import typer
 
 from kdlib.config import run as configs
 from kdlib.config.run import Config, pairs
+from kdlib.config.sections import LaunchConfig
 from kdlib.errors import ConfigError
 from kdlib.runs import folder as runs
-from kdlib.runs.files import going_on
+from kdlib.runs.child_processes import LAUNCHED, as_rank
+from kdlib.runs.files import go_on, going_on
 from kdlib.runs.folder import Run
 from kdlib.runs.lock import held
 from kdlib.workbench.cli_checks import (
     Anyway,
     ConfigFile,
     Overrides,
+    Processes,
     ReportsFolder,
     RunName,
     RunsFolder,
@@ -57,6 +60,7 @@ def run(
     override: Overrides = None,
     parameter: option(Texts, "-p", "--parameter", help="name=value for the notebooks.") = None,
     without: option(Texts, "--without", help="Leave this notebook out, e.g. 01_dry_run.") = None,
+    processes: Processes = None,
     anyway: Anyway = False,
     runs_folder: RunsFolder = None,
     reports_folder: ReportsFolder = None,
@@ -67,7 +71,8 @@ def run(
     run's folder, saves a checkpoint and ends.
     """
     root, reports = folders(runs_folder, reports_folder)
-    resolved = configs.load(config, override or [], smoke=smoke)
+    override = [*(override or []), *([f"launch.processes={processes}"] if processes else [])]
+    resolved = configs.load(config, override, smoke=smoke)
     extra = dict(pairs(parameter or []))
     if own := sorted({"config", "run", "overrides", "smoke"} & set(extra)):
         ways = "this parameter has a way of its own: CONFIG, --resume, -o, --smoke"
@@ -129,17 +134,26 @@ def dry_run(
 @app.command()
 def train(
     run: argument("A run's name, or its folder; 00_setup has prepared it."),
+    processes: Processes = None,
+    dry_run: option(
+        bool, "--dry-run", help="Five steps and an evaluation alone, as 01_dry_run does."
+    ) = False,
     anyway: Anyway = False,
 ) -> None:
-    """Train the students of RUN without notebooks; under torchrun (-m kdlib train RUN) on several GPUs."""
+    """Train the students of RUN without notebooks; by torchrun -m kdlib train RUN also on many machines."""
     opened = runs.open_run(*runs.locate(run))
     os.chdir(runs.project_root())  # from which a trained teacher's folder is named
     ranks, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
     again = f"{'torchrun … -m kdlib' if ranks > 1 else 'kd'} train {run}"
-    with going_on(f"go on with {again}"), nullcontext() if rank else runs.working(opened):
+    alone = nullcontext() if rank else held(opened.path) if dry_run else runs.working(opened)
+    with as_rank(), going_on(go_on() if LAUNCHED in os.environ else f"go on with {again}"), alone:
         from kdlib.workbench import session
 
-        bench = session.Workbench(opened)
+        launch = processes and LaunchConfig(processes=processes).processes
+        bench = session.Workbench(opened, launch)
+        if dry_run:
+            bench.first_steps()
+            return
         bench.train(anyway=anyway)
         bench.train_baseline()
 

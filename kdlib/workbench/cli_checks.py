@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,8 +15,11 @@ import typer
 from kdlib.config import run as configs
 from kdlib.errors import ConfigError, KdlibError, refuse_keys, without_keys
 from kdlib.runs import folder as runs
+from kdlib.runs.child_processes import LAUNCHED
 from kdlib.runs.files import write_json, write_text
 from kdlib.runs.folder import Run
+
+OTHERS_S = 5.0  # that a rank waits for the first to say what is wrong
 
 checks = typer.Typer()
 
@@ -35,6 +39,9 @@ ConfigFile = argument("The experiment: a YAML file.")
 Overrides = option(Texts, "-o", "--override", help="key=value, e.g. loss.temperature=3.")
 Smoke = option(bool, "--smoke", help="The same with few steps and short rows.")
 Anyway = option(bool, "--anyway", help="Train in spite of the doctor's critical findings.")
+Processes = option(
+    str | None, "--processes", help="So many share the training: a number, or auto, one for each GPU."
+)
 RunName = option(str | None, "--name", help="The run's name; <config>_<time> unless given.")
 RunsFolder = option(Path | None, "--runs", help="Folder of runs; runs/ in the project unless given.")
 ReportsFolder = option(
@@ -78,12 +85,20 @@ def command(program: str = "kd") -> str:
 
 @contextlib.contextmanager
 def bare_errors() -> Iterator[None]:
-    """What a user can act on is printed bare, with exit status 1; a key in the command comes to nothing."""
+    """What a user can act on is printed bare, with exit status 1; a key in the command comes to nothing.
+
+    Of several ranks with the same fault the first says it, and torchrun ends the others while they wait.
+    """
     try:
         refuse_keys(sys.argv[1:], "the command")
         yield
     except KdlibError as error:
-        print(without_keys(f"kd: {error}"), file=sys.stderr)
+        who = "kd"
+        if (rank := os.environ.get("RANK", "0")) != "0":
+            time.sleep(OTHERS_S)
+            who += f", rank {rank}"
+        if LAUNCHED not in os.environ:  # else who launched it says so
+            print(without_keys(f"{who}: {error}"), file=sys.stderr)
         sys.exit(1)
 
 

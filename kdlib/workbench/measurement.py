@@ -22,8 +22,8 @@ from kdlib.config.run import Config
 from kdlib.hardware import peak_memory, precision_of
 from kdlib.models.loading import device_of
 from kdlib.models.student import kept_layers, tokenizer_of
+from kdlib.runs.child_processes import in_fresh_process
 from kdlib.runs.files import StudentFolder
-from kdlib.runs.fresh_process import in_fresh_process
 from kdlib.tasks import base as tasks
 from kdlib.training import run as training
 from kdlib.training.plan import extent, training_arguments
@@ -48,6 +48,11 @@ class Measured:
     def seconds(self) -> float:
         """Of the whole training, without set-up, checkpoints, baseline and comparison."""
         return self.steps * self.step_s + self.evaluations * self.evaluation_s
+
+    def __str__(self) -> str:
+        each = f"{self.step_s:.1f} s ({self.fastest_s:.1f} to {self.slowest_s:.1f})"
+        minutes = f"{self.seconds / 60:.1f} minutes"
+        return f"{self.steps} steps of {each} and {self.evaluations} evaluations, so {minutes}"
 
     def as_dict(self) -> dict[str, float]:
         return {**asdict(self), "seconds": self.seconds}

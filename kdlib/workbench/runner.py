@@ -153,8 +153,8 @@ def execute(
                 start_timeout=START_TIMEOUT,
             )
     except PapermillExecutionError as error:
-        if error.ename == Stopped.__name__:
-            raise Stopped(f"{notebook.stem}: {error.evalue}") from error
+        if kind := {each.__name__: each for each in (Stopped, Died)}.get(error.ename):
+            raise kind(f"{notebook.stem}: {error.evalue}") from error
         raise RunError(f"{notebook.stem}: {error.ename}: {error.evalue}") from error
     except OSError as error:
         raise write_error(output, error) from error

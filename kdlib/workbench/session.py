@@ -11,7 +11,6 @@ from typing import Any
 import datasets
 import pandas as pd
 import transformers
-from transformers import PreTrainedModel
 
 from kdlib.config import run as configs
 from kdlib.config.run import Config
@@ -21,12 +20,13 @@ from kdlib.diagnostics.context import as_text
 from kdlib.errors import RunError, nearest
 from kdlib.evaluation import compare, predictions
 from kdlib.hardware import machine, precision_of
-from kdlib.models.loading import device_of
+from kdlib.models.loading import device_of, ranks_of
 from kdlib.models.student import check_pair, tokenizer_of
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots import comparison as plots
 from kdlib.plots.softening import Predictions
 from kdlib.runs import folder as runs
+from kdlib.runs.child_processes import on_ranks
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.folder import Run, refuse_unsound
 from kdlib.runs.log import plan_table, training_table
@@ -66,14 +66,14 @@ def open_run(
             raise RunError(f"there is no {'smoke ' * smoke}run of {config} yet; {do}")
     if name is not None and (root / name).exists():
         opened = runs.open_run(root, name)
-        if overrides:
-            runs.open_run(root, name, configs.parse(opened.config.as_dict(), overrides))
+        resolved = configs.parse(opened.config.as_dict(), overrides)
+        runs.open_run(root, name, resolved)
     else:
         resolved = configs.load(config, overrides, smoke=smoke)
         teacher_stage.check_arguments(resolved)
         opened = runs.create(root, name or runs.new_name(config, smoke=smoke), resolved, **origin)
     print(f"run: {opened.name} ({opened.status['state']})")
-    return Workbench(opened)
+    return Workbench(opened, resolved.launch.processes)
 
 
 def preflight(config: Config, *, trains: bool = True) -> None:
@@ -83,19 +83,26 @@ def preflight(config: Config, *, trains: bool = True) -> None:
     """
     args, tokenizer = teacher_stage.check_arguments(config, trains=trains), tokenizer_of(config)
     check_pair(config, tokenizer)
-    extent(args, len(tasks.prepare(config, tokenizer).train))
+    ranks = ranks_of(config.launch.processes, config.wanted_device)
+    extent(args, len(tasks.prepare(config, tokenizer).train), ranks)
 
 
 class Workbench:
-    """One run with its models and data, loaded when first asked for."""
+    """One run with its models and data, loaded when first asked for; `processes` in place of its config's."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, processes: int | str | None = None) -> None:
         self.run, self.config = run, teacher_stage.resolved(run.config, run.path.parent)
         self.task = tasks.task_of(self.config)
+        self.wanted_processes = processes or self.config.launch.processes
         pd.options.display.max_colwidth = None  # a formula is read whole
         transformers.utils.logging.disable_progress_bar()  # for each checkpoint is noise
         if runs.headless():  # where a frozen bar is noise
             datasets.disable_progress_bars()
+
+    @property
+    def processes(self) -> int:
+        """How many share a training that begins here; 1 where this one shares it with others."""
+        return 1 if "WORLD_SIZE" in os.environ else ranks_of(self.wanted_processes, self.config.wanted_device)
 
     @cached_property
     def tokenizer(self):
@@ -149,12 +156,7 @@ class Workbench:
         }
         return pd.Series(facts).astype(str).to_frame("")
 
-    def formula(
-        self,
-        weights: Mapping[str, Any] | None = None,
-        until: float = 1.0,
-        student: PreTrainedModel | None = None,
-    ) -> str:
+    def formula(self, weights: Mapping | None = None, until: float = 1.0, student: Any = None) -> str:
         """The objective at the start, and where it moves, at the end; with what the student adds."""
         objective = objective_of(self.config, weights, student)
         return "  …  ".join(dict.fromkeys(objective.at(fraction).formula for fraction in (0.0, until)))
@@ -194,27 +196,33 @@ class Workbench:
     def dry_run(self) -> pd.DataFrame:
         """Five optimizer steps of the real schedule and one evaluation; returns the terms, step by step."""
         shutil.rmtree(self.trial.path, ignore_errors=True)
+        if self.processes == 1:
+            self.first_steps()
+        else:
+            on_ranks(self.run, self.processes, "--dry-run")
+        return tables.of_steps(training_table(self.trial))
+
+    def first_steps(self) -> None:
+        """The dry run in this process, or this process's part of it."""
         trial = self._train(self.trial, label="dry run", stop_after=DRY_STEPS)
         metrics = trial.evaluate()
         took = measurement.by_steps(self.config, trial, metrics["eval_runtime"])
+        if not trial.is_world_process_zero():
+            return
         self.run.add_to_manifest(
             optimizer_steps=took.steps,
             warmup_steps=trial.args.get_warmup_steps(took.steps),
             seconds_per_step=round(took.step_s, 3),
         )
-        table = training_table(self.trial)
         print(f"held-out: loss {metrics['eval_loss']:.3f}, evaluated in {took.evaluation_s:.0f} s")
-        print(
-            f"forecast for the distilled student, from these steps: {took.steps} steps of {took.step_s:.1f} s"
-            f" ({took.fastest_s:.1f} to {took.slowest_s:.1f}) and {took.evaluations} evaluations, so "
-            f"{took.seconds / 60:.1f} minutes; memory in use {table['memory_gib'].max():.1f} GiB"
-        )
-        return tables.of_steps(table)
+        most = training_table(self.trial)["memory_gib"].max()
+        print(f"forecast for the distilled student, from these steps: {took}; memory in use {most:.1f} GiB")
 
     def forecast(self) -> None:
         """Say what the whole run will hold in memory, moment by moment."""
         sizes = {"rows": len(self.prepared.train), "vocabulary": self.prepared.vocabulary}
-        print(forecast.as_text(forecast.advised(self.config, memory.forecast, **sizes)))
+        found = forecast.advised(self.config, memory.forecast, devices=self.processes, **sizes)
+        print(forecast.as_text(found))
 
     def plan(self) -> pd.DataFrame:
         """The schedules at every tenth of the training that the dry run began."""
@@ -283,6 +291,8 @@ class Workbench:
         if folder.is_trained:
             print(f"{label}: trained already")
             return None
+        if self.processes > 1 and not options:
+            return on_ranks(self.run, self.processes)  # both students
         made = self._made()
         print(f"{label}: {self.formula(weights, 0.0, made['student'])}")
         return training.train(self.config, folder, **made, label=label, weights=weights, **options)

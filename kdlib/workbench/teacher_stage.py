@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from kdlib.config.run import Config, parse
 from kdlib.data.batches import Prepared
 from kdlib.errors import RunError, Stopped
+from kdlib.models.loading import ranks_of
 from kdlib.models.student import tokenizer_of
 from kdlib.runs import folder as runs
 from kdlib.runs.files import go_on
@@ -46,7 +47,7 @@ def check_arguments(config: Config, *, trains: bool = False) -> TrainingArgument
     """What `training:` asks for; refused where it cannot be had here, the teacher's own stage likewise."""
     args = training_arguments(config, Path("unused"))
     if trains:
-        check_processes(args)
+        check_processes(args, ranks_of(config.launch.processes, config.wanted_device))
     try_out(args)
     trackers.check_key(args.report_to)  # of a tracker that is installed
     if config.teacher_stage is not None:
