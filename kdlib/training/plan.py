@@ -64,8 +64,8 @@ def extent(args: TrainingArguments, rows: int | None, ranks: int | None = None) 
     batches, per_pass, ranks = None, None, ranks or args.world_size
     if rows is not None:
         if rows < ranks:
-            do = "lower launch.processes (--processes), or give more rows"
-            raise ConfigError(f"training: found {rows} rows, needs one for each of {ranks} processes; {do}")
+            found = f"{rows} rows, needs one for each of {ranks} processes"
+            raise ConfigError(f"training: found {found}; lower launch.processes, or give more rows")
         share = rows / (args.train_batch_size * ranks)
         batches = math.floor(share) if args.dataloader_drop_last else math.ceil(share)
         if args.dataloader_drop_last and batches == 0:
@@ -216,10 +216,8 @@ def _named(settings: str) -> Iterator[None]:
 def check_processes(args: TrainingArguments, ranks: int | None = None) -> None:
     """Raises a ConfigError where one process is to share a model with others; `ranks` as in `extent`."""
     if args.fsdp and (ranks or args.world_size) == 1:
-        raise ConfigError(
-            f"training.fsdp: found {args.fsdp!r} with one process; needed are several, by --processes N or "
-            "`torchrun --nproc_per_node N -m kdlib train RUN`, or leave fsdp out"
-        )
+        needed = "needed are several, by --processes N or `torchrun --nproc_per_node N -m kdlib train RUN`"
+        raise ConfigError(f"training.fsdp: found {args.fsdp!r} with one process; {needed}; or leave fsdp out")
     if args.fsdp:
         check_shards(args.device)
 

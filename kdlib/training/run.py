@@ -105,7 +105,7 @@ def train(
             raise RunError(
                 f"{checkpoint.name} was saved whole, by a process alone, and ranks read parts; go on with one"
             )
-        said.append(share_step(args, checkpoint and ranks_of(checkpoint)))
+        said.append(share_step(args, ranks_of(checkpoint) if checkpoint else None))
         args.eval_on_start &= checkpoint is None  # else that evaluation is in metrics.jsonl already
         if args.process_index == 0:
             folder.path.mkdir(parents=True, exist_ok=True)
