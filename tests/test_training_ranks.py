@@ -92,10 +92,7 @@ def ranked(teacher_folder, tmp_path_factory) -> Path:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     begin_from(shared / "alone")
-    alone = yaml.safe_load((shared / "one.yaml").read_text())
-    alone["training"]["fsdp"] = True
-    (shared / "alone.yaml").write_text(yaml.safe_dump(alone))
-    train_file(shared / "alone", shared / "alone.yaml")
+    train_file(shared / "alone", shared / "two.yaml")
     return folder
 
 

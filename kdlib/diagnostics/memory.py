@@ -81,7 +81,7 @@ def forecast(
     total, free = (round(memory * GIB),) * 2 if memory else device_memory(there)
     args, plan = training_arguments(config, Path("unused")), outline(config, task_of(config), vocabulary)
     devices = devices or int(os.environ.get("WORLD_SIZE", 1))
-    compiled = workspace_of(config, args, rows or 0, plan.vocabulary).compiled
+    compiled = workspace_of(config, args, rows, plan.vocabulary).compiled
     chunk = config.loss.chunk
     if chunk == "auto":
         chunk = chunk_tokens(plan.vocabulary, product_dtype(dtype, there).itemsize, there, free=free)

@@ -266,7 +266,7 @@ def objective_of(
     )
 
 
-def workspace_of(config: Config, args: TrainingArguments, rows: int, vocabulary: int) -> Workspace:
+def workspace_of(config: Config, args: TrainingArguments, rows: int | None, vocabulary: int) -> Workspace:
     """The losses' workspace; `compile: auto` compiles the row arithmetic of a training that repays it."""
     predicted = 1 if rules_of(config).unit == "row" else config.data.max_length  # in a row
     tokens = args.per_device_train_batch_size * args.gradient_accumulation_steps * predicted
