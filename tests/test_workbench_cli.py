@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -151,8 +152,12 @@ def test_a_parameter_that_the_command_sets_itself_is_refused(kd, config_file, tm
 
 
 def test_a_run_that_is_running_is_not_started_twice(kd, config_file, raw_config, tmp_path):
-    runs.create(tmp_path / "runs", "busy", parse(raw_config)).set_status("running")
-    status, said = kd("run", config_file, "--resume", "busy")
+    busy = runs.create(tmp_path / "runs", "busy", parse(raw_config))
+    busy.set_status("running")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        of_other = {"pid": other.pid, "pid_started": psutil.Process(other.pid).create_time()}
+        runs.write_json(busy.path / "status.json", busy.status | of_other)
+        status, said = kd("run", config_file, "--resume", "busy")
     assert (status, "is running already" in said) == (1, True), said
 
 
