@@ -9,14 +9,19 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
+from made_runs import RAW
 
+from kdlib.config.run import parse
 from kdlib.errors import RunError
 from kdlib.plots.training_panels import View
 from kdlib.reports import index, run as reports
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run
 from kdlib.runs.log import eval_table, training_table
-from kdlib.workbench import dashboard, session
+from kdlib.sweeps.config import SweepConfig
+from kdlib.sweeps.trials import Base
+from kdlib.workbench import dashboard, session, teacher_stage
 
 FIGURES = ("loss", "kd_loss", "ce_loss", "kd_weight", "temperature", "learning_rate", "grad_norm")
 OLD = Path(__file__).parent / "data" / "old_run"
@@ -73,3 +78,16 @@ def test_a_run_of_before_goes_on_with_its_own_settings_only(folder):
     )
     with pytest.raises(RunError, match=r"other settings.*\n  loss.temperature: 2.0 -> 3.0"):
         session.open_run("tiny.yaml", str(folder / "stopped"), {"loss.temperature": 3})
+
+
+def test_a_teachers_stage_and_a_sweeps_trials_have_the_names_that_they_had(tmp_path):
+    """As 8364f67 made them: another name would train anew what is there."""
+    stage = {"training": {"max_steps": 4}}
+    rows = {"source": "rows", "text": "text", "label": "label"}
+    classes = {"task": "sequence-classification", "data": rows, "teacher_stage": stage, "baseline": None}
+    config = parse({**RAW, **classes, "loss": {"weights": {"kd": 1.0}}, "training": {"max_steps": 6}})
+    assert teacher_stage.run_of(config, tmp_path).name == "teacher_a-teacher_ed14fe26"
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(RAW))
+    for changes in ({}, {"trackers.entity": "team", "launch.processes": 2}):
+        settings = SweepConfig(base="base.yaml", grid={"seed": [0]}, overrides=changes)
+        assert Base(settings, "sweep", tmp_path).trial({"seed": 0}).run == "sweep_ddaa4110"

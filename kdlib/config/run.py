@@ -57,6 +57,9 @@ def _training(training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
     return made
 
 
+BESIDE = ("launch", "trackers")  # sections that do not tell runs apart: where one trains, and who hears of it
+
+
 class TeacherStage(Section):
     """The teacher learns the task first, with ce alone; its run is used again while this stays as it is."""
 
@@ -95,10 +98,9 @@ class Config(Section):
         """`device`, or cpu where `training.use_cpu` says so."""
         return "cpu" if self.training.get("use_cpu") else self.device
 
-    @property
-    def experiment(self) -> dict[str, Any]:
-        """Plain data without `launch`: what a run is, wherever it trains."""
-        return {name: value for name, value in self.as_dict().items() if name != "launch"}
+    def without(self, *sections: str) -> dict[str, Any]:
+        """Plain data but for these sections."""
+        return {name: value for name, value in self.as_dict().items() if name not in sections}
 
     @classmethod
     def smoke_changes(cls, raw: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -228,7 +228,7 @@ def open_run(root: Path, name: str, config: Config | None = None) -> Run:
     run = Run(root / name)
     if not (run.path / "config.yaml").exists():
         raise RunError(f"no run {name!r} in {root}{nearest(name, (r.name for r in all_runs(root)))}")
-    if config and (lines := differences(run.config.experiment, config.experiment)):
+    if config and (lines := differences(run.config.without("launch"), config.without("launch"))):
         raise RunError(
             f"run {name!r} was made with other settings, so it cannot go on with these:\n  "
             + "\n  ".join(lines)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kdlib.config import run as configs
-from kdlib.config.run import Config
+from kdlib.config.run import BESIDE, Config
 from kdlib.config.task_rules import rules_of
 from kdlib.errors import ConfigError
 from kdlib.sweeps.config import WEIGHTS, SweepConfig
@@ -49,7 +49,8 @@ class Base:
         config = configs.parse(self.raw, changes, smoke=self.smoke, name=self.file)
         plain = config.as_dict()
         every = {name: _found(plain, name) for name in self.parameters} | parameters
-        told_apart = plain if "launch.processes" in self.parameters else config.experiment
+        varied = {name.partition(".")[0] for name in self.parameters}
+        told_apart = config.without(*(section for section in BESIDE if section not in varied))
         digest = hashlib.sha256(json.dumps(told_apart, sort_keys=True).encode()).hexdigest()
         return Trial(f"{self.sweep}_{digest[:8]}", every, config)
 

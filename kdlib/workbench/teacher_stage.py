@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from kdlib.config.run import Config, parse
+from kdlib.config.run import BESIDE, Config, parse
 from kdlib.data.batches import Prepared
 from kdlib.errors import RunError, Stopped
 from kdlib.models.loading import ranks_of
@@ -57,8 +57,7 @@ def check_arguments(config: Config, *, trains: bool = False) -> TrainingArgument
 
 def run_of(config: Config, root: Path) -> Run:
     """Where the stage of this config is, or will be."""
-    settings = {name: part for name, part in own_config(config).as_dict().items() if name != "trackers"}
-    text = json.dumps(settings, sort_keys=True)
+    text = json.dumps(own_config(config).without(*BESIDE), sort_keys=True)
     name = Path(config.teacher.model).name.removesuffix(".gguf")
     return Run(root / f"teacher_{name}_{hashlib.sha256(text.encode()).hexdigest()[:8]}")
 
