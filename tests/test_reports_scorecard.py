@@ -156,6 +156,10 @@ def test_each_sickness_fails_its_own_line_alone_and_says_what_to_do(folder, name
     assert ", 1 fails" in counted(lines)
 
 
+def test_one_logged_line_tells_too_that_a_training_was_stopped_early(folder):
+    assert SEEN in failed(folder(epochs=0.5, logged=[6], config={"early_stopping": {"patience": 1}}))
+
+
 def test_less_than_an_epoch_is_no_fault_where_the_config_says_so(folder):
     (line,) = (line for line in scorecard(folder(epochs=0.5)) if line.check == SEEN)
     assert line.passed

@@ -104,7 +104,7 @@ def _epoch(case: Case) -> Line:
         return Line(check, found, needed, True)
     if not case.folder.is_trained:
         return Line(check, f"{found} so far", needed, None)
-    every = case.train["step"].diff().max()  # it is logged so seldom that its last step may be missing
+    every = np.diff(case.train["step"], prepend=0).max()  # so seldom that the last may be missing
     if case.config.early_stopping and case.steps - step >= every:
         why = f"early stopping ended it at step {step} of {case.steps}"
         do = "raise early_stopping.patience, or evaluate less often"
