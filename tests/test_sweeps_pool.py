@@ -23,7 +23,7 @@ from made_log import read_metrics
 from kdlib.config import run as configs
 from kdlib.errors import ConfigError, ModelError, RunError
 from kdlib.reports.index import render_index
-from kdlib.runs import folder as runs
+from kdlib.runs import child_processes, folder as runs
 from kdlib.runs.folder import Run
 from kdlib.sweeps import pool, processes, report, results, run as sweep_run
 from kdlib.sweeps.config import SweepConfig
@@ -214,7 +214,7 @@ def test_jobs_run_side_by_side(acted, tmp_path):
 
 
 def test_side_by_side_the_cores_are_divided_unless_somebody_has_divided_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "cores", lambda: 8)
+    monkeypatch.setattr(child_processes, "cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert processes.Work(tmp_path, tmp_path, jobs=4).environment()["OMP_NUM_THREADS"] == "2"
     assert "OMP_NUM_THREADS" not in processes.Work(tmp_path, tmp_path).environment()

@@ -101,8 +101,8 @@ def _layers_kept(value: Any) -> Any:
 
 
 def _processes(value: Any) -> Any:
-    if value == "auto" or whole(value):
-        return value if value == "auto" else whole(value)
+    if found := value if value == "auto" else whole(value):
+        return found
     raise ValueError(f"found {value!r}; it is a number of 1 or more, or auto: one for each GPU")
 
 

@@ -59,7 +59,7 @@ class Forecast:
 
 
 LAYOUTS = {  # how ranks hold the two models between them
-    "DDP": "a whole student and teacher on each",
+    "DDP": "a whole student and teacher on each (training.fsdp=null)",
     "FSDP": "student and teacher sharded (training.fsdp=true)",
     "FSDP, offloaded": "likewise, the teacher's shard in CPU memory (and teacher.offload=true)",
 }
@@ -261,10 +261,7 @@ def _fit(data: Mapping[str, Any]) -> list[str]:
 def _layouts(data: Mapping[str, Any]) -> list[str]:
     """What each rank would hold, by how they share the models."""
     lines = [f"  {_gib(peak):>7} GiB  {name}: {LAYOUTS[name]}" for name, peak in data["layouts"].items()]
-    ways = "training.fsdp=full_shard is FSDP, null DDP"
-    return (
-        [f"peak on each rank, by how {data['devices']} share the models ({ways}):", *lines] if lines else []
-    )
+    return [f"peak on each rank, by how {data['devices']} share the models:", *lines] if lines else []
 
 
 def _time(data: Mapping[str, Any]) -> list[str]:

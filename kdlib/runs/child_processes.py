@@ -72,8 +72,7 @@ def on_ranks(run: Run, count: int, *words: str) -> None:
     ranks = ["--standalone", "--nproc-per-node", str(count), "--tee", "3", "--local-ranks-filter", "0"]
     command = [sys.executable, "-m", "torch.distributed.run", *ranks, "--log-dir", str(logs)]
     command += ["-m", "kdlib", "train", str(run.path), *words]
-    threads = str(max(_cores() // count, 1))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONUNBUFFERED": "1", LAUNCHED: "1"}
+    environment = {**threads_of(count), **os.environ, "PYTHONUNBUFFERED": "1", LAUNCHED: "1"}
     with held(run.path) if words else working(run), heard(ask, interrupted):
         shutil.rmtree(logs, ignore_errors=True)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -156,5 +155,11 @@ def _last_lines(logs: Path, rank: int) -> str:
     return "".join(f"\n  {line}" for line in ["it said last:" + where, *lines]) if lines else ""
 
 
-def _cores() -> int:
+def threads_of(count: int) -> dict[str, str]:
+    """The environment that divides this process's cores among so many; nothing for one."""
+    return {"OMP_NUM_THREADS": str(max(cores() // count, 1))} if count > 1 else {}
+
+
+def cores() -> int:
+    """How many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

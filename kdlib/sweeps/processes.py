@@ -22,6 +22,7 @@ from typing import IO, Any
 import psutil
 
 from kdlib.errors import ConfigError, RunError
+from kdlib.runs.child_processes import threads_of
 from kdlib.runs.files import without_keys_in, write_text
 from kdlib.runs.folder import Run, project_root
 from kdlib.runs.lock import is_free, is_here
@@ -30,10 +31,8 @@ LEFT_OUT = "01_dry_run"
 GRACE = 90.0  # s to make a checkpoint in, after which a process is killed
 TICK = 0.2  # s
 CONNECT_S = 10.0  # in which a cluster must answer
-STOP, AT_ONCE = (
-    "STOP",
-    "at once",
-)  # a file in the sweep's folder, and what it says where nothing is waited for
+STOP = "STOP"  # a file in the sweep's folder
+AT_ONCE = "at once"  # what it says where nothing is waited for
 
 
 @dataclass(frozen=True)
@@ -118,8 +117,7 @@ class Work:
             preset = dask.config.get("distributed.nanny.pre-spawn-environ")  # a thread each, for numpy's sake
             jobs = worker.state.nthreads
             ours = {name: value for name, value in ours.items() if str(preset.get(name)) != value}
-        threads = {"OMP_NUM_THREADS": str(max(cores() // jobs, 1))} if jobs > 1 else {}
-        return {"PYTHONUNBUFFERED": "1", **threads, **ours}
+        return {"PYTHONUNBUFFERED": "1", **threads_of(jobs), **ours}
 
     def _ended(self, process: subprocess.Popen) -> bool:
         """Wait for the end, and pass on who asks for it; False where it had to be told, for lack of time."""
@@ -236,11 +234,6 @@ def _dask_worker() -> Any:
         with contextlib.suppress(ValueError):
             return sys.modules["distributed"].get_worker()
     return None
-
-
-def cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _kill(process: subprocess.Popen) -> None:

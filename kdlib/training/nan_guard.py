@@ -31,7 +31,6 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer
-from transformers.conversion_mapping import get_model_conversion_mapping
 
 from kdlib.errors import NonFiniteLoss, RunError
 from kdlib.hardware import memory_kept
@@ -283,15 +282,15 @@ def _reading_parts() -> Iterator[FullyShardedDataParallelPlugin]:
 
 def _is_converted(model: PreTrainedModel) -> bool:
     """Whether its files have other weights than its memory, as experts' have: then one rank makes them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping  # 0.2 s
+
     return bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
 def _write_in_parts(model: PreTrainedModel, file: Path) -> None:
     """The weights of a model that ranks share as one file; every rank must call it."""
     left_out = (*(model.all_tied_weights_keys or {}), PROJECTIONS)
-    state = {
-        name: each for name, each in get_model_state_dict(model).items() if not name.startswith(left_out)
-    }
+    state = {n: each for n, each in get_model_state_dict(model).items() if not n.startswith(left_out)}
     folder, one = file.with_name("parts"), dict.fromkeys(state, 1)
     writer = HuggingFaceStorageWriter(str(folder), one, save_distributed=True, enable_consolidation=True)
     dcp.save(state, storage_writer=writer)
