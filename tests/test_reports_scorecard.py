@@ -9,7 +9,8 @@ from kdlib.plots.training import run_figures
 from kdlib.reports.scorecard import counted, scorecard, scorecard_table
 from kdlib.reports.summary import summary
 from kdlib.runs import folder as runs, log as metrics
-from kdlib.runs.verdict import keep_units
+from kdlib.runs.files import StudentFolder
+from kdlib.runs.verdict import keep_units, mean_at
 
 FINE = {"kd": lambda step: 4 * 0.97**step, "ce": lambda step: 3 * 0.99**step}
 FALLS = {0: 4.0, 10: 2.5, 20: 2.0}
@@ -300,3 +301,11 @@ def test_the_table_has_a_row_a_line(folder):
     table = scorecard_table(scorecard(folder()))
     assert list(table.columns) == ["found", "needed", "result", "do"]
     assert np.all(table["result"] == "pass")
+
+
+@pytest.mark.parametrize("right", [0, 1, 15, 16])
+def test_a_share_of_few_rows_has_an_interval_of_shares(tmp_path, right):
+    hits = np.arange(16) < right
+    keep_units(StudentFolder(tmp_path), 1, {"accuracy": hits, "tokens": np.ones(16)})
+    found = mean_at(StudentFolder(tmp_path), "accuracy", 1)
+    assert 0 <= found["low"] <= found["value"] == right / 16 <= found["high"] <= 1

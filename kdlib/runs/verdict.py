@@ -14,7 +14,7 @@ import pandas as pd
 
 from kdlib.config.run import Config
 from kdlib.metrics.means import ratio_of_sums
-from kdlib.metrics.names import MEASURES
+from kdlib.metrics.names import MEASURES, UNBOUNDED
 from kdlib.runs.files import StudentFolder, writing
 from kdlib.schedulers import sampled
 
@@ -168,14 +168,15 @@ def cut_units(folder: StudentFolder, step: int) -> None:
 
 
 def mean_at(folder: StudentFolder, measure: str, step: int) -> dict[str, float] | None:
-    """A measure at an evaluation with its 95 % interval; None where its units were not kept."""
+    """A measure at an evaluation with its 95 % interval, within its range; None where units were not kept."""
     found, column = _units(folder, step), SUMS.get(measure, "")
     if column not in found or measure == "macro_f1":
         return None
     mean = ratio_of_sums(found[column], found[COUNTS.get(measure, "tokens")])
-    return (
-        {name: float(np.exp(min(x, 700.0))) for name, x in mean.items()} if measure == "perplexity" else mean
-    )
+    if measure == "perplexity":
+        mean = {name: float(np.exp(min(x, 700.0))) for name, x in mean.items()}
+    within = MEASURES[measure].within if measure in MEASURES else UNBOUNDED
+    return {name: float(np.clip(x, within.low, within.high)) for name, x in mean.items()}
 
 
 def change(
