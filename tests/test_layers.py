@@ -16,13 +16,13 @@ LAYERS = [  # from the ground up; benchmarks stand on top, and nothing imports t
     {"config", "hardware"},
     {"losses", "runs"},
     {"data", "models", "plots"},
-    {"tasks", "training", "reports"},
+    {"tasks", "training", "reports", "generation"},
     {"evaluation", "diagnostics", "sweeps"},
     {"workbench"},
     {"benchmarks"},
 ]
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
-TORCH_FREE = {"errors", "schedulers", "metrics", "config", "runs", "plots", "reports", "sweeps"}
+TORCH_FREE = {"errors", "schedulers", "metrics", "config", "runs", "plots", "reports", "sweeps", "generation"}
 MODULES = {
     ".".join(path.relative_to(KDLIB).with_suffix("").parts): path
     for path in sorted(KDLIB.rglob("*.py"))

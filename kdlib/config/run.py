@@ -57,6 +57,12 @@ def _training(training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
     return made
 
 
+# by a section that it alone has: what a file describes, and the command for it
+MARKS = {
+    "student": ("a training", "kd run"),
+    "prompts": ("rows to be made by a teacher", "kd generate"),
+    "base": ("a sweep", "kd sweep"),
+}
 BESIDE = ("launch", "trackers")  # sections that do not tell runs apart: where one trains, and who hears of it
 
 
@@ -145,6 +151,7 @@ def parse(
         sections = ", ".join(f"{key}:" for key, field in kind.model_fields.items() if field.is_required())
         raise ConfigError(f"{name}: a mapping of sections is needed ({sections}), found {type(raw).__name__}")
     refuse_keys(raw, name)
+    _refuse_other_kind(raw, name, kind)
     changed = overridden(raw, overrides, name)
     if smoke:
         changed = overridden(merged(raw, kind.smoke_changes(changed)), overrides, name)
@@ -156,6 +163,14 @@ def parse(
         raise ConfigError("\n  ".join([head, *lines])) from None
     except RecursionError:
         raise ConfigError(f"{name}: a value is nested too deeply, or within itself") from None
+
+
+def _refuse_other_kind(raw: Mapping, name: str, kind: type[Section]) -> None:
+    """Raise a ConfigError where the file is meant for another command, as its sections show."""
+    own = {field.alias or key for key, field in kind.model_fields.items()}
+    for section, (what, command) in MARKS.items():
+        if section in raw and section not in own and not {*MARKS} & own & {*raw}:
+            raise ConfigError(f"{name}: this describes {what} (`{section}:`); give it to {command} {name}")
 
 
 def read_text(path: Path) -> str:
