@@ -6,7 +6,7 @@ import time
 import psutil
 import pytest
 
-from kdlib.config.run import parse
+from kdlib.config.run import BESIDE, parse
 from kdlib.errors import RunError
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run, clean
@@ -40,6 +40,17 @@ def test_a_run_goes_on_only_with_the_settings_it_was_made_with(run, raw_config):
     assert runs.open_run(run.path.parent, "first", parse(raw_config)) == run
     with pytest.raises(RunError, match="other settings.*\n  loss.temperature: 2.0 -> 3.0"):
         runs.open_run(run.path.parent, "first", parse(raw_config, ["loss.temperature=3"]))
+
+
+@pytest.mark.parametrize("change", ["launch.processes=2", "trackers.entity=other"])
+def test_who_hears_of_a_run_and_how_many_train_it_make_no_other_run_and_hold_from_then_on(
+    run, raw_config, change
+):
+    assert change.partition(".")[0] in BESIDE
+    changed = parse(raw_config, [change])
+    for state, expected in [("done", run.config), ("running", run.config), ("stopped", changed)]:
+        run.set_status(state)
+        assert runs.open_run(run.path.parent, "first", changed).config == expected, state
 
 
 def test_a_run_that_is_not_there_names_the_nearest(run):

@@ -5,12 +5,15 @@ report has the right figures.
 import json
 import statistics
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import made_answers
 import matplotlib.figure
 import pandas as pd
 import pytest
+from matplotlib.axis import Axis
+from matplotlib.transforms import Bbox
 
 from kdlib.config import run as configs
 from kdlib.errors import ConfigError
@@ -501,6 +504,28 @@ def test_a_single_setting_says_which_way_the_teacher_moved_it(swept, differences
     found = results.gain_tables(sweep, tables(sweep)[1])["kl_to_teacher"]
     found["found"] = results.FOUND[results.is_better(found.iloc[0], metric)]
     assert title(figures.gains_by_setting({metric: found}, [])) == expected
+
+
+@pytest.mark.parametrize("scale", [2e-4, 3e-7, 0.13])
+def test_no_two_labels_of_ticks_lie_on_each_other_however_small_the_differences(swept, scale):
+    sweep = swept([1.0] * 4, grid=GRID, metric="accuracy")
+    held_against_the_baseline(sweep, [scale * x for x in (-1.3, 0.7, 2.1, 0.0)], spread=scale)
+    _, settings = tables(sweep)
+    gains = results.gain_tables(sweep, settings)["accuracy"]
+    many = dict.fromkeys(list(MEASURES)[:6], gains)
+    figure = figures.gains_by_setting(many, list(GRID))
+    figure.draw_without_rendering()
+    for way in ("xaxis", "yaxis"):
+        boxes = [box for axes in figure.axes for box in drawn_labels(getattr(axes, way))]
+        assert len(boxes) >= 4
+        assert not [pair for pair in combinations(boxes, 2) if pair[0].overlaps(pair[1])], way
+
+
+def drawn_labels(axis: Axis) -> list[Bbox]:
+    """Where the labels stand of those ticks that lie on the axis, and are drawn."""
+    low, high = sorted(axis.get_view_interval())
+    labels = [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    return [label.get_window_extent() for label in labels if label.get_visible()]
 
 
 # what the figures do not show

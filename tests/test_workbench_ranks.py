@@ -101,7 +101,7 @@ def test_a_step_has_the_rows_that_it_had_with_other_processes(before, now, each,
 def test_a_run_goes_on_with_other_processes_and_a_sweep_knows_its_trials_again(raw_config, tmp_path):
     two = parse(raw_config, ["launch.processes=2"])
     runs.create(tmp_path, "first", parse(raw_config))
-    assert runs.open_run(tmp_path, "first", two).config.launch.processes == 1
+    assert runs.open_run(tmp_path, "first", two).config.launch.processes == 2
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(raw_config))
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(two.as_dict()))
     names = {

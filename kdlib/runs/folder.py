@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from kdlib.config.run import Config, differences, parse
+from kdlib.config.run import BESIDE, Config, differences, parse
 from kdlib.errors import Died, RunError, Stopped, nearest, refuse_keys
 from kdlib.metrics.names import rivals_of, student_of
 from kdlib.runs.files import StudentFolder, now, read_json, read_yaml, write_json, write_text, writing
@@ -220,7 +220,9 @@ def check_new(root: Path, name: str) -> None:
 
 
 def open_run(root: Path, name: str, config: Config | None = None) -> Run:
-    """An existing run; with `config`, only if it was made with the same settings, but for `launch`.
+    """An existing run; with `config`, only if it was made with the same settings, but for those in BESIDE.
+
+    Such a run, where it is to go on, goes on with the `launch` and the `trackers` of `config`.
 
     Raises:
         RunError: there is no such run, or its settings differ (the message lists how).
@@ -228,12 +230,14 @@ def open_run(root: Path, name: str, config: Config | None = None) -> Run:
     run = Run(root / name)
     if not (run.path / "config.yaml").exists():
         raise RunError(f"no run {name!r} in {root}{nearest(name, (r.name for r in all_runs(root)))}")
-    if config and (lines := differences(run.config.without("launch"), config.without("launch"))):
+    if config and (lines := differences(run.config.without(*BESIDE), config.without(*BESIDE))):
         raise RunError(
             f"run {name!r} was made with other settings, so it cannot go on with these:\n  "
             + "\n  ".join(lines)
             + "\ngive the settings it was made with, or start a new run"
         )
+    if config and config != run.config and run.status["state"] not in ("running", "done"):
+        write_text(run.path / "config.yaml", config.as_yaml())
     return run
 
 

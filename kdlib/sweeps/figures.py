@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from kdlib.metrics.names import MEASURES, Measure
 from kdlib.plots import axes as plots
@@ -84,6 +84,8 @@ def gains_by_setting(gains: Mapping[str, pd.DataFrame], names: Sequence[str]) ->
         title = f"{MEASURES[name].brief}\n{better} is better\n{counts(gain, short=True)}"
         axes.set_title(title, fontsize=8.5, loc="left")
         axes.margins(x=0.15)
+        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.tick_params(labelsize=8)
     over = "95 % over seeds" if table["n"].max() > 1 else "95 % over held-out rows"
     key = "blue ● helps, red ✕ harms, beyond the interval; grey ● open"
