@@ -118,8 +118,11 @@ def refuse_keys(found: Any, where: str = "a setting or parameter") -> None:
         ConfigError: they do; the message names the variable, or the key's first letters.
     """
     secrets = _of_environment()
-    for name, value in _leaves(found):
-        text = f"{name}={value}" if name else value
+    texts = [(name, f"{name}={value}" if name else value) for name, value in _leaves(found)]
+    whole = "\n".join(text for _, text in texts)
+    if not any(start in whole for start in (*secrets, *KEYS)) and not HEX.search(whole):
+        return
+    for name, text in texts:
         held = [f"the value of ${known}" for secret, known in secrets.items() if secret in text]
         forms = [*_keys_in(text), *(m["key"] for m in HEX.finditer(text) if not DIGESTS.search(m["name"]))]
         held += [f"what looks like a key, {key[:4]}…" for key in forms]

@@ -42,7 +42,7 @@ def lines(figure, panel) -> dict:
 
 def test_the_picture_says_what_it_shows(run):
     said = titles(run)
-    assert said["values"] == "The kd loss falls from 2.08 to 0.479 nats per token (p = 0.029)"
+    assert said["values"] == "The kd loss falls from 2.08 to 0.479 nats per token (p = 0.03)"
     assert said["shares"].startswith("kd makes up 58% of what the optimizer sees")
     assert said["total"] == "At step 10 the held-out loss is 2.19 × the training loss before it"
     assert said["grad_norm"] == "The gradient norm has a median of 6.5 and is 11 at most (step 10)"

@@ -1,5 +1,7 @@
 import json
 import re
+import subprocess
+import sys
 from xml.etree import ElementTree
 
 import numpy as np
@@ -140,3 +142,10 @@ def test_text_from_runs_stays_text(root, tmp_path):
     assert "<script" not in page
     assert "<img" not in page
     assert "&lt;script&gt;window.hit = 1" in page
+
+
+def test_reading_many_runs_loads_no_package_that_takes_seconds_to_load():
+    slow = ("nbconvert", "scipy", "sklearn", "IPython", "torch")
+    code = f"import sys, kdlib.reports.run, kdlib.reports.index; print(*(sys.modules.keys() & {set(slow)}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 from made_runs import interval
+from scipy.stats import mannwhitneyu
 
 from kdlib.config.run import parse
 from kdlib.plots.training import run_figures
@@ -10,7 +11,7 @@ from kdlib.reports.scorecard import counted, scorecard, scorecard_table
 from kdlib.reports.summary import summary
 from kdlib.runs import folder as runs, log as metrics
 from kdlib.runs.files import StudentFolder
-from kdlib.runs.verdict import keep_units, mean_at
+from kdlib.runs.verdict import _p_of_ranks, keep_units, mean_at
 
 FINE = {"kd": lambda step: 4 * 0.97**step, "ce": lambda step: 3 * 0.99**step}
 FALLS = {0: 4.0, 10: 2.5, 20: 2.0}
@@ -309,3 +310,13 @@ def test_a_share_of_few_rows_has_an_interval_of_shares(tmp_path, right):
     keep_units(StudentFolder(tmp_path), 1, {"accuracy": hits, "tokens": np.ones(16)})
     found = mean_at(StudentFolder(tmp_path), "accuracy", 1)
     assert 0 <= found["low"] <= found["value"] == right / 16 <= found["high"] <= 1
+
+
+@pytest.mark.parametrize("decimals", [0, 1, 12])  # many ties, some, none
+def test_the_rank_test_of_a_trend_is_scipys(decimals):
+    draws = np.random.default_rng(decimals)
+    for count in (4, 9, 200):
+        first, last = draws.normal(0.3, 1, count).round(decimals), draws.normal(0, 1, count).round(decimals)
+        expected = mannwhitneyu(first, last, method="asymptotic").pvalue
+        assert _p_of_ranks(first, last) == pytest.approx(expected, rel=1e-9)
+    assert _p_of_ranks(np.ones(5), np.ones(5)) == 1

@@ -1,6 +1,7 @@
 """Colours and names, the same in every figure; how an interval is drawn."""
 
 import io
+import sys
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from textwrap import wrap
@@ -8,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from IPython import get_ipython
-from IPython.core.pylabtools import select_figure_formats
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -35,8 +34,10 @@ LABELS = {
 POINTS = 1000  # that a curve is drawn from
 OTHERS = ("#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#882255", "#999933")  # of models with own names
 
-# IPython knows what a Figure is only where pyplot is imported, which nothing here does
-if (shell := get_ipython()) is not None:
+# a notebook has IPython, which knows what a Figure is only where pyplot is imported; nothing here does that
+if (ipython := sys.modules.get("IPython")) and (shell := ipython.get_ipython()) is not None:
+    from IPython.core.pylabtools import select_figure_formats
+
     select_figure_formats(shell, {"png"})
 
 

@@ -145,7 +145,8 @@ def values(scene: Scene, axes: Axes) -> str:
 def shares(scene: Scene, axes: Axes) -> str:
     train, shown = scene.train, [term for term in scene.terms if f"{term}_loss" in scene.train]
     by_term = {term: (train[f"{term}_weight"] * train[f"{term}_loss"]).fillna(0.0) for term in shown}
-    curves = scene.seen(pd.DataFrame(by_term | {"whole loss": train["loss"]}).apply(scene.smoothed))
+    every = by_term | {"whole loss": train["loss"]}
+    curves = pd.DataFrame({name: scene.seen(scene.smoothed(share)) for name, share in every.items()})
     curves, floor = curves.iloc[thinned(curves.to_numpy().T)], 0.0
     for term in shown:
         lower, floor = floor + 0 * curves[term], floor + curves[term]

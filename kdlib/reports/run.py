@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from nbconvert.filters import strip_ansi
+from click import unstyle
 
 from kdlib.config.task_rules import rules_in, shown_in
 from kdlib.errors import RunError
@@ -17,7 +17,6 @@ from kdlib.plots.classification import ANSWER_FIGURES, TITLES, answer_tables
 from kdlib.plots.training import run_figures
 from kdlib.reports import html
 from kdlib.reports.explorers import static_html
-from kdlib.reports.notebook_html import notebook_html
 from kdlib.reports.scorecard import counted, scorecard, scorecard_table
 from kdlib.reports.summary import UNREADABLE, flat, keys_of, summary
 from kdlib.runs.folder import Run, critical_findings
@@ -91,18 +90,22 @@ def comparison_tables(results: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
 
 def run_content(run: Run, *, command: str = "kd run") -> dict[str, Any]:
     """What templates/run.html.j2 takes: the run's files as they are; `command` makes it again."""
-    manifest, status = run.manifest, run.status
+    manifest, status, notebooks = run.manifest, run.status, {}
+    if pages := sorted(run.notebooks.glob("*.ipynb")):
+        from kdlib.reports.notebook_html import notebook_html  # nbconvert takes two seconds to load
+
+        notebooks = {path.stem: notebook_html(path) for path in pages}
     facts = {name: value for name, value in manifest.items() if name not in NOT_FACTS}
     return {
         "run": run,
         "unit": "row" if rules_in(run.settings).unit == "row" else "kept token",
         "manifest": manifest,
-        "status": {**status, "message": strip_ansi(status.get("message", ""))},
+        "status": {**status, "message": unstyle(status.get("message", ""))},
         "explorers": static_html(run),
         "config": (run.path / "config.yaml").read_text(encoding="utf-8"),
         "facts": [(name.replace("_", " "), value) for name, value in flat(facts, " · ")],
         "again": f"{command} runs/{run.name}/config.yaml",
-        "notebooks": {path.stem: notebook_html(path) for path in sorted(run.notebooks.glob("*.ipynb"))},
+        "notebooks": notebooks,
     }
 
 

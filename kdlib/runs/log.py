@@ -164,7 +164,7 @@ class Tail:
         parts, broken = {"train/": [], "eval/": []}, [self.broken]
         for block in _blocks(self.folder.metrics, end):
             end, last = end + len(block), block[block.rfind(b"\n", 0, -1) + 1 :]
-            table = _parsed(NULL.sub(b"[]", block), real)  # which is refused
+            table = _parsed(NULL.sub(b"[]", block) if b"null" in block else block, real)  # [] is refused
             for name in table.column_names:
                 counts[name] += len(table) - table[name].null_count
                 if pa.types.is_floating(table[name].type):
@@ -184,11 +184,10 @@ def _blocks(path: Path, start: int) -> Iterator[bytes]:
     """Whole lines from here on, some MiB at a time."""
     with path.open("rb") as file:
         file.seek(start)
-        rest = b""
         while block := file.read(BLOCK):
-            whole, newline, rest = (rest + block).rpartition(b"\n")
-            if newline:
-                yield whole + newline
+            block += file.readline()
+            if whole := block if block.endswith(b"\n") else block[: block.rfind(b"\n") + 1]:
+                yield whole
 
 
 def _parsed(block: bytes, real: Mapping[str, pa.DataType]) -> pa.Table:
@@ -245,6 +244,7 @@ def _joined(before: pd.DataFrame, parts: list[pa.Table], prefix: str) -> pd.Data
     names = sorted(table.column_names, key=lambda name: PLACES.get(name, 0))
     table = table.select(names).rename_columns([n.removeprefix(prefix).removeprefix("train/") for n in names])
     added = table.to_pandas(split_blocks=True, self_destruct=True)
+    pa.default_memory_pool().release_unused()
     if not len(before):
         return added
     names = sorted([*dict.fromkeys([*before, *added])], key="time".__eq__)

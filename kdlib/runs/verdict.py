@@ -4,6 +4,7 @@ What each held-out unit contributed to each evaluation is kept in evaluations/<s
 two of them a change has an interval.  Units are documents, groups or rows, whichever was drawn independently.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ def best_by(evaluation: pd.DataFrame, measure: str) -> Best | None:
 
 def value_at(evaluation: pd.DataFrame, measure: str, step: int) -> float:
     """A measure at an evaluation."""
-    return float(evaluation[measure][evaluation["step"] == step].iloc[-1])
+    return float(evaluation[measure].to_numpy()[evaluation["step"].to_numpy() == step][-1])
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,18 @@ def trend(values: pd.Series, term: str, moving: Mapping[str, tuple[str, ...]]) -
     moves = moving.get(term, ())
     if len(values) < 2 * FEWEST:
         return Trend(term, float(values.iloc[0]), float(values.iloc[-1]), None, moves)
-    from scipy.stats import mannwhitneyu  # takes a second, and not every reader asks
-
     count = max(round(ENDS * len(values)), FEWEST)
     first, last = values.iloc[:count].to_numpy(), values.iloc[-count:].to_numpy()
-    p_value = float(mannwhitneyu(first, last).pvalue)
-    return Trend(term, float(first.mean()), float(last.mean()), p_value, moves)
+    return Trend(term, float(first.mean()), float(last.mean()), _p_of_ranks(first, last), moves)
+
+
+def _p_of_ranks(first: np.ndarray, last: np.ndarray) -> float:
+    """Mann & Whitney's U by its normal approximation, as in scipy.stats, which takes a second to load."""
+    ranks = pd.Series(np.concatenate([first, last])).rank()
+    n, m, ties = len(first), len(last), ranks.value_counts()
+    spread = n * m / 12 * (n + m + 1 - (ties**3 - ties).sum() / ((n + m) * (n + m - 1)))
+    off = abs(ranks[:n].sum() - n * (n + m + 1) / 2) - 0.5  # continuity
+    return math.erfc(max(off, 0.0) / math.sqrt(2 * spread)) if spread else 1.0
 
 
 def moving_settings(config: Config, *, is_baseline: bool = False) -> dict[str, tuple[str, ...]]:

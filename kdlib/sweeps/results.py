@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-from scipy.special import stdtrit
 
 from kdlib.config.task_rules import rules_in, shown_in
 from kdlib.metrics.names import MEASURES, UNBOUNDED, Measure, Range, difference, is_better, with_interval
@@ -129,6 +128,8 @@ def averaged(seeds: Sequence[Mapping[str, float]], within: Range = UNBOUNDED) ->
     values, low, high = [each["value"] for each in seeds], seeds[0]["low"], seeds[0]["high"]
     mean, count = statistics.fmean(values), len(values)
     if max(values) > min(values):
+        from scipy.special import stdtrit  # takes a third of a second
+
         spread = stdtrit(count - 1, 0.975) * statistics.stdev(values) / math.sqrt(count)
         low, high = max(mean - spread, within.low), min(mean + spread, within.high)
     return {"value": mean, "low": low, "high": high, "n": count, "values": values}
