@@ -9,9 +9,11 @@ import pytest
 
 from kdlib.config.run import load, parse
 from kdlib.errors import ConfigError, DataError
-from kdlib.generation.config import CATEGORIES, GenerationConfig, known_category
-from kdlib.generation.filters import sifted
-from kdlib.generation.rows import Answer, Prompt, Usage, answered_row, are_alone, key_of, read_prompts
+from kdlib.filters.sift import sifted
+from kdlib.generation.config import GenerationConfig
+from kdlib.generation.rows import Answer, Usage, answered_row, key_of
+from kdlib.prompts.config import CATEGORIES, known_category
+from kdlib.prompts.prompt import Prompt, are_alone, read_prompts
 from kdlib.sweeps.config import SweepConfig
 
 RAW = {"teacher": {"endpoint": {"model": "gpt-4o-mini"}}, "prompts": {"from": "prompts.jsonl"}}

@@ -14,15 +14,18 @@ KDLIB = Path(__file__).parent.parent / "kdlib"
 LAYERS = [  # from the ground up; benchmarks stand on top, and nothing imports them
     {"errors", "schedulers", "metrics"},
     {"config", "hardware"},
-    {"losses", "runs"},
-    {"data", "models", "plots"},
+    {"losses", "runs", "prompts"},
+    {"data", "models", "plots", "filters"},
     {"tasks", "training", "reports", "generation"},
     {"evaluation", "diagnostics", "sweeps"},
     {"workbench"},
     {"benchmarks"},
 ]
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
-TORCH_FREE = {"errors", "schedulers", "metrics", "config", "runs", "plots", "reports", "sweeps", "generation"}
+TORCH_FREE = {
+    *("errors", "schedulers", "metrics", "config", "runs", "plots", "reports", "sweeps"),
+    *("prompts", "filters", "generation"),
+}
 MODULES = {
     ".".join(path.relative_to(KDLIB).with_suffix("").parts): path
     for path in sorted(KDLIB.rglob("*.py"))

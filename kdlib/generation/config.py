@@ -6,24 +6,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from kdlib.config.sections import Count, Number, Positive, Section, Seed
-from kdlib.errors import PLAIN_NAMES, SECRET_NAMES, nearest, printable
+from kdlib.errors import PLAIN_NAMES, SECRET_NAMES
+from kdlib.filters.config import Filters
+from kdlib.prompts.config import Prompts
 
-CATEGORIES = (
-    *("function", "completion", "docstring", "explanation"),
-    *("bug_fix", "refactoring", "unit_tests", "translation"),
-)
-"""What a teacher of code is asked for; rows of a file of the user's may have others."""
 KEY_VARIABLES = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
 Dollars = Annotated[Number, Field(ge=0)]
 Above = Annotated[Number, Field(gt=0)]
-
-
-def known_category(name: str) -> str:
-    """The name, where it is one of CATEGORIES; a ValueError with the nearest else."""
-    if name not in CATEGORIES:
-        near = nearest(name, CATEGORIES)
-        raise ValueError(f"unknown category {printable(name)}{near}; it is one of {', '.join(CATEGORIES)}")
-    return name
 
 
 def _variable(name: str) -> str:
@@ -98,13 +87,6 @@ class Sampling(Section):
     extra: dict[str, Any] = {}  # sent as it is: {top_k: 40}, {reasoning_effort: low}
 
 
-class Prompts(Section):
-    """What is asked."""
-
-    source: str = Field(alias="from")  # .jsonl of {prompt or messages, category}
-    count: Positive | None = None  # so many of the file's first rows; all where None
-
-
 class Limits(Section):
     """How hard the endpoint is asked; a local teacher knows none of it."""
 
@@ -144,13 +126,6 @@ class Prices(Section):
         if (self.hour is None) == (tokens == (None, None)) or (None in tokens and tokens != (None, None)):
             raise ValueError("give input and output (dollars per million tokens), or hour, and not both")
         return self
-
-
-class Filters(Section):
-    """What is kept of the answers; empty ones, cut off ones and refusals never are."""
-
-    shortest: Positive = 1  # characters
-    longest: Positive | None = None
 
 
 class GenerationConfig(Section):

@@ -1,0 +1,1 @@
+"""What a teacher is asked: templates × seeds, by category."""
