@@ -38,6 +38,10 @@ class ModelError(KdlibError):
     """A model or tokenizer that cannot be loaded or does not fit its partner."""
 
 
+class TeacherError(KdlibError):
+    """A teacher that cannot be asked: no key, no such model, nobody there."""
+
+
 class NonFiniteLoss(KdlibError):
     """A loss term that is nan or infinite."""
 

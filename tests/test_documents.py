@@ -15,6 +15,7 @@ import kdlib
 from kdlib.benchmarks.__main__ import benchmark
 from kdlib.benchmarks.settings import BenchmarkConfig
 from kdlib.config.run import load, parse
+from kdlib.generation.config import GenerationConfig
 from kdlib.runs.folder import project_root
 from kdlib.sweeps.config import SweepConfig
 from kdlib.workbench.cli import app
@@ -141,6 +142,9 @@ def test_settings_in_guides_are_read(guide):
         given = yaml.safe_load(text)
         if "base" in given:
             parse(given, name=guide.name, kind=SweepConfig)
+            continue
+        if "prompts" in given:
+            parse(given, name=guide.name, kind=GenerationConfig)
             continue
         flat = {f"{section}.{key}": value for section, part in given.items() for key, value in part.items()}
         parse(base, {"early_stopping": {"patience": 1}, **flat} if "early_stopping" in given else flat)

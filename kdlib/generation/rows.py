@@ -37,7 +37,8 @@ class Failure:
     """Why there is no answer."""
 
     reason: str
-    cost: float | None = 0.0  # dollars that may have been paid all the same, at most
+    cost: float | None = 0.0  # dollars at most, of the last try
+    paid: bool = False  # whether that may have been paid: it was sent, and not refused
 
 
 def key_of(prompt: Prompt, teacher: Mapping[str, Any], sampling: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from kdlib.config import run as configs
 from kdlib.errors import ConfigError, KdlibError, refuse_keys, without_keys
 from kdlib.runs import folder as runs
 from kdlib.runs.child_processes import LAUNCHED
-from kdlib.runs.files import write_json, write_text
+from kdlib.runs.files import going_on, write_json, write_text
 from kdlib.runs.folder import Run
 
 OTHERS_S = 5.0  # that a rank waits for the first to say what is wrong
@@ -216,3 +216,48 @@ def compare(
     for table in (plots.quality_table(results), plots.cost_table(results), plots.difference_table(results)):
         print(f"\n{table.to_string()}")
     print(f"\n{plots.decided_by(results)}\nmeasured: {results['rule']}\nwritten: {os.path.relpath(folder)}")
+
+
+@checks.command()
+def generate(
+    config: argument("The teacher and its prompts: a YAML file."),
+    dry_run: option(bool, "--dry-run", help="Tokens and dollars, for usual models too; ask nothing.") = False,
+    resume: option(
+        str | None, "--resume", help="Go on with this run; what is paid is not asked again."
+    ) = None,
+    again: option(
+        bool, "--again", help="With --resume: ask also what failed and may have been paid."
+    ) = False,
+    name: RunName = None,
+    override: option(Texts, "-o", "--override", help="key=value, e.g. budget.usd=20.") = None,
+    runs_folder: RunsFolder = None,
+) -> None:
+    """Ask a teacher for rows to learn from: kept.jsonl in the run's folder, which a training reads.
+
+    Ctrl-C waits for what is under way and ends; a second one leaves it.  Limits, budget, prices and filters
+    may be others when the run goes on.
+    """
+    from kdlib.generation import filters, prices, run as generation
+    from kdlib.generation.config import GenerationConfig
+
+    if again and not resume:
+        raise ConfigError("--again goes with --resume RUN: a new run asks everything")
+    root, _ = folders(runs_folder, None)
+    resolved = configs.load(config, override or [], kind=GenerationConfig)
+    given = entered(config, override, smoke=False)
+    if dry_run:
+        print(prices.as_text(resolved, generation.prompts_of(resolved)))
+        return
+    if resume:
+        opened = generation.reopened(root, resume, resolved)
+        generation.check(resolved)
+    else:
+        name = free_name(root, name, config, smoke=False)
+        prompts = generation.prompts_of(resolved)
+        generation.check(resolved)
+        origin = {"config_file": given["config"], "command": command()}
+        opened = generation.created(root, name, resolved, prompts, **origin)
+    again_by = f"go on with kd generate {given['config']} --resume {opened.name}"
+    with going_on(again_by), runs.working(opened):
+        generation.generate(opened, resolved, filters.sifted, again=again)
+    print(f"rows: {os.path.relpath(opened.path / 'kept.jsonl')}")

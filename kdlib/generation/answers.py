@@ -1,0 +1,123 @@
+"""answers.jsonl: all that was asked and came back, a line each, never changed; a run goes on from it.
+
+Each line is on disk before anything else is done with what it says.  A last line that a kill has torn is cut.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from kdlib.errors import RunError, without_keys
+from kdlib.generation.rows import Answer, Failure, Usage
+from kdlib.runs.files import now, writing
+
+
+class AnswerLog:
+    """What is known of each prompt, by its key.
+
+    Attributes:
+        answers: what came.
+        failures: why nothing did; asked again where nothing was paid, or where that is wished.
+        asked: dollars at most of what was under way when a process died, by key; it may have been paid.
+        batches: id of a Batch API → the keys in it that have no answer yet.
+        lost: dollars at most of tries that ended without a word.
+        hours: dollars of a local teacher's time.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.answers: dict[str, Answer] = {}
+        self.failures: dict[str, Failure] = {}
+        self.asked: dict[str, float] = {}
+        self.batches: dict[str, list[str]] = {}
+        self.lost = self.hours = 0.0
+        self._read()
+        with writing(path):
+            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    @property
+    def spent(self) -> float:
+        """Dollars, with what may have been paid without an answer."""
+        costs = [each.cost or 0.0 for each in (*self.answers.values(), *self.failures.values())]
+        return sum(costs) + self.lost + self.hours + sum(self.asked.values())
+
+    def add(self, event: str, **entry: Any) -> None:
+        """Append a line, and have the disk take it in; a RunError where it refuses."""
+        line = json.dumps({"event": event, **entry, "at": now()}, ensure_ascii=False) + "\n"
+        left = line.encode()
+        with writing(self.path):
+            while left:
+                left = left[os.write(self._file, left) :]
+            if event != "asked":  # which only says what may be lost in a power cut
+                os.fsync(self._file)
+        self._take(event, entry)
+
+    def add_answer(self, key: str, answer: Answer) -> None:
+        self.add("answered", key=key, answer=asdict(answer) | {"text": without_keys(answer.text)})
+
+    def add_failure(self, key: str, failure: Failure) -> None:
+        self.add("failed", key=key, failure=asdict(failure) | {"reason": without_keys(failure.reason)})
+
+    def has(self, key: str, *, again: bool) -> bool:
+        """Whether this needs not be asked: it has an answer, or a failure that was paid, unless `again`."""
+        return key in self.answers or (key in self.failures and self.failures[key].paid and not again)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def _take(self, event: str, entry: Mapping[str, Any]) -> None:
+        key = entry.get("key", "")
+        if event == "asked":
+            self.lost += self.asked.get(key, 0.0)
+            self._forget(key)
+            self.asked[key] = entry["at_most"]
+        elif event == "answered":
+            self.asked.pop(key, None)
+            self._forget(key)
+            self.answers[key] = _answer(entry["answer"])
+        elif event == "failed":
+            self.asked.pop(key, None)
+            self._forget(key)
+            self.failures[key] = Failure(**entry["failure"])
+        elif event == "withdrawn":  # before it was sent
+            self.asked.pop(key, None)
+        elif event == "lost":
+            self.lost += entry["at_most"]
+        elif event == "hours":
+            self.hours += entry["usd"]
+        elif event == "batch":
+            self.batches[entry["id"]] = list(entry["keys"])
+        elif event == "batch_read":
+            del self.batches[entry["id"]]
+
+    def _forget(self, key: str) -> None:
+        """An earlier failure, whose cost stays counted."""
+        if failure := self.failures.pop(key, None):
+            self.lost += failure.cost or 0.0
+
+    def _read(self) -> None:
+        if not self.path.exists():
+            return
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            print(f"{self.path.name}: a last line that was torn by a kill is cut; its prompt is asked again")
+            with writing(self.path):
+                os.truncate(self.path, whole)
+        for number, line in enumerate(content[:whole].decode("utf-8", "replace").split("\n")[:-1], 1):
+            try:
+                entry = json.loads(line)
+                self._take(entry["event"], entry)
+            except (ValueError, KeyError, TypeError) as error:
+                do = "bring back a copy, or delete that line: what it says is then asked, and paid, again"
+                raise RunError(
+                    f"{self.path}, line {number}: found no line of its log ({error}); {do}"
+                ) from None
+
+
+def _answer(entry: Mapping[str, Any]) -> Answer:
+    usage = entry["usage"]
+    return Answer(**{**entry, "usage": usage and Usage(**usage)})

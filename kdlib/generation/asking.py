@@ -1,0 +1,154 @@
+"""Asks what has no answer yet: so many at a time, within the budget; each answer is on disk as it comes."""
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from kdlib.errors import TeacherError
+from kdlib.generation.answers import AnswerLog
+from kdlib.generation.prices import Budget, Price, estimated_tokens, most
+from kdlib.generation.rows import Answer, Failure, Prompt
+from kdlib.generation.teachers import Spent, Teacher, Tries
+from kdlib.generation.wires import NoReply, Reply
+
+IN_A_ROW = 10  # prompts without an answer, beside those under way: then nobody is there
+LOOK_S = 0.2
+Named = tuple[str, Prompt]  # key, prompt
+
+
+@dataclass
+class Asking:
+    """One asking of many prompts; ends early by its budget, its teacher, or who asks it to stop.
+
+    Attributes:
+        error: why no other prompt would have an answer.
+        over: the budget has no room for one more.
+    """
+
+    log: AnswerLog
+    budget: Budget
+    price: Price | None
+    max_tokens: int
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    error: TeacherError | None = None
+    over: bool = False
+    in_a_row: int = 0
+    tries: dict[asyncio.Task[None], Tries] = field(default_factory=dict)
+
+    async def by_network(self, teacher: Teacher, prompts: Sequence[Named], at_once: int) -> None:
+        """Ask these; returns when all have ended, or when all that was under way at a stop has."""
+        left = iter(prompts)
+        workers = {asyncio.create_task(self._work(teacher, left, at_once)) for _ in range(at_once)}
+        try:
+            while workers:
+                _, workers = await asyncio.wait(workers, timeout=LOOK_S)
+                if self.stop.is_set():  # what waits for its turn, or to try again, has nothing to lose
+                    for worker in workers:
+                        if not (tries := self.tries.get(worker)) or not tries.paid:
+                            worker.cancel()
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+
+    async def locally(self, teacher: Any, prompts: Sequence[Named], needed: set[str]) -> None:
+        """Ask a model in this process; the batches depend on all prompts, not on which are still needed."""
+        for begin in range(0, len(prompts), teacher.batch_size):
+            group = prompts[begin : begin + teacher.batch_size]
+            if self.stop.is_set():
+                return
+            if not needed & {key for key, _ in group}:
+                continue
+            if not self.budget.fits(teacher.next_cost):
+                self.over = True
+                return
+            replies = await asyncio.to_thread(teacher.replies, [prompt for _, prompt in group], begin)
+            self.log.add("hours", usd=teacher.last_cost)
+            self.budget.spent += teacher.last_cost
+            for (key, _), reply in zip(group, replies, strict=True):
+                if key in needed and isinstance(reply, NoReply):
+                    self.log.add_failure(key, Failure(str(reply)))
+                elif key in needed:
+                    self.log.add_answer(key, Answer(reply.text, reply.finish, reply.usage, None, reply.model))
+
+    async def _work(self, teacher: Teacher, left: Iterator[Named], at_once: int) -> None:
+        for key, prompt in left:
+            at_most = self.price(most(prompt, self.max_tokens)) if self.price else 0.0
+            if not await self.budget.reserve(at_most):
+                self.over = True
+                self.stop.set()
+            elif self.stop.is_set():
+                self.budget.settle(at_most, 0.0)
+            else:
+                await self._ask(teacher, key, prompt, at_most)
+            if self.in_a_row >= IN_A_ROW + at_once and not self.error:
+                why = f"{self.in_a_row} prompts in a row had no answer"
+                last = next(reversed(self.log.failures.values())).reason
+                self.error = TeacherError(f"{why}, the last: {last}; look at the endpoint, then go on")
+                self.stop.set()
+            if self.stop.is_set():
+                return
+
+    async def _ask(self, teacher: Teacher, key: str, prompt: Prompt, at_most: float) -> None:
+        """One prompt, to its end; what is held for it is settled."""
+        tries, cost = Tries(partial(self._lose, key, at_most)), 0.0
+        self.tries[this := asyncio.current_task()] = tries
+        self.log.add("asked", key=key, at_most=at_most)
+        try:
+            reply = await teacher.reply(prompt, estimated_tokens(prompt) + self.max_tokens, tries)
+            answer = self._answer(reply, at_most)
+            cost = answer.cost or 0.0
+            self.log.add_answer(key, answer)
+            self.in_a_row = 0
+        except NoReply as error:
+            cost = at_most if tries.paid else 0.0
+            self.log.add_failure(key, Failure(str(error), self.price and cost, tries.paid))
+            self.in_a_row += 1
+        except (TeacherError, Spent) as error:
+            self.log.add("withdrawn", key=key)
+            self.error = error if isinstance(error, TeacherError) else None
+            self.over |= isinstance(error, Spent)
+            self.stop.set()
+        except asyncio.CancelledError:
+            if not tries.paid:
+                self.log.add("withdrawn", key=key)
+            raise
+        finally:
+            del self.tries[this]
+            self.budget.settle(at_most, cost)
+
+    def _answer(self, reply: Reply, at_most: float) -> Answer:
+        """What was said, with its cost: the most that it can be where the endpoint counts no tokens."""
+        cost = self.price and (self.price(reply.usage) if reply.usage else at_most)
+        return Answer(reply.text, reply.finish, reply.usage, cost, reply.model)
+
+    def _lose(self, key: str, at_most: float) -> bool:
+        self.log.add("lost", key=key, at_most=at_most)
+        return self.budget.lose(at_most)
+
+
+def counted(prompts: Mapping[str, Prompt], log: AnswerLog, budget: Budget) -> dict[str, Any]:
+    """How far an asking is, as progress.json has it."""
+    answers = [log.answers[key] for key in prompts if key in log.answers]
+    usages = [answer.usage for answer in answers if answer.usage]
+    by_category: dict[str, dict[str, int]] = {}
+    for key, prompt in prompts.items():
+        row = by_category.setdefault(prompt.category, {"prompts": 0, "answered": 0, "failed": 0})
+        row["prompts"] += 1
+        row["answered"] += key in log.answers
+        row["failed"] += key in log.failures
+    return {
+        "prompts": len(prompts),
+        "answered": len(answers),
+        "failed": sum(key in log.failures for key in prompts),
+        "under_way": budget.under_way,
+        "input_tokens": sum(usage.input for usage in usages),
+        "cached_tokens": sum(usage.cached for usage in usages),
+        "output_tokens": sum(usage.output for usage in usages),
+        "spent_usd": budget.spent,
+        "held_usd": budget.held,
+        "budget_usd": budget.usd,
+        "by_category": by_category,
+    }

@@ -1,0 +1,158 @@
+"""A teacher's endpoint on loopback that speaks OpenAI's and Anthropic's wire forms, and fails as it is told.
+
+A prompt says by a word in brackets how it is served: [429x2] twice 429, then an answer; [500] always 500;
+[pause] 429 with a second to wait; [hang], [half], [json], [shape], [nousage], [empty], [cut], [refusal];
+others are answered at once.
+"""
+
+import hashlib
+import json
+import re
+import threading
+import time
+from collections import Counter
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+MODELS = ["tiny-teacher", "gpt-4o-mini", "claude-haiku-4-5", "gpt-4.1"]
+
+
+class MadeTeacher:
+    """What was asked and what was answered, by prompt; an answer counts as paid once it is sent whole."""
+
+    def __init__(self):
+        self.tries, self.paid, self.keys, self.bodies = Counter(), Counter(), set(), []
+        self.times, self.lock, self.seconds, self.unfit = [], threading.Lock(), 0.0, None
+        self.under_way = self.most_under_way = 0
+        made = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *args):
+                pass
+
+            def do_GET(self):
+                made.models(self)
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                made.serve(self, body)
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def models(self, request):
+        if request.headers.get("authorization") == "Bearer wrong-key-0123456789":
+            return self.send(request, 401, {"error": {"message": "Incorrect API key: wrong-key-0123456789"}})
+        data = [
+            {"id": name, "object": "model", "type": "model", "created": 1, "owned_by": "x"} for name in MODELS
+        ]
+        return self.send(request, 200, {"object": "list", "data": data, "has_more": False})
+
+    def serve(self, request, body):
+        prompt = body["messages"][-1]["content"]
+        with self.lock:
+            self.tries[prompt] += 1
+            self.times.append(time.monotonic())
+            self.bodies.append(body)
+            self.keys.add(request.headers.get("authorization") or request.headers.get("x-api-key"))
+            self.under_way += 1
+            self.most_under_way = max(self.most_under_way, self.under_way)
+        try:
+            time.sleep(self.seconds)
+            self.answer(request, body, prompt)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        finally:
+            with self.lock:
+                self.under_way -= 1
+
+    def answer(self, request, body, prompt):
+        mode, times = re.search(r"\[(\w+?)(?:x(\d+))?\]", prompt).groups() if "[" in prompt else ("", None)
+        if times and self.tries[prompt] > int(times):
+            mode = ""
+        if mode.isdigit():
+            kind = {"429": "rate_limit_error", "529": "overloaded_error"}.get(mode, "api_error")
+            error = {"type": "error", "error": {"type": kind, "message": f"no: {mode}"}}
+            return self.send(request, int(mode), error, **{"retry-after-ms": "5"})
+        if mode == "pause":
+            return self.send(request, 429, {"error": {"message": "slowly"}}, **{"retry-after": "1"})
+        if mode == "hang":
+            time.sleep(1)
+            request.close_connection = True
+            return None
+        if mode == "json":
+            return self.send(request, 200, b'{"choices": [{"mess')
+        if mode == "shape":
+            return self.send(request, 200, {"choices": []})
+        said = self.said(prompt, mode)
+        form = self.anthropic if "/messages" in request.path else self.openai
+        return self.send(request, 200, form(body, prompt, mode, said), half=mode == "half", prompt=prompt)
+
+    @staticmethod
+    def said(prompt, mode):
+        if mode == "empty":
+            return ""
+        digest = hashlib.sha256(prompt.encode()).hexdigest()
+        return f"def f_{digest[:8]}():\n    return '{digest * (int(digest[0], 16) % 4 + 1)}'\n"
+
+    @staticmethod
+    def usage(prompt, said):
+        return len(prompt) // 4 + 1, len(said) // 4 + 1
+
+    def openai(self, body, prompt, mode, said):
+        read, written = self.usage(prompt, said)
+        finish = {"cut": "length", "refusal": "content_filter"}.get(mode, "stop")
+        usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+        message = {"role": "assistant", "content": said}
+        choices = [{"index": 0, "finish_reason": finish, "message": message}]
+        made = {
+            "id": "x",
+            "object": "chat.completion",
+            "created": 1,
+            "model": body["model"],
+            "choices": choices,
+        }
+        return made if mode == "nousage" else made | {"usage": usage}
+
+    def anthropic(self, body, prompt, mode, said):
+        read, written = self.usage(prompt, said)
+        finish = {"cut": "max_tokens", "refusal": "refusal"}.get(mode, "end_turn")
+        usage = {"input_tokens": read, "output_tokens": written}
+        made = {"id": "x", "type": "message", "role": "assistant", "model": body["model"]}
+        made |= {"content": [{"type": "text", "text": said}], "stop_reason": finish, "stop_sequence": None}
+        return made if mode == "nousage" else made | {"usage": usage}
+
+    def send(self, request, status, content, *, half=False, prompt=None, **headers):
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        request.send_response(status)
+        for name, value in {
+            "content-type": "application/json",
+            "content-length": len(content),
+            **headers,
+        }.items():
+            request.send_header(name, str(value))
+        request.end_headers()
+        request.wfile.write(content[: len(content) // 2] if half else content)
+        request.wfile.flush()
+        if half:
+            request.close_connection = True
+        elif prompt is not None:
+            with self.lock:
+                self.paid[prompt] += 1
+
+
+@contextmanager
+def made_teacher():
+    """Inside, an endpoint answers on loopback."""
+    made = MadeTeacher()
+    thread = threading.Thread(target=made.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield made
+    finally:
+        made.server.shutdown()
+        made.server.server_close()
+        thread.join()
