@@ -172,6 +172,25 @@ def facts():
 
 
 @pytest.fixture
+def endpoint(monkeypatch):
+    """A teacher's endpoint on loopback; the environment has a key for it."""
+    from made_generations import KEY
+    from made_teacher import made_teacher
+
+    monkeypatch.setenv("MADE_API_KEY", KEY)
+    with made_teacher() as made:
+        yield made
+
+
+@pytest.fixture
+def generations(tmp_path, endpoint):
+    """Configs and runs of `kd generate` with that endpoint."""
+    from made_generations import Generations
+
+    return Generations(tmp_path, endpoint.url)
+
+
+@pytest.fixture
 def narrow(teacher_folder, tmp_path) -> str:
     return narrow_student(teacher_folder, tmp_path / "narrow")
 

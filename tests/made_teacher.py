@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 MODELS = ["tiny-teacher", "gpt-4o-mini", "claude-haiku-4-5", "gpt-4.1"]
@@ -24,6 +25,7 @@ class MadeTeacher:
         self.tries, self.paid, self.keys, self.bodies = Counter(), Counter(), set(), []
         self.times, self.lock, self.seconds, self.unfit = [], threading.Lock(), 0.0, None
         self.under_way = self.most_under_way = 0
+        self.batches, self.files, self.polls = {}, {}, 2  # a batch ends when it is asked for so often
         made = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -33,11 +35,12 @@ class MadeTeacher:
                 pass
 
             def do_GET(self):
-                made.models(self)
+                made.batch(self, b"") if "batch" in self.path or "files" in self.path else made.models(self)
 
             def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                made.serve(self, body)
+                content = self.rfile.read(int(self.headers["content-length"]))
+                is_batch = "batch" in self.path or "files" in self.path
+                made.batch(self, content) if is_batch else made.serve(self, json.loads(content))
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
@@ -124,6 +127,69 @@ class MadeTeacher:
         made = {"id": "x", "type": "message", "role": "assistant", "model": body["model"]}
         made |= {"content": [{"type": "text", "text": said}], "stop_reason": finish, "stop_sequence": None}
         return made if mode == "nousage" else made | {"usage": usage}
+
+    def batch(self, request, content):
+        """OpenAI's files and batches, and Anthropic's batches."""
+        path = request.path.partition("?")[0]
+        parts = path.strip("/").split("/")
+        if path.endswith("/files"):
+            lines = [line for line in content.split(b"\n") if line.startswith(b'{"custom_id"')]
+            self.files["input"] = [json.loads(line) for line in lines]
+            return self.send(request, 200, {"id": "input", "object": "file"})
+        if path.endswith(("/content", "/results")):
+            return self.send(request, 200, self.files[parts[-2]].encode())
+        if content:
+            name, asked = f"batch{len(self.batches) + 1}", json.loads(content)
+            entries = asked.get("requests") or self.files["input"]
+            bodies = {each["custom_id"]: each.get("params") or each["body"] for each in entries}
+            self.batches[name] = {"bodies": bodies, "asked": 0, "metadata": asked.get("metadata")}
+            return self.send(request, 200, self.shown(name, "messages" in path))
+        if path.endswith("/batches"):
+            data = [self.shown(name, "messages" in path) for name in reversed(self.batches)]
+            return self.send(request, 200, {"object": "list", "data": data, "has_more": False})
+        self.batches[parts[-1]]["asked"] += 1
+        return self.send(request, 200, self.shown(parts[-1], "messages" in path))
+
+    def shown(self, name, is_anthropic):
+        batch = self.batches[name]
+        ended = batch["asked"] >= self.polls
+        if ended and name not in self.files:
+            bodies = batch["bodies"].items()
+            self.files[name] = "".join(self.result(key, body, is_anthropic) for key, body in bodies)
+        if is_anthropic:
+            counts = dict.fromkeys(("canceled", "errored", "expired", "succeeded"), 0)
+            made = {
+                "id": name,
+                "type": "message_batch",
+                "processing_status": "ended" if ended else "in_progress",
+            }
+            made |= {"created_at": datetime.now(UTC).isoformat(), "expires_at": datetime.now(UTC).isoformat()}
+            url = f"{self.url}/v1/messages/batches/{name}/results" if ended else None
+            return made | {
+                "request_counts": {**counts, "processing": len(batch["bodies"])},
+                "results_url": url,
+            }
+        made = {"id": name, "object": "batch", "status": "completed" if ended else "in_progress"}
+        made |= {"metadata": batch["metadata"], "created_at": int(time.time())}
+        return made | {"output_file_id": name if ended else None, "error_file_id": None}
+
+    def result(self, key, body, is_anthropic):
+        prompt = body["messages"][-1]["content"]
+        mode = re.search(r"\[(\w+)\]", prompt).group(1) if "[" in prompt else ""
+        self.tries[prompt] += 1
+        if mode == "gone":
+            return ""
+        if mode == "500":
+            error = {"type": "error", "error": {"type": "api_error", "message": "no: 500"}}
+            failed = {"type": "errored", "error": error}
+            other = {"response": {"status_code": 500, "body": error}, "error": None}
+            return json.dumps({"custom_id": key} | ({"result": failed} if is_anthropic else other)) + "\n"
+        form = self.anthropic if is_anthropic else self.openai
+        answer = {} if mode == "shape" else form(body, prompt, mode, self.said(prompt, mode))
+        self.paid[prompt] += 1
+        done = {"type": "succeeded", "message": answer}
+        other = {"response": {"status_code": 200, "body": answer}, "error": None}
+        return json.dumps({"custom_id": key} | ({"result": done} if is_anthropic else other)) + "\n"
 
     def send(self, request, status, content, *, half=False, prompt=None, **headers):
         content = content if isinstance(content, bytes) else json.dumps(content).encode()

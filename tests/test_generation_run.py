@@ -5,12 +5,11 @@ Run: pytest tests/test_generation_run.py
 
 import json
 import sys
-from types import SimpleNamespace
 
 import pytest
 import yaml
 from conftest import tiny_tokenizer
-from made_teacher import made_teacher
+from made_generations import KEY, LIMITS, asked, dollars, rows_in
 
 from kdlib.config.run import parse
 from kdlib.config.sections import DataConfig
@@ -18,8 +17,6 @@ from kdlib.data.qa import prepare
 from kdlib.errors import RunError, Stopped, TeacherError
 from kdlib.generation import run as generation
 from kdlib.generation.config import GenerationConfig
-from kdlib.generation.filters import sifted
-from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run
 from kdlib.workbench import cli
 
@@ -38,67 +35,13 @@ MODES = (
     "shape",
 )
 MODES += ("empty", "cut", "refusal")
-KEY = "planted-key-0123456789abcdef"
-PRICES = {"input": 3, "output": 15}
-LIMITS = {"retries": 2, "timeout": 0.4}
-
-
-@pytest.fixture
-def teacher(monkeypatch):
-    monkeypatch.setenv("MADE_API_KEY", KEY)
-    with made_teacher() as made:
-        yield made
-
-
-@pytest.fixture
-def made(tmp_path, teacher):
-    """Makes a config for these texts; `.run` makes its run."""
-
-    def config(texts, provider="openai", **sections):
-        rows = [{"prompt": text, "category": "function", "seed": f"s{n}"} for n, text in enumerate(texts)]
-        path = tmp_path / "prompts.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        address = teacher.url + ("/v1" if provider == "openai" else "")
-        endpoint = {"provider": provider, "model": "tiny-teacher", "base_url": address}
-        raw = {
-            "teacher": {"endpoint": {**endpoint, "key_variable": "MADE_API_KEY"}},
-            "prompts": {"from": str(path)},
-            "limits": LIMITS,
-            "sampling": {"max_tokens": 200},
-            "prices": PRICES,
-            **sections,
-        }
-        return parse(raw, kind=GenerationConfig)
-
-    def run(settings, name="made"):
-        return generation.created(tmp_path / "runs", name, settings, generation.prompts_of(settings))
-
-    return SimpleNamespace(config=config, run=run, root=tmp_path / "runs")
-
-
-def asked(run, config, **options):
-    with runs.working(run):
-        return generation.generate(run, config, sifted, **options)
-
-
-def rows_in(run, name):
-    return [json.loads(line) for line in (run.path / f"{name}.jsonl").read_text().splitlines()]
-
-
-def dollars(made, tokens=PRICES):
-    """What the endpoint would bill: whatever it sent whole."""
-    bill = 0.0
-    for prompt, times in made.paid.items():
-        read, written = made.usage(prompt, made.said(prompt, "empty" if "[empty" in prompt else ""))
-        bill += times * (read * tokens["input"] + written * tokens["output"]) / 1e6
-    return bill
 
 
 @pytest.mark.parametrize("provider", ["openai", "anthropic"])
-def test_every_prompt_ends_as_kept_rejected_or_failed_and_none_is_paid_twice(made, teacher, provider):
+def test_every_prompt_ends_as_kept_rejected_or_failed_and_none_is_paid_twice(generations, endpoint, provider):
     texts = [f"[{mode}] number {n}" for n, mode in enumerate(MODES)] + [f"plain {n}" for n in range(5)]
-    config = made.config([*texts, "plain 0"], provider)
-    run = made.run(config)
+    config = generations.config([*texts, "plain 0"], provider)
+    run = generations.run(config)
     counts = asked(run, config)
     rows = {
         name: {row["prompt"]: row for row in rows_in(run, name)} for name in ("kept", "rejected", "failed")
@@ -116,9 +59,10 @@ def test_every_prompt_ends_as_kept_rejected_or_failed_and_none_is_paid_twice(mad
     assert "status 500" in whys["500"]
     assert "status 529" in whys["529"]
     assert "timed out" in whys["hang"]
-    assert "cannot be read (JSONDecodeError" in whys["json"]
-    assert max(teacher.paid.values()) == 1
-    assert teacher.most_under_way <= config.limits.at_once
+    assert "is no JSON" in whys["json"]
+    assert "cannot be read" in whys["shape"]
+    assert max(endpoint.paid.values()) == 1
+    assert endpoint.most_under_way <= config.limits.at_once
     paid = {
         mode for mode, text in zip(MODES, texts, strict=False) if rows["failed"].get(text, {}).get("cost")
     }
@@ -126,54 +70,56 @@ def test_every_prompt_ends_as_kept_rejected_or_failed_and_none_is_paid_twice(mad
     assert Run(run.path).status["state"] == "done"
 
 
-def test_what_failed_for_nothing_is_asked_again_and_what_may_have_been_paid_only_if_wished(made, teacher):
-    config = made.config(["[500] a", "[json] b", "plain"])
-    run = made.run(config)
+def test_what_failed_for_nothing_is_asked_again_and_what_may_have_been_paid_only_if_wished(
+    generations, endpoint
+):
+    config = generations.config(["[500] a", "[json] b", "plain"])
+    run = generations.run(config)
     asked(run, config)
-    before = dict(teacher.tries)
+    before = dict(endpoint.tries)
     asked(run, config)
-    assert teacher.tries["[500] a"] == 2 * before["[500] a"]
-    assert teacher.tries["[json] b"] == teacher.tries["plain"] == 1
+    assert endpoint.tries["[500] a"] == 2 * before["[500] a"]
+    assert endpoint.tries["[json] b"] == endpoint.tries["plain"] == 1
     asked(run, config, again=True)
-    assert teacher.tries["[json] b"] == 2
-    assert teacher.tries["plain"] == 1
+    assert endpoint.tries["[json] b"] == 2
+    assert endpoint.tries["plain"] == 1
     spent = json.loads((run.path / "progress.json").read_text())["spent_usd"]
-    assert spent == pytest.approx(dollars(teacher) + 2 * rows_in(run, "failed")[1]["cost"])
+    assert spent == pytest.approx(dollars(endpoint) + 2 * rows_in(run, "failed")[1]["cost"])
 
 
-def test_the_budget_is_never_passed_and_used_up_to_one_request(made, teacher):
+def test_the_budget_is_never_passed_and_used_up_to_one_request(generations, endpoint):
     texts = [f"{mode} number {n}" for n, mode in enumerate(["plain", "[halfx1]", "plain", "[nousage]"] * 15)]
-    config = made.config(texts, budget={"usd": 0.03}, limits={**LIMITS, "at_once": 4})
-    run = made.run(config)
+    config = generations.config(texts, budget={"usd": 0.03}, limits={**LIMITS, "at_once": 4})
+    run = generations.run(config)
     with pytest.raises(Stopped, match=r"the budget of \$0.03 has no room for another request"):
         asked(run, config)
     spent = json.loads((run.path / "progress.json").read_text())["spent_usd"]
     largest = (200 * 15 + 150 * 3) / 1e6
     assert 0.03 - 2 * largest < spent <= 0.03
-    assert dollars(teacher) <= spent
-    once = dict(teacher.paid)
+    assert dollars(endpoint) <= spent
+    once = dict(endpoint.paid)
     larger = parse({**config.as_dict(), "budget": {"usd": 5}}, kind=GenerationConfig)
-    asked(generation.reopened(made.root, "made", larger), larger)
+    asked(generation.reopened(generations.root, "made", larger), larger)
     assert len(rows_in(run, "kept")) == 60
-    assert all(teacher.paid[text] == times for text, times in once.items())
+    assert all(endpoint.paid[text] == times for text, times in once.items())
     assert Run(run.path).manifest["changed"][0]["settings"] == ["budget.usd: 0.03 -> 5.0"]
 
 
-def test_costs_are_known_to_the_cent(made, teacher):
-    config = made.config([f"plain {n}" for n in range(12)])
-    run = made.run(config)
+def test_costs_are_known_to_the_cent(generations, endpoint):
+    config = generations.config([f"plain {n}" for n in range(12)])
+    run = generations.run(config)
     asked(run, config)
     rows = rows_in(run, "kept")
     by_hand = sum((row["usage"]["input"] * 3 + row["usage"]["output"] * 15) / 1e6 for row in rows)
     assert sum(row["cost"] for row in rows) == pytest.approx(by_hand, abs=1e-9)
-    assert dollars(teacher) == pytest.approx(by_hand, abs=1e-9)
+    assert dollars(endpoint) == pytest.approx(by_hand, abs=1e-9)
 
 
-def test_no_key_is_anywhere_on_disk(made, teacher, tmp_path):
-    config = made.config([f"say {KEY} please", "[500] x", "plain"])
-    run = made.run(config)
+def test_no_key_is_anywhere_on_disk(generations, endpoint, tmp_path):
+    config = generations.config([f"say {KEY} please", "[500] x", "plain"])
+    run = generations.run(config)
     asked(run, config)
-    assert teacher.keys == {f"Bearer {KEY}"}
+    assert endpoint.keys == {f"Bearer {KEY}"}
     assert not [
         file
         for file in tmp_path.rglob("*")
@@ -183,33 +129,35 @@ def test_no_key_is_anywhere_on_disk(made, teacher, tmp_path):
     assert "say $MADE_API_KEY please" in {row["prompt"] for row in rows_in(run, "kept")}
 
 
-def test_requests_and_tokens_a_minute_are_held(made, teacher):
-    config = made.config([f"plain {n}" for n in range(6)], limits={"requests_per_minute": 1200})
-    asked(made.run(config, "requests"), config)
+def test_requests_and_tokens_a_minute_are_held(generations, endpoint):
+    config = generations.config([f"plain {n}" for n in range(6)], limits={"requests_per_minute": 1200})
+    asked(generations.run(config, "requests"), config)
     gaps = [
         later - sooner
-        for sooner, later in zip(sorted(teacher.times), sorted(teacher.times)[1:], strict=False)
+        for sooner, later in zip(sorted(endpoint.times), sorted(endpoint.times)[1:], strict=False)
     ]
     assert min(gaps) > 0.03  # 60 s / 1200 = 0.05
-    teacher.times.clear()
+    endpoint.times.clear()
     limits = {"tokens_per_minute": 60_000, "at_once": 8}
-    config = made.config([f"other {n}" for n in range(6)], limits=limits)
-    asked(made.run(config, "tokens"), config)
-    assert max(teacher.times) - min(teacher.times) > 0.7  # 5 × some 210 tokens at 1000 a second
+    config = generations.config([f"other {n}" for n in range(6)], limits=limits)
+    asked(generations.run(config, "tokens"), config)
+    assert max(endpoint.times) - min(endpoint.times) > 0.7  # 5 × some 210 tokens at 1000 a second
 
 
-def test_a_pause_that_the_endpoint_asks_for_is_heeded_by_all(made, teacher):
-    teacher.seconds = 0.02
-    config = made.config(["[pausex1]", *(f"plain {n}" for n in range(20))], limits={**LIMITS, "at_once": 2})
-    asked(made.run(config), config)
-    times = sorted(teacher.times)
+def test_a_pause_that_the_endpoint_asks_for_is_heeded_by_all(generations, endpoint):
+    endpoint.seconds = 0.02
+    config = generations.config(
+        ["[pausex1]", *(f"plain {n}" for n in range(20))], limits={**LIMITS, "at_once": 2}
+    )
+    asked(generations.run(config), config)
+    times = sorted(endpoint.times)
     assert max(later - sooner for sooner, later in zip(times, times[1:], strict=False)) > 0.8
-    assert sum(teacher.paid.values()) == 21
+    assert sum(endpoint.paid.values()) == 21
 
 
-def test_rows_are_read_by_a_training_as_they_are(made, tmp_path):
-    config = made.config([f"plain {n}" for n in range(20)])
-    run = made.run(config)
+def test_rows_are_read_by_a_training_as_they_are(generations, tmp_path):
+    config = generations.config([f"plain {n}" for n in range(20)])
+    run = generations.run(config)
     asked(run, config)
     rows = rows_in(run, "kept")
     assert list(rows[0])[:2] == ["prompt", "category"]
@@ -220,13 +168,13 @@ def test_rows_are_read_by_a_training_as_they_are(made, tmp_path):
     assert prepared.notes["train_rows"] + prepared.notes["validation_rows"] == 20
 
 
-def test_conversations_are_read_by_a_training_too(made, tmp_path):
-    config = made.config(["unused"])
+def test_conversations_are_read_by_a_training_too(generations, tmp_path):
+    config = generations.config(["unused"])
     talk = [{"role": "system", "content": "be short"}, {"role": "user", "content": "u"}]
     path = tmp_path / "prompts.jsonl"
     lines = [{"messages": [talk[0], {"role": "user", "content": f"u{n}"}], "category": "a"} for n in range(9)]
     path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"prompt": "p", "category": "b"}]))
-    run = made.run(config)
+    run = generations.run(config)
     asked(run, config)
     tokenizer = tiny_tokenizer(["some text"])
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -234,30 +182,30 @@ def test_conversations_are_read_by_a_training_too(made, tmp_path):
     assert prepare(data, tokenizer, seed=0).notes["form"] == "messages"
 
 
-def test_an_endpoint_that_goes_away_stops_the_run_and_loses_nothing(made, teacher):
-    config = made.config(
+def test_an_endpoint_that_goes_away_stops_the_run_and_loses_nothing(generations, endpoint):
+    config = generations.config(
         [f"plain {n}" for n in range(5)] + [f"[500] {n}" for n in range(60)],
         limits={**LIMITS, "retries": 0, "at_once": 2},
     )
-    run = made.run(config)
+    run = generations.run(config)
     with pytest.raises(TeacherError, match="12 prompts in a row had no answer, the last: status 500"):
         asked(run, config)
     assert len(rows_in(run, "kept")) == 5
-    assert sum(teacher.tries.values()) <= 5 + 14
+    assert sum(endpoint.tries.values()) <= 5 + 14
     assert Run(run.path).status["state"] == "failed"
 
 
-def test_a_run_goes_on_only_with_what_it_asked(made):
-    config = made.config(["plain"])
-    made.run(config)
+def test_a_run_goes_on_only_with_what_it_asked(generations):
+    config = generations.config(["plain"])
+    generations.run(config)
     other = parse({**config.as_dict(), "sampling": {"max_tokens": 100}}, kind=GenerationConfig)
     with pytest.raises(RunError, match=r"sampling.max_tokens: 200 -> 100"):
-        generation.reopened(made.root, "made", other)
+        generation.reopened(generations.root, "made", other)
 
 
-def test_a_torn_last_line_is_cut_and_a_broken_one_is_named(made, teacher, capsys):
-    config = made.config(["plain 1", "plain 2"])
-    run = made.run(config)
+def test_a_torn_last_line_is_cut_and_a_broken_one_is_named(generations, endpoint, capsys):
+    config = generations.config(["plain 1", "plain 2"])
+    run = generations.run(config)
     asked(run, config)
     whole = (run.path / "kept.jsonl").read_bytes()
     log = run.path / "answers.jsonl"
@@ -266,20 +214,22 @@ def test_a_torn_last_line_is_cut_and_a_broken_one_is_named(made, teacher, capsys
     asked(run, config)
     assert "a last line that was torn by a kill is cut" in capsys.readouterr().out
     assert (run.path / "kept.jsonl").read_bytes() == whole
-    assert sorted(teacher.paid.values()) == [1, 2]
+    assert sorted(endpoint.paid.values()) == [1, 2]
     log.write_bytes(b"{broken\n" + log.read_bytes())
     with pytest.raises(RunError, match="line 1: found no line of its log"):
         asked(run, config)
 
 
 @pytest.fixture
-def kd(tmp_path, made, monkeypatch, capsys):
+def kd(tmp_path, generations, monkeypatch, capsys):
     def call(config, *words, environment=None):
         path = tmp_path / "some.yaml"
         path.write_text(yaml.safe_dump(config.as_dict()))
         for name, value in (environment or {}).items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(sys, "argv", ["kd", "generate", str(path), "--runs", str(made.root), *words])
+        monkeypatch.setattr(
+            sys, "argv", ["kd", "generate", str(path), "--runs", str(generations.root), *words]
+        )
         with pytest.raises(SystemExit) as caught:
             cli.main()
         said = capsys.readouterr()
@@ -302,28 +252,28 @@ def kd(tmp_path, made, monkeypatch, capsys):
     ],
 )
 def test_bad_input_is_a_clear_message_before_anything_is_paid(
-    kd, made, teacher, override, environment, expected
+    kd, generations, endpoint, override, environment, expected
 ):
-    config = made.config(["plain"], budget={"usd": 1})
+    config = generations.config(["plain"], budget={"usd": 1})
     status, said = kd(config, "-o", override, environment=environment)
-    assert (status, teacher.tries) == (1, {})
+    assert (status, endpoint.tries) == (1, {})
     assert expected in said
     assert "Traceback" not in said
     assert "wrong-key-0123456789" not in said
-    assert not made.root.exists()
+    assert not generations.root.exists()
 
 
-def test_the_command_asks_goes_on_and_forecasts(kd, made, teacher):
-    config = made.config([f"plain {n}" for n in range(3)])
+def test_the_command_asks_goes_on_and_forecasts(kd, generations, endpoint):
+    config = generations.config([f"plain {n}" for n in range(3)])
     status, said = kd(config, "--dry-run")
-    assert (status, teacher.tries) == (0, {})
+    assert (status, endpoint.tries) == (0, {})
     assert "tiny-teacher (this config)" in said
     assert "claude-sonnet-5-5" in said
     status, said = kd(config, "--name", "one")
     assert status == 0
     assert "3 kept; $0.0" in said
     assert kd(config, "--resume", "one", "--again")[0] == 0
-    assert max(teacher.tries.values()) == 1
+    assert max(endpoint.tries.values()) == 1
     assert "--again goes with --resume" in kd(config, "--again")[1]
-    progress = json.loads((made.root / "one" / "progress.json").read_text())
+    progress = json.loads((generations.root / "one" / "progress.json").read_text())
     assert (progress["answered"], progress["kept"], progress["under_way"]) == (3, 3, 0)

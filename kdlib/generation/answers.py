@@ -6,13 +6,23 @@ Each line is on disk before anything else is done with what it says.  A last lin
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kdlib.errors import RunError, without_keys
 from kdlib.generation.rows import Answer, Failure, Usage
 from kdlib.runs.files import now, writing
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts that go to a Batch API together."""
+
+    keys: tuple[str, ...]
+    at_most: float  # dollars
+    since: float  # seconds of the epoch: it was sent later
+    id: str | None = None  # the endpoint's; None: a kill came before it was known, or it was never sent
 
 
 class AnswerLog:
@@ -22,7 +32,7 @@ class AnswerLog:
         answers: what came.
         failures: why nothing did; asked again where nothing was paid, or where that is wished.
         asked: dollars at most of what was under way when a process died, by key; it may have been paid.
-        batches: id of a Batch API → the keys in it that have no answer yet.
+        batches: of a Batch API, by our own name: those that have not been read.
         lost: dollars at most of tries that ended without a word.
         hours: dollars of a local teacher's time.
     """
@@ -32,7 +42,7 @@ class AnswerLog:
         self.answers: dict[str, Answer] = {}
         self.failures: dict[str, Failure] = {}
         self.asked: dict[str, float] = {}
-        self.batches: dict[str, list[str]] = {}
+        self.batches: dict[str, Batch] = {}
         self.lost = self.hours = 0.0
         self._read()
         with writing(path):
@@ -88,10 +98,13 @@ class AnswerLog:
             self.lost += entry["at_most"]
         elif event == "hours":
             self.hours += entry["usd"]
-        elif event == "batch":
-            self.batches[entry["id"]] = list(entry["keys"])
+        elif event == "batch_made":
+            self.batches[entry["name"]] = Batch(tuple(entry["keys"]), entry["at_most"], entry["since"])
+        elif event == "batch_sent":
+            batch = self.batches[entry["name"]]
+            self.batches[entry["name"]] = replace(batch, id=entry["id"])
         elif event == "batch_read":
-            del self.batches[entry["id"]]
+            del self.batches[entry["name"]]
 
     def _forget(self, key: str) -> None:
         """An earlier failure, whose cost stays counted."""

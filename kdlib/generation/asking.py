@@ -1,7 +1,10 @@
 """Asks what has no answer yet: so many at a time, within the budget; each answer is on disk as it comes."""
 
 import asyncio
+import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,6 +18,8 @@ from kdlib.generation.wires import NoReply, Reply
 
 IN_A_ROW = 10  # prompts without an answer, beside those under way: then nobody is there
 LOOK_S = 0.2
+BATCH = 10_000  # prompts; OpenAI takes 50,000 and 200 MB
+POLL_S = 30.0
 Named = tuple[str, Prompt]  # key, prompt
 
 
@@ -73,9 +78,80 @@ class Asking:
                 elif key in needed:
                     self.log.add_answer(key, Answer(reply.text, reply.finish, reply.usage, None, reply.model))
 
+    async def by_batch(self, teacher: Teacher, prompts: Sequence[Named]) -> None:
+        """Read the batches that are out, then send the rest, as much at a time as the budget has room for."""
+        named, out = dict(prompts), set()
+        try:
+            for name, batch in list(self.log.batches.items()):
+                if await self._read(teacher, name, named):
+                    out |= set(batch.keys)
+            left = [(key, prompt) for key, prompt in prompts if key not in out]
+            while left and not self.stop.is_set():
+                part, at_most = self._room(left)
+                if not part:
+                    self.over = True
+                    return
+                name, keys = uuid.uuid4().hex, [key for key, _ in part]
+                self.log.add("batch_made", name=name, keys=keys, at_most=at_most, since=time.time())
+                self.log.add("batch_sent", name=name, id=await teacher.submit(name, dict(part)))
+                left = left[len(part) :]
+                await self._read(teacher, name, named)
+        except TeacherError as error:
+            self.error = error
+
+    def _room(self, left: Sequence[Named]) -> tuple[list[Named], float]:
+        """The first of these that the budget has room for, and what they can cost."""
+        part: list[Named] = []
+        held = 0.0
+        for key, prompt in left[:BATCH]:
+            at_most = self._at_most(prompt)
+            if not self.budget.fits(held + at_most):
+                break
+            part.append((key, prompt))
+            held += at_most
+        return part, held
+
+    async def _read(self, teacher: Teacher, name: str, prompts: Mapping[str, Prompt]) -> bool:
+        """Put down what a batch brings, unless asked to stop before that; returns whether it was ever sent."""
+        batch = self.log.batches[name]
+        if batch.id is None:
+            found = await teacher.sought(name, len(batch.keys), batch.since)
+            if found is None:  # it was never sent
+                self.log.add("batch_read", name=name)
+                return False
+            self.log.add("batch_sent", name=name, id=found)
+            batch = self.log.batches[name]
+        self.budget.held += batch.at_most
+        self.budget.under_way += len(batch.keys)
+        while (results := await teacher.results(str(batch.id))) is None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.stop.wait(), POLL_S)
+            if self.stop.is_set():
+                return True
+        new = [key for key in batch.keys if key not in self.log.answers]  # else a kill came while it was read
+        cost = sum(self._put_down(key, results.get(key), self._at_most(prompts[key])) for key in new)
+        self.log.add("batch_read", name=name)
+        self.budget.under_way -= len(batch.keys) - 1
+        self.budget.settle(batch.at_most, cost)
+        return True
+
+    def _put_down(self, key: str, reply: Reply | NoReply | None, at_most: float) -> float:
+        """One prompt's part of a batch; returns what it cost."""
+        if isinstance(reply, Reply):
+            answer = self._answer(reply, at_most)
+            self.log.add_answer(key, answer)
+            return answer.cost or 0.0
+        reply = reply or NoReply("the batch ended without an answer to this")
+        cost = at_most if reply.paid else 0.0
+        self.log.add_failure(key, Failure(str(reply), self.price and cost, reply.paid))
+        return cost
+
+    def _at_most(self, prompt: Prompt) -> float:
+        return self.price(most(prompt, self.max_tokens)) if self.price else 0.0
+
     async def _work(self, teacher: Teacher, left: Iterator[Named], at_once: int) -> None:
         for key, prompt in left:
-            at_most = self.price(most(prompt, self.max_tokens)) if self.price else 0.0
+            at_most = self._at_most(prompt)
             if not await self.budget.reserve(at_most):
                 self.over = True
                 self.stop.set()
@@ -103,8 +179,8 @@ class Asking:
             self.log.add_answer(key, answer)
             self.in_a_row = 0
         except NoReply as error:
-            cost = at_most if tries.paid else 0.0
-            self.log.add_failure(key, Failure(str(error), self.price and cost, tries.paid))
+            cost = at_most if error.paid else 0.0
+            self.log.add_failure(key, Failure(str(error), self.price and cost, error.paid))
             self.in_a_row += 1
         except (TeacherError, Spent) as error:
             self.log.add("withdrawn", key=key)

@@ -129,7 +129,9 @@ def generate(run: Run, config: GenerationConfig, sift: Sift, *, again: bool = Fa
             f"spent; {go_on()} with a larger budget.usd"
         )
     if counts["unasked"]:
-        raise Stopped(f"stopped: {said}; {spent} spent; {go_on()}")
+        out = ", ".join(str(batch.id) for batch in log.batches.values())
+        waits = f"; the endpoint works on {out}" if out else ""
+        raise Stopped(f"stopped: {said}; {spent} spent{waits}; {go_on()}")
     print(f"{said}; {spent} spent")
     return counts
 
@@ -215,7 +217,10 @@ async def _by_whom(config: GenerationConfig, asking: Asking, every: Sequence, to
     largest = max((prompt.bytes for _, prompt in todo), default=1) + config.sampling.max_tokens
     async_teacher = Teacher(config.teacher, config.sampling, config.limits, largest=largest)
     try:
-        await asking.by_network(async_teacher, todo, config.limits.at_once)
+        if config.batch:
+            await asking.by_batch(async_teacher, todo)
+        else:
+            await asking.by_network(async_teacher, todo, config.limits.at_once)
     finally:
         await async_teacher.close()
 

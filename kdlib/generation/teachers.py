@@ -6,7 +6,8 @@ What they try is counted here, one by one: each passes the limits, and may have 
 import asyncio
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +15,9 @@ from typing import Any
 from kdlib.errors import ConfigError, TeacherError, nearest, without_keys
 from kdlib.generation.config import Asked, Endpoint, Limits, Sampling
 from kdlib.generation.rows import Prompt
-from kdlib.generation.wires import WIRES, NoReply, Reply
+from kdlib.generation.wires import REASON, WIRES, NoReply, Reply, read_or_not
 
 MINUTE = 60.0
-REASON = 300  # characters that are kept of what an endpoint says is wrong
 NO_KEY = "none"  # sent to an address that wants no key
 
 
@@ -99,7 +99,7 @@ class Teacher:
         except self.sdk.NotFoundError:
             return  # it lists no models: the first request will tell
         except (self.sdk.APIError, ValueError, AttributeError, TypeError) as error:
-            raise TeacherError(f"{self._where}: {_said(error)}; {_advice(self.endpoint, error)}") from None
+            raise self._cannot(error) from None
         if known and name not in known:
             few = ", ".join(sorted(known)[:8]) + ", …" * (len(known) > 8)
             raise TeacherError(f"{self._where}: no model {name!r}{nearest(name, known)}; it has {few}")
@@ -108,7 +108,7 @@ class Teacher:
         """The answer to a prompt of at most so many tokens, both ways.
 
         Raises:
-            NoReply: there is none.
+            NoReply: there is none; it says whether one may have been paid.
             TeacherError: nor would there be one to any other prompt.
             Spent: another try has no budget.
         """
@@ -116,16 +116,40 @@ class Teacher:
         self.tokens.set(tokens)
         try:
             raw = await self.wire.send(self.client, self.wire.body(self.endpoint, self.sampling, prompt))
-            return self.wire.read(json.loads(raw.http_response.text))
+            found = read_or_not(self.wire, json.loads(raw.http_response.text))
         except self.sdk.APIStatusError as error:
             if _is_final(error):
-                why = f"{self._where}: {_said(error)}; {_advice(self.endpoint, error)}"
-                raise TeacherError(why) from None
+                raise self._cannot(error) from None
             raise NoReply(_said(error)) from None
         except self.sdk.APIError as error:
-            raise NoReply(_said(error)) from None
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise NoReply(f"the answer cannot be read ({type(error).__name__}: {error})"[:REASON]) from None
+            raise NoReply(_said(error), paid=tries.paid) from None
+        except ValueError as error:
+            raise NoReply(f"the answer is no JSON ({error})"[:REASON], paid=True) from None
+        if isinstance(found, NoReply):
+            raise found
+        return found
+
+    async def submit(self, name: str, prompts: Mapping[str, Prompt]) -> str:
+        """Send prompts by key to the Batch API; returns the batch's id, by which it is read later.
+
+        Raises:
+            TeacherError: it is refused, or there is no such API.
+        """
+        bodies = {key: self.wire.body(self.endpoint, self.sampling, each) for key, each in prompts.items()}
+        with self._explained():
+            return await self.wire.submit(self.client, name, bodies)
+
+    async def sought(self, name: str, count: int, since: float) -> str | None:
+        """The id of a batch whose sending a kill has cut short, if it was sent; raises as `submit`."""
+        with self._explained():
+            return await self.wire.sought(self.client, name, count, since)
+
+    async def results(self, batch: str) -> dict[str, Reply | NoReply] | None:
+        """What a batch has brought, by key; None while it goes on; raises as `submit`."""
+        with self._explained():
+            if not await self.wire.has_ended(self.client, batch):
+                return None
+            return await self.wire.results(self.client, batch)
 
     async def close(self) -> None:
         await self.client.close()
@@ -133,6 +157,17 @@ class Teacher:
     @property
     def _where(self) -> str:
         return self.endpoint.base_url or self.endpoint.provider
+
+    def _cannot(self, error: Exception) -> TeacherError:
+        return TeacherError(f"{self._where}: {_said(error)}; {_advice(self.endpoint, error)}")
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """The SDK's errors as TeacherErrors."""
+        try:
+            yield
+        except (self.sdk.APIError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise self._cannot(error) from None
 
     async def _before(self, request: Any) -> None:
         """Before each try of the SDK's."""
