@@ -60,7 +60,9 @@ class MadeTeacher:
             self.tries[prompt] += 1
             self.times.append(time.monotonic())
             self.bodies.append(body)
-            self.keys.add(request.headers.get("authorization") or request.headers.get("x-api-key"))
+            self.keys |= {
+                request.headers[each] for each in ("authorization", "x-api-key") if each in request.headers
+            }
             self.under_way += 1
             self.most_under_way = max(self.most_under_way, self.under_way)
         try:

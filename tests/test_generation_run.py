@@ -3,6 +3,7 @@
 Run: pytest tests/test_generation_run.py
 """
 
+import asyncio
 import json
 import sys
 
@@ -127,6 +128,49 @@ def test_no_key_is_anywhere_on_disk(generations, endpoint, tmp_path):
     ]
     assert KEY not in (run.path / "prompts.jsonl").read_text()
     assert "say $MADE_API_KEY please" in {row["prompt"] for row in rows_in(run, "kept")}
+
+
+def test_a_key_goes_to_no_other_address(generations, endpoint, monkeypatch):
+    for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "OPENAI_ADMIN_KEY"):
+        monkeypatch.setenv(name, f"planted-{name}")
+    for provider in ("openai", "anthropic"):
+        named = generations.config(["plain"], provider).as_dict()
+        named["teacher"]["endpoint"]["key_variable"] = None
+        config = parse(named, kind=GenerationConfig)
+        generation.check(config)
+        asked(generations.run(config, provider), config)
+    assert endpoint.keys <= {"Bearer none", "none"}
+
+
+def test_an_answer_with_half_a_character_is_kept(generations, endpoint, monkeypatch):
+    monkeypatch.setattr(endpoint, "said", lambda prompt, mode: "a \ud83d b")
+    config = generations.config(["plain"])
+    run = generations.run(config)
+    asked(run, config)
+    assert rows_in(run, "kept")[0]["response"] == "a ? b"
+
+
+def test_a_disk_that_refuses_ends_the_run_in_words(generations, monkeypatch):
+    config = generations.config([f"plain {n}" for n in range(20)])
+    run = generations.run(config)
+
+    def full(file, line):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("kdlib.generation.answers.os.write", full)
+    with pytest.raises(RunError, match="cannot write"):
+        asked(run, config)
+
+
+def test_a_notebooks_own_loop_does_not_matter(generations):
+    config = generations.config(["plain"])
+    run = generations.run(config)
+
+    async def cell():
+        generation.check(config)
+        return asked(run, config)
+
+    assert asyncio.run(cell())["kept"] == 1
 
 
 def test_requests_and_tokens_a_minute_are_held(generations, endpoint):

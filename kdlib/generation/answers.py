@@ -66,10 +66,10 @@ class AnswerLog:
         self._take(event, entry)
 
     def add_answer(self, key: str, answer: Answer) -> None:
-        self.add("answered", key=key, answer=asdict(answer) | {"text": without_keys(answer.text)})
+        self.add("answered", key=key, answer=asdict(answer) | {"text": _plain(answer.text)})
 
     def add_failure(self, key: str, failure: Failure) -> None:
-        self.add("failed", key=key, failure=asdict(failure) | {"reason": without_keys(failure.reason)})
+        self.add("failed", key=key, failure=asdict(failure) | {"reason": _plain(failure.reason)})
 
     def has(self, key: str, *, again: bool) -> bool:
         """Whether this needs not be asked: it has an answer, or a failure that was paid, unless `again`."""
@@ -129,6 +129,11 @@ class AnswerLog:
                 raise RunError(
                     f"{self.path}, line {number}: found no line of its log ({error}); {do}"
                 ) from None
+
+
+def _plain(text: str) -> str:
+    """Without keys, and without halves of characters (as JSON can hold), which no file takes."""
+    return without_keys(text.encode("utf-8", "replace").decode())
 
 
 def _answer(entry: Mapping[str, Any]) -> Answer:

@@ -48,7 +48,9 @@ class Asking:
         workers = {asyncio.create_task(self._work(teacher, left, at_once)) for _ in range(at_once)}
         try:
             while workers:
-                _, workers = await asyncio.wait(workers, timeout=LOOK_S)
+                ended, workers = await asyncio.wait(workers, timeout=LOOK_S)
+                for each in ended:  # a disk that refuses ends all
+                    each.cancelled() or each.result()
                 if self.stop.is_set():  # what waits for its turn, or to try again, has nothing to lose
                     for worker in workers:
                         if not (tries := self.tries.get(worker)) or not tries.paid:
@@ -112,7 +114,7 @@ class Asking:
         return part, held
 
     async def _read(self, teacher: Teacher, name: str, prompts: Mapping[str, Prompt]) -> bool:
-        """Put down what a batch brings, unless asked to stop before that; returns whether it was ever sent."""
+        """Put down what a batch brings, unless asked to stop before; returns whether it was ever sent."""
         batch = self.log.batches[name]
         if batch.id is None:
             found = await teacher.sought(name, len(batch.keys), batch.since)

@@ -7,7 +7,8 @@ runs/<run>/  config.yaml  manifest.json  status.json  prompts.jsonl  answers.jso
 import asyncio
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from kdlib.config.run import differences, parse
 from kdlib.errors import RunError, Stopped, TeacherError, without_keys
 from kdlib.generation.answers import AnswerLog
-from kdlib.generation.asking import Asking, counted
+from kdlib.generation.asking import Asking, Named, counted
 from kdlib.generation.config import Filters, GenerationConfig
 from kdlib.generation.prices import Budget, price_for
 from kdlib.generation.rows import (
@@ -64,7 +65,7 @@ def check(config: GenerationConfig) -> None:
 
         local.check(config.teacher.local)
     else:
-        asyncio.run(_checked(config))
+        driven(_checked(config))
 
 
 def created(root: Path, name: str, config: GenerationConfig, prompts: Sequence[Prompt], **origin: Any) -> Run:
@@ -113,8 +114,11 @@ def generate(run: Run, config: GenerationConfig, sift: Sift, *, again: bool = Fa
     for key, prompt in zip(keys, prompts, strict=True):
         named.setdefault(key, prompt)
     log = AnswerLog(run.path / "answers.jsonl")
+    budget = Budget(config.budget.usd if config.budget else None, log.spent)
+    asking = Asking(log, budget, price_for(config), config.sampling.max_tokens)
+    todo = [(key, prompt) for key, prompt in named.items() if not log.has(key, again=again)]
     try:
-        asking = asyncio.run(_asked(run, config, named, log, again=again))
+        driven(_asked(run, config, asking, named, todo), asking.stop)
     finally:
         log.close()
     counts = write_files(run, config, prompts, keys, log, sift)
@@ -174,40 +178,59 @@ def write_files(
     return {name: len(rows) for name, rows in files.items()} | {"unasked": unasked}
 
 
-async def _asked(
-    run: Run, config: GenerationConfig, prompts: Mapping[str, Prompt], log: AnswerLog, *, again: bool
-) -> Asking:
-    loop, usd = asyncio.get_running_loop(), config.budget.usd if config.budget else None
-    budget, began = Budget(usd, log.spent), time.monotonic()
-    asking = Asking(log, budget, price_for(config), config.sampling.max_tokens)
-    todo = [(key, prompt) for key, prompt in prompts.items() if not log.has(key, again=again)]
+def driven(work: Coroutine[Any, Any, Any], stop: asyncio.Event | None = None) -> Any:
+    """Runs it in a thread of its own, since a notebook's has a loop already.
+
+    A signal sets `stop`, where there is one; a second Ctrl-C, or the first where there is none, cancels it.
+    """
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(work)
 
     def ask_to_stop() -> None:
-        print(f"stopping: {budget.under_way} under way are waited for; Ctrl-C again leaves them", flush=True)
-        loop.call_soon_threadsafe(asking.stop.set)
+        if stop is None:
+            interrupted()
+        print("stopping: what is under way is waited for; Ctrl-C again leaves it", flush=True)
+        loop.call_soon_threadsafe(stop.set)
+
+    with ThreadPoolExecutor(1, "asking") as thread, heard(ask_to_stop, interrupted):
+        future = thread.submit(loop.run_until_complete, task)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            loop.call_soon_threadsafe(task.cancel)
+            wait([future])
+            raise
+        finally:
+            loop.close()
+
+
+async def _asked(
+    run: Run, config: GenerationConfig, asking: Asking, prompts: Mapping[str, Prompt], todo: Sequence[Named]
+) -> None:
+    log, budget, began = asking.log, asking.budget, time.monotonic()
 
     async def watch() -> None:
         with tqdm(total=len(prompts), unit="prompt", disable=None) as bar:
             while True:
                 figures = counted(prompts, log, budget)
                 bar.update(figures["answered"] + figures["failed"] - bar.n)
-                bar.set_postfix_str(f"${budget.spent:.2f}{f' of ${usd:g}' if usd else ''}")
+                bar.set_postfix_str(f"${budget.spent:.2f}{f' of ${budget.usd:g}' if budget.usd else ''}")
                 seconds = round(time.monotonic() - began, 1)
                 write_json(run.path / "progress.json", figures | {"seconds": seconds, "at": now()})
                 await asyncio.sleep(EVERY_S)
 
     watching = asyncio.create_task(watch())
     try:
-        with heard(ask_to_stop, interrupted):
-            await _by_whom(config, asking, list(prompts.items()), todo)
+        await _by_whom(config, asking, list(prompts.items()), todo)
     finally:
         watching.cancel()
         with suppress(asyncio.CancelledError):
             await watching
-    return asking
 
 
-async def _by_whom(config: GenerationConfig, asking: Asking, every: Sequence, todo: Sequence) -> None:
+async def _by_whom(
+    config: GenerationConfig, asking: Asking, every: Sequence[Named], todo: Sequence[Named]
+) -> None:
     if config.teacher.local:
         from kdlib.generation import local
 

@@ -232,9 +232,9 @@ def _said(error: Exception) -> str:
 
 
 def _is_final(error: Any) -> bool:
-    """Whether every other prompt would fare alike: no access, no such model, no money."""
+    """Whether every other prompt would fare alike: no access, no money, no such model."""
     code = str(getattr(error, "code", "")) + str(getattr(error, "body", ""))
-    return error.status_code in (401, 402, 403, 404) or "insufficient_quota" in code
+    return error.status_code in (401, 402, 404) or "insufficient_quota" in code
 
 
 def _advice(endpoint: Endpoint, error: Exception) -> str:
