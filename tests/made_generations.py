@@ -7,7 +7,6 @@ from pathlib import Path
 from kdlib.config.run import parse
 from kdlib.generation import run as generation
 from kdlib.generation.config import GenerationConfig
-from kdlib.generation.filters import sifted
 from kdlib.runs import folder as runs
 
 KEY = "planted-key-0123456789abcdef"
@@ -48,7 +47,7 @@ class Generations:
 
 def asked(run, config, **options):
     with runs.working(run):
-        return generation.generate(run, config, sifted, **options)
+        return generation.generate(run, config, **options)
 
 
 def rows_in(run, name):

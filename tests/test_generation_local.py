@@ -11,9 +11,8 @@ from kdlib.config.run import parse
 from kdlib.errors import ModelError, Stopped
 from kdlib.generation import run as generation
 from kdlib.generation.config import GenerationConfig
-from kdlib.generation.filters import sifted
 from kdlib.generation.local import LocalTeacher
-from kdlib.generation.rows import Prompt
+from kdlib.prompts.prompt import Prompt
 
 
 @pytest.fixture
@@ -43,17 +42,17 @@ def made_run(config, root, name):
 def test_a_killed_run_draws_the_same_answers(config, tmp_path):
     settings = config()
     whole, again = (made_run(settings, tmp_path / "runs", name) for name in ("whole", "again"))
-    counts = generation.generate(whole, settings, sifted)
+    counts = generation.generate(whole, settings)
     assert counts["failed"] == 1
     assert "positions" in json.loads((whole.path / "failed.jsonl").read_text())["reason"]
     lines = (whole.path / "answers.jsonl").read_bytes().splitlines(keepends=True)
     (again.path / "answers.jsonl").write_bytes(b"".join(lines[:3]))  # within the first batch
-    generation.generate(again, settings, sifted)
+    generation.generate(again, settings)
     for name in ("kept.jsonl", "rejected.jsonl", "failed.jsonl"):
         assert (again.path / name).read_bytes() == (whole.path / name).read_bytes()
     other = config(seed=1)
     third = made_run(other, tmp_path / "runs", "third")
-    generation.generate(third, other, sifted)
+    generation.generate(third, other)
     assert (third.path / "rejected.jsonl").read_bytes() != (whole.path / "rejected.jsonl").read_bytes()
 
 
@@ -73,7 +72,7 @@ def test_a_machine_by_the_hour_is_within_the_budget(config, tmp_path):
     settings = config(prices={"hour": 3600}, budget={"usd": 1e-6})
     run = made_run(settings, tmp_path / "runs", "dear")
     with pytest.raises(Stopped, match="no room for another request"):
-        generation.generate(run, settings, sifted)
+        generation.generate(run, settings)
     figures = json.loads((run.path / "progress.json").read_text())
     assert figures["answered"] == 3
     assert figures["spent_usd"] > 0

@@ -11,7 +11,8 @@ from kdlib.config.run import parse
 from kdlib.errors import ConfigError
 from kdlib.generation.config import GenerationConfig
 from kdlib.generation.prices import USUAL, Budget, as_text, estimated_tokens, forecast, most, price_for
-from kdlib.generation.rows import Prompt, Usage
+from kdlib.generation.rows import Usage
+from kdlib.prompts.prompt import Prompt
 
 MILLION = 1_000_000
 

@@ -12,9 +12,10 @@ from typing import Any
 from kdlib.errors import TeacherError
 from kdlib.generation.answers import AnswerLog
 from kdlib.generation.prices import Budget, Price, estimated_tokens, most
-from kdlib.generation.rows import Answer, Failure, Prompt
+from kdlib.generation.rows import Answer, Failure
 from kdlib.generation.teachers import Spent, Teacher, Tries
 from kdlib.generation.wires import NoReply, Reply
+from kdlib.prompts.prompt import Prompt
 
 IN_A_ROW = 10  # prompts without an answer, beside those under way: then nobody is there
 LOOK_S = 0.2

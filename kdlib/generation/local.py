@@ -7,8 +7,9 @@ from typing import Any
 from jinja2 import TemplateError
 
 from kdlib.generation.config import GenerationConfig, Local
-from kdlib.generation.rows import Prompt, Usage
+from kdlib.generation.rows import Usage
 from kdlib.generation.wires import NoReply, Reply
+from kdlib.prompts.prompt import Prompt
 
 HOUR = 3600.0
 

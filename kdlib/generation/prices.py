@@ -14,7 +14,8 @@ import pandas as pd
 
 from kdlib.errors import ConfigError
 from kdlib.generation.config import Asked, GenerationConfig, Prices
-from kdlib.generation.rows import Prompt, Usage
+from kdlib.generation.rows import Usage
+from kdlib.prompts.prompt import Prompt
 
 MILLION = 1e6
 CHARACTERS = 3.5  # to a token, for estimates

@@ -7,7 +7,7 @@ runs/<run>/  config.yaml  manifest.json  status.json  prompts.jsonl  answers.jso
 import asyncio
 import json
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import replace
@@ -18,28 +18,20 @@ from tqdm import tqdm
 
 from kdlib.config.run import differences, parse
 from kdlib.errors import RunError, Stopped, TeacherError, without_keys
+from kdlib.filters.sift import sifted
 from kdlib.generation.answers import AnswerLog
 from kdlib.generation.asking import Asking, Named, counted
-from kdlib.generation.config import Filters, GenerationConfig
+from kdlib.generation.config import GenerationConfig
 from kdlib.generation.prices import Budget, price_for
-from kdlib.generation.rows import (
-    Answer,
-    Prompt,
-    answered_row,
-    are_alone,
-    key_of,
-    plain_row,
-    read_prompts,
-)
+from kdlib.generation.rows import answered_row, key_of
 from kdlib.generation.teachers import Teacher
+from kdlib.prompts.prompt import Prompt, are_alone, plain_row, read_prompts
 from kdlib.runs import folder as runs
 from kdlib.runs.files import go_on, now, write_json, write_text
 from kdlib.runs.folder import Run
 from kdlib.runs.interrupts import heard, interrupted
 
 EVERY_S = 1.0  # that progress.json is written
-Sift = Callable[[Filters, Sequence[tuple[Prompt, Answer]]], list[str | None]]
-"""For each answer why it is not kept, or None."""
 
 
 def prompts_of(config: GenerationConfig) -> list[Prompt]:
@@ -97,7 +89,7 @@ def reopened(root: Path, name: str, config: GenerationConfig) -> Run:
     return run
 
 
-def generate(run: Run, config: GenerationConfig, sift: Sift, *, again: bool = False) -> dict[str, int]:
+def generate(run: Run, config: GenerationConfig, *, again: bool = False) -> dict[str, int]:
     """Ask what has no answer yet, and write the rows; returns how many are kept, rejected, failed, unasked.
 
     Args:
@@ -121,7 +113,7 @@ def generate(run: Run, config: GenerationConfig, sift: Sift, *, again: bool = Fa
         driven(_asked(run, config, asking, named, todo), asking.stop)
     finally:
         log.close()
-    counts = write_files(run, config, prompts, keys, log, sift)
+    counts = write_files(run, config, prompts, keys, log)
     write_json(run.path / "progress.json", counted(named, log, asking.budget) | counts | {"at": now()})
     said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     spent = f"${asking.budget.spent:.2f}"
@@ -146,7 +138,6 @@ def write_files(
     prompts: Sequence[Prompt],
     keys: Sequence[str],
     log: AnswerLog,
-    sift: Sift,
 ) -> dict[str, int]:
     """kept.jsonl, rejected.jsonl and failed.jsonl, in the order of the prompts; returns how many rows."""
     alone, model = are_alone(prompts), config.teacher.model
@@ -155,7 +146,7 @@ def write_files(
         for key, prompt in zip(keys, prompts, strict=True)
         if key in log.answers
     }
-    reasons = dict(zip(answered, sift(config.filters, list(answered.values())), strict=True))
+    reasons = dict(zip(answered, sifted(config.filters, list(answered.values())), strict=True))
     files: dict[str, list[dict[str, Any]]] = {"kept": [], "rejected": [], "failed": []}
     seen: dict[str, int] = {}
     unasked = 0

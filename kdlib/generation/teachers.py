@@ -14,8 +14,8 @@ from typing import Any
 
 from kdlib.errors import ConfigError, TeacherError, nearest, without_keys
 from kdlib.generation.config import Asked, Endpoint, Limits, Sampling
-from kdlib.generation.rows import Prompt
 from kdlib.generation.wires import REASON, WIRES, NoReply, Reply, read_or_not
+from kdlib.prompts.prompt import Prompt
 
 MINUTE = 60.0
 NO_KEY = "none"  # sent to an address that wants no key

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdlib.generation.config import Endpoint, Sampling
-from kdlib.generation.rows import Prompt, Usage
+from kdlib.generation.rows import Usage
+from kdlib.prompts.prompt import Prompt
 
 FINISHED = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length", "content_filter": "refusal"}
 """The endpoints' words for how an answer ended, as ours."""

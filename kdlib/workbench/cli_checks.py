@@ -237,7 +237,7 @@ def generate(
     Ctrl-C waits for what is under way and ends; a second one leaves it.  Limits, budget, prices and filters
     may be others when the run goes on.
     """
-    from kdlib.generation import filters, prices, run as generation
+    from kdlib.generation import prices, run as generation
     from kdlib.generation.config import GenerationConfig
 
     if again and not resume:
@@ -259,5 +259,5 @@ def generate(
         opened = generation.created(root, name, resolved, prompts, **origin)
     again_by = f"go on with kd generate {given['config']} --resume {opened.name}"
     with going_on(again_by), runs.working(opened):
-        generation.generate(opened, resolved, filters.sifted, again=again)
+        generation.generate(opened, resolved, again=again)
     print(f"rows: {os.path.relpath(opened.path / 'kept.jsonl')}")
