@@ -14,7 +14,7 @@ KDLIB = Path(__file__).parent.parent / "kdlib"
 LAYERS = [  # from the ground up; benchmarks stand on top, and nothing imports them
     {"errors", "schedulers", "metrics"},
     {"config", "hardware"},
-    {"losses", "runs", "prompts"},
+    {"losses", "runs", "prompts", "code"},
     {"data", "models", "plots", "filters"},
     {"tasks", "training", "reports", "generation"},
     {"evaluation", "diagnostics", "sweeps"},
@@ -24,7 +24,7 @@ LAYERS = [  # from the ground up; benchmarks stand on top, and nothing imports t
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = {
     *("errors", "schedulers", "metrics", "config", "runs", "plots", "reports", "sweeps"),
-    *("prompts", "filters", "generation"),
+    *("prompts", "filters", "generation", "code"),
 }
 MODULES = {
     ".".join(path.relative_to(KDLIB).with_suffix("").parts): path
