@@ -25,6 +25,7 @@ from kdlib.generation.config import GenerationConfig
 from kdlib.generation.prices import Budget, price_for
 from kdlib.generation.rows import answered_row, key_of
 from kdlib.generation.teachers import Teacher
+from kdlib.prompts.made import made
 from kdlib.prompts.prompt import Prompt, are_alone, plain_row, read_prompts
 from kdlib.runs import folder as runs
 from kdlib.runs.files import go_on, now, write_json, write_text
@@ -38,10 +39,10 @@ def prompts_of(config: GenerationConfig) -> list[Prompt]:
     """What is asked, without keys: they are kept in files, and go to the teacher so.
 
     Raises:
-        DataError: there is no such file, or it is at fault.
+        DataError: there is no such file, it is at fault, or too few prompts can be made.
+        ConfigError: a template is at fault.
     """
-    found = read_prompts(Path(config.prompts.source), config.prompts.count)
-    return [_clean(prompt) for prompt in found]
+    return [_clean(prompt) for prompt in made(config.prompts, config.seed)]
 
 
 def check(config: GenerationConfig) -> None:

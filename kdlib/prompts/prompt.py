@@ -20,7 +20,7 @@ class Prompt:
     category: str
     template: str = ""  # the name of what it was written with
     seed: str = ""  # the name of what it was made from; rows of one seed belong on one side of a split
-    language: str = "python"  # that the answer's code is in; "" where it has none
+    language: str = ""  # that the answer's code is in; "" where it has none, or none is named
     tests: str = ""  # that the answer's code is to pass, as code; never run unasked
 
     def as_sent(self) -> list[dict[str, str]]:
