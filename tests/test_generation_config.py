@@ -10,8 +10,9 @@ import pytest
 from kdlib.config.run import load, parse
 from kdlib.errors import ConfigError, DataError
 from kdlib.filters.sift import sifted
+from kdlib.generation.answers import Answer, Usage, key_of
 from kdlib.generation.config import GenerationConfig
-from kdlib.generation.rows import Answer, Usage, answered_row, key_of
+from kdlib.generation.run import answered_row
 from kdlib.prompts.config import CATEGORIES, known_category
 from kdlib.prompts.prompt import Prompt, are_alone, read_prompts
 from kdlib.sweeps.config import SweepConfig
@@ -36,7 +37,7 @@ def config(*overrides, **sections):
         ("teacher.endpoint.key_variable=sk-abc.def", "the name of an environment variable"),
         ("limits.tokens_per_minute=100", "limits.tokens_per_minute: found 100; it needs more than"),
         ("prices.input=1", "give input and output (dollars per million tokens), or hour, and not both"),
-        ("prices.hour=1", "prices.hour: an endpoint is paid by the token"),
+        ("prices.hour=1", "prices: an endpoint is paid by the token"),
         ("sampling.temperature=3", "less than or equal to 2"),
     ],
 )

@@ -9,9 +9,9 @@ import pytest
 
 from kdlib.config.run import parse
 from kdlib.errors import ConfigError
+from kdlib.generation.answers import Usage
 from kdlib.generation.config import GenerationConfig
 from kdlib.generation.prices import USUAL, Budget, as_text, estimated_tokens, forecast, most, price_for
-from kdlib.generation.rows import Usage
 from kdlib.prompts.prompt import Prompt
 
 MILLION = 1_000_000
@@ -21,6 +21,10 @@ def config(model="gpt-4o-mini", provider="openai", **sections):
     endpoint = {"provider": provider, "model": model, **sections.pop("endpoint", {})}
     raw = {"teacher": {"endpoint": endpoint}, "prompts": {"from": "x.jsonl"}, **sections}
     return parse(raw, kind=GenerationConfig)
+
+
+def price_of(made):
+    return price_for(made.stage)
 
 
 def prompt(text="write a function that adds"):
@@ -45,8 +49,8 @@ def prompt(text="write a function that adds"):
     ],
 )
 def test_three_models_cost_what_their_price_lists_say(model, provider, usage, by_hand, by_batch):
-    assert price_for(config(model, provider))(usage) == pytest.approx(by_hand / MILLION, abs=1e-9)
-    batch = price_for(config(model, provider, batch=True))
+    assert price_of(config(model, provider))(usage) == pytest.approx(by_hand / MILLION, abs=1e-9)
+    batch = price_of(config(model, provider, batch=True))
     assert batch(usage) == pytest.approx(by_batch / MILLION, abs=1e-9)
 
 
@@ -54,18 +58,18 @@ def test_own_prices_win_over_the_tables():
     own = {"input": 1, "cached": 0.1, "output": 10, "batch": 0.25}
     usage = Usage(1_000, 100, cached=400)
     by_hand = (600 * 1 + 400 * 0.1 + 100 * 10) / MILLION
-    assert price_for(config(prices=own))(usage) == pytest.approx(by_hand)
-    assert price_for(config(prices=own, batch=True))(usage) == pytest.approx(by_hand / 4)
-    assert price_for(config(prices={"input": 1, "output": 10}))(usage) == pytest.approx(2_000 / MILLION)
+    assert price_of(config(prices=own))(usage) == pytest.approx(by_hand)
+    assert price_of(config(prices=own, batch=True))(usage) == pytest.approx(by_hand / 4)
+    assert price_of(config(prices={"input": 1, "output": 10}))(usage) == pytest.approx(2_000 / MILLION)
 
 
 def test_an_address_has_the_price_of_its_provider_or_none():
     there = {"base_url": "https://api.deepseek.com/v1"}
-    assert price_for(config("deepseek-chat", endpoint=there))(Usage(MILLION, 0)) > 0
+    assert price_of(config("deepseek-chat", endpoint=there))(Usage(MILLION, 0)) > 0
     here = {"base_url": "http://localhost:8000/v1"}
-    assert price_for(config(endpoint=here)) is None  # gpt-4o-mini by name, and nobody's bill
+    assert price_of(config(endpoint=here)) is None  # gpt-4o-mini by name, and nobody's bill
     with pytest.raises(ConfigError, match="no price is known for gpt-4o-mini"):
-        price_for(config(endpoint=here, budget={"usd": 1}))
+        price_of(config(endpoint=here, budget={"usd": 1}))
 
 
 def test_the_bound_on_tokens_holds_for_every_text():
@@ -78,7 +82,7 @@ def test_the_bound_on_tokens_holds_for_every_text():
 
 def test_a_dry_run_shows_a_dozen_models_side_by_side():
     prompts = [prompt("a" * 350)] * 1000
-    table = forecast(prompts, 500, "gpt-4o-mini", price_for(config()))
+    table = forecast(prompts, 500, "gpt-4o-mini", price_of(config()))
     names = [name for models in USUAL.values() for name in models]
     assert list(table.index) == ["gpt-4o-mini (this config)", *names]
     assert len(names) >= 12

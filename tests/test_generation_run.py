@@ -16,7 +16,7 @@ from kdlib.config.run import parse
 from kdlib.config.sections import DataConfig
 from kdlib.data.qa import prepare
 from kdlib.errors import RunError, Stopped, TeacherError
-from kdlib.generation import run as generation
+from kdlib.generation import run as generation, stage
 from kdlib.generation.config import GenerationConfig
 from kdlib.runs.folder import Run
 from kdlib.workbench import cli
@@ -137,7 +137,7 @@ def test_a_key_goes_to_no_other_address(generations, endpoint, monkeypatch):
         named = generations.config(["plain"], provider).as_dict()
         named["teacher"]["endpoint"]["key_variable"] = None
         config = parse(named, kind=GenerationConfig)
-        generation.check(config)
+        stage.check(config.stage)
         asked(generations.run(config, provider), config)
     assert endpoint.keys <= {"Bearer none", "none"}
 
@@ -167,7 +167,7 @@ def test_a_notebooks_own_loop_does_not_matter(generations):
     run = generations.run(config)
 
     async def cell():
-        generation.check(config)
+        stage.check(config.stage)
         return asked(run, config)
 
     assert asyncio.run(cell())["kept"] == 1

@@ -3,6 +3,7 @@
 Each line is on disk before anything else is done with what it says.  A last line that a kill has torn is cut.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -11,8 +12,38 @@ from pathlib import Path
 from typing import Any
 
 from kdlib.errors import RunError, without_keys
-from kdlib.generation.rows import Answer, Failure, Usage
+from kdlib.prompts.prompt import Prompt
 from kdlib.runs.files import now, writing
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens, as the endpoint counted them."""
+
+    input: int  # all of the prompt's
+    output: int
+    cached: int = 0  # of the prompt's, read from a cache
+    written: int = 0  # of the prompt's, written into one
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a teacher said."""
+
+    text: str
+    finish: str  # stop; length: cut off; refusal; or the endpoint's own word
+    usage: Usage | None  # None: the endpoint said nothing
+    cost: float | None  # dollars; at most, where there is no usage; None: no price known
+    model: str = ""  # as the endpoint calls it
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why there is no answer."""
+
+    reason: str
+    cost: float | None = 0.0  # dollars at most, of the last try
+    paid: bool = False  # whether that may have been paid: it was sent, and not refused
 
 
 @dataclass(frozen=True)
@@ -129,6 +160,13 @@ class AnswerLog:
                 raise RunError(
                     f"{self.path}, line {number}: found no line of its log ({error}); {do}"
                 ) from None
+
+
+def key_of(prompt: Prompt, teacher: Mapping[str, Any], sampling: Mapping[str, Any]) -> str:
+    """By what an answer is known again: 32 hexadecimal digits of what was sent, to whom, drawn how."""
+    asked = [prompt.as_sent(), teacher, sampling]
+    plain = json.dumps(asked, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(plain.encode()).hexdigest()[:32]
 
 
 def _plain(text: str) -> str:

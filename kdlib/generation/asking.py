@@ -10,9 +10,8 @@ from functools import partial
 from typing import Any
 
 from kdlib.errors import TeacherError
-from kdlib.generation.answers import AnswerLog
+from kdlib.generation.answers import Answer, AnswerLog, Failure
 from kdlib.generation.prices import Budget, Price, estimated_tokens, most
-from kdlib.generation.rows import Answer, Failure
 from kdlib.generation.teachers import Spent, Teacher, Tries
 from kdlib.generation.wires import NoReply, Reply
 from kdlib.prompts.prompt import Prompt
@@ -173,6 +172,7 @@ class Asking:
     async def _ask(self, teacher: Teacher, key: str, prompt: Prompt, at_most: float) -> None:
         """One prompt, to its end; what is held for it is settled."""
         tries, cost = Tries(partial(self._lose, key, at_most)), 0.0
+        failed_before = key in self.log.failures
         self.tries[this := asyncio.current_task()] = tries
         self.log.add("asked", key=key, at_most=at_most)
         try:
@@ -184,7 +184,7 @@ class Asking:
         except NoReply as error:
             cost = at_most if error.paid else 0.0
             self.log.add_failure(key, Failure(str(error), self.price and cost, error.paid))
-            self.in_a_row += 1
+            self.in_a_row += not failed_before
         except (TeacherError, Spent) as error:
             self.log.add("withdrawn", key=key)
             self.error = error if isinstance(error, TeacherError) else None

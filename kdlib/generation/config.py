@@ -1,11 +1,12 @@
 """What `kd generate` is asked for: a teacher, its sampling, prompts, limits, a budget and prices."""
 
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from kdlib.config.sections import Count, Number, Positive, Section, Seed
+from kdlib.config.sections import Count, Number, Positive, Section, Seed, refuse
 from kdlib.errors import PLAIN_NAMES, SECRET_NAMES
 from kdlib.filters.config import Filters
 from kdlib.prompts.config import Prompts
@@ -94,9 +95,7 @@ class Limits(Section):
     tokens_per_minute: Positive | None = None  # of prompts, and the most that answers can have
     at_once: Positive = 8
     timeout: Above = 120.0  # s without a sign
-    retries: Annotated[Count, Field(ge=0)] = (
-        5  # of a request that failed, by the SDK, which heeds retry-after
-    )
+    retries: Annotated[Count, Field(ge=0)] = 5  # of a failed request, by the SDK, which heeds retry-after
 
 
 def _dollars(usd: float) -> float:
@@ -128,6 +127,39 @@ class Prices(Section):
         return self
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Who is asked, and how: the teacher, or the judge."""
+
+    name: str
+    teacher: Asked
+    sampling: Sampling
+    prices: Prices | None
+    limits: Limits
+    seed: int
+    batch: bool
+    has_budget: bool
+
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """What an answer depends on beside its prompt and who gives it."""
+        return self.sampling.as_dict() | ({"seed": self.seed} if self.teacher.local else {})
+
+    def faults(self) -> list[str]:
+        """What does not go together, a line each."""
+        local, prices, faults = self.teacher.local, self.prices, []
+        if local and self.batch:
+            faults.append("batch: a local teacher has no Batch API; leave it out")
+        if prices and (prices.hour is None) == (local is not None):
+            way = "by the hour; give hour" if local else "by the token; give input and output"
+            faults.append(f"prices: {'a local model' if local else 'an endpoint'} is paid {way}")
+        most, per_minute = self.sampling.max_tokens, self.limits.tokens_per_minute
+        if per_minute is not None and per_minute <= most:
+            needed = f"more than sampling.max_tokens, {most}, or no request would ever fit"
+            faults.append(f"limits.tokens_per_minute: found {per_minute}; it needs {needed}")
+        return faults
+
+
 class GenerationConfig(Section):
     """One complete set of rows to be made."""
 
@@ -143,16 +175,17 @@ class GenerationConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self):
-        local = self.teacher.local is not None
-        if local and self.batch:
-            raise ValueError("batch: a local teacher has no Batch API; leave it out")
-        if self.prices and self.prices.hour is not None and not local:
-            raise ValueError("prices.hour: an endpoint is paid by the token; give input and output")
-        most, per_minute = self.sampling.max_tokens, self.limits.tokens_per_minute
-        if per_minute is not None and per_minute <= most:
-            needed = f"more than sampling.max_tokens, {most}, or no request would ever fit"
-            raise ValueError(f"limits.tokens_per_minute: found {per_minute}; it needs {needed}")
+        refuse(self.stage.faults())
         return self
+
+    @property
+    def stage(self) -> Stage:
+        """The teacher's."""
+        return self._stage("teacher", self.teacher, self.sampling, self.prices)
+
+    def _stage(self, name: str, teacher: Asked, sampling: Sampling, prices: Prices | None) -> Stage:
+        has_budget = self.budget is not None
+        return Stage(name, teacher, sampling, prices, self.limits, self.seed, self.batch, has_budget)
 
     def asking(self) -> dict[str, Any]:
         """What the answers depend on: a run goes on only where this is the same."""

@@ -6,8 +6,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from kdlib.generation.config import GenerationConfig, Local
-from kdlib.generation.rows import Usage
+from kdlib.generation.answers import Usage
+from kdlib.generation.config import Local, Stage
 from kdlib.generation.wires import NoReply, Reply
 from kdlib.prompts.prompt import Prompt
 
@@ -29,19 +29,19 @@ class LocalTeacher:
         last_cost, next_cost: dollars of the last batch's time, and what the next one may take.
     """
 
-    def __init__(self, config: GenerationConfig):
+    def __init__(self, stage: Stage):
         from kdlib.hardware import precision_of
         from kdlib.models.loading import device_of, load_model, load_tokenizer, positions_of
 
-        local = config.teacher.local
+        local = stage.teacher.local
         assert local is not None
         device = device_of(local.device)
-        self.name, self.seed, self.sampling = local.model, config.seed, config.sampling
+        self.name, self.seed, self.sampling = local.model, stage.seed, stage.sampling
         self.batch_size = local.batch_size
         self.model: Any = load_model(local.model, precision_of(local.precision, device)[0]).to(device)
         self.tokenizer: Any = load_tokenizer(local.model)
         self.positions = positions_of(self.model.config)
-        self.dollars = (config.prices.hour or 0.0) / HOUR if config.prices else 0.0  # a second
+        self.dollars = (stage.prices.hour or 0.0) / HOUR if stage.prices else 0.0  # a second
         self.last_cost = self.next_cost = 0.0
 
     def replies(self, prompts: Sequence[Prompt], number: int) -> list[Reply | NoReply]:

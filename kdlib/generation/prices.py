@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from kdlib.errors import ConfigError
-from kdlib.generation.config import Asked, GenerationConfig, Prices
-from kdlib.generation.rows import Usage
+from kdlib.generation.answers import Usage
+from kdlib.generation.config import Asked, GenerationConfig, Prices, Stage
 from kdlib.prompts.prompt import Prompt
 
 MILLION = 1e6
@@ -42,23 +42,22 @@ def most(prompt: Prompt, max_tokens: int) -> Usage:
     return Usage(prompt.bytes + TEMPLATE + PER_MESSAGE * len(prompt.messages), max_tokens)
 
 
-def price_for(config: GenerationConfig) -> Price | None:
-    """What this config's teacher takes; None where that is not known, or is by the hour.
+def price_for(stage: Stage) -> Price | None:
+    """What a stage's model takes for tokens; None where that is not known, or it is paid by the hour.
 
     Raises:
         ConfigError: there is a budget, and no price to keep it by.
     """
-    asked, own = config.teacher, config.prices
-    if own is not None and own.hour is None:
-        return own_price(own, batch=config.batch)
-    price = table_price(asked, batch=config.batch) if asked.endpoint else None
-    if config.budget and price is None and (own is None or own.hour is None):
-        needed = (
-            "{hour: dollars of the machine}" if asked.local else "{input: …, output: …} per million tokens"
-        )
-        why = "a local teacher has none of its own" if asked.local else "the table of genai-prices has none"
+    own, local = stage.prices, stage.teacher.local
+    if own is not None:
+        return None if local else own_price(own, batch=stage.batch)
+    price = None if local else table_price(stage.teacher, batch=stage.batch)
+    if stage.has_budget and price is None:
+        needed = "{hour: …}, of its machine" if local else "{input: …, output: …}, per million tokens"
+        why = "a local model has none of its own" if local else "the table of genai-prices has none"
         raise ConfigError(
-            f"budget: no price is known for {asked.model} ({why}); give prices: {needed}, or leave budget out"
+            f"budget: no price is known for {stage.teacher.model} ({why}); give prices: {needed}, "
+            "or leave budget out"
         )
     return price
 
@@ -132,7 +131,7 @@ def forecast(prompts: Sequence[Prompt], max_tokens: int, teacher: str, price: Pr
 
 def as_text(config: GenerationConfig, prompts: Sequence[Prompt]) -> str:
     """What `kd generate --dry-run` prints: prompts by category, tokens, and dollars for usual models."""
-    most_each, price = config.sampling.max_tokens, price_for(config)
+    most_each, price = config.sampling.max_tokens, price_for(config.stage)
     tokens = sum(map(estimated_tokens, prompts))
     counts = Counter(prompt.category for prompt in prompts)
     table = forecast(prompts, most_each, config.teacher.model, price)

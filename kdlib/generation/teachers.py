@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kdlib.errors import ConfigError, TeacherError, nearest, without_keys
-from kdlib.generation.config import Asked, Endpoint, Limits, Sampling
+from kdlib.generation.config import Endpoint, Limits, Stage
 from kdlib.generation.wires import REASON, WIRES, NoReply, Reply, read_or_not
 from kdlib.prompts.prompt import Prompt
 
@@ -83,12 +83,12 @@ class Gate:
 class Teacher:
     """A teacher that is asked over the network."""
 
-    def __init__(self, asked: Asked, sampling: Sampling, limits: Limits, *, largest: int = 1):
-        assert asked.endpoint is not None
-        self.endpoint, self.sampling = asked.endpoint, sampling
+    def __init__(self, stage: Stage, *, largest: int = 1):
+        assert stage.teacher.endpoint is not None
+        self.endpoint, self.sampling = stage.teacher.endpoint, stage.sampling
         self.wire = WIRES[self.endpoint.provider]
-        self.gate = Gate(limits, largest)
-        self.sdk, self.client = _client(self.endpoint, limits, self._before, self._after)
+        self.gate = Gate(stage.limits, largest)
+        self.sdk, self.client = _client(self.endpoint, stage.limits, self._before, self._after)
         self.tokens: ContextVar[int] = ContextVar("tokens", default=0)
 
     async def check(self) -> None:

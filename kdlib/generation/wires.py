@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kdlib.generation.answers import Usage
 from kdlib.generation.config import Endpoint, Sampling
-from kdlib.generation.rows import Usage
 from kdlib.prompts.prompt import Prompt
 
 FINISHED = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length", "content_filter": "refusal"}
