@@ -18,6 +18,8 @@ from kdlib.data.qa import prepare
 from kdlib.errors import RunError, Stopped, TeacherError
 from kdlib.generation import run as generation, stage
 from kdlib.generation.config import GenerationConfig
+from kdlib.reports.index import render_index
+from kdlib.reports.run import render
 from kdlib.runs.folder import Run
 from kdlib.workbench import cli
 
@@ -305,6 +307,16 @@ def test_bad_input_is_a_clear_message_before_anything_is_paid(
     assert "Traceback" not in said
     assert "wrong-key-0123456789" not in said
     assert not generations.root.exists()
+
+
+def test_an_index_of_runs_names_what_made_rows(generations, tmp_path):
+    config = generations.config(["plain"])
+    run = generations.run(config)
+    asked(run, config)
+    page = render_index(generations.root, tmp_path / "reports").read_text()
+    assert "generation" in page
+    with pytest.raises(RunError, match="made made rows; they and their figures lie in"):
+        render(run, tmp_path / "reports")
 
 
 def test_the_command_asks_goes_on_and_forecasts(kd, generations, endpoint):

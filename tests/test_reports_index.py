@@ -97,7 +97,7 @@ def test_settings_that_differ_have_a_column_each_and_what_is_unusual_is_marked()
         )
         for i in range(5)
     ]
-    found.append(Summary("machine", "done", settings={"heads.chunk": "512"}, is_benchmark=True))
+    found.append(Summary("machine", "done", settings={"heads.chunk": "512"}, kind="benchmark"))
     columns = overview.settings_that_differ(found)
     assert set(columns) == {"seed", "only"}
     assert [cell.text for cell in columns["seed"]] == ["0", "1", "2", "3", "4", ""]

@@ -75,7 +75,7 @@ def _page(found: Sequence[Summary], reports: Path) -> str:
 
 def settings_that_differ(found: Sequence[Summary]) -> dict[str, list[Cell]]:
     """Each setting that not all runs share, with a cell for each run; — where a run has no such setting."""
-    settings = [{} if each.is_benchmark else each.settings for each in found]
+    settings = [{} if each.kind else each.settings for each in found]
     columns = {}
     for name in dict.fromkeys(name for own in settings for name in own):
         values = [own.get(name, "—") if own else "" for own in settings]

@@ -34,7 +34,9 @@ def render(run: Run, reports: Path) -> Path:
     if not (run.path / "config.yaml").exists():
         raise RunError(f"{run.path}: no run there, since there is no config.yaml")
     brief = summary(run)
-    if brief.is_benchmark:
+    if brief.kind == "generation":
+        raise RunError(f"{run.name} made rows; they and their figures lie in {run.path}")
+    if brief.kind:
         command = f"python -m kdlib.benchmarks --report {run.name}"
         raise RunError(f"{run.name} is a benchmark: `{command}` makes its page")
     is_readable = brief.state != UNREADABLE

@@ -32,9 +32,9 @@ class Summary:
     state: str
     message: str = ""
     created: str = ""
-    config: str = ""  # the file's name without its ending, or "benchmark"
+    config: str = ""  # the file's name without its ending, or the kind
     sweep: str = ""
-    is_benchmark: bool = False  # of kdlib.benchmarks, which teach no student
+    kind: str = ""  # benchmark, generation: of runs that teach no student
     is_teacher: bool = False  # its own training, before it teaches
     step: int | None = None
     steps: int | None = None  # planned
@@ -111,7 +111,8 @@ def flat(nested: Mapping[str, Any], separator: str = ".", prefix: str = "") -> I
 def _read(run: Run) -> Summary:
     results, manifest, status = run.comparison, run.manifest, run.status
     settings = run.settings
-    is_benchmark, tail, plan = "student" not in settings, tail_of(run), plan_table(run)
+    kind = manifest.get("kind") or ("" if "student" in settings else "benchmark")
+    tail, plan = tail_of(run), plan_table(run)
     steps = [int(table["step"].iloc[-1]) for table in (tail.train, tail.evaluation) if len(table)]
     best = _best(settings, tail.evaluation)
     keys, compared = _keys(run, settings, results, tail.evaluation, best)
@@ -120,9 +121,9 @@ def _read(run: Run) -> Summary:
         status["state"],
         status.get("message", ""),
         created=manifest.get("created", "")[:16].replace("T", " "),
-        config=Path(manifest.get("config_file") or "").stem or "benchmark" * is_benchmark,
+        config=Path(manifest.get("config_file") or "").stem or kind,
         sweep=str(manifest.get("sweep") or ""),
-        is_benchmark=is_benchmark,
+        kind=kind,
         is_teacher=bool(manifest.get("teacher_stage")),
         step=max(steps, default=None),
         steps=int(plan["step"].max()) if len(plan) else manifest.get("optimizer_steps"),
