@@ -16,6 +16,13 @@ from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 MODELS = ["tiny-teacher", "gpt-4o-mini", "claude-haiku-4-5", "gpt-4.1"]
+MODES = "429|500|529|pause|hang|half|json|shape|nousage|empty|cut|refusal|gone"
+
+
+def mode_of(prompt):
+    """How it is served, and how often before it is answered all the same."""
+    found = re.search(rf"\[({MODES})(?:x(\d+))?\]", prompt)
+    return found.groups() if found else ("", None)
 
 
 class MadeTeacher:
@@ -75,7 +82,7 @@ class MadeTeacher:
                 self.under_way -= 1
 
     def answer(self, request, body, prompt):
-        mode, times = re.search(r"\[(\w+?)(?:x(\d+))?\]", prompt).groups() if "[" in prompt else ("", None)
+        mode, times = mode_of(prompt)
         if times and self.tries[prompt] > int(times):
             mode = ""
         if mode.isdigit():
@@ -177,7 +184,7 @@ class MadeTeacher:
 
     def result(self, key, body, is_anthropic):
         prompt = body["messages"][-1]["content"]
-        mode = re.search(r"\[(\w+)\]", prompt).group(1) if "[" in prompt else ""
+        mode, _ = mode_of(prompt)
         self.tries[prompt] += 1
         if mode == "gone":
             return ""

@@ -18,6 +18,7 @@ from kdlib.data.qa import prepare
 from kdlib.errors import RunError, Stopped, TeacherError
 from kdlib.generation import run as generation, stage
 from kdlib.generation.config import GenerationConfig
+from kdlib.prompts.config import CATEGORIES
 from kdlib.reports.index import render_index
 from kdlib.reports.run import render
 from kdlib.runs.folder import Run
@@ -333,3 +334,11 @@ def test_the_command_asks_goes_on_and_forecasts(kd, generations, endpoint):
     assert "--again goes with --resume" in kd(config, "--again")[1]
     progress = json.loads((generations.root / "one" / "progress.json").read_text())
     assert (progress["answered"], progress["kept"], progress["under_way"]) == (3, 3, 0)
+
+
+def test_prompts_are_made_of_seeds(generations):
+    config = generations.config(["unused"], prompts={"seeds": "stdlib", "count": 8})
+    run = generations.run(config)
+    assert asked(run, config)["unasked"] == 0
+    rows = [row for name in ("kept", "rejected", "failed") for row in rows_in(run, name)]
+    assert {row["category"] for row in rows} == {*CATEGORIES}

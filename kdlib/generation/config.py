@@ -181,7 +181,7 @@ class GenerationConfig(Section):
     @property
     def stage(self) -> Stage:
         """The teacher's."""
-        return self._stage("teacher", self.teacher, self.sampling, self.prices)
+        return self._stage("answers", self.teacher, self.sampling, self.prices)
 
     def _stage(self, name: str, teacher: Asked, sampling: Sampling, prices: Prices | None) -> Stage:
         has_budget = self.budget is not None

@@ -17,6 +17,7 @@ from kdlib.generation.answers import Answer, AnswerLog, Failure
 from kdlib.generation.config import GenerationConfig
 from kdlib.generation.prices import Budget
 from kdlib.generation.stage import Session
+from kdlib.prompts.made import made
 from kdlib.prompts.prompt import Prompt, are_alone, plain_row, read_prompts
 from kdlib.runs import folder as runs
 from kdlib.runs.files import now, read_json, write_json, write_text
@@ -27,10 +28,9 @@ def prompts_of(config: GenerationConfig) -> list[Prompt]:
     """What is asked, without keys: they are kept in files, and go to the teacher so.
 
     Raises:
-        DataError: there is no such file, or it is at fault.
+        ConfigError, DataError: as `made`.
     """
-    found = read_prompts(Path(config.prompts.source), config.prompts.count)
-    return [_clean(prompt) for prompt in found]
+    return [_clean(prompt) for prompt in made(config.prompts, config.seed)]
 
 
 def created(root: Path, name: str, config: GenerationConfig, prompts: Sequence[Prompt], **origin: Any) -> Run:
