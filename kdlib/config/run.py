@@ -12,6 +12,7 @@ from pydantic import AfterValidator, ValidationError, ValidationInfo, model_vali
 
 from kdlib.config.loss import BaselineConfig, LossConfig
 from kdlib.config.sections import (
+    CodeConfig,
     CompareConfig,
     DataConfig,
     DiagnosticsConfig,
@@ -63,7 +64,8 @@ MARKS = {
     "prompts": ("rows to be made by a teacher", "kd generate"),
     "base": ("a sweep", "kd sweep"),
 }
-BESIDE = ("launch", "trackers")  # sections that do not tell runs apart: where one trains, and who hears of it
+# sections that do not tell runs apart: where one trains, who hears of it, on what its end is tried
+BESIDE = ("launch", "trackers", "code")
 
 
 class TeacherStage(Section):
@@ -93,6 +95,7 @@ class Config(Section):
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     trackers: TrackersConfig = TrackersConfig()
     launch: LaunchConfig = LaunchConfig()
+    code: CodeConfig | None = None
 
     @model_validator(mode="after")
     def _fits_the_task(self):
@@ -117,6 +120,8 @@ class Config(Section):
             changes["data"] = {name: value for name, value in data.items() if value is not None}
         if isinstance(stage := raw.get("teacher_stage"), Mapping):
             changes["teacher_stage"] = {"training": _steps(stage.get("training"))}
+        if isinstance(raw.get("code"), Mapping):
+            changes["code"] = {"limit": 2, "max_new_tokens": 8}
         return changes
 
 

@@ -180,6 +180,36 @@ class CompareConfig(Section):
     new_tokens: Positive = 32
 
 
+class CodeConfig(Section):
+    """Programming problems: what models write for them is run, and scored by pass@k.
+
+    Beside a run's experiment: it may be added, or changed, when the students are trained.
+    """
+
+    benchmarks: Annotated[list[str], Field(min_length=1)]  # humaneval, mbpp, or a JSONL file
+    allow_execution: bool = False
+    allow_network: bool = False
+    samples: Positive = 1  # programs that each model writes for each problem
+    k: Annotated[list[Positive], Field(min_length=1)] = [1]
+    temperature: Annotated[Number, Field(ge=0)] = 0.0  # 0: always the likeliest token
+    limit: Positive | None = None  # problems of each benchmark, its first
+    max_new_tokens: Positive = 384
+    batch_size: Positive = 8
+    chat: bool = False  # ask as a chat template has it, and take the block of code from the answer
+
+    @model_validator(mode="after")
+    def _can_be_told(self) -> "CodeConfig":
+        if not self.allow_execution:
+            what = "the models' programs, which nobody has read, are run to be scored"
+            do = "read notebooks/guides/code_execution.md, then set it to true"
+            raise ValueError(f"allow_execution: {what}; {do} (--allow-code-execution)")
+        if max(self.k) > self.samples:
+            raise ValueError(f"k: found {max(self.k)}, but samples is {self.samples}; write as many samples")
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"samples: {self.samples} at temperature 0 are all the same; set a temperature")
+        return self
+
+
 def _metric(name: str) -> str:
     if re.fullmatch(r"(train|eval)/\w+", name):
         return name

@@ -159,6 +159,8 @@ def _unread(config: Any) -> Iterator[str]:
                 f"data.{name}: found {value!r}, which {config.task} does not read; leave it out, or set "
                 f"task: {' or '.join(readers)}"
             )
+    if config.code and rules_of(config).unit == "row":
+        yield "code: a classifier writes no programs; leave it out, or set task: causal-lm"
     if config.teacher_stage is not None and not rules_of(config).trains_teacher:
         able = " or ".join(rules.name for rules in RULES.values() if rules.trains_teacher)
         yield f"teacher_stage: it trains a classifier's head, so it goes with task: {able}; leave it out"

@@ -1,6 +1,6 @@
 """Reports: a self-contained HTML page of a run's files, or of a comparison made by `kd compare`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from kdlib.config.task_rules import rules_in, shown_in
 from kdlib.errors import RunError
 from kdlib.metrics.bootstrap import FEW_UNITS
 from kdlib.metrics.names import MEASURES
-from kdlib.plots import comparison as plots
+from kdlib.plots import comparison as plots, pass_at_k
 from kdlib.plots.axes import few_rows, label_of
 from kdlib.plots.classification import ANSWER_FIGURES, TITLES, answer_tables
 from kdlib.plots.training import run_figures
@@ -19,6 +19,7 @@ from kdlib.reports import html
 from kdlib.reports.explorers import static_html
 from kdlib.reports.scorecard import counted, scorecard, scorecard_table
 from kdlib.reports.summary import UNREADABLE, flat, keys_of, summary
+from kdlib.runs.files import read_json
 from kdlib.runs.folder import Run, critical_findings
 
 NOT_FACTS = ("formula", "command", "stages", "doctor")  # of a manifest: told elsewhere
@@ -42,6 +43,8 @@ def render(run: Run, reports: Path) -> Path:
     is_readable = brief.state != UNREADABLE
     results = run.comparison if is_readable else None
     figures = run_figures(run, results) if is_readable else {}
+    code = read_json(run.code / "results.json", [])
+    figures |= pass_at_k.figures_of(code)
     pictures = {name: html.picture(figure, name) for name, figure in figures.items()}
     students = {"teacher" if brief.is_teacher else "distilled student": run, "baseline": run.baseline}
     cards = {
@@ -50,6 +53,7 @@ def render(run: Run, reports: Path) -> Path:
         if is_readable and (lines := scorecard(run, student, results=results))
     }
     tables = {"metrics": few_rows(brief.train), "evaluation": few_rows(brief.evaluation)}
+    tables |= pass_at_k.tables_of(code)
     if results:
         tables |= comparison_tables(results)
     if cards:
@@ -64,7 +68,10 @@ def render(run: Run, reports: Path) -> Path:
         cards=cards,
         counted=counted,
         objections=critical_findings(run.manifest) or [],
-        own_place=OWN_PLACE,
+        own_place=(*OWN_PLACE, *(f"code_{each['benchmark']}" for each in code)),
+        code=code,
+        few_units=FEW_UNITS,
+        label_of=label_of,
         **run_content(run),
         **_comparison_content(results),
     )
@@ -76,7 +83,17 @@ def render_comparison(results: Mapping[str, Any], folder: Path) -> Path:
     figures, tables = plots.comparison_figures(results), comparison_tables(results)
     pictures = {name: html.picture(figure, name) for name, figure in figures.items()}
     content = _comparison_content(results)
-    page = html.page("compared.html.j2", pictures=pictures, tables=tables, **content)
+    words = {"few_units": FEW_UNITS, "label_of": label_of}
+    page = html.page("compared.html.j2", pictures=pictures, tables=tables, **words, **content)
+    return html.write(folder, page, pictures, tables)
+
+
+def render_code(name: str, code: Sequence[Mapping[str, Any]], folder: Path) -> Path:
+    """Write report.html of what models wrote for programming problems; return the page's path."""
+    figures, tables = pass_at_k.figures_of(code), pass_at_k.tables_of(code)
+    pictures = {name: html.picture(figure, name) for name, figure in figures.items()}
+    words = {"few_units": FEW_UNITS, "label_of": label_of, "name": name}
+    page = html.page("evaluated.html.j2", pictures=pictures, tables=tables, code=code, **words)
     return html.write(folder, page, pictures, tables)
 
 
@@ -122,8 +139,6 @@ def _comparison_content(results: Mapping[str, Any] | None) -> dict[str, Any]:
         "decided_by": plots.decided_by(results),
         "rows": rules_in(results).rows,
         "lower": [measure.brief for measure in shown if not measure.higher_is_better],
-        "few_units": FEW_UNITS,
-        "label_of": label_of,
         "bars": plots.BARS,
         "answer_figures": ANSWER_FIGURES,
         "answer_tables": TITLES,

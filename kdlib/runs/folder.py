@@ -58,6 +58,11 @@ class Run(StudentFolder):
         return self.path / "notebooks"
 
     @property
+    def code(self) -> Path:
+        """Where its models' programs are: completions.jsonl, verdicts.json, results.json."""
+        return self.path / "code"
+
+    @property
     def config(self) -> Config:
         return _resolved(*self._config_file)
 

@@ -261,3 +261,36 @@ def generate(
     with going_on(again_by), runs.working(opened):
         generation.generate(opened, resolved, again=again)
     print(f"rows: {os.path.relpath(opened.path / 'kept.jsonl')}")
+
+
+@checks.command()
+def evaluate(
+    model: Annotated[list[str], typer.Argument(help="A run; or models, against the first; also name=MODEL.")],
+    benchmark: option(list[str], "--benchmark", help="humaneval, mbpp or a JSONL file; also several."),
+    allow_code_execution: option(bool, "--allow-code-execution", help="Run what the models write.") = False,
+    samples: option(int, "--samples", help="Programs for each problem.") = 1,
+    k: option(list[int] | None, "-k", help="Of pass@k; 1 unless given; also several.") = None,
+    temperature: option(float, "--temperature", help="0: the likeliest token always.") = 0.0,
+    limit: option(int | None, "--limit", help="The first problems alone.") = None,
+    override: option(Texts, "-o", "--override", help="key=value of `code`, e.g. chat=true.") = None,
+    output: option(Path | None, "--output", help="Of models: a folder; reports/evaluate_<last>.") = None,
+    runs_folder: RunsFolder = None,
+    reports_folder: ReportsFolder = None,
+) -> None:
+    """Let models write programs, run these fenced, and say how many pass: pass@k, with intervals.
+
+    Of a run: its teacher, baseline and student.  The same command goes on where it stopped.
+    """
+    from kdlib.evaluation import code
+    from kdlib.plots.pass_at_k import tables_of
+    from kdlib.reports import run as pages
+
+    asked = {"benchmarks": benchmark, "allow_execution": allow_code_execution, "k": k or [1]}
+    asked |= {"samples": samples, "temperature": temperature, "limit": limit}
+    root, reports = folders(runs_folder, reports_folder)
+    found, place = code.evaluate(model, asked, override or [], root, reports, output)
+    is_run = isinstance(place, Run)
+    page = pages.render(place, reports) if is_run else pages.render_code(place.name, found, place)
+    for table in tables_of(found).values():
+        print(f"\n{table.to_string()}")
+    print(f"\nintervals: {found[0]['interval']}\nreport: {os.path.relpath(page)}")

@@ -18,7 +18,7 @@ from kdlib.data.batches import Prepared
 from kdlib.diagnostics import doctor, forecast, memory, parity
 from kdlib.diagnostics.context import as_text
 from kdlib.errors import RunError, nearest
-from kdlib.evaluation import compare, predictions
+from kdlib.evaluation import code, compare, predictions
 from kdlib.hardware import machine, precision_of
 from kdlib.models.loading import device_of, ranks_of
 from kdlib.models.student import check_pair, tokenizer_of
@@ -251,8 +251,9 @@ class Workbench:
             self._train(self.run.baseline, label="baseline", weights=self.config.baseline.weights)
 
     def compare(self) -> dict[str, Any]:
-        """All models on the held-out rows; writes comparison_results.json and the picture of it."""
+        """All models on the held-out rows, and on what `code` asks; writes files and the picture of it."""
         results = compare.compare_run(self.run, self.config, self.tokenizer, self.prepared)
+        results["code"] = code.score_run(self.run, self.config)
         plots.comparison_bars(results).savefig(self.run.path / f"{plots.BARS}.png", dpi=130)
         return results
 
