@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Template:
             others = [x for x in choices if name != TARGET or x.lower() != language.lower()]
             chosen[name] = drawing.choice(others or choices)
         try:
-            text = SANDBOX.from_string(self.text).render({**fields, **chosen})
+            text = _compiled(self.text).render({**fields, **chosen})
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise ConfigError(f"template {self.name}: cannot be filled: {error}; look at its text") from None
         return text.strip(), chosen.get(TARGET, language).lower()
@@ -65,6 +66,11 @@ def templates(path: str | None) -> dict[str, list[Template]]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"prompts.templates: {path} cannot be read: {error}") from None
     return ours | _read(raw, read_beside(__file__)[DRAWN], path)
+
+
+@cache
+def _compiled(text: str) -> Any:
+    return SANDBOX.from_string(text)
 
 
 def _read(raw: Any, drawn: Mapping[str, list[str]], where: str) -> dict[str, list[Template]]:
