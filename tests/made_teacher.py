@@ -1,7 +1,7 @@
 """A teacher's endpoint on loopback that speaks OpenAI's and Anthropic's wire forms, and fails as it is told.
 
 A prompt says by a word in brackets how it is served: [429x2] twice 429, then an answer; [500] always 500;
-[pause] 429 with a second to wait; [hang], [half], [json], [shape], [nousage], [empty], [cut], [refusal];
+[pause] 429 with 0.4 s to wait; [hang], [half], [json], [shape], [nousage], [empty], [cut], [refusal];
 others are answered at once.
 """
 
@@ -51,6 +51,7 @@ class MadeTeacher:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
+        self.server.handle_error = lambda request, address: None  # a client that was killed
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def models(self, request):
@@ -90,7 +91,7 @@ class MadeTeacher:
             error = {"type": "error", "error": {"type": kind, "message": f"no: {mode}"}}
             return self.send(request, int(mode), error, **{"retry-after-ms": "5"})
         if mode == "pause":
-            return self.send(request, 429, {"error": {"message": "slowly"}}, **{"retry-after": "1"})
+            return self.send(request, 429, {"error": {"message": "slowly"}}, **{"retry-after": "0.4"})
         if mode == "hang":
             time.sleep(1)
             request.close_connection = True

@@ -119,3 +119,28 @@ def test_an_endpoint_without_batches_says_so(generations, endpoint, monkeypatch)
     with pytest.raises(TeacherError, match="status 404"):
         asked(run, config)
     assert not endpoint.paid
+
+
+def test_a_judges_batch_is_not_read_by_the_teacher(generations, endpoint, monkeypatch):
+    judge = {"teacher": generations.config([]).as_dict()["teacher"], "prices": {"input": 1, "output": 1}}
+    judge["teacher"]["endpoint"]["model"] = "gpt-4.1"
+    said = endpoint.said
+    monkeypatch.setattr(
+        endpoint, "said", lambda prompt, mode: "[[9]]" if "impartial" in prompt else said(prompt, mode)
+    )
+    config = generations.config(["plain 1", "[500] 2"], batch=True, judge=judge)
+    run = generations.run(config)
+    results = Teacher.results
+
+    async def killed(self, batch):
+        if self.endpoint.model == "gpt-4.1":
+            raise Killed
+        return await results(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Teacher, "results", killed)
+        with pytest.raises(Killed):
+            asked(run, config)
+    assert asked(run, config) == {"kept": 1, "rejected": 0, "failed": 1, "unasked": 0}
+    assert len(endpoint.batches) == 3  # the teacher's, the judge's, and what failed for nothing once more
+    assert max(endpoint.paid.values()) == 1

@@ -9,7 +9,7 @@ import pytest
 
 from kdlib.config.run import parse
 from kdlib.errors import ModelError, Stopped
-from kdlib.generation import run as generation, stage
+from kdlib.generation import run as generation
 from kdlib.generation.config import GenerationConfig
 from kdlib.generation.local import LocalTeacher
 from kdlib.prompts.prompt import Prompt
@@ -80,4 +80,4 @@ def test_a_machine_by_the_hour_is_within_the_budget(config, tmp_path):
 
 def test_a_model_that_is_not_there_is_told_before_a_run_is_made(config):
     with pytest.raises(ModelError, match="no such folder"):
-        stage.check(parse(config().as_dict(), ["teacher.local.model=./nowhere"], kind=GenerationConfig).stage)
+        generation.check(parse(config().as_dict(), ["teacher.local.model=./nowhere"], kind=GenerationConfig))

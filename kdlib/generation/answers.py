@@ -88,12 +88,16 @@ class AnswerLog:
     def add(self, event: str, **entry: Any) -> None:
         """Append a line, and have the disk take it in; a RunError where it refuses."""
         line = json.dumps({"event": event, **entry, "at": now()}, ensure_ascii=False) + "\n"
-        left = line.encode()
+        left, before = line.encode(), os.fstat(self._file).st_size
         with writing(self.path):
-            while left:
-                left = left[os.write(self._file, left) :]
-            if event != "asked":  # which only says what may be lost in a power cut
-                os.fsync(self._file)
+            try:
+                while left:
+                    left = left[os.write(self._file, left) :]
+                if event != "asked":  # which only says what may be lost in a power cut
+                    os.fsync(self._file)
+            except OSError:
+                os.ftruncate(self._file, before)  # no half a line between two
+                raise
         self._take(event, entry)
 
     def add_answer(self, key: str, answer: Answer) -> None:

@@ -80,14 +80,15 @@ class Asking:
                 elif key in needed:
                     self.log.add_answer(key, Answer(reply.text, reply.finish, reply.usage, None, reply.model))
 
-    async def by_batch(self, teacher: Teacher, prompts: Sequence[Named]) -> None:
+    async def by_batch(self, teacher: Teacher, every: Mapping[str, Prompt], needed: Sequence[Named]) -> None:
         """Read the batches that are out, then send the rest, as much at a time as the budget has room for."""
-        named, out = dict(prompts), set()
+        out: set[str] = set()
         try:
             for name, batch in list(self.log.batches.items()):
-                if await self._read(teacher, name, named):
+                is_ours = batch.keys[0] in every  # and not of another stage
+                if is_ours and await self._read(teacher, name, every):
                     out |= set(batch.keys)
-            left = [(key, prompt) for key, prompt in prompts if key not in out]
+            left = [(key, prompt) for key, prompt in needed if key not in out]
             while left and not self.stop.is_set():
                 part, at_most = self._room(left)
                 if not part:
@@ -97,7 +98,7 @@ class Asking:
                 self.log.add("batch_made", name=name, keys=keys, at_most=at_most, since=time.time())
                 self.log.add("batch_sent", name=name, id=await teacher.submit(name, dict(part)))
                 left = left[len(part) :]
-                await self._read(teacher, name, named)
+                await self._read(teacher, name, every)
         except TeacherError as error:
             self.error = error
 
@@ -187,8 +188,8 @@ class Asking:
             self.in_a_row += not failed_before
         except (TeacherError, Spent) as error:
             self.log.add("withdrawn", key=key)
-            self.error = error if isinstance(error, TeacherError) else None
             self.over |= isinstance(error, Spent)
+            self.error = error if isinstance(error, TeacherError) else self.error
             self.stop.set()
         except asyncio.CancelledError:
             if not tries.paid:

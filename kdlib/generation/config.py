@@ -1,7 +1,7 @@
 """What `kd generate` is asked for: a teacher, its sampling, prompts, limits, a budget and prices."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -127,6 +127,14 @@ class Prices(Section):
         return self
 
 
+class Judge(Section):
+    """A second model, which gives each answer that the filters keep a score from 1 to 10."""
+
+    teacher: Asked
+    sampling: Sampling = Sampling(temperature=0.0, max_tokens=512)
+    prices: Prices | None = None
+
+
 @dataclass(frozen=True)
 class Stage:
     """Who is asked, and how: the teacher, or the judge."""
@@ -142,8 +150,9 @@ class Stage:
 
     @property
     def drawn(self) -> dict[str, Any]:
-        """What an answer depends on beside its prompt and who gives it."""
-        return self.sampling.as_dict() | ({"seed": self.seed} if self.teacher.local else {})
+        """What an answer depends on beside its prompt and who gives it, as far as it is said."""
+        said = {name: value for name, value in self.sampling.as_dict().items() if value not in (None, [], {})}
+        return said | ({"seed": self.seed} if self.teacher.local else {})
 
     def faults(self) -> list[str]:
         """What does not go together, a line each."""
@@ -172,16 +181,29 @@ class GenerationConfig(Section):
     prices: Prices | None = None  # they win over the table's
     batch: bool = False  # by the Batch API, within a day, at half the price
     filters: Filters = Filters()
+    judge: Judge | None = None  # filters.lowest_score says which score is enough
 
     @model_validator(mode="after")
     def _fits(self):
-        refuse(self.stage.faults())
+        judged = [f"judge.{fault}" for fault in self.judging.faults()] if self.judging else []
+        refuse([*self.stage.faults(), *judged])
         return self
 
     @property
     def stage(self) -> Stage:
         """The teacher's."""
         return self._stage("answers", self.teacher, self.sampling, self.prices)
+
+    @property
+    def evolving(self) -> Stage:
+        """The teacher's too: harder variants of the prompts."""
+        return replace(self.stage, name="harder prompts")
+
+    @property
+    def judging(self) -> Stage | None:
+        """The judge's, where there is one."""
+        judge = self.judge
+        return judge and self._stage("judge", judge.teacher, judge.sampling, judge.prices)
 
     def _stage(self, name: str, teacher: Asked, sampling: Sampling, prices: Prices | None) -> Stage:
         has_budget = self.budget is not None

@@ -20,6 +20,7 @@ from kdlib.prompts.prompt import Prompt
 MILLION = 1e6
 CHARACTERS = 3.5  # to a token, for estimates
 TEMPLATE, PER_MESSAGE = 64, 16  # tokens at most around a conversation, around a message
+JUDGES_WORDS = 200  # tokens around a task and its answer
 BATCH = {"processing": "batch"}
 USUAL = {
     "openai": ("gpt-4o-mini", "gpt-4.1", "gpt-5-mini", "gpt-5.4-mini", "gpt-6-sol"),
@@ -131,20 +132,37 @@ def forecast(prompts: Sequence[Prompt], max_tokens: int, teacher: str, price: Pr
 
 def as_text(config: GenerationConfig, prompts: Sequence[Prompt]) -> str:
     """What `kd generate --dry-run` prints: prompts by category, tokens, and dollars for usual models."""
-    most_each, price = config.sampling.max_tokens, price_for(config.stage)
-    tokens = sum(map(estimated_tokens, prompts))
+    most_each, rounds = config.sampling.max_tokens, config.prompts.evolve
+    requests = [*prompts] * (1 + 2 * rounds)  # a round asks for as many variants, and then those
+    tokens = sum(map(estimated_tokens, requests))
     counts = Counter(prompt.category for prompt in prompts)
-    table = forecast(prompts, most_each, config.teacher.model, price)
+    table = forecast(requests, most_each, config.teacher.model, price_for(config.stage))
+    if config.judging:
+        table = pd.concat([_judging(config.judging, [*prompts] * (1 + rounds), most_each), table])
     shown = table.map(lambda usd: "–" if pd.isna(usd) else f"${usd:,.2f}")
+    by_category = ", ".join(f"{count} {name}" for name, count in counts.items())
+    harder = f"; with {rounds} rounds of harder variants at most {len(requests)} requests" if rounds else ""
     lines = [
-        f"{len(prompts)} prompts: {', '.join(f'{count} {name}' for name, count in counts.items())}",
+        f"{len(prompts)} prompts: {by_category}{harder}",
         f"about {tokens:,} tokens of prompts (characters / {CHARACTERS:g}); answers at most "
-        f"{len(prompts) * most_each:,} ({most_each:,} each); reasoning counts as answer",
+        f"{len(requests) * most_each:,} ({most_each:,} each); reasoning counts as answer",
         shown.to_string(),
         f"budget: ${config.budget.usd:g}, never passed" if config.budget else "budget: none",
         "nothing was asked; –: no price known, or none by batch; prices of genai-prices, before tax",
     ]
     return "\n\n".join(lines)
+
+
+def _judging(stage: Stage, prompts: Sequence[Prompt], longest: int) -> pd.DataFrame:
+    """What a judge takes who is asked about every answer, as a row of `forecast`."""
+    price, mean = price_for(stage), math.ceil(sum(map(estimated_tokens, prompts)) / len(prompts))
+
+    def total(answer: int) -> float | None:
+        usage = Usage(mean + answer + JUDGES_WORDS, stage.sampling.max_tokens)
+        return None if price is None else len(prompts) * price(usage)
+
+    row = {"at most": total(longest), "answers half as long": total(longest // 2)}
+    return pd.DataFrame(row, index=[f"{stage.teacher.model} (judge)"])
 
 
 @dataclass

@@ -12,16 +12,21 @@ from typing import Any
 
 from kdlib.config.run import differences, parse
 from kdlib.errors import RunError, without_keys
-from kdlib.filters.sift import sifted
+from kdlib.filters import judge, sift
+from kdlib.generation import stage
 from kdlib.generation.answers import Answer, AnswerLog, Failure
 from kdlib.generation.config import GenerationConfig
 from kdlib.generation.prices import Budget
 from kdlib.generation.stage import Session
+from kdlib.prompts import evolve
 from kdlib.prompts.made import made
 from kdlib.prompts.prompt import Prompt, are_alone, plain_row, read_prompts
 from kdlib.runs import folder as runs
 from kdlib.runs.files import now, read_json, write_json, write_text
 from kdlib.runs.folder import Run
+
+# filters that need not look twice
+PASSED = {"overlap": [], "near_duplicates": None, "tests": False}
 
 
 def prompts_of(config: GenerationConfig) -> list[Prompt]:
@@ -31,6 +36,17 @@ def prompts_of(config: GenerationConfig) -> list[Prompt]:
         ConfigError, DataError: as `made`.
     """
     return [_clean(prompt) for prompt in made(config.prompts, config.seed)]
+
+
+def check(config: GenerationConfig) -> None:
+    """Raise what would stop a run, before anything is paid: of teacher, judge, or filters.
+
+    Raises:
+        ConfigError, TeacherError, ModelError, DataError, RunError: as `stage.check` and `sift.check`.
+    """
+    sift.check(config.filters)
+    for each in filter(None, (config.stage, config.judging)):
+        stage.check(each)
 
 
 def created(root: Path, name: str, config: GenerationConfig, prompts: Sequence[Prompt], **origin: Any) -> Run:
@@ -76,10 +92,10 @@ def generate(run: Run, config: GenerationConfig, *, again: bool = False) -> dict
     log = AnswerLog(run.path / "answers.jsonl")
     session = Session(run, log, Budget(config.budget.usd if config.budget else None, log.spent), again)
     try:
-        got = session.ask(config.stage, prompts)
+        prompts = with_harder(session, config, prompts)
+        counts = write_files(session, config, prompts, session.ask(config.stage, prompts))
     finally:
         log.close()
-    counts = write_files(run, config, prompts, got)
     ending = {**counts, "spent_usd": session.budget.spent, "under_way": 0, "held_usd": 0.0, "at": now()}
     write_json(run.path / "progress.json", read_json(run.path / "progress.json", {}) | ending)
     said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
@@ -89,32 +105,66 @@ def generate(run: Run, config: GenerationConfig, *, again: bool = False) -> dict
     return counts
 
 
+def with_harder(session: Session, config: GenerationConfig, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts, and after them the variants of each round of `prompts.evolve`, by the teacher."""
+    every, latest = [*prompts], [*prompts]
+    for _ in range(config.prompts.evolve):
+        got = session.ask(config.evolving, [evolve.asked(prompt, config.seed) for prompt in latest])
+        found = [
+            evolve.evolved(prompt, answer.text, answer.finish)
+            for prompt, answer in zip(latest, got, strict=True)
+            if isinstance(answer, Answer)
+        ]
+        latest = [_clean(prompt) for prompt in found if prompt is not None]
+        every += latest
+    return every
+
+
+def reasons_against(
+    session: Session, config: GenerationConfig, answered: Sequence[tuple[Prompt, Answer]]
+) -> list[str | None]:
+    """For each answer why it is not kept, or None; the judge is asked about those that all filters keep."""
+    reasons = sift.sifted(config.filters, answered)
+    if not config.judging:
+        return reasons
+    places = [number for number, reason in enumerate(reasons) if reason is None]
+    asked = [judge.asked(answered[n][0], answered[n][1].text) for n in places]
+    got = session.ask(config.judging, asked)
+    scores = [judge.score(each.text) if isinstance(each, Answer) else None for each in got]
+    alone = config.filters.model_copy(update=PASSED)  # what these have passed
+    found = sift.sifted(alone, [answered[number] for number in places], scores=scores)
+    for number, reason in zip(places, found, strict=True):
+        reasons[number] = reason
+    return reasons
+
+
 def write_files(
-    run: Run, config: GenerationConfig, prompts: Sequence[Prompt], got: Sequence[Answer | Failure | None]
+    session: Session,
+    config: GenerationConfig,
+    prompts: Sequence[Prompt],
+    got: Sequence[Answer | Failure | None],
 ) -> dict[str, int]:
     """kept.jsonl, rejected.jsonl and failed.jsonl, in the order of the prompts; returns how many rows."""
-    alone, model, first = are_alone(prompts), config.teacher.model, {}
-    for number, prompt in enumerate(prompts):
-        first.setdefault(prompt.messages, number)
-    is_first = [first[prompt.messages] == number for number, prompt in enumerate(prompts)]
-    answered = [
-        (prompt, answer)
-        for prompt, answer, new in zip(prompts, got, is_first, strict=True)
-        if new and isinstance(answer, Answer)
-    ]
-    reasons, files = iter(sifted(config.filters, answered)), {"kept": [], "rejected": [], "failed": []}
-    for prompt, answer, new in zip(prompts, got, is_first, strict=True):
+    alone, model = are_alone(prompts), config.teacher.model
+    first: dict[object, int] = {}
+    answered: dict[int, tuple[Prompt, Answer]] = {}
+    for number, (prompt, answer) in enumerate(zip(prompts, got, strict=True)):
+        if first.setdefault(prompt.messages, number) == number and isinstance(answer, Answer):
+            answered[number] = (prompt, answer)
+    reasons = dict(zip(answered, reasons_against(session, config, [*answered.values()]), strict=True))
+    files: dict[str, list[dict[str, Any]]] = {"kept": [], "rejected": [], "failed": []}
+    for number, (prompt, answer) in enumerate(zip(prompts, got, strict=True)):
         row = plain_row(prompt, alone=alone)
-        if not new:
+        if first[prompt.messages] != number:
             files["rejected"].append(row | {"reason": f"repeats prompt {first[prompt.messages]}"})
         elif isinstance(answer, Failure):
             about = {"teacher": model, "reason": answer.reason, "cost": answer.cost}
             files["failed"].append(row | about)
         elif answer:
-            row, reason = answered_row(prompt, answer, model, alone=alone), next(reasons)
+            row, reason = answered_row(prompt, answer, model, alone=alone), reasons[number]
             files["rejected" if reason else "kept"].append(row | ({"reason": reason} if reason else {}))
     for name, rows in files.items():
-        _write_rows(run.path / f"{name}.jsonl", rows)
+        _write_rows(session.run.path / f"{name}.jsonl", rows)
     counts = {name: len(rows) for name, rows in files.items()}
     return counts | {"unasked": len(prompts) - sum(counts.values())}
 

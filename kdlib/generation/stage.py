@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -95,7 +95,7 @@ class Session:
 
         watching = asyncio.create_task(watch())
         try:
-            await _asked(stage, asking, list(prompts.items()), todo)
+            await _asked(stage, asking, prompts, todo)
         finally:
             watching.cancel()
             with suppress(asyncio.CancelledError):
@@ -129,17 +129,17 @@ def driven(work: Coroutine[Any, Any, Any], stop: asyncio.Event | None = None) ->
             loop.close()
 
 
-async def _asked(stage: Stage, asking: Asking, every: Sequence[Named], todo: Sequence[Named]) -> None:
+async def _asked(stage: Stage, asking: Asking, every: Mapping[str, Prompt], todo: Sequence[Named]) -> None:
     if stage.teacher.local:
         from kdlib.generation import local
 
         model = await asyncio.to_thread(local.LocalTeacher, stage)
-        await asking.locally(model, every, {key for key, _ in todo})
+        await asking.locally(model, list(every.items()), {key for key, _ in todo})
         return
     teacher = Teacher(stage, largest=max(prompt.bytes for _, prompt in todo) + stage.sampling.max_tokens)
     try:
         if stage.batch:
-            await asking.by_batch(teacher, todo)
+            await asking.by_batch(teacher, every, todo)
         else:
             await asking.by_network(teacher, todo, stage.limits.at_once)
     finally:

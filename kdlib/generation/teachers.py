@@ -16,8 +16,12 @@ from kdlib.errors import ConfigError, TeacherError, nearest, without_keys
 from kdlib.generation.config import Endpoint, Limits, Stage
 from kdlib.generation.wires import REASON, WIRES, NoReply, Reply, read_or_not
 from kdlib.prompts.prompt import Prompt
+from kdlib.runs.log import duration
 
 MINUTE = 60.0
+PAUSES = 5  # that one prompt waits for, beside the SDK's own retries
+TOLD_S = 10.0  # a pause that is worth a line
+BUSY = (429, 503, 529)
 NO_KEY = "none"  # sent to an address that wants no key
 
 
@@ -76,7 +80,13 @@ class Gate:
         for bucket, of_tokens in self._buckets:
             await bucket.acquire(min(tokens, bucket.max_rate) if of_tokens else 1)
 
+    @property
+    def is_shut(self) -> bool:
+        return self.until > asyncio.get_running_loop().time()
+
     def pause(self, seconds: float) -> None:
+        if seconds >= TOLD_S and not self.is_shut:
+            print(f"the endpoint asks for a pause of {duration(seconds)}", flush=True)
         self.until = max(self.until, asyncio.get_running_loop().time() + seconds)
 
 
@@ -92,15 +102,18 @@ class Teacher:
         self.tokens: ContextVar[int] = ContextVar("tokens", default=0)
 
     async def check(self) -> None:
-        """Raise a TeacherError where nobody is there, the key is wrong, or no such model; nothing is paid."""
+        """Raise a TeacherError where nobody is there, the key is wrong, or no such model; nothing is paid.
+
+        An address that lists no models, and a model that is a folder there, are told by the first request.
+        """
         name = self.endpoint.model
         try:
             known = [model.id async for model in self.client.with_options(max_retries=1).models.list()]
-        except self.sdk.NotFoundError:
-            return  # it lists no models: the first request will tell
+        except (self.sdk.NotFoundError, self.sdk.InternalServerError):
+            return
         except (self.sdk.APIError, ValueError, AttributeError, TypeError) as error:
             raise self._cannot(error) from None
-        if known and name not in known:
+        if known and name not in known and not name.startswith(("/", ".", "~")):
             few = ", ".join(sorted(known)[:8]) + ", …" * (len(known) > 8)
             raise TeacherError(f"{self._where}: no model {name!r}{nearest(name, known)}; it has {few}")
 
@@ -114,8 +127,9 @@ class Teacher:
         """
         TRIES.set(tries)
         self.tokens.set(tokens)
+        body = self.wire.body(self.endpoint, self.sampling, prompt)
         try:
-            raw = await self.wire.send(self.client, self.wire.body(self.endpoint, self.sampling, prompt))
+            raw = await self._sent(body)
             found = read_or_not(self.wire, json.loads(raw.http_response.text))
         except self.sdk.APIStatusError as error:
             if _is_final(error):
@@ -128,6 +142,16 @@ class Teacher:
         if isinstance(found, NoReply):
             raise found
         return found
+
+    async def _sent(self, body: Mapping[str, Any]) -> Any:
+        """What the SDK brings; asked again where its patience ends before a pause that all were asked for."""
+        for _ in range(PAUSES):
+            try:
+                return await self.wire.send(self.client, body)
+            except self.sdk.RateLimitError as error:
+                if _is_final(error) or not self.gate.is_shut:
+                    raise
+        return await self.wire.send(self.client, body)
 
     async def submit(self, name: str, prompts: Mapping[str, Prompt]) -> str:
         """Send prompts by key to the Batch API; returns the batch's id, by which it is read later.
@@ -180,7 +204,7 @@ class Teacher:
         """After the head of each answer."""
         if tries := TRIES.get():
             tries.refused = response.status_code >= 400
-        if response.status_code == 429:
+        if response.status_code in BUSY:
             wait = response.headers.get("retry-after", "")
             self.gate.pause(float(wait) if wait.replace(".", "", 1).isdigit() else 0.0)
 

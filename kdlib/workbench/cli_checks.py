@@ -237,7 +237,7 @@ def generate(
     Ctrl-C waits for what is under way and ends; a second one leaves it.  Limits, budget, prices and filters
     may be others when the run goes on.
     """
-    from kdlib.generation import prices, run as generation, stage
+    from kdlib.generation import prices, run as generation
     from kdlib.generation.config import GenerationConfig
 
     if again and not resume:
@@ -250,11 +250,11 @@ def generate(
         return
     if resume:
         opened = generation.reopened(root, resume, resolved)
-        stage.check(resolved.stage)
+        generation.check(resolved)
     else:
         name = free_name(root, name, config, smoke=False)
         prompts = generation.prompts_of(resolved)
-        stage.check(resolved.stage)
+        generation.check(resolved)
         origin = {"config_file": given["config"], "command": command()}
         opened = generation.created(root, name, resolved, prompts, **origin)
     again_by = f"go on with kd generate {given['config']} --resume {opened.name}"
