@@ -258,6 +258,14 @@ def test_every_trial_is_a_row_with_its_metric_and_state(swept):
     assert settings["value"].tolist() == [0.8, 1.0]
 
 
+def test_runs_whose_time_nobody_took_are_shown_without(swept):
+    """As those that went on after their worker was killed."""
+    sweep = swept([1.0, 0.8], grid={"seed": [0, 1]})
+    for trial in sweep.facts["trials"]:
+        sweep.run(trial["run"]).add_to_manifest(minutes=None)
+    assert results.shown_trials(sweep, tables(sweep)[0])["minutes"].tolist() == ["", ""]
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [

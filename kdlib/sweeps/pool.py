@@ -110,7 +110,7 @@ class Pool:
     jobs: int  # at a time
     work: Work
     clock: Clock
-    render: Callable[[Sweep, Path], Path]
+    render: Callable[[Sweep, Path], Path]  # the sweep's report
     outcomes: list[Outcome] = field(default_factory=list)
 
     def run(self, supply: Listed | Search) -> Path:
@@ -169,7 +169,7 @@ class Pool:
             left = self.clock.left(ahead, self.jobs)
             took += f"; {len(ahead)} to go" + (f", about {duration(left)}" if left else "")
         say(f"{outcome.state:8} {run.name}  {described(trial.parameters)}: {what}{took}{log}")
-        if outcome.unreported:
+        if run.status["state"] in ("failed", "died"):  # perhaps before its own report
             self.order.render_run(run, self.order.reports)
         self.render(self.sweep, self.order.reports)
         return value

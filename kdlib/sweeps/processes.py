@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,7 +44,6 @@ class Outcome:
     message: str = ""
     seconds: float = 0.0
     whole: bool = False  # these seconds are a whole run's
-    unreported: bool = False  # its process ended without a word, so it left no report
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,9 @@ class Work:
 
     sweep: Path  # its folder
     reports: Path
-    jobs: int = 1  # that share this machine
+    jobs: int | None = 1  # that share this machine; None: as many as the dask worker here has threads
     timeout_s: float | None = None
+    project: Path = field(default_factory=project_root)  # in which they work: that of the sweep
 
     def __call__(self, run: Run) -> Outcome:
         """Waits for a process that is at work on the run already."""
@@ -74,7 +74,7 @@ class Work:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                cwd=project_root(),
+                cwd=self.project,
                 env=self.environment(),
                 start_new_session=True,
             )
@@ -82,11 +82,11 @@ class Work:
             without_keys_in(run.path / "log.txt")
             seconds = time.monotonic() - began
         run.add_to_manifest(minutes=round(run.manifest.get("minutes", 0.0) + seconds / 60, 2))
-        done = run.status["state"] == "done"
-        unreported = not done and self._explained(run, process.returncode, in_time=in_time)
+        if run.status["state"] == "done":
+            return Outcome(run, "done", "", seconds, whole)
+        self._explain(run, process.returncode, in_time=in_time)
         status = run.status
-        state = "stopped" if asked(self.sweep) and not done else status["state"]
-        return Outcome(run, state, status.get("message", ""), seconds, whole and done, unreported)
+        return Outcome(run, "stopped" if asked(self.sweep) else status["state"], status["message"], seconds)
 
     def _wait_for(self, run: Run, log: IO[str]) -> bool:
         """Until no process is at work on this run; False where the sweep is stopped before.
@@ -111,11 +111,12 @@ class Work:
     def environment(self) -> dict[str, str]:
         """Ours, with the cores divided among the jobs; a dask worker's without what dask itself set in it."""
         jobs, ours = self.jobs, dict(os.environ)
-        if worker := _dask_worker():
+        if jobs is None:
             import dask
+            from distributed import get_worker
 
             preset = dask.config.get("distributed.nanny.pre-spawn-environ")  # a thread each, for numpy's sake
-            jobs = worker.state.nthreads
+            jobs = get_worker().state.nthreads
             ours = {name: value for name, value in ours.items() if str(preset.get(name)) != value}
         return {"PYTHONUNBUFFERED": "1", **threads_of(jobs), **ours}
 
@@ -128,13 +129,16 @@ class Work:
                 return not late
             stop, now = asked(self.sweep), time.monotonic()
             if stop == AT_ONCE or (late and now > limit + GRACE):
-                _kill(process)
+                with contextlib.suppress(psutil.NoSuchProcess):  # its kernel has a session of its own
+                    whole = psutil.Process(process.pid)
+                    for each in [*whole.children(recursive=True), whole]:
+                        each.kill()
             elif (stop or now > limit) and not told:
                 process.send_signal(signal.SIGINT)
                 told, late = True, not stop
 
-    def _explained(self, run: Run, code: int, *, in_time: bool) -> bool:
-        """Say in the status why a run is not done, where its own process did not; whether that was so."""
+    def _explain(self, run: Run, code: int, *, in_time: bool) -> None:
+        """Say in the status why a run is not done, where its own process did not."""
         if not in_time:
             limit = f"{self.timeout_s / 60:g}; the sweep, started again, goes on with it"
             run.set_status("failed", f"not done within timeout_minutes: {limit}")
@@ -142,9 +146,6 @@ class Work:
             text = (run.path / "log.txt").read_text(encoding="utf-8", errors="replace").strip()
             last = text.splitlines()[-1].strip() if text else "it said nothing"
             run.set_status("died", f"its process ended with status {code}: {last}")
-        else:
-            return False
-        return True
 
 
 def asked(sweep: Path) -> str:
@@ -213,33 +214,17 @@ def executor(jobs: int, on: str | None, root: Path) -> Iterator[tuple[Executor, 
 
 
 def _check_workers(client: Any, on: str, root: Path) -> None:
-    """Raises a RunError where a worker does not see the folder of runs, or has no kdlib."""
+    """Raises a RunError where a worker does not see the runs or the project, or has no kdlib."""
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=root, prefix=".seen") as file:
-        answers = client.run(_sees, file.name, on_error="return")
+        answers = client.run(_unseen, file.name, str(project_root()), on_error="return")
     for worker, answer in answers.items():
-        if answer is not True:
-            found = f"{type(answer).__name__}: {answer}" if answer else f"it does not see {root}"
-            do = "workers need this version of kdlib, and the folder of runs at the same path"
+        if answer:
+            seen = f"it does not see {answer[0]}" if isinstance(answer, list) else None
+            found = seen or f"{type(answer).__name__}: {answer}"
+            do = "workers need this version of kdlib, and the project and the runs at the same paths"
             raise RunError(f"--on {on}: worker {worker}: {found}; {do}")
 
 
-def _sees(file: str) -> bool:
-    return Path(file).exists()
-
-
-def _dask_worker() -> Any:
-    """The dask worker that this is called in, if any."""
-    if "distributed" in sys.modules:
-        with contextlib.suppress(ValueError):
-            return sys.modules["distributed"].get_worker()
-    return None
-
-
-def _kill(process: subprocess.Popen) -> None:
-    """The process and whatever it started: its kernel has a session of its own."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-    process.kill()
+def _unseen(*paths: str) -> list[str]:
+    return [path for path in paths if not Path(path).exists()]

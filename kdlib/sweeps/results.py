@@ -183,7 +183,7 @@ def shown_trials(sweep: Sweep, trials: pd.DataFrame) -> pd.DataFrame:
     """For reading: the best first, those without a result last."""
     ranked = _best_first(sweep, trials)
     found = [with_interval(row) if pd.notna(row["value"]) else "" for _, row in ranked.iterrows()]
-    minutes = ranked["minutes"].map("{:.1f}".format, na_action="ignore").fillna("")
+    minutes = ["" if pd.isna(spent) else f"{spent:.1f}" for spent in ranked["minutes"]]
     shown = {name: ranked[name].map(plain) for name in sweep.facts["parameters"]}
     shown |= {sweep.measure.words: found, "minutes": minutes}
     return pd.DataFrame({**ranked[["run", "state"]], **shown, "message": ranked["message"]})

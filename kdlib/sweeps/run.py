@@ -58,7 +58,7 @@ def run_sweep(settings: SweepConfig, order: Order, *, dry_run: bool = False) -> 
         begin(sweep, settings, trials, **facts, repeated=repeated, forecast=text)
         if order.on:
             say(f"on {order.on}: {jobs} runs at a time")
-        work = Work(sweep.path, order.reports, jobs, limit)
+        work = Work(sweep.path, order.reports, None if order.on else jobs, limit)
         return Pool(sweep, base, order, where, jobs, work, clock, report.render).run(supply)
 
 
