@@ -46,7 +46,7 @@ def _training(training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
     """TrainingArguments by their own names, with kdlib's defaults."""
     able = next(rules.name for rules in RULES.values() if rules.trains_teacher)  # a stage's own training
     metrics: Sequence[str] = RULES[info.data.get("task", able)].best_by
-    if "task" not in info.data:  # the stage has no teacher to be compared with
+    if "task" not in info.data or info.data.get("teacher", "") is None:  # none to be compared with
         metrics = [name for name in metrics if name not in TO_TEACHER]
     problems = {name: problem_with(name, value, metrics) for name, value in training.items()}
     sound = {name: typed(name, value) for name, value in training.items() if problems[name] is None}
@@ -83,7 +83,7 @@ class Config(Section):
     seed: Seed = 0
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    teacher: TeacherConfig
+    teacher: TeacherConfig | None  # null: nobody is asked; the student learns from text alone
     student: StudentConfig
     data: DataConfig
     loss: LossConfig

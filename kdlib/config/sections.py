@@ -100,6 +100,16 @@ def _layers_kept(value: Any) -> Any:
     raise ValueError(f"found {value!r}; it is influence, even, first, or a list of layer numbers")
 
 
+def _shape(value: Any) -> Any:
+    """A count of parameters, as 100m or 1.3b, or a model's own settings."""
+    is_count = isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?[mb]", value.lower())
+    is_model = isinstance(value, Mapping) and isinstance(value.get("model_type"), str)
+    if is_count or is_model:
+        return value.lower() if is_count else dict(value)
+    form = "a count of parameters, as 100m, 350m or 1b, or {model_type: llama, hidden_size: 512, …}"
+    raise ValueError(f"found {value!r}; it is {form}")
+
+
 def _processes(value: Any) -> Any:
     if found := value if value == "auto" else whole(value):
         return found
@@ -131,11 +141,32 @@ class TeacherConfig(Section):
 
 
 class StudentConfig(Section):
-    """A student made from the teacher's layers (`from: teacher`), or a model of its own (`from:` a model)."""
+    """Made of the teacher's layers (`from: teacher`), a model of its own, or new (`from: config`)."""
 
     source: str = Field("teacher", alias="from")
     layers: Positive | None = None
     keep: Annotated[Any, BeforeValidator(_layers_kept)] = "influence"
+    shape: Annotated[Any, BeforeValidator(_shape)] = None  # 100m, or {model_type: llama, hidden_size: 512, …}
+    tokenizer: str | None = None  # of a student `from: config`; the teacher's where None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a model that is loaded by its name."""
+        return self.source not in ("teacher", "config")
+
+    @model_serializer(mode="wrap")
+    def _stated(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what only `from: config` has, so that older runs and sweeps are known again."""
+        absent = {name for name in ("shape", "tokenizer") if getattr(self, name) is None}
+        return {name: value for name, value in dump(self).items() if name not in absent}
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> "StudentConfig":
+        if self.source == "config" and self.shape is None:
+            raise ValueError("a student `from: config` needs `shape: 100m`, or {model_type: llama, …}")
+        if self.source != "config" and (self.shape is not None or self.tokenizer is not None):
+            raise ValueError("`shape` and `tokenizer` go with `from: config` only")
+        return self
 
     @model_validator(mode="after")
     def _layers_fit(self) -> "StudentConfig":

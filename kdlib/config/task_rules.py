@@ -146,7 +146,8 @@ def primary_in(results: Mapping[str, Any]) -> str:
 
 def misfits(config: Any) -> list[str]:
     """What does not go together in a config whose sections are sound one by one, a line each."""
-    return [*_unread(config), *rules_of(config).misfits(config), *_of_stops(config), *_of_shards(config)]
+    found = [*_unread(config), *rules_of(config).misfits(config), *_of_stops(config)]
+    return [*found, *(_of_shards(config) if config.teacher else _without_teacher(config))]
 
 
 def _unread(config: Any) -> Iterator[str]:
@@ -164,6 +165,22 @@ def _unread(config: Any) -> Iterator[str]:
     if config.teacher_stage is not None and not rules_of(config).trains_teacher:
         able = " or ".join(rules.name for rules in RULES.values() if rules.trains_teacher)
         yield f"teacher_stage: it trains a classifier's head, so it goes with task: {able}; leave it out"
+
+
+def _without_teacher(config: Any) -> Iterator[str]:
+    """What `teacher: null` leaves without an answer."""
+    if rules_of(config).unit == "row":
+        yield f"teacher: found null, but {config.task} compares classes with a teacher's; name one"
+    if config.student.source == "teacher":
+        yield "student.from: found teacher, and there is none (teacher: null); name a model, or config"
+    if config.student.source == "config" and config.student.tokenizer is None:
+        yield "student.tokenizer: missing; it is the teacher's else, and there is none (teacher: null)"
+    for term in sorted({*config.loss.schedules} - {"ce", "router_aux"}):
+        yield f"loss.weights.{term}: needs a teacher, and there is none (teacher: null); leave ce alone"
+    if config.baseline is not None:
+        yield "baseline: it is a student without a teacher, and so is this one (teacher: null); leave it out"
+    if config.training.get("fsdp"):
+        yield "training.fsdp: is for a teacher and a student together; without a teacher leave it out (DDP)"
 
 
 def _of_shards(config: Any) -> Iterator[str]:

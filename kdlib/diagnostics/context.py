@@ -29,8 +29,8 @@ from kdlib.losses.objective import EVAL_TERMS, Objective, ObjectiveAt, row_sums
 from kdlib.losses.signals import Kept, Signal, kept
 from kdlib.models.depth import shallower
 from kdlib.models.heads import head_form
-from kdlib.models.loading import device_of, load_config, load_tokenizer, parameters, ranks_of
-from kdlib.models.student import outline, tokenizer_of
+from kdlib.models.loading import device_of, load_config, parameters, ranks_of
+from kdlib.models.student import outline, own_config, own_tokenizer, tokenizer_of
 from kdlib.models.teacher import LiveTeacher, insides, signal_of
 from kdlib.schedulers import Schedule, Spec, from_spec, sampled
 from kdlib.tasks import base as tasks
@@ -77,11 +77,11 @@ def as_text(findings: Sequence[Finding]) -> str:
 
 
 class Unavailable(KdlibError):
-    """A part of what the config names cannot be had; `where` is the setting that names it."""
+    """A part of what the config names cannot be had (`where`), or it names none, and nothing is wrong."""
 
-    def __init__(self, where: str, error: Exception | str, *, is_unforeseen: bool = False) -> None:
+    def __init__(self, where: str, error: Exception | str, *, is_unforeseen=False, is_absent=False) -> None:
         super().__init__(str(error))
-        self.where, self.is_unforeseen = where, is_unforeseen
+        self.where, self.is_unforeseen, self.is_absent = where, is_unforeseen, is_absent
 
 
 @contextmanager
@@ -157,7 +157,7 @@ class Context:
 
     def __init__(self, config: Config, made: Mapping[str, Any] | None = None) -> None:
         """`made` are parts that are there already, by the names of the properties below."""
-        self.config, self.made = config, dict(made or {})
+        self.config, self.made = config, {n: part for n, part in (made or {}).items() if part is not None}
 
     def mended(self, config: Config) -> "Context":
         """Another config, with what is loaded, where it names the same."""
@@ -230,16 +230,16 @@ class Context:
     @part("student.from")
     def student_tokenizer(self) -> PreTrainedTokenizerBase:
         """The one that a student of its own was trained with."""
-        return load_tokenizer(self.config.student.source)
+        return own_tokenizer(self.config)
 
     @part("student.from")
     def student_config(self) -> Any:
-        return load_config(self.config.student.source)
+        return own_config(self.config)
 
     @part("teacher.model")
     def configs(self) -> dict[str, Any]:
         """{"teacher": …, "student": …} the models' own; no student's where that is made from the teacher."""
-        found = {"teacher": load_config(self.config.teacher.model)}
+        found = {"teacher": load_config(self.config.teacher.model)} if self.config.teacher else {}
         return found if self.config.student.source == "teacher" else found | {"student": self.student_config}
 
     @part("student.from")
@@ -263,6 +263,8 @@ class Context:
     @part("teacher.model")
     def teacher(self) -> LiveTeacher:
         """In a dtype that the machine is good at and that has float32's range: what float16 lacks is seen."""
+        if self.config.teacher is None:
+            raise Unavailable("teacher", "there is none", is_absent=True)
         device = device_of(self.config.wanted_device)
         found = tasks.load_teacher(self.config, self.prepared, precision_of("auto", device)[0])
         found.model.to(device)
@@ -271,11 +273,11 @@ class Context:
     @part("student.from")
     def student(self) -> PreTrainedModel:
         """Untrained, as a run would start with it."""
-        config, teacher, prepared = self.config, self.teacher.model, self.prepared
-        layers = tasks.layers_for_student(config, teacher, prepared)
-        if layers is None:
-            return tasks.untrained_student(config, prepared, None).to(teacher.device)
-        return shallower(teacher, layers).to(teacher.device)
+        config, prepared, device = self.config, self.prepared, device_of(self.config.wanted_device)
+        if config.student.source != "teacher":
+            return tasks.untrained_student(config, prepared, None).to(device)
+        layers = tasks.layers_for_student(config, self.teacher.model, prepared)
+        return shallower(self.teacher.model, layers).to(device)
 
     @part("loss.features.layers")
     def pairs(self) -> LayerPairs:

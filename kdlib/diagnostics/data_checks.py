@@ -214,7 +214,7 @@ def _too_short(documents: Dataset, column: str, context: Context) -> int:
 
 def models_do_not_look_ahead(context: Context) -> Findings:
     """No model reads the tokens that it is to predict."""
-    models = {"teacher.model": context.teacher.model}
+    models = {"teacher.model": context.teacher.model} if context.config.teacher else {}
     if context.config.student.source != "teacher":
         models["student.from"] = context.student
     ids = calibration_rows(context.prepared.train, 1)

@@ -135,6 +135,8 @@ def _answers(check, context: Context) -> Findings:
         with answered("doctor", getattr(check, "func", check).__name__):
             yield from check(context)
     except Unavailable as error:
+        if error.is_absent:
+            return
         why, do = "what depends on it could not be checked", "mend this first"
         if error.is_unforeseen:
             do = "see whether models and rows are whole and of the right kind: a training would meet the same"

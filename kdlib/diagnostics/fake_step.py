@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kdlib.losses.buffers import Workspace
-from kdlib.losses.objective import EVAL_TERMS, ObjectiveAt, ledger, row_sums
+from kdlib.losses.objective import ObjectiveAt, eval_terms, ledger, row_sums
 from kdlib.losses.signals import Kept, Signal, kept
 from kdlib.models.heads import stated_form
 from kdlib.models.student import Outline
@@ -166,11 +166,13 @@ class FakeStep:
     ) -> None:
         """`dtype` is of matrix products, and of the teacher's weights; `dense`: all logits at once."""
         self.plan, self.dtype, self.workspace = plan, dtype, workspace
-        self.student, self.teacher = plan.blank_student(), plan.blank_teacher(dtype).requires_grad_(False)
+        self.student, self.teacher = plan.blank_student(), plan.blank_teacher(dtype)
         self.objective = objective_of(plan.config, student=self.student)
-        with torch.random.fork_rng(devices=[]):  # `compared_layers` seeds it
-            self.pairs = compared_layers(plan.config, self.student, self.teacher, self.objective)
-        self.forms = (None if dense else stated_form(self.student), stated_form(self.teacher))
+        self.forms, self.pairs = [None if dense else stated_form(self.student), None], ()
+        if self.teacher:
+            self.forms[1] = stated_form(self.teacher.requires_grad_(False))
+            with torch.random.fork_rng(devices=[]):  # `compared_layers` seeds it
+                self.pairs = compared_layers(plan.config, self.student, self.teacher, self.objective)
         if self.forms[0] is None and dtype is not torch.float32:
             self.student.forward = convert_outputs_to_fp32(self.student.forward)  # accelerate does so
         training = plan.config.training
@@ -214,10 +216,10 @@ class FakeStep:
     def evaluate(self, batch: Batch, at: ObjectiveAt, phase: Phase = nullcontext) -> None:
         self.student.eval()
         with phase("evaluation"), self._autocast():
-            tokens, student, teacher = self._signals(batch, at, True, phase)
+            tokens, student, teacher = self._signals(batch, at, self.teacher is not None, phase)
             rows, chunk = len(batch["labels"]), self.workspace.chunk_for(student)
             of = (student, teacher, tokens.targets, tokens.rows)
-            row_sums(*of, row_count=rows, terms=EVAL_TERMS, at=at, chunk=chunk)
+            row_sums(*of, row_count=rows, terms=eval_terms(teacher), at=at, chunk=chunk)
 
     def _signals(
         self, batch: Batch, at: ObjectiveAt, with_teacher: bool, phase: Phase

@@ -234,6 +234,7 @@ def _parts(data: Mapping[str, Any]) -> list[str]:
     width = max(map(len, moments)) + 2
     names = dict.fromkeys(name for parts in moments.values() for name in parts)
     rows = {name: [parts.get(name, 0) for parts in moments.values()] for name in names}
+    rows = {name: row for name, row in rows.items() if any(row)}
     rows["total"] = [sum(parts.values()) for parts in moments.values()]
     return [
         f"{sizes}; {data['precision']} on {data['device']}; {chunk}",

@@ -91,7 +91,9 @@ def forecast(
     whole, weights = breakdown.moments(), (breakdown.weights(student), breakdown.weights(teacher))
     known = list(LAYOUTS) if weights[0].head else ["DDP"]  # a classifier is not sharded
     ways = {each: on_each(whole, devices, each, *weights) for each in known} if devices > 1 else {}
-    layout = "DDP" if not args.fsdp else "FSDP, offloaded" if config.teacher.offload else "FSDP"
+    layout = (
+        "DDP" if not args.fsdp else "FSDP, offloaded" if config.teacher and config.teacher.offload else "FSDP"
+    )
     return Forecast(
         device=kind,
         precision=str(dtype).removeprefix("torch."),
@@ -105,7 +107,7 @@ def forecast(
         compiled=compiled,
         chunk=None if dense or stated_form(student) is None else chunk,
         notes=(*plan.notes, *breakdown.notes, *([GATHERING] if args.fsdp and devices > 1 else [])),
-        parameters={"student": parameters(student), "teacher": parameters(teacher)},
+        parameters={"student": parameters(student)} | ({"teacher": parameters(teacher)} if teacher else {}),
     )
 
 
@@ -126,7 +128,8 @@ class Breakdown:
         config = self.plan.config
         with torch.device("meta"), torch.random.fork_rng(devices=[]):  # `compared_layers` seeds it
             self.student, self.teacher = self.plan.blank_student(), self.plan.blank_teacher(self.dtype)
-            compared_layers(config, self.student, self.teacher, objective_of(config))  # adds projections
+            if self.teacher:
+                compared_layers(config, self.student, self.teacher, objective_of(config))  # adds projections
 
     def moments(self) -> dict[str, dict[str, int]]:
         """{moment: {part: bytes}} for one device that holds everything."""
@@ -154,7 +157,8 @@ class Breakdown:
 
         Two at least: the first layer's input is also the embeddings, and so is no tensor of its own.
         """
-        full, alike = self.plan.layers, _layers_are_alike(self.student) and _layers_are_alike(self.teacher)
+        models = [model for model in (self.student, self.teacher) if model]
+        full, alike = self.plan.layers, all(map(_layers_are_alike, models))
         if not alike or feature_terms(objective_of(self.plan.config).weights):
             return full, full
         return tuple(min(count, 2) for count in full), tuple(min(count, 3) for count in full)
@@ -257,8 +261,10 @@ class Breakdown:
         logits = bytes_of(self.workspace.buffers)
         return Counter({"gradients": sum(sizes), "logits": logits, "temporaries": scratch})
 
-    def weights(self, model: PreTrainedModel) -> Weights:
+    def weights(self, model: PreTrainedModel | None) -> Weights:
         """Bytes of a model's weights as they are gathered to compute with."""
+        if model is None:
+            return Weights(0, 0)
         layers = [bytes_of(layer.parameters()) for layer in layers_of(model)]
         running = bytes_of(model.parameters()) - sum(layers) + 2 * max(layers)
         head = model.get_output_embeddings()  # None of a classifier
@@ -288,5 +294,5 @@ def _layers_are_alike(model: PreTrainedModel) -> bool:
     return len(kinds) < 2 and len(shapes) < 2
 
 
-def _tensors(model: torch.nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
+def _tensors(model: torch.nn.Module | None) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()] if model else []

@@ -74,8 +74,12 @@ def models_are_a_pair(context: Context) -> Findings:
     is_one = context.rules.one_vocabulary
     for name, each in context.configs.items():
         where = "teacher.model" if name == "teacher" else "student.from"
-        source = config.teacher.model if name == "teacher" else config.student.source
-        tokens = vocabulary_of(context.tokenizer if is_one else load_tokenizer(source))
+        if is_one:
+            tokenizer = context.tokenizer
+        else:
+            is_teacher = name == "teacher"
+            tokenizer = load_tokenizer(config.teacher.model) if is_teacher else context.student_tokenizer
+        tokens = vocabulary_of(tokenizer)
         rows = each.get_text_config().vocab_size
         if rows < tokens:
             matrix, whose = ("head", "the") if is_one else ("embedding", "its")
@@ -89,7 +93,8 @@ def models_are_a_pair(context: Context) -> Findings:
 
 def tokenizers_agree(context: Context) -> Findings:
     """A student of its own is trained and saved with the teacher's tokenizer; what that changes is named."""
-    if context.config.student.source == "teacher" or not context.rules.one_vocabulary:
+    config = context.config
+    if config.student.source == "teacher" or config.teacher is None or not context.rules.one_vocabulary:
         return
     ours, theirs = context.student_tokenizer, context.tokenizer
     for name in ("bos_token", "eos_token", "chat_template", "padding_side", "pad_token"):
@@ -110,7 +115,8 @@ def tokenizers_agree(context: Context) -> Findings:
 
 def terms_have_a_source(context: Context) -> Findings:
     """What feature terms need is there, or made, and what that costs."""
-    stated = context.configs
+    if "teacher" not in (stated := context.configs):
+        return
     configs = (stated.get("student", stated["teacher"]), stated["teacher"])
     ours, theirs = (each.get_text_config().hidden_size for each in configs)
     for name in context.active:

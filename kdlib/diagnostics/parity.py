@@ -1,13 +1,12 @@
 """The parity self-test: equal things computed in two ways, on this config, these models and these rows.
 
-All of it goes through the trainer's own step, on a few rows cut to different lengths, so that a mean of
-means or a leak of padding shows.
+All goes through the trainer's own step, on a few rows of different lengths, so that a mean of means shows.
 """
 
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +28,7 @@ from kdlib.losses.buffers import Workspace
 from kdlib.losses.ledger import LedgerWindow
 from kdlib.losses.objective import Objective
 from kdlib.losses.signals import FOUND, kept
-from kdlib.models.hooks import attend_eagerly
+from kdlib.models.hooks import attend_eagerly, instead, without_dropout
 from kdlib.models.loading import device_of
 from kdlib.models.student import check_pair, tokenizer_of
 from kdlib.models.teacher import PROJECTIONS, LiveTeacher
@@ -61,8 +60,8 @@ def selftest(config: Config) -> pd.DataFrame:
     tokenizer = tokenizer_of(config)
     check_pair(config, tokenizer)
     prepared = tasks.prepare(config, tokenizer)
-    teacher = tasks.load_teacher(config, prepared)
-    layers = tasks.layers_for_student(config, teacher.model, prepared)
+    teacher = tasks.load_teacher(config, prepared) if config.teacher else None
+    layers = tasks.layers_for_student(config, teacher and teacher.model, prepared)
     student = tasks.untrained_student(config, prepared, layers)
     return parity(config, student=student, teacher=teacher, tokenizer=tokenizer, prepared=prepared)
 
@@ -71,7 +70,7 @@ def parity(
     config: Config,
     *,
     student: PreTrainedModel,
-    teacher: LiveTeacher,
+    teacher: LiveTeacher | None,
     tokenizer: PreTrainedTokenizerBase,
     prepared: Prepared,
 ) -> pd.DataFrame:
@@ -86,10 +85,10 @@ def parity(
     """
     dtype, _ = precision_of(config.precision, device_of(config.wanted_device))
     rows, fractions = shortened(prepared.train), tested_fractions(config)
-    lines = []
-    with _as_before(student, teacher.model), TemporaryDirectory() as folder, without_dropout(student):
+    lines, theirs = [], teacher and teacher.model
+    with _as_before(student, theirs), TemporaryDirectory() as folder, without_dropout(student):
         trainer = _trainer(config, student, teacher, tokenizer, prepared, rows, Path(folder))
-        for who, pair in check_causality(config, prepared, student, teacher.model).items():
+        for who, pair in check_causality(config, prepared, student, theirs).items():
             lines.append(_line(f"another last token leaves the {who}'s earlier logits alone", *pair))
         for fraction in fractions:
             trainer.state.global_step, trainer.state.max_steps = fraction, 1  # only the quotient is read
@@ -141,30 +140,6 @@ def tested_fractions(config: Config) -> list[float]:
     return fractions
 
 
-@contextmanager
-def _instead(*changes: tuple[Any, str, Any]) -> Iterator[None]:
-    """Inside, each (object, attribute, value) holds; afterwards what was before."""
-    usual = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
-    for owner, name, value in changes:
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for owner, name, value in usual:
-            setattr(owner, name, value)
-
-
-def without_dropout(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Dropout and layer drop off inside, in every module and the config, whichever the forward pass reads."""
-
-    def drops(owner: Any, name: str) -> bool:
-        return "drop" in name or (name == "p" and "Dropout" in type(owner).__name__)
-
-    every = [(owner, *item) for owner in (*model.modules(), model.config) for item in vars(owner).items()]
-    rates = [(owner, name) for owner, name, value in every if type(value) is float and drops(owner, name)]
-    return _instead(*((owner, name, 0.0) for owner, name in rates))
-
-
 def _trainer(config, student, teacher, tokenizer, prepared, rows, folder: Path) -> DistillationTrainer:
     """The trainer of the run, its logits in chunks so small that several are needed for these few rows."""
     args, objective = training_arguments(config, folder, **DRY_RUN), objective_of(config, student=student)
@@ -178,7 +153,7 @@ def _trainer(config, student, teacher, tokenizer, prepared, rows, folder: Path) 
         tokenizer=tokenizer,
         data_collator=prepared.collate,
         vocabulary=prepared.vocabulary,
-        layer_pairs=compared_layers(config, student, teacher.model, objective),
+        layer_pairs=compared_layers(config, student, teacher.model, objective) if teacher else (),
         objective=replace(objective, samples=None),
         teacher=teacher,
         workspace=Workspace(min(usual.chunk or tokens, tokens // 3 + 1), compiled=usual.compiled),
@@ -202,17 +177,17 @@ def _compared(
     if whole["labels"].ndim == 1:
         yield (f"logits by the chunk: a row has {trainer.vocabulary}, one for each class, made at once",)
     else:
-        how = "logits all at once, twice: this head is no plain matrix"
-        if trainer.form:
-            how = f"{chunk} logits at a time = all at once"
-        with _instead((trainer, "form", None), (trainer.teacher, "form", None)):  # by the models themselves
+        twice = "logits all at once, twice: this head is no plain matrix"
+        how = f"{chunk} logits at a time = all at once" if trainer.form else twice
+        both = filter(None, (trainer, trainer.teacher))
+        with instead(*((each, "form", None) for each in both)):  # by the models themselves
             dense, dense_slopes = _step(trainer, [whole])
         yield f"{how}, terms", _furthest(sums, dense, tokens), terms
         yield f"{how}, gradient", _apart(slopes, dense_slopes), gradient
     count, usual, plain = len(rows), trainer.objective, _without_router(trainer.objective)
     parts = {name: values for name, values in whole.items() if name != FOUND}
     ones = [{name: values[i : i + 1] for name, values in parts.items()} for i in range(count)]
-    with _instead((trainer, "objective", plain)):  # the router's term is of a batch as a whole
+    with instead((trainer, "objective", plain)):  # the router's term is of a batch as a whole
         own, own_slopes = (sums, slopes) if plain == usual else _step(trainer, [whole])
         apart = _apart(own_slopes, _step(trainer, ones)[1])
         alone = [_step(trainer, [trainer.data_collator([row])])[0] for row in rows]
@@ -223,8 +198,12 @@ def _compared(
     weights = trainer.objective.at(trainer.state.global_step).weights
     means["loss"] = sum(weight * means[name] for name, weight in weights.items())
     yield "training = evaluation, loss and terms", _furthest(means, _evaluated(trainer, rows, whole)), terms
-    name, elsewhere = "student = teacher: 0 in every divergence, nats", trainer.teacher.own_device
-    yield (name,) if elsewhere else (name, _against_itself(trainer, rows, whole), terms)
+    name, teacher = "student = teacher: 0 in every divergence, nats", trainer.teacher
+    yield (
+        (name, _against_itself(trainer, rows, whole), terms)
+        if teacher and not teacher.own_device
+        else (name,)
+    )
 
 
 def _without_router(objective: Objective) -> Objective:
@@ -247,11 +226,12 @@ def _step(
 
 
 def _evaluated(trainer: DistillationTrainer, rows: Sequence[Mapping], batch: Mapping) -> dict[str, float]:
-    """The loss, kl_to_teacher and the terms as an evaluation of these rows, in one batch, gives them."""
+    """The loss, kl_to_teacher if there is one, and the terms, as an evaluation of these rows gives them."""
     loader = DataLoader(Dataset.from_list(list(rows)), len(rows), collate_fn=lambda _: batch)
     figures = trainer.evaluation_loop(loader, "parity").metrics
     terms = [f"{name}_loss" for name in trainer.objective.at(trainer.state.global_step).weights]
-    return {name.removesuffix("_loss"): figures[f"eval_{name}"] for name in ("loss", "kl_to_teacher", *terms)}
+    names = ["loss", *["kl_to_teacher"][: bool(trainer.teacher)], *terms]
+    return {name.removesuffix("_loss"): figures[f"eval_{name}"] for name in names}
 
 
 def _against_itself(trainer: DistillationTrainer, rows: Sequence[Mapping], batch: Mapping) -> float:
@@ -261,7 +241,7 @@ def _against_itself(trainer: DistillationTrainer, rows: Sequence[Mapping], batch
     teacher, pairs = trainer.teacher, [(theirs, theirs) for _, theirs in trainer.layer_pairs]
     itself = {"model": teacher.model, "form": teacher.form, "layer_pairs": pairs}
     itself |= {"objective": _without_router(trainer.objective)}
-    with _instead(*((trainer, name, value) for name, value in itself.items())):
+    with instead(*((trainer, name, value) for name, value in itself.items())):
         figures = _evaluated(trainer, rows, mine)
     return max(abs(value) for name, value in figures.items() if name not in CONTRASTIVE | {"loss"})
 
@@ -281,8 +261,9 @@ def _apart(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
 
 
 @contextmanager
-def _as_before(*given: PreTrainedModel) -> Iterator[None]:
+def _as_before(*models: PreTrainedModel | None) -> Iterator[None]:
     """Gives back models in their places, modes and ways of attending, unadorned; and random numbers."""
+    given = [model for model in models if model]
     modes = [(part, part.training) for model in given for part in model.modules()]
     devices, numbers = [model.device for model in given], (random.getstate(), np.random.get_state())
     try:

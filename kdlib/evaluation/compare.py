@@ -39,14 +39,14 @@ class Candidate:
 def measured(
     comparison: Comparison, prepared: Prepared, candidates: Mapping[str, Candidate], student: str
 ) -> dict[str, Any]:
-    """Each model in turn, the teacher first: what it says of the rows, its time, memory and size."""
+    """Each model in turn, the teacher first if there is one: what it says, its time, memory and size."""
     costs: dict[str, dict[str, Any]] = {}
     for name, each in candidates.items():
         print(f"measuring {name} …", flush=True)
         rows = each.prepared or prepared
         with peak_memory(comparison.device) as peak:
             model = each.load().to(comparison.device)
-            live = (asked if costs else teacher_of)(model, rows)
+            live = (teacher_of if name == "teacher" else asked)(model, rows)
             took = comparison.add(name, live, rows)
         comparison.beside_teacher(name, live)
         comparison.show(name, model)
@@ -73,7 +73,7 @@ def compare_run(run: Run, config: Config, tokenizer: Tokenizer, prepared: Prepar
     dtype, stored = _dtype(config), partial(_stored, config, prepared)
     untrained = untrained_student(config, prepared, run.manifest["student_layers"]).to(dtype)
     candidates = {
-        "teacher": stored(config.teacher.model),
+        **({"teacher": stored(config.teacher.model)} if config.teacher else {}),
         # a copy, so that its memory is its own, not the teacher's that it is cut from
         "untrained": Candidate(lambda: deepcopy(untrained)),
         **({"baseline": stored(student_in(run.baseline, prepared))} if config.baseline else {}),

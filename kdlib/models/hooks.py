@@ -5,9 +5,10 @@ in the dtype in which the model computed.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -70,6 +71,30 @@ def captured_layers(
             f"{type(model).__name__} with {model.config._attn_implementation} attention shows no attention "
             f"maps in layers {silent}; leave the attention term out"
         )
+
+
+@contextmanager
+def instead(*changes: tuple[Any, str, Any]) -> Iterator[None]:
+    """Inside, each (object, attribute, value) holds; afterwards what was before."""
+    usual = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    for owner, name, value in changes:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, name, value in usual:
+            setattr(owner, name, value)
+
+
+def without_dropout(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Dropout and layer drop off inside, in every module and the config, whichever the forward pass reads."""
+
+    def drops(owner: Any, name: str) -> bool:
+        return "drop" in name or (name == "p" and "Dropout" in type(owner).__name__)
+
+    every = [(owner, *item) for owner in (*model.modules(), model.config) for item in vars(owner).items()]
+    rates = [(owner, name) for owner, name, value in every if type(value) is float and drops(owner, name)]
+    return instead(*((owner, name, 0.0) for owner, name in rates))
 
 
 def attend_eagerly(model: PreTrainedModel, eager: bool) -> None:

@@ -100,7 +100,8 @@ def learning_lines(case: Case) -> list[Line]:
     lines = found or [_trend(case)]
     lines.append(_kept(case, [name for name in measures if name in case.evaluation]))
     lines += _above_a_guess(case)
-    return lines + ([_baseline(case)] if case.is_own and not case.run.manifest.get("teacher_stage") else [])
+    is_taught = case.is_own and case.config.teacher and not case.run.manifest.get("teacher_stage")
+    return lines + ([_baseline(case)] if is_taught else [])
 
 
 def _moves(case: Case, measure: str) -> Line:

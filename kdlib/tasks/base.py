@@ -22,8 +22,8 @@ from kdlib.data.batches import Prepared, calibration_rows, largest_id
 from kdlib.errors import ModelError
 from kdlib.hardware import precision_of
 from kdlib.models.depth import shallower
-from kdlib.models.loading import device_of, load_config
-from kdlib.models.student import Outline, chosen_layers
+from kdlib.models.loading import blank, device_of, load_config
+from kdlib.models.student import Outline, chosen_layers, own_config
 from kdlib.models.teacher import LiveTeacher, check_shards, named_device, sharded
 
 Check = Callable[[Any], Iterator[Any]]  # kdlib.diagnostics.context.Context → findings
@@ -219,13 +219,15 @@ def untrained_student(config: Config, prepared: Prepared, keep: Sequence[int] | 
 
     The same each time, in float32 whatever the teacher's precision in training.
     """
-    torch.manual_seed(config.seed)  # for a head that is made anew
+    torch.manual_seed(config.seed)  # for what is made anew: a head, or all of it
     if config.student.source == "teacher":
         return shallower(_teacher_model(config, prepared, torch.float32), keep)
+    if config.student.source == "config":
+        return blank(task_of(config).auto, "config", own_config(config), torch.float32)
     return task_of(config).load(config.student.source, prepared, untrained=True)
 
 
-def layers_for_student(config: Config, teacher: Model, prepared: Prepared) -> list[int] | None:
+def layers_for_student(config: Config, teacher: Model | None, prepared: Prepared) -> list[int] | None:
     """Which of the teacher's layers the student keeps; None where it is not made from the teacher."""
     return chosen_layers(config, teacher, calibration_rows(prepared.train))
 

@@ -1,7 +1,7 @@
 """Language modelling: the next token of a text; what the models are compared by, token by token."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,14 +22,14 @@ from kdlib.config.task_rules import RULES
 from kdlib.data import text
 from kdlib.data.batches import Batch, Prepared, calibration_rows, collate, random_ids, vocabulary_of
 from kdlib.errors import ModelError
-from kdlib.losses.objective import EVAL_TERMS, row_sums
+from kdlib.losses.objective import eval_terms, row_sums
 from kdlib.losses.signals import IGNORED, kept
 from kdlib.metrics.bootstrap import Bootstrap, over
 from kdlib.metrics.paired import differences, intervals
 from kdlib.models.efficiency import middle_half, repeated
 from kdlib.models.heads import check_causal
-from kdlib.models.loading import load_model, load_tokenizer
-from kdlib.models.student import Outline, sources
+from kdlib.models.loading import load_model
+from kdlib.models.student import Outline, sources, tokenizer_of
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots.tokens import TokenView, token_view
 from kdlib.tasks.base import Comparison, Sample, Task, register, rows_of, spread
@@ -71,16 +71,19 @@ class LanguageModeling(Task):
         return load_model(source, dtype, **options)
 
     def outlined(
-        self, config: Config, student: PreTrainedConfig, teacher: PreTrainedConfig, vocabulary: int | None
+        self,
+        config: Config,
+        student: PreTrainedConfig,
+        teacher: PreTrainedConfig | None,
+        vocabulary: int | None,
     ) -> Outline:
-        notes = []
+        notes, heads = [], [each.get_text_config().vocab_size for each in (student, teacher) if each]
         try:
-            vocabulary = vocabulary_of(load_tokenizer(config.teacher.model))
+            vocabulary = vocabulary_of(tokenizer_of(config))
         except ModelError:
-            vocabulary = teacher.get_text_config().vocab_size
+            vocabulary = heads[-1]
             taken = f"its head's {vocabulary:,} rows are taken for the vocabulary"
-            notes.append(f"no tokenizer is to be had for {config.teacher.model}: {taken}")
-        heads = [each.get_text_config().vocab_size for each in (student, teacher)]
+            notes.append(f"no tokenizer is to be had for {sources(config)[0]}: {taken}")
         return Outline(config, student, teacher, min(vocabulary, *heads), self, notes)
 
     def random_batch(self, plan: Outline, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -88,12 +91,13 @@ class LanguageModeling(Task):
         ids = random_ids(plan.vocabulary, rows, data.max_length, generator, is_full=data.packing)
         return collate([{"input_ids": each} for each in ids], pad_id=0)
 
-    def facts(self, prepared: Prepared, tokenizer: Tokenizer, teacher: LiveTeacher) -> dict[str, str]:
+    def facts(self, prepared: Prepared, tokenizer: Tokenizer, teacher: LiveTeacher | None) -> dict[str, str]:
         end = prepared.notes.get("each_document_ends_with")
         ends = {"end of a text": f"{end}, learned where a text is not cut"} if end else {}
-        return {"vocabulary": f"{len(tokenizer):,} tokens, the same for both", **ends}
+        same = ", the same for both" if teacher else ""
+        return {"vocabulary": f"{len(tokenizer):,} tokens{same}", **ends}
 
-    def example(self, prepared: Prepared, tokenizer: Tokenizer, teacher: LiveTeacher) -> TokenView:
+    def example(self, prepared: Prepared, tokenizer: Tokenizer, teacher: LiveTeacher | None) -> TokenView:
         """Token by token, coloured by what is learned."""
         batch = prepared.first_rows()
         ids, labels, read = (batch[name][0].tolist() for name in ("input_ids", "labels", "attention_mask"))
@@ -137,7 +141,7 @@ def within_heads(config: Config, prepared: Prepared, tokenizer: Tokenizer) -> Pr
     parts = [prepared.train, prepared.validation, prepared.test, *prepared.choices.values()]
     every = [part for part in parts if part is not None]
     heads = [rows_of(source, tokenizer, every) for source in sources(config)]
-    return replace(prepared, vocabulary=min(prepared.vocabulary, *heads))
+    return replace(prepared, vocabulary=min([prepared.vocabulary, *heads]))
 
 
 class TokenComparison(Comparison):
@@ -172,7 +176,7 @@ class TokenComparison(Comparison):
         return {"forward_tokens_per_s": forward_tokens_per_s(model.model, next(self._batches())[1])}
 
     def beside_teacher(self, name: str, model: LiveTeacher) -> None:
-        self.teacher = self.teacher or model
+        self.teacher = model if name == "teacher" else self.teacher
         self.sums[name] = sum(self._sums(units, batch, model) for units, batch in self._batches())
 
     def show(self, name: str, model: Model) -> None:
@@ -181,16 +185,17 @@ class TokenComparison(Comparison):
 
     def results(self, student: str) -> dict[str, Any]:
         sizes, tokens = self._bytes(), next(iter(self.sums.values()))[:, -1]
-        units = int((tokens > 0).sum())  # of others nothing is predicted
+        units, terms = int((tokens > 0).sum()), eval_terms(self.teacher)  # of others nothing is predicted
         draws = Bootstrap(units, self.resamples, self.seed)
         figures: dict[str, dict[str, tuple[float, np.ndarray]]] = {}
         for name, sums in self.sums.items():
             table = np.column_stack([sums, sizes])[tokens > 0]
-            found, drawn = _figures(table.sum(0, keepdims=True)), _figures(draws.sums(table))
+            found, drawn = (
+                _figures(each, terms) for each in (table.sum(0, keepdims=True), draws.sums(table))
+            )
             figures[name] = {measure: (float(found[measure][0]), drawn[measure]) for measure in found}
-        teacher = next(iter(figures))
         return {
-            "models": {n: intervals(each, units, itself=n == teacher) for n, each in figures.items()},
+            "models": {n: intervals(each, units, itself=n == "teacher") for n, each in figures.items()},
             "differences": differences(figures, units),
             "rows": len(self.prepared.measured),
             "units": units,
@@ -222,10 +227,12 @@ class TokenComparison(Comparison):
         batch = {key: value.to(model.model.device) for key, value in batch.items()}
         tokens = kept(batch["labels"])
         signal = model(batch, tokens)
-        teacher = signal if model is self.teacher else self.teacher(batch, tokens)
+        teacher = signal if model is self.teacher else self.teacher and self.teacher(batch, tokens)
         numbers, places = its_units.unique(return_inverse=True)
         where = places.to(signal.device)
-        sums = row_sums(signal, teacher, tokens.targets, where, row_count=len(numbers))
+        sums = row_sums(
+            signal, teacher, tokens.targets, where, row_count=len(numbers), terms=eval_terms(self.teacher)
+        )
         found = np.zeros((self.units, len(sums)))
         found[numbers.numpy()] = torch.stack(list(sums.values()), dim=1).cpu().double().numpy()
         return found
@@ -239,10 +246,10 @@ class TokenComparison(Comparison):
         return np.bincount(units, text.bytes_of_tokens(targets, self.tokenizer), self.units)
 
 
-def _figures(sums: np.ndarray) -> dict[str, np.ndarray]:
+def _figures(sums: np.ndarray, terms: Iterable[str]) -> dict[str, np.ndarray]:
     """[R, terms + 2] sums of each term, of tokens and of bytes to each measure, [R]."""
     *drawn, tokens, size = sums.T
-    total = dict(zip(EVAL_TERMS, drawn, strict=True))
+    total = dict(zip(terms, drawn, strict=True))
     mean = {name: nats / tokens for name, nats in total.items()}
     with np.errstate(divide="ignore", invalid="ignore"):  # of special tokens alone there is no text
         bits_per_byte = total["ce"] / math.log(2) / size

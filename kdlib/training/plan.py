@@ -123,7 +123,9 @@ def training_arguments(config: Config, output: Path, **changes: Any) -> Training
         args = TrainingArguments(**{**given, **fixed, **changes})
     except FAULTS as error:
         raise ConfigError(f"training: transformers refuses these arguments: {error}") from error
-    if config.teacher.device:  # a second GPU is the teacher's, and no reason for DataParallel
+    if (
+        config.teacher and config.teacher.device
+    ):  # a second GPU is the teacher's, and no reason for DataParallel
         args._n_gpu = min(args.n_gpu, 1)
     check_installed(args.report_to or ())
     if args.torch_compile and (terms := config.loss.feature_terms):
@@ -232,7 +234,7 @@ def check_causality(
     """
     if prepared.first_rows(1)["labels"].ndim == 1:  # rows are classified: nothing lies ahead
         return {}
-    source, name = config.student.source, config.teacher.model
+    source, name = config.student.source, config.teacher and config.teacher.model
     ours = f"the student, made from {name}," if source == "teacher" else f"the student {source}"
     names = {"teacher": f"the teacher {name}", "student": ours}
     ids, models = calibration_rows(prepared.train, 1), {"teacher": teacher, "student": student}

@@ -20,7 +20,16 @@ from kdlib.losses.buffers import PIECE, Workspace
 from kdlib.losses.chunked import Weighted
 from kdlib.losses.features import LayerPairs
 from kdlib.losses.ledger import LedgerWindow, breach
-from kdlib.losses.objective import EVAL_TERMS, Objective, ObjectiveAt, ledger, row_sums, shares, values_of
+from kdlib.losses.objective import (
+    EVAL_TERMS,
+    Objective,
+    ObjectiveAt,
+    eval_terms,
+    ledger,
+    row_sums,
+    shares,
+    values_of,
+)
 from kdlib.losses.signals import FOUND, Form, Kept, Signal, found_in, kept
 from kdlib.metrics.multiple_choice import answered_rightly
 from kdlib.models.heads import head_form
@@ -34,8 +43,6 @@ from kdlib.training.gradients import gradient_figures, term_gradients
 from kdlib.training.nan_guard import GuardedTrainer
 from kdlib.training.nan_search import Batch, Replay
 from kdlib.training.trackers import MetricsFile
-
-OWN = ("ce", "accuracy")  # what is measured of a student without a teacher
 
 
 class DistillationTrainer(GuardedTrainer):
@@ -219,7 +226,7 @@ class DistillationTrainer(GuardedTrainer):
         """The objective with the weights of this step, and the terms that do not depend on them."""
         with_teacher = self.teacher is not None
         at = self.objective.at(self.done(self.state.global_step), sampled=False)
-        terms = {name: term for name, term in EVAL_TERMS.items() if with_teacher or name in OWN}
+        terms = eval_terms(self.teacher)
         sums, answers = self._row_sums(dataloader, at, terms, with_teacher=with_teacher)
         keep = partial(keep_units, self.folder, self.state.global_step, writes=self.is_world_process_zero())
         keep({name: sums[name] for name in (*terms, "tokens")}, units_of_rows(dataloader.dataset))

@@ -36,19 +36,28 @@ WIDE, SLIM = "27rem", "17rem"
 WRAPPED = {"flex_flow": "row wrap"}
 
 
-def temperature_and_top_k(predictions: Predictions, config: Config) -> widgets.Widget | HTML:
-    """Temperature and top k: the teacher's distribution softened and cut, at one token and over a text."""
+def temperature_and_top_k(predictions: Predictions | None, config: Config) -> widgets.Widget | HTML | None:
+    """Temperature and top k: the teacher's distribution softened and cut, at one token and over a text.
+
+    Nothing where there is no teacher, and so no predictions of one.
+    """
+    if predictions is None:
+        return None
     if headless():
         return HTML(still.softening_page(softening_of(predictions, config)))
     return TemperatureExplorer(predictions, config)
 
 
-def token_heat_map(run: Run) -> widgets.Widget | HTML:
+def token_heat_map(run: Run) -> widgets.Widget | HTML | None:
     """A text token by token, or texts row by row: where students are far from the teacher, what both say.
+
+    Nothing where there is no teacher.
 
     Raises:
         RunError: the run has no explorers.json, or a faulty one.
     """
+    if run.config.teacher is None:
+        return None
     if not (facts := still.facts_of(run)):
         raise RunError(f'run {run.name} has no explorers.json yet; call `bench.explore("distilled")` first')
     if headless():

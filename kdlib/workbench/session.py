@@ -115,10 +115,11 @@ class Workbench:
         return prepared
 
     @cached_property
-    def teacher(self) -> LiveTeacher:
+    def teacher(self) -> LiveTeacher | None:
         check_pair(self.config, self.tokenizer)
-        print(f"loading the teacher, {self.config.teacher.model} …", flush=True)
-        return tasks.load_teacher(self.config, self.prepared)
+        if self.config.teacher:
+            print(f"loading the teacher, {self.config.teacher.model} …", flush=True)
+        return tasks.load_teacher(self.config, self.prepared) if self.config.teacher else None
 
     def student(self):
         """A fresh copy of the untrained student."""
@@ -131,7 +132,7 @@ class Workbench:
         self.config = teacher_stage.taught(self.run.config, self.run)
         device = device_of(self.config.wanted_device)
         dtype, reason = precision_of(self.config.precision, device)
-        layers = tasks.layers_for_student(self.config, self.teacher.model, self.prepared)
+        layers = tasks.layers_for_student(self.config, self.teacher and self.teacher.model, self.prepared)
         notes, baseline = self.prepared.notes, self.config.baseline
         self.run.add_to_manifest(student_layers=layers)
         student, precision = self.student(), f"{dtype} ({reason})".replace("torch.", "")
@@ -145,7 +146,7 @@ class Workbench:
             machine=machine(device),
         )
         facts = {
-            "teacher": f"{self.config.teacher.model}: {tables.size_of(self.teacher.model)}",
+            "teacher": tables.named_size(self.config.teacher, self.teacher),
             "student": tables.size_of(student) + (f": the teacher's {layers}" if layers else ""),
             **self.task.facts(self.prepared, self.tokenizer, self.teacher),
             **tables.texts_in(notes),
@@ -257,17 +258,18 @@ class Workbench:
         plots.comparison_bars(results).savefig(self.run.path / f"{plots.BARS}.png", dpi=130)
         return results
 
-    def explore(self, *students: str) -> Predictions:
+    def explore(self, *students: str) -> Predictions | None:
         """What the teacher and these students ("distilled", "baseline", "untrained") say of held-out rows.
 
         A summary goes into explorers.json, for the explorers and the report.  A baseline that the config has
-        not is left out.
-        """
+        not is left out; without a teacher all."""
         folders = {"distilled": self.run, "baseline": self.run.baseline}
         known = (*folders, "untrained")
         for name in set(students).difference(known):
             hint = f"{nearest(name, known)}; there are {', '.join(known)}"
             raise RunError(f"there is no student {name!r}{hint}")
+        if self.teacher is None:
+            return print("teacher: null, so there is nothing to explore")
         dtype, _ = precision_of(self.config.precision, device_of(self.config.wanted_device))
 
         def asked(name: str) -> LiveTeacher:

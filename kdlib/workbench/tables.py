@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 from transformers import PreTrainedModel
 
+from kdlib.config.sections import TeacherConfig
 from kdlib.data.batches import Prepared
 from kdlib.losses.signals import kept
 from kdlib.models.loading import parameters
@@ -21,6 +22,11 @@ def size_of(model: PreTrainedModel) -> str:
     return f"{parameters(model) / 1e6:.1f} M parameters, {layers} layers"
 
 
+def named_size(config: TeacherConfig | None, teacher: LiveTeacher | None) -> str:
+    """`gpt2-large: 774.0 M parameters, 36 layers`"""
+    return f"{config.model}: {size_of(teacher.model)}" if config and teacher else "none: text alone"
+
+
 def texts_in(notes: Mapping[str, Any]) -> dict[str, str]:
     """How much text there is to train on, to choose by, and to be compared on."""
     found = {}
@@ -31,12 +37,12 @@ def texts_in(notes: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def of_shapes(models: Mapping[str, LiveTeacher], prepared: Prepared, unit: str) -> pd.DataFrame:
+def of_shapes(models: Mapping[str, LiveTeacher | None], prepared: Prepared, unit: str) -> pd.DataFrame:
     """One training batch, and what each model makes of it, a column each; a `unit` is a token or a row."""
     batch = prepared.collate([prepared.train[i] for i in range(min(2, len(prepared.train)))])
     tokens, columns = kept(batch["labels"]), {}
     at_once = f"all logits at once: {'classes' if unit == 'row' else 'no plain head'}"
-    for name, model in models.items():
+    for name, model in ((name, model) for name, model in models.items() if model):
         signal, settings = model(batch, tokens), model.model.config.get_text_config()
         columns[name] = {
             "input_ids [B, T]": list(batch[f"{model.reads}input_ids"].shape),
