@@ -218,7 +218,7 @@ def test_all_faults_come_at_once_each_with_its_path_and_the_nearest_name(raw_con
         ("training.gradient_accumulation_steps=1.5", "needs int"),
         ("training.use_cpu=1", "needs bool"),
         ("data.source.x=3", "it has no `x`"),
-        ("teacher=", "teacher: found None"),
+        ("teacher=", "student.from: found teacher, and there is none"),
         ("temperature", "write it as key=value"),
         ("loss.temperature={", "not valid YAML"),
     ],

@@ -270,12 +270,12 @@ def values_of(
     return dict(zip(wanted, made, strict=True)) | values
 
 
-@torch.no_grad()
 def eval_terms(teacher: object) -> dict[str, Weighted]:
     """EVAL_TERMS; where there is no teacher, those that a student has alone."""
     return {name: term for name, term in EVAL_TERMS.items() if teacher or name in ("ce", "accuracy")}
 
 
+@torch.no_grad()
 def row_sums(
     student: Signal,
     teacher: Signal | None,

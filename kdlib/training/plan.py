@@ -123,9 +123,7 @@ def training_arguments(config: Config, output: Path, **changes: Any) -> Training
         args = TrainingArguments(**{**given, **fixed, **changes})
     except FAULTS as error:
         raise ConfigError(f"training: transformers refuses these arguments: {error}") from error
-    if (
-        config.teacher and config.teacher.device
-    ):  # a second GPU is the teacher's, and no reason for DataParallel
+    if config.teacher and config.teacher.device:  # a second GPU, the teacher's: no reason for DataParallel
         args._n_gpu = min(args.n_gpu, 1)
     check_installed(args.report_to or ())
     if args.torch_compile and (terms := config.loss.feature_terms):
