@@ -55,8 +55,7 @@ def open_run(
         overrides, smoke: of a new run.  For an existing one, overrides must agree with what it was made with.
         new: where `run` is not given, start a new one (the setup notebook).
     """
-    # relative paths in a config mean the same in JupyterLab, which starts in notebooks/
-    os.chdir(runs.project_root())
+    os.chdir(runs.project_root())  # paths mean the same in JupyterLab, which starts in notebooks/
     root, name = runs.locate(run) if run else (runs.default_root(), None)
     origin = {"config_file": str(config), "smoke": smoke}
     if name is None and not new:
