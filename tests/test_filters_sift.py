@@ -12,7 +12,7 @@ from kdlib.errors import ConfigError, DataError
 from kdlib.filters import judge
 from kdlib.filters.code_blocks import Block, blocks, code_in, fault
 from kdlib.filters.config import Filters
-from kdlib.filters.sift import KINDS, check, sifted, thrown_out
+from kdlib.filters.sift import KINDS, check, filters_on, sifted, thrown_out
 from kdlib.prompts.prompt import Prompt
 
 
@@ -140,6 +140,14 @@ def test_programs_are_run_with_their_tests_only_where_that_is_asked_for():
     assert sorted(programs)[0] == "def add(a, b):\n    return a + b\n\n\nassert add(1, 2) == 3\n"
 
 
+def test_a_program_is_run_in_its_fence():
+    tested = prompt(tests="import os\nassert add(1, 2) == 3\nassert 'PATH' not in os.environ")
+    wrong = block("def add(a, b):\n    return a - b\n\n\nadd(1)")
+    filters = Filters(overlap=[], near_duplicates=None, tests=True)
+    found = sifted(filters, [(tested, Answer(ADD)), (tested, Answer(wrong))])
+    assert found == [None, "tests fail: exception: TypeError"]
+
+
 def test_the_judges_score_decides_where_it_was_asked():
     answered = [(PLAIN, Answer(f"It adds {n}.")) for n in range(3)]
     filters = Filters(overlap=[], lowest_score=5)
@@ -180,6 +188,11 @@ def test_what_was_thrown_out_is_counted_with_examples_of_each_kind():
     assert table["does not parse"]["count"] == 5
     assert [row["response"] for row in table["does not parse"]["examples"]] == ["0", "1", "2"]
     assert table["empty"] == {"reason": "empty", "count": 0, "examples": []}
+
+
+def test_every_filter_is_among_the_kinds_that_are_counted():
+    every = Filters(longest=9, tests=True)
+    assert tuple(kind for kind, _ in filters_on(every, [], print)) == KINDS
 
 
 def test_what_would_stop_the_filters_is_said_before_anything_is_paid(monkeypatch):

@@ -1,4 +1,4 @@
-"""Why an answer is not kept: the first reason that holds, in the order of `_filters`.
+"""Why an answer is not kept: the first reason that holds, in the order of `filters_on`.
 
 Nothing is deleted: what is not kept goes with its reason into a file of its own.  A reason is its kind, or
 `kind: detail`.
@@ -92,12 +92,37 @@ def sifted(
     """
     rows = [Row(number, prompt, answer) for number, (prompt, answer) in enumerate(answered)]
     reasons: list[str | None] = [None] * len(rows)
-    for kind, look in _filters(config, scores, run):
+    for kind, look in filters_on(config, scores, run):
         left = [row for row in rows if reasons[row.number] is None]
         for row, detail in zip(left, look(left), strict=True):
             if detail is not None:
                 reasons[row.number] = f"{kind}: {detail}" if detail else kind
     return reasons
+
+
+def filters_on(
+    config: Filters, scores: Sequence[float | None] | None, run: Callable[[str], Ran]
+) -> Iterator[tuple[str, Look]]:
+    """Those that are on, the cheap ones first."""
+    yield "refusal", _each(lambda row: "" if _refuses(row) else None)
+    yield "empty", _each(lambda row: None if row.answer.text.strip() else "")
+    yield "cut off", _each(lambda row: "" if row.answer.finish == "length" else None)
+    yield "too short", _each(lambda row: "" if len(row.answer.text) < config.shortest else None)
+    if (longest := config.longest) is not None:
+        yield "too long", _each(lambda row: "" if len(row.answer.text) > longest else None)
+    if config.language:
+        yield "wrong language", _each(_in_other_language)
+    yield "no code", _each(lambda row: "" if row.prompt.language and not row.code else None)
+    if config.parses:
+        yield "does not parse", _each(lambda row: _fault(row, config.parses))
+    if config.overlap:
+        yield "overlap", _overlaps(config.overlap)
+    if (threshold := config.near_duplicates) is not None:
+        yield "near duplicate", lambda rows: _repeats(rows, threshold)
+    if config.tests:
+        yield "tests fail", lambda rows: _run_all(rows, run)
+    if scores is not None:
+        yield "low score", _each(lambda row: _low(scores[row.number], config.lowest_score))
 
 
 def check(config: Filters, run: Callable[[str], Ran] = sandbox.run) -> None:
@@ -127,31 +152,6 @@ def thrown_out(rejected: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def kind_of(reason: str) -> str:
     return reason.partition(":")[0]
-
-
-def _filters(
-    config: Filters, scores: Sequence[float | None] | None, run: Callable[[str], Ran]
-) -> Iterator[tuple[str, Look]]:
-    """Those that are on, the cheap ones first."""
-    yield "refusal", _each(lambda row: "" if _refuses(row) else None)
-    yield "empty", _each(lambda row: None if row.answer.text.strip() else "")
-    yield "cut off", _each(lambda row: "" if row.answer.finish == "length" else None)
-    yield "too short", _each(lambda row: "" if len(row.answer.text) < config.shortest else None)
-    if (longest := config.longest) is not None:
-        yield "too long", _each(lambda row: "" if len(row.answer.text) > longest else None)
-    if config.language:
-        yield "wrong language", _each(_in_other_language)
-    yield "no code", _each(lambda row: "" if row.prompt.language and not row.code else None)
-    if config.parses:
-        yield "does not parse", _each(lambda row: _fault(row, config.parses))
-    if config.overlap:
-        yield "overlap", _overlaps(config.overlap)
-    if (threshold := config.near_duplicates) is not None:
-        yield "near duplicate", lambda rows: _repeats(rows, threshold)
-    if config.tests:
-        yield "tests fail", lambda rows: _run_all(rows, run)
-    if scores is not None:
-        yield "low score", _each(lambda row: _low(scores[row.number], config.lowest_score))
 
 
 def _each(look: Callable[[Row], str | None]) -> Look:
