@@ -110,6 +110,7 @@ def test_a_prompt_longer_than_the_model_reads_is_refused(teacher_folder, tmp_pat
         ({"k": [1, 10]}, "k: found 10, but samples is 1"),
         ({"samples": 5}, "samples: 5 at temperature 0 are all the same"),
         ({"benchmarks": []}, "benchmarks"),
+        ({"benchmarks": ["a/own.jsonl", "b/own.jsonl"]}, "two are called own"),
     ],
 )
 def test_what_cannot_be_told_or_was_not_allowed_is_refused(raw_config, settings, fault):

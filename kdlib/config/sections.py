@@ -234,6 +234,9 @@ class CodeConfig(Section):
             what = "the models' programs, which nobody has read, are run to be scored"
             do = "read notebooks/guides/code_execution.md, then set it to true"
             raise ValueError(f"allow_execution: {what}; {do} (--allow-code-execution)")
+        names = [Path(benchmark).stem for benchmark in self.benchmarks]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"benchmarks: two are called {twice[0]}, as their figures would be; rename one")
         if max(self.k) > self.samples:
             raise ValueError(f"k: found {max(self.k)}, but samples is {self.samples}; write as many samples")
         if self.samples > 1 and self.temperature == 0:
