@@ -76,7 +76,7 @@ def score_run(run: Run, config: Config) -> list[dict[str, Any]]:
     for student in (run, *([run.baseline] if config.baseline else [])):
         if not student.is_trained:
             raise RunError(f"{student.path} is not trained yet; run 02_train first")
-    models = {"teacher": config.teacher.model}
+    models = {"teacher": config.teacher.model} if config.teacher else {}
     if config.baseline:
         models["baseline"] = str(run.baseline.best_model)
     models["distilled"] = str(run.best_model)

@@ -253,7 +253,7 @@ class Workbench:
     def compare(self) -> dict[str, Any]:
         """All models on the held-out rows, and on what `code` asks; writes files and the picture of it."""
         results = compare.compare_run(self.run, self.config, self.tokenizer, self.prepared)
-        results["code"] = code.score_run(self.run, self.config)
+        results |= {"code": code.score_run(self.run, self.config)} if self.config.code else {}
         plots.comparison_bars(results).savefig(self.run.path / f"{plots.BARS}.png", dpi=130)
         return results
 
