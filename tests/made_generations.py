@@ -11,7 +11,7 @@ from kdlib.runs import folder as runs
 
 KEY = "planted-key-0123456789abcdef"
 PRICES = {"input": 3, "output": 15}
-LIMITS = {"retries": 2, "timeout": 0.4}
+LIMITS = {"retries": 2, "timeout": 1.0}
 
 
 @dataclass

@@ -93,7 +93,7 @@ class MadeTeacher:
         if mode == "pause":
             return self.send(request, 429, {"error": {"message": "slowly"}}, **{"retry-after": "0.4"})
         if mode == "hang":
-            time.sleep(1)
+            time.sleep(2)
             request.close_connection = True
             return None
         if mode == "json":

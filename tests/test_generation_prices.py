@@ -96,6 +96,16 @@ def test_a_dry_run_shows_a_dozen_models_side_by_side():
     assert "$0.32" in said
 
 
+def test_a_dry_run_counts_harder_variants_and_the_judge():
+    prompts = [prompt("a" * 350)] * 10  # 108 tokens each
+    judge = {"teacher": {"endpoint": {"model": "gpt-4.1"}}, "sampling": {"max_tokens": 50}}
+    seeds = {"seeds": "stdlib", "count": 10, "evolve": 1}
+    said = as_text(config(prompts=seeds, judge=judge, sampling={"max_tokens": 500}), prompts)
+    assert "with 1 round of harder variants at most 30 requests" in said
+    judged = 20 * ((108 + 500 + 200) * 2.00 + 50 * 8.00) / MILLION
+    assert f"${judged:,.2f}" in next(line for line in said.splitlines() if "gpt-4.1 (judge)" in line)
+
+
 def test_a_budget_holds_what_is_under_way_and_waits_for_it():
     async def play():
         budget, order = Budget(1.0), []

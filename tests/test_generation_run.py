@@ -178,12 +178,12 @@ def test_a_notebooks_own_loop_does_not_matter(generations):
 def test_requests_and_tokens_a_minute_are_held(generations, endpoint):
     config = generations.config([f"plain {n}" for n in range(6)], limits={"requests_per_minute": 300})
     asked(generations.run(config, "requests"), config)
-    assert max(endpoint.times) - min(endpoint.times) > 0.7  # 5 × 0.2 s
+    assert max(endpoint.times) - min(endpoint.times) > 0.5  # 5 × 0.2 s
     endpoint.times.clear()
     limits = {"tokens_per_minute": 60_000, "at_once": 8}
     config = generations.config([f"other {n}" for n in range(6)], limits=limits)
     asked(generations.run(config, "tokens"), config)
-    assert max(endpoint.times) - min(endpoint.times) > 0.7  # 5 × some 210 tokens at 1000 a second
+    assert max(endpoint.times) - min(endpoint.times) > 0.5  # 5 × some 210 tokens at 1000 a second
 
 
 def test_a_pause_that_the_endpoint_asks_for_is_heeded_by_all(generations, endpoint):
@@ -193,7 +193,7 @@ def test_a_pause_that_the_endpoint_asks_for_is_heeded_by_all(generations, endpoi
     )
     asked(generations.run(config), config)
     times = sorted(endpoint.times)
-    assert max(later - sooner for sooner, later in zip(times, times[1:], strict=False)) > 0.3
+    assert max(later - sooner for sooner, later in zip(times, times[1:], strict=False)) > 0.2
     assert sum(endpoint.paid.values()) == 21
 
 

@@ -141,7 +141,11 @@ def as_text(config: GenerationConfig, prompts: Sequence[Prompt]) -> str:
         table = pd.concat([_judging(config.judging, [*prompts] * (1 + rounds), most_each), table])
     shown = table.map(lambda usd: "–" if pd.isna(usd) else f"${usd:,.2f}")
     by_category = ", ".join(f"{count} {name}" for name, count in counts.items())
-    harder = f"; with {rounds} rounds of harder variants at most {len(requests)} requests" if rounds else ""
+    harder = (
+        f"; with {rounds} round{'s' * (rounds > 1)} of harder variants at most {len(requests)} requests"
+        if rounds
+        else ""
+    )
     lines = [
         f"{len(prompts)} prompts: {by_category}{harder}",
         f"about {tokens:,} tokens of prompts (characters / {CHARACTERS:g}); answers at most "

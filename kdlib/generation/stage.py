@@ -53,7 +53,9 @@ class Session:
     def ask(self, stage: Stage, prompts: Sequence[Prompt]) -> list[Answer | Failure | None]:
         """What each prompt got, in their order; None where it was not asked, and then `ended` says why."""
         keys = [key_of(prompt, stage.teacher.identity, stage.drawn) for prompt in prompts]
-        named = dict(reversed([*zip(reversed(keys), reversed(prompts), strict=True)]))
+        named: dict[str, Prompt] = {}
+        for key, prompt in zip(keys, prompts, strict=True):
+            named.setdefault(key, prompt)
         todo = [(key, prompt) for key, prompt in named.items() if not self.log.has(key, again=self.again)]
         asking = Asking(self.log, self.budget, price_for(stage), stage.sampling.max_tokens)
         if todo and not self.ended:
