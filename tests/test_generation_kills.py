@@ -43,7 +43,8 @@ def settings(folder, teacher):
 
 
 def command(config, *words):
-    words = ["generate", str(config), "--runs", str(config.parent / "runs"), *words]
+    folders = ["--runs", str(config.parent / "runs"), "--reports", str(config.parent / "reports")]
+    words = ["generate", str(config), *folders, *words]
     return subprocess.Popen(
         [sys.executable, "-m", "kdlib", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -7,6 +7,7 @@ import asyncio
 import json
 import sys
 
+import pandas as pd
 import pytest
 import yaml
 from conftest import tiny_tokenizer
@@ -277,9 +278,8 @@ def kd(tmp_path, generations, monkeypatch, capsys):
         path.write_text(yaml.safe_dump(config.as_dict()))
         for name, value in (environment or {}).items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(
-            sys, "argv", ["kd", "generate", str(path), "--runs", str(generations.root), *words]
-        )
+        folders = ["--runs", str(generations.root), "--reports", str(tmp_path / "reports")]
+        monkeypatch.setattr(sys, "argv", ["kd", "generate", str(path), *folders, *words])
         with pytest.raises(SystemExit) as caught:
             cli.main()
         said = capsys.readouterr()
@@ -317,13 +317,30 @@ def test_an_index_of_runs_names_what_made_rows(generations, tmp_path):
     config = generations.config(["plain"])
     run = generations.run(config)
     asked(run, config)
-    page = render_index(generations.root, tmp_path / "reports").read_text()
-    assert "generation" in page
-    with pytest.raises(RunError, match="made made rows; they and their figures lie in"):
-        render(run, tmp_path / "reports")
+    assert "generation" in render_index(generations.root, tmp_path / "reports").read_text()
 
 
-def test_the_command_asks_goes_on_and_forecasts(kd, generations, endpoint):
+def test_a_report_shows_what_came_of_the_prompts_and_what_it_cost(generations, endpoint, tmp_path):
+    texts = ["<b>bold & bad</b>", *(f"plain {n}" for n in range(5)), "[500] a", "[json] b", "[cut] c"]
+    config = generations.config(texts)
+    run = generations.run(config)
+    page = render(run, tmp_path / "reports")  # before anything is asked
+    assert "created" in page.read_text()
+    asked(run, config)
+    text = render(run, tmp_path / "reports").read_text()
+    assert "6 of 9 prompts ended in a row that is kept" in text
+    assert "cut off: 1" in text
+    assert "failed: status 500: 1" in text
+    assert "&lt;b&gt;bold &amp; bad&lt;/b&gt;" in text
+    assert "<b>bold" not in text
+    table = pd.read_csv(tmp_path / "reports" / run.name / "tables" / "yield.csv", index_col=0)
+    assert table.loc["function"].to_dict() == {"kept": 6, "rejected": 1, "failed": 2, "yielded": 0.667}
+    spent = json.loads((run.path / "progress.json").read_text())["spent_usd"]
+    costs = pd.read_csv(tmp_path / "reports" / run.name / "tables" / "cost.csv")
+    assert costs["usd"].iloc[-1] == pytest.approx(spent)
+
+
+def test_the_command_asks_goes_on_and_forecasts(kd, generations, endpoint, tmp_path):
     config = generations.config([f"plain {n}" for n in range(3)])
     status, said = kd(config, "--dry-run")
     assert (status, endpoint.tries) == (0, {})
@@ -332,6 +349,8 @@ def test_the_command_asks_goes_on_and_forecasts(kd, generations, endpoint):
     status, said = kd(config, "--name", "one")
     assert status == 0
     assert "3 kept; $0.0" in said
+    assert "report: " in said
+    assert (tmp_path / "reports" / "one" / "report.html").exists()
     assert kd(config, "--resume", "one", "--again")[0] == 0
     assert max(endpoint.tries.values()) == 1
     assert "--again goes with --resume" in kd(config, "--again")[1]

@@ -15,7 +15,7 @@ from kdlib.plots import comparison as plots, pass_at_k
 from kdlib.plots.axes import few_rows, label_of
 from kdlib.plots.classification import ANSWER_FIGURES, TITLES, answer_tables
 from kdlib.plots.training import run_figures
-from kdlib.reports import html
+from kdlib.reports import generation, html
 from kdlib.reports.explorers import static_html
 from kdlib.reports.scorecard import counted, scorecard, scorecard_table
 from kdlib.reports.summary import UNREADABLE, flat, keys_of, summary
@@ -36,7 +36,7 @@ def render(run: Run, reports: Path) -> Path:
         raise RunError(f"{run.path}: no run there, since there is no config.yaml")
     brief = summary(run)
     if brief.kind == "generation":
-        raise RunError(f"{run.name} made rows; they and their figures lie in {run.path}")
+        return generation.render(run, reports)
     if brief.kind:
         command = f"python -m kdlib.benchmarks --report {run.name}"
         raise RunError(f"{run.name} is a benchmark: `{command}` makes its page")

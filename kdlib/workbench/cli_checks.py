@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -222,15 +223,12 @@ def compare(
 def generate(
     config: argument("The teacher and its prompts: a YAML file."),
     dry_run: option(bool, "--dry-run", help="Tokens and dollars, for usual models too; ask nothing.") = False,
-    resume: option(
-        str | None, "--resume", help="Go on with this run; what is paid is not asked again."
-    ) = None,
-    again: option(
-        bool, "--again", help="With --resume: ask also what failed and may have been paid."
-    ) = False,
+    resume: option(str | None, "--resume", help="Go on with this run; nothing is paid twice.") = None,
+    again: option(bool, "--again", help="With --resume: also what failed and may be paid.") = False,
     name: RunName = None,
     override: option(Texts, "-o", "--override", help="key=value, e.g. budget.usd=20.") = None,
     runs_folder: RunsFolder = None,
+    reports_folder: ReportsFolder = None,
 ) -> None:
     """Ask a teacher for rows to learn from: kept.jsonl in the run's folder, which a training reads.
 
@@ -239,10 +237,12 @@ def generate(
     """
     from kdlib.generation import prices, run as generation
     from kdlib.generation.config import GenerationConfig
+    from kdlib.reports.generation import render
+    from kdlib.reports.index import with_index
 
     if again and not resume:
         raise ConfigError("--again goes with --resume RUN: a new run asks everything")
-    root, _ = folders(runs_folder, None)
+    root, reports = folders(runs_folder, reports_folder)
     resolved = configs.load(config, override or [], kind=GenerationConfig)
     given = entered(config, override, smoke=False)
     if dry_run:
@@ -258,9 +258,10 @@ def generate(
         origin = {"config_file": given["config"], "command": command()}
         opened = generation.created(root, name, resolved, prompts, **origin)
     again_by = f"go on with kd generate {given['config']} --resume {opened.name}"
-    with going_on(again_by), runs.working(opened):
+    with going_on(again_by), runs.working(opened, partial(with_index, reports=reports, render=render)):
         generation.generate(opened, resolved, again=again)
-    print(f"rows: {os.path.relpath(opened.path / 'kept.jsonl')}")
+    page = with_index(opened, reports, render)
+    print(f"rows: {os.path.relpath(opened.path / 'kept.jsonl')}    report: {os.path.relpath(page)}")
 
 
 @checks.command()
