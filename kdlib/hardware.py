@@ -1,20 +1,23 @@
-"""What there is to run on: device, dtype, memory; what a CPU and its C library do."""
+"""What there is to run on: device, dtype, memory, time; what a CPU and its C library do."""
 
 import ctypes
 import gc
 import os
 import platform
+import statistics
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 GIB = 2**30
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -24,6 +27,8 @@ USUAL = {M_MMAP_THRESHOLD: 32 * 2**20, M_TRIM_THRESHOLD: 64 * 2**20}  # where gl
 SWITCHES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_")  # glibc's environment
 PROCESS = Path("/proc/self")  # Linux only
 SAMPLE_S = 0.002
+WARM_UP = 3  # answers that are not timed
+TIMES, ENOUGH_S = 5, 10.0  # timings at least, unless three took so long
 
 _native: ContextVar[bool] = ContextVar("native", default=False)  # products in the dtype that is asked for
 
@@ -165,6 +170,47 @@ def as_asked() -> Iterator[None]:
         yield
     finally:
         _native.reset(token)
+
+
+def wait_for(device: torch.device) -> None:
+    """Until what was asked of an accelerator is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def seconds_of(action: Callable[[], object], device: torch.device) -> float:
+    """How long it takes, to its end."""
+    wait_for(device)
+    started = perf_counter()
+    action()
+    wait_for(device)
+    return perf_counter() - started
+
+
+def latency_ms(
+    ask: Callable[[Mapping[str, Tensor]], object],
+    batches: Sequence[Mapping[str, Tensor]],
+    device: torch.device,
+) -> dict[str, float]:
+    """Milliseconds for one row by itself, its inputs at hand: median of these rows, and the middle half."""
+    for batch in batches[:WARM_UP]:
+        ask(batch)
+    return middle_half([1e3 * seconds_of(lambda batch=batch: ask(batch), device) for batch in batches])
+
+
+def middle_half(timings: Sequence[float]) -> dict[str, float]:
+    """{value, low, high}: the median of several timings, and the quartiles, which a busy machine moves."""
+    low, median, high = statistics.quantiles(timings, n=4) if len(timings) > 1 else [*timings] * 3
+    return {"value": median, "low": low, "high": high}
+
+
+def repeated(action: Callable[[], object], device: torch.device) -> list[float]:
+    """Seconds that it takes, five times, or three where it is slow; a first time is not counted."""
+    action()
+    found: list[float] = []
+    while len(found) < TIMES and not (len(found) >= 3 and sum(found) > ENOUGH_S):
+        found.append(seconds_of(action, device))
+    return found
 
 
 def _glibc() -> ctypes.CDLL | None:

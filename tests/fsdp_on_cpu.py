@@ -10,12 +10,12 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
-from kdlib.models import teacher
+from kdlib.models import sharing
 
 
 def shard() -> None:
     """From here on, in this process."""
-    teacher.SHARDED_ON.add("cpu")
+    sharing.SHARDED_ON.add("cpu")
     usual = AcceleratorState.__init__
 
     def made(self, *args, fsdp_plugin=None, **options):

@@ -14,7 +14,8 @@ from kdlib.losses.signals import kept
 from kdlib.models.heads import head_form
 from kdlib.models.hooks import layers_of
 from kdlib.models.loading import load_model
-from kdlib.models.teacher import Inside, LiveTeacher, sharded, signal_of
+from kdlib.models.sharing import sharded
+from kdlib.models.teacher import Inside, LiveTeacher, signal_of
 from kdlib.schedulers import constant
 
 AT = Objective({"kd": constant(0.7), "ce": constant(0.3)}).at(0)
@@ -95,8 +96,8 @@ def teachers(folder: Path) -> dict[str, dict[str, float]]:
             made().save_pretrained(folder / name)
         dist.barrier()
         whole = LiveTeacher(load_model(str(folder / name)), 300)
-        options = sharded(str(folder / name), offload=name == "untied")
-        ours = LiveTeacher(load_model(str(folder / name), **options), 300)
+        with sharded(str(folder / name), offload=name == "untied") as options:
+            ours = LiveTeacher(load_model(str(folder / name), **options), 300)
         ids = torch.randint(
             300, (3, 7), generator=torch.Generator().manual_seed(rank)
         )  # each has its own rows

@@ -8,7 +8,8 @@ from tiny_training import pieces
 from kdlib.config.run import parse
 from kdlib.config.training_arguments import RESERVED, training_fields
 from kdlib.errors import ConfigError, ModelError
-from kdlib.models.teacher import check_shards, named_device
+from kdlib.models.sharing import check_shards
+from kdlib.models.teacher import named_device
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.log import eval_table, training_table
 from kdlib.training import run as training

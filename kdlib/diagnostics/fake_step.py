@@ -5,23 +5,27 @@ in a second, and every tensor that it would make is seen; what a kernel needs in
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.objective import ObjectiveAt, eval_terms, ledger, row_sums
 from kdlib.losses.signals import Kept, Signal, kept
 from kdlib.models.heads import stated_form
+from kdlib.models.sharing import GATHERED, SENT, held_here
 from kdlib.models.student import Outline
 from kdlib.models.teacher import insides, signal_of
 from kdlib.training.plan import compared_layers, objective_of
@@ -45,22 +49,38 @@ class Block:
     died: int
     phase: str  # in which it was born
     shape: tuple[int, ...]  # of the first tensor seen in it
+    what: str = ""  # where that is known
 
 
 class Allocations(TorchDispatchMode):
     """Notes when each storage is made and freed while it is active, of real tensors or of fake ones.
 
     Whole numbers that have data keep it even under a FakeTensorMode, so that code that asks for token ids,
-    masks or positions takes its usual turns.
+    masks or positions takes its usual turns.  Of models that ranks share it sees what this rank holds.
     """
 
-    def __init__(self, answer: float = 1.0) -> None:
+    def __init__(self, answer: float = 1.0, *, gloo: bool = False) -> None:
+        """`answer`: what a number without data is taken to be where code asks for it; `gloo`: it sends."""
         super().__init__()
-        self.answer = answer  # what a number without data is taken to be where code asks for it
+        self.answer, self.gloo = answer, gloo
         self.blocks: list[Block] = []
         self.spans: dict[str, tuple[int, int]] = {}  # phase -> when it began and ended, the last time
         self.now, self.current = 0, ""
         self._known: dict[int, tuple[Block, weakref.ref]] = {}  # by the storage's address, while it lives
+
+    def __enter__(self):
+        usual = self._resize = torch.UntypedStorage.resize_
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> None:
+            usual(storage, size)
+            self._resized(storage)
+
+        torch.UntypedStorage.resize_ = resize_
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        torch.UntypedStorage.resize_ = self._resize
+        return super().__exit__(*raised)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -79,7 +99,7 @@ class Allocations(TorchDispatchMode):
 
     def blocks_of(self, tensors: Iterable[Tensor]) -> list[Block]:
         """Those in which these tensors lie."""
-        return [self._note(tensor) for tensor in tensors]
+        return [self._note(held_here(tensor)) for tensor in tensors]
 
     def peak(self, begin: int, end: int) -> int:
         """When in a span most is held."""
@@ -95,6 +115,8 @@ class Allocations(TorchDispatchMode):
         return [block for block in self.blocks if block.born <= time < block.died and block.bytes]
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if DTensor in types:  # asks again with this rank's part
+            return NotImplemented
         given = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
         is_fake = any(isinstance(tensor, FakeTensor) for tensor in given)
         if function is ATEN._local_scalar_dense.default and is_fake:
@@ -102,22 +124,50 @@ class Allocations(TorchDispatchMode):
             return True if kind is torch.bool else self.answer if kind.is_floating_point else int(self.answer)
         if function is ATEN._grouped_mm.default and is_fake:  # whose rule for shapes knows bfloat16 alone
             made = _grouped_product(*args[:3])
+        elif function.name() == "_c10d_functional::wait_tensor":  # whose rule for shapes makes a copy
+            made = args[0]
         else:
             whole = given and not any(is_fake or tensor.is_floating_point() for tensor in given)
             with unset_fake_temporarily() if whole else nullcontext():
                 made = function(*args, **(kwargs or {}))
         self.blocks_of(leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor))
+        self._pass(function.name(), args, kwargs or {}, made)
         return made
+
+    def _pass(self, operator: str, args: Sequence[Any], named: Mapping[str, Any], made: Any) -> None:
+        """Say what it is that passes between ranks; gloo has a copy of it while it sends."""
+        passing = {"fsdp::split_with_sizes_copy": (GATHERED, named.get("out", ()))}
+        passing |= {"fsdp::chunk_cat": ("gradients", args[0] if args else ())}
+        if sent := SENT.get(operator):
+            what, number = sent
+            tensor = made if number is None else args[number]
+            passing[operator] = (what, [tensor])
+            if self.gloo:
+                self.now += 2
+                copy = Block(tensor.nbytes, self.now - 1, self.now, self.current, (), "gloo's copies")
+                self.blocks.append(copy)
+        what, tensors = passing.get(operator, ("", ()))
+        for block in self.blocks_of(tensors):
+            block.what = what
 
     def _note(self, tensor: Tensor) -> Block:
         storage = tensor.untyped_storage()
-        address = storage._cdata
-        if address not in self._known:
-            self.now += 1
-            block = Block(storage.nbytes(), self.now, NEVER, self.current, tuple(tensor.shape))
-            self.blocks.append(block)
-            self._known[address] = (block, weakref.ref(storage, lambda _: self._free(address)))
-        return self._known[address][0]
+        if storage._cdata not in self._known:
+            self._begin(storage, tuple(tensor.shape))
+        return self._known[storage._cdata][0]
+
+    def _begin(self, storage: torch.UntypedStorage, shape: tuple[int, ...], what: str = "") -> None:
+        self.now += 1
+        block, address = Block(storage.nbytes(), self.now, NEVER, self.current, shape, what), storage._cdata
+        self.blocks.append(block)
+        self._known[address] = (block, weakref.ref(storage, lambda _: self._free(address)))
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        """FSDP alone does so: it gives a gathered weight its memory, and takes it back."""
+        if storage._cdata in self._known:
+            self._free(storage._cdata)
+        if storage.nbytes():
+            self._begin(storage, (), GATHERED)
 
     def _free(self, address: int) -> None:
         self.now += 1
@@ -162,9 +212,15 @@ class FakeStep:
     """Student and teacher of an outline, made in whatever mode is active, and a micro-batch of theirs."""
 
     def __init__(
-        self, plan: Outline, *, dtype: torch.dtype, workspace: Workspace, dense: bool = False
+        self,
+        plan: Outline,
+        *,
+        dtype: torch.dtype,
+        workspace: Workspace,
+        dense: bool = False,
+        shared: Callable[[PreTrainedModel, PreTrainedModel | None], None] | None = None,
     ) -> None:
-        """`dtype` is of matrix products, and of the teacher's weights; `dense`: all logits at once."""
+        """`dtype`: of products and teacher; `dense`: all logits at once; `shared` leaves a rank's part."""
         self.plan, self.dtype, self.workspace = plan, dtype, workspace
         self.student, self.teacher = plan.blank_student(), plan.blank_teacher(dtype)
         self.objective = objective_of(plan.config, student=self.student)
@@ -173,6 +229,8 @@ class FakeStep:
             self.forms[1] = stated_form(self.teacher.requires_grad_(False))
             with torch.random.fork_rng(devices=[]):  # `compared_layers` seeds it
                 self.pairs = compared_layers(plan.config, self.student, self.teacher, self.objective)
+        if shared:
+            shared(self.student, self.teacher)
         if self.forms[0] is None and dtype is not torch.float32:
             self.student.forward = convert_outputs_to_fp32(self.student.forward)  # accelerate does so
         training = plan.config.training
@@ -209,6 +267,7 @@ class FakeStep:
             tokens, student, teacher = self._signals(batch, at, at.needs_teacher, phase)
             with phase("loss"):
                 made = ledger(student, teacher, tokens.targets, at=at, count=count, workspace=self.workspace)
+        del student, teacher  # as the trainer has them no longer
         with phase("backward"):
             made.total.backward()
 

@@ -63,47 +63,19 @@ LAYOUTS = {  # how ranks hold the two models between them
     "FSDP": "student and teacher sharded (training.fsdp=true)",
     "FSDP, offloaded": "likewise, the teacher's shard in CPU memory (and teacher.offload=true)",
 }
-SHARDED = ("student's parameters", "gradients", "optimizer state", "teacher's weights")
+Moments = dict[str, dict[str, int]]  # moment -> part -> bytes
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Bytes of a model's weights in the dtype of its products."""
-
-    running: int  # gathered at a time: two layers, as FSDP fetches the next while one computes, and the rest
-    head: int
-
-
-def on_each(
-    moments: Mapping[str, Mapping[str, int]], ranks: int, layout: str, student: Weights, teacher: Weights
-) -> dict[str, dict[str, int]]:
-    """{moment: {part: bytes}} on each of several ranks, from those of one that holds everything.
-
-    By DDP a second copy of the gradients comes on top.  By FSDP each holds its shard of what is SHARDED, and
-    what is gathered to compute with, in the dtype of the products, so that autocast has nothing to cast: a
-    model's running weights, and heads for the losses.
-    """
-    if layout == "DDP":
-        buckets = "student's parameters"
-        return {name: {**parts, "gradient buckets": parts[buckets]} for name, parts in moments.items()}
-    gathered = {
-        "student's forward": student.running,
-        "teacher's forward": student.head + teacher.running,
-        "loss": student.head + teacher.head,
-        "backward": student.running,
-        "evaluation": student.head + max(student.running, teacher.running),
+def copied(moments: Moments) -> Moments:
+    """On each of several ranks by DDP: all that one holds, and a second copy of the gradients."""
+    return {
+        name: {**parts, "gradient buckets": parts["student's parameters"]} for name, parts in moments.items()
     }
-    found = {}
-    for name, whole in moments.items():
-        parts = {part: size for part, size in whole.items() if part != "cast weights"}
-        shared = SHARDED if name != "optimizer step" else (*SHARDED, "temporaries")
-        parts |= {part: -(-size // ranks) for part, size in parts.items() if part in shared}
-        if layout == "FSDP, offloaded":
-            parts["teacher's weights"] = 0
-        if name == "backward":  # until they are reduced; the head's are a part by themselves
-            parts["gradients"] = parts.get("gradients", 0) + student.running - student.head
-        found[name] = {**parts, "gathered weights": gathered.get(name, 0)}
-    return found
+
+
+def offloaded(moments: Moments) -> Moments:
+    """By FSDP with the teacher's shard in the CPU's memory."""
+    return {name: {**parts, "teacher's weights": 0} for name, parts in moments.items()}
 
 
 Forecaster = Callable[[Config], Forecast]

@@ -9,23 +9,26 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, TrainingArguments
 
 from kdlib.config.run import Config
 from kdlib.diagnostics.fake_step import PHASES, Allocations, Block, FakeStep, FakeWorkspace
-from kdlib.diagnostics.forecast import GIB, LAYOUTS, Forecast, Weights, on_each
+from kdlib.diagnostics.forecast import GIB, Forecast, Moments, copied, offloaded
 from kdlib.hardware import as_asked, device_memory, precision_of, product_dtype
 from kdlib.losses.buffers import chunk_tokens
 from kdlib.losses.features import feature_terms
 from kdlib.losses.objective import ObjectiveAt
 from kdlib.models.heads import stated_form
-from kdlib.models.hooks import layers_of
+from kdlib.models.hooks import layers_are_alike
 from kdlib.models.loading import device_of, parameters
+from kdlib.models.sharing import fake_ranks, held_here, share, share_teacher
 from kdlib.models.student import Outline, outline
 from kdlib.tasks.base import task_of
 from kdlib.training.plan import compared_layers, objective_of, training_arguments, workspace_of
@@ -40,12 +43,9 @@ STATE_BYTES = {  # of optimizer state per parameter, by `training.optim`; whatev
     "sgd": 0,
 }
 
-GATHERING = (
-    "by FSDP two CPU ranks took 1.6 times the forecast, as gathering copies (by DDP 1.15 times); on CUDA "
-    "it was not measured: leave room"
-)
-
 Sizes = Counter[str]  # part -> bytes
+Half = tuple[str, int]  # of a moment: 0, or 1 for the second half of one of GROWING
+GROWING = ("student's forward", "backward")  # what each layer leaves adds up, or goes again
 
 
 def forecast(
@@ -85,28 +85,33 @@ def forecast(
     chunk = config.loss.chunk
     if chunk == "auto":
         chunk = chunk_tokens(plan.vocabulary, product_dtype(dtype, there).itemsize, there, free=free)
-    workspace = FakeWorkspace(chunk, compiled=compiled, kind=kind)
-    breakdown = Breakdown(plan, args, kind, dtype, workspace, dense)
-    student, teacher = breakdown.student, breakdown.teacher
-    whole, weights = breakdown.moments(), (breakdown.weights(student), breakdown.weights(teacher))
-    known = list(LAYOUTS) if weights[0].head else ["DDP"]  # a classifier is not sharded
-    ways = {each: on_each(whole, devices, each, *weights) for each in known} if devices > 1 else {}
-    layout = (
-        "DDP" if not args.fsdp else "FSDP, offloaded" if config.teacher and config.teacher.offload else "FSDP"
-    )
+
+    def breakdown(mesh: DeviceMesh | None = None) -> Breakdown:
+        workspace = FakeWorkspace(chunk, compiled=compiled, kind=kind)
+        return Breakdown(plan, args, kind, dtype, workspace, dense, mesh)
+
+    one = breakdown()
+    student, teacher = one.student, one.teacher
+    whole = one.moments()
+    ways = {"DDP": copied(whole)} if devices > 1 else {}
+    if devices > 1 and student.get_output_embeddings() is not None:  # a classifier is not sharded
+        with fake_ranks(devices) as mesh:
+            ways["FSDP"] = breakdown(mesh).moments()
+        ways["FSDP, offloaded"] = offloaded(ways["FSDP"]) if kind == "cuda" else ways["FSDP"]
+    fsdp = "FSDP, offloaded" if config.teacher and config.teacher.offload else "FSDP"
     return Forecast(
         device=kind,
         precision=str(dtype).removeprefix("torch."),
         total=total,
         free=free,
         devices=devices,
-        moments=ways.get(layout, whole),
+        moments=ways.get(fsdp if args.fsdp else "DDP", whole),
         layouts={
             each: max(sum(parts.values()) for parts in moments.values()) for each, moments in ways.items()
         },
         compiled=compiled,
         chunk=None if dense or stated_form(student) is None else chunk,
-        notes=(*plan.notes, *breakdown.notes, *([GATHERING] if args.fsdp and devices > 1 else [])),
+        notes=(*plan.notes, *one.notes),
         parameters={"student": parameters(student)} | ({"teacher": parameters(teacher)} if teacher else {}),
     )
 
@@ -121,6 +126,7 @@ class Breakdown:
     dtype: torch.dtype
     workspace: FakeWorkspace
     dense: bool
+    mesh: DeviceMesh | None = None  # of ranks that share student and teacher, whose first this is
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -130,19 +136,26 @@ class Breakdown:
             self.student, self.teacher = self.plan.blank_student(), self.plan.blank_teacher(self.dtype)
             if self.teacher:
                 compared_layers(config, self.student, self.teacher, objective_of(config))  # adds projections
+        self.shared(self.student, self.teacher)
 
-    def moments(self) -> dict[str, dict[str, int]]:
-        """{moment: {part: bytes}} for one device that holds everything."""
+    def shared(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+        """Leave of them what one rank holds, where there are several."""
+        if self.mesh:
+            share(student, self.mesh, self.args, self.dtype)
+            share_teacher(teacher, self.mesh)
+
+    def moments(self) -> Moments:
+        """{moment: {part: bytes}} for one device: that holds everything, or a rank's."""
         full, (small, large) = self.plan.layers, self.layers_tried()
         with FakeTensorMode(allow_non_fake_inputs=True), nullcontext() if self.kind == "cpu" else as_asked():
             low = self.passing(self.plan.with_layers(*small))
             high = low if small == large else self.passing(self.plan.with_layers(*large))
-        found: dict[str, Sizes] = {name: Counter() for name in high}
-        for name, parts in high.items():
-            for part, size in parts.items():
-                found[name][part] = round(at_layers(full, part, low[name][part], size, small, large))
-        halves = [found.pop(f"backward's {half}") for half in ("beginning", "end")]
-        found |= {"backward": max(halves, key=Counter.total), "optimizer step": self.optimizer_step()}
+        found: dict[str, Sizes] = {}
+        for (name, half), parts in high.items():
+            few = low[name, half]
+            grown = {p: round(at_layers(full, p, few[p], size, small, large)) for p, size in parts.items()}
+            found[name] = max(Counter(grown), found.get(name, Counter()), key=Counter.total)
+        found["optimizer step"] = self.optimizer_step()
         lasting = {
             "framework": FRAMEWORK[self.kind],
             "teacher's weights": bytes_of(_tensors(self.teacher)),
@@ -158,24 +171,25 @@ class Breakdown:
         Two at least: the first layer's input is also the embeddings, and so is no tensor of its own.
         """
         models = [model for model in (self.student, self.teacher) if model]
-        full, alike = self.plan.layers, all(map(_layers_are_alike, models))
+        full, alike = self.plan.layers, all(map(layers_are_alike, models))
         if not alike or feature_terms(objective_of(self.plan.config).weights):
             return full, full
         return tuple(min(count, 2) for count in full), tuple(min(count, 3) for count in full)
 
-    def passing(self, plan: Outline) -> dict[str, Sizes]:
-        """{moment: {part: bytes}} of what comes and goes, where in training most is asked for."""
-        found: dict[str, Sizes] = {}
+    def passing(self, plan: Outline) -> dict[Half, Sizes]:
+        """{half of a moment: {part: bytes}} of what comes and goes, where in training most is asked for."""
+        found: dict[Half, Sizes] = {}
         with Allocations():
-            self.step = FakeStep(plan, dtype=self.dtype, workspace=self.workspace, dense=self.dense)
+            how = {"dtype": self.dtype, "workspace": self.workspace, "dense": self.dense}
+            self.step = FakeStep(plan, **how, shared=self.shared)
         for at in self.step.objectives:
             for name, parts in self.micro_batch(at).items():
                 found[name] = max(parts, found.get(name, Counter()), key=Counter.total)
         if str(self.args.eval_strategy.value) != "no" or self.args.eval_on_start:
-            found["evaluation"] = self.evaluation()
+            found |= self.evaluation()
         return found
 
-    def micro_batch(self, at: ObjectiveAt) -> dict[str, Sizes]:
+    def micro_batch(self, at: ObjectiveAt) -> dict[Half, Sizes]:
         """The parts at the highest point of each phase: of the second, where gradients accumulate."""
         step, accumulation = self.step, self.args.gradient_accumulation_steps
         batch = step.batch(self.args.per_device_train_batch_size)
@@ -188,23 +202,28 @@ class Breakdown:
             step.train(batch, at, count=count, phase=watch.phase)
             kept = self.kept_logits(watch)
             kept |= {id(block): "gradients" for block in watch.blocks_of(self.gradients())}
-        spans = dict(watch.spans)
-        begin, end = spans.pop("backward")
-        middle = (begin + end) // 2
-        spans |= {"backward's beginning": (begin, middle), "backward's end": (middle, end)}
         step.student.zero_grad(set_to_none=True)
-        return {name: self.parts(watch, span, kept) for name, span in spans.items()}
+        return self.halves(watch, PHASES, kept)
 
-    def evaluation(self) -> Sizes:
+    def evaluation(self) -> dict[Half, Sizes]:
         batch = self.step.batch(self.args.per_device_eval_batch_size)
         with self.watch() as watch:
             self.step.evaluate(batch, self.step.objectives[-1], watch.phase)
             kept = self.kept_logits(watch)
-        return self.parts(watch, watch.spans["evaluation"], kept)
+        return self.halves(watch, ["evaluation"], kept)
+
+    def halves(self, watch: Allocations, phases: Iterable[str], kept: Mapping[int, str]) -> dict[Half, Sizes]:
+        """The parts at the highest point of the phases that there were, of each half where layers add up."""
+        found = {}
+        for name in (each for each in phases if each in watch.spans):
+            begin, end = watch.spans[name]
+            ends = (begin, (begin + end) // 2, end) if name in GROWING else (begin, end)
+            found |= {(name, n): self.parts(watch, span, kept) for n, span in enumerate(pairwise(ends))}
+        return found
 
     def watch(self) -> Allocations:
         # on CUDA the loss multiplies its gradient by a scale, on a CPU only if that is not 1
-        watch = Allocations(answer=1.0 if self.kind == "cpu" else 2.0)
+        watch = Allocations(answer=1.0 if self.kind == "cpu" else 2.0, gloo=self.kind == "cpu")
         watch.hold(_tensors(self.step.student) + _tensors(self.step.teacher))
         return watch
 
@@ -222,7 +241,7 @@ class Breakdown:
         """{part: bytes} at the highest point of a span."""
         parts: Sizes = Counter()
         for block in watch.held(watch.peak(*span)):
-            parts[kept.get(id(block)) or self.part(block, watch)] += block.bytes
+            parts[kept.get(id(block)) or block.what or self.part(block, watch)] += block.bytes
         return parts
 
     def part(self, block: Block, watch: Allocations) -> str:
@@ -244,32 +263,22 @@ class Breakdown:
         return self.dtype is not torch.float32 and bool({block.shape, block.shape[::-1]} & shapes)
 
     def optimizer_state(self) -> int:
-        name, every = self.args.optim.value, self.student.parameters()
+        name, every = self.args.optim.value, [held_here(each) for each in self.student.parameters()]
         if name == "adafactor":  # a row and a column per matrix
             counts = (sum(p.shape[-2:]) * p[..., 0, 0].numel() if p.ndim > 1 else p.numel() for p in every)
             return 4 * sum(counts)
         if name not in STATE_BYTES and not name.startswith("adamw"):
             assumed = "8 bytes per parameter, as AdamW's, are assumed"
             self.notes.append(f"training.optim {name}: its state is not known here; {assumed}")
-        return STATE_BYTES.get(name, 8) * parameters(self.student)
+        return STATE_BYTES.get(name, 8) * sum(each.numel() for each in every)
 
     def optimizer_step(self) -> Sizes:
         """What there is beside the state that the optimizer keeps."""
-        sizes = [parameter.nbytes for parameter in self.student.parameters()]
+        sizes = [held_here(parameter).nbytes for parameter in self.student.parameters()]
         scratch = sum(sizes) if self.kind == "cuda" else 2 * max(sizes)  # CUDA: all in one go
         scratch *= "fused" not in self.args.optim
         logits = bytes_of(self.workspace.buffers)
         return Counter({"gradients": sum(sizes), "logits": logits, "temporaries": scratch})
-
-    def weights(self, model: PreTrainedModel | None) -> Weights:
-        """Bytes of a model's weights as they are gathered to compute with."""
-        if model is None:
-            return Weights(0, 0)
-        layers = [bytes_of(layer.parameters()) for layer in layers_of(model)]
-        running = bytes_of(model.parameters()) - sum(layers) + 2 * max(layers)
-        head = model.get_output_embeddings()  # None of a classifier
-        share = self.dtype.itemsize / model.dtype.itemsize  # of what is stored: FSDP gathers for the products
-        return Weights(round(running * share), 0 if head is None else round(head.weight.nbytes * share))
 
 
 def at_layers(
@@ -283,15 +292,8 @@ def at_layers(
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Memory of distinct tensors."""
-    return sum(tensor.nbytes for tensor in tensors)
-
-
-def _layers_are_alike(model: PreTrainedModel) -> bool:
-    """Whether all have the same matrices, and are of one kind."""
-    shapes = {tuple(sorted(tuple(p.shape) for p in layer.parameters())) for layer in layers_of(model)}
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
-    return len(kinds) < 2 and len(shapes) < 2
+    """Memory of distinct tensors; of those that ranks share, this rank's part."""
+    return sum(held_here(tensor).nbytes for tensor in tensors)
 
 
 def _tensors(model: torch.nn.Module | None) -> list[Tensor]:

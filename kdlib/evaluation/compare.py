@@ -16,8 +16,14 @@ from kdlib.config.run import Config, pairs, parse
 from kdlib.data.batches import Prepared
 from kdlib.errors import ConfigError, RunError
 from kdlib.hardware import GIB, peak_memory, precision_of
-from kdlib.models.efficiency import stored_bytes
-from kdlib.models.loading import device_of, load_config, load_tokenizer, parameters, positions_of
+from kdlib.models.loading import (
+    device_of,
+    load_config,
+    load_tokenizer,
+    parameters,
+    positions_of,
+    stored_bytes,
+)
 from kdlib.models.student import check_pair, tokenizer_of
 from kdlib.plots.axes import LABELS
 from kdlib.runs.files import StudentFolder, write_json

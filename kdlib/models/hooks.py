@@ -127,3 +127,10 @@ def layers_name(model: PreTrainedModel) -> str:
         if isinstance(module, nn.ModuleList) and len(module) == count and not name.startswith(other):
             return name
     raise ModelError(f"{type(model).__name__}: found no list of {count} layers to choose from")
+
+
+def layers_are_alike(model: PreTrainedModel) -> bool:
+    """Whether all have the same matrices, and are of one kind."""
+    shapes = {tuple(sorted(tuple(p.shape) for p in layer.parameters())) for layer in layers_of(model)}
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+    return len(kinds) < 2 and len(shapes) < 2

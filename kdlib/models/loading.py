@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
@@ -198,6 +200,18 @@ def folder_of(model: str) -> str:
     if is_file or (model.startswith((".", "/", "~")) and not path.is_dir()):
         raise ModelError(f"{model}: no such {'file' if is_file else 'folder'}")
     return str(path) if path.is_dir() else model
+
+
+def stored_bytes(source: str) -> int | None:
+    """Bytes of a model's weights in its folder or the hub's cache; None where they are in neither."""
+    try:
+        folder = folder_of(source)
+        path = Path(folder if Path(folder).is_dir() else snapshot_download(source, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    whole = path / "model.safetensors"
+    files = [whole] if whole.exists() else path.glob("model-*-of-*.safetensors")
+    return sum(file.stat().st_size for file in files) or None
 
 
 @contextmanager

@@ -1,32 +1,26 @@
 """Where signals come from: a model, student or teacher, run on a batch."""
 
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.distributed import DistributedConfig
-from transformers.initialization import no_init_weights
+from transformers import PreTrainedModel
 
-from kdlib.errors import ConfigError, ModelError
+from kdlib.errors import ModelError
 from kdlib.losses.features import LayerPairs
 from kdlib.losses.signals import DenseSignal, Features, Form, Kept, LinearSignal, Signal, kept, moved
 from kdlib.models.heads import head_form, head_inputs, rounding, whole
-from kdlib.models.hooks import Captured, attend_eagerly, captured_layers, layers_name
-from kdlib.models.loading import blank, load_config
+from kdlib.models.hooks import Captured, attend_eagerly, captured_layers
 
 LET_GO = (
     "logits made by the chunk are not the model's own, which are taken from here on, all at once; what was "
     "trained before followed wrong ones"
 )
 FEW = 32  # tokens on which a form is held against the model's own logits
-SHARDED_ON = {"cuda"}  # on others accelerate turns FSDP off without a word, and DDP trains
 PROJECTIONS = "distillation_projections"  # the student's submodule: its hidden states to the teacher's size
 
 
@@ -153,34 +147,6 @@ class LiveTeacher:
             weight, bias = self.heads[here]
             signal = replace(signal, weight=weight, bias=bias)
         return moved(signal, here)
-
-
-def sharded(model: str, *, offload: bool = False) -> dict[str, Any]:
-    """Options of `load_model` by which each rank reads its own part of every weight, and no more (FSDP2).
-
-    Each layer is gathered as it is run, then let go of; embedding, norm and head likewise.
-
-    Args:
-        offload: the parts lie in the CPU's memory.
-    """
-    if not dist.is_initialized():  # gloo beside NCCL, for what lies on the CPU
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()
-    config = load_config(model)
-    with torch.device("meta"), no_init_weights():
-        made = blank(AutoModelForCausalLM, model, config, torch.float32)
-    layers = f"{layers_name(made)}.*"  # transformers' plan is for the names of Llama's parts
-    plan = None if layers in (made.fsdp_plan or {}) else {layers: "free_full_weight"}
-    shares = DistributedConfig(fsdp_size=dist.get_world_size(), fsdp_plan=plan, fsdp_cpu_offload=offload)
-    return {"distributed_config": shares}
-
-
-def check_shards(device: torch.device) -> None:
-    """Raises a ConfigError where ranks on such a device cannot share one model."""
-    if device.type not in SHARDED_ON:
-        found = f"found on {device.type} ranks, where accelerate shards nothing and DDP would train instead"
-        raise ConfigError(f"training.fsdp: {found}; needed are several CUDA devices, or leave fsdp out: DDP")
 
 
 def named_device(name: str) -> torch.device:

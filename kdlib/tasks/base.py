@@ -23,8 +23,9 @@ from kdlib.errors import ModelError
 from kdlib.hardware import precision_of
 from kdlib.models.depth import shallower
 from kdlib.models.loading import blank, device_of, load_config
+from kdlib.models.sharing import check_shards, sharded
 from kdlib.models.student import Outline, chosen_layers, own_config
-from kdlib.models.teacher import LiveTeacher, check_shards, named_device, sharded
+from kdlib.models.teacher import LiveTeacher, named_device
 
 Check = Callable[[Any], Iterator[Any]]  # kdlib.diagnostics.context.Context → findings
 
@@ -195,12 +196,13 @@ def load_teacher(config: Config, prepared: Prepared, dtype: torch.dtype | None =
 
     With `training.fsdp` each of several ranks loads its own part of it.
     """
-    device, own, options = device_of(config.wanted_device), config.teacher.device, {}
+    device, own = device_of(config.wanted_device), config.teacher.device
     chosen, apart = dtype or precision_of(config.precision, device)[0], named_device(own) if own else None
     if config.training.get("fsdp") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         check_shards(device)
-        options = sharded(config.teacher.model, offload=config.teacher.offload)
-    return teacher_of(_teacher_model(config, prepared, chosen, **options), prepared, apart)
+        with sharded(config.teacher.model, offload=config.teacher.offload) as options:
+            return teacher_of(_teacher_model(config, prepared, chosen, **options), prepared, apart)
+    return teacher_of(_teacher_model(config, prepared, chosen), prepared, apart)
 
 
 def teacher_of(model: Model, prepared: Prepared, device: torch.device | None = None) -> LiveTeacher:

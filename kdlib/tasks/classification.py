@@ -20,11 +20,11 @@ from kdlib.config.task_rules import RULES
 from kdlib.data import classification
 from kdlib.data.batches import Batch, Prepared, collate_classes, random_ids
 from kdlib.errors import ModelError
+from kdlib.hardware import TIMES, latency_ms, middle_half, repeated, seconds_of
 from kdlib.losses.signals import kept
 from kdlib.metrics.classification import Answers
 from kdlib.metrics.paired import results_of, worst_rows
 from kdlib.models.classifier import load_classifier, named_classes
-from kdlib.models.efficiency import TIMES, latency_ms, middle_half, repeated, seconds_of
 from kdlib.models.loading import load_config, load_tokenizer
 from kdlib.models.student import Outline
 from kdlib.models.teacher import LiveTeacher

@@ -22,11 +22,11 @@ from kdlib.config.task_rules import RULES
 from kdlib.data import text
 from kdlib.data.batches import Batch, Prepared, calibration_rows, collate, random_ids, vocabulary_of
 from kdlib.errors import ModelError
+from kdlib.hardware import middle_half, repeated
 from kdlib.losses.objective import eval_terms, row_sums
 from kdlib.losses.signals import IGNORED, kept
 from kdlib.metrics.bootstrap import Bootstrap, over
 from kdlib.metrics.paired import differences, intervals
-from kdlib.models.efficiency import middle_half, repeated
 from kdlib.models.heads import check_causal
 from kdlib.models.loading import load_model
 from kdlib.models.student import Outline, sources, tokenizer_of

@@ -30,7 +30,8 @@ from kdlib.metrics.names import MEASURES
 from kdlib.models.heads import ahead_by_rounding, check_causal
 from kdlib.models.hooks import layers_of
 from kdlib.models.loading import device_of
-from kdlib.models.teacher import PROJECTIONS, check_shards, router_weight
+from kdlib.models.sharing import check_shards
+from kdlib.models.teacher import PROJECTIONS, router_weight
 from kdlib.schedulers import from_spec
 from kdlib.training.trackers import check_installed
 

@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from kdlib.models import efficiency
-from kdlib.models.efficiency import middle_half, repeated
+from kdlib import hardware
+from kdlib.hardware import middle_half, repeated
 
 
 def test_one_slow_answer_of_a_busy_machine_moves_neither_the_median_nor_hides():
@@ -19,7 +19,7 @@ def test_one_slow_answer_of_a_busy_machine_moves_neither_the_median_nor_hides():
 @pytest.mark.parametrize(("took", "times"), [(0.0, 5), (60.0, 3)])
 def test_a_timing_is_repeated_less_often_where_it_is_slow(monkeypatch, took, times):
     calls: list[int] = []
-    monkeypatch.setattr(efficiency, "seconds_of", lambda action, device: (action(), took)[1])
+    monkeypatch.setattr(hardware, "seconds_of", lambda action, device: (action(), took)[1])
     assert repeated(lambda: calls.append(1), torch.device("cpu")) == [took] * times
     assert len(calls) == times + 1  # the first is not counted
 
