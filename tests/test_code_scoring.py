@@ -10,6 +10,7 @@ import pytest
 from kdlib.code.problems import Problem, cut, read_problems
 from kdlib.code.scoring import judge, results_of, run_all
 from kdlib.errors import DataError
+from kdlib.runs.folder import project_root
 
 ADD = {
     "task_id": "own/0",
@@ -43,6 +44,12 @@ def test_some_solutions_of_human_eval_pass_and_none_without_a_body():
     some = problems[::20]
     found = run_all([p.program(p.solution) for p in some] + [p.program("") for p in some])
     assert [verdict.passed for verdict in found] == [True] * len(some) + [False] * len(some)
+
+
+def test_the_easy_problems_that_we_ship_are_solved_by_their_solutions_and_not_by_an_empty_body():
+    problems = read_problems(str(project_root() / "configs" / "code_small.jsonl"))
+    found = run_all([p.program(p.solution) for p in problems] + [p.program("") for p in problems])
+    assert [verdict.passed for verdict in found] == [True] * 20 + [False] * 20
 
 
 @pytest.mark.slow

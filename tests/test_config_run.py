@@ -10,6 +10,7 @@ from kdlib.benchmarks.settings import BenchmarkConfig
 from kdlib.config.loss import TERM_NAMES
 from kdlib.config.run import Config, differences, load, parse
 from kdlib.errors import ConfigError
+from kdlib.generation.config import GenerationConfig
 from kdlib.schedulers import SHAPES
 from kdlib.sweeps.config import SweepConfig
 
@@ -423,15 +424,10 @@ def test_every_config_that_we_ship_loads_and_is_short():
     from kdlib.runs.folder import project_root
 
     for path in sorted((project_root() / "configs").glob("*.yaml")):
-        kind = (
-            BenchmarkConfig
-            if path.stem == "benchmark"
-            else SweepConfig
-            if path.stem.startswith("sweep_")
-            else Config
-        )
+        kinds = {"benchmark": BenchmarkConfig, "sweep": SweepConfig, "rows": GenerationConfig}
+        kind = next((kinds[word] for word in path.stem.split("_") if word in kinds), Config)
         assert isinstance(load(path, kind=kind), kind)
-        assert kind is SweepConfig or isinstance(load(path, smoke=True, kind=kind), kind)
+        assert kind in (SweepConfig, GenerationConfig) or isinstance(load(path, smoke=True, kind=kind), kind)
         assert len(path.read_text().splitlines()) <= 60, path.name
 
 
