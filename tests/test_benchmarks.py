@@ -11,10 +11,11 @@ import torch
 import yaml
 from conftest import kd_process
 
-from kdlib.benchmarks import heads, peers, report, rounds, settings, steps, study
+from kdlib.benchmarks import figures, heads, large, peers, rounds, settings, steps, study
 from kdlib.benchmarks.results import RESULTS, ratio, step_table, target_table, verdict
 from kdlib.config.run import load
 from kdlib.errors import ConfigError, RunError
+from kdlib.models.loading import parameters
 from kdlib.runs import folder as runs
 
 CPU = torch.device("cpu")
@@ -235,7 +236,7 @@ def test_utilisation_counts_a_contenders_own_products():
 def test_a_report_of_a_benchmark_has_its_verdict_figures_and_tables(tmp_path):
     run = runs.create(tmp_path, "measured", load("configs/benchmark.yaml", kind=settings.BenchmarkConfig))
     runs.write_json(run.path / RESULTS, results())
-    page = report.render(run, tmp_path / "reports").read_text()
+    page = figures.render(run, tmp_path / "reports").read_text()
     assert verdict(results()) in page
     assert "python -m kdlib.benchmarks runs/measured/config.yaml" in page
     made = {path.name for path in (tmp_path / "reports" / "measured").glob("*/*")}
@@ -254,7 +255,7 @@ def test_a_study_of_before_that_also_drew_the_dashboard_opens_and_is_reported(tm
         file.write("dashboard: {steps: 100000, rounds: 3}\n")
     runs.write_json(run.path / RESULTS, {**results(), "dashboard": {"steps": 1000, "rounds": []}})
     assert study.Study(run).results["heads"].keys() == {"float32"}
-    assert verdict(results()) in report.render(run, tmp_path / "reports").read_text()
+    assert verdict(results()) in figures.render(run, tmp_path / "reports").read_text()
 
 
 def test_a_bad_benchmark_is_refused_with_all_faults(teacher_folder):
@@ -302,3 +303,37 @@ def test_the_benchmark_notebook_runs_through_and_leaves_a_report(teacher_folder,
     assert (run.path / "figures" / "time_float32.png").exists()
     assert yaml.safe_load((run.path / "config.yaml").read_text())["heads"]["vocabulary"] == 500
     assert (tmp_path / "reports" / "tiny" / "report.html").exists()
+
+
+def test_the_share_of_a_cards_products_is_of_what_its_maker_states():
+    assert large.share_of("NVIDIA H100 80GB HBM3", 494.5e12) == pytest.approx(0.5)
+    assert large.share_of("NVIDIA A100-SXM4-80GB", 156e12) == pytest.approx(0.5)
+    assert large.share_of("CPU", 1e12) is None
+
+
+def test_a_step_of_the_large_shapes_costs_two_for_each_weight_of_the_teacher_and_six_of_the_student(tmp_path):
+    large.saved(tmp_path, tiny=False)
+    options = {"teacher": "", "student_layers": 1, "batch": 1, "length": 1024, "steps": 1, "warmup": 1}
+    made = large.pair(tmp_path, settings.StepsConfig(**options), torch.device("meta"))
+    weights = {name: parameters(model) for name, model in (("7b", made.teacher), ("1b", made.student))}
+    assert weights["7b"] == pytest.approx(7.3e9, rel=0.01)
+    assert weights["1b"] == pytest.approx(1.485e9, rel=0.01)
+    embeddings = 100_352 * 4096, 100_352 * 2048
+    products = 2 * (weights["7b"] - embeddings[0]) + 6 * (weights["1b"] - embeddings[1])
+    attention = 2 * 1024 * (4096 * 32 + 3 * 2048 * 16)
+    assert sum(steps.flops(made).values()) / 1024 == pytest.approx(products + attention, rel=0.01)
+
+
+@pytest.mark.slow
+def test_the_large_benchmark_runs_on_tiny_models():
+    found = large.measure(batch=2, length=16, steps=1, tiny=True, device=CPU)
+    assert found.tokens_per_s > 0
+    assert found.peak_gib is None
+    assert 0 < found.forecast_gib < 0.1
+
+
+@pytest.mark.gpu
+def test_seven_into_one_billion_fill_the_gpu_as_forecast():
+    found = large.measure(batch=4, length=1024, steps=4, tiny=False, device=torch.device("cuda"))
+    assert found.peak_gib == pytest.approx(found.forecast_gib, rel=0.1)
+    assert found.mfu is None or found.mfu >= 0.45

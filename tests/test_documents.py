@@ -13,6 +13,7 @@ import yaml
 
 import kdlib
 from kdlib.benchmarks.__main__ import benchmark
+from kdlib.benchmarks.large import main as large
 from kdlib.benchmarks.settings import BenchmarkConfig
 from kdlib.config.run import load, parse
 from kdlib.generation.config import GenerationConfig
@@ -29,7 +30,8 @@ each = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem
 every = pytest.mark.parametrize("document", [*DOCUMENTS, CHANGES], ids=lambda path: path.stem)
 MEASURING = typer.Typer()
 MEASURING.command("kdlib.benchmarks")(benchmark)
-COMMANDS = typer.main.get_command(app).commands | {"kdlib.benchmarks": typer.main.get_command(MEASURING)}
+MEASURING.command("kdlib.benchmarks.large")(large)
+COMMANDS = typer.main.get_command(app).commands | typer.main.get_command(MEASURING).commands
 BASES = {"classification": "stdlib_sections", "questions": "quantumbench_qa"}  # else the quickstart
 MADE = {"configs/mine.yaml"}  # by the reader
 

@@ -38,7 +38,7 @@ def benchmark(
     reports_folder: ReportsFolder = None,
 ) -> None:
     """Measure losses and training steps beside other packages' by the benchmark notebook, and report."""
-    from kdlib.benchmarks.report import render
+    from kdlib.benchmarks.figures import render
     from kdlib.reports.index import render_index
 
     root, reports = folders(runs_folder, reports_folder)

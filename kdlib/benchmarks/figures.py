@@ -1,18 +1,34 @@
-"""Figures of a benchmark: one message each, stated in the title from the figures themselves.  Imports no
-torch.
+"""Figures of a benchmark, one message each, stated in the title from the figures themselves; and its page.
+Imports no torch.
 
 Ours blue, other packages orange, naive light grey, what cannot be avoided a dashed line.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kdlib.benchmarks.results import Lines, memory_table, ratio, step_table, time_table
+from kdlib.benchmarks.results import (
+    Lines,
+    memory_table,
+    ratio,
+    results_of,
+    run_tables,
+    shown,
+    step_table,
+    time_table,
+    verdict,
+)
 from kdlib.benchmarks.settings import CASES, CONTENDERS
+from kdlib.errors import RunError
 from kdlib.plots.axes import COLOURS, intervals
+from kdlib.reports import html
+from kdlib.reports.run import run_content
+from kdlib.reports.summary import flat
+from kdlib.runs.folder import Run
 
 PEER = COLOURS["baseline"]
 
@@ -142,3 +158,27 @@ def _colour(label: str) -> str:
     if label.startswith(("TRL", "Liger", "torchtune")):
         return PEER
     return COLOURS["teacher"] if label == CONTENDERS["teacher"] else COLOURS["untrained"]
+
+
+def render(run: Run, reports: Path) -> Path:
+    """Write reports/<run>/report.html, its figures and tables from what the study found; returns its path.
+
+    Raises:
+        RunError: there is no study.
+    """
+    if not (run.path / "config.yaml").exists():
+        raise RunError(f"{run.path}: no study there, since there is no config.yaml")
+    results = results_of(run) or {"heads": {}, "steps": {}}
+    pictures = {name: html.picture(figure, name) for name, figure in run_figures(results).items()}
+    tables = run_tables(results) if results["heads"] or results["steps"] else {}
+    content = run_content(run, command="python -m kdlib.benchmarks")
+    machine = [(name, value) for name, value in flat(results.get("machine", {}), " · ")]
+    content["facts"] = [*content["facts"], *machine]
+    page = html.page(
+        "benchmark.html.j2",
+        message=verdict(results) if tables else "",
+        pictures=list(pictures.values()),
+        measured={name: html.table(shown(table)) for name, table in tables.items()},
+        **content,
+    )
+    return html.write(reports / run.name, page, pictures, tables)
