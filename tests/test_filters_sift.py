@@ -182,9 +182,9 @@ def test_the_judge_is_given_task_and_answer_as_they_are():
 
 def test_what_was_thrown_out_is_counted_with_examples_of_each_kind():
     rows = [{"reason": "does not parse: line 1", "response": str(n)} for n in range(5)]
-    rows.append({"reason": "repeats prompt 3", "response": "x"})
+    rows.append({"reason": "repeated prompt: number 3", "response": "x"})
     table = {row["reason"]: row for row in thrown_out(rows)}
-    assert [*table] == [*KINDS, "repeats prompt 3"]
+    assert [*table] == [*KINDS, "repeated prompt"]
     assert table["does not parse"]["count"] == 5
     assert [row["response"] for row in table["does not parse"]["examples"]] == ["0", "1", "2"]
     assert table["empty"] == {"reason": "empty", "count": 0, "examples": []}

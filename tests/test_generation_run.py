@@ -7,7 +7,6 @@ import asyncio
 import json
 import sys
 
-import pandas as pd
 import pytest
 import yaml
 from conftest import tiny_tokenizer
@@ -19,8 +18,6 @@ from kdlib.data.qa import prepare
 from kdlib.errors import RunError, Stopped, TeacherError
 from kdlib.generation import run as generation
 from kdlib.generation.config import GenerationConfig
-from kdlib.reports.index import render_index
-from kdlib.reports.run import render
 from kdlib.runs.folder import Run
 from kdlib.workbench import cli
 
@@ -53,7 +50,7 @@ def test_every_prompt_ends_as_kept_rejected_or_failed_and_none_is_paid_twice(gen
     assert counts == {"kept": 11, "rejected": 4, "failed": 6, "unasked": 0}
     assert set().union(*rows.values()) == set(texts)
     reasons = [row["reason"] for row in rows_in(run, "rejected")]
-    assert reasons == ["empty", "cut off", "refusal", f"repeats prompt {len(MODES)}"]
+    assert reasons == ["empty", "cut off", "refusal", f"repeated prompt: number {len(MODES)}"]
     whys = {
         mode: rows["failed"][text]["reason"]
         for mode, text in zip(MODES, texts, strict=False)
@@ -313,33 +310,6 @@ def test_bad_input_is_a_clear_message_before_anything_is_paid(
     assert not generations.root.exists()
 
 
-def test_an_index_of_runs_names_what_made_rows(generations, tmp_path):
-    config = generations.config(["plain"])
-    run = generations.run(config)
-    asked(run, config)
-    assert "generation" in render_index(generations.root, tmp_path / "reports").read_text()
-
-
-def test_a_report_shows_what_came_of_the_prompts_and_what_it_cost(generations, endpoint, tmp_path):
-    texts = ["<b>bold & bad</b>", *(f"plain {n}" for n in range(5)), "[500] a", "[json] b", "[cut] c"]
-    config = generations.config(texts)
-    run = generations.run(config)
-    page = render(run, tmp_path / "reports")  # before anything is asked
-    assert "created" in page.read_text()
-    asked(run, config)
-    text = render(run, tmp_path / "reports").read_text()
-    assert "6 of 9 prompts ended in a row that is kept" in text
-    assert "cut off: 1" in text
-    assert "failed: status 500: 1" in text
-    assert "&lt;b&gt;bold &amp; bad&lt;/b&gt;" in text
-    assert "<b>bold" not in text
-    table = pd.read_csv(tmp_path / "reports" / run.name / "tables" / "yield.csv", index_col=0)
-    assert table.loc["function"].to_dict() == {"kept": 6, "rejected": 1, "failed": 2, "yielded": 0.667}
-    spent = json.loads((run.path / "progress.json").read_text())["spent_usd"]
-    costs = pd.read_csv(tmp_path / "reports" / run.name / "tables" / "cost.csv")
-    assert costs["usd"].iloc[-1] == pytest.approx(spent)
-
-
 def test_the_command_asks_goes_on_and_forecasts(kd, generations, endpoint, tmp_path):
     config = generations.config([f"plain {n}" for n in range(3)])
     status, said = kd(config, "--dry-run")
@@ -375,7 +345,7 @@ def test_prompts_are_made_of_seeds_and_evolved_by_the_teacher(generations, endpo
     assert sum("+evolved" in row["template"] for row in rows) >= 7
     assert len({row["category"] for row in rows}) == 8
     tries = sum(endpoint.tries.values())
-    assert tries == 8 + len(rows) - sum("repeats" in row.get("reason", "") for row in rows)
+    assert tries == 8 + len(rows) - sum("repeated" in row.get("reason", "") for row in rows)
     asked(run, config)
     assert sum(endpoint.tries.values()) == tries
 

@@ -5,12 +5,14 @@ runs/<run>/  config.yaml  manifest.json  status.json  prompts.jsonl  answers.jso
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kdlib.config.run import differences, parse
+from kdlib.config.run import differences, load, parse
 from kdlib.errors import RunError, without_keys
 from kdlib.filters import judge, sift
 from kdlib.generation import stage
@@ -27,6 +29,78 @@ from kdlib.runs.folder import Run
 
 # filters that need not look twice
 PASSED = {"overlap": [], "near_duplicates": None, "tests": False}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Rows that are wanted, as `kd generate` and its notebook have them; `begin` writes, and `ask` pays."""
+
+    config: GenerationConfig
+    root: Path  # the folder of runs
+    name: str
+    goes_on: bool = False  # there is such a run
+    origin: Mapping[str, Any] = field(default_factory=dict)  # of a new one, for its manifest
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """What is asked, before the teacher makes any of it harder."""
+        if not self.goes_on:
+            return prompts_of(self.config)
+        return read_prompts(runs.open_run(self.root, self.name).path / "prompts.jsonl")
+
+    def begin(self) -> Run:
+        """The run's folder, with its prompts, once nothing is in sight that would stop it.
+
+        Raises:
+            RunError: as `reopened` and `created`.
+            ConfigError, DataError, TeacherError, ModelError: as `prompts_of` and `check`.
+        """
+        if self.goes_on:
+            run = reopened(self.root, self.name, self.config)
+            check(self.config)
+            return run
+        runs.check_new(self.root, self.name)
+        prompts = self.prompts
+        check(self.config)
+        return created(self.root, self.name, self.config, prompts, **self.origin)
+
+    def ask(self, run: Run, *, again: bool = False, render: Callable[[Run], Any] = bool) -> Any:
+        """As `generate`, with a status that says how it ended; however it did, `render` makes a report.
+
+        Returns:
+            What `render` does.
+        """
+        with runs.working(run, failed=render):
+            generate(run, self.config, again=again)
+        return render(run)
+
+
+def wanted(config: str, run: str | None = None, overrides: Sequence[str] = ()) -> Generation:
+    """What a notebook asks for.
+
+    Args:
+        config: YAML file.
+        run: a run's name, or its folder: made where there is none, else it goes on.  None: the newest run of
+            this config that asked the same goes on, so that nothing is paid twice; else a new one begins.
+
+    Raises:
+        ConfigError: the file or the overrides do not fit.
+    """
+    os.chdir(runs.project_root())  # paths mean the same in JupyterLab, which starts in notebooks/
+    settings = load(config, overrides, kind=GenerationConfig)
+    root, name = runs.locate(run) if run else (runs.default_root(), None)
+    name = name or _newest(root, config, settings) or runs.new_name(config)
+    goes_on = (root / name).exists()
+    print(f"run: {name} ({Run(root / name).status['state'] if goes_on else 'new'})")
+    return Generation(settings, root, name, goes_on, {"config_file": config})
+
+
+def _newest(root: Path, config: str, settings: GenerationConfig) -> str | None:
+    for run in runs.all_runs(root):
+        origin = {"kind": "generation", "config_file": config}
+        if origin.items() <= run.manifest.items() and _before(run).asking() == settings.asking():
+            return run.name
+    return None
 
 
 def prompts_of(config: GenerationConfig) -> list[Prompt]:
@@ -65,7 +139,7 @@ def reopened(root: Path, name: str, config: GenerationConfig) -> Run:
     run = runs.open_run(root, name)
     if run.manifest.get("kind") != "generation":
         raise RunError(f"run {name!r} made no rows; kd run goes on with a training")
-    before = parse(run.settings, name=str(run.path / "config.yaml"), kind=GenerationConfig)
+    before = _before(run)
     if lines := differences(before.asking(), config.asking()):
         raise RunError(
             f"run {name!r} asked something else, so it cannot go on with this:\n  "
@@ -156,7 +230,7 @@ def write_files(
     for number, (prompt, answer) in enumerate(zip(prompts, got, strict=True)):
         row = plain_row(prompt, alone=alone)
         if first[prompt.messages] != number:
-            files["rejected"].append(row | {"reason": f"repeats prompt {first[prompt.messages]}"})
+            files["rejected"].append(row | {"reason": f"repeated prompt: number {first[prompt.messages]}"})
         elif isinstance(answer, Failure):
             about = {"teacher": model, "reason": answer.reason, "cost": answer.cost}
             files["failed"].append(row | about)
@@ -176,6 +250,10 @@ def answered_row(prompt: Prompt, answer: Answer, teacher: str, *, alone: bool) -
         row["messages"] = [*row["messages"], {"role": "assistant", "content": answer.text}]
     about = {"teacher": teacher, "finish": answer.finish, "cost": answer.cost}
     return row | {"response": answer.text, **about, "usage": answer.usage and asdict(answer.usage)}
+
+
+def _before(run: Run) -> GenerationConfig:
+    return parse(run.settings, name=str(run.path / "config.yaml"), kind=GenerationConfig)
 
 
 def _clean(prompt: Prompt) -> Prompt:

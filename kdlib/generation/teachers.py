@@ -138,7 +138,7 @@ class Teacher:
         except self.sdk.APIError as error:
             raise NoReply(_said(error), paid=tries.paid) from None
         except ValueError as error:
-            raise NoReply(f"the answer is no JSON ({error})"[:REASON], paid=True) from None
+            raise NoReply(f"the answer is no JSON: {error}"[:REASON], paid=True) from None
         if isinstance(found, NoReply):
             raise found
         return found

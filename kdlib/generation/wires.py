@@ -180,7 +180,7 @@ def read_or_not(wire: Any, answer: Mapping[str, Any]) -> Reply | NoReply:
     try:
         return wire.read(answer)
     except UNREADABLE as error:
-        return NoReply(f"the answer cannot be read ({type(error).__name__}: {error})"[:REASON], paid=True)
+        return NoReply(f"the answer cannot be read: {type(error).__name__}: {error}"[:REASON], paid=True)
 
 
 WIRES: dict[str, Any] = {"openai": OpenAIWire, "anthropic": AnthropicWire}

@@ -18,7 +18,6 @@ from kdlib.reports.html import page, report_link
 from kdlib.reports.scorecard import counted
 from kdlib.reports.summary import Summary, keys_of, summaries
 from kdlib.runs.files import write_text, writing
-from kdlib.runs.folder import Run
 
 STATES = {"running": 0, "created": 1, "done": 2, "stopped": 3, "failed": 4, "died": 5, "unreadable": 6}
 COLUMNS: dict[str, Callable[[Summary], Any]] = {
@@ -38,13 +37,6 @@ class Cell(NamedTuple):
     text: str
     note: str = ""
     is_marked: bool = False
-
-
-def with_index(run: Run, reports: Path, render: Callable[[Run, Path], Path]) -> Path:
-    """Make a run's page, and the index over all runs; returns the former's path."""
-    page = render(run, reports)
-    render_index(run.path.parent, reports)
-    return page
 
 
 def render_index(runs: Path, reports: Path) -> Path:

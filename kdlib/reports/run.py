@@ -11,11 +11,11 @@ from kdlib.config.task_rules import rules_in, shown_in
 from kdlib.errors import RunError
 from kdlib.metrics.bootstrap import FEW_UNITS
 from kdlib.metrics.names import MEASURES
-from kdlib.plots import comparison as plots, pass_at_k
+from kdlib.plots import comparison as plots
 from kdlib.plots.axes import few_rows, label_of
 from kdlib.plots.classification import ANSWER_FIGURES, TITLES, answer_tables
 from kdlib.plots.training import run_figures
-from kdlib.reports import generation, html
+from kdlib.reports import html
 from kdlib.reports.explorers import static_html
 from kdlib.reports.scorecard import counted, scorecard, scorecard_table
 from kdlib.reports.summary import UNREADABLE, flat, keys_of, summary
@@ -30,13 +30,13 @@ def render(run: Run, reports: Path) -> Path:
     """Write reports/<run>/report.html with its figures and tables; return the page's path.
 
     Raises:
-        RunError: there is no run, or it is a benchmark's.
+        RunError: there is no run, or it is a benchmark's, or made rows.
     """
     if not (run.path / "config.yaml").exists():
         raise RunError(f"{run.path}: no run there, since there is no config.yaml")
     brief = summary(run)
     if brief.kind == "generation":
-        return generation.render(run, reports)
+        raise RunError(f"{run.name} made rows: `kd report {run.name}` makes its page")
     if brief.kind:
         command = f"python -m kdlib.benchmarks --report {run.name}"
         raise RunError(f"{run.name} is a benchmark: `{command}` makes its page")
@@ -44,7 +44,7 @@ def render(run: Run, reports: Path) -> Path:
     results = run.comparison if is_readable else None
     figures = run_figures(run, results) if is_readable else {}
     code = read_json(run.code / "results.json", [])
-    figures |= pass_at_k.figures_of(code)
+    figures |= plots.code_figures(code)
     pictures = {name: html.picture(figure, name) for name, figure in figures.items()}
     students = {"teacher" if brief.is_teacher else "distilled student": run, "baseline": run.baseline}
     cards = {
@@ -53,7 +53,7 @@ def render(run: Run, reports: Path) -> Path:
         if is_readable and (lines := scorecard(run, student, results=results))
     }
     tables = {"metrics": few_rows(brief.train), "evaluation": few_rows(brief.evaluation)}
-    tables |= pass_at_k.tables_of(code)
+    tables |= plots.code_tables(code)
     if results:
         tables |= comparison_tables(results)
     if cards:
@@ -90,7 +90,7 @@ def render_comparison(results: Mapping[str, Any], folder: Path) -> Path:
 
 def render_code(name: str, code: Sequence[Mapping[str, Any]], folder: Path) -> Path:
     """Write report.html of what models wrote for programming problems; return the page's path."""
-    figures, tables = pass_at_k.figures_of(code), pass_at_k.tables_of(code)
+    figures, tables = plots.code_figures(code), plots.code_tables(code)
     pictures = {name: html.picture(figure, name) for name, figure in figures.items()}
     words = {"few_units": FEW_UNITS, "label_of": label_of, "name": name}
     page = html.page("evaluated.html.j2", pictures=pictures, tables=tables, code=code, **words)

@@ -15,7 +15,9 @@ from kdlib.config.task_rules import primary_in, rules_in
 from kdlib.errors import KdlibError
 from kdlib.metrics.names import MEASURES, difference, three_digits, with_interval
 from kdlib.plots.comparison import costs_of
+from kdlib.plots.generation import ENDS, dollars
 from kdlib.reports.scorecard import Line, scorecard
+from kdlib.runs.files import read_json
 from kdlib.runs.folder import Run
 from kdlib.runs.log import duration, eval_table, plan_table, tail_of
 from kdlib.runs.progress import seconds_taken
@@ -116,6 +118,7 @@ def _read(run: Run) -> Summary:
     steps = [int(table["step"].iloc[-1]) for table in (tail.train, tail.evaluation) if len(table)]
     best = _best(settings, tail.evaluation)
     keys, compared = _keys(run, settings, results, tail.evaluation, best)
+    asking = read_json(run.path / "progress.json", {}) if kind == "generation" else {}
     return Summary(
         run.name,
         status["state"],
@@ -127,16 +130,16 @@ def _read(run: Run) -> Summary:
         is_teacher=bool(manifest.get("teacher_stage")),
         step=max(steps, default=None),
         steps=int(plan["step"].max()) if len(plan) else manifest.get("optimizer_steps"),
-        stage=_stage(run, results, steps),
+        stage=_asked(asking) if asking else _stage(run, results, steps),
         keys=keys,
         compared=compared,
         best=best,
         train=tail.train,
         evaluation=tail.evaluation,
         baseline=eval_table(run.baseline),
-        costs=_costs(results, tail.train, tail.evaluation),
+        costs=_costs_of_rows(asking) if asking else _costs(results, tail.train, tail.evaluation),
         settings={name: _as_text(value) for name, value in flat(settings)},
-        card=tuple(scorecard(run, tail=tail, results=results)),
+        card=() if asking else tuple(scorecard(run, tail=tail, results=results)),
     )
 
 
@@ -146,6 +149,18 @@ def _stage(run: Run, results: Mapping | None, steps: list[int]) -> str:
     if run.is_trained:
         return "trained"
     return "training" if steps else "set up" * ("formula" in run.manifest)
+
+
+def _asked(progress: Mapping[str, Any]) -> str:
+    """Of a run that makes rows: `81 kept, 19 rejected, 14 failed`, or how many prompts are answered."""
+    if "kept" in progress:
+        return ", ".join(f"{progress[end]:,} {end}" for end in ENDS if progress[end] or end == "kept")
+    return f"{progress['stage']}: {progress['answered']:,} of {progress['prompts']:,} prompts answered"
+
+
+def _costs_of_rows(progress: Mapping[str, Any]) -> dict[str, str]:
+    spent, tokens = progress["spent_usd"], progress["output_tokens"]
+    return {"generation, spent": dollars(spent)} | {"generation, tokens of answers": f"{tokens:,}"}
 
 
 def _best(settings: Mapping, evaluation: pd.DataFrame) -> Best | None:

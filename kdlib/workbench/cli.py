@@ -212,14 +212,40 @@ def report(
 
 
 @app.command()
-def clean(run: argument("A run's name, or its folder."), runs_folder: RunsFolder = None) -> None:
-    """Delete the checkpoints of RUN, which is done: models, figures and reports stay.
+def generate(
+    config: argument("The teacher and its prompts: a YAML file."),
+    dry_run: option(bool, "--dry-run", help="Tokens and dollars, for usual models too; ask nothing.") = False,
+    resume: option(str | None, "--resume", help="Go on with this run; nothing is paid twice.") = None,
+    again: option(bool, "--again", help="With --resume: also what failed and may be paid.") = False,
+    name: RunName = None,
+    override: option(Texts, "-o", "--override", help="key=value, e.g. budget.usd=20.") = None,
+    runs_folder: RunsFolder = None,
+    reports_folder: ReportsFolder = None,
+) -> None:
+    """Ask a teacher for rows to learn from: kept.jsonl in the run's folder, which a training reads.
 
-    Checkpoints take most of the disk: 5 GB after a quickstart.
+    Ctrl-C waits for what is under way and ends; a second one leaves it.  Limits, budget, prices and filters
+    may be others when the run goes on.
     """
-    root, _ = folders(runs_folder, None)
-    freed = runs.clean(runs.open_run(*runs.locate(run, root)))
-    print(f"{run}: {freed / 2**30:.2f} GiB freed")
+    from kdlib.generation import prices
+    from kdlib.generation.config import GenerationConfig
+    from kdlib.generation.run import Generation
+
+    if again and not resume:
+        raise ConfigError("--again goes with --resume RUN: a new run asks everything")
+    root, reports = folders(runs_folder, reports_folder)
+    resolved = configs.load(config, override or [], kind=GenerationConfig)
+    given = entered(config, override, smoke=False)
+    origin = {"config_file": given["config"], "command": command()}
+    name = resume or name or runs.new_name(config)
+    rows = Generation(resolved, root, name, goes_on=bool(resume), origin=origin)
+    if dry_run:
+        print(prices.as_text(resolved, rows.prompts))
+        return
+    opened = rows.begin()
+    with going_on(f"go on with kd generate {given['config']} --resume {name}"):
+        page = rows.ask(opened, again=again, render=partial(_rendered, reports=reports))
+    print(f"rows: {os.path.relpath(opened.path / 'kept.jsonl')}    report: {os.path.relpath(page)}")
 
 
 def main() -> None:
@@ -230,7 +256,7 @@ def main() -> None:
 
 def _rendered(run: Run, reports: Path) -> Path:
     """Make the report of a run or a sweep, and the index over all runs; returns the former's path."""
-    from kdlib.reports import run as run_report
+    from kdlib.reports import generation, run as run_report
     from kdlib.reports.index import render_index
     from kdlib.sweeps import report as sweep_report
     from kdlib.sweeps.results import Sweep
@@ -239,7 +265,9 @@ def _rendered(run: Run, reports: Path) -> Path:
     if (swept := Sweep(run.path)).facts:
         page = sweep_report.render(swept, reports)
     else:
-        page = run_report.render(runs.open_run(root, run.name), reports)
+        opened = runs.open_run(root, run.name)
+        makes_rows = opened.manifest.get("kind") == "generation"
+        page = (generation if makes_rows else run_report).render(opened, reports)
     render_index(root, reports)
     return page
 

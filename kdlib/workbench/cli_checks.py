@@ -1,4 +1,4 @@
-"""What the commands of `kd` have in common, and those that look at a config, make one, or compare models."""
+"""What the commands of `kd` have in common, and those that look at a config or models, make one, or clean."""
 
 import contextlib
 import json
@@ -7,7 +7,6 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +16,7 @@ from kdlib.config import run as configs
 from kdlib.errors import ConfigError, KdlibError, refuse_keys, without_keys
 from kdlib.runs import folder as runs
 from kdlib.runs.child_processes import LAUNCHED
-from kdlib.runs.files import going_on, write_json, write_text
+from kdlib.runs.files import write_json, write_text
 from kdlib.runs.folder import Run
 
 OTHERS_S = 5.0  # that a rank waits for the first to say what is wrong
@@ -220,48 +219,14 @@ def compare(
 
 
 @checks.command()
-def generate(
-    config: argument("The teacher and its prompts: a YAML file."),
-    dry_run: option(bool, "--dry-run", help="Tokens and dollars, for usual models too; ask nothing.") = False,
-    resume: option(str | None, "--resume", help="Go on with this run; nothing is paid twice.") = None,
-    again: option(bool, "--again", help="With --resume: also what failed and may be paid.") = False,
-    name: RunName = None,
-    override: option(Texts, "-o", "--override", help="key=value, e.g. budget.usd=20.") = None,
-    runs_folder: RunsFolder = None,
-    reports_folder: ReportsFolder = None,
-) -> None:
-    """Ask a teacher for rows to learn from: kept.jsonl in the run's folder, which a training reads.
+def clean(run: argument("A run's name, or its folder."), runs_folder: RunsFolder = None) -> None:
+    """Delete the checkpoints of RUN, which is done: models, figures and reports stay.
 
-    Ctrl-C waits for what is under way and ends; a second one leaves it.  Limits, budget, prices and filters
-    may be others when the run goes on.
+    Checkpoints take most of the disk: 5 GB after a quickstart.
     """
-    from kdlib.generation import prices, run as generation
-    from kdlib.generation.config import GenerationConfig
-    from kdlib.reports.generation import render
-    from kdlib.reports.index import with_index
-
-    if again and not resume:
-        raise ConfigError("--again goes with --resume RUN: a new run asks everything")
-    root, reports = folders(runs_folder, reports_folder)
-    resolved = configs.load(config, override or [], kind=GenerationConfig)
-    given = entered(config, override, smoke=False)
-    if dry_run:
-        print(prices.as_text(resolved, generation.prompts_of(resolved)))
-        return
-    if resume:
-        opened = generation.reopened(root, resume, resolved)
-        generation.check(resolved)
-    else:
-        name = free_name(root, name, config, smoke=False)
-        prompts = generation.prompts_of(resolved)
-        generation.check(resolved)
-        origin = {"config_file": given["config"], "command": command()}
-        opened = generation.created(root, name, resolved, prompts, **origin)
-    again_by = f"go on with kd generate {given['config']} --resume {opened.name}"
-    with going_on(again_by), runs.working(opened, partial(with_index, reports=reports, render=render)):
-        generation.generate(opened, resolved, again=again)
-    page = with_index(opened, reports, render)
-    print(f"rows: {os.path.relpath(opened.path / 'kept.jsonl')}    report: {os.path.relpath(page)}")
+    root, _ = folders(runs_folder, None)
+    freed = runs.clean(runs.open_run(*runs.locate(run, root)))
+    print(f"{run}: {freed / 2**30:.2f} GiB freed")
 
 
 @checks.command()
@@ -283,7 +248,7 @@ def evaluate(
     Of a run: its teacher, baseline and student.  The same command goes on where it stopped.
     """
     from kdlib.evaluation import code
-    from kdlib.plots.pass_at_k import tables_of
+    from kdlib.plots.comparison import code_tables
     from kdlib.reports import run as pages
 
     asked = {"benchmarks": benchmark, "allow_execution": allow_code_execution, "k": k or [1]}
@@ -292,6 +257,6 @@ def evaluate(
     found, place = code.evaluate(model, asked, override or [], root, reports, output)
     is_run = isinstance(place, Run)
     page = pages.render(place, reports) if is_run else pages.render_code(place.name, found, place)
-    for table in tables_of(found).values():
+    for table in code_tables(found).values():
         print(f"\n{table.to_string()}")
     print(f"\nintervals: {found[0]['interval']}\nreport: {os.path.relpath(page)}")

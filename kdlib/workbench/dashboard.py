@@ -1,8 +1,10 @@
-"""A training seen live, in the notebook that trains or in any other: from the run's files alone.
+"""A run seen live, in the notebook where it goes on or in any other: from the run's files alone.
 
 with dashboard.watch(bench.run):       # the picture moves while the cell trains
     bench.train()
 dashboard.watch("runs/<run>")          # as a last line: a run that goes on elsewhere, or is over
+
+A training has controls where somebody can use them; a run that makes rows is a picture everywhere.
 """
 
 import contextvars
@@ -18,6 +20,7 @@ from IPython.display import Image, display
 from markupsafe import escape
 
 from kdlib.errors import KdlibError
+from kdlib.plots import generation
 from kdlib.plots.axes import png
 from kdlib.plots.training import dashboard
 from kdlib.plots.training_panels import View
@@ -43,7 +46,8 @@ def watch(run: Run | str, view: View | None = None) -> "Dashboard":
     """
     if not isinstance(run, Run):
         run = runs.open_run(*runs.locate(str(runs.project_root() / run) if os.sep in run else run))
-    return Dashboard(run, view or View())
+    makes_rows = run.manifest.get("kind") == "generation"
+    return Dashboard(LiveGeneration(run) if makes_rows else LiveRun(run, view or View()))
 
 
 class LiveRun:
@@ -75,6 +79,10 @@ class LiveRun:
         self.words = (headline(self.progress), where_line(self.progress), self.progress.message)
         return any(is_new) or self.words != before
 
+    @property
+    def headline(self) -> str:
+        return headline(self.progress)
+
     def png(self) -> bytes:
         rivals = (self.candidates[name] for name in self.rivals)
         shown = [progress(run, folder, self.tail(folder)) for run, folder in rivals]
@@ -84,11 +92,35 @@ class LiveRun:
         return scorecard(self.run, tail=self.tail(self.run))
 
 
+class LiveGeneration:
+    """The same of a run that makes rows."""
+
+    is_training = has_ended = False
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.changed = run, (0,)
+        self.read()
+
+    def read(self) -> bool:
+        files = [self.run.path / name for name in ("answers.jsonl", "progress.json", "status.json")]
+        before, self.changed = self.changed, tuple(file.stat().st_mtime_ns for file in files if file.exists())
+        if is_new := self.changed != before:
+            self.found = generation.generated(self.run)
+        return is_new
+
+    @property
+    def headline(self) -> str:
+        return generation.headline(self.found)
+
+    def png(self) -> bytes:
+        return png(generation.live_figure(self.found))
+
+
 class Dashboard:
     """A picture that follows its run, with controls where somebody is there to use them."""
 
-    def __init__(self, run: Run, view: View) -> None:
-        self.live = LiveRun(run, view)
+    def __init__(self, live: LiveRun | LiveGeneration) -> None:
+        self.live = live
         self.drawing, self.ended = threading.RLock(), threading.Event()
         self.thread: threading.Thread | None = None
 
@@ -136,7 +168,8 @@ class Dashboard:
 
     def _show(self) -> None:
         self.ended.clear()
-        if runs.headless():  # widgets would stay blank, and Output or @interact would hang
+        if runs.headless() or isinstance(self.live, LiveGeneration):
+            # headless widgets would stay blank, and Output or @interact would hang
             self.controls, self.context = None, contextvars.copy_context()  # the cell's, whose output it is
             self.handle = display(self._static(), display_id=True)
         else:
@@ -150,7 +183,7 @@ class Dashboard:
         self.thread.start()
 
     def _watch(self) -> None:
-        pause = least = HEADLESS_PAUSE_S if self.controls is None else PAUSE_S
+        pause = least = HEADLESS_PAUSE_S if runs.headless() else PAUSE_S
         news = time.monotonic()
         while not self.ended.wait(pause):
             began, spent = time.monotonic(), time.thread_time()
@@ -162,7 +195,7 @@ class Dashboard:
             pause = max(least, (time.thread_time() - spent) / SHARE)
 
     def _static(self) -> Image:
-        return Image(data=self.live.png(), format="png", alt=headline(self.live.progress))
+        return Image(data=self.live.png(), format="png", alt=self.live.headline)
 
 
 class Controls:
