@@ -49,6 +49,11 @@ def precision_of(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.bfloat16 if capable else torch.float32, reason
 
 
+def world_size() -> int | None:
+    """How many processes share this training, as its launcher says; None where none launched this one."""
+    return int(found) if (found := os.environ.get("WORLD_SIZE")) else None
+
+
 def device_memory(device: torch.device) -> tuple[int, int]:
     """Bytes in all, and free now; of the machine where the device has no memory of its own."""
     if device.type == "cuda" and torch.cuda.is_available():

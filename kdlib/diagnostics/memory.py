@@ -4,7 +4,6 @@ Every tensor of a step without data (kdlib.diagnostics.fake_step) is counted; wh
 from the models' sizes.
 """
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from kdlib.config.run import Config
 from kdlib.diagnostics.fake_step import PHASES, Allocations, Block, FakeStep, FakeWorkspace
 from kdlib.diagnostics.forecast import GIB, Forecast, Moments, copied, offloaded
-from kdlib.hardware import as_asked, device_memory, precision_of, product_dtype
+from kdlib.hardware import as_asked, device_memory, precision_of, product_dtype, world_size
 from kdlib.losses.buffers import chunk_tokens
 from kdlib.losses.features import feature_terms
 from kdlib.losses.objective import ObjectiveAt
@@ -80,7 +79,7 @@ def forecast(
         dtype = torch.bfloat16
     total, free = (round(memory * GIB),) * 2 if memory else device_memory(there)
     args, plan = training_arguments(config, Path("unused")), outline(config, task_of(config), vocabulary)
-    devices = devices or int(os.environ.get("WORLD_SIZE", 1))
+    devices = devices or world_size() or 1
     compiled = workspace_of(config, args, rows, plan.vocabulary).compiled
     chunk = config.loss.chunk
     if chunk == "auto":

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from kdlib.errors import ConfigError, ModelError, nearest
+from kdlib.hardware import world_size
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 BUILT_IN = {
@@ -174,8 +175,8 @@ def ranks_of(wanted: int | str, device: str) -> int:
     Raises:
         ConfigError: more are wanted than there are GPUs.
     """
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
+    if launched := world_size():
+        return launched
     gpus = torch.cuda.device_count() if device_of(device).type == "cuda" else 0
     if gpus and wanted != "auto" and int(wanted) > gpus:
         do = f"write {gpus}, or auto; or use more machines (notebooks/guides/running.md)"

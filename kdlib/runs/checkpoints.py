@@ -39,7 +39,7 @@ def is_in_parts(checkpoint: Path) -> bool:
     return any(checkpoint.glob("pytorch_model_fsdp_*/"))
 
 
-def ranks_of(checkpoint: Path) -> int:
+def ranks_in(checkpoint: Path) -> int:
     """How many processes made a checkpoint: each left its random state."""
     return len([*checkpoint.glob("rng_state_*.pth")]) or 1
 

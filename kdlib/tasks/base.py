@@ -4,7 +4,6 @@ A task is one file of this package, found because it stands here: a `Task` with 
 the end.
 """
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from kdlib.config.run import Config
 from kdlib.config.task_rules import TaskRules
 from kdlib.data.batches import Prepared, calibration_rows, largest_id
 from kdlib.errors import ModelError
-from kdlib.hardware import precision_of
+from kdlib.hardware import precision_of, world_size
 from kdlib.models.depth import shallower
 from kdlib.models.loading import blank, device_of, load_config
 from kdlib.models.sharing import check_shards, sharded
@@ -198,7 +197,7 @@ def load_teacher(config: Config, prepared: Prepared, dtype: torch.dtype | None =
     """
     device, own = device_of(config.wanted_device), config.teacher.device
     chosen, apart = dtype or precision_of(config.precision, device)[0], named_device(own) if own else None
-    if config.training.get("fsdp") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if config.training.get("fsdp") and (world_size() or 1) > 1:
         check_shards(device)
         with sharded(config.teacher.model, offload=config.teacher.offload) as options:
             return teacher_of(_teacher_model(config, prepared, chosen, **options), prepared, apart)

@@ -1,7 +1,6 @@
 """What a config's training will be, known before it runs."""
 
 import math
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from kdlib.config.run import Config
 from kdlib.config.task_rules import rules_of
 from kdlib.data.batches import Prepared, calibration_rows
 from kdlib.errors import ConfigError
-from kdlib.hardware import precision_of
+from kdlib.hardware import precision_of, world_size
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.features import LayerPairs, feature_terms, layer_pairs, projections
 from kdlib.losses.objective import Objective
@@ -118,7 +117,7 @@ def training_arguments(config: Config, output: Path, **changes: Any) -> Training
     if isinstance(config.training.get("lr_scheduler_type"), Mapping):
         fixed["lr_scheduler_type"] = "constant"  # the trainer follows the schedule itself
     given = {RENAMED.get(name, name): value for name, value in deepcopy(config.training).items()}
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if (world_size() or 1) == 1:
         given.pop("ddp_backend", None)  # ranks that are not there cannot be reached by it
     try:
         args = TrainingArguments(**{**given, **fixed, **changes})

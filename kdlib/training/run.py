@@ -17,7 +17,7 @@ from kdlib.losses.objective import EVAL_TERMS, ObjectiveAt
 from kdlib.models.loading import parameters
 from kdlib.models.saved import FIRST_ROWS, Trained, mean_of_first, settle_generation, special_tokens
 from kdlib.models.teacher import PROJECTIONS, LiveTeacher
-from kdlib.runs.checkpoints import is_in_parts, last_whole, ranks_of, restore_best, step_of
+from kdlib.runs.checkpoints import is_in_parts, last_whole, ranks_in, restore_best, step_of
 from kdlib.runs.files import StudentFolder, go_on, is_refusal, write_error, write_json
 from kdlib.runs.folder import Run
 from kdlib.runs.lock import held
@@ -105,7 +105,7 @@ def train(
             raise RunError(
                 f"{checkpoint.name} was saved whole, by a process alone, and ranks read parts; go on with one"
             )
-        said.append(share_step(args, ranks_of(checkpoint) if checkpoint else None))
+        said.append(share_step(args, ranks_in(checkpoint) if checkpoint else None))
         args.eval_on_start &= checkpoint is None  # else that evaluation is in metrics.jsonl already
         if args.process_index == 0:
             folder.path.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from kdlib.diagnostics import doctor, forecast, memory, parity
 from kdlib.diagnostics.context import as_text
 from kdlib.errors import RunError, nearest
 from kdlib.evaluation import code, compare, predictions
-from kdlib.hardware import machine, precision_of
+from kdlib.hardware import machine, precision_of, world_size
 from kdlib.models.loading import device_of, ranks_of
 from kdlib.models.student import check_pair, tokenizer_of
 from kdlib.models.teacher import LiveTeacher
@@ -101,7 +101,7 @@ class Workbench:
     @property
     def processes(self) -> int:
         """How many share a training that begins here; 1 where this one shares it with others."""
-        return 1 if "WORLD_SIZE" in os.environ else ranks_of(self.wanted_processes, self.config.wanted_device)
+        return 1 if world_size() else ranks_of(self.wanted_processes, self.config.wanted_device)
 
     @cached_property
     def tokenizer(self):
