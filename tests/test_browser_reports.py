@@ -2,14 +2,18 @@
 and cannot.
 """
 
+import json
+
 import nbformat
 import pytest
 from browser import MARKS
+from made_generations import asked as generated
 from made_runs import EVIL, RAW, made_run, results
 from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from kdlib.reports import index as overview, run as reports
+from kdlib.reports.generation import render as rows_page
 from kdlib.runs import folder as runs
 
 pytestmark = MARKS
@@ -189,3 +193,22 @@ def test_a_report_suits_dark_screens_and_paper(browser, tmp_path):
     page.emulate_media(media="screen", color_scheme="light")
     page.set_viewport_size({"width": 500, "height": 900})
     assert page.evaluate("document.documentElement.scrollWidth") <= 500
+
+
+def test_nothing_in_rows_acts_or_fetches(browser, generations, endpoint, monkeypatch):
+    said = endpoint.said
+    monkeypatch.setattr(endpoint, "said", lambda prompt, mode: f"answer {EVIL} {said(prompt, mode)}")
+    config = generations.config(["unused"])
+    rows = [
+        {"prompt": f"{mode} prompt {EVIL}", "category": f"{mode}{EVIL}"} for mode in ("", "[cut]", "[500]")
+    ]
+    (generations.folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = generations.run(config)
+    generated(run, config)
+    page = opened(browser, rows_page(run, generations.folder / "reports"))
+    page.eval_on_selector_all("details", "all => all.forEach(each => each.open = true)")
+    assert asks_for_nothing(page)
+    text = " ".join(page.inner_text("body").split())
+    assert text.count(f"prompt {EVIL}") == 3
+    assert text.count(f"answer {EVIL}") == 2  # kept, and cut off
+    assert page.locator("figure img").count() == 4

@@ -8,6 +8,7 @@ import time
 
 import nbformat
 import pytest
+from made_generations import asked
 from made_log import logged, logged_run
 from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
@@ -119,6 +120,19 @@ def test_the_scorecard_is_escaped():
 def test_a_run_that_is_not_there_is_named(run):
     with pytest.raises(RunError, match="did you mean 'first'"):
         dashboard.watch(str(run.path.parent / "frist"))
+
+
+def test_a_run_that_makes_rows_is_a_picture_that_follows_it(generations):
+    config = generations.config(["plain 1", "plain 2"])
+    run = generations.run(config)
+    live = dashboard.watch(run).live
+    assert live.headline == "made  ·  nothing asked yet"
+    before = live.png()
+    assert not live.read()
+    asked(run, config)
+    assert live.read()
+    assert "done  ·  2 kept" in live.headline
+    assert live.png() != before
 
 
 @pytest.mark.slow
