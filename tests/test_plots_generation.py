@@ -142,12 +142,13 @@ def test_the_curve_ends_at_what_the_log_says_was_spent(tmp_path):
 
 
 def test_a_pause_between_sittings_is_left_out_and_a_batch_is_waited_for(tmp_path):
+    began = {"event": "began", "stage": "answers"}
     answer = {"event": "answered", "key": "k", "answer": {"text": "", "cost": 0.1}}
-    log(tmp_path / "log", answer, answer, answer, minutes=[0, 2, 1000])
-    assert plots.costs_over_time(tmp_path / "log")["seconds"].tolist() == [0, 120, 120]
+    log(tmp_path / "log", began, answer, answer, began, answer, minutes=[0, 2, 3, 1000, 1001])
+    assert plots.costs_over_time(tmp_path / "log")["seconds"].tolist() == [0, 120, 180, 180, 240]
     sent = {"event": "batch_sent", "name": "b", "id": "i"}
-    log(tmp_path / "batch", sent, answer, minutes=[0, 1000])
-    assert plots.costs_over_time(tmp_path / "batch")["seconds"].tolist() == [0, 60_000]
+    log(tmp_path / "batch", began, sent, answer, minutes=[0, 0, 1000])
+    assert plots.costs_over_time(tmp_path / "batch")["seconds"].tolist() == [0, 0, 60_000]
 
 
 def test_a_line_that_is_written_just_now_is_not_read_yet(tmp_path):

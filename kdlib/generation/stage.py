@@ -59,6 +59,7 @@ class Session:
         todo = [(key, prompt) for key, prompt in named.items() if not self.log.has(key, again=self.again)]
         asking = Asking(self.log, self.budget, price_for(stage), stage.sampling.max_tokens)
         if todo and not self.ended:
+            self.log.add("began", stage=stage.name)  # from which time is told
             driven(self._watched(stage, asking, named, todo), asking.stop)
             self.ended = self._end_of(asking, stage)
         return [self.log.answers.get(key) or self.log.failures.get(key) for key in keys]

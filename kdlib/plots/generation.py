@@ -23,7 +23,6 @@ ENDS = ("kept", "rejected", "failed")
 LEFT = "not answered"
 COLOURS = {"kept": "#0072b2", "rejected": "#e69f00", "failed": "#d55e00"}
 COLOURS |= {"answered": "#56b4e9", LEFT: "#d9d9d9"}  # before the answers are sifted
-PAUSE_S = 600.0  # without an event: longer is between two sittings, unless the endpoint has a batch
 UNITS = (
     (100.0, 1.0, "s"),
     (6000.0, 60.0, "min"),
@@ -269,17 +268,18 @@ def _draw_costs(found: Generated, every: Sequence[Axes]) -> None:
     every[-1].yaxis.set_major_formatter("{x:,.0f}")
     legend(every[-1])
     for axes in every:
-        axes.set_xlabel(f"{unit} since the first request, pauses left out", **SMALL)
+        axes.set_xlabel(f"{unit} of asking, pauses left out", **SMALL)
+        axes.set_xlim(0, max(costs["seconds"].max(), 1) / per if len(costs) else 1)
         axes.tick_params(labelsize=8)
         axes.set_ylim(bottom=0)
 
 
 def _seconds(every: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """When each event was, in seconds since the first, without what lies between two sittings."""
+    """When each event was, in seconds since the first, without what lies between two askings."""
     times = pd.to_datetime([entry["at"] for entry in every], utc=True).as_unit("s").astype("int64").to_numpy()
     gaps = np.diff(times, prepend=times[:1]).clip(min=0)
-    is_batch = np.array([False, *(entry["event"].startswith("batch") for entry in every)])[: len(gaps)]
-    return np.cumsum(np.where((gaps > PAUSE_S) & ~is_batch, 0, gaps))
+    gaps[np.array([entry["event"] == "began" for entry in every], bool)] = 0
+    return np.cumsum(gaps)
 
 
 def _share(kept: int, asked: int) -> str:
