@@ -19,7 +19,8 @@ from made_questions import multiple_choice, tiny_gpt2, written
 
 from kdlib.config.run import load
 from kdlib.config.task_rules import RULES
-from kdlib.reports import explorers, run as reports
+from kdlib.reports import explorers
+from kdlib.reports.notebook_html import notebook_html
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import PARENT, Run, project_root
 from kdlib.training.trackers import TRACKERS
@@ -160,7 +161,7 @@ def test_the_executed_notebooks_have_no_error_and_no_widget_that_a_page_would_mi
         assert not [kind for kind in kinds if "widget" in kind], (
             f"{name}: a page without scripts shows no widget: {kinds}"
         )
-        page = reports.notebook_html(path)
+        page = notebook_html(path)
         for fault in ("Loading widget", "Error displaying widget", "Traceback (most recent call last)"):
             assert fault not in page, name
     page = (project / "reports" / "whole" / "report.html").read_text()
