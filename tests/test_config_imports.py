@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from kdlib.config.import_table import read_settings
 from kdlib.config.imports import OURS, TO_FILL_IN, migrated
@@ -373,6 +373,7 @@ JUNK = st.recursive(
 KNOWN = st.sampled_from(sorted({*KEYS, *OURS}))
 
 
+@example(content=f'{{"alpha_attention": 1{"0" * 400}}}')
 @settings(
     max_examples=300,
     deadline=None,

@@ -1,5 +1,6 @@
 """A config in the making out of another project's settings: its values, their origins, what is left out."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from kdlib.config.sections import flow, number
 from kdlib.errors import ConfigError, printable
 
 TO_FILL_IN = "TO-BE-FILLED-IN"
+LARGEST = sys.float_info.max  # whole numbers have no end, and floats have
 
 
 @dataclass
@@ -58,7 +60,7 @@ class Migration:
         """The number of 0 or more that one of their settings is."""
         found = self.theirs[key]
         value = None if isinstance(found, bool) else number(found)
-        if not isinstance(value, (int, float)) or not 0 <= value <= most or value == float("inf"):
+        if not isinstance(value, (int, float)) or not 0 <= value <= most or value > LARGEST:
             needed = "from 0 to 1" if most == 1 else "of 0 or more"
             raise self.fault(key, f"found {found!r}, needs a number {needed}")
         return float(value)
