@@ -119,3 +119,12 @@ def test_the_project_is_found_from_its_notebooks(monkeypatch):
     assert not runs.headless()
     monkeypatch.setitem(os.environ, runs.PARENT, "kd")
     assert runs.headless()
+
+
+def test_runs_made_in_the_same_second_have_names_of_their_own(tmp_path):
+    names = []
+    for _ in range(3):
+        names.append(runs.new_name(tmp_path, "configs/mine.yaml"))
+        (tmp_path / names[-1]).mkdir()
+    assert len(set(names)) == 3
+    assert all(name.startswith("mine_") for name in names)

@@ -46,7 +46,8 @@ def open_study(
             with.
     """
     os.chdir(runs.project_root())
-    root, name = runs.locate(run) if run else (runs.default_root(), runs.new_name(config, smoke=smoke))
+    root, name = runs.locate(run) if run else (runs.default_root(), None)
+    name = name or runs.new_name(root, config, smoke=smoke)
     if not (root / name).exists():
         resolved = configs.load(config, overrides, smoke=smoke, kind=BenchmarkConfig)
         preflight(resolved)

@@ -89,7 +89,7 @@ def wanted(config: str, run: str | None = None, overrides: Sequence[str] = ()) -
     os.chdir(runs.project_root())  # paths mean the same in JupyterLab, which starts in notebooks/
     settings = load(config, overrides, kind=GenerationConfig)
     root, name = runs.locate(run) if run else (runs.default_root(), None)
-    name = name or _newest(root, config, settings) or runs.new_name(config)
+    name = name or _newest(root, config, settings) or runs.new_name(root, config)
     goes_on = (root / name).exists()
     print(f"run: {name} ({Run(root / name).status['state'] if goes_on else 'new'})")
     return Generation(settings, root, name, goes_on, {"config_file": config})

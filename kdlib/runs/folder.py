@@ -188,9 +188,11 @@ def refuse_unsound(manifest: Mapping[str, Any]) -> None:
     )
 
 
-def new_name(config_path: str | Path, *, smoke: bool = False) -> str:
-    """`quickstart_20260131_235959`"""
-    return f"{Path(config_path).stem}{'-smoke' * smoke}_{datetime.datetime.now():%Y%m%d_%H%M%S}"
+def new_name(root: Path, config_path: str | Path, *, smoke: bool = False) -> str:
+    """`quickstart_20260131_235959`; where that second has it already, with _2, _3, …"""
+    name = f"{Path(config_path).stem}{'-smoke' * smoke}_{datetime.datetime.now():%Y%m%d_%H%M%S}"
+    taken = sum(path.name.startswith(name) for path in root.glob("*"))
+    return f"{name}_{taken + 1}" if taken else name
 
 
 def create(root: Path, name: str, config: Config, **origin: Any) -> Run:
@@ -292,7 +294,6 @@ def _resolved(path: Path, changed: int) -> Config:
 
 
 def _commit() -> str | None:
-    done = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=project_root(), check=False
-    )
+    command = ["git", "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=project_root(), check=False)
     return done.stdout.strip() if done.returncode == 0 else None

@@ -237,7 +237,7 @@ def generate(
     resolved = configs.load(config, override or [], kind=GenerationConfig)
     given = entered(config, override, smoke=False)
     origin = {"config_file": given["config"], "command": command()}
-    name = resume or name or runs.new_name(config)
+    name = resume or name or runs.new_name(root, config)
     rows = Generation(resolved, root, name, goes_on=bool(resume), origin=origin)
     if dry_run:
         print(prices.as_text(resolved, rows.prompts))

@@ -57,7 +57,7 @@ def folders(runs_folder: Path | None, reports_folder: Path | None) -> tuple[Path
 
 def free_name(root: Path, name: str | None, config: str, *, smoke: bool) -> str:
     """The name of a new run, given or made; refused where it is taken."""
-    name = name or runs.new_name(config, smoke=smoke)
+    name = name or runs.new_name(root, config, smoke=smoke)
     runs.check_new(root, name)
     return name
 

@@ -70,7 +70,7 @@ def open_run(
     else:
         resolved = configs.load(config, overrides, smoke=smoke)
         teacher_stage.check_arguments(resolved)
-        opened = runs.create(root, name or runs.new_name(config, smoke=smoke), resolved, **origin)
+        opened = runs.create(root, name or runs.new_name(root, config, smoke=smoke), resolved, **origin)
     print(f"run: {opened.name} ({opened.status['state']})")
     return Workbench(opened, resolved.launch.processes)
 
