@@ -169,12 +169,12 @@ def test_pickled_weights_are_refused_with_the_way_out(copied_teacher):
         load_model(str(copied_teacher))
 
 
-PLACES = {  # the one file that calls it
-    "from_pretrained": "models/loading.py",
-    "from_config": "models/loading.py",
-    "load_dataset": "data/sources.py",
-    "load_from_disk": "data/sources.py",
-    "input": None,
+PLACES = {  # the files that call it
+    "from_pretrained": ["models/loading.py"],
+    "from_config": ["models/loading.py"],
+    "load_dataset": ["data/sources.py", "code/problems.py"],  # a benchmark's rows, below the data's layer
+    "load_from_disk": ["data/sources.py"],
+    "input": [],
 }
 
 
@@ -185,8 +185,8 @@ def test_what_others_made_is_loaded_in_one_place():
         for path in home.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         for name in [getattr(node, "id", getattr(node, "attr", None))]
-        if name != "input" or isinstance(node, ast.Name)  # prices have one too
+        if name != "input" or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load))  # a price's
         for place in [path.relative_to(home).as_posix()]
-        if name in PLACES and place != PLACES[name]
+        if name in PLACES and place not in PLACES[name]
     ]
     assert not strays

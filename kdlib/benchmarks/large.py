@@ -26,7 +26,7 @@ from kdlib.config.run import parse
 from kdlib.diagnostics.memory import forecast
 from kdlib.errors import ModelError
 from kdlib.hardware import GIB
-from kdlib.models.loading import blank, device_of
+from kdlib.models.loading import blank, device_of, load_config, load_tokenizer
 from kdlib.workbench.cli_checks import bare_errors
 
 SHAPES = {  # of OLMo-2-1124-7B and OLMo-2-0425-1B
@@ -101,8 +101,8 @@ def saved(folder: Path, *, tiny: bool) -> dict[str, str]:
 def pair(folder: Path, settings: StepsConfig, device: torch.device) -> Pair:
     """Both with random weights, and rows of random tokens."""
     torch.manual_seed(0)
-    config = {name: AutoConfig.from_pretrained(folder / name) for name in SHAPES}
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "student")
+    config = {name: load_config(str(folder / name)) for name in SHAPES}
+    tokenizer = load_tokenizer(str(folder / "student"))
     with torch.device(device):
         teacher = blank(AutoModelForCausalLM, "teacher", config["teacher"], torch.bfloat16)
         student = blank(AutoModelForCausalLM, "student", config["student"], torch.float32)
