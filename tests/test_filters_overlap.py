@@ -8,6 +8,7 @@ import json
 import re
 
 import pytest
+from test_filters_sift import Answer
 
 from kdlib.code.problems import read_problems
 from kdlib.filters.config import Filters
@@ -17,7 +18,6 @@ from kdlib.prompts.config import Prompts
 from kdlib.prompts.made import made
 from kdlib.prompts.prompt import Prompt
 from kdlib.prompts.seeds import stdlib
-from tests.test_filters_sift import Answer
 
 
 @pytest.fixture(scope="module")
