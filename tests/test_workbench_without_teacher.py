@@ -32,7 +32,7 @@ def alone(raw_config, teacher_folder, tmp_path):
 
 
 def test_a_student_learns_from_text_alone_from_setup_to_report(alone, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tasks, "load_teacher", lambda *args, **kwargs: pytest.fail("a teacher was loaded"))
+    monkeypatch.setattr(tasks, "_teacher_model", lambda *args, **kwargs: pytest.fail("a teacher was loaded"))
     bench = Workbench(runs.create(tmp_path / "runs", "alone", parse(alone)))
     facts = bench.setup()[""]
     assert facts["teacher"] == "none: text alone"

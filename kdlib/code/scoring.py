@@ -2,30 +2,33 @@
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
+from kdlib.code import sandbox
 from kdlib.code.problems import Problem
-from kdlib.code.sandbox import KINDS, USUAL, Limits, Verdict, printed, run
+from kdlib.code.sandbox import KINDS, USUAL, Limits, printed
 from kdlib.metrics.pass_at_k import compared
 
 SHOWN = 6  # problems whose programs are shown
 LONGEST = 4000  # characters of a program that is shown
 
+Ran = TypeVar("Ran")  # what became of a program
 Answers = Mapping[str, Mapping[str, Sequence[str]]]
 """Model, the teacher first → task_id → what it said, equally many times for each problem."""
 
 
-def run_all(programs: Sequence[str], limits: Limits = USUAL) -> list[Verdict]:
-    """Run many, as many at a time as there are cores; equal programs once.
+def run_all(programs: Sequence[str], run: Callable[[str], Ran] = sandbox.run) -> list[Ran]:
+    """What `run` makes of many, as many at a time as there are cores; equal programs once.
 
     Raises:
         RunError: this system gives no fence; nothing was run.
     """
     distinct = list(dict.fromkeys(programs))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        found = dict(zip(distinct, pool.map(lambda code: run(code, limits), distinct), strict=True))
+        found = dict(zip(distinct, pool.map(run, distinct), strict=True))
     return [found[program] for program in programs]
 
 
@@ -39,7 +42,8 @@ def judge(
         for problem in problems
         for sample, text in enumerate(texts[problem.task_id])
     ]
-    verdicts = run_all([problem.program(text, chat=chat) for _, problem, _, text in every], limits)
+    programs = [problem.program(text, chat=chat) for _, problem, _, text in every]
+    verdicts = run_all(programs, partial(sandbox.run, limits=limits))
     return [
         {
             "model": model,

@@ -74,12 +74,8 @@ def models_are_a_pair(context: Context) -> Findings:
     is_one = context.rules.one_vocabulary
     for name, each in context.configs.items():
         where = "teacher.model" if name == "teacher" else "student.from"
-        if is_one:
-            tokenizer = context.tokenizer
-        else:
-            is_teacher = name == "teacher"
-            tokenizer = load_tokenizer(config.teacher.model) if is_teacher else context.student_tokenizer
-        tokens = vocabulary_of(tokenizer)
+        theirs = not is_one and name == "teacher"
+        tokens = vocabulary_of(load_tokenizer(config.teacher.model) if theirs else context.tokenizer)
         rows = each.get_text_config().vocab_size
         if rows < tokens:
             matrix, whose = ("head", "the") if is_one else ("embedding", "its")

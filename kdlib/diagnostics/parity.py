@@ -1,6 +1,7 @@
 """The parity self-test: equal things computed in two ways, on this config, these models and these rows.
 
-All goes through the trainer's own step, on a few rows of different lengths, so that a mean of means shows.
+All of it goes through the trainer's own step, on a few rows cut to different lengths, so that a mean of
+means or a leak of padding shows.
 """
 
 import math
@@ -60,7 +61,7 @@ def selftest(config: Config) -> pd.DataFrame:
     tokenizer = tokenizer_of(config)
     check_pair(config, tokenizer)
     prepared = tasks.prepare(config, tokenizer)
-    teacher = tasks.load_teacher(config, prepared) if config.teacher else None
+    teacher = tasks.load_teacher(config, prepared)
     layers = tasks.layers_for_student(config, teacher and teacher.model, prepared)
     student = tasks.untrained_student(config, prepared, layers)
     return parity(config, student=student, teacher=teacher, tokenizer=tokenizer, prepared=prepared)
@@ -230,7 +231,7 @@ def _evaluated(trainer: DistillationTrainer, rows: Sequence[Mapping], batch: Map
     loader = DataLoader(Dataset.from_list(list(rows)), len(rows), collate_fn=lambda _: batch)
     figures = trainer.evaluation_loop(loader, "parity").metrics
     terms = [f"{name}_loss" for name in trainer.objective.at(trainer.state.global_step).weights]
-    names = ["loss", *["kl_to_teacher"][: bool(trainer.teacher)], *terms]
+    names = ["loss", "kl_to_teacher", *terms] if trainer.teacher else ["loss", *terms]
     return {name.removesuffix("_loss"): figures[f"eval_{name}"] for name in names}
 
 

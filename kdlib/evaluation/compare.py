@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from datasets import concatenate_datasets
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.config.run import Config, pairs, parse
@@ -18,11 +20,11 @@ from kdlib.errors import ConfigError, RunError
 from kdlib.hardware import GIB, peak_memory, precision_of
 from kdlib.models.loading import (
     device_of,
+    folder_of,
     load_config,
     load_tokenizer,
     parameters,
     positions_of,
-    stored_bytes,
 )
 from kdlib.models.student import check_pair, tokenizer_of
 from kdlib.plots.axes import LABELS
@@ -68,6 +70,18 @@ def measured(
     print(f"intervals: {found['interval']}")
     models = {name: {**measures, **costs[name]} for name, measures in found["models"].items()}
     return {**found, "models": models, "student": student, "split": prepared.measured_on}
+
+
+def stored_bytes(source: str) -> int | None:
+    """Bytes of a model's weights in its folder or the hub's cache; None where they are in neither."""
+    try:
+        folder = folder_of(source)
+        path = Path(folder if Path(folder).is_dir() else snapshot_download(source, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    whole = path / "model.safetensors"
+    files = [whole] if whole.exists() else path.glob("model-*-of-*.safetensors")
+    return sum(file.stat().st_size for file in files) or None
 
 
 def compare_run(run: Run, config: Config, tokenizer: Tokenizer, prepared: Prepared) -> dict[str, Any]:

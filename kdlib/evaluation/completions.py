@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 from kdlib.code.problems import Problem
 from kdlib.config.sections import CodeConfig
 from kdlib.errors import ModelError, without_keys
-from kdlib.models.loading import device_of, load_model, load_tokenizer, plain_generation, positions_of
+from kdlib.models.loading import device_of, drawing, load_model, load_tokenizer, positions_of
 from kdlib.runs.files import writing
 
 WHAT_TELLS = ("temperature", "max_new_tokens", "chat")  # settings on which a completion depends
@@ -87,21 +87,15 @@ def _generated(
             f"{problems[-1].task_id}: its prompt has {given} tokens, and the model reads no more than "
             f"{given + room}; leave the problem out, or take another model"
         )
-    config = plain_generation(model)
-    config.update(
-        max_new_tokens=min(settings.max_new_tokens, room),
-        do_sample=settings.temperature > 0,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=_ends(config.eos_token_id, tokenizer.eos_token_id),
+    how = drawing(
+        model,
+        tokenizer,
+        new_tokens=min(settings.max_new_tokens, room),
+        temperature=settings.temperature,
+        stop=() if settings.chat else problems[0].ends,
     )
-    if settings.temperature > 0:
-        config.update(temperature=settings.temperature, top_k=0, top_p=1.0)
-    ends = {}
-    if not settings.chat:
-        config.update(stop_strings=list(problems[0].ends))
-        ends["tokenizer"] = tokenizer
     inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    output = model.generate(**inputs, generation_config=config, **ends)
+    output = model.generate(**inputs, **how)
     return tokenizer.batch_decode(output[:, given:], skip_special_tokens=True)
 
 
@@ -113,13 +107,6 @@ def _written(problem: Problem, tokenizer: Tokenizer, *, chat: bool) -> str:
         raise ModelError("code.chat: the tokenizer has no chat template; set code.chat: false")
     asked = [{"role": "user", "content": problem.question}]
     return tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-
-
-def _ends(*found: int | list[int] | None) -> list[int] | None:
-    every = {
-        end for each in found if each is not None for end in (each if isinstance(each, list) else [each])
-    }
-    return sorted(every) or None
 
 
 def _weights(source: str) -> list[list[Any]]:

@@ -4,17 +4,16 @@ Nothing is deleted: what is not kept goes with its reason into a file of its own
 `kind: detail`.
 """
 
-import os
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from kdlib.code import sandbox
 from kdlib.code.problems import read_problems
+from kdlib.code.scoring import run_all
 from kdlib.filters import code_blocks
 from kdlib.filters.config import Filters
 from kdlib.filters.duplicates import earlier_alike
@@ -212,14 +211,10 @@ def _repeats(rows: Sequence[Row], threshold: float) -> list[str | None]:
 
 
 def _run_all(rows: Sequence[Row], run: Callable[[str], Ran]) -> list[str | None]:
-    def look(row: Row) -> str | None:
-        if not row.prompt.tests or row.prompt.language != "python":
-            return None
-        verdict = run(f"{_program(row.code)}\n\n{row.prompt.tests}\n")
-        return None if verdict.passed else verdict.name
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(look, rows))
+    tested = [row for row in rows if row.prompt.tests and row.prompt.language == "python"]
+    verdicts = run_all([f"{_program(row.code)}\n\n{row.prompt.tests}\n" for row in tested], run)
+    failed = {row.number: each.name for row, each in zip(tested, verdicts, strict=True) if not each.passed}
+    return [failed.get(row.number) for row in rows]
 
 
 def _program(code: Sequence[str]) -> str:

@@ -31,7 +31,7 @@ class LocalTeacher:
 
     def __init__(self, stage: Stage):
         from kdlib.hardware import precision_of
-        from kdlib.models.loading import device_of, load_model, load_tokenizer, positions_of
+        from kdlib.models.loading import device_of, drawing, load_model, load_tokenizer, positions_of
 
         local = stage.teacher.local
         assert local is not None
@@ -41,6 +41,10 @@ class LocalTeacher:
         self.model: Any = load_model(local.model, precision_of(local.precision, device)[0]).to(device)
         self.tokenizer: Any = load_tokenizer(local.model)
         self.positions = positions_of(self.model.config)
+        how = {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
+        how |= {"new_tokens": self.sampling.max_tokens, "stop": self.sampling.stop}
+        self.drawing = drawing(self.model, self.tokenizer, **how)
+        self.drawing["generation_config"].update(**self.sampling.extra)
         self.dollars = (stage.prices.hour or 0.0) / HOUR if stage.prices else 0.0  # a second
         self.last_cost = self.next_cost = 0.0
 
@@ -81,25 +85,11 @@ class LocalTeacher:
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=ids.device)
         with torch.random.fork_rng(), torch.inference_mode():
             torch.manual_seed(self.seed * 1_000_003 + number)
-            output = self.model.generate(input_ids=ids, attention_mask=mask, **self._options())
+            output = self.model.generate(input_ids=ids, attention_mask=mask, **self.drawing)
         return [self._reply(row, drawn) for row, drawn in zip(rows, output[:, width:].tolist(), strict=True)]
 
-    def _options(self) -> dict[str, Any]:
-        """As `generate` takes them; greedy where no temperature is given, or 0."""
-        from kdlib.models.loading import plain_generation
-
-        sampling, plain = self.sampling, plain_generation(self.model)
-        plain.pad_token_id = self.tokenizer.pad_token_id
-        plain.max_new_tokens, plain.do_sample = sampling.max_tokens, bool(sampling.temperature)
-        if sampling.temperature:
-            plain.temperature, plain.top_p, plain.top_k = sampling.temperature, sampling.top_p or 1.0, 0
-        plain.update(**sampling.extra)
-        stop = {"stop_strings": sampling.stop, "tokenizer": self.tokenizer} if sampling.stop else {}
-        return {"generation_config": plain, **stop}
-
     def _reply(self, row: Sequence[int], drawn: list[int]) -> Reply:
-        ends = self.model.generation_config.eos_token_id
-        ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id}
+        ends = self.drawing["generation_config"].eos_token_id or ()
         length = next((n for n, token in enumerate(drawn) if token in ends), None)
         text = self.tokenizer.decode(drawn[:length], skip_special_tokens=True)
         stopped = length is not None or any(text.endswith(stop) for stop in self.sampling.stop)

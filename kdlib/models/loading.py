@@ -5,7 +5,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, distribution
@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
@@ -203,18 +201,6 @@ def folder_of(model: str) -> str:
     return str(path) if path.is_dir() else model
 
 
-def stored_bytes(source: str) -> int | None:
-    """Bytes of a model's weights in its folder or the hub's cache; None where they are in neither."""
-    try:
-        folder = folder_of(source)
-        path = Path(folder if Path(folder).is_dir() else snapshot_download(source, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
-    whole = path / "model.safetensors"
-    files = [whole] if whole.exists() else path.glob("model-*-of-*.safetensors")
-    return sum(file.stat().st_size for file in files) or None
-
-
 @contextmanager
 def explained(model: str, what: str) -> Iterator[None]:
     """transformers' errors as ModelErrors that say what may be given; `what` was looked for by this name."""
@@ -237,6 +223,30 @@ def plain_generation(model: PreTrainedModel) -> GenerationConfig:
         if (ids := getattr(model.generation_config, name)) is not None:
             setattr(plain, name, ids)
     return plain
+
+
+def drawing(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    new_tokens: int,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    stop: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Arguments of `generate`: greedy without a temperature; it ends where model or tokenizer say so."""
+    plain = plain_generation(model)
+    known = plain.eos_token_id if isinstance(plain.eos_token_id, list) else [plain.eos_token_id]
+    plain.update(
+        max_new_tokens=new_tokens,
+        do_sample=bool(temperature),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=sorted({*known, tokenizer.eos_token_id} - {None}) or None,
+    )
+    if temperature:
+        plain.update(temperature=temperature, top_p=top_p or 1.0, top_k=0)
+    ends = {"stop_strings": [*stop], "tokenizer": tokenizer} if stop else {}
+    return {"generation_config": plain, **ends}
 
 
 def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:

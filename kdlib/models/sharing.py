@@ -24,7 +24,7 @@ from transformers.distributed.utils import TransformersDeviceMesh
 from transformers.initialization import no_init_weights
 
 from kdlib.errors import ConfigError
-from kdlib.models.hooks import layers_name
+from kdlib.models.hooks import instead, layers_name
 from kdlib.models.loading import blank, load_config
 
 SHARDED_ON = {"cuda"}  # on others accelerate turns FSDP off without a word, and DDP trains
@@ -92,11 +92,8 @@ def tied_as_one() -> Iterator[None]:
             plan = {name: style for name, style in plan.items() if made.get_submodule(name) not in tied}
         return usual(made, mesh, plan, experts)
 
-    mixin.apply_fully_sharded_data_parallelism = share
-    try:
+    with instead((mixin, "apply_fully_sharded_data_parallelism", share)):
         yield
-    finally:
-        mixin.apply_fully_sharded_data_parallelism = usual
 
 
 @contextmanager

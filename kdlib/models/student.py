@@ -134,7 +134,7 @@ def chosen_layers(config: Config, teacher: PreTrainedModel | None, calibration: 
     if config.student.source != "teacher":
         return None
     kept = kept_layers(config, teacher.config.get_text_config().num_hidden_layers)
-    if kept is None or len(kept) == 1 or config.student.keep != "influence":
+    if len(kept) == 1 or config.student.keep != "influence":
         return kept
     return sorted(layer_influence(teacher, calibration).topk(len(kept)).indices.tolist())
 

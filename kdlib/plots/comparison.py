@@ -6,6 +6,7 @@ Teacher hatched grey, distilled student blue, baseline thin orange, untrained st
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -191,7 +192,7 @@ def code_figure(results: Mapping[str, Any]) -> Figure:
     """pass@k of each model with its interval, and what became of all their programs."""
     models = results["models"]
     colours, names = colours_of_models(models), [label_of(name) for name in models]
-    metrics = [metric for metric in next(iter(models.values())) if metric.startswith("pass@")]
+    metrics = _scores_in(results)
     figure, (left, right) = panels(10, 1.6 + 0.5 * len(models) * max(len(metrics), 1), 2)
     ticks, labels = [], []
     for row, (name, entry) in enumerate(models.items()):
@@ -202,13 +203,12 @@ def code_figure(results: Mapping[str, Any]) -> Figure:
     left.set_yticks(ticks, labels, fontsize=8, parse_math=False)
     left.set_xlabel("share of problems, 95 % interval over problems", fontsize=8)
     left.set_xlim(-0.02, 1.02)
+    before = np.zeros(len(models))
     for kind, colour in VERDICTS.items():
-        counts = [_of_kind(entry, kind) for entry in models.values()]
-        before = [
-            sum(_of_kind(e, k) for k in list(VERDICTS)[: list(VERDICTS).index(kind)]) for e in models.values()
-        ]
-        if any(counts):
+        counts = np.array([_of_kind(entry, kind) for entry in models.values()])
+        if counts.any():
             right.barh(range(len(models)), counts, left=before, color=colour, label=kind, height=0.6)
+            before += counts
     right.set_yticks(range(len(models)), names, fontsize=8, parse_math=False)
     right.set_xlabel("programs", fontsize=8)
     legend(right, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=4)
@@ -219,8 +219,7 @@ def code_figure(results: Mapping[str, Any]) -> Figure:
 
 def code_message(results: Mapping[str, Any]) -> str:
     """What was found, in a sentence."""
-    name, models = results["benchmark"], results["models"]
-    metric = next(metric for metric in next(iter(models.values())) if metric.startswith("pass@"))
+    name, models, metric = results["benchmark"], results["models"], _scores_in(results)[0]
     shares = [f"{called(each, '')} {entry[metric]['value']:.1%}".strip() for each, entry in models.items()]
     asked = (
         f"{results['problems']} of {results['of']}" if results["problems"] < results["of"] else results["of"]
@@ -230,8 +229,7 @@ def code_message(results: Mapping[str, Any]) -> str:
 
 def _tables_of(results: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     """Scores, differences (where there are several models) and verdicts of a benchmark, by name."""
-    models = results["models"]
-    metrics = [metric for metric in next(iter(models.values())) if metric.startswith("pass@")]
+    models, metrics = results["models"], _scores_in(results)
     scores = {label_of(n): {m: with_interval(entry[m]) for m in metrics} for n, entry in models.items()}
     kinds = list(dict.fromkeys(kind for entry in models.values() for kind in entry["verdicts"]))
     counts = {label_of(n): {k: entry["verdicts"].get(k, 0) for k in kinds} for n, entry in models.items()}
@@ -243,6 +241,11 @@ def _tables_of(results: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     ]  # fmt: skip
     found = {"scores": pd.DataFrame(scores).T, "verdicts": pd.DataFrame(counts)}
     return found | ({"differences": pd.DataFrame(differences).set_index("model")} if differences else {})
+
+
+def _scores_in(results: Mapping[str, Any]) -> list[str]:
+    """pass@1, pass@10, …"""
+    return [metric for metric in next(iter(results["models"].values())) if metric.startswith("pass@")]
 
 
 def _of_kind(entry: Mapping[str, Any], kind: str) -> int:

@@ -190,11 +190,13 @@ def prepare(config: Config, tokenizer: Tokenizer, **options: Any) -> Prepared:
     return task_of(config).prepare(config, tokenizer, **options)
 
 
-def load_teacher(config: Config, prepared: Prepared, dtype: torch.dtype | None = None) -> LiveTeacher:
-    """The teacher, in the precision of the run unless told otherwise.
+def load_teacher(config: Config, prepared: Prepared, dtype: torch.dtype | None = None) -> LiveTeacher | None:
+    """The teacher, in the precision of the run unless told otherwise; None where the config has none.
 
     With `training.fsdp` each of several ranks loads its own part of it.
     """
+    if config.teacher is None:
+        return None
     device, own = device_of(config.wanted_device), config.teacher.device
     chosen, apart = dtype or precision_of(config.precision, device)[0], named_device(own) if own else None
     if config.training.get("fsdp") and (world_size() or 1) > 1:

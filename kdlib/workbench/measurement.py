@@ -105,7 +105,7 @@ def measured_here(config: Config, *, memory: bool, dense: bool = False) -> dict[
     dtype, _ = precision_of(config.precision, device)
     began, busy = time.perf_counter(), _seconds_of_others()
     with tempfile.TemporaryDirectory() as folder, peak_memory(device) as peak:
-        teacher = tasks.load_teacher(config, prepared, dtype) if config.teacher else None
+        teacher = tasks.load_teacher(config, prepared, dtype)
         total = teacher.model.config.get_text_config().num_hidden_layers if teacher else 0
         layers = kept_layers(config, total)
         trainer = training.train(

@@ -118,7 +118,7 @@ class Workbench:
         check_pair(self.config, self.tokenizer)
         if self.config.teacher:
             print(f"loading the teacher, {self.config.teacher.model} …", flush=True)
-        return tasks.load_teacher(self.config, self.prepared) if self.config.teacher else None
+        return tasks.load_teacher(self.config, self.prepared)
 
     def student(self):
         """A fresh copy of the untrained student."""
@@ -261,14 +261,16 @@ class Workbench:
         """What the teacher and these students ("distilled", "baseline", "untrained") say of held-out rows.
 
         A summary goes into explorers.json, for the explorers and the report.  A baseline that the config has
-        not is left out; without a teacher all."""
+        not is left out; without a teacher all.
+        """
         folders = {"distilled": self.run, "baseline": self.run.baseline}
         known = (*folders, "untrained")
         for name in set(students).difference(known):
             hint = f"{nearest(name, known)}; there are {', '.join(known)}"
             raise RunError(f"there is no student {name!r}{hint}")
         if self.teacher is None:
-            return print("teacher: null, so there is nothing to explore")
+            print("teacher: null, so there is nothing to explore")
+            return None
         dtype, _ = precision_of(self.config.precision, device_of(self.config.wanted_device))
 
         def asked(name: str) -> LiveTeacher:
@@ -278,14 +280,12 @@ class Workbench:
             if name == "untrained":
                 model = self.student().to(dtype)
             else:
-                source = compare.student_in(folders[name], self.prepared)
-                model = self.task.load(source, self.prepared, dtype)
+                model = self.task.load(compare.student_in(folders[name], self.prepared), self.prepared, dtype)
             return tasks.asked(model, self.prepared)
 
         names = ["teacher", *(name for name in students if name != "baseline" or self.config.baseline)]
         models = {name: partial(asked, name) for name in names}
-        sample = self.task.sample(self.prepared, self.tokenizer)
-        found = predictions.look(models, sample, self.task.unit)
+        found = predictions.look(models, self.task.sample(self.prepared, self.tokenizer), self.task.unit)
         predictions.write(self.run, found)
         return found
 
