@@ -32,6 +32,8 @@ DIVERGENCES = {
 """{name: options} of those that kdlib.losses.divergences marks as such; importing it would load torch."""
 FEATURE_TERMS = ("hidden", "attention", "relational", "contrastive")
 """The terms on what goes on inside, token by token: those of kdlib.losses.features."""
+SPAN_TERMS = ("span_kl", "projected_kl", "alm", "uld")
+"""The terms of a teacher with another tokenizer: those of kdlib.losses.alignment."""
 ROUTER = "router_aux"
 """The term of a student with experts: the auxiliary loss by which its router uses them evenly."""
 TERM_NAMES = ("kd", "ce", *DIVERGENCES, *FEATURE_TERMS, ROUTER)
