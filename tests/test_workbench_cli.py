@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import kd_process, sentences, tiny_model, tiny_tokenizer
 from made_log import read_metrics
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdlib.config import run as configs
 from kdlib.config.run import parse
@@ -118,6 +118,17 @@ def test_different_tokenizers_are_refused(kd, config_file, tmp_path):
     tiny_model().save_pretrained(tmp_path / "other")
     status, said = kd("run", config_file, "-o", f"student={{from: {tmp_path / 'other'}}}")
     assert (status, "different vocabularies" in said, nothing_written(tmp_path)) == (1, True, True), said
+
+
+def test_a_tokenizer_is_trained_once_and_not_of_too_little_text(kd, raw_config, tmp_path):
+    source, folder = raw_config["data"]["source"], tmp_path / "tokenizer"
+    few = kd("tokenizer", source, folder, "--vocabulary", 2000)
+    assert few[0] == 1
+    assert "tokens, not 2,000; ask for fewer" in few[1]
+    assert not folder.exists()
+    assert kd("tokenizer", source, folder, "--vocabulary", 280)[0] == 0
+    assert len(AutoTokenizer.from_pretrained(folder)) == 280
+    assert f"{folder}: is there already" in kd("tokenizer", source, folder)[1]
 
 
 def test_a_missing_config_a_taken_name_and_an_unknown_run_are_refused(kd, config_file, tmp_path):

@@ -260,3 +260,27 @@ def evaluate(
     for table in code_tables(found).values():
         print(f"\n{table.to_string()}")
     print(f"\nintervals: {found[0]['interval']}\nreport: {os.path.relpath(page)}")
+
+
+@checks.command()
+def tokenizer(
+    source: argument("Text: a file, a folder, a hub id or a built-in name, as data.source."),
+    folder: argument("A new folder, which a config names as student.tokenizer."),
+    vocabulary: option(int, "--vocabulary", help="So many tokens.") = 8000,
+    text: option(str, "--text", help="The column with the text.") = "text",
+) -> None:
+    """Train a tokenizer on the text of SOURCE: byte-level BPE, digits one by one; the same each time.
+
+    All documents are read but those of the source's own validation split.
+    """
+    if Path(folder).exists():
+        raise ConfigError(f"{folder}: is there already, and would be lost; name a new folder")
+    from kdlib.config.sections import DataConfig
+    from kdlib.data.text import read_documents
+    from kdlib.data.vocabulary import trained_tokenizer
+
+    texts = read_documents(DataConfig(source=source, text=text))["train"][text]
+    made = trained_tokenizer(texts, vocabulary)
+    made.save_pretrained(folder)
+    sizes = len("".join(texts).encode()), sum(map(len, made(texts[:], verbose=False)["input_ids"]))
+    print(f"{folder}: {len(made):,} tokens, {sizes[0] / max(sizes[1], 1):.2f} bytes of this text each")
