@@ -12,7 +12,7 @@ import torch.distributed as dist
 from tiny_training import pieces
 
 from kdlib.config import run as config
-from kdlib.models.student import even_layers
+from kdlib.models.depth import even_layers
 from kdlib.runs.files import StudentFolder
 from kdlib.training import run as training
 

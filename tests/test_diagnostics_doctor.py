@@ -554,7 +554,7 @@ def test_a_student_of_its_own_is_held_against_the_teacher(well, made, tmp_path, 
 
     tiny_tokenizer(sentences(50, seed=9), size=290).save_pretrained(tmp_path / "student")
     findings = doctor.diagnose(
-        parse(raw), made={name: made[name] for name in ("tokenizer", "split", "prepared", "teacher")}
+        parse(raw), made={name: made[name] for name in ("split", "prepared", "teacher")}
     )
     assert ("student", "critical") in named(findings).items()
     assert "different vocabularies" in next(each.what for each in findings if each.where == "student")

@@ -72,7 +72,7 @@ def test_settings_that_no_model_has_are_refused(from_scratch, shape, words):
         ({"from": "config"}, "needs `shape: 100m`"),
         ({"from": "config", "shape": "huge"}, "found 'huge'; it is a count of parameters, as 100m"),
         ({"from": "config", "shape": {"hidden_size": 3}}, "it is a count of parameters"),
-        ({"from": "teacher", "layers": 1, "shape": "100m"}, "go with `from: config` only"),
+        ({"from": "teacher", "layers": 1, "shape": "100m"}, "`shape` goes with `from: config` only"),
         ({"from": "config", "shape": "100m", "layers": 2}, "go with `from: teacher` only"),
     ],
 )

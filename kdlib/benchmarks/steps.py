@@ -32,9 +32,8 @@ from kdlib.benchmarks.settings import StepsConfig
 from kdlib.data.batches import collate
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.objective import Objective
-from kdlib.models.depth import shallower
+from kdlib.models.depth import even_layers, shallower
 from kdlib.models.loading import load_model, load_tokenizer
-from kdlib.models.student import even_layers
 from kdlib.models.teacher import LiveTeacher
 from kdlib.runs.child_processes import in_fresh_process
 from kdlib.runs.files import StudentFolder

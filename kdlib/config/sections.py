@@ -147,7 +147,7 @@ class StudentConfig(Section):
     layers: Positive | None = None
     keep: Annotated[Any, BeforeValidator(_layers_kept)] = "influence"
     shape: Annotated[Any, BeforeValidator(_shape)] = None  # 100m, or {model_type: llama, hidden_size: 512, …}
-    tokenizer: str | None = None  # of a student `from: config`; the teacher's where None
+    tokenizer: str | None = None  # of one that is no model by name; the teacher's where None
 
     @property
     def is_own(self) -> bool:
@@ -156,7 +156,7 @@ class StudentConfig(Section):
 
     @model_serializer(mode="wrap")
     def _stated(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what only `from: config` has, so that older runs and sweeps are known again."""
+        """Without what few have, so that older runs and sweeps are known again."""
         absent = {name for name in ("shape", "tokenizer") if getattr(self, name) is None}
         return {name: value for name, value in dump(self).items() if name not in absent}
 
@@ -164,8 +164,10 @@ class StudentConfig(Section):
     def _is_whole(self) -> "StudentConfig":
         if self.source == "config" and self.shape is None:
             raise ValueError("a student `from: config` needs `shape: 100m`, or {model_type: llama, …}")
-        if self.source != "config" and (self.shape is not None or self.tokenizer is not None):
-            raise ValueError("`shape` and `tokenizer` go with `from: config` only")
+        if self.source != "config" and self.shape is not None:
+            raise ValueError("`shape` goes with `from: config` only")
+        if self.is_own and self.tokenizer is not None:
+            raise ValueError("`tokenizer` goes with `from: teacher` or `from: config`: a model has its own")
         return self
 
     @model_validator(mode="after")

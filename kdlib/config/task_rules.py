@@ -23,7 +23,7 @@ class TaskRules:
     reads: tuple[str, ...] = ()  # of `data:`, beside what every task reads
     not_shown: tuple[str, ...] = ("accuracy",)  # what a comparison has and its table leaves out
     rows: str = "rows"  # what a comparison is made over, in words
-    one_vocabulary: bool = True  # teacher and student read the same tokens; else each has its own tokenizer
+    one_vocabulary: bool = True  # compared by tokens: each its own where these differ; else always its own
     trains_teacher: bool = False  # `teacher_stage:` may come first
     smoke: Mapping[str, Any] | None = None  # of `data:`, for a run of seconds; a value None: as it is
     misfits: Callable[[Any], Iterable[str]] = lambda config: ()  # what does not go together, a line each
@@ -45,6 +45,9 @@ def _of_language(config: Any) -> Iterator[str]:
 
 
 def _of_classes(config: Any) -> Iterator[str]:
+    if config.student.source == "teacher" and config.student.tokenizer is not None:
+        found = f"found {config.student.tokenizer}; a classifier of the teacher's layers reads as it does"
+        yield f"student.tokenizer: {found}: leave it out, or take a model of its own"
     for where, section in (("loss", config.loss), ("baseline", config.baseline)):
         for name in section.feature_terms if section else ():
             yield (

@@ -68,6 +68,12 @@ def pieces(
     return found
 
 
+def roles(ours: Tokenizer, theirs: Tokenizer) -> dict[int, int]:
+    """{a special token of ours: theirs in the same role}: the beginning of a text, and its end."""
+    both = [[getattr(each, f"{name}_token_id") for each in (ours, theirs)] for name in ("bos", "eos")]
+    return {one: other for one, other in both if None not in (one, other)}
+
+
 def _longest_matches(piece: bytes, known: Mapping[bytes, int], longest: int) -> list[int]:
     """The bytes as known pieces, the longest that fits next each time; [] where some cannot be had."""
     found, start = [], 0

@@ -27,7 +27,6 @@ from kdlib.hardware import precision_of
 from kdlib.losses.features import LayerPairs
 from kdlib.losses.objective import EVAL_TERMS, Objective, ObjectiveAt, row_sums
 from kdlib.losses.signals import Kept, Signal, kept
-from kdlib.models.depth import shallower
 from kdlib.models.heads import head_form
 from kdlib.models.loading import device_of, load_config, parameters, ranks_of
 from kdlib.models.student import outline, own_config, own_tokenizer, tokenizer_of
@@ -277,7 +276,7 @@ class Context:
         if config.student.source != "teacher":
             return tasks.untrained_student(config, prepared, None).to(device)
         layers = tasks.layers_for_student(config, self.teacher.model, prepared)
-        return shallower(self.teacher.model, layers).to(device)
+        return tasks.student_of(config, self.teacher.model, layers).to(device)
 
     @part("loss.features.layers")
     def pairs(self) -> LayerPairs:

@@ -18,7 +18,7 @@ from kdlib.hardware import emulates_bf16
 from kdlib.losses.features import FEATURE_TERMS
 from kdlib.losses.objective import log_probs
 from kdlib.models.loading import device_of, load_tokenizer, positions_of
-from kdlib.models.student import check_pair
+from kdlib.models.student import check_pair, teacher_tokenizer_of
 from kdlib.schedulers import SHAPES, at_most, breakpoints, from_spec
 
 AUTO = {"precision": "auto"}
@@ -72,13 +72,13 @@ def models_are_a_pair(context: Context) -> Findings:
     except ModelError as error:
         raise Unavailable("student", error) from error
     is_one = context.rules.one_vocabulary
+    teachers = teacher_tokenizer_of(config) if is_one else load_tokenizer(config.teacher.model)
     for name, each in context.configs.items():
         where = "teacher.model" if name == "teacher" else "student.from"
-        theirs = not is_one and name == "teacher"
-        tokens = vocabulary_of(load_tokenizer(config.teacher.model) if theirs else context.tokenizer)
+        tokens = vocabulary_of(teachers if teachers and name == "teacher" else context.tokenizer)
         rows = each.get_text_config().vocab_size
         if rows < tokens:
-            matrix, whose = ("head", "the") if is_one else ("embedding", "its")
+            matrix, whose = "head" if is_one else "embedding", "its" if teachers else "the"
             found = f"the {name}'s {matrix} has {rows} rows, but {whose} tokenizer's ids end at {tokens - 1}"
             do = "nothing, if they are none of the data's; else take the tokenizer that belongs to the model"
             yield note(where, found, "tokens beyond have no row, and rows that hold one are refused", do)

@@ -245,5 +245,5 @@ def _config(
     limits = [load_tokenizer(model).model_max_length for model in among]
     rows = {"source": data, "max_length": min(LONGEST, *positions, *limits), **TASKS[task].compared_data}
     pair = {"teacher": {"model": teacher}, "student": {"from": student}}
-    raw = {"task": task, **pair, "loss": {"weights": {"ce": 1.0}}, "training": {}, "data": rows}
+    raw = {"task": task, **pair, "loss": {"weights": {"kd": 1.0}}, "training": {}, "data": rows}
     return parse(raw, overrides, name="kd compare")

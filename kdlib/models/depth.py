@@ -13,6 +13,7 @@ from itertools import combinations, product
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
@@ -34,6 +35,11 @@ NO_CONFIG = (  # what a config raises that describes no model
     *(ValueError, TypeError, LookupError, ArithmeticError, AttributeError, StopIteration),
 )
 TOKENS = 32  # on which the student is held against the teacher
+
+
+def even_layers(count: int, total: int) -> list[int]:
+    """`count` of `total` layers, spread evenly from the first to the last."""
+    return [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
 
 
 def with_layers(
@@ -73,6 +79,29 @@ def with_layers(
         "Keep other layers (student.keep: the first, or whole periods), or take a smaller model of its "
         "family as the student"
     )
+
+
+@torch.no_grad()
+def layer_influence(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """[L] how much each layer turns the residual stream: 1 - mean cosine of input and output, 0 (not) to 2.
+
+    Args:
+        input_ids: [B, T] text without padding.
+
+    Reference: Men et al. 2024 (ShortGPT, "block influence"), https://arxiv.org/abs/2403.03853
+    """
+    influence = []
+
+    def measure(layer, args, kwargs, output):  # `hidden_states` will not do: it ends with the final norm's
+        before = args[0] if args else kwargs["hidden_states"]
+        after = output[0] if isinstance(output, tuple) else output
+        influence.append(1 - F.cosine_similarity(before.float(), after.float(), dim=-1).mean())
+
+    with ExitStack() as hooks:
+        for layer in layers_of(model):
+            hooks.enter_context(layer.register_forward_hook(measure, with_kwargs=True))
+        model.base_model(input_ids=input_ids.to(model.device), use_cache=False)
+    return torch.stack(influence)
 
 
 def _outline(config: PreTrainedConfig, kind: type[PreTrainedModel] | None) -> PreTrainedModel:

@@ -1,38 +1,61 @@
-"""Students: made from a teacher's layers, blank, or from scratch; whether a teacher can teach them."""
+"""Students: of a teacher's layers, for other tokens, or from scratch; whether a teacher can teach them."""
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
+from transformers.initialization import no_init_weights
 
+from kdlib.config.loss import DIVERGENCES, SPAN_TERMS
 from kdlib.config.run import Config
 from kdlib.config.task_rules import rules_of
 from kdlib.errors import ModelError, nearest
-from kdlib.models.depth import with_layers
-from kdlib.models.hooks import layers_of
-from kdlib.models.loading import blank, load_config, load_tokenizer, positions_of
+from kdlib.models.depth import even_layers, layer_influence, with_layers
+from kdlib.models.loading import SPECIAL, blank, load_config, load_tokenizer, plain_config, positions_of
 
 ASPECT, TOLERANCE = 64, 0.04  # hidden size over layers, as in most models; of a count that is asked for
 
 
-def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
-    """The one that makes the rows and is saved with the student: the teacher's, or its own where allowed."""
-    is_own = config.teacher is None or not rules_of(config).one_vocabulary
-    return own_tokenizer(config) if is_own else load_tokenizer(config.teacher.model)
+def tokenizer_of(config: Config) -> Tokenizer:
+    """The one that makes the student's rows and is saved with it: the teacher's where both know the same."""
+    own = own_tokenizer(config)
+    teachers = load_tokenizer(config.teacher.model) if _may_differ(config) else own
+    return teachers if own.get_vocab() == teachers.get_vocab() else own
 
 
-def own_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The student's: that of its model, or the one that a student from scratch names; else the teacher's."""
-    student = config.student
-    named = student.source if student.is_own else student.tokenizer
-    return load_tokenizer(named or config.teacher.model)
+def teacher_tokenizer_of(config: Config) -> Tokenizer | None:
+    """The teacher's, where it has rows of its own: it knows other tokens, or a term compares spans."""
+    is_of_spans = config.teacher is not None and bool(_terms(config) & {*SPAN_TERMS})
+    if not (is_of_spans or _may_differ(config)):
+        return None
+    teachers = load_tokenizer(config.teacher.model)
+    return teachers if is_of_spans or own_tokenizer(config).get_vocab() != teachers.get_vocab() else None
+
+
+def own_tokenizer(config: Config) -> Tokenizer:
+    """The student's: that of its model, or the one that another student names; else the teacher's."""
+    return load_tokenizer(_own_tokens(config) or config.teacher.model)
+
+
+def _own_tokens(config: Config) -> str | None:
+    """Where the student's tokenizer comes from, if not from the teacher."""
+    return config.student.source if config.student.is_own else config.student.tokenizer
+
+
+def _may_differ(config: Config) -> bool:
+    """Whether the teacher could have other tokens, where both are asked token by token."""
+    return rules_of(config).one_vocabulary and config.teacher is not None and _own_tokens(config) is not None
+
+
+def _terms(config: Config) -> set[str]:
+    """All that has a weight, in the student or the baseline."""
+    return {*config.loss.schedules, *(config.baseline.weights if config.baseline else ())}
 
 
 def own_config(config: Config) -> PreTrainedConfig:
@@ -67,10 +90,9 @@ def llama_of(count: float, vocabulary: int) -> dict[str, int]:
     return {**sizes, "num_attention_heads": heads, "num_key_value_heads": heads}
 
 
-def _shaped(shape: str | dict, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+def _shaped(shape: str | dict, tokenizer: Tokenizer) -> PreTrainedConfig:
     """The config of a model from scratch, which speaks by this tokenizer."""
-    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    asked = {"vocab_size": max(tokenizer.get_vocab().values()) + 1, **tokens}
+    asked = _of_tokens(tokenizer)
     if isinstance(shape, str):
         count = float(shape[:-1]) * {"m": 1e6, "b": 1e9}[shape[-1]]
         sizes = {**llama_of(count, asked["vocab_size"]), "tie_word_embeddings": True}
@@ -86,42 +108,52 @@ def _shaped(shape: str | dict, tokenizer: PreTrainedTokenizerBase) -> PreTrained
         raise ModelError(f"student.shape: transformers makes no such {kind}: {error}") from error
 
 
+def _of_tokens(tokenizer: Tokenizer) -> dict[str, int | None]:
+    """What a model's config says of the tokens that it knows."""
+    known = max(tokenizer.get_vocab().values()) + 1
+    return {"vocab_size": known, **{name: getattr(tokenizer, name) for name in SPECIAL}}
+
+
 def sources(config: Config) -> list[str]:
     """The models that are loaded by name: the teacher's, and the student's where it has one of its own."""
     teacher = [config.teacher.model] if config.teacher else []
     return list(dict.fromkeys([*teacher, *([config.student.source] if config.student.is_own else [])]))
 
 
-def check_pair(config: Config, teacher: PreTrainedTokenizerBase) -> None:
-    """Refuse a student that the teacher cannot teach: layers it lacks, or token ids that mean other things.
+def check_pair(config: Config, tokenizer: Tokenizer) -> None:
+    """Refuse a student that the teacher cannot teach: layers it lacks, or a term for tokens that both know.
+
+    Args:
+        tokenizer: the student's, as `tokenizer_of` gives it.
 
     Raises:
-        ModelError: names the layers, or the first tokens that differ.
+        ModelError: names the layers, or the term and the first tokens that differ.
     """
-    students, length = config.student.source, config.data.max_length
+    student, length = config.student.source, config.data.max_length
     configs = {name: load_config(name) for name in sources(config)}
-    if students == "config":
+    if student == "config":
         configs["the student's shape"] = own_config(config)
     for name, each in configs.items():
         positions = positions_of(each)
         if positions and length > positions:
             raise ModelError(f"data.max_length is {length}, but {name} has {positions} positions; lower it")
-    if config.teacher is None:
-        return
-    teachers = config.teacher.model
-    if students == "teacher":
-        kept_layers(config, configs[teachers].get_text_config().num_hidden_layers)
-        return
-    if not rules_of(config).one_vocabulary:  # each reads the rows in its own way
-        return
-    ours, theirs = own_tokenizer(config).get_vocab(), teacher.get_vocab()
+    if config.teacher is not None and student == "teacher":
+        kept_layers(config, configs[config.teacher.model].get_text_config().num_hidden_layers)
+    terms = sorted(_terms(config) & {"kd", *DIVERGENCES, "attention"})
+    if terms and _may_differ(config):
+        _check_tokens(config, tokenizer, load_tokenizer(config.teacher.model), ", ".join(terms))
+
+
+def _check_tokens(config: Config, student: Tokenizer, teacher: Tokenizer, terms: str) -> None:
+    """Refuse two vocabularies, for terms of one."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
     if differing := sorted(t for t in {**ours, **theirs} if ours.get(t) != theirs.get(t)):
         shown = [f"{t!r}: {ours.get(t, 'absent')} / {theirs.get(t, 'absent')}" for t in differing[:3]]
         raise ModelError(
-            f"student {students} ({len(ours)} tokens) and teacher {teachers} ({len(theirs)}) have different "
-            f"vocabularies: {len(differing)} tokens differ, e.g. {', '.join(shown)} (student / teacher id). "
-            "The kd term needs one vocabulary: use a student of the teacher's family, or "
-            "`student: {from: teacher}`"
+            f"student {_own_tokens(config)} ({len(ours)} tokens) and teacher {config.teacher.model} "
+            f"({len(theirs)}) have different vocabularies: {len(differing)} tokens differ, e.g. "
+            f"{', '.join(shown)} (student / teacher id). The loss has {terms}, which needs one vocabulary: "
+            f"weight one of {', '.join(SPAN_TERMS)}, made for two, or take a student of the teacher's family"
         )
 
 
@@ -137,11 +169,6 @@ def chosen_layers(config: Config, teacher: PreTrainedModel | None, calibration: 
     if len(kept) == 1 or config.student.keep != "influence":
         return kept
     return sorted(layer_influence(teacher, calibration).topk(len(kept)).indices.tolist())
-
-
-def even_layers(count: int, total: int) -> list[int]:
-    """`count` of `total` layers, spread evenly from the first to the last."""
-    return [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
 
 
 def kept_layers(config: Config, total: int) -> list[int] | None:
@@ -163,26 +190,56 @@ def kept_layers(config: Config, total: int) -> list[int] | None:
 
 
 @torch.no_grad()
-def layer_influence(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """[L] how much each layer turns the residual stream: 1 - mean cosine of input and output, 0 (not) to 2.
+def reembedded(
+    model: PreTrainedModel, pieces: Sequence[Sequence[int]], tokenizer: Tokenizer
+) -> PreTrainedModel:
+    """The same model for another tokenizer's tokens: what it knows of each is the mean of its pieces.
+
+    Embedding and head get a row for each token, a tied head stays tied, layers and norms are as they were.
+    A token without pieces begins as the mean of all.
 
     Args:
-        input_ids: [B, T] text without padding.
+        pieces: [V] of each token those of the model's that together stand for it (kdlib.data.vocabulary).
+        tokenizer: the other one, whose special tokens become the model's.
 
-    Reference: Men et al. 2024 (ShortGPT, "block influence"), https://arxiv.org/abs/2403.03853
+    Raises:
+        ModelError: the model knows its tokens by more than one embedding and one head.
+
+    Reference: Gee et al. 2022, https://arxiv.org/abs/2402.09977
     """
-    influence = []
+    with no_init_weights():  # every weight is the model's, or made of it
+        made = type(model)(spoken(model.config, tokenizer))
+    made.tie_weights()
+    ends = filter(None, (model.get_input_embeddings(), model.get_output_embeddings()))
+    tables = {parameter for end in ends for parameter in end.parameters()}
+    named = {name for name, each in model.named_parameters(remove_duplicate=False) if each in tables}
+    state = {name: _means(x, pieces) if name in named else x for name, x in model.state_dict().items()}
+    made.load_state_dict(state)
+    return made.eval()
 
-    def measure(layer, args, kwargs, output):  # `hidden_states` will not do: it ends with the final norm's
-        before = args[0] if args else kwargs["hidden_states"]
-        after = output[0] if isinstance(output, tuple) else output
-        influence.append(1 - F.cosine_similarity(before.float(), after.float(), dim=-1).mean())
 
-    with ExitStack() as hooks:
-        for layer in layers_of(model):
-            hooks.enter_context(layer.register_forward_hook(measure, with_kwargs=True))
-        model.base_model(input_ids=input_ids.to(model.device), use_cache=False)
-    return torch.stack(influence)
+def spoken(config: PreTrainedConfig, tokenizer: Tokenizer) -> PreTrainedConfig:
+    """A copy of a model's config for this tokenizer's tokens; a ModelError where it has other tables too."""
+    made = plain_config(config)
+    text = made.get_text_config()
+    if others := [name for name in text.to_dict() if "vocab_size" in name and name != "vocab_size"]:
+        raise ModelError(
+            f"student.tokenizer: a {config.model_type} knows its tokens by {others[0]} beside vocab_size, so "
+            "it cannot be given other tokens; leave it out, or take another teacher"
+        )
+    for name, value in _of_tokens(tokenizer).items():
+        setattr(text, name, value)
+    return made
+
+
+def _means(table: Tensor, pieces: Sequence[Sequence[int]]) -> Tensor:
+    """[V, …] of each token the mean of its pieces' rows, which are some of the table's; of none, of all."""
+    counts, rows = (torch.tensor([*x]).long() for x in (map(len, pieces), chain.from_iterable(pieces)))
+    owners, sums = torch.arange(len(pieces)), table.new_zeros(len(pieces), *table.shape[1:])
+    sums.index_add_(0, owners.repeat_interleave(counts), table[rows])
+    means = sums / counts.clamp(min=1).view(-1, *[1] * (table.dim() - 1))
+    means[counts == 0] = table.mean(0)
+    return means
 
 
 @dataclass(frozen=True)
@@ -234,6 +291,7 @@ def outline(config: Config, task: Any, vocabulary: int | None = None) -> Outline
             )
     if source == "teacher":
         student = with_layers(teacher, kept_layers(config, teacher.get_text_config().num_hidden_layers))
+        student = spoken(student, own_tokenizer(config)) if config.student.tokenizer else student
         if config.student.keep == "influence":
             notes.append("which layers the student keeps is seen on text; taken evenly here")
     if getattr(teacher, "quantization_config", None):

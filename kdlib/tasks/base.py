@@ -18,12 +18,14 @@ from kdlib.config import task_rules
 from kdlib.config.run import Config
 from kdlib.config.task_rules import TaskRules
 from kdlib.data.batches import Prepared, calibration_rows, largest_id
+from kdlib.data.spans import token_bytes
+from kdlib.data.vocabulary import pieces, roles
 from kdlib.errors import ModelError
 from kdlib.hardware import precision_of, world_size
 from kdlib.models.depth import shallower
-from kdlib.models.loading import blank, device_of, load_config
+from kdlib.models.loading import blank, device_of, load_config, load_tokenizer
 from kdlib.models.sharing import check_shards, sharded
-from kdlib.models.student import Outline, chosen_layers, own_config
+from kdlib.models.student import Outline, chosen_layers, own_config, own_tokenizer, reembedded
 from kdlib.models.teacher import LiveTeacher, named_device
 
 Check = Callable[[Any], Iterator[Any]]  # kdlib.diagnostics.context.Context → findings
@@ -224,10 +226,22 @@ def untrained_student(config: Config, prepared: Prepared, keep: Sequence[int] | 
     """
     torch.manual_seed(config.seed)  # for what is made anew: a head, or all of it
     if config.student.source == "teacher":
-        return shallower(_teacher_model(config, prepared, torch.float32), keep)
+        return student_of(config, _teacher_model(config, prepared, torch.float32), keep)
     if config.student.source == "config":
         return blank(task_of(config).auto, "config", own_config(config), torch.float32)
     return task_of(config).load(config.student.source, prepared, untrained=True)
+
+
+def student_of(config: Config, teacher: Model, keep: Sequence[int]) -> Model:
+    """The student made from the teacher's layers `keep`, for its own tokens where it has others."""
+    student = shallower(teacher, keep)
+    if config.student.tokenizer is None:
+        return student
+    ours, theirs = own_tokenizer(config), load_tokenizer(config.teacher.model)
+    if ours.get_vocab() == theirs.get_vocab():
+        return student
+    cut = pieces(token_bytes(ours), token_bytes(theirs), theirs, roles(ours, theirs))
+    return reembedded(student, cut, ours)
 
 
 def layers_for_student(config: Config, teacher: Model | None, prepared: Prepared) -> list[int] | None:
