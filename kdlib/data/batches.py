@@ -3,7 +3,8 @@
 A row is {"input_ids": […]}, with "prompt_tokens" where its beginning is given and not learned, and
 "read_only": [start, end, …] where later parts are given too, and "documents": [start, number, …] or "group"
 where it is known to what its tokens belong; of a classification it is {"input_ids": […],
-"label": n}, with "teacher_input_ids" where the teacher has a tokenizer of its own.
+"label": n}, with "teacher_input_ids" where the teacher has a tokenizer of its own.  Of text it then has
+"spans" too: [student's end, teacher's end, …] of the stretches of both that kdlib.data.spans finds.
 """
 
 import hashlib
@@ -20,9 +21,10 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from kdlib.losses.alignment import Vocabularies
 from kdlib.losses.signals import IGNORED
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]  # tensors; under "spans" a dict of them
 Collate = Callable[[Sequence[Mapping[str, Any]]], Batch]
 # mean measures, and of rows with a class [N, 2] what was said and what was right → {name: figure}
 Figures = Callable[[Mapping[str, float], np.ndarray | None], dict[str, float]]
@@ -47,6 +49,12 @@ class Prepared:
     # split → every choice of every question, a row each (kdlib.data.qa)
     choices: Mapping[str, Dataset] = field(default_factory=dict)
     figures: Figures = perplexity  # what an evaluation tells beside the mean measures
+    vocabularies: Vocabularies | None = None  # where student and teacher read other tokens of the same text
+
+    @property
+    def teacher_vocabulary(self) -> int:
+        """What the teacher chooses among."""
+        return self.vocabularies.teacher_size if self.vocabularies else self.vocabulary
 
     @property
     def measured_on(self) -> str:
@@ -63,19 +71,58 @@ class Prepared:
         return self.collate([self.train[i] for i in range(min(count, len(self.train)))])
 
 
-def collate(rows: Sequence[Mapping[str, Any]], *, pad_id: int) -> Batch:
+def collate(rows: Sequence[Mapping[str, Any]], *, pad_id: int, teacher_pad_id: int | None = None) -> Batch:
     """Rows to a batch, padded on the right: input_ids, attention_mask, labels, each [B, T].
 
     Labels are `IGNORED` at padding, in prompts, and at each row's first token, which nothing predicts; so the
     Trainer's own count of labels is the count of kept tokens, for every architecture.
+
+    Args:
+        teacher_pad_id: where the teacher has a tokenizer of its own; the batch then has its teacher_input_ids
+            and teacher_attention_mask, [B, T'], and the `spans_of` both.
     """
     ids, mask = padded([row["input_ids"] for row in rows], pad_id)
-    labels = ids.masked_fill(mask == 0, IGNORED)
+    labels = ids.masked_fill(torch.from_numpy(~learned(rows, ids.shape[1])), IGNORED)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    if teacher_pad_id is None:
+        return batch
+    ids, mask = padded([row["teacher_input_ids"] for row in rows], teacher_pad_id)
+    spans = spans_of(rows, labels.shape[1], ids.shape[1])
+    spans = {name: torch.from_numpy(each) for name, each in spans.items()}
+    return batch | {"teacher_input_ids": ids, "teacher_attention_mask": mask, "spans": spans}
+
+
+def learned(rows: Sequence[Mapping[str, Any]], width: int) -> np.ndarray:
+    """[B, width] whether a token is learned: it is given by no one, and not its row's first."""
+    found = np.zeros((len(rows), width), bool)
     for number, row in enumerate(rows):
-        labels[number, : max(row.get("prompt_tokens", 1), 1)] = IGNORED
+        found[number, max(row.get("prompt_tokens", 1), 1) : len(row["input_ids"])] = True
         for start, end in pairwise(row.get("read_only") or ()):
-            labels[number, start:end] = IGNORED
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+            found[number, start:end] = False
+    return found
+
+
+def spans_of(rows: Sequence[Mapping[str, Any]], width: int, teacher_width: int) -> dict[str, np.ndarray]:
+    """The spans that are learned, in order, each [S]: where and how long on both sides, in which row.
+
+    A stretch of a row is one where both have tokens in it, all of the student's are learned, and something
+    predicts the teacher's first.
+
+    Returns:
+        {"starts", "teacher_starts"}: flat positions in [B, width] whose outputs predict the first tokens;
+        {"sizes", "teacher_sizes"}: how many tokens; {"rows"}: the row's number.
+    """
+    found = [np.zeros((0, 5), np.int64)]
+    for number, (row, is_learned) in enumerate(zip(rows, learned(rows, width), strict=True)):
+        ends = np.array(row["spans"], np.int64).reshape(-1, 2)
+        firsts = np.vstack([np.zeros((1, 2), np.int64), ends])[:-1]
+        sizes, count = ends - firsts, np.append(0, np.cumsum(is_learned))
+        whole = count[ends[:, 0]] - count[firsts[:, 0]] == sizes[:, 0]
+        keep = whole & (sizes > 0).all(1) & (firsts[:, 1] > 0)
+        starts = firsts - 1 + np.array([width, teacher_width]) * number
+        found.append(np.column_stack([starts, sizes, np.full(len(ends), number)])[keep])
+    names = ("starts", "teacher_starts", "sizes", "teacher_sizes", "rows")
+    return dict(zip(names, np.vstack(found).T.copy(), strict=True))
 
 
 def collate_classes(rows: Sequence[Mapping[str, Any]], *, pad_id: int, teacher_pad_id: int) -> Batch:
@@ -132,6 +179,23 @@ def vocabulary_of(tokenizer: Tokenizer) -> int:
     return 1 + max(tokenizer.get_vocab().values())
 
 
+def beginning(tokenizer: Tokenizer) -> list[int]:
+    """[BOS] where the tokenizer's own call begins with it (Llama, Gemma: lost without it), else []."""
+    first = tokenizer.bos_token_id
+    return [first] if tokenizer("a")["input_ids"][:1] == [first] else []
+
+
+def ending(tokenizer: Tokenizer) -> list[int]:
+    """[EOS] where there is one, else []."""
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def runs(owners: np.ndarray) -> list[int]:
+    """[start, owner, …] of runs of equal owners."""
+    starts = np.flatnonzero(np.diff(owners, prepend=owners[:1] - 1))
+    return np.column_stack([starts, owners[starts]]).flatten().tolist()
+
+
 def largest_id(rows: Dataset, column: str = "input_ids") -> int:
     """The largest of all rows' ids."""
     return pc.max(token_lists(rows, column).flatten()).as_py()
@@ -147,11 +211,14 @@ def random_ids(
     return ids
 
 
+LISTS = ("input_ids", "read_only", "teacher_input_ids", "spans")
+
+
 def fingerprint(*parts: Dataset) -> str:
     """16 hex digits that change when any token, prompt or label of any row does."""
     digest = hashlib.sha256()
     for part in parts:
-        lists = [token_lists(part, name) for name in ("input_ids", "read_only") if name in part.column_names]
+        lists = [token_lists(part, name) for name in LISTS if name in part.column_names]
         plain = [name for name in ("prompt_tokens", "label", "is_answer") if name in part.column_names]
         numbers = [array for each in lists for array in (each.value_lengths(), each.flatten())]
         for array in [*numbers, *(pa.array(part.with_format("numpy")[:][name]) for name in plain)]:

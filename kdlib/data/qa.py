@@ -21,10 +21,9 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.config.sections import DataConfig
-from kdlib.data.batches import Prepared, collate, fingerprint, vocabulary_of
+from kdlib.data.batches import Prepared, beginning, collate, fingerprint, vocabulary_of
 from kdlib.data.qa_rows import Fault, Item, collected, form_of, read_items
 from kdlib.data.sources import kept_once, own_splits, read_splits, refuse_rows
-from kdlib.data.text import beginning
 from kdlib.errors import DataError
 
 INT, TEXT, IDS = datasets.Value("int32"), datasets.Value("string"), datasets.List(datasets.Value("int32"))

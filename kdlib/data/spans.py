@@ -4,91 +4,25 @@ Ends are bytes of the text, not characters or decoded strings: a character that 
 is cut where it is cut, and what a token leaves out or changes (white space, capitals, accents) moves nothing.
 """
 
-import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import Any
 
+import datasets
 import numpy as np
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from kdlib.errors import ModelError
+from kdlib.data.batches import beginning, ending, runs
+from kdlib.data.vocabulary import family_of, token_bytes
 
-BYTE_OF = {letter: byte for byte, letter in bytes_to_unicode().items()}  # GPT-2's alphabet
+IDS, NUMBER = datasets.List(datasets.Value("int32")), datasets.Value("int32")
+BOTH = {"input_ids": IDS, "teacher_input_ids": IDS, "spans": IDS}
+WHOLE = datasets.Features({**BOTH, "document": NUMBER, "tokens": NUMBER})
+ROWS = datasets.Features({**BOTH, "documents": IDS})
 NO_BYTES = -(2**40)  # the size of a token that stands for none, so that no sum with it is a text's
-
-
-def check_fast(tokenizer: Tokenizer) -> None:
-    """Refuse a tokenizer that cannot say where in a text its tokens stand.
-
-    Raises:
-        ModelError: it is a slow one.
-    """
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"{tokenizer.name_or_path}: found a slow tokenizer ({type(tokenizer).__name__}), which does not "
-            "say where its tokens stand in a text; spans need a fast one: save it with its tokenizer.json, "
-            "or name a model that has one"
-        )
-
-
-def family_of(tokenizer: Tokenizer) -> str:
-    """How a vocabulary spells bytes: "ByteLevel", "SentencePiece" or "WordPiece", by the tokenizer's decoder.
-
-    Raises:
-        ModelError: it is slow, or spells them in another way.
-    """
-    check_fast(tokenizer)
-    decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
-    steps = {step["type"] for step in [decoder, *decoder.get("decoders", ())] if step}
-    for family, marks in FAMILIES.items():
-        if steps & marks:
-            return family
-    raise ModelError(
-        f"{tokenizer.name_or_path}: found a tokenizer whose decoder is {decoder.get('type', 'left out')}, by "
-        f"which no token's bytes are known; needed is one of {', '.join(FAMILIES)}: use a model that has it"
-    )
-
-
-FAMILIES = {
-    "ByteLevel": {"ByteLevel"},  # GPT-2, Llama 3, Qwen, SmolLM
-    "WordPiece": {"WordPiece"},  # BERT
-    "SentencePiece": {"Metaspace", "ByteFallback"},  # T5, Llama 2, Gemma
-}
-
-
-def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
-    """The bytes that each token stands for in the middle of a text, by id; None for special and unknown ones.
-
-    GPT-2's alphabet is read back to bytes; SentencePiece's ▁ is a space and <0x0A> that byte; WordPiece's ##x
-    is x and its x a space and x.  What was added to a vocabulary stands for its text.
-
-    Raises:
-        ModelError: the tokenizer is slow, or of none of the three families.
-    """
-    family, names = family_of(tokenizer), tokenizer.get_vocab()
-    read = {"ByteLevel": _of_alphabet, "SentencePiece": _of_piece, "WordPiece": _of_word_piece}[family]
-    found: list[bytes | None] = [None] * (1 + max(names.values()))
-    for token, number in names.items():
-        found[number] = read(token)
-    for number, token in tokenizer.added_tokens_decoder.items():
-        found[number] = token.content.encode()
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    for number in special.union(tokenizer.all_special_ids):
-        found[number] = None
-    return found
-
-
-def _of_alphabet(token: str) -> bytes:
-    return bytes(BYTE_OF[letter] for letter in token) if BYTE_OF.keys() >= set(token) else token.encode()
-
-
-def _of_piece(token: str) -> bytes:
-    is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
-    return bytes.fromhex(token[3:5]) if is_byte else token.replace("▁", " ").encode()
-
-
-def _of_word_piece(token: str) -> bytes:
-    return token[2:].encode() if token.startswith("##") else f" {token}".encode()
+UNBOUNDED = 2**31  # tokens in a row; `transformers` says 1e30 where a tokenizer knows no end
 
 
 class Reader:
@@ -175,3 +109,136 @@ def spans(student_ends: np.ndarray, teacher_ends: np.ndarray) -> np.ndarray:
     shared = np.flatnonzero(marks[0] & marks[1])
     cuts = [np.searchsorted(ends, shared[shared > 0][:-1]) + 1 for ends in (student_ends, teacher_ends)]
     return np.vstack([np.column_stack(cuts), [whole]]) if any(whole) else np.zeros((0, 2), np.int64)
+
+
+def edges_of(ends: np.ndarray) -> np.ndarray:
+    """[S + 1, 2] where stretches that end there begin, and the end of all."""
+    return np.vstack([np.zeros((1, 2), np.int64), ends.astype(np.int64)])
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A text's tokens for student and teacher, in stretches of both that follow each other."""
+
+    input_ids: Sequence[int]
+    teacher_input_ids: Sequence[int]
+    edges: np.ndarray  # [S + 1, 2] tokens of each side before each stretch, and in all
+
+    def row(self, first: int = 0, last: int | None = None) -> dict[str, Any]:
+        """From one edge to another, by number, as a row."""
+        edges = self.edges[first : None if last is None else last + 1]
+        (ours, theirs), (our_end, their_end) = edges[0], edges[-1]
+        return {
+            "input_ids": self.input_ids[ours:our_end],
+            "teacher_input_ids": self.teacher_input_ids[theirs:their_end],
+            "spans": (edges[1:] - edges[0]).flatten().tolist(),
+        }
+
+    def fits(self, most: tuple[int, int]) -> bool:
+        """Whether no stretch has more tokens of either side."""
+        return bool((np.diff(self.edges, axis=0) <= most).all())
+
+    def cuts(self, most: tuple[int, int]) -> list[int]:
+        """The edges of parts that are as long as may be, by number; each stretch must fit."""
+        found = [0]
+        while found[-1] < len(self.edges) - 1:
+            ends = zip(self.edges.T, self.edges[found[-1]] + most, strict=True)
+            found.append(int(min(np.searchsorted(side, end, "right") for side, end in ends)) - 1)
+        return found
+
+
+def matched(ours: Sequence[int], theirs: Sequence[int]) -> Pair:
+    """Tokens of both that are one stretch: two in the same role, or what only one side has."""
+    whole = (len(ours), len(theirs))
+    return Pair(ours, theirs, np.array([(0, 0), whole] if any(whole) else [(0, 0)]))
+
+
+def joined(parts: Sequence[Pair]) -> Pair:
+    """One after the other."""
+    begins = np.vstack([np.zeros((1, 2), np.int64), [each.edges[-1] for each in parts]]).cumsum(0)
+    edges = [each.edges[1:] + begin for each, begin in zip(parts, begins, strict=False)]
+    ours = chain.from_iterable(each.input_ids for each in parts)
+    theirs = chain.from_iterable(each.teacher_input_ids for each in parts)
+    return Pair(list(ours), list(theirs), np.vstack([begins[:1], *edges]))
+
+
+class PairReader:
+    """Two tokenizers that read the same texts, the student's first."""
+
+    def __init__(self, tokenizer: Tokenizer, teacher: Tokenizer) -> None:
+        """Raises a ModelError where a `Reader` does."""
+        both = (tokenizer, teacher)
+        self.readers = [Reader(each) for each in both]
+        self.first, self.last = (matched(*map(part, both)) for part in (beginning, ending))
+
+    def __call__(self, texts: Sequence[str]) -> list[Pair | None]:
+        """Each text without beginning and end; None where one of the two does not give it back."""
+        both = zip(*(read(texts) for read in self.readers), strict=True)
+        return [
+            None if ends is None or others is None else Pair(ours, theirs, edges_of(spans(ends, others)))
+            for (ours, ends), (theirs, others) in both
+        ]
+
+
+def limits(teacher: Tokenizer, length: int) -> tuple[int, int]:
+    """How many tokens a row may have: the student's, and the teacher's, whose tokenizer may set an end."""
+    return length, int(min(teacher.model_max_length, UNBOUNDED))
+
+
+def tokenized(
+    documents: Dataset, column: str, reader: PairReader, numbers: np.ndarray, most: tuple[int, int]
+) -> tuple[Dataset, dict[str, Any]]:
+    """Each document's tokens for both models, with beginning and end, and the stretches of both.
+
+    Args:
+        numbers: what each is called in "document".
+        most: tokens of a row; a document in which no common cut comes within them is left out.
+
+    Returns:
+        The documents of two tokens or more; and how many were left out, the first of them by name.
+    """
+
+    def read(batch, places):
+        rows = []
+        for pair, place in zip(reader(batch[column]), places, strict=True):
+            whole = pair and joined([reader.first, pair, reader.last])
+            is_read = whole is not None and whole.fits(most)
+            row = whole.row() if is_read else dict.fromkeys(BOTH, [])
+            rows.append(row | {"document": numbers[place], "tokens": len(pair.input_ids) if is_read else -1})
+        return {name: [row[name] for row in rows] for name in WHOLE}
+
+    options = {"batched": True, "with_indices": True, "remove_columns": documents.column_names}
+    made = documents.map(read, features=WHOLE, **options)
+    tokens = np.array(made["tokens"][:])
+    lost = np.flatnonzero(tokens < 0)
+    shown = [f"{place}: {documents[place][column][:60]!r}" for place in lost[:3].tolist()]
+    kept = made.select(np.flatnonzero(tokens > 1)).remove_columns("tokens")
+    return kept, {"documents_not_aligned": len(lost), "first_not_aligned": shown}
+
+
+def cut(documents: Dataset, most: tuple[int, int], *, is_packed: bool) -> Dataset:
+    """Rows of so many tokens at most, cut where both do: documents end to end, or of each the first.
+
+    Returns:
+        {"input_ids", "teacher_input_ids", "spans", "documents": [start, number, …]}; of packed ones the last
+        goes, unless the student's tokens fill it.
+    """
+
+    def blocks(batch):
+        parts = [
+            Pair(ours, theirs, edges_of(np.array(ends).reshape(-1, 2)))
+            for ours, theirs, ends in zip(*(batch[name] for name in BOTH), strict=True)
+        ]
+        if is_packed:
+            whole, sizes = joined(parts), [len(each.input_ids) for each in parts]
+            owners, cuts = np.repeat(batch["document"], sizes), pairwise(whole.cuts(most))
+            places = whole.edges[:, 0]
+            rows = [whole.row(*cut) | {"documents": runs(owners[slice(*places[[*cut]])])} for cut in cuts]
+            rows = rows if rows and len(rows[-1]["input_ids"]) == most[0] else rows[:-1]
+        else:
+            each = zip(parts, batch["document"], strict=True)
+            rows = [part.row(*part.cuts(most)[:2]) | {"documents": [0, owner]} for part, owner in each]
+        return {name: [row[name] for row in rows] for name in ROWS}
+
+    options = {"batched": True, "batch_size": 10_000, "remove_columns": documents.column_names}
+    return documents.map(blocks, features=ROWS, **options)

@@ -15,7 +15,17 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.config.sections import DataConfig
-from kdlib.data.batches import Prepared, collate, fingerprint, token_lists, vocabulary_of
+from kdlib.data import spans
+from kdlib.data.batches import (
+    Prepared,
+    beginning,
+    collate,
+    ending,
+    fingerprint,
+    runs,
+    token_lists,
+    vocabulary_of,
+)
 from kdlib.data.sources import check_column, group_values, kept_once, read_splits
 from kdlib.errors import DataError
 
@@ -27,13 +37,19 @@ ONE_TEXT = "blocks of one text, as if independent: rather too narrow"
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a token of a SentencePiece vocabulary
 
 
-def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
+def prepare(
+    config: DataConfig, tokenizer: Tokenizer, *, seed: int, teacher: Tokenizer | None = None
+) -> Prepared:
     """Read, split by document (or whole groups of them), tokenize and cut the text of a config.
 
     All depends on the documents and `data.split_seed` (else the seed) alone.
 
+    Args:
+        teacher: its tokenizer, where it reads with another: rows then have its tokens and the spans of both.
+
     Raises:
         DataError: nothing to read, not the named column, or not enough tokens.
+        ModelError: of one of two tokenizers it is not known which bytes its tokens stand for.
     """
     seed = seed if config.split_seed is None else config.split_seed
     documents, length = read_documents(config), config.max_length
@@ -49,27 +65,14 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
         groups = group_values(config, split[name], name)
         sides.append(set(groups or ()))
         numbers = np.arange(len(split[name])) if groups is None else np.unique(groups, return_inverse=True)[1]
-        ids = tokenized(split[name], config.text, tokenizer, numbers + numbered)
-        numbered += int(numbers.max(initial=0)) + 1
-        lengths = token_lists(ids).value_lengths().to_pylist()
-        notes[f"{name}_documents"] = len(split[name])
-        notes[f"{name}_documents_shorter_than_two_tokens"] = len(split[name]) - len(ids)
-        if config.packing:
-            blocks = packed(ids, length, separator=tokenizer.eos_token_id)
-        else:  # a document a row, its first tokens; one that is not cut ends as documents do when packed
-            end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-            blocks = ids.map(
-                lambda row, end=end: {
-                    "input_ids": (row["input_ids"] + end)[:length],
-                    "documents": [0, row["document"]],
-                },
-                remove_columns=["document"],
-                features=ROWS,
-            )
-            notes |= {f"{name}_{what}": figure for what, figure in cut_off(lengths, length).items()}
+        numbered, numbers = numbered + int(numbers.max(initial=0)) + 1, numbers + numbered
+        blocks, found = _blocks(split[name], config, tokenizer, teacher, numbers)
+        notes |= {f"{name}_{what}": figure for what, figure in found.items()}
         if len(blocks) == 0:
             fault = "are all shorter than two tokens, so there is nothing to predict"
-            if tokens := sum(lengths):
+            if left_out := found.get("documents_not_aligned"):
+                fault = f"have nothing to predict; {left_out} of them are not read alike by both tokenizers"
+            elif tokens := found["tokens"]:
                 fault = f"have {tokens} tokens together, fewer than one block of data.max_length={length}"
                 fault += "; lower max_length, or give more text"
             raise DataError(f"{config.source}: the {len(split[name])} {name} documents {fault}")
@@ -87,8 +90,47 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
     notes["each_document_begins_with"] = tokenizer.decode(beginning(tokenizer))
     notes["each_document_ends_with"] = tokenizer.eos_token or ""
     notes["fingerprint"] = fingerprint(rows["train"], rows["validation"])
-    gathered = partial(collate, pad_id=tokenizer.pad_token_id)
+    pads = {"teacher_pad_id": teacher.pad_token_id} if teacher else {}
+    gathered = partial(collate, pad_id=tokenizer.pad_token_id, **pads)
     return Prepared(rows["train"], rows["validation"], notes, gathered, vocabulary_of(tokenizer))
+
+
+def _blocks(
+    documents: Dataset,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    teacher: Tokenizer | None,
+    numbers: np.ndarray,
+) -> tuple[Dataset, dict[str, Any]]:
+    """Rows of documents, packed or one of each; and what was left out.
+
+    Unpacked, a document that is not cut ends as documents do when packed.
+    """
+    length, end, notes = config.max_length, ending(tokenizer), {}
+    if teacher:
+        reader, most = spans.PairReader(tokenizer, teacher), spans.limits(teacher, length)
+        whole, notes = spans.tokenized(documents, config.text, reader, numbers, most)
+        blocks = spans.cut(whole, most, is_packed=config.packing)
+    else:
+        whole = tokenized(documents, config.text, tokenizer, numbers)
+        blocks = (
+            packed(whole, length, separator=tokenizer.eos_token_id)
+            if config.packing
+            else whole.map(
+                lambda row: {
+                    "input_ids": (row["input_ids"] + end)[:length],
+                    "documents": [0, row["document"]],
+                },
+                remove_columns=["document"],
+                features=ROWS,
+            )
+        )
+    lengths = (token_lists(whole).value_lengths().to_numpy() - (len(end) if teacher else 0)).tolist()
+    if not config.packing:
+        notes |= cut_off(lengths, length)
+    short = len(documents) - len(whole) - notes.get("documents_not_aligned", 0)
+    notes |= {"documents": len(documents), "documents_shorter_than_two_tokens": short, "tokens": sum(lengths)}
+    return blocks, notes
 
 
 def _in_turn(order: Sequence[int], blocks: Dataset) -> list[int]:
@@ -168,12 +210,6 @@ def tokenized(
     )
 
 
-def beginning(tokenizer: Tokenizer) -> list[int]:
-    """[BOS] where the tokenizer's own call begins with it (Llama, Gemma: lost without it), else []."""
-    first = tokenizer.bos_token_id
-    return [first] if tokenizer("a")["input_ids"][:1] == [first] else []
-
-
 def packed(rows: Dataset, length: int, *, separator: int | None) -> Dataset:
     """Documents end to end, a separator after each, in blocks of exactly `length`; what is left over goes.
 
@@ -190,7 +226,7 @@ def packed(rows: Dataset, length: int, *, separator: int | None) -> Dataset:
         starts = range(0, len(stream) - length + 1, length)
         return {
             "input_ids": [stream[start : start + length] for start in starts],
-            "documents": [_runs(owners[start : start + length]) for start in starts],
+            "documents": [runs(owners[start : start + length]) for start in starts],
         }
 
     options = {
@@ -200,12 +236,6 @@ def packed(rows: Dataset, length: int, *, separator: int | None) -> Dataset:
         "remove_columns": rows.column_names,
     }
     return rows.map(blocks, features=ROWS, **options)
-
-
-def _runs(owners: np.ndarray) -> list[int]:
-    """[start, owner, …] of runs of equal owners."""
-    starts = np.flatnonzero(np.diff(owners, prepend=owners[:1] - 1))
-    return np.column_stack([starts, owners[starts]]).flatten().tolist()
 
 
 def units_of_tokens(prepared: Prepared) -> tuple[list[np.ndarray], str]:

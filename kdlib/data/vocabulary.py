@@ -1,14 +1,17 @@
 """Vocabularies: one trained on a text; each token of one in the tokens of another."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 
 from tokenizers import Tokenizer as Backend, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase as Tokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from kdlib.errors import DataError
+from kdlib.errors import DataError, ModelError
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 BYTES = 256
+BYTE_OF = {letter: byte for byte, letter in bytes_to_unicode().items()}  # GPT-2's alphabet
 
 
 def trained_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
@@ -84,3 +87,77 @@ def _longest_matches(piece: bytes, known: Mapping[bytes, int], longest: int) -> 
         found.append(known[piece[start:end]])
         start = end
     return found
+
+
+def check_fast(tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer that cannot say where in a text its tokens stand.
+
+    Raises:
+        ModelError: it is a slow one.
+    """
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"{tokenizer.name_or_path}: found a slow tokenizer ({type(tokenizer).__name__}), which does not "
+            "say where its tokens stand in a text; spans need a fast one: save it with its tokenizer.json, "
+            "or name a model that has one"
+        )
+
+
+def family_of(tokenizer: Tokenizer) -> str:
+    """How a vocabulary spells bytes: "ByteLevel", "SentencePiece" or "WordPiece", by the tokenizer's decoder.
+
+    Raises:
+        ModelError: it is slow, or spells them in another way.
+    """
+    check_fast(tokenizer)
+    decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
+    steps = {step["type"] for step in [decoder, *decoder.get("decoders", ())] if step}
+    for family, marks in FAMILIES.items():
+        if steps & marks:
+            return family
+    raise ModelError(
+        f"{tokenizer.name_or_path}: found a tokenizer whose decoder is {decoder.get('type', 'left out')}, by "
+        f"which no token's bytes are known; needed is one of {', '.join(FAMILIES)}: use a model that has it"
+    )
+
+
+FAMILIES = {
+    "ByteLevel": {"ByteLevel"},  # GPT-2, Llama 3, Qwen, SmolLM
+    "WordPiece": {"WordPiece"},  # BERT
+    "SentencePiece": {"Metaspace", "ByteFallback"},  # T5, Llama 2, Gemma
+}
+
+
+def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
+    """The bytes that each token stands for in the middle of a text, by id; None for special and unknown ones.
+
+    GPT-2's alphabet is read back to bytes; SentencePiece's ▁ is a space and <0x0A> that byte; WordPiece's ##x
+    is x and its x a space and x.  What was added to a vocabulary stands for its text.
+
+    Raises:
+        ModelError: the tokenizer is slow, or of none of the three families.
+    """
+    family, names = family_of(tokenizer), tokenizer.get_vocab()
+    read = {"ByteLevel": _of_alphabet, "SentencePiece": _of_piece, "WordPiece": _of_word_piece}[family]
+    found: list[bytes | None] = [None] * (1 + max(names.values()))
+    for token, number in names.items():
+        found[number] = read(token)
+    for number, token in tokenizer.added_tokens_decoder.items():
+        found[number] = token.content.encode()
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for number in special.union(tokenizer.all_special_ids):
+        found[number] = None
+    return found
+
+
+def _of_alphabet(token: str) -> bytes:
+    return bytes(BYTE_OF[letter] for letter in token) if BYTE_OF.keys() >= set(token) else token.encode()
+
+
+def _of_piece(token: str) -> bytes:
+    is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+    return bytes.fromhex(token[3:5]) if is_byte else token.replace("▁", " ").encode()
+
+
+def _of_word_piece(token: str) -> bytes:
+    return token[2:].encode() if token.startswith("##") else f" {token}".encode()
