@@ -1,11 +1,15 @@
 """Tokenizers trained on a text, and tokens in another's tokens."""
 
+import json
+
 import pytest
 from conftest import sentences, tiny_tokenizer
-from transformers import AutoTokenizer
+from made_tokenizers import byte_level, sentence_piece, unigram
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from kdlib.data.vocabulary import pieces, trained_tokenizer
-from kdlib.errors import DataError
+from kdlib.data.vocabulary import pieces, roles, token_bytes, trained_tokenizer, turn_end, vocabularies
+from kdlib.errors import DataError, ModelError
 
 TEXTS = [f"{line} {number * 7919} naïve “Ω” 東京\n\tdef f(x):" for number, line in enumerate(sentences(60))]
 
@@ -74,3 +78,111 @@ def test_pieces_of_a_real_tokenizer_say_what_each_token_says():
     cut = pieces(mine, its, theirs, {ours.eos_token_id: theirs.eos_token_id})
     assert [b"".join(its[each] for each in row) for row in cut[2:]] == mine[2:]
     assert cut[:2] == [[theirs.eos_token_id], []]
+
+
+CHAT = "{% for m in messages %}{{ m['content'] }}<|end|>\n{% endfor %}"
+
+
+def chatting(*names, **special):
+    """A byte-level tokenizer whose turns end with <|end|>."""
+    made = byte_level(300, seed=4, **special)
+    made.add_special_tokens({"additional_special_tokens": [*names, "<|end|>"]})
+    made.chat_template = CHAT
+    return made
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        (byte_level, lambda: byte_level(900, seed=7, eos_token="</s>", pad_token="<pad>")),
+        (sentence_piece, byte_level),
+        (byte_level, sentence_piece),
+        (unigram, sentence_piece),
+    ],
+    ids=["bytes-bytes", "pieces-bytes", "bytes-pieces", "unigram-pieces"],
+)
+def test_tokens_are_shared_by_their_bytes_and_their_role(student, teacher):
+    student, teacher = student(), teacher()
+    found = vocabularies(student, teacher)
+    ours, theirs = token_bytes(student), token_bytes(teacher)
+    assert (found.student_size, found.teacher_size) == (len(ours), len(theirs))
+    pairs = [(one, other) for one, other in enumerate(found.shared.tolist()) if other >= 0]
+    assert len({other for _, other in pairs}) == len(pairs)
+    plain = [(one, other) for one, other in pairs if ours[one] is not None]
+    assert all(ours[one] == theirs[other] for one, other in plain)
+    assert {ours[one] for one, _ in plain} == set(ours) & set(theirs) - {None}
+    special = {pair for pair in pairs if ours[pair[0]] is None}
+    assert (student.eos_token_id, teacher.eos_token_id) in special
+    assert special == set(roles(student, teacher).items())
+    # pieces: of each token of the larger vocabulary how the smaller begins it
+    larger, smaller = (theirs, ours) if found.onto_student else (ours, theirs)
+    pinned = {other: one for one, other in pairs} if found.onto_student else dict(pairs)
+    assert len(found.pieces) == len(larger)
+    for number, first in enumerate(found.pieces.tolist()):
+        if number in pinned:
+            assert first == pinned[number]
+        elif larger[number] is None:
+            assert first == -1
+        else:
+            assert first == -1 or larger[number].startswith(smaller[first])
+
+
+def test_of_two_tokens_of_the_same_bytes_the_one_that_is_made_is_shared():
+    pieces_of, bytes_of = sentence_piece(), byte_level()
+    found = vocabularies(pieces_of, bytes_of)
+    by_name, their_a = pieces_of.get_vocab(), bytes_of.get_vocab()["t"]
+    assert found.shared[by_name["t"]] == their_a
+    assert found.shared[by_name["<0x74>"]] == -1
+
+
+def test_the_same_tokens_in_another_order_are_each_its_namesakes():
+    plain = byte_level(300, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    state = plain.backend_tokenizer.to_str()
+    names = sorted(plain.get_vocab())
+    turned = json.loads(state)
+    turned["model"]["vocab"] = {name: number for number, name in enumerate(names)}
+    turned["added_tokens"] = [{**each, "id": names.index(each["content"])} for each in turned["added_tokens"]]
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(turned)), **plain.special_tokens_map
+    )
+    found = vocabularies(plain, other)
+    for name, number in plain.get_vocab().items():
+        assert found.shared[number] == other.get_vocab()[name]
+        assert found.pieces[other.get_vocab()[name]] == number
+
+
+def test_the_end_of_a_turn_is_shared_where_both_have_one():
+    ours, theirs = chatting(eos_token="<eos>"), chatting("<other>", eos_token="</s>")
+    assert ours.convert_ids_to_tokens(turn_end(ours)) == "<|end|>"
+    assert vocabularies(ours, theirs).shared[turn_end(ours)] == turn_end(theirs)
+    assert roles(ours, theirs)[ours.eos_token_id] == theirs.eos_token_id
+    theirs.chat_template = None
+    assert turn_end(theirs) is None
+    assert vocabularies(ours, theirs).shared[turn_end(ours)] == -1
+
+
+def test_a_template_that_refuses_or_shows_no_end_of_turn_has_none():
+    made = chatting(eos_token="<eos>")
+    plain = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    for template in ("{{ raise_exception('no') }}", plain):
+        made.chat_template = template
+        assert turn_end(made) is None
+
+
+def test_one_token_of_theirs_in_two_roles_stands_for_one_of_ours():
+    ours = byte_level(300, bos_token="<s>", eos_token="</s>")
+    theirs = byte_level(310, bos_token="<both>", eos_token="<both>")
+    found = vocabularies(ours, theirs)
+    assert found.shared[ours.eos_token_id] == theirs.eos_token_id
+    assert found.shared[ours.bos_token_id] == -1
+
+
+def test_vocabularies_that_share_nothing_are_refused():
+    def of(*words):
+        names = {name: number for number, name in enumerate(["[UNK]", *words])}
+        made = Tokenizer(models.WordPiece(names, unk_token="[UNK]"))
+        made.decoder = decoders.WordPiece()
+        return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]")
+
+    with pytest.raises(ModelError, match="3 and 2 tokens of which no two .*; needed are some; use a student"):
+        vocabularies(of("мир", "да"), of("no"))

@@ -27,6 +27,7 @@ from kdlib.data.batches import (
     vocabulary_of,
 )
 from kdlib.data.sources import check_column, group_values, kept_once, read_splits
+from kdlib.data.vocabulary import vocabularies
 from kdlib.errors import DataError
 
 SIDES = ("train", "validation")
@@ -92,7 +93,10 @@ def prepare(
     notes["fingerprint"] = fingerprint(rows["train"], rows["validation"])
     pads = {"teacher_pad_id": teacher.pad_token_id} if teacher else {}
     gathered = partial(collate, pad_id=tokenizer.pad_token_id, **pads)
-    return Prepared(rows["train"], rows["validation"], notes, gathered, vocabulary_of(tokenizer))
+    common = vocabularies(tokenizer, teacher) if teacher else None
+    return Prepared(
+        rows["train"], rows["validation"], notes, gathered, vocabulary_of(tokenizer), vocabularies=common
+    )
 
 
 def _blocks(

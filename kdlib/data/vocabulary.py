@@ -1,13 +1,16 @@
-"""Vocabularies: one trained on a text; each token of one in the tokens of another."""
+"""Vocabularies: the bytes of tokens, what two of them share, one in the tokens of another; a trained one."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
+from jinja2 import TemplateError
 from tokenizers import Tokenizer as Backend, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase as Tokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from kdlib.errors import DataError, ModelError
+from kdlib.losses.alignment import Vocabularies
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 BYTES = 256
@@ -37,6 +40,54 @@ def trained_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
             f"the text has pieces for {found:,} tokens, not {size:,}; ask for fewer, or give more"
         )
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END, pad_token=PAD)
+
+
+def vocabularies(student: Tokenizer, teacher: Tokenizer) -> Vocabularies:
+    """What the tokens of two tokenizers have in common: those of the same bytes, and by role special ones.
+
+    Where both have the same tokens, in whatever order, each stands for its namesake.
+
+    Raises:
+        ModelError: no token of one stands for the same bytes as one of the other; or as `token_bytes`.
+    """
+    ours, theirs = token_bytes(student), token_bytes(teacher)
+    names, their_names = student.get_vocab(), teacher.get_vocab()
+    if names.keys() == their_names.keys():
+        same = {number: their_names[name] for name, number in names.items()}
+    else:
+        known, their_known = _token_of_bytes(student, ours), _token_of_bytes(teacher, theirs)
+        same = {number: their_known[piece] for piece, number in known.items() if piece in their_known}
+        if not same:
+            raise ModelError(
+                f"{student.name_or_path} and {teacher.name_or_path}: found {len(ours):,} and {len(theirs):,} "
+                "tokens of which no two stand for the same text; needed are some; use a student or a teacher "
+                "whose vocabulary covers the same script"
+            )
+        for number, their_number in reversed(roles(student, teacher).items()):
+            if their_number not in same.values():
+                same[number] = their_number
+    if len(theirs) >= len(ours):
+        cut, pinned = pieces(theirs, ours, student, {}), {other: one for one, other in same.items()}
+    else:
+        cut, pinned = pieces(ours, theirs, teacher, {}), same
+    first = [pinned.get(number, each[0] if each else -1) for number, each in enumerate(cut)]
+    shared = torch.tensor([same.get(number, -1) for number in range(len(ours))])
+    return Vocabularies(len(ours), len(theirs), shared, torch.tensor(first))
+
+
+def _token_of_bytes(tokenizer: Tokenizer, every: Sequence[bytes | None]) -> dict[bytes, int]:
+    """The token of each piece; of several the one that the tokenizer itself makes: "A" and not "<0x41>"."""
+    numbers: dict[bytes, list[int]] = {}
+    for number, piece in enumerate(every):
+        if piece:
+            numbers.setdefault(piece, []).append(number)
+    model, added = tokenizer.backend_tokenizer.model, tokenizer.added_tokens_decoder
+
+    def rank(number):
+        name = tokenizer.convert_ids_to_tokens(number)
+        return number not in added, [each.value for each in model.tokenize(name)] != [name], number
+
+    return {piece: min(each, key=rank) if len(each) > 1 else each[0] for piece, each in numbers.items()}
 
 
 def pieces(
@@ -72,9 +123,26 @@ def pieces(
 
 
 def roles(ours: Tokenizer, theirs: Tokenizer) -> dict[int, int]:
-    """{a special token of ours: theirs in the same role}: the beginning of a text, and its end."""
-    both = [[getattr(each, f"{name}_token_id") for each in (ours, theirs)] for name in ("bos", "eos")]
+    """{a special token of ours: theirs in the same role}: the end of a turn, a text's beginning, and its end.
+
+    A token that has several roles is in the last of them.
+    """
+    named = [[getattr(each, f"{name}_token_id") for each in (ours, theirs)] for name in ("bos", "eos")]
+    both = [[turn_end(ours), turn_end(theirs)], *named]
     return {one: other for one, other in both if None not in (one, other)}
+
+
+def turn_end(tokenizer: Tokenizer) -> int | None:
+    """The special token with which its chat template ends an answer; None where there is none."""
+    if not tokenizer.chat_template:
+        return None
+    talk = [{"role": "user", "content": "asked"}, {"role": "assistant", "content": "answered"}]
+    try:
+        after = tokenizer.apply_chat_template(talk, tokenize=False).rpartition("answered")[2]
+    except TemplateError:
+        return None
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return next(filter(special_ids(tokenizer).__contains__, ids), None)
 
 
 def _longest_matches(piece: bytes, known: Mapping[bytes, int], longest: int) -> list[int]:
@@ -144,10 +212,15 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
         found[number] = read(token)
     for number, token in tokenizer.added_tokens_decoder.items():
         found[number] = token.content.encode()
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    for number in special.union(tokenizer.all_special_ids):
+    for number in special_ids(tokenizer):
         found[number] = None
     return found
+
+
+def special_ids(tokenizer: Tokenizer) -> set[int]:
+    """Tokens that stand for no text."""
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added.union(tokenizer.all_special_ids)
 
 
 def _of_alphabet(token: str) -> bytes:
