@@ -10,6 +10,7 @@ import pytest
 from kdlib.config.run import parse
 from kdlib.errors import ModelError, Stopped
 from kdlib.generation import run as generation
+from kdlib.generation.asking import of_like_lengths
 from kdlib.generation.config import GenerationConfig
 from kdlib.generation.local import LocalTeacher
 from kdlib.prompts.prompt import Prompt
@@ -66,6 +67,13 @@ def test_a_batch_says_what_each_prompt_alone_says(config):
     assert together == alone
     assert all(reply.usage.output <= 12 for reply in together)
     assert {reply.finish for reply in together} <= {"stop", "length"}
+
+
+def test_batches_hold_prompts_of_like_lengths_and_a_run_that_stops_has_all_kinds():
+    lengths = [90, 10, 50, 80, 20, 40, 70, 30, 60]
+    prompts = [(str(n), Prompt((("user", "a" * n),), "function")) for n in lengths]
+    ordered = [int(key) for key, _ in of_like_lengths(prompts, 6)]
+    assert ordered == [10, 20, 40, 50, 80, 90, 30, 60, 70]
 
 
 def test_a_machine_by_the_hour_is_within_the_budget(config, tmp_path):

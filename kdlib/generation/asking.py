@@ -20,6 +20,7 @@ IN_A_ROW = 10  # prompts without an answer, beside those under way: then nobody 
 LOOK_S = 0.2
 BATCH = 10_000  # prompts; OpenAI takes 50,000 and 200 MB
 POLL_S = 30.0
+ALIKE = 8  # batches of a local teacher within which prompts are put by length
 Named = tuple[str, Prompt]  # key, prompt
 
 
@@ -62,8 +63,9 @@ class Asking:
 
     async def locally(self, teacher: Any, prompts: Sequence[Named], needed: set[str]) -> None:
         """Ask a model in this process; the batches depend on all prompts, not on which are still needed."""
-        for begin in range(0, len(prompts), teacher.batch_size):
-            group = prompts[begin : begin + teacher.batch_size]
+        ordered = of_like_lengths(prompts, ALIKE * teacher.batch_size)
+        for begin in range(0, len(ordered), teacher.batch_size):
+            group = ordered[begin : begin + teacher.batch_size]
             if self.stop.is_set():
                 return
             if not needed & {key for key, _ in group}:
@@ -207,6 +209,12 @@ class Asking:
     def _lose(self, key: str, at_most: float) -> bool:
         self.log.add("lost", key=key, at_most=at_most)
         return self.budget.lose(at_most)
+
+
+def of_like_lengths(prompts: Sequence[Named], within: int) -> list[Named]:
+    """By length, so that little is padded, but each so many by themselves: a run that stops has all kinds."""
+    length = [sum(len(text) for _, text in prompt.messages) for _, prompt in prompts]
+    return [prompts[n] for n in sorted(range(len(prompts)), key=lambda n: (n // within, length[n]))]
 
 
 def counted(prompts: Mapping[str, Prompt], log: AnswerLog, budget: Budget) -> dict[str, Any]:
