@@ -157,7 +157,7 @@ def test_a_disk_that_refuses_ends_the_run_in_words(generations, monkeypatch):
     def full(file, line):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("kdlib.generation.answers.os.write", full)
+    monkeypatch.setattr("kdlib.runs.files.os.write", full)
     with pytest.raises(RunError, match="cannot write"):
         asked(run, config)
 
@@ -264,7 +264,7 @@ def test_a_torn_last_line_is_cut_and_a_broken_one_is_named(generations, endpoint
     assert (run.path / "kept.jsonl").read_bytes() == whole
     assert sorted(endpoint.paid.values()) == [1, 2]
     log.write_bytes(b"{broken\n" + log.read_bytes())
-    with pytest.raises(RunError, match="line 1: found no line of its log"):
+    with pytest.raises(RunError, match="line 1: found no JSON"):
         asked(run, config)
 
 

@@ -134,7 +134,6 @@ def test_the_curve_ends_at_what_the_log_says_was_spent(tmp_path):
     opened.add("withdrawn", key="c")
     opened.add("hours", usd=0.03125)
     opened.add("asked", key="d", at_most=1.0)
-    opened.close()
     last = plots.costs_over_time(file).iloc[-1]
     assert last["usd"] == AnswerLog(file).spent
     assert (last["answers"], last["input"], last["output"]) == (2, 11, 22)
@@ -149,11 +148,6 @@ def test_a_pause_between_sittings_is_left_out_and_a_batch_is_waited_for(tmp_path
     sent = {"event": "batch_sent", "name": "b", "id": "i"}
     log(tmp_path / "batch", began, sent, answer, minutes=[0, 0, 1000])
     assert plots.costs_over_time(tmp_path / "batch")["seconds"].tolist() == [0, 0, 60_000]
-
-
-def test_a_line_that_is_written_just_now_is_not_read_yet(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a": 2')
-    assert plots.rows_in(tmp_path / "rows.jsonl") == [{"a": 1}]
 
 
 def test_names_from_data_are_no_formulas(run):

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.code.problems import Problem
 from kdlib.config.sections import CodeConfig
-from kdlib.errors import ModelError, without_keys
+from kdlib.errors import ModelError
 from kdlib.models.loading import device_of, drawing, load_model, load_tokenizer, positions_of
-from kdlib.runs.files import writing
+from kdlib.runs.files import add_json_lines, json_lines
 
 WHAT_TELLS = ("temperature", "max_new_tokens", "chat")  # settings on which a completion depends
 
@@ -49,7 +49,7 @@ def answers_of(
         for problem in sorted(problems, key=lambda each: len(each.prompt))  # so that little is padded
         for sample in range(settings.samples)
     }
-    known = {key: answer for key, answer in _read(file) if key in wanted}
+    known = {row["key"]: row["answer"] for row in json_lines(file) if row["key"] in wanted}
     if missing := [key for key in wanted if key not in known]:
         had = f", {len(known):,} are there" if known else ""
         print(f"{name}: writing {len(missing):,} programs{had} …", flush=True)
@@ -59,12 +59,9 @@ def answers_of(
             asked_now = [wanted[key][0] for key in keys]
             torch.manual_seed(int(keys[0], 16) % 2**32)  # so that a sample is another, and a restart no other
             answers = _generated(model, tokenizer, asked_now, settings)
-            about = [
-                {"model": name, "task_id": wanted[key][0].task_id, "sample": wanted[key][1]} for key in keys
-            ]
-            _append(
-                file, [{"key": k, **a, "answer": t} for k, a, t in zip(keys, about, answers, strict=True)]
-            )
+            asked_for = [{"task_id": wanted[key][0].task_id, "sample": wanted[key][1]} for key in keys]
+            rows = zip(keys, asked_for, answers, strict=True)
+            add_json_lines(file, [{"key": k, "model": name, **a, "answer": t} for k, a, t in rows])
             known |= zip(keys, answers, strict=True)
     found: dict[str, list[str]] = {problem.task_id: [] for problem in problems}
     for key, (problem, _) in wanted.items():
@@ -118,23 +115,3 @@ def _weights(source: str) -> list[list[Any]]:
 def _key(asked: Mapping[str, Any], problem: Problem, sample: int) -> str:
     text = json.dumps([asked, problem.task_id, problem.prompt, sample], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _read(file: Path) -> Iterator[tuple[str, str]]:
-    """(key, answer) of each whole line; one that a kill cut off is made again."""
-    for line in file.read_bytes().splitlines() if file.exists() else ():
-        try:
-            row = json.loads(line)
-            yield row["key"], row["answer"]
-        except (ValueError, TypeError, KeyError):
-            continue
-
-
-def _append(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add lines at once; a line that was cut off before stays by itself."""
-    text = "".join(f"{json.dumps(row)}\n" for row in rows)
-    with writing(file), file.open("ab+") as opened:
-        if size := opened.tell():
-            opened.seek(size - 1)
-            text = text if opened.read() == b"\n" else f"\n{text}"
-        opened.write(without_keys(text).encode())

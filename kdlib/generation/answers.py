@@ -5,7 +5,6 @@ Each line is on disk before anything else is done with what it says.  A last lin
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from kdlib.errors import RunError, without_keys
 from kdlib.prompts.prompt import Prompt
-from kdlib.runs.files import now, writing
+from kdlib.runs.files import add_json_lines, is_torn, json_lines, now
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,6 @@ class AnswerLog:
         self.batches: dict[str, Batch] = {}
         self.lost = self.hours = 0.0
         self._read()
-        with writing(path):
-            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     @property
     def spent(self) -> float:
@@ -87,17 +84,8 @@ class AnswerLog:
 
     def add(self, event: str, **entry: Any) -> None:
         """Append a line, and have the disk take it in; a RunError where it refuses."""
-        line = json.dumps({"event": event, **entry, "at": now()}, ensure_ascii=False) + "\n"
-        left, before = line.encode(), os.fstat(self._file).st_size
-        with writing(self.path):
-            try:
-                while left:
-                    left = left[os.write(self._file, left) :]
-                if event != "asked":  # which only says what may be lost in a power cut
-                    os.fsync(self._file)
-            except OSError:
-                os.ftruncate(self._file, before)  # no half a line between two
-                raise
+        is_paid = event != "asked"  # which only says what may be lost in a power cut
+        add_json_lines(self.path, [{"event": event, **entry, "at": now()}], at_once=is_paid)
         self._take(event, entry)
 
     def add_answer(self, key: str, answer: Answer) -> None:
@@ -109,9 +97,6 @@ class AnswerLog:
     def has(self, key: str, *, again: bool) -> bool:
         """Whether this needs not be asked: it has an answer, or a failure that was paid, unless `again`."""
         return key in self.answers or (key in self.failures and self.failures[key].paid and not again)
-
-    def close(self) -> None:
-        os.close(self._file)
 
     def _take(self, event: str, entry: Mapping[str, Any]) -> None:
         key = entry.get("key", "")
@@ -147,19 +132,12 @@ class AnswerLog:
             self.lost += failure.cost or 0.0
 
     def _read(self) -> None:
-        if not self.path.exists():
-            return
-        content = self.path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
+        if is_torn(self.path):
             print(f"{self.path.name}: a last line that was torn by a kill is cut; its prompt is asked again")
-            with writing(self.path):
-                os.truncate(self.path, whole)
-        for number, line in enumerate(content[:whole].decode("utf-8", "replace").split("\n")[:-1], 1):
+        for number, entry in enumerate(json_lines(self.path), 1):
             try:
-                entry = json.loads(line)
                 self._take(entry["event"], entry)
-            except (ValueError, KeyError, TypeError) as error:
+            except (KeyError, TypeError) as error:
                 do = "bring back a copy, or delete that line: what it says is then asked, and paid, again"
                 raise RunError(
                     f"{self.path}, line {number}: found no line of its log ({error}); {do}"

@@ -165,11 +165,8 @@ def generate(run: Run, config: GenerationConfig, *, again: bool = False) -> dict
     prompts = read_prompts(run.path / "prompts.jsonl")
     log = AnswerLog(run.path / "answers.jsonl")
     session = Session(run, log, Budget(config.budget.usd if config.budget else None, log.spent), again)
-    try:
-        prompts = with_harder(session, config, prompts)
-        counts = write_files(session, config, prompts, session.ask(config.stage, prompts))
-    finally:
-        log.close()
+    prompts = with_harder(session, config, prompts)
+    counts = write_files(session, config, prompts, session.ask(config.stage, prompts))
     ending = {**counts, "spent_usd": session.budget.spent, "under_way": 0, "held_usd": 0.0, "at": now()}
     write_json(run.path / "progress.json", read_json(run.path / "progress.json", {}) | ending)
     said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from kdlib.metrics.bootstrap import Bootstrap, interval
 from kdlib.metrics.names import SHARE, three_digits, with_interval
 from kdlib.plots.axes import legend, panels, shortened, thinned, titled
-from kdlib.runs.files import read_json
+from kdlib.runs.files import json_lines, read_json
 from kdlib.runs.folder import Run
 from kdlib.runs.log import duration
 
@@ -61,7 +61,7 @@ class Generated:
             return table
         found = {end: Counter(row["category"] for row in self.rows[end]) for end in ENDS}
         seen = {_asked(row) for end in ENDS for row in self.rows[end]}
-        every = rows_in(self.run.path / "prompts.jsonl")
+        every = json_lines(self.run.path / "prompts.jsonl")
         found[LEFT] = Counter(row["category"] for row in every if _asked(row) not in seen)
         names = dict.fromkeys(row["category"] for row in every)
         return pd.DataFrame({end: [of[n] for n in names] for end, of in found.items()}, index=[*names])
@@ -74,16 +74,10 @@ class Generated:
 
 def generated(run: Run) -> Generated:
     """What there is of a run so far."""
-    rows = {end: rows_in(run.path / f"{end}.jsonl") for end in ENDS}
+    rows = {end: json_lines(run.path / f"{end}.jsonl") for end in ENDS}
     progress = read_json(run.path / "progress.json", {})
     costs = costs_over_time(run.path / "answers.jsonl", is_over=run.status["state"] != "running")
     return Generated(run, rows, progress, costs)
-
-
-def rows_in(path: Path) -> list[dict[str, Any]]:
-    """A file's rows, as far as they are whole: a log is written on."""
-    whole, _, _ = (path.read_text(encoding="utf-8") if path.exists() else "").rpartition("\n")
-    return [json.loads(line) for line in whole.split("\n") if line]
 
 
 def costs_over_time(log: Path, *, is_over: bool = True) -> pd.DataFrame:
@@ -91,7 +85,7 @@ def costs_over_time(log: Path, *, is_over: bool = True) -> pd.DataFrame:
 
     What was under way when a process died counts when it is asked again, or when all is over.
     """
-    every, found, pending = rows_in(log), [], {}
+    every, found, pending = json_lines(log), [], {}
     for at, entry in zip(_seconds(every), every, strict=True):
         event, answer = entry["event"], entry.get("answer") or {}
         usd = entry.get("usd", 0.0) + (entry["at_most"] if event == "lost" else 0.0)

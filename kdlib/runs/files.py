@@ -4,7 +4,7 @@ import datetime
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +88,59 @@ def write_text(path: Path, text: str) -> None:
         synced(neighbour)
         neighbour.replace(path)
         synced(path.parent, within=False)
+
+
+def json_lines(path: Path) -> list[Any]:
+    """The rows of a file that is added to, as far as they are whole; none where there is no file.
+
+    A last line that is being written, or that a kill has torn, is left out: `is_torn` tells.
+
+    Raises:
+        RunError: a whole line is no JSON.
+    """
+    content, found = path.read_bytes() if path.exists() else b"", []
+    whole = content[: content.rfind(b"\n") + 1].decode("utf-8", "replace")
+    for number, line in enumerate(whole.split("\n"), 1):
+        try:
+            found += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            do = "bring back a copy, or delete that line: what it says is then asked for again"
+            raise RunError(f"{path}, line {number}: found no JSON ({error}); {do}") from None
+    return found
+
+
+def is_torn(path: Path) -> bool:
+    """Whether a file that is added to ends within a line."""
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
+
+
+def add_json_lines(path: Path, rows: Iterable[Any], *, at_once: bool = True) -> None:
+    """Add rows, without keys: all of them, or none where the disk refuses.  A torn last line is cut before.
+
+    Args:
+        at_once: return when the disk has them, so that a power cut loses none.
+
+    Raises:
+        RunError: the disk refuses.
+    """
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    left = without_keys(text).encode("utf-8", "replace")  # halves of characters, as JSON can hold, go too
+    with writing(path), path.open("ab", buffering=0) as file:
+        if is_torn(path):
+            file.truncate(path.read_bytes().rfind(b"\n") + 1)
+        before = os.fstat(file.fileno()).st_size
+        try:
+            while left:
+                left = left[os.write(file.fileno(), left) :]
+            if at_once:
+                os.fsync(file.fileno())
+        except OSError:
+            file.truncate(before)  # no half a line between two
+            raise
 
 
 def synced(*paths: Path, within: bool = True) -> None:
