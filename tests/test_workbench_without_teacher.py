@@ -54,12 +54,14 @@ def test_a_student_learns_from_text_alone_from_setup_to_report(alone, tmp_path, 
     assert table["perplexity"].iloc[-1] < table["perplexity"].iloc[0]
     assert not {"kl_to_teacher", "agreement"} & {*table}
     found = bench.compare()
-    assert list(found["models"]) == ["untrained", "distilled"]
+    assert list(found["models"]) == ["untrained", "trained"]
     assert {each["metric"] for each in found["differences"]} == {"perplexity", "bits_per_byte", "accuracy"}
     assert explorers.token_heat_map(bench.run) is None
     page = render(bench.run, tmp_path / "reports").read_text()
     assert "better perplexity" in page
     assert "the teacher's forward passes" not in page
+    assert "distilled" not in page.partition("<body")[2]
+    assert "the student shows" in page
 
 
 @pytest.mark.parametrize(

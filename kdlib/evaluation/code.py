@@ -15,6 +15,7 @@ from kdlib.errors import RunError
 from kdlib.evaluation.compare import folder_for, named_students
 from kdlib.evaluation.completions import answers_of
 from kdlib.hardware import precision_of
+from kdlib.metrics.names import called_student
 from kdlib.models.loading import device_of
 from kdlib.runs.files import write_json, writing
 from kdlib.runs.folder import Run, locate, open_run, project_root
@@ -79,7 +80,7 @@ def score_run(run: Run, config: Config) -> list[dict[str, Any]]:
     models = {"teacher": config.teacher.model} if config.teacher else {}
     if config.baseline:
         models["baseline"] = str(run.baseline.best_model)
-    models["distilled"] = str(run.best_model)
+    models[called_student(config.teacher)] = str(run.best_model)
     about = {"precision": config.precision, "device": config.wanted_device, "seed": config.seed}
     return score(models, config.code, run.code, resamples=config.compare.resamples, **about)
 

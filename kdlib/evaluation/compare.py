@@ -18,6 +18,7 @@ from kdlib.config.run import Config, pairs, parse
 from kdlib.data.batches import Prepared
 from kdlib.errors import ConfigError, RunError
 from kdlib.hardware import GIB, peak_memory, precision_of
+from kdlib.metrics.names import called_student
 from kdlib.models.loading import (
     device_of,
     folder_of,
@@ -91,17 +92,18 @@ def compare_run(run: Run, config: Config, tokenizer: Tokenizer, prepared: Prepar
         config: the run's, with the teacher that taught in it.
     """
     dtype, stored = _dtype(config), partial(_stored, config, prepared)
+    student = called_student(config.teacher)
     untrained = untrained_student(config, prepared, run.manifest["student_layers"]).to(dtype)
     candidates = {
         **({"teacher": stored(config.teacher.model)} if config.teacher else {}),
         # a copy, so that its memory is its own, not the teacher's that it is cut from
         "untrained": Candidate(lambda: deepcopy(untrained)),
         **({"baseline": stored(student_in(run.baseline, prepared))} if config.baseline else {}),
-        "distilled": stored(student_in(run, prepared)),
+        student: stored(student_in(run, prepared)),
     }
     results = {
         "task": task_of(config).rules.name,
-        **measured(_comparison(config, prepared, tokenizer), prepared, candidates, "distilled"),
+        **measured(_comparison(config, prepared, tokenizer), prepared, candidates, student),
         "rule": rule_of(run.config, prepared),
         "precision": str(dtype).removeprefix("torch."),
     }

@@ -85,6 +85,11 @@ TO_TEACHER = ("kl_to_teacher", "agreement", "retention", "choice_agreement", "ch
 DRAWN = 4
 
 
+def called_student(teacher: Any) -> str:
+    """By which name a run's results have its student: without a teacher nothing is distilled."""
+    return "distilled" if teacher else "trained"
+
+
 def student_of(results: Mapping[str, Any]) -> str:
     """Whom the comparison is about."""
     return results.get("student", "distilled")

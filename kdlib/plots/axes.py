@@ -25,11 +25,13 @@ SPARE = ("#332288", "#117733", "#882255", "#999933", "#aa4499", "#d55e00", "#56b
 INK, SOFT, SHADE, BROKEN = "#1f2328", "#6e6e6e", "#f1f1ee", "#cc0000"
 
 COLOURS = {"teacher": "#6e6e6e", "untrained": "#bdbdbd", "baseline": "#e69f00", "distilled": "#0072b2"}
+COLOURS["trained"] = COLOURS["distilled"]  # without a teacher
 LABELS = {
     "teacher": "teacher",
     "untrained": "untrained student",
     "baseline": "CE-only baseline",
     "distilled": "distilled student",
+    "trained": "student",
 }
 POINTS = 1000  # that a curve is drawn from
 OTHERS = ("#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#882255", "#999933")  # of models with own names

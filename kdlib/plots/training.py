@@ -12,6 +12,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from kdlib.errors import ConfigError
+from kdlib.metrics.names import called_student
 from kdlib.plots.axes import INK, SHADE, SOFT, shortened
 from kdlib.plots.comparison import LEARNED, comparison_figures, learning_curves
 from kdlib.plots.training_panels import HELD_OUT, PANELS, TRAIN, Panel, Scene, View
@@ -32,7 +33,7 @@ def run_figures(run: Run, results: Mapping[str, Any] | None) -> dict[str, Figure
             others = [progress(run, run.baseline)] if len(training_table(run.baseline)) else []
             figures["dashboard"] = dashboard(progress(run), others=others)
     if any(name in evaluation for name in LEARNED):
-        who = "teacher" if run.manifest.get("teacher_stage") else "distilled"
+        who = "teacher" if run.manifest.get("teacher_stage") else called_student(run.settings.get("teacher"))
         tables = {who: evaluation, "baseline": eval_table(run.baseline)}
         figures["learning_curves"] = learning_curves({n: table for n, table in tables.items() if len(table)})
     return figures

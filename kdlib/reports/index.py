@@ -107,7 +107,7 @@ def _curve(each: Summary) -> str:
     if len(table) < 2:
         return ""
     tables = {"baseline": each.baseline} if column in each.baseline else {}
-    tables["distilled"] = table
+    tables[each.student] = table
     curves = {name: own[["step", column]].to_numpy(dtype=float).T for name, own in tables.items()}
     ends = "; ".join(
         f"{LABELS[name]} {three_digits(values[0])} → {three_digits(values[-1])}"

@@ -9,7 +9,7 @@ import pandas as pd
 
 from kdlib.config.run import Config
 from kdlib.config.task_rules import TaskRules, primary_in, rules_of
-from kdlib.metrics.names import MEASURES, difference, is_better, three_digits, with_interval
+from kdlib.metrics.names import MEASURES, difference, is_better, student_of, three_digits, with_interval
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.folder import Run, critical_findings
 from kdlib.runs.log import plan_table, terms_in
@@ -59,7 +59,7 @@ class Case:
 
     @property
     def is_own(self) -> bool:
-        """Of the distilled student, not the baseline."""
+        """Of the student itself, not the baseline."""
         return self.folder.path == self.run.path
 
     @cached_property
@@ -140,15 +140,17 @@ def _moves(case: Case, measure: str) -> Line:
 
 def _untrained(case: Case, measure: str) -> dict[str, Any] | None:
     """The compared student's difference to the untrained one, with its interval."""
-    models = (case.results or {}).get("models", {})
-    if not all(measure in models.get(name, {}) for name in ("distilled", "untrained")):
+    results = case.results or {}
+    student, models = student_of(results), results.get("models", {})
+    if not all(measure in models.get(name, {}) for name in (student, "untrained")):
         return None
-    return difference(case.results or {}, "distilled", "untrained", measure)
+    return difference(results, student, "untrained", measure)
 
 
 def _since_untrained(case: Case, check: str, needed: str, measure: str, against: Mapping[str, Any]) -> Line:
-    models = (case.results or {})["models"]
-    before, after = (three_digits(models[name][measure]["value"]) for name in ("untrained", "distilled"))
+    results = case.results or {}
+    every = (results["models"][name][measure] for name in ("untrained", student_of(results)))
+    before, after = (three_digits(each["value"]) for each in every)
     found = f"{before} untrained → {after}, as compared; change {with_interval(against, '+')}"
     gained = is_better(against, measure)
     do = case.lower_rate
@@ -219,7 +221,8 @@ def _above_a_guess(case: Case) -> list[Line]:
         guess = max(counts.values()) / max(sum(counts.values()), 1)
         check = f"it beats always saying {max(counts, key=counts.get)!r}"
     measured = mean_at(case.folder, measure, best.step)
-    if measure in (told := (case.results or {}).get("models", {}).get("distilled", {})):
+    results = case.results or {}
+    if measure in (told := results.get("models", {}).get(student_of(results), {})):
         measured = told[measure]
     if measured is None or guess is None:
         return []

@@ -46,7 +46,7 @@ def render(run: Run, reports: Path) -> Path:
     code = read_json(run.code / "results.json", [])
     figures |= plots.code_figures(code)
     pictures = {name: html.picture(figure, name) for name, figure in figures.items()}
-    students = {"teacher" if brief.is_teacher else "distilled student": run, "baseline": run.baseline}
+    students = {"teacher" if brief.is_teacher else label_of(brief.student): run, "baseline": run.baseline}
     cards = {
         name: lines
         for name, student in students.items()

@@ -13,7 +13,7 @@ import yaml
 
 from kdlib.config.task_rules import primary_in, rules_in
 from kdlib.errors import KdlibError
-from kdlib.metrics.names import MEASURES, difference, three_digits, with_interval
+from kdlib.metrics.names import MEASURES, called_student, difference, student_of, three_digits, with_interval
 from kdlib.plots.comparison import costs_of
 from kdlib.plots.generation import ENDS, dollars
 from kdlib.reports.scorecard import Line, scorecard
@@ -38,6 +38,7 @@ class Summary:
     sweep: str = ""
     kind: str = ""  # benchmark, generation: of runs that teach no student
     is_teacher: bool = False  # its own training, before it teaches
+    student: str = "distilled"  # as its results name it
     step: int | None = None
     steps: int | None = None  # planned
     stage: str = ""
@@ -53,7 +54,7 @@ class Summary:
 
     @property
     def progress(self) -> float | None:
-        """The fraction of the distilled student's steps that were made."""
+        """The fraction of the student's steps that were made."""
         return self.step / self.steps if self.step is not None and self.steps else None
 
     @property
@@ -128,6 +129,7 @@ def _read(run: Run) -> Summary:
         sweep=str(manifest.get("sweep") or ""),
         kind=kind,
         is_teacher=bool(manifest.get("teacher_stage")),
+        student=called_student(settings.get("teacher")),
         step=max(steps, default=None),
         steps=int(plan["step"].max()) if len(plan) else manifest.get("optimizer_steps"),
         stage=_asked(asking) if asking else _stage(run, results, steps),
@@ -173,8 +175,8 @@ def _keys(
 ) -> tuple[dict[str, dict], dict[str, dict]]:
     """Of best_model/, the one to be used; and of final_model/, where that is another, and was compared."""
     named = rules_in(settings).told_first
-    distilled = (results or {}).get("models", {}).get("distilled", {})
-    compared = {metric: distilled[metric] for metric in named if metric in distilled}
+    found = (results or {}).get("models", {}).get(student_of(results or {}), {})
+    compared = {metric: found[metric] for metric in named if metric in found}
     if compared and (best is None or best.is_last or (results or {}).get("split") == "test"):
         return compared, {}  # the same student
     at = best.step if best else int(evaluation["step"].iloc[-1]) if len(evaluation) else 0
@@ -198,7 +200,7 @@ def _costs(results: Mapping | None, train: pd.DataFrame, evaluation: pd.DataFram
         found["training, time"] = duration(seconds)
     if not results:
         return found
-    found |= costs_of(results["models"]["distilled"])
+    found |= costs_of(results["models"][student_of(results)])
     if "baseline" in results["models"]:
         metric = primary_in(results)
         gain = difference(results, "distilled", "baseline", metric)

@@ -25,7 +25,7 @@ from kdlib.runs.interrupts import heard
 from kdlib.runs.log import duration, time_left
 from kdlib.sweeps.cautions import findings
 from kdlib.sweeps.processes import AT_ONCE, Outcome, Work, ask, asked, outcome_of
-from kdlib.sweeps.results import FILE, Sweep, distilled_of, setting_table, trial_table
+from kdlib.sweeps.results import FILE, Sweep, figures_of_student, setting_table, trial_table
 from kdlib.sweeps.trials import Base, Search, Trial, described
 
 
@@ -157,7 +157,7 @@ class Pool:
         run, value, log = outcome.run, None, ""
         if outcome.state == "done":
             what = "no comparison: 03_compare was not run"
-            if found := distilled_of(run).get(self.sweep.metric):
+            if found := figures_of_student(run).get(self.sweep.metric):
                 what, value = f"{self.sweep.measure.words} {with_interval(found)}", found["value"]
             self._tidy(run)
         else:

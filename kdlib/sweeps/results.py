@@ -13,7 +13,17 @@ from typing import Any
 import pandas as pd
 
 from kdlib.config.task_rules import rules_in, shown_in
-from kdlib.metrics.names import MEASURES, UNBOUNDED, Measure, Range, difference, is_better, with_interval
+from kdlib.metrics.names import (
+    MEASURES,
+    UNBOUNDED,
+    Measure,
+    Range,
+    called_student,
+    difference,
+    is_better,
+    student_of,
+    with_interval,
+)
 from kdlib.plots.axes import LABELS, label_of, upper
 from kdlib.runs.files import read_json
 from kdlib.runs.folder import Run
@@ -24,7 +34,7 @@ from kdlib.sweeps.trials import described, plain
 FILE = "sweep.json"
 SEED = "seed"
 STUDENT, ALONE = "distilled", "baseline"
-MODELS = ("teacher", STUDENT, ALONE, "untrained")  # in the order of the table
+MODELS = ("teacher", STUDENT, called_student(None), ALONE, "untrained")  # in the order of the table
 DIFFERENCE = f"{LABELS[STUDENT]} − {LABELS[ALONE]}"
 COSTS = {
     "parameters": ("student's parameters, millions", False),
@@ -65,10 +75,10 @@ class Sweep(Run):
         return [name for name in self.facts["parameters"] if name != SEED]
 
 
-def distilled_of(run: Run) -> dict[str, Any]:
-    """What the comparison of a run that is done found of the distilled student; {} where there is none."""
+def figures_of_student(run: Run) -> dict[str, Any]:
+    """What the comparison of a run that is done found of its student; {} where there is none."""
     results = run.comparison if run.status["state"] == "done" else None
-    return results["models"].get(STUDENT, {}) if results else {}
+    return results["models"].get(student_of(results), {}) if results else {}
 
 
 def trial_table(sweep: Sweep) -> pd.DataFrame:
@@ -79,7 +89,7 @@ def trial_table(sweep: Sweep) -> pd.DataFrame:
         status = run.status
         row = {"run": run.name, **trial["parameters"], "minutes": run.manifest.get("minutes")}
         row |= {"state": status["state"].replace("created", "waiting"), "message": status.get("message", "")}
-        if found := distilled_of(run):
+        if found := figures_of_student(run):
             row |= found.get(facts["metric"], {})
             took = seconds_taken(training_table(run))
             timed = {cost: found.get(fact) for cost, fact in SPEEDS.items()}  # a number was timed once

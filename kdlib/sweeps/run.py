@@ -17,7 +17,7 @@ from kdlib.sweeps import report
 from kdlib.sweeps.config import SweepConfig
 from kdlib.sweeps.pool import Clock, Cost, Listed, Order, Pool, say
 from kdlib.sweeps.processes import STOP, Work, executor
-from kdlib.sweeps.results import FILE, Sweep, distilled_of
+from kdlib.sweeps.results import FILE, Sweep, figures_of_student
 from kdlib.sweeps.trials import Base, Search, Trial, described, expanded
 
 GIB = 2**30
@@ -83,7 +83,7 @@ def searched(sweep: Sweep, settings: SweepConfig, base: Base, trials: Sequence[T
     """The search, which remembers its finished trials."""
     earlier = []
     for trial in trials:
-        found = distilled_of(sweep.run(trial.run)).get(settings.metric, {})
+        found = figures_of_student(sweep.run(trial.run)).get(settings.metric, {})
         earlier.append((trial.parameters, found.get("value")))
     return Search(settings, base, earlier)
 

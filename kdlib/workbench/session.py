@@ -216,7 +216,7 @@ class Workbench:
         )
         print(f"held-out: loss {metrics['eval_loss']:.3f}, evaluated in {took.evaluation_s:.0f} s")
         most = training_table(self.trial)["memory_gib"].max()
-        print(f"forecast for the distilled student, from these steps: {took}; memory in use {most:.1f} GiB")
+        print(f"forecast for the student, from these steps: {took}; memory in use {most:.1f} GiB")
 
     def forecast(self) -> None:
         """Say what the whole run will hold in memory, moment by moment."""
