@@ -22,8 +22,9 @@ from kdlib.diagnostics import parity
 from kdlib.errors import ConfigError, NonFiniteLoss
 from kdlib.losses import features
 from kdlib.losses.buffers import Workspace
-from kdlib.losses.objective import Objective, SoftTargets, log_probs
+from kdlib.losses.objective import Objective
 from kdlib.losses.signals import IGNORED, LinearSignal
+from kdlib.losses.terms import SoftTargets, log_probs
 from kdlib.models.loading import load_model
 from kdlib.models.teacher import PROJECTIONS, LiveTeacher
 from kdlib.training.trainer import DistillationTrainer

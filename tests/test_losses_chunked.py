@@ -13,9 +13,8 @@ from kdlib.losses.buffers import LINE, PAGE, PIECE, Workspace, chunk_tokens, row
 from kdlib.losses.chunked import Weighted, term_sums, token_values
 from kdlib.losses.divergences import KNOWN, adaptive_kl, chosen, forward_kl
 from kdlib.losses.features import contrastive_loss
-from kdlib.losses.objective import SoftTargets, agreement, cross_entropy, log_probs
 from kdlib.losses.signals import DenseSignal, Form, LinearSignal
-from kdlib.losses.sparse import OnSamples, OnTopK
+from kdlib.losses.terms import OnSamples, OnTopK, SoftTargets, agreement, cross_entropy, log_probs
 
 V, N, T = 11, 10, 2.0
 WEIGHTS = [0.7, 0.3]

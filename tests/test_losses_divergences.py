@@ -16,7 +16,7 @@ from kdlib.losses.divergences import (
     skewed_reverse_kl,
     total_variation,
 )
-from kdlib.losses.sparse import OnTopK, top_k_pair
+from kdlib.losses.terms import OnTopK, top_k_pair
 
 V = 11
 FAMILY = {

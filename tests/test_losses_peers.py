@@ -17,8 +17,9 @@ from torch import Tensor
 
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.divergences import KNOWN, chosen, forward_kl, generalized_jsd, reverse_kl
-from kdlib.losses.objective import Objective, ledger, log_probs
+from kdlib.losses.objective import Objective, ledger
 from kdlib.losses.signals import IGNORED, DenseSignal, LinearSignal, kept
+from kdlib.losses.terms import log_probs
 from kdlib.schedulers import constant
 
 H = 6

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdlib.losses.buffers import Workspace
-from kdlib.losses.objective import Objective, ObjectiveAt, ledger, log_probs
+from kdlib.losses.objective import Objective, ObjectiveAt, ledger
 from kdlib.losses.signals import IGNORED, DenseSignal, LinearSignal
+from kdlib.losses.terms import log_probs
 from kdlib.schedulers import constant
 
 KD, CE = 0.7, 0.3  # weights

@@ -16,7 +16,7 @@ from kdlib.diagnostics.forecast import GIB, Forecast, remedies, verdict
 from kdlib.errors import ModelError
 from kdlib.hardware import emulates_bf16
 from kdlib.losses.features import FEATURE_TERMS
-from kdlib.losses.objective import log_probs
+from kdlib.losses.terms import log_probs
 from kdlib.models.loading import device_of, load_tokenizer, positions_of
 from kdlib.models.student import check_pair, teacher_tokenizer_of
 from kdlib.schedulers import SHAPES, at_most, breakpoints, from_spec

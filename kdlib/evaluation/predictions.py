@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kdlib.config.run import Config
-from kdlib.losses.objective import SoftTargets, agreement, cross_entropy
 from kdlib.losses.signals import kept
+from kdlib.losses.terms import SoftTargets, agreement, cross_entropy
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots.softening import Predictions, softening_of
 from kdlib.runs.files import read_json, write_json

@@ -1,77 +1,20 @@
-"""The objective: terms x schedules -> Ledger.  A plain function, the same for training and evaluation.
-
-The functions that terms are made of are TokenFunctions: of logits, with one value per token.
-"""
+"""The objective: terms x schedules -> Ledger.  A plain function, the same for training and evaluation."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kdlib.config.loss import ROUTER, TEMPERATURES, check_temperature
+from kdlib.config.loss import ROUTER, TEMPERATURES
 from kdlib.losses.buffers import Workspace
-from kdlib.losses.chunked import Scalar, TokenFunction, Weighted, term_sums, token_values
-from kdlib.losses.divergences import KNOWN, Divergence, Known, chosen
+from kdlib.losses.chunked import TokenFunction, Weighted, term_sums, token_values
+from kdlib.losses.divergences import KNOWN, Known, chosen
 from kdlib.losses.features import FEATURE_TERMS, feature_terms
 from kdlib.losses.ledger import Entry, Ledger
-from kdlib.losses.signals import Signal, wide
-from kdlib.losses.sparse import OnSamples, OnTopK
+from kdlib.losses.signals import Signal
+from kdlib.losses.terms import OnSamples, OnTopK, SoftTargets, accuracy, agreement, cross_entropy
 from kdlib.schedulers import Schedule, constant
-
-
-def log_probs(logits: Tensor, temperature: Scalar = 1.0) -> Tensor:
-    """log softmax(logits / T), in float32 at least, whatever the model's dtype; T from 0.01 to 100."""
-    if not isinstance(temperature, Tensor):
-        check_temperature(temperature)
-    logits = logits.to(wide(logits.dtype))
-    if not torch.compiler.is_compiling():
-        return F.log_softmax(logits * (1 / temperature), dim=-1)
-    # written out it fuses with its surroundings, and terms share it whatever their T
-    top = logits.detach().amax(-1, keepdim=True)
-    scaled = (logits - top) * (1 / temperature)
-    return scaled - scaled.exp().sum(-1, keepdim=True).log()
-
-
-@dataclass(frozen=True)
-class SoftTargets:
-    """T^power x divergence, both sides divided by T: the weight keeps its meaning when T moves."""
-
-    divergence: Divergence = KNOWN["forward_kl"].function
-    power: int = 2
-
-    def __call__(
-        self, student: Tensor, teacher: Tensor | None, targets: Tensor, temperature: Scalar
-    ) -> Tensor:
-        assert teacher is not None
-        pair = log_probs(student, temperature), log_probs(teacher, temperature)
-        by_logits = {"by": teacher} if isinstance(self.divergence, OnTopK) else {}
-        return temperature**self.power * self.divergence(*pair, **by_logits)
-
-
-def cross_entropy(
-    student: Tensor, teacher: Tensor | None, targets: Tensor, temperature: Scalar = 1.0
-) -> Tensor:
-    """-log p(the token that came), always at T = 1; nats."""
-    logs = log_probs(student)
-    if not torch.compiler.is_compiling():
-        return -logs.gather(-1, targets[:, None])[:, 0]
-    # fuses; gather's gradient is an [n, V] of its own
-    came = torch.arange(logs.shape[-1], device=logs.device) == targets[:, None]
-    return -logs.masked_fill(~came, 0.0).sum(-1)
-
-
-def accuracy(student: Tensor, teacher: Tensor | None, targets: Tensor, temperature: Scalar = 1.0) -> Tensor:
-    """1 where the student's first choice is the token that came."""
-    return (student.argmax(-1) == targets).to(wide(student.dtype))
-
-
-def agreement(student: Tensor, teacher: Tensor | None, targets: Tensor, temperature: Scalar = 1.0) -> Tensor:
-    """1 where student and teacher have the same first choice."""
-    assert teacher is not None
-    return (student.argmax(-1) == teacher.argmax(-1)).to(wide(student.dtype))
-
 
 EVAL_TERMS = {
     "ce": Weighted(cross_entropy),

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdlib.losses.objective import cross_entropy
 from kdlib.losses.signals import kept
+from kdlib.losses.terms import cross_entropy
 from kdlib.models.loading import SPECIAL, load_tokenizer, load_weights, plain_generation
 from kdlib.models.teacher import signal_of
 

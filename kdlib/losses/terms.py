@@ -1,13 +1,74 @@
-"""Divergences of a part of the vocabulary: the top k tokens and one bucket for the rest, or tokens drawn."""
+"""What the terms on logits are made of: TokenFunctions, of logits, with one value per token.
+
+And divergences of a part of the vocabulary: the top k tokens and one bucket for the rest, or tokens drawn.
+"""
 
 import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kdlib.losses.divergences import Divergence
-from kdlib.losses.signals import widest
+from kdlib.config.loss import check_temperature
+from kdlib.losses.divergences import KNOWN, Divergence
+from kdlib.losses.signals import wide, widest
+
+
+def log_probs(logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
+    """log softmax(logits / T), in float32 at least, whatever the model's dtype; T from 0.01 to 100."""
+    if not isinstance(temperature, Tensor):
+        check_temperature(temperature)
+    logits = logits.to(wide(logits.dtype))
+    if not torch.compiler.is_compiling():
+        return F.log_softmax(logits * (1 / temperature), dim=-1)
+    # written out it fuses with its surroundings, and terms share it whatever their T
+    top = logits.detach().amax(-1, keepdim=True)
+    scaled = (logits - top) * (1 / temperature)
+    return scaled - scaled.exp().sum(-1, keepdim=True).log()
+
+
+@dataclass(frozen=True)
+class SoftTargets:
+    """T^power x divergence, both sides divided by T: the weight keeps its meaning when T moves."""
+
+    divergence: Divergence = KNOWN["forward_kl"].function
+    power: int = 2
+
+    def __call__(
+        self, student: Tensor, teacher: Tensor | None, targets: Tensor, temperature: Tensor | float
+    ) -> Tensor:
+        assert teacher is not None
+        pair = log_probs(student, temperature), log_probs(teacher, temperature)
+        by_logits = {"by": teacher} if isinstance(self.divergence, OnTopK) else {}
+        return temperature**self.power * self.divergence(*pair, **by_logits)
+
+
+def cross_entropy(
+    student: Tensor, teacher: Tensor | None, targets: Tensor, temperature: Tensor | float = 1.0
+) -> Tensor:
+    """-log p(the token that came), always at T = 1; nats."""
+    logs = log_probs(student)
+    if not torch.compiler.is_compiling():
+        return -logs.gather(-1, targets[:, None])[:, 0]
+    # fuses; gather's gradient is an [n, V] of its own
+    came = torch.arange(logs.shape[-1], device=logs.device) == targets[:, None]
+    return -logs.masked_fill(~came, 0.0).sum(-1)
+
+
+def accuracy(
+    student: Tensor, teacher: Tensor | None, targets: Tensor, temperature: Tensor | float = 1.0
+) -> Tensor:
+    """1 where the student's first choice is the token that came."""
+    return (student.argmax(-1) == targets).to(wide(student.dtype))
+
+
+def agreement(
+    student: Tensor, teacher: Tensor | None, targets: Tensor, temperature: Tensor | float = 1.0
+) -> Tensor:
+    """1 where student and teacher have the same first choice."""
+    assert teacher is not None
+    return (student.argmax(-1) == teacher.argmax(-1)).to(wide(student.dtype))
 
 
 def top_k_pair(
