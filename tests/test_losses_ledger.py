@@ -10,6 +10,7 @@ from kdlib.losses.features import FEATURE_TERMS
 from kdlib.losses.ledger import SUM_TOLERANCE, Entry, Ledger, LedgerWindow, breach
 from kdlib.losses.objective import EVAL_TERMS, Objective, ledger
 from kdlib.losses.signals import DenseSignal
+from kdlib.losses.terms import ON_LOGITS
 from kdlib.schedulers import constant, linear
 
 
@@ -125,7 +126,9 @@ def test_a_moment_without_any_weight_is_refused():
 
 
 def test_the_config_knows_the_objectives_terms():
-    assert set(TERM_NAMES) == {"kd", "ce", *KNOWN, *FEATURE_TERMS, ROUTER}
+    assert set(TERM_NAMES) == {"kd", "ce", *KNOWN, *ON_LOGITS, "alm", *FEATURE_TERMS, ROUTER} - {
+        *EVAL_TERMS
+    } | {"ce"}
     assert set(TEMPERATURES) < set(TERM_NAMES)
     # made once for both
     assert EVAL_TERMS["ce"].function is Objective({"ce": constant(1.0)}).at(0).logit_terms["ce"].function

@@ -6,14 +6,14 @@ from conftest import tiny_model
 from tiny_training import pieces
 
 from kdlib.config.run import parse
-from kdlib.losses.objective import Objective, shares
+from kdlib.losses.objective import Objective
 from kdlib.losses.signals import kept
 from kdlib.models.heads import head_form
 from kdlib.models.teacher import LiveTeacher, signal_of
 from kdlib.runs import log as metrics
 from kdlib.runs.files import StudentFolder
 from kdlib.schedulers import constant
-from kdlib.training.gradients import gradient_figures, term_gradients
+from kdlib.training.gradients import gradient_figures, shares, term_gradients
 from kdlib.training.run import train
 
 SGD = {

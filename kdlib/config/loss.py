@@ -36,8 +36,10 @@ SPAN_TERMS = ("span_kl", "projected_kl", "alm", "uld")
 """The terms of a teacher with another tokenizer: those of kdlib.losses.alignment."""
 ROUTER = "router_aux"
 """The term of a student with experts: the auxiliary loss by which its router uses them evenly."""
-TERM_NAMES = ("kd", "ce", *DIVERGENCES, *FEATURE_TERMS, ROUTER)
-TEMPERATURES = {**dict.fromkeys(("kd", *DIVERGENCES), 2.0), "contrastive": 0.1}
+TERM_NAMES = ("kd", "ce", *DIVERGENCES, *SPAN_TERMS, *FEATURE_TERMS, ROUTER)
+FOR_ITSELF = {"contrastive": 0.1, "alm": 100.0}
+"""Terms whose temperature is none of soft targets: what is given for all is not meant for them."""
+TEMPERATURES = {**dict.fromkeys(("kd", *DIVERGENCES, *SPAN_TERMS), 2.0), **FOR_ITSELF}
 """The terms that have a temperature, with the one they take unless told otherwise."""
 
 COOLEST, HOTTEST = 0.01, 100.0
@@ -265,9 +267,9 @@ class LossConfig(Section):
     def temperatures(self, terms: Iterable[str]) -> dict[str, Spec]:
         """The temperature over training of each of these terms that has one.
 
-        What is given for all is not meant for `contrastive`, whose similarities lie within -1 and 1.
+        What is given for all is not meant for those that have one FOR_ITSELF.
         """
-        for_all = dict.fromkeys(set(TEMPERATURES) - {"contrastive"}, self.temperature)
+        for_all = dict.fromkeys(set(TEMPERATURES) - {*FOR_ITSELF}, self.temperature)
         given = {**TEMPERATURES, **(for_all if self.has_one_temperature else self.temperature)}
         return {term: given[term] for term in terms if term in TEMPERATURES}
 

@@ -1,25 +1,198 @@
 """A teacher with another tokenizer: which of its tokens stand for the same text as the student's.
 
-Axes: V vocabulary, student's and teacher's.
+A span is the fewest tokens of student and teacher that cover the same bytes of the text.  Before it both have
+read the same bytes, so what they say there can be compared; what differs is what they can say next.
+
+Axes: N kept tokens of the student's, M of the teacher's, S spans; V vocabulary, student's and teacher's.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from kdlib.losses.signals import Features, Kept, Signal, Vocabularies, kept, widest
 
-@dataclass(frozen=True, eq=False)
-class Vocabularies:
-    """What the tokens of student and teacher have in common."""
+SPANS = "spans"  # under which a batch has them
+UNITS = ("tokens", "spans", "single")  # the student's kept tokens; spans; those of one token on both sides
+UNIT_OF = {
+    **dict.fromkeys(("span_kl", "kl_to_teacher", "agreement"), "single"),
+    **dict.fromkeys(("projected_kl", "alm", "uld", "hidden", "relational", "contrastive"), "spans"),
+}
+"""Of the terms whose value is not of each kept token, where the teacher has a tokenizer of its own."""
 
-    student_size: int  # one more than its tokenizer's largest id
-    teacher_size: int
-    shared: Tensor  # [student's V] the teacher's token of the same bytes, or the same role; -1 where none
-    pieces: (
-        Tensor  # [larger V] of each token, the first of the smaller vocabulary's that make it; -1 where none
-    )
+
+class Counts(NamedTuple):
+    """What the terms of a whole optimizer step are divided by: all micro-batches, all ranks."""
+
+    tokens: Tensor | int  # the student's kept ones
+    spans: Tensor | int
+    single: Tensor | int  # spans of one token on both sides
+
+
+def unit_of(term: str, *, spans: bool) -> str:
+    """What a term has a value for: each of the "tokens", the "spans", or the "single" ones.
+
+    Args:
+        spans: whether the teacher has a tokenizer of its own.
+    """
+    return UNIT_OF.get(term, "tokens") if spans else "tokens"
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The S spans of a batch, by their places among the student's N kept tokens and the teacher's M."""
+
+    first: Tensor  # [S] each span's first token among the N
+    teacher_first: Tensor  # [S] and among the M
+    owner: Tensor  # [N] whose span a token is in; S for one in none
+    teacher_owner: Tensor  # [M]
+    single: Tensor  # [P] the spans of one token on both sides
+    several: Tensor  # [S - P] the others
+    rest: Tensor  # [N - S] the student's tokens that begin no span
+    rows: Tensor  # [S] 0 .. B-1
+    counts: list[int]  # spans of each row that has any
 
     @property
-    def onto_student(self) -> bool:
-        """Whether `pieces` are of the teacher's tokens: the larger vocabulary is cut into the smaller."""
-        return self.teacher_size >= self.student_size
+    def spans(self) -> int:
+        return len(self.first)
+
+    def at_first(self, values: Tensor) -> Tensor:
+        """[S] values of spans to [N], each at its first token, 0 elsewhere."""
+        return values.new_zeros(len(self.owner)).index_copy(0, self.first, values)
+
+    def sums(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """[N] and [M] values of tokens to [S] and [S], of the spans that they are in."""
+        pairs = (student, self.owner), (teacher, self.teacher_owner)
+        ours, theirs = (v.new_zeros(self.spans + 1).index_add(0, at, v)[: self.spans] for v, at in pairs)
+        return ours, theirs
+
+
+@dataclass(frozen=True)
+class SpanSignal:
+    """What a teacher with its own tokenizer said of its tokens, and where they stand beside the student's."""
+
+    said: Signal
+    kept: Kept  # the teacher's M tokens
+    alignment: Alignment
+    vocabularies: Vocabularies
+
+    @property
+    def targets(self) -> Tensor:
+        """[M]"""
+        return self.kept.targets
+
+    @property
+    def features(self) -> Features | None:
+        return self.said.features
+
+    @property
+    def counts(self) -> Counts:
+        """Of this batch alone."""
+        lines = self.alignment
+        return Counts(len(lines.owner), lines.spans, len(lines.single))
+
+
+TeacherSignal = Signal | SpanSignal
+
+
+def spans_in(batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The fields of a batch's Alignment, and of the teacher's Kept; where it lies on the CPU, as collated."""
+    found, tokens = batch[SPANS], kept(batch["labels"])
+    sizes, teacher_sizes = found["sizes"], found["teacher_sizes"]
+    numbers = torch.arange(len(sizes), device=sizes.device)
+    first = torch.searchsorted(tokens.positions, found["starts"])
+    owner = tokens.positions.new_full((len(tokens.positions),), len(sizes))
+    owner[_runs(first, sizes)] = numbers.repeat_interleave(sizes)
+    begins = torch.zeros_like(owner, dtype=torch.bool).index_fill(0, first, True)
+    is_single = (sizes == 1) & (teacher_sizes == 1)
+    alignment = {
+        "first": first,
+        "teacher_first": teacher_sizes.cumsum(0) - teacher_sizes,
+        "owner": owner,
+        "teacher_owner": numbers.repeat_interleave(teacher_sizes),
+        "single": is_single.nonzero()[:, 0],
+        "several": (~is_single).nonzero()[:, 0],
+        "rest": (~begins).nonzero()[:, 0],
+        "rows": found["rows"],
+        "counts": found["rows"].unique_consecutive(return_counts=True)[1].tolist(),
+    }
+    positions = _runs(found["teacher_starts"], teacher_sizes)
+    targets = batch["teacher_input_ids"].flatten()[positions + 1]
+    rows = found["rows"].repeat_interleave(teacher_sizes)
+    return alignment, {"positions": positions, "targets": targets, "rows": rows}
+
+
+def counted(spans: Mapping[str, Tensor]) -> Tensor:
+    """[2] how many spans a batch has, and how many of one token on both sides."""
+    single = (spans["sizes"] == 1) & (spans["teacher_sizes"] == 1)
+    return torch.stack([torch.ones_like(single).sum(), single.sum()])
+
+
+def _runs(starts: Tensor, sizes: Tensor) -> Tensor:
+    """start, start + 1, … of each, one after the other."""
+    before = sizes.cumsum(0) - sizes
+    return (starts - before).repeat_interleave(sizes) + torch.arange(int(sizes.sum()), device=sizes.device)
+
+
+def parts(
+    student: Signal, teacher: TeacherSignal | None, units: Mapping[str, str]
+) -> Iterator[tuple[Sequence[str], Signal, Signal | None, Tensor | None]]:
+    """Which terms on logits look at which tokens: (names, student, teacher, places among the N; None is all).
+
+    Of a teacher with its own tokenizer: spans of one token, the other spans' first tokens, the rest.
+
+    Args:
+        units: what each term has a value for; see kdlib.losses.ledger.
+    """
+    tokens = [name for name in units if units[name] == "tokens"]
+    if not isinstance(teacher, SpanSignal) or len(tokens) == len(units):
+        if units:
+            yield [*units], student, None if isinstance(teacher, SpanSignal) else teacher, None
+        return
+    lines, said, starts = teacher.alignment, teacher.said, [n for n in units if units[n] != "single"]
+    left = [lines.rest]
+    for names, spans in (([*units], lines.single), (starts, lines.several)):
+        places = lines.first[spans]
+        if len(names) > len(tokens):
+            yield names, student.select(places), said.select(lines.teacher_first[spans]), places
+        else:
+            left.append(places)
+    if tokens:
+        places = torch.cat(left)
+        yield tokens, student.select(places), None, places
+
+
+def features_beside(student: Signal, teacher: SpanSignal) -> tuple[Signal, Signal]:
+    """Both with their features where a span is predicted from: of what has read the same bytes."""
+    lines, (ours, theirs) = teacher.alignment, (student.features, teacher.features)
+    if ours is None or theirs is None:
+        return student, teacher.said
+    return (
+        replace(student, features=ours.select(lines.first, lines.counts)),
+        replace(teacher.said, features=theirs.select(lines.teacher_first, lines.counts)),
+    )
+
+
+def alm(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """How differently two models expect the bytes of a span, however each cuts them: [S] nats.
+
+    Approximate likelihood matching: τ times the KL between two coins, which fall on "these bytes" with the
+    models' probabilities of the span to the power of 1 / τ.  Of the binary cross-entropy of the paper it is
+    what depends on the student: 0 where they agree.  At τ = 100, as there, nearly KL's summand without
+    normalisation, b·log(b / a) - b + a for surprisals a (student's) and b, so that all spans count; at τ = 1
+    likely ones count most.  Needs the tokens that came, and no other: no bias of a tokenizer's cutting is
+    taken out (the paper's debiasing is not here).  Costs one more product with the student's head.
+
+    Args:
+        student, teacher: [S] log-probability of each span.
+        temperature: τ.
+
+    Reference: Minixhofer, Vulic & Ponti 2025 (ALM), https://arxiv.org/abs/2503.20083
+    """
+    ours, theirs = (widest(each).clamp(max=-1e-12) / temperature for each in (student, teacher))
+    kept_back, theirs_back = (torch.log(-torch.expm1(each)) for each in (ours, theirs))
+    p = theirs.exp()
+    return temperature * (p * (theirs - ours) - torch.expm1(theirs) * (theirs_back - kept_back))

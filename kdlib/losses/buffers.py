@@ -20,7 +20,7 @@ CACHED = 8 * 2**20  # bytes of both models' logits in a piece
 LINE, PAGE = 64, 4096  # bytes of a CPU's cache line, and of a page of its memory
 CPU_BUDGET, BUDGET = 256 * 2**20, 2**30  # bytes of logits, student's and teacher's, at most
 Arithmetic = Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor], Tensor]
-"""(products [n, V], the teacher's or None, targets [n], temperatures [terms], weights [terms])
+"""(products [n, V], the teacher's or None, targets [n], temperatures [terms], weights [terms], or [terms, n])
 -> sums [terms] of a chunk; values [terms, n] of a piece."""
 log = logging.getLogger(__name__)
 
@@ -67,17 +67,19 @@ class Workspace:
         def sums(
             products: Tensor, others: Tensor | None, targets: Tensor, temperatures: Tensor, weights: Tensor
         ) -> Tensor:
-            size, padded, values = self.piece(products), F.pad(targets, (0, len(products) - len(targets))), []
+            size, more, values = self.piece(products), (0, len(products) - len(targets)), []
+            padded, by_token = F.pad(targets, more), F.pad(weights, more) if weights.ndim == 2 else None
             for start in range(0, max(len(products), 1), size):
                 rows = slice(start, start + size)
                 theirs = None if others is None else others[rows]
-                values.append(arithmetic(products[rows], theirs, padded[rows], temperatures, weights))
+                each = weights[:, None] if by_token is None else by_token[:, rows]
+                values.append(arithmetic(products[rows], theirs, padded[rows], temperatures, each))
             return torch.cat(values, -1)[:, : len(targets)].sum(-1)
 
         return sums
 
     def arithmetic(self, functions: Sequence[Callable], form: Any, teacher_form: Any) -> Arithmetic:
-        """The same on one piece of a chunk: [terms, n] values."""
+        """The same on one piece of a chunk: [terms, n] values; weights [terms, 1], or [terms, n]."""
         return (_compiled if self.compiled else _row_arithmetic)(tuple(functions), form, teacher_form)
 
     def piece(self, products: Tensor) -> int:
@@ -135,7 +137,7 @@ def _row_arithmetic(functions: Sequence[Callable], form: Any, teacher_form: Any)
             )
 
         values, gradient_of, *_ = torch.func.vjp(values_of, products)
-        (gradient,) = gradient_of(weights[:, None].expand_as(values).contiguous())
+        (gradient,) = gradient_of(weights.expand_as(values).contiguous())
         products.copy_(gradient)
         return values
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kdlib.config.loss import check_temperature
 from kdlib.losses.buffers import Workspace
@@ -73,8 +74,8 @@ def term_sums(
         student: gradient flows into a LinearSignal's hidden, weight and bias, or into logits.
         teacher: the same N tokens, or None; no gradient flows into it.
         terms: weights not 0.
-        count: a chunked gradient is that of `sum(weight * sum) / count`: back-propagate a multiple of that,
-            as `Ledger.total` is; all else is refused.
+        count: one for all terms, or [terms].  A chunked gradient is that of `sum(weight * sum / count)`:
+            back-propagate a multiple of that, as `Ledger.total` is; all else is refused.
 
     Raises:
         RuntimeError: on backward, where the sums were combined with other weights, or the gradient is to be
@@ -94,8 +95,10 @@ class _ChunkedSums(torch.autograd.Function):
         numbers = {"dtype": wide(student.dtype), "device": hidden.device}
         temperatures = torch.tensor([term.temperature for term in terms], **numbers)
         weights = torch.tensor([term.weight for term in terms], **numbers)
-        if student.dtype is not torch.float16:  # where it could underflow: backward divides, by `scale`
-            weights = weights / torch.as_tensor(count, device=hidden.device).clamp(min=1)
+        counts = torch.as_tensor(count, device=hidden.device).clamp(min=1)
+        # in float16 it could underflow: backward divides, by `scale`; by one number, so not by several
+        if student.dtype is not torch.float16 or counts.ndim:
+            weights = weights / counts
         gradients = _Gradients((hidden, weight, bias), ctx.needs_input_grad, student.dtype)
         functions, form = [term.function for term in terms], None if teacher is None else teacher.form
         with torch.autocast(hidden.device.type, enabled=False):  # the dtype of the products is settled
@@ -130,6 +133,44 @@ class _ChunkedSums(torch.autograd.Function):
             return *ctx.saved_tensors, *[None] * 6  # as it is: no second [V, H]
         grads = [None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors]
         return *grads, *[None] * 6
+
+
+def differentiable_values(
+    student: Signal, targets: Tensor, function: TokenFunction, workspace: Workspace
+) -> Tensor:
+    """[N] values of a function of the student's logits alone, for any further arithmetic.
+
+    Chunked like `term_sums`, but its gradient is made in the backward pass, whose products are made anew.
+    """
+    if not (isinstance(student, LinearSignal) and torch.is_grad_enabled()):
+        chunk = workspace.chunk_for(student) if isinstance(student, LinearSignal) else None
+        return token_values(student, None, targets, terms=[Weighted(function)], chunk=chunk)[0]
+    leaves = student.hidden, student.weight, student.bias
+    return _ChunkedValues.apply(*leaves, student, targets, function, workspace)
+
+
+class _ChunkedValues(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, student, targets, function, workspace):
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.how = student.form, function, workspace
+        return differentiable_values(student, targets, function, workspace)  # without gradient here
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        hidden, weight, bias, targets = ctx.saved_tensors
+        form, function, workspace = ctx.how
+        student = LinearSignal(hidden, weight, bias, form).cast()
+        gradients = _Gradients((hidden, weight, bias), ctx.needs_input_grad, student.dtype)
+        with torch.autocast(grad.device.type, enabled=False):
+            arithmetic = workspace.sums([function], student.form, None)
+            once = grad.new_ones(1)
+            for rows in _chunks(len(student), workspace.chunk_for(student)):
+                products = workspace.products("student", student, rows)
+                arithmetic(products, None, targets[rows], once, grad[None, rows])
+                gradients.add(rows, products[: rows.stop - rows.start], student)
+        return *gradients.finished(), *[None] * 4
 
 
 class _Gradients:

@@ -1,19 +1,30 @@
 """The objective: terms x schedules -> Ledger.  A plain function, the same for training and evaluation."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kdlib.config.loss import ROUTER, TEMPERATURES
+from kdlib.config.loss import FOR_ITSELF, ROUTER, SPAN_TERMS, TEMPERATURES
+from kdlib.losses.alignment import Counts, SpanSignal, TeacherSignal, alm, features_beside, parts, unit_of
 from kdlib.losses.buffers import Workspace
-from kdlib.losses.chunked import TokenFunction, Weighted, term_sums, token_values
+from kdlib.losses.chunked import TokenFunction, Weighted, differentiable_values, term_sums, token_values
 from kdlib.losses.divergences import KNOWN, Known, chosen
 from kdlib.losses.features import FEATURE_TERMS, feature_terms
 from kdlib.losses.ledger import Entry, Ledger
 from kdlib.losses.signals import Signal
-from kdlib.losses.terms import OnSamples, OnTopK, SoftTargets, accuracy, agreement, cross_entropy
+from kdlib.losses.terms import (
+    FORMULAS,
+    ON_LOGITS,
+    OnSamples,
+    OnTopK,
+    SoftTargets,
+    accuracy,
+    across,
+    agreement,
+    cross_entropy,
+)
 from kdlib.schedulers import Schedule, constant
 
 EVAL_TERMS = {
@@ -46,7 +57,7 @@ class Objective:
         """
         weights = {name: schedule(fraction) for name, schedule in self.weights.items()}
         active = {name: weight for name, weight in weights.items() if weight != 0}
-        kd = chosen(self.divergence)
+        kd, k = chosen(self.divergence), None
         if self.top_k:
             k = round(self.top_k(fraction)) if callable(self.top_k) else self.top_k
             tail = "renormalised" if self.renormalise else "+ tail"
@@ -56,7 +67,7 @@ class Objective:
             formula = kd.formula.replace("{at}", f"{{at}}, from {self.samples} samples")
             kd = replace(kd, function=OnSamples(kd.function, self.samples), formula=formula)
         temperatures = {name: self.temperature_of(name)(fraction) for name in active if name in TEMPERATURES}
-        return ObjectiveAt(active, temperatures, kd, self.normalise, self.layers)
+        return ObjectiveAt(active, temperatures, kd, self.normalise, self.layers, k)
 
     def planned(self, fraction: float) -> dict[str, float]:
         """Weights and temperatures at this fraction of training, by the names under which they are logged."""
@@ -73,10 +84,10 @@ class Objective:
         return {"temperature": main, **each}
 
     def temperature_of(self, name: str) -> Schedule:
-        """A term's temperature; the one given for all is not meant for a contrastive term's similarities."""
+        """A term's temperature; the one given for all is that of soft targets, which not all terms are."""
         if isinstance(self.temperature, Mapping):
             return self.temperature[name]
-        return constant(TEMPERATURES[name]) if name == "contrastive" else self.temperature
+        return constant(TEMPERATURES[name]) if name in FOR_ITSELF else self.temperature
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,7 @@ class ObjectiveAt:
     kd: Known = KNOWN["forward_kl"]  # what the kd term measures
     normalise: bool = True
     layers: str = "even"
+    top_k: int | None = None
 
     @property
     def needs_teacher(self) -> bool:
@@ -114,11 +126,19 @@ class ObjectiveAt:
         return {
             name: Weighted(self._function(name), weight, self.temperatures.get(name, 1.0))
             for name, weight in self.weights.items()
-            if name not in FEATURE_TERMS and name != ROUTER
+            if name not in FEATURE_TERMS and name not in ("alm", ROUTER)
         }
 
-    def feature_values(self, student: Signal, teacher: Signal | None) -> dict[str, Tensor]:
-        """{term: [N] unweighted values} of the terms on features.
+    def terms_beside(self, teacher: TeacherSignal | None, **more: Weighted) -> dict[str, Weighted]:
+        """`logit_terms` and more, made of both vocabularies where the teacher has one of its own."""
+        terms = {**self.logit_terms, **more}
+        if not isinstance(teacher, SpanSignal):
+            return terms
+        known = {name: across(name, teacher.vocabularies, self.top_k) for name in terms if name in ON_LOGITS}
+        return {name: replace(term, function=known.get(name, term.function)) for name, term in terms.items()}
+
+    def feature_values(self, student: Signal, teacher: TeacherSignal | None) -> dict[str, Tensor]:
+        """{term: [N] unweighted values, or [S] where the teacher has its own tokenizer} of those on features.
 
         The router's auxiliary loss is one number for a batch, and counts for each of its kept tokens: over a
         step it is the mean over micro-batches, by their kept tokens.  (transformers adds them up, so that it
@@ -127,6 +147,8 @@ class ObjectiveAt:
         inside = student.features
         router = inside.router if inside and self.needs_router else None
         routed = {} if router is None else {ROUTER: router.expand(len(student))}
+        if isinstance(teacher, SpanSignal):
+            student, teacher = features_beside(student, teacher)
         return routed | {
             name: FEATURE_TERMS[name].values(
                 student, teacher, temperature=self.temperatures.get(name, 1.0), normalise=self.normalise
@@ -144,6 +166,8 @@ class ObjectiveAt:
     def _function(self, name: str) -> TokenFunction:
         if name == "ce":
             return cross_entropy
+        if name in SPAN_TERMS:
+            return across(name, top_k=self.top_k)
         known = self._known(name)
         return SoftTargets(known.function, known.power)
 
@@ -154,6 +178,8 @@ class ObjectiveAt:
         if name in ("ce", ROUTER):
             return "CE" if name == "ce" else name
         at = f"T={self.temperatures[name]:g}" if name in self.temperatures else ""
+        if name in SPAN_TERMS:
+            return FORMULAS[name].format(at=at)
         if name in FEATURE_TERMS:
             normalised = ", normalised" if name == "hidden" and self.normalise else ""
             return f"{name}({self.layers}{normalised}{at and f'; {at}'})"
@@ -163,54 +189,78 @@ class ObjectiveAt:
 
 def ledger(
     student: Signal,
-    teacher: Signal | None,
+    teacher: TeacherSignal | None,
     targets: Tensor,
     *,
     at: ObjectiveAt,
-    count: Tensor | int,
+    count: Tensor | int | Counts,
     workspace: Workspace | None = None,
 ) -> Ledger:
     """What these kept tokens cost: the ledger whose `total` is back-propagated.
 
     Args:
         student, teacher: of the same N kept tokens; no teacher where not `at.needs_teacher`.
-        count: kept tokens of the whole optimizer step: all micro-batches, all ranks.
+        count: kept tokens of the whole optimizer step: all micro-batches, all ranks.  Counts where the
+            teacher has a tokenizer of its own.
     """
     if not at.weights:
         raise ValueError("every weight is 0 at this moment: nothing to learn from; give one term a weight")
+    terms, space, spans = at.terms_beside(teacher), workspace or Workspace(), isinstance(teacher, SpanSignal)
+    units = {name: unit_of(name, spans=spans) for name in at.weights}
+    counts = {name: getattr(count, units[name]) if isinstance(count, Counts) else count for name in units}
     sums = {name: values.sum() for name, values in at.feature_values(student, teacher).items()}
-    if logit_terms := at.logit_terms:
-        terms = list(logit_terms.values())
-        made = term_sums(student, teacher, targets, terms=terms, count=count, workspace=workspace)
-        sums |= dict(zip(logit_terms, made, strict=True))
-    return Ledger({name: Entry(sums[name], count, weight) for name, weight in at.weights.items()})
+    if "alm" in at.weights and teacher is not None:  # ce is made of the same
+        logs = -differentiable_values(student, targets, cross_entropy, space)
+        sums["alm"] = alm(*_of_spans(logs, teacher, targets, space.chunk), at.temperatures["alm"]).sum()
+        sums |= {"ce": -logs.sum()} if terms.pop("ce", None) else {}
+    for names, ours, theirs, places in parts(student, teacher, {name: units[name] for name in terms}):
+        came, wanted = targets if places is None else targets[places], [terms[name] for name in names]
+        divided_by = torch.stack([torch.as_tensor(counts[name], device=came.device) for name in names])
+        made = term_sums(ours, theirs, came, terms=wanted, count=divided_by, workspace=space)
+        for name, value in zip(names, made, strict=True):
+            sums[name] = sums[name] + value if name in sums else value
+    return Ledger({name: Entry(sums[name], counts[name], weight) for name, weight in at.weights.items()})
 
 
-def shares(
-    student: Signal, teacher: Signal | None, targets: Tensor, *, at: ObjectiveAt, chunk: int | None = None
-) -> Iterator[tuple[str, Tensor]]:
-    """Each term by itself: weight x mean over these tokens, made as it is asked for, with its own graph."""
-    for name, weight in at.weights.items():
-        alone, space = replace(at, weights={name: weight}), Workspace(chunk)  # nothing compiled for this
-        yield name, ledger(student, teacher, targets, at=alone, count=len(targets), workspace=space).total
+def _of_spans(
+    ours: Tensor, teacher: TeacherSignal, targets: Tensor, chunk: int | None
+) -> tuple[Tensor, Tensor]:
+    """[S] log-probabilities of each span, student's and teacher's; of one vocabulary each token is a span."""
+    said = teacher.said if isinstance(teacher, SpanSignal) else teacher
+    came = teacher.targets if isinstance(teacher, SpanSignal) else targets
+    with torch.no_grad():
+        theirs = -token_values(said, None, came, terms=[Weighted(cross_entropy)], chunk=chunk)[0]
+    return teacher.alignment.sums(ours, theirs) if isinstance(teacher, SpanSignal) else (ours, theirs)
 
 
 def values_of(
     student: Signal,
-    teacher: Signal | None,
+    teacher: TeacherSignal | None,
     targets: Tensor,
     *,
     terms: Mapping[str, Weighted],
     at: ObjectiveAt | None = None,
     chunk: int | None = None,
 ) -> dict[str, Tensor]:
-    """{term: [N] unweighted values} of these terms and of the objective's, those in both made once."""
-    wanted = {**(at.logit_terms if at else {}), **terms}
-    values = at.feature_values(student, teacher) if at else {}
-    if not wanted:
-        return values
-    made = token_values(student, teacher, targets, terms=list(wanted.values()), chunk=chunk)
-    return dict(zip(wanted, made, strict=True)) | values
+    """{term: [N] unweighted values} of these terms and of the objective's, those in both made once.
+
+    A span's value stands at its first token; at tokens that a term has no value for it is 0.
+    """
+    at, lines = at or ObjectiveAt({}, {}), teacher.alignment if isinstance(teacher, SpanSignal) else None
+    wanted, values = at.terms_beside(teacher, **terms), at.feature_values(student, teacher)
+    if "alm" in at.weights and teacher is not None:
+        logs = -differentiable_values(student, targets, cross_entropy, Workspace(chunk))
+        values["alm"] = alm(*_of_spans(logs, teacher, targets, chunk), at.temperatures["alm"])
+    if lines is not None:
+        values = {n: v if n == ROUTER else lines.at_first(v) for n, v in values.items()}
+    units = {name: unit_of(name, spans=lines is not None) for name in wanted}
+    for names, ours, theirs, places in parts(student, teacher, units):
+        came = targets if places is None else targets[places]
+        made = token_values(ours, theirs, came, terms=[wanted[name] for name in names], chunk=chunk)
+        for name, each in zip(names, made, strict=True):
+            before = values.get(name, each.new_zeros(len(targets)))
+            values[name] = each if places is None else before.index_copy(0, places, each)
+    return values
 
 
 def eval_terms(teacher: object) -> dict[str, Weighted]:
@@ -221,7 +271,7 @@ def eval_terms(teacher: object) -> dict[str, Weighted]:
 @torch.no_grad()
 def row_sums(
     student: Signal,
-    teacher: Signal | None,
+    teacher: TeacherSignal | None,
     targets: Tensor,
     rows: Tensor,
     *,
@@ -232,11 +282,18 @@ def row_sums(
 ) -> dict[str, Tensor]:
     """{term: [row_count] unweighted sums over the tokens of each row}, and under `tokens` their number.
 
+    And that of spans, under `spans` and `single`, where the teacher has a tokenizer of its own.
+
     Row by row, so that ranks can drop the rows that a sampler repeated, and comparisons can resample rows.
 
     Args:
         rows: [N] the row of each kept token.  The others as of `token_values`.
     """
     values = values_of(student, teacher, targets, terms=terms, at=at, chunk=chunk)
-    values["tokens"] = next(iter(values.values())).new_ones(len(targets))
+    ones = next(iter(values.values())).new_ones(len(targets))
+    values["tokens"] = ones
+    if isinstance(teacher, SpanSignal):
+        lines = teacher.alignment
+        values["spans"] = lines.at_first(ones[: lines.spans])
+        values["single"] = torch.zeros_like(ones).index_fill(0, lines.first[lines.single], 1.0)
     return {name: value.new_zeros(row_count).index_add_(0, rows, value) for name, value in values.items()}

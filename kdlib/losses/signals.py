@@ -5,8 +5,9 @@ happen once, in `kept`: below it no loss sees a label, a mask or a batch shape. 
 are the rows and V the classes.  `rows` are a batch's, [N]; as a slice of a signal, n of its N tokens.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -100,6 +101,11 @@ class Features:
     projected: Sequence[Tensor] = ()  # [N, H of the teacher] each; the student's alone
     router: Tensor | None = None  # the auxiliary loss of its router on this batch; the student's alone
 
+    def select(self, places: Tensor, counts: Sequence[int]) -> "Features":
+        """Of these among the N tokens, `counts` in each row; without maps, whose T is another model's too."""
+        hidden, projected = ([each[places] for each in states] for states in (self.hidden, self.projected))
+        return replace(self, rows=counts, hidden=hidden, projected=projected, attention=())
+
 
 @dataclass(frozen=True)
 class DenseSignal:
@@ -127,6 +133,10 @@ class DenseSignal:
     def logits(self, rows: slice = slice(None)) -> Tensor:
         """[n, V]"""
         return self.values[rows]
+
+    def select(self, places: Tensor) -> "DenseSignal":
+        """Of these among the N tokens, without features."""
+        return DenseSignal(self.values[places])
 
     def cast(self) -> "DenseSignal":
         """Itself: no head."""
@@ -173,6 +183,10 @@ class LinearSignal:
         with torch.autocast(self.device.type, enabled=False):
             return self.form.logits(F.linear(ready.hidden[rows], ready.weight, ready.bias))
 
+    def select(self, places: Tensor) -> "LinearSignal":
+        """Of these among the N tokens, without features."""
+        return replace(self, hidden=self.hidden[places], features=None)
+
     def cast(self) -> "LinearSignal":
         """The same in the dtype of the products, so that the head is converted once, not for each chunk."""
         bias = None if self.bias is None else self.bias.to(self.dtype)
@@ -190,13 +204,60 @@ class LinearSignal:
 Signal = DenseSignal | LinearSignal
 
 
+@dataclass(frozen=True, eq=False)
+class Vocabularies:
+    """What the tokens of student and teacher have in common."""
+
+    student_size: int  # one more than its tokenizer's largest id
+    teacher_size: int
+    shared: Tensor  # [student's V] the teacher's token of the same bytes, or the same role; -1 where none
+    pieces: Tensor  # [larger V] the first of the smaller vocabulary's tokens that make each; -1 where none
+    own: Tensor = field(init=False)  # ids of the student's tokens that the teacher has not
+    others: Tensor = field(init=False)  # ids of the teacher's that the student has not
+    whole: Tensor = field(init=False)  # ids of the larger vocabulary's that have a first piece
+    never: Tensor = field(init=False)  # ids of the smaller vocabulary's that are no token's first piece
+
+    def __post_init__(self) -> None:
+        common = self.shared[self.shared >= 0]
+        whole = (self.pieces >= 0).nonzero()[:, 0]
+        for name, value in {
+            "own": (self.shared < 0).nonzero()[:, 0],
+            "others": _without(common, self.teacher_size),
+            "whole": whole,
+            "never": _without(self.pieces[whole], min(self.student_size, self.teacher_size)),
+        }.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def onto_student(self) -> bool:
+        """Whether `pieces` are of the teacher's tokens: the larger vocabulary is cut into the smaller."""
+        return self.teacher_size >= self.student_size
+
+    def in_students(self, teacher: Tensor) -> Tensor:
+        """[n, teacher's V] to [n, student's V]: at each shared token the teacher's value, -inf at others."""
+        found = teacher.index_select(-1, self.shared.clamp(min=0))
+        return found if not len(self.own) else found.index_fill(-1, self.own, -math.inf)
+
+    def cut(self, log_probs: Tensor) -> Tensor:
+        """[n, larger V] log-probabilities of tokens to [n, smaller V], of their first pieces."""
+        mass = log_probs.index_select(-1, self.whole).exp()
+        empty = mass.new_zeros(len(mass), min(self.student_size, self.teacher_size))
+        made = empty.index_add(-1, self.pieces.index_select(0, self.whole), mass)
+        return made.clamp(min=torch.finfo(made.dtype).tiny).log()
+
+
+def _without(ids: Tensor, size: int) -> Tensor:
+    """Those of 0 .. size - 1 that are not among these."""
+    return torch.ones(size, dtype=torch.bool, device=ids.device).index_fill(0, ids, False).nonzero()[:, 0]
+
+
 def moved(said: Any, device: torch.device) -> Any:
     """Kept tokens, a signal, or what they are made of, on another device."""
     if isinstance(said, Tensor):
         return said.to(device)
     if isinstance(said, (list, tuple)):
         return type(said)(moved(each, device) for each in said)
-    if isinstance(said, (Kept, Features, DenseSignal, LinearSignal)):
-        parts = {field.name: moved(getattr(said, field.name), device) for field in fields(said)}
+    if is_dataclass(said) and not isinstance(said, type):
+        parts = {each.name: moved(getattr(said, each.name), device) for each in fields(said) if each.init}
         return replace(said, **parts)
     return said

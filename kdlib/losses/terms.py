@@ -1,10 +1,12 @@
 """What the terms on logits are made of: TokenFunctions, of logits, with one value per token.
 
-And divergences of a part of the vocabulary: the top k tokens and one bucket for the rest, or tokens drawn.
+And divergences of a part of the vocabulary: the top k tokens and one bucket for the rest, or tokens drawn;
+and of two vocabularies, where both models have read the same bytes.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,9 @@ from torch import Tensor
 
 from kdlib.config.loss import check_temperature
 from kdlib.losses.divergences import KNOWN, Divergence
-from kdlib.losses.signals import wide, widest
+from kdlib.losses.signals import Vocabularies, wide, widest
+
+LIKELIEST = 256  # of each side's tokens that `uld` sorts
 
 
 def log_probs(logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
@@ -158,3 +162,122 @@ def _log_mass_outside(log_probs: Tensor, ids: Tensor, likeliest: Tensor) -> Tens
     mass = likeliest.exp().sum(-1, keepdim=True)
     outside = torch.where(mass < 0.5, torch.log1p(-mass.clamp(max=0.5)), summed)
     return outside.masked_fill(nothing, -math.inf)
+
+
+def span_kl(student: Tensor, teacher: Tensor, vocabularies: Vocabularies | None) -> Tensor:
+    """KL(teacher || student) over the tokens that both have and one bucket for all others: [n] nats.
+
+    Exact on what is shared; a side that puts its mass on tokens of its own pays for it in the bucket.  Where
+    every token of the student's is shared it has no bucket, and the teacher's distribution is taken given
+    that a shared token comes.  One more pass over the teacher's logits than a plain KL.
+
+    Args:
+        student: [n, student's V] log-probabilities.
+        teacher: [n, teacher's V] likewise.
+        vocabularies: None where they are one.
+    """
+    forward_kl = KNOWN["forward_kl"].function
+    if vocabularies is None:
+        return forward_kl(student, teacher)
+    theirs = vocabularies.in_students(teacher)
+    if not len(vocabularies.others):
+        return forward_kl(student, theirs)
+    if not len(vocabularies.own):
+        return forward_kl(student, theirs.log_softmax(-1))
+    rest = teacher.index_select(-1, vocabularies.others).logsumexp(-1)
+    ours = student.index_select(-1, vocabularies.own).logsumexp(-1)
+    # forward_kl adds the student's mass less the teacher's, 0 over all outcomes: here less the bucket's
+    return forward_kl(student, theirs) + rest.exp() * (rest - ours - 1)
+
+
+def projected_kl(
+    student: Tensor, teacher: Tensor, vocabularies: Vocabularies | None, top_k: int | None = None
+) -> Tensor:
+    """KL(teacher || student) over the smaller vocabulary, into which the larger's tokens are cut: [n] nats.
+
+    A token of the larger counts as the first of the pieces that make it (itself, where both have it): what
+    the smaller tokenizer would have to say next.  So no token is left out but those that cannot be cut, and a
+    number that one side says at once teaches its first digit.  An approximation where the text to come would
+    be cut otherwise than the token by itself.  One more pass over the larger vocabulary's logits.
+
+    Args:
+        student, teacher, vocabularies: as of `span_kl`.
+        top_k: of the teacher's likeliest tokens, with a bucket for the tail; the whole where None.
+
+    Reference: X-Token (P-KL) 2026, https://arxiv.org/abs/2605.21699, which always cuts the student's, and
+        spreads a token over all of its pieces; but the first alone can stand at this position
+    """
+    if vocabularies is not None:
+        if vocabularies.onto_student:
+            teacher = vocabularies.cut(teacher)
+        else:
+            student = vocabularies.cut(student)
+        if len(vocabularies.never):
+            student, teacher = (
+                each.index_fill(-1, vocabularies.never, -math.inf) for each in (student, teacher)
+            )
+        student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
+    divergence = KNOWN["forward_kl"].function
+    return (OnTopK(divergence, top_k) if top_k else divergence)(student, teacher)
+
+
+def uld(student: Tensor, teacher: Tensor, vocabularies: Vocabularies | None) -> Tensor:
+    """How differently sure two models are, whatever they are sure of: [n], from 0 to 2.
+
+    The sum of the differences between their sorted probabilities: of the 256 likeliest tokens each, and of
+    the mass of all others, where Boizard et al. sort the whole vocabularies, which costs ten times as much.
+    It knows no token by its name: 0 also where two models are equally sure of opposite things.
+
+    Reference: Boizard et al. 2024 (ULD), https://arxiv.org/abs/2402.12030
+    """
+    k = min(LIKELIEST, student.shape[-1], teacher.shape[-1])
+    ours, theirs = (each.topk(k, dim=-1).values.exp() for each in (student, teacher))
+    return (ours - theirs).abs().sum(-1) + (ours.sum(-1) - theirs.sum(-1)).abs()
+
+
+def same_choice(student: Tensor, teacher: Tensor, vocabularies: Vocabularies | None) -> Tensor:
+    """[n] 1 where the first choices of both stand for the same bytes."""
+    ours, theirs = student.argmax(-1), teacher.argmax(-1)
+    same = ours if vocabularies is None else vocabularies.shared.index_select(0, ours)
+    return (same == theirs).to(student.dtype)
+
+
+@dataclass(frozen=True)
+class Across:
+    """A measure of two vocabularies' log-probabilities as a TokenFunction, at the size of its gradient."""
+
+    measure: Callable[..., Tensor]
+    vocabularies: Vocabularies | None = None
+    power: int = 2  # of the temperature; 1 where linear in small differences
+    top_k: int | None = None
+
+    def __call__(
+        self, student: Tensor, teacher: Tensor | None, targets: Tensor, temperature: Tensor | float
+    ) -> Tensor:
+        assert teacher is not None
+        pair = log_probs(student, temperature), log_probs(teacher, temperature)
+        likeliest = {"top_k": self.top_k} if self.top_k else {}
+        return temperature**self.power * self.measure(*pair, self.vocabularies, **likeliest)
+
+
+FORMULAS = {
+    "span_kl": "T²·KL(teacher ‖ student on shared tokens; {at})",
+    "projected_kl": "T²·KL(teacher ‖ student on first pieces; {at})",
+    "uld": "T·ULD(teacher, student; {at})",
+    "alm": "ALM(teacher, student; {at})",
+}
+"""As a formula writes them; `{at}` takes the temperature."""
+ON_LOGITS = {
+    "span_kl": Across(span_kl),
+    "projected_kl": Across(projected_kl),
+    "uld": Across(uld, power=1),
+    "kl_to_teacher": Across(span_kl),
+    "agreement": Across(same_choice, power=0),
+}
+"""By the names of terms; the last two are evaluation's."""
+
+
+def across(name: str, vocabularies: Vocabularies | None = None, top_k: int | None = None) -> Across:
+    """A term on the logits of two vocabularies, or of one where None; `top_k` is for projected_kl."""
+    likeliest = top_k if name == "projected_kl" else None
+    return replace(ON_LOGITS[name], vocabularies=vocabularies, top_k=likeliest)

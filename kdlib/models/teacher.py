@@ -11,8 +11,20 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from kdlib.errors import ModelError
+from kdlib.losses.alignment import SPANS, Alignment, SpanSignal, TeacherSignal, spans_in
 from kdlib.losses.features import LayerPairs
-from kdlib.losses.signals import DenseSignal, Features, Form, Kept, LinearSignal, Signal, kept, moved
+from kdlib.losses.signals import (
+    FOUND,
+    DenseSignal,
+    Features,
+    Form,
+    Kept,
+    LinearSignal,
+    Signal,
+    Vocabularies,
+    kept,
+    moved,
+)
 from kdlib.models.heads import head_form, head_inputs, rounding, whole
 from kdlib.models.hooks import Captured, attend_eagerly, captured_layers
 
@@ -121,6 +133,7 @@ class LiveTeacher:
     vocabulary: int
     reads: str = ""  # see signal_of
     own_device: torch.device | None = None  # another than the student's
+    vocabularies: Vocabularies | None = None  # of a tokenizer of its own, where tokens are predicted
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
@@ -131,10 +144,21 @@ class LiveTeacher:
         """Put the model there, or on its own device; one that ranks share lies where it was loaded."""
         if not isinstance(self.model, FSDPModule):
             self.model.to(self.own_device or device)
+        self.vocabularies = moved(self.vocabularies, device)
 
     @torch.no_grad()
-    def __call__(self, batch: Mapping[str, Tensor], kept: Kept, inside: Inside | None = None) -> Signal:
-        """The teacher's signal for the kept tokens, on their device; without gradient."""
+    def __call__(self, batch: Mapping[str, Any], kept: Kept, inside: Inside | None = None) -> TeacherSignal:
+        """The teacher's signal for the kept tokens, on their device; without gradient.
+
+        Of a teacher with its own tokenizer, one for its tokens in the spans that they are part of.
+        """
+        if self.vocabularies is None:
+            return self._said(batch, kept, inside)
+        lines, own = (batch.get(FOUND) or {}).get(SPANS) or spans_in(batch)
+        theirs = Kept(**own)
+        return SpanSignal(self._said(batch, theirs, inside), theirs, Alignment(**lines), self.vocabularies)
+
+    def _said(self, batch: Mapping[str, Any], kept: Kept, inside: Inside | None) -> Signal:
         how = {"vocabulary": self.vocabulary, "form": self.form, "reads": self.reads, "inside": inside}
         here, there = kept.positions.device, self.own_device
         if there in (None, here):

@@ -25,7 +25,10 @@ SUMS = {  # what a measure is the mean of
     **{"accuracy": "accuracy", "macro_f1": "accuracy"},
     **{"choice_accuracy": "choice_accuracy", "chance": "chance"},  # a guess among each question's choices
 }
-COUNTS = dict.fromkeys(("choice_accuracy", "chance"), "questions")  # else tokens, or rows with a class
+COUNTS = {  # else tokens, or rows with a class; spans of one token where the teacher's tokenizer is its own
+    **dict.fromkeys(("choice_accuracy", "chance"), "questions"),
+    **dict.fromkeys(("kl_to_teacher", "agreement"), "single"),
+}
 ENDS = 0.2  # share of a training's lines, at its beginning and its end, whose means are compared
 FEWEST = 4  # lines at each end, with fewer there is no trend
 CHANCE = 0.05
@@ -146,7 +149,7 @@ def keep_units(
     """Write an evaluation's sums over each row, or what rows belong to, beside those that it has already.
 
     Args:
-        sums: term → [N], and under "tokens" or "questions" how many there are in each.
+        sums: term → [N], and under "tokens", "questions" or "single" how many there are in each.
         units: [N] what each row belongs to; the row itself where None.
         writes: whether this process is the one that writes.
     """
@@ -179,7 +182,7 @@ def mean_at(folder: StudentFolder, measure: str, step: int) -> dict[str, float] 
     found, column = _units(folder, step), SUMS.get(measure, "")
     if column not in found or measure == "macro_f1":
         return None
-    mean = ratio_of_sums(found[column], found[COUNTS.get(measure, "tokens")])
+    mean = ratio_of_sums(found[column], found[_count(measure, found)])
     if measure == "perplexity":
         mean = {name: float(np.exp(min(x, 700.0))) for name, x in mean.items()}
     within = MEASURES[measure].within if measure in MEASURES else UNBOUNDED
@@ -200,10 +203,16 @@ def change(
         {"value", "low", "high"}, or None where the units of one were not kept, or are others.
     """
     first, later = _units(folder, before), _units(folder, after)
-    column, count = SUMS.get(measure, ""), COUNTS.get(measure, "tokens")
+    column, count = SUMS.get(measure, ""), _count(measure, first)
     if column not in first or column not in later or len(first[count]) != len(later[count]):
         return None
     return ratio_of_sums(later[column] - first[column], first[count], level=1 - 0.05 / max(looks, 1))
+
+
+def _count(measure: str, found: Mapping[str, np.ndarray]) -> str:
+    """Under which name units say how many there are of what a measure is the mean over."""
+    name = COUNTS.get(measure, "tokens")
+    return name if name in found else "tokens"
 
 
 def _file(folder: StudentFolder, step: int) -> Path:

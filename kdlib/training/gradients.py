@@ -1,11 +1,17 @@
 """Which term drives the student, and which fight each other: each term's gradient on its own."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import combinations, combinations_with_replacement
 
 import torch
 from torch import Tensor, nn
+
+from kdlib.losses.alignment import SpanSignal, TeacherSignal
+from kdlib.losses.buffers import Workspace
+from kdlib.losses.objective import ObjectiveAt, ledger
+from kdlib.losses.signals import Signal
 
 
 def term_gradients(
@@ -47,3 +53,18 @@ def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
     wide = torch.promote_types(one[0].dtype, torch.float32)
     pairs = zip(one, other, strict=True)
     return torch.stack([torch.dot(a.flatten().to(wide), b.flatten().to(wide)) for a, b in pairs]).sum()
+
+
+def shares(
+    student: Signal,
+    teacher: TeacherSignal | None,
+    targets: Tensor,
+    *,
+    at: ObjectiveAt,
+    chunk: int | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Each term by itself: weight x mean over these tokens, made as it is asked for, with its own graph."""
+    for name, weight in at.weights.items():
+        alone, space = replace(at, weights={name: weight}), Workspace(chunk)  # nothing compiled for this
+        count = teacher.counts if isinstance(teacher, SpanSignal) else len(targets)
+        yield name, ledger(student, teacher, targets, at=alone, count=count, workspace=space).total

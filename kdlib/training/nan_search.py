@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves
 
+from kdlib.losses.alignment import SpanSignal, TeacherSignal
 from kdlib.losses.signals import Kept, Signal
 
 Batch = Mapping[str, Tensor]
@@ -66,8 +67,10 @@ class Replay:
     """How a batch is asked once more."""
 
     models: Mapping[str, nn.Module]  # student, and teacher where it is asked
-    signals: Callable[[Batch], tuple[Kept, Signal, Signal | None]]  # the kept tokens, student, teacher
-    values: Callable[[Signal, Signal | None, Tensor], Mapping[str, Tensor]]  # of [N] targets: {term: [N]}
+    signals: Callable[[Batch], tuple[Kept, Signal, TeacherSignal | None]]  # the kept tokens, student, teacher
+    values: Callable[
+        [Signal, TeacherSignal | None, Tensor], Mapping[str, Tensor]
+    ]  # of [N] targets: {term: [N]}
     chunk: int  # tokens whose logits are made at a time
 
 
@@ -104,12 +107,13 @@ def _origin_in(batch: Batch, replay: Replay) -> Origin | None:
         return None
     terms = {n: {"value": str(float(values[n][at][0])), "tokens": int(at.sum())} for n, at in bad.items()}
     count = len(tokens.targets)
-    for who, signal in (("teacher", teacher), ("student", student)):
+    for who, said in (("teacher", teacher), ("student", student)):
+        signal, own = (said.said, said.kept) if isinstance(said, SpanSignal) else (said, tokens)
         if signal is None or not (lost := _lost(signal, replay.chunk)).any():
             continue
         module, row, position = found.get(who, (None, None, None))
         if position is None:
-            row, position = _predicted(tokens, lost, length)
+            row, position = _predicted(own, lost, length and shapes[who][1])
         model, position = replay.models[who], position if length else None
         depth = sys.maxsize if module is None else list(dict(model.named_modules())).index(module)
         weights = sorted(broken_weights(model).items(), key=lambda item: not item[0].startswith(f"{module}."))

@@ -16,6 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from kdlib.data.batches import Figures, perplexity, units_of_rows
 from kdlib.errors import RunError
 from kdlib.hardware import memory_gib
+from kdlib.losses.alignment import SPANS, UNITS, Counts, TeacherSignal, counted, spans_in, unit_of
 from kdlib.losses.buffers import PIECE, Workspace
 from kdlib.losses.chunked import Weighted
 from kdlib.losses.features import LayerPairs
@@ -27,7 +28,6 @@ from kdlib.losses.objective import (
     eval_terms,
     ledger,
     row_sums,
-    shares,
     values_of,
 )
 from kdlib.losses.signals import FOUND, Form, Kept, Signal, found_in, kept
@@ -39,7 +39,7 @@ from kdlib.runs.files import StudentFolder
 from kdlib.runs.verdict import keep_units
 from kdlib.schedulers import Schedule
 from kdlib.training.callbacks import PrintedLines, Throughput, WholeLog, loss_at_best, scores
-from kdlib.training.gradients import gradient_figures, term_gradients
+from kdlib.training.gradients import gradient_figures, shares, term_gradients
 from kdlib.training.nan_guard import GuardedTrainer
 from kdlib.training.nan_search import Batch, Replay
 from kdlib.training.trackers import MetricsFile
@@ -101,6 +101,9 @@ class DistillationTrainer(GuardedTrainer):
         self.form = None if dense else head_form(self.model)
         self.window, self.throughput, self.tokens, self.counted = LedgerWindow(), Throughput(), 0, "tokens"
         self.grad_norms_every, self.gradients = grad_norms_every, dict[str, float]()
+        self.span_counts: tuple[
+            Tensor, ...
+        ] = ()  # of the whole step: spans, those of one token on both sides
         how = str(self.workspace) if self.form else "all at once"
         if not (self.form or dense or self.model.get_output_embeddings() is None):
             how += ": its head makes them by more than a matrix, a scale and a soft cap"
@@ -125,7 +128,7 @@ class DistillationTrainer(GuardedTrainer):
 
     def signals(
         self, model, batch: Batch, at: ObjectiveAt, *, with_teacher: bool
-    ) -> tuple[Kept, Signal, Signal | None]:
+    ) -> tuple[Kept, Signal, TeacherSignal | None]:
         """The kept tokens of a batch, and what student and teacher say of them."""
         tokens, student = kept(batch["labels"], batch.get(FOUND)), self.accelerator.unwrap_model(model)
         ours, theirs = insides(at, self.layer_pairs, student)
@@ -148,9 +151,8 @@ class DistillationTrainer(GuardedTrainer):
         # accelerate wraps the model's forward only; the heads' products happen here
         with self.accelerator.autocast():
             tokens, student, teacher = self.signals(model, inputs, at, with_teacher=at.needs_teacher)
-            book = ledger(
-                student, teacher, tokens.targets, at=at, count=num_items_in_batch, workspace=self.workspace
-            )
+            count = Counts(num_items_in_batch, *self.span_counts) if self.span_counts else num_items_in_batch
+            book = ledger(student, teacher, tokens.targets, at=at, count=count, workspace=self.workspace)
         self.window.add(book, step)
         self.guard.end(book.total, num_items_in_batch)
         self.tokens += len(tokens.targets)
@@ -159,6 +161,13 @@ class DistillationTrainer(GuardedTrainer):
         idle = [] if at.needs_projection else getattr(self.student, PROJECTIONS, [])
         unused = sum(0 * matrix.weight.sum() for matrix in idle)
         return book.total * self.accelerator.num_processes + unused
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+        """The Trainer's count of the step's kept tokens; where rows have spans, these are counted beside."""
+        if batch_samples and (spans := [batch[SPANS] for batch in batch_samples if SPANS in batch]):
+            counts = torch.stack([counted(each) for each in spans]).sum(0).to(device)
+            self.span_counts = tuple(self.accelerator.reduce(counts, reduction="sum"))
+        return super()._get_num_items_in_batch(batch_samples, device)
 
     def training_step(self, *arguments: Any, **options: Any) -> Tensor:
         """The Trainer's, of one micro-batch; what it back-propagated is noted."""
@@ -229,10 +238,11 @@ class DistillationTrainer(GuardedTrainer):
         terms = eval_terms(self.teacher)
         sums, answers = self._row_sums(dataloader, at, terms, with_teacher=with_teacher)
         keep = partial(keep_units, self.folder, self.state.global_step, writes=self.is_world_process_zero())
-        keep({name: sums[name] for name in (*terms, "tokens")}, units_of_rows(dataloader.dataset))
+        kept_sums = {name: sums[name] for name in (*terms, *UNITS) if name in sums}
+        keep(kept_sums, units_of_rows(dataloader.dataset))
         self.first_rows_ce = mean_of_first(sums)
-        count = max(float(sums.pop("tokens").sum()), 1.0)
-        means = {name: float(each.sum()) / count for name, each in sums.items()}
+        counts = {unit: max(float(sums.pop(unit).sum()), 1.0) for unit in UNITS if unit in sums}
+        means = {n: float(v.sum()) / counts[unit_of(n, spans="spans" in counts)] for n, v in sums.items()}
         figures = {"loss": sum(weight * means[name] for name, weight in at.weights.items())}
         figures |= {f"{name}_loss": means[name] for name in at.weights}
         figures |= {f"{name}_weight": weight for name, weight in at.weights.items()}
@@ -293,4 +303,5 @@ class DistillationTrainer(GuardedTrainer):
 def _collated(collate: Callable[[Any], Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A batch with what is kept of it, found before it goes to a device."""
     batch = collate(rows)
-    return {**batch, FOUND: found_in(batch["labels"])}
+    spans = {SPANS: spans_in(batch)} if SPANS in batch else {}
+    return {**batch, FOUND: {**found_in(batch["labels"]), **spans}}
