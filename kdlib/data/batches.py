@@ -21,8 +21,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from kdlib.losses.alignment import Vocabularies
-from kdlib.losses.signals import IGNORED
+from kdlib.losses.signals import IGNORED, Vocabularies
 
 Batch = dict[str, Any]  # tensors; under "spans" a dict of them
 Collate = Callable[[Sequence[Mapping[str, Any]]], Batch]

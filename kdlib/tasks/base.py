@@ -211,8 +211,7 @@ def load_teacher(config: Config, prepared: Prepared, dtype: torch.dtype | None =
 def teacher_of(model: Model, prepared: Prepared, device: torch.device | None = None) -> LiveTeacher:
     """A loaded model as the teacher of these rows, on a device of its own where one is named."""
     reads = "teacher_" if "teacher_input_ids" in prepared.train.column_names else ""
-    known = prepared.vocabularies
-    return LiveTeacher(model, known.teacher_size if known else prepared.vocabulary, reads, device, known)
+    return LiveTeacher(model, prepared.teacher_vocabulary, reads, device, prepared.vocabularies)
 
 
 def asked(model: Model, prepared: Prepared) -> LiveTeacher:

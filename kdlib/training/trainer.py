@@ -21,15 +21,7 @@ from kdlib.losses.buffers import PIECE, Workspace
 from kdlib.losses.chunked import Weighted
 from kdlib.losses.features import LayerPairs
 from kdlib.losses.ledger import LedgerWindow, breach
-from kdlib.losses.objective import (
-    EVAL_TERMS,
-    Objective,
-    ObjectiveAt,
-    eval_terms,
-    ledger,
-    row_sums,
-    values_of,
-)
+from kdlib.losses.objective import EVAL_TERMS, Objective, ObjectiveAt, eval_terms, ledger, row_sums, values_of
 from kdlib.losses.signals import FOUND, Form, Kept, Signal, found_in, kept
 from kdlib.metrics.multiple_choice import answered_rightly
 from kdlib.models.heads import head_form
@@ -164,9 +156,8 @@ class DistillationTrainer(GuardedTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         """The Trainer's count of the step's kept tokens; where rows have spans, these are counted beside."""
-        if batch_samples and (spans := [batch[SPANS] for batch in batch_samples if SPANS in batch]):
-            counts = torch.stack([counted(each) for each in spans]).sum(0).to(device)
-            self.span_counts = tuple(self.accelerator.reduce(counts, reduction="sum"))
+        if counts := [counted(batch[SPANS]) for batch in batch_samples if SPANS in batch]:
+            self.span_counts = tuple(self.accelerator.reduce(torch.stack(counts).sum(0).to(device), "sum"))
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def training_step(self, *arguments: Any, **options: Any) -> Tensor:
@@ -238,8 +229,7 @@ class DistillationTrainer(GuardedTrainer):
         terms = eval_terms(self.teacher)
         sums, answers = self._row_sums(dataloader, at, terms, with_teacher=with_teacher)
         keep = partial(keep_units, self.folder, self.state.global_step, writes=self.is_world_process_zero())
-        kept_sums = {name: sums[name] for name in (*terms, *UNITS) if name in sums}
-        keep(kept_sums, units_of_rows(dataloader.dataset))
+        keep({n: sums[n] for n in (*terms, *UNITS) if n in sums}, units_of_rows(dataloader.dataset))
         self.first_rows_ce = mean_of_first(sums)
         counts = {unit: max(float(sums.pop(unit).sum()), 1.0) for unit in UNITS if unit in sums}
         means = {n: float(v.sum()) / counts[unit_of(n, spans="spans" in counts)] for n, v in sums.items()}
@@ -303,5 +293,4 @@ class DistillationTrainer(GuardedTrainer):
 def _collated(collate: Callable[[Any], Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A batch with what is kept of it, found before it goes to a device."""
     batch = collate(rows)
-    spans = {SPANS: spans_in(batch)} if SPANS in batch else {}
-    return {**batch, FOUND: {**found_in(batch["labels"]), **spans}}
+    return {**batch, FOUND: found_in(batch["labels"]) | ({SPANS: spans_in(batch)} if SPANS in batch else {})}
