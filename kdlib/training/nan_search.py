@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves
 
-from kdlib.losses.alignment import SpanSignal, TeacherSignal
 from kdlib.losses.signals import Kept, Signal
 
 Batch = Mapping[str, Tensor]
@@ -67,10 +66,8 @@ class Replay:
     """How a batch is asked once more."""
 
     models: Mapping[str, nn.Module]  # student, and teacher where it is asked
-    signals: Callable[[Batch], tuple[Kept, Signal, TeacherSignal | None]]  # the kept tokens, student, teacher
-    values: Callable[
-        [Signal, TeacherSignal | None, Tensor], Mapping[str, Tensor]
-    ]  # of [N] targets: {term: [N]}
+    signals: Callable[[Batch], tuple[Kept, Signal, Any]]  # the kept tokens, student, teacher
+    values: Callable[[Signal, Any, Tensor], Mapping[str, Tensor]]  # of [N] targets: {term: [N]}
     chunk: int  # tokens whose logits are made at a time
 
 
@@ -108,7 +105,7 @@ def _origin_in(batch: Batch, replay: Replay) -> Origin | None:
     terms = {n: {"value": str(float(values[n][at][0])), "tokens": int(at.sum())} for n, at in bad.items()}
     count = len(tokens.targets)
     for who, said in (("teacher", teacher), ("student", student)):
-        signal, own = (said.said, said.kept) if isinstance(said, SpanSignal) else (said, tokens)
+        signal, own = getattr(said, "said", said), getattr(said, "kept", tokens)  # of a SpanSignal its own
         if signal is None or not (lost := _lost(signal, replay.chunk)).any():
             continue
         module, row, position = found.get(who, (None, None, None))
