@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer, PreTrainedTokeniz
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from kdlib.errors import DataError, ModelError
-from kdlib.losses.alignment import Vocabularies
+from kdlib.losses.signals import Vocabularies
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 BYTES = 256
