@@ -3,12 +3,22 @@
 import json
 
 import pytest
+import torch
 from conftest import sentences, tiny_tokenizer
 from made_tokenizers import byte_level, sentence_piece, unigram
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from kdlib.data.vocabulary import pieces, roles, token_bytes, trained_tokenizer, turn_end, vocabularies
+from kdlib.data.vocabulary import (
+    Vocabularies,
+    pieces,
+    roles,
+    token_bytes,
+    trained_tokenizer,
+    turn_end,
+    vocabularies,
+    within,
+)
 from kdlib.errors import DataError, ModelError
 
 TEXTS = [f"{line} {number * 7919} naïve “Ω” 東京\n\tdef f(x):" for number, line in enumerate(sentences(60))]
@@ -186,3 +196,14 @@ def test_vocabularies_that_share_nothing_are_refused():
 
     with pytest.raises(ModelError, match="3 and 2 tokens of which no two .*; needed are some; use a student"):
         vocabularies(of("мир", "да"), of("no"))
+
+
+def test_a_token_without_a_row_in_a_head_is_said_by_none_and_stands_for_none():
+    shared, cut = torch.tensor([3, -1, 0]), torch.tensor([2, 0, 1, 0, 2])
+    found = within(Vocabularies(3, 5, shared, cut), 2, 3)
+    assert (found.student_size, found.teacher_size) == (2, 3)
+    assert (found.shared.tolist(), found.pieces.tolist()) == ([-1, -1], [-1, 0, 1])
+    same = within(Vocabularies(3, 5, shared, cut), 9, 9)
+    assert (same.shared.tolist(), same.pieces.tolist()) == (shared.tolist(), cut.tolist())
+    with pytest.raises(ModelError, match="3 tokens of the student and 5 .* heads of 3 and 2 rows"):
+        within(Vocabularies(3, 5, shared, cut), 3, 2)

@@ -138,3 +138,19 @@ def test_terms_that_read_no_vocabulary_go_with_two(other_tokens):
 def test_a_tokenizer_that_would_not_be_used_is_refused(other_tokens, changes, words):
     with pytest.raises(ConfigError, match=words):
         parse({**other_tokens, **changes})
+
+
+def test_rows_have_both_sides_tokens_and_the_teachers_vocabulary(other_tokens, tokenizer):
+    config = parse(other_tokens)
+    prepared = tasks.prepare(config, tokenizer_of(config))
+    theirs = load_tokenizer(config.teacher.model)
+    assert (prepared.vocabulary, prepared.teacher_vocabulary) == (280, 300)
+    for row in prepared.train.select(range(5)):
+        assert tokenizer.decode(row["input_ids"]).replace("<|endoftext|>", "<eos>") == theirs.decode(
+            row["teacher_input_ids"]
+        )
+    assert tasks.layers_for_student(config, tasks.load_teacher(config, prepared).model, prepared)
+
+
+def test_the_teachers_rows_end_where_its_positions_do(other_tokens):
+    assert teacher_tokenizer_of(parse(other_tokens)).model_max_length == 64

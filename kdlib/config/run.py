@@ -107,6 +107,11 @@ class Config(Section):
         """`device`, or cpu where `training.use_cpu` says so."""
         return "cpu" if self.training.get("use_cpu") else self.device
 
+    @property
+    def terms(self) -> set[str]:
+        """All that has a weight, in the student or the baseline."""
+        return {*self.loss.schedules, *(self.baseline.weights if self.baseline else ())}
+
     def without(self, *sections: str) -> dict[str, Any]:
         """Plain data but for these sections."""
         return {name: value for name, value in self.as_dict().items() if name not in sections}

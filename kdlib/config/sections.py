@@ -154,6 +154,11 @@ class StudentConfig(Section):
         """Whether it is a model that is loaded by its name."""
         return self.source not in ("teacher", "config")
 
+    @property
+    def own_tokens(self) -> str | None:
+        """Where its tokenizer comes from, if not from the teacher."""
+        return self.source if self.is_own else self.tokenizer
+
     @model_serializer(mode="wrap")
     def _stated(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what few have, so that older runs and sweeps are known again."""

@@ -75,6 +75,24 @@ def vocabularies(student: Tokenizer, teacher: Tokenizer) -> Vocabularies:
     return Vocabularies(len(ours), len(theirs), shared, torch.tensor(first))
 
 
+def within(known: Vocabularies, student_rows: int, teacher_rows: int) -> Vocabularies:
+    """The same for heads of so many rows: a token beyond is said by none, and stands for none.
+
+    Raises:
+        ModelError: the head of the larger vocabulary has fewer rows than that of the smaller.
+    """
+    rows = min(known.student_size, student_rows), min(known.teacher_size, teacher_rows)
+    larger, smaller = rows[::-1] if known.onto_student else rows
+    if larger < smaller:
+        raise ModelError(
+            f"found {known.student_size:,} tokens of the student and {known.teacher_size:,} of the teacher, "
+            f"and heads of {rows[0]:,} and {rows[1]:,} rows for them; needed is a row for each token; take "
+            "tokenizers that belong to the models"
+        )
+    shared, cut = known.shared[: rows[0]], known.pieces[:larger]
+    return Vocabularies(*rows, shared.where(shared < rows[1], -1), cut.where(cut < smaller, -1))
+
+
 def _token_of_bytes(tokenizer: Tokenizer, every: Sequence[bytes | None]) -> dict[bytes, int]:
     """The token of each piece; of several the one that the tokenizer itself makes: "A" and not "<0x41>"."""
     numbers: dict[bytes, list[int]] = {}

@@ -30,32 +30,29 @@ def tokenizer_of(config: Config) -> Tokenizer:
 
 
 def teacher_tokenizer_of(config: Config) -> Tokenizer | None:
-    """The teacher's, where it has rows of its own: it knows other tokens, or a term compares spans."""
-    is_of_spans = config.teacher is not None and bool(_terms(config) & {*SPAN_TERMS})
+    """The teacher's, where it has rows of its own: it knows other tokens, or a term compares spans.
+
+    Its `model_max_length` is no more than the teacher's positions.
+    """
+    is_of_spans = config.teacher is not None and bool(config.terms & {*SPAN_TERMS})
     if not (is_of_spans or _may_differ(config)):
         return None
     teachers = load_tokenizer(config.teacher.model)
-    return teachers if is_of_spans or own_tokenizer(config).get_vocab() != teachers.get_vocab() else None
+    if not is_of_spans and own_tokenizer(config).get_vocab() == teachers.get_vocab():
+        return None
+    ends = teachers.model_max_length, positions_of(load_config(config.teacher.model))
+    teachers.model_max_length = min(filter(None, ends))
+    return teachers
 
 
 def own_tokenizer(config: Config) -> Tokenizer:
     """The student's: that of its model, or the one that another student names; else the teacher's."""
-    return load_tokenizer(_own_tokens(config) or config.teacher.model)
-
-
-def _own_tokens(config: Config) -> str | None:
-    """Where the student's tokenizer comes from, if not from the teacher."""
-    return config.student.source if config.student.is_own else config.student.tokenizer
+    return load_tokenizer(config.student.own_tokens or config.teacher.model)
 
 
 def _may_differ(config: Config) -> bool:
     """Whether the teacher could have other tokens, where both are asked token by token."""
-    return rules_of(config).one_vocabulary and config.teacher is not None and _own_tokens(config) is not None
-
-
-def _terms(config: Config) -> set[str]:
-    """All that has a weight, in the student or the baseline."""
-    return {*config.loss.schedules, *(config.baseline.weights if config.baseline else ())}
+    return bool(config.teacher and config.student.own_tokens) and rules_of(config).one_vocabulary
 
 
 def own_config(config: Config) -> PreTrainedConfig:
@@ -139,7 +136,7 @@ def check_pair(config: Config, tokenizer: Tokenizer) -> None:
             raise ModelError(f"data.max_length is {length}, but {name} has {positions} positions; lower it")
     if config.teacher is not None and student == "teacher":
         kept_layers(config, configs[config.teacher.model].get_text_config().num_hidden_layers)
-    terms = sorted(_terms(config) & {"kd", *DIVERGENCES, "attention"})
+    terms = sorted(config.terms & {"kd", *DIVERGENCES, "attention"})
     if terms and _may_differ(config):
         _check_tokens(config, tokenizer, load_tokenizer(config.teacher.model), ", ".join(terms))
 
@@ -147,13 +144,13 @@ def check_pair(config: Config, tokenizer: Tokenizer) -> None:
 def _check_tokens(config: Config, student: Tokenizer, teacher: Tokenizer, terms: str) -> None:
     """Refuse two vocabularies, for terms of one."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if differing := sorted(t for t in {**ours, **theirs} if ours.get(t) != theirs.get(t)):
-        shown = [f"{t!r}: {ours.get(t, 'absent')} / {theirs.get(t, 'absent')}" for t in differing[:3]]
+    if apart := sorted(t for t in {**ours, **theirs} if ours.get(t) != theirs.get(t)):
+        shown = ", ".join(f"{t!r}: {ours.get(t, 'absent')} / {theirs.get(t, 'absent')}" for t in apart[:3])
         raise ModelError(
-            f"student {_own_tokens(config)} ({len(ours)} tokens) and teacher {config.teacher.model} "
-            f"({len(theirs)}) have different vocabularies: {len(differing)} tokens differ, e.g. "
-            f"{', '.join(shown)} (student / teacher id). The loss has {terms}, which needs one vocabulary: "
-            f"weight one of {', '.join(SPAN_TERMS)}, made for two, or take a student of the teacher's family"
+            f"student {config.student.own_tokens} ({len(ours)} tokens) and teacher {config.teacher.model} "
+            f"({len(theirs)}) have different vocabularies: {len(apart)} tokens differ, e.g. {shown} (student "
+            f"/ teacher id). The loss has {terms}, which needs one vocabulary: weight one of "
+            f"{', '.join(SPAN_TERMS)}, made for two, or take a student of the teacher's family"
         )
 
 

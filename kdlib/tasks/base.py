@@ -6,7 +6,7 @@ the end.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -18,14 +18,13 @@ from kdlib.config import task_rules
 from kdlib.config.run import Config
 from kdlib.config.task_rules import TaskRules
 from kdlib.data.batches import Prepared, calibration_rows, largest_id
-from kdlib.data.spans import token_bytes
-from kdlib.data.vocabulary import pieces, roles
+from kdlib.data.vocabulary import pieces, roles, token_bytes, within
 from kdlib.errors import ModelError
 from kdlib.hardware import precision_of, world_size
 from kdlib.models.depth import shallower
 from kdlib.models.loading import blank, device_of, load_config, load_tokenizer
 from kdlib.models.sharing import check_shards, sharded
-from kdlib.models.student import Outline, chosen_layers, own_config, own_tokenizer, reembedded
+from kdlib.models.student import Outline, chosen_layers, own_config, own_tokenizer, reembedded, sources
 from kdlib.models.teacher import LiveTeacher, named_device
 
 Check = Callable[[Any], Iterator[Any]]  # kdlib.diagnostics.context.Context → findings
@@ -167,6 +166,26 @@ def rows_of(source: str, tokenizer: Tokenizer, parts: Sequence[Dataset], column:
     return rows
 
 
+def within_heads(
+    config: Config, prepared: Prepared, tokenizer: Tokenizer, teacher: Tokenizer | None
+) -> Prepared:
+    """The same rows, whose vocabularies end where the models' heads do; a token beyond is refused.
+
+    Args:
+        teacher: its tokenizer, where it has rows of its own.
+    """
+    parts = [prepared.train, prepared.validation, prepared.test, *prepared.choices.values()]
+    every = [part for part in parts if part is not None]
+    if teacher is None or prepared.vocabularies is None:
+        heads = [rows_of(source, tokenizer, every) for source in sources(config)]
+        return replace(prepared, vocabulary=min([prepared.vocabulary, *heads]))
+    student, taught = config.student, config.teacher.model
+    head = student.source if student.is_own else None if student.own_tokens else taught
+    own = rows_of(head, tokenizer, every) if head else prepared.vocabulary  # made for its tokenizer
+    known = within(prepared.vocabularies, own, rows_of(taught, teacher, every, "teacher_input_ids"))
+    return replace(prepared, vocabulary=known.student_size, vocabularies=known)
+
+
 def spread(rows: Sequence[Any], count: int) -> list[Any]:
     """So many of the rows, where there are so many, from the first towards the last."""
     count = min(count, len(rows))
@@ -240,8 +259,9 @@ def student_of(config: Config, teacher: Model, keep: Sequence[int]) -> Model:
     ours, theirs = own_tokenizer(config), load_tokenizer(config.teacher.model)
     if ours.get_vocab() == theirs.get_vocab():
         return student
-    cut = pieces(token_bytes(ours), token_bytes(theirs), theirs, roles(ours, theirs))
-    return reembedded(student, cut, ours)
+    rows = len(student.get_input_embeddings().weight)  # a token without one stands for nothing
+    known = [each if number < rows else None for number, each in enumerate(token_bytes(theirs))]
+    return reembedded(student, pieces(token_bytes(ours), known, theirs, roles(ours, theirs)), ours)
 
 
 def layers_for_student(config: Config, teacher: Model | None, prepared: Prepared) -> list[int] | None:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,10 +28,10 @@ from kdlib.metrics.bootstrap import Bootstrap, over
 from kdlib.metrics.paired import differences, intervals
 from kdlib.models.heads import check_causal
 from kdlib.models.loading import load_model
-from kdlib.models.student import Outline, sources, tokenizer_of
+from kdlib.models.student import Outline, sources, teacher_tokenizer_of, tokenizer_of
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots.tokens import TokenView, token_view
-from kdlib.tasks.base import Comparison, Sample, Task, register, rows_of, spread
+from kdlib.tasks.base import Comparison, Sample, Task, register, spread, within_heads
 
 BATCH = 8  # rows per forward pass
 TOKENS = 128  # looked at one by one: as many as one reads
@@ -57,7 +56,9 @@ class LanguageModeling(Task):
     checks_on_batches = ("models_do_not_look_ahead",)
 
     def prepare(self, config: Config, tokenizer: Tokenizer, *, new_head: bool = False) -> Prepared:
-        return within_heads(config, text.prepare(config.data, tokenizer, seed=config.seed), tokenizer)
+        teacher = teacher_tokenizer_of(config)
+        prepared = text.prepare(config.data, tokenizer, seed=config.seed, teacher=teacher)
+        return within_heads(config, prepared, tokenizer, teacher)
 
     def load(
         self,
@@ -134,14 +135,6 @@ class LanguageModeling(Task):
         length, every = config.compare.prompt_tokens, [list(row["input_ids"]) for row in rows]
         fit = [ids[:length] for ids in every if len(ids) >= length]
         return spread(fit or [ids[: -(-len(ids) // 2)] for ids in every], config.compare.continuations)
-
-
-def within_heads(config: Config, prepared: Prepared, tokenizer: Tokenizer) -> Prepared:
-    """The same rows, whose vocabulary ends where the models' heads do; a token beyond is refused."""
-    parts = [prepared.train, prepared.validation, prepared.test, *prepared.choices.values()]
-    every = [part for part in parts if part is not None]
-    heads = [rows_of(source, tokenizer, every) for source in sources(config)]
-    return replace(prepared, vocabulary=min([prepared.vocabulary, *heads]))
 
 
 class TokenComparison(Comparison):

@@ -21,8 +21,8 @@ from kdlib.metrics.classification import Answers
 from kdlib.metrics.multiple_choice import probabilities, right_choices
 from kdlib.metrics.paired import results_of, worst_rows
 from kdlib.models.teacher import LiveTeacher
-from kdlib.tasks.base import register, spread
-from kdlib.tasks.language_modeling import LanguageModeling, TokenComparison, within_heads
+from kdlib.tasks.base import register, spread, within_heads
+from kdlib.tasks.language_modeling import LanguageModeling, TokenComparison
 
 BATCH = 16  # rows per forward pass
 OF_CHOICES = {
@@ -45,7 +45,7 @@ class QuestionAnswering(LanguageModeling):
     compared_data = {"validation": 0.99}  # nearly all: questions to train on have no choices to be scored
 
     def prepare(self, config: Config, tokenizer: Tokenizer, *, new_head: bool = False) -> Prepared:
-        prepared = within_heads(config, qa.prepare(config.data, tokenizer, seed=config.seed), tokenizer)
+        prepared = within_heads(config, qa.prepare(config.data, tokenizer, seed=config.seed), tokenizer, None)
         metric = config.training["metric_for_best_model"].removeprefix("eval_")
         if metric == "choice_accuracy" and not prepared.choices:
             raise ConfigError(
