@@ -9,7 +9,7 @@ template where there is one, and ends as the model is to end it: with the templa
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from os.path import commonprefix
@@ -22,9 +22,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.config.sections import DataConfig
 from kdlib.data.batches import Prepared, beginning, collate, fingerprint, vocabulary_of
-from kdlib.data.qa_rows import Fault, Item, collected, form_of, read_items
-from kdlib.data.sources import kept_once, own_splits, read_splits, refuse_rows
-from kdlib.errors import DataError
+from kdlib.data.qa_rows import Fault, Item, check_one_answer, collected, form_of, split_items
+from kdlib.data.sources import read_splits, refuse_rows
 
 INT, TEXT, IDS = datasets.Value("int32"), datasets.Value("string"), datasets.List(datasets.Value("int32"))
 ROWS = datasets.Features(
@@ -60,8 +59,8 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
     seed = seed if config.split_seed is None else config.split_seed
     source = {name: rows for name, rows in read_splits(config).items() if len(rows)}
     form, notes = form_of(config, source["train"]), {"source": config.source}
-    splits = _splits(config, source, form, seed=seed, notes=notes)
-    _check_one_answer(config, [item for items in splits.values() for item in items])
+    splits = split_items(config, source, form, seed=seed, notes=notes)
+    check_one_answer(config, [item for items in splits.values() for item in items])
     rows, choices, first = {}, {}, beginning(tokenizer)
     written = encoded_choices if form == "multiple choice" else encoded_response
     for name, items in splits.items():
@@ -97,74 +96,6 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
     return Prepared(
         **rows, notes=notes, collate=gathered, vocabulary=vocabulary_of(tokenizer), choices=choices
     )
-
-
-def _splits(
-    config: DataConfig, found: Mapping[str, Dataset], form: str, *, seed: int, notes: dict[str, Any]
-) -> dict[str, list[Item]]:
-    """Train, validation, test where there is one: the source's own, else taken by question.
-
-    Exact repetitions go, and from the source's train the questions that its other splits ask.
-    """
-    own = own_splits(config, found)
-    if "test" in own and config.test is None and form == "multiple choice":
-        rows = found["test"]
-        answers = rows[config.answer] if config.answer in rows.column_names else [0]
-        if all(answer in (None, "", -1, "-1") for answer in answers):
-            notes["test"] = "the source's own has no answers and is not used"
-            del own["test"]
-    sides = {"train": "train", **own}
-    splits = {what: read_items(config, found[split], split, form) for what, split in sides.items()}
-    wanted = {"validation": config.validation, "test": config.test}
-    shares = {what: each for what, each in wanted.items() if isinstance(each, float) and what not in own}
-    notes["split"] = "by question" if "validation" in shares else "the source's own"
-    if "test" in shares or "test" in own:
-        notes["test"] = f"{config.test:g} of the questions" if "test" in shares else "the source's own"
-    given = sum(map(len, splits.values()))
-    kept = kept_once(
-        config, {what: [(each, each.question) for each in items] for what, items in splits.items()}
-    )
-    splits = {what: [splits[what][number] for number in numbers] for what, numbers in kept.items()}
-    notes["duplicate_documents_left_out"] = given - sum(map(len, splits.values()))
-    if shares:
-        splits |= _taken(config, splits["train"], shares, seed)
-    return {name: splits[name] for name in ("train", "validation", "test") if name in splits}
-
-
-def _taken(
-    config: DataConfig, items: Sequence[Item], shares: Mapping[str, float], seed: int
-) -> dict[str, list[Item]]:
-    """Shares of the questions held out; all rows of one question, or of one group, on one side."""
-    questions = list(dict.fromkeys(item.group or item.question for item in items))
-    random.Random(seed).shuffle(questions)
-    side, start = dict.fromkeys(questions, "train"), 0
-    for what, share in shares.items():
-        count = max(1, round(share * len(questions)))
-        side |= dict.fromkeys(questions[start : start + count], what)
-        start += count
-    if start >= len(questions):
-        count = f"{len(questions)} question{'s' * (len(questions) != 1)}"
-        raise DataError(
-            f"{config.source}: {count} in train, of which {start} would be held out for "
-            f"{' and '.join(shares)}; give more, or lower data.{' and data.'.join(shares)}"
-        )
-    return {
-        what: [item for item in items if side[item.group or item.question] == what]
-        for what in ("train", *shares)
-    }
-
-
-def _check_one_answer(config: DataConfig, items: Sequence[Item]) -> None:
-    """Refuse a question with the same choices and two answers: one of them is wrong, and would be taught."""
-    first, faults = {}, []
-    for item in items:
-        if len(item.answers) > 1:
-            earlier = first.setdefault((item.question, frozenset(item.answers)), item)
-            before, now = (each.answers[each.right] for each in (earlier, item))
-            if before != now:
-                asks = f"asks what {earlier.where} asks, whose answer is {before!r}, and answers {now!r}"
-                faults.append(f"{item.where}: {asks}")
-    refuse_rows(config, faults, "with another answer to a question asked before; keep one of each")
 
 
 def _encoded(

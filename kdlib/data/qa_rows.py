@@ -1,4 +1,4 @@
-"""A source's rows as items: something given, and what is to be answered; the form is told by the columns.
+"""A source's rows as items, split by question; the form is told by the columns.
 
 multiple choice       question, choices, answer: names as in data.question, data.choices, data.answer
 messages              messages: [{role, content}, …], the last one the assistant's
@@ -7,6 +7,7 @@ prompt and response   prompt, response
 
 import json
 import math
+import random
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from typing import Any
 from datasets import Dataset
 
 from kdlib.config.sections import DataConfig
-from kdlib.data.sources import group_values, refuse_rows
+from kdlib.data.sources import group_values, kept_once, own_splits, refuse_rows
 from kdlib.errors import DataError, nearest
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -65,6 +66,74 @@ def read_items(config: DataConfig, rows: Dataset, split: str, form: str) -> list
     if groups is None:
         return items
     return [replace(item, group=group) for item, group in zip(items, groups, strict=True)]
+
+
+def split_items(
+    config: DataConfig, found: Mapping[str, Dataset], form: str, *, seed: int, notes: dict[str, Any]
+) -> dict[str, list[Item]]:
+    """Train, validation, test where there is one: the source's own, else taken by question.
+
+    Exact repetitions go, and from the source's train the questions that its other splits ask.
+    """
+    own = own_splits(config, found)
+    if "test" in own and config.test is None and form == "multiple choice":
+        rows = found["test"]
+        answers = rows[config.answer] if config.answer in rows.column_names else [0]
+        if all(answer in (None, "", -1, "-1") for answer in answers):
+            notes["test"] = "the source's own has no answers and is not used"
+            del own["test"]
+    sides = {"train": "train", **own}
+    splits = {what: read_items(config, found[split], split, form) for what, split in sides.items()}
+    wanted = {"validation": config.validation, "test": config.test}
+    shares = {what: each for what, each in wanted.items() if isinstance(each, float) and what not in own}
+    notes["split"] = "by question" if "validation" in shares else "the source's own"
+    if "test" in shares or "test" in own:
+        notes["test"] = f"{config.test:g} of the questions" if "test" in shares else "the source's own"
+    given = sum(map(len, splits.values()))
+    kept = kept_once(
+        config, {what: [(each, each.question) for each in items] for what, items in splits.items()}
+    )
+    splits = {what: [splits[what][number] for number in numbers] for what, numbers in kept.items()}
+    notes["duplicate_documents_left_out"] = given - sum(map(len, splits.values()))
+    if shares:
+        splits |= _taken(config, splits["train"], shares, seed)
+    return {name: splits[name] for name in ("train", "validation", "test") if name in splits}
+
+
+def _taken(
+    config: DataConfig, items: Sequence[Item], shares: Mapping[str, float], seed: int
+) -> dict[str, list[Item]]:
+    """Shares of the questions held out; all rows of one question, or of one group, on one side."""
+    questions = list(dict.fromkeys(item.group or item.question for item in items))
+    random.Random(seed).shuffle(questions)
+    side, start = dict.fromkeys(questions, "train"), 0
+    for what, share in shares.items():
+        count = max(1, round(share * len(questions)))
+        side |= dict.fromkeys(questions[start : start + count], what)
+        start += count
+    if start >= len(questions):
+        count = f"{len(questions)} question{'s' * (len(questions) != 1)}"
+        raise DataError(
+            f"{config.source}: {count} in train, of which {start} would be held out for "
+            f"{' and '.join(shares)}; give more, or lower data.{' and data.'.join(shares)}"
+        )
+    return {
+        what: [item for item in items if side[item.group or item.question] == what]
+        for what in ("train", *shares)
+    }
+
+
+def check_one_answer(config: DataConfig, items: Sequence[Item]) -> None:
+    """Refuse a question with the same choices and two answers: one of them is wrong, and would be taught."""
+    first, faults = {}, []
+    for item in items:
+        if len(item.answers) > 1:
+            earlier = first.setdefault((item.question, frozenset(item.answers)), item)
+            before, now = (each.answers[each.right] for each in (earlier, item))
+            if before != now:
+                asks = f"asks what {earlier.where} asks, whose answer is {before!r}, and answers {now!r}"
+                faults.append(f"{item.where}: {asks}")
+    refuse_rows(config, faults, "with another answer to a question asked before; keep one of each")
 
 
 def collected(
