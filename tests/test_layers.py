@@ -13,7 +13,7 @@ from pathlib import Path
 KDLIB = Path(__file__).parent.parent / "kdlib"
 LAYERS = [  # from the ground up; benchmarks stand on top, and nothing imports them
     {"errors", "schedulers", "metrics"},
-    {"config", "hardware"},
+    {"config", "hardware", "tokens"},
     {"losses", "runs", "prompts", "code"},
     {"data", "models", "plots", "filters"},
     {"tasks", "training", "reports", "generation"},

@@ -6,7 +6,6 @@ from conftest import sentences, tiny_model
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig, GPT2Config, GPT2LMHeadModel
 
 from kdlib.config.run import parse
-from kdlib.data.vocabulary import trained_tokenizer
 from kdlib.errors import ConfigError, ModelError
 from kdlib.models.loading import load_tokenizer
 from kdlib.models.student import (
@@ -18,6 +17,7 @@ from kdlib.models.student import (
     tokenizer_of,
 )
 from kdlib.tasks import base as tasks
+from kdlib.tokens.vocabulary import trained_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ A row is {"input_ids": […]}, with "prompt_tokens" where its beginning is given
 "read_only": [start, end, …] where later parts are given too, and "documents": [start, number, …] or "group"
 where it is known to what its tokens belong; of a classification it is {"input_ids": […],
 "label": n}, with "teacher_input_ids" where the teacher has a tokenizer of its own.  Of text it then has
-"spans" too: [student's end, teacher's end, …] of the stretches of both that kdlib.data.spans finds.
+"spans" too: [student's end, teacher's end, …] of the stretches of both that kdlib.tokens.spans finds.
 """
 
 import hashlib
@@ -176,17 +176,6 @@ def vocabulary_of(tokenizer: Tokenizer) -> int:
     `len(tokenizer)` counts them, which is less where the ids have gaps.
     """
     return 1 + max(tokenizer.get_vocab().values())
-
-
-def beginning(tokenizer: Tokenizer) -> list[int]:
-    """[BOS] where the tokenizer's own call begins with it (Llama, Gemma: lost without it), else []."""
-    first = tokenizer.bos_token_id
-    return [first] if tokenizer("a")["input_ids"][:1] == [first] else []
-
-
-def ending(tokenizer: Tokenizer) -> list[int]:
-    """[EOS] where there is one, else []."""
-    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
 def runs(owners: np.ndarray) -> list[int]:

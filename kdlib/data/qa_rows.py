@@ -35,6 +35,25 @@ class Item:
     group: str = field(default="", compare=False)  # what it belongs to, where data.group says
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A row's tokens: the first `prompt_tokens` are given, and so are the spans `read_only`."""
+
+    input_ids: list[int]
+    prompt_tokens: int
+    read_only: tuple[int, ...] = ()  # start, end, start, end, …
+    turns_read_only: int = 0  # the assistant's, that the template shows otherwise once the talk has gone on
+    text: str = ""  # what its tokens are made of
+    before: int = 0  # tokens that are none of the text's: its beginning; what is left over is its end
+    # of each answer the character at which it begins, its first token, and the one after its last
+    answers: tuple[tuple[int, int, int] | None, ...] = ()
+
+    @property
+    def learned(self) -> int:
+        """How many tokens are learned."""
+        return len(self.input_ids) - self.prompt_tokens - sum(self.read_only[1::2]) + sum(self.read_only[::2])
+
+
 class Fault(Exception):
     """What is wrong with one row, in words that follow `row 3 of train: `."""
 

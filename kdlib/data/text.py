@@ -15,20 +15,19 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.config.sections import DataConfig
-from kdlib.data import spans
+from kdlib.data import pairs
 from kdlib.data.batches import (
     Prepared,
-    beginning,
     collate,
-    ending,
     fingerprint,
     runs,
     token_lists,
     vocabulary_of,
 )
 from kdlib.data.sources import check_column, group_values, kept_once, read_splits
-from kdlib.data.vocabulary import vocabularies
 from kdlib.errors import DataError
+from kdlib.tokens.spans import PairReader
+from kdlib.tokens.vocabulary import beginning, ending
 
 SIDES = ("train", "validation")
 IDS, NUMBER = datasets.List(datasets.Value("int32")), datasets.Value("int32")
@@ -93,7 +92,7 @@ def prepare(
     notes["fingerprint"] = fingerprint(rows["train"], rows["validation"])
     pads = {"teacher_pad_id": teacher.pad_token_id} if teacher else {}
     gathered = partial(collate, pad_id=tokenizer.pad_token_id, **pads)
-    common = vocabularies(tokenizer, teacher) if teacher else None
+    common = pairs.vocabularies(tokenizer, teacher) if teacher else None
     return Prepared(
         rows["train"], rows["validation"], notes, gathered, vocabulary_of(tokenizer), vocabularies=common
     )
@@ -112,9 +111,9 @@ def _blocks(
     """
     length, end, notes = config.max_length, ending(tokenizer), {}
     if teacher:
-        reader, most = spans.PairReader(tokenizer, teacher), spans.limits(teacher, length)
-        whole, notes = spans.tokenized(documents, config.text, reader, numbers, most)
-        blocks = spans.cut(whole, most, is_packed=config.packing)
+        reader, most = PairReader(tokenizer, teacher), pairs.limits(teacher, length)
+        whole, notes = pairs.tokenized(documents, config.text, reader, numbers, most)
+        blocks = pairs.cut(whole, most, is_packed=config.packing)
     else:
         whole = tokenized(documents, config.text, tokenizer, numbers)
         blocks = (

@@ -196,7 +196,7 @@ def reembedded(
     A token without pieces begins as the mean of all.
 
     Args:
-        pieces: [V] of each token those of the model's that together stand for it (kdlib.data.vocabulary).
+        pieces: [V] of each token those of the model's that together stand for it (kdlib.tokens.vocabulary).
         tokenizer: the other one, whose special tokens become the model's.
 
     Raises:

@@ -18,7 +18,7 @@ from kdlib.config import task_rules
 from kdlib.config.run import Config
 from kdlib.config.task_rules import TaskRules
 from kdlib.data.batches import Prepared, calibration_rows, largest_id
-from kdlib.data.vocabulary import pieces, roles, token_bytes, within
+from kdlib.data.pairs import within
 from kdlib.errors import ModelError
 from kdlib.hardware import precision_of, world_size
 from kdlib.models.depth import shallower
@@ -26,6 +26,7 @@ from kdlib.models.loading import blank, device_of, load_config, load_tokenizer
 from kdlib.models.sharing import check_shards, sharded
 from kdlib.models.student import Outline, chosen_layers, own_config, own_tokenizer, reembedded, sources
 from kdlib.models.teacher import LiveTeacher, named_device
+from kdlib.tokens.vocabulary import pieces, roles, token_bytes
 
 Check = Callable[[Any], Iterator[Any]]  # kdlib.diagnostics.context.Context → findings
 

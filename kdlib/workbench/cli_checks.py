@@ -277,7 +277,7 @@ def tokenizer(
         raise ConfigError(f"{folder}: is there already, and would be lost; name a new folder")
     from kdlib.config.sections import DataConfig
     from kdlib.data.text import read_documents
-    from kdlib.data.vocabulary import trained_tokenizer
+    from kdlib.tokens.vocabulary import trained_tokenizer
 
     texts = read_documents(DataConfig(source=source, text=text))["train"][text]
     made = trained_tokenizer(texts, vocabulary)

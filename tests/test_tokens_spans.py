@@ -8,10 +8,10 @@ from hypothesis import given, settings, strategies as st
 from made_tokenizers import SCRIPTS, byte_level, sentence_piece, texts, unigram
 from tokenizers import decoders
 
-from kdlib.data.spans import Reader, spans
-from kdlib.data.vocabulary import family_of, token_bytes
 from kdlib.errors import ModelError
 from kdlib.models.loading import load_tokenizer
+from kdlib.tokens.spans import Reader, spans
+from kdlib.tokens.vocabulary import family_of, token_bytes
 
 MADE = {
     "byte-level": lambda: load_tokenizer("smollm2-135m-instruct"),

@@ -9,11 +9,11 @@ from tokenizers.processors import TemplateProcessing
 
 from kdlib.config.sections import DataConfig
 from kdlib.data.batches import collate
-from kdlib.data.spans import joined, matched
 from kdlib.data.text import prepare
-from kdlib.data.vocabulary import token_bytes
 from kdlib.losses.signals import IGNORED, kept
 from kdlib.models.loading import load_tokenizer
+from kdlib.tokens.spans import joined, matched
+from kdlib.tokens.vocabulary import token_bytes
 
 LENGTH = 24
 

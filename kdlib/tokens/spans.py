@@ -5,24 +5,17 @@ is cut where it is cut, and what a token leaves out or changes (white space, cap
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain, pairwise
+from dataclasses import dataclass, replace
+from itertools import chain
+from os.path import commonprefix
 from typing import Any
 
-import datasets
 import numpy as np
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from kdlib.data.batches import beginning, ending, runs
-from kdlib.data.vocabulary import family_of, token_bytes
+from kdlib.tokens.vocabulary import beginning, ending, family_of, special_ids, token_bytes
 
-IDS, NUMBER = datasets.List(datasets.Value("int32")), datasets.Value("int32")
-BOTH = {"input_ids": IDS, "teacher_input_ids": IDS, "spans": IDS}
-WHOLE = datasets.Features({**BOTH, "document": NUMBER, "tokens": NUMBER})
-ROWS = datasets.Features({**BOTH, "documents": IDS})
 NO_BYTES = -(2**40)  # the size of a token that stands for none, so that no sum with it is a text's
-UNBOUNDED = 2**31  # tokens in a row; `transformers` says 1e30 where a tokenizer knows no end
 
 
 class Reader:
@@ -30,7 +23,7 @@ class Reader:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Raises a ModelError where `token_bytes` does."""
-        self.tokenizer, self.pieces = tokenizer, token_bytes(tokenizer)
+        self.tokenizer, self.pieces, self.special = tokenizer, token_bytes(tokenizer), special_ids(tokenizer)
         self.sizes = np.array([NO_BYTES if piece is None else len(piece) for piece in self.pieces])
         self.drops_bytes = family_of(tokenizer) == "ByteLevel"  # those that its vocabulary lacks
         self.named = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
@@ -153,6 +146,11 @@ def matched(ours: Sequence[int], theirs: Sequence[int]) -> Pair:
     return Pair(ours, theirs, np.array([(0, 0), whole] if any(whole) else [(0, 0)]))
 
 
+def apart(ours: Sequence[int], theirs: Sequence[int]) -> Pair:
+    """Tokens that have nothing to do with each other."""
+    return joined([matched(ours, []), matched([], theirs)])
+
+
 def joined(parts: Sequence[Pair]) -> Pair:
     """One after the other."""
     begins = np.vstack([np.zeros((1, 2), np.int64), [each.edges[-1] for each in parts]]).cumsum(0)
@@ -160,6 +158,51 @@ def joined(parts: Sequence[Pair]) -> Pair:
     ours = chain.from_iterable(each.input_ids for each in parts)
     theirs = chain.from_iterable(each.teacher_input_ids for each in parts)
     return Pair(list(ours), list(theirs), np.vstack([begins[:1], *edges]))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The tokens of an answer in one model's row, and the text around it."""
+
+    input_ids: Sequence[int]
+    edges: np.ndarray  # [tokens + 1] bytes of the text before each token, and after the last
+    text: bytes
+    start: int  # the byte at which the answer begins
+    is_ended: bool  # whether the last token ends a turn, or all
+
+
+def agreed(student: Answer, teacher: Answer) -> Pair:
+    """Both matched by bytes, as far as their texts agree around where the answer begins; the ends by role.
+
+    What differs (the white space before an answer, in one chat template and the other) is a stretch apart.
+    """
+    both = (student, teacher)
+    if student.is_ended and teacher.is_ended:
+        cut = [
+            replace(each, input_ids=each.input_ids[:-1], edges=each.edges[:-1], is_ended=False)
+            for each in both
+        ]
+        return joined([agreed(*cut), matched(student.input_ids[-1:], teacher.input_ids[-1:])])
+    before = commonprefix([each.text[each.edges[0] : each.start][::-1] for each in both])
+    after = commonprefix([each.text[each.start : each.edges[-1]] for each in both])
+    shared = np.intersect1d(*(each.edges - each.start for each in both))
+    shared = shared[(shared >= -len(before)) & (shared <= len(after))]
+    if len(shared) < 2:
+        return apart(student.input_ids, teacher.input_ids)
+    edges = [each.edges - each.start - shared[0] for each in both]
+    (ours, first, last), (theirs, their_first, their_last) = (
+        (
+            each.input_ids,
+            int(np.searchsorted(at, 0)),
+            int(np.searchsorted(at, shared[-1] - shared[0], "right")) - 1,
+        )
+        for each, at in zip(both, edges, strict=True)
+    )
+    found = spans(edges[0][first + 1 : last + 1], edges[1][their_first + 1 : their_last + 1])
+    middle = Pair(ours[first:last], theirs[their_first:their_last], edges_of(found))
+    return joined(
+        [apart(ours[:first], theirs[:their_first]), middle, apart(ours[last:], theirs[their_last:])]
+    )
 
 
 class PairReader:
@@ -178,67 +221,3 @@ class PairReader:
             None if ends is None or others is None else Pair(ours, theirs, edges_of(spans(ends, others)))
             for (ours, ends), (theirs, others) in both
         ]
-
-
-def limits(teacher: Tokenizer, length: int) -> tuple[int, int]:
-    """How many tokens a row may have: the student's, and the teacher's, whose tokenizer may set an end."""
-    return length, int(min(teacher.model_max_length, UNBOUNDED))
-
-
-def tokenized(
-    documents: Dataset, column: str, reader: PairReader, numbers: np.ndarray, most: tuple[int, int]
-) -> tuple[Dataset, dict[str, Any]]:
-    """Each document's tokens for both models, with beginning and end, and the stretches of both.
-
-    Args:
-        numbers: what each is called in "document".
-        most: tokens of a row; a document in which no common cut comes within them is left out.
-
-    Returns:
-        The documents of two tokens or more; and how many were left out, the first of them by name.
-    """
-
-    def read(batch, places):
-        rows = []
-        for pair, place in zip(reader(batch[column]), places, strict=True):
-            whole = pair and joined([reader.first, pair, reader.last])
-            is_read = whole is not None and whole.fits(most)
-            row = whole.row() if is_read else dict.fromkeys(BOTH, [])
-            rows.append(row | {"document": numbers[place], "tokens": len(pair.input_ids) if is_read else -1})
-        return {name: [row[name] for row in rows] for name in WHOLE}
-
-    options = {"batched": True, "with_indices": True, "remove_columns": documents.column_names}
-    made = documents.map(read, features=WHOLE, **options)
-    tokens = np.array(made["tokens"][:])
-    lost = np.flatnonzero(tokens < 0)
-    shown = [f"{place}: {documents[place][column][:60]!r}" for place in lost[:3].tolist()]
-    kept = made.select(np.flatnonzero(tokens > 1)).remove_columns("tokens")
-    return kept, {"documents_not_aligned": len(lost), "first_not_aligned": shown}
-
-
-def cut(documents: Dataset, most: tuple[int, int], *, is_packed: bool) -> Dataset:
-    """Rows of so many tokens at most, cut where both do: documents end to end, or of each the first.
-
-    Returns:
-        {"input_ids", "teacher_input_ids", "spans", "documents": [start, number, …]}; of packed ones the last
-        goes, unless the student's tokens fill it.
-    """
-
-    def blocks(batch):
-        parts = [
-            Pair(ours, theirs, edges_of(np.array(ends).reshape(-1, 2)))
-            for ours, theirs, ends in zip(*(batch[name] for name in BOTH), strict=True)
-        ]
-        if is_packed:
-            whole, sizes = joined(parts), [len(each.input_ids) for each in parts]
-            owners, cuts = np.repeat(batch["document"], sizes), pairwise(whole.cuts(most))
-            places = whole.edges[:, 0]
-            rows = [whole.row(*cut) | {"documents": runs(owners[slice(*places[[*cut]])])} for cut in cuts]
-            rows = rows if rows and len(rows[-1]["input_ids"]) == most[0] else rows[:-1]
-        else:
-            each = zip(parts, batch["document"], strict=True)
-            rows = [part.row(*part.cuts(most)[:2]) | {"documents": [0, owner]} for part, owner in each]
-        return {name: [row[name] for row in rows] for name in ROWS}
-
-    options = {"batched": True, "batch_size": 10_000, "remove_columns": documents.column_names}
-    return documents.map(blocks, features=ROWS, **options)

@@ -9,17 +9,10 @@ from made_tokenizers import byte_level, sentence_piece, unigram
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from kdlib.data.vocabulary import (
-    Vocabularies,
-    pieces,
-    roles,
-    token_bytes,
-    trained_tokenizer,
-    turn_end,
-    vocabularies,
-    within,
-)
+from kdlib.data.pairs import vocabularies, within
 from kdlib.errors import DataError, ModelError
+from kdlib.losses.signals import Vocabularies
+from kdlib.tokens.vocabulary import pieces, roles, token_bytes, trained_tokenizer, turn_end
 
 TEXTS = [f"{line} {number * 7919} naïve “Ω” 東京\n\tdef f(x):" for number, line in enumerate(sentences(60))]
 

@@ -1,16 +1,14 @@
-"""Vocabularies: the bytes of tokens, what two of them share, one in the tokens of another; a trained one."""
+"""Vocabularies: the bytes of each token, the roles of special ones; one in another's tokens; a new one."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from jinja2 import TemplateError
 from tokenizers import Tokenizer as Backend, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase as Tokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from kdlib.errors import DataError, ModelError
-from kdlib.losses.signals import Vocabularies
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 BYTES = 256
@@ -42,58 +40,7 @@ def trained_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END, pad_token=PAD)
 
 
-def vocabularies(student: Tokenizer, teacher: Tokenizer) -> Vocabularies:
-    """What the tokens of two tokenizers have in common: those of the same bytes, and by role special ones.
-
-    Where both have the same tokens, in whatever order, each stands for its namesake.
-
-    Raises:
-        ModelError: no token of one stands for the same bytes as one of the other; or as `token_bytes`.
-    """
-    ours, theirs = token_bytes(student), token_bytes(teacher)
-    names, their_names = student.get_vocab(), teacher.get_vocab()
-    if names.keys() == their_names.keys():
-        same = {number: their_names[name] for name, number in names.items()}
-    else:
-        known, their_known = _token_of_bytes(student, ours), _token_of_bytes(teacher, theirs)
-        same = {number: their_known[piece] for piece, number in known.items() if piece in their_known}
-        if not same:
-            raise ModelError(
-                f"{student.name_or_path} and {teacher.name_or_path}: found {len(ours):,} and {len(theirs):,} "
-                "tokens of which no two stand for the same text; needed are some; use a student or a teacher "
-                "whose vocabulary covers the same script"
-            )
-        for number, their_number in reversed(roles(student, teacher).items()):
-            if their_number not in same.values():
-                same[number] = their_number
-    if len(theirs) >= len(ours):
-        cut, pinned = pieces(theirs, ours, student, {}), {other: one for one, other in same.items()}
-    else:
-        cut, pinned = pieces(ours, theirs, teacher, {}), same
-    first = [pinned.get(number, each[0] if each else -1) for number, each in enumerate(cut)]
-    shared = torch.tensor([same.get(number, -1) for number in range(len(ours))])
-    return Vocabularies(len(ours), len(theirs), shared, torch.tensor(first))
-
-
-def within(known: Vocabularies, student_rows: int, teacher_rows: int) -> Vocabularies:
-    """The same for heads of so many rows: a token beyond is said by none, and stands for none.
-
-    Raises:
-        ModelError: the head of the larger vocabulary has fewer rows than that of the smaller.
-    """
-    rows = min(known.student_size, student_rows), min(known.teacher_size, teacher_rows)
-    larger, smaller = rows[::-1] if known.onto_student else rows
-    if larger < smaller:
-        raise ModelError(
-            f"found {known.student_size:,} tokens of the student and {known.teacher_size:,} of the teacher, "
-            f"and heads of {rows[0]:,} and {rows[1]:,} rows for them; needed is a row for each token; take "
-            "tokenizers that belong to the models"
-        )
-    shared, cut = known.shared[: rows[0]], known.pieces[:larger]
-    return Vocabularies(*rows, shared.where(shared < rows[1], -1), cut.where(cut < smaller, -1))
-
-
-def _token_of_bytes(tokenizer: Tokenizer, every: Sequence[bytes | None]) -> dict[bytes, int]:
+def token_of_bytes(tokenizer: Tokenizer, every: Sequence[bytes | None]) -> dict[bytes, int]:
     """The token of each piece; of several the one that the tokenizer itself makes: "A" and not "<0x41>"."""
     numbers: dict[bytes, list[int]] = {}
     for number, piece in enumerate(every):
@@ -138,6 +85,17 @@ def pieces(
             says = b"".join(theirs[each] or b"" for each in cut)
             found.append(cut if cut and says == piece else _longest_matches(piece, known, longest))
     return found
+
+
+def beginning(tokenizer: Tokenizer) -> list[int]:
+    """[BOS] where the tokenizer's own call begins with it (Llama, Gemma: lost without it), else []."""
+    first = tokenizer.bos_token_id
+    return [first] if tokenizer("a")["input_ids"][:1] == [first] else []
+
+
+def ending(tokenizer: Tokenizer) -> list[int]:
+    """[EOS] where there is one, else []."""
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
 def roles(ours: Tokenizer, theirs: Tokenizer) -> dict[int, int]:

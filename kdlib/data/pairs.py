@@ -1,0 +1,190 @@
+"""Rows that two tokenizers read: texts, answers, and what the two vocabularies have in common."""
+
+from collections.abc import Collection, Sequence
+from itertools import pairwise
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from kdlib.data.batches import runs
+from kdlib.data.qa_rows import Encoded
+from kdlib.errors import ModelError
+from kdlib.losses.signals import Vocabularies
+from kdlib.tokens.spans import Answer, Pair, PairReader, agreed, apart, edges_of, joined
+from kdlib.tokens.vocabulary import pieces, roles, token_bytes, token_of_bytes
+
+IDS, NUMBER = datasets.List(datasets.Value("int32")), datasets.Value("int32")
+BOTH = {"input_ids": IDS, "teacher_input_ids": IDS, "spans": IDS}
+WHOLE = datasets.Features({**BOTH, "document": NUMBER, "tokens": NUMBER})
+ROWS = datasets.Features({**BOTH, "documents": IDS})
+UNBOUNDED = 2**31  # tokens in a row; `transformers` says 1e30 where a tokenizer knows no end
+
+
+def vocabularies(student: Tokenizer, teacher: Tokenizer) -> Vocabularies:
+    """What the tokens of two tokenizers have in common: those of the same bytes, and by role special ones.
+
+    Where both have the same tokens, in whatever order, each stands for its namesake.
+
+    Raises:
+        ModelError: no token of one stands for the same bytes as one of the other; or as `token_bytes`.
+    """
+    ours, theirs = token_bytes(student), token_bytes(teacher)
+    names, their_names = student.get_vocab(), teacher.get_vocab()
+    if names.keys() == their_names.keys():
+        same = {number: their_names[name] for name, number in names.items()}
+    else:
+        known, their_known = token_of_bytes(student, ours), token_of_bytes(teacher, theirs)
+        same = {number: their_known[piece] for piece, number in known.items() if piece in their_known}
+        if not same:
+            raise ModelError(
+                f"{student.name_or_path} and {teacher.name_or_path}: found {len(ours):,} and {len(theirs):,} "
+                "tokens of which no two stand for the same text; needed are some; use a student or a teacher "
+                "whose vocabulary covers the same script"
+            )
+        for number, their_number in reversed(roles(student, teacher).items()):
+            if their_number not in same.values():
+                same[number] = their_number
+    if len(theirs) >= len(ours):
+        cut, pinned = pieces(theirs, ours, student, {}), {other: one for one, other in same.items()}
+    else:
+        cut, pinned = pieces(ours, theirs, teacher, {}), same
+    first = [pinned.get(number, each[0] if each else -1) for number, each in enumerate(cut)]
+    shared = torch.tensor([same.get(number, -1) for number in range(len(ours))])
+    return Vocabularies(len(ours), len(theirs), shared, torch.tensor(first))
+
+
+def within(known: Vocabularies, student_rows: int, teacher_rows: int) -> Vocabularies:
+    """The same for heads of so many rows: a token beyond is said by none, and stands for none.
+
+    Raises:
+        ModelError: the head of the larger vocabulary has fewer rows than that of the smaller.
+    """
+    rows = min(known.student_size, student_rows), min(known.teacher_size, teacher_rows)
+    larger, smaller = rows[::-1] if known.onto_student else rows
+    if larger < smaller:
+        raise ModelError(
+            f"found {known.student_size:,} tokens of the student and {known.teacher_size:,} of the teacher, "
+            f"and heads of {rows[0]:,} and {rows[1]:,} rows for them; needed is a row for each token; take "
+            "tokenizers that belong to the models"
+        )
+    shared, cut = known.shared[: rows[0]], known.pieces[:larger]
+    return Vocabularies(*rows, shared.where(shared < rows[1], -1), cut.where(cut < smaller, -1))
+
+
+def limits(teacher: Tokenizer, length: int) -> tuple[int, int]:
+    """How many tokens a row may have: the student's, and the teacher's, whose tokenizer may set an end."""
+    return length, int(min(teacher.model_max_length, UNBOUNDED))
+
+
+def tokenized(
+    documents: Dataset, column: str, reader: PairReader, numbers: np.ndarray, most: tuple[int, int]
+) -> tuple[Dataset, dict[str, Any]]:
+    """Each document's tokens for both models, with beginning and end, and the stretches of both.
+
+    Args:
+        numbers: what each is called in "document".
+        most: tokens of a row; a document in which no common cut comes within them is left out.
+
+    Returns:
+        The documents of two tokens or more; and how many were left out, the first of them by name.
+    """
+
+    def read(batch, places):
+        rows = []
+        for pair, place in zip(reader(batch[column]), places, strict=True):
+            whole = pair and joined([reader.first, pair, reader.last])
+            is_read = whole is not None and whole.fits(most)
+            row = whole.row() if is_read else dict.fromkeys(BOTH, [])
+            rows.append(row | {"document": numbers[place], "tokens": len(pair.input_ids) if is_read else -1})
+        return {name: [row[name] for row in rows] for name in WHOLE}
+
+    options = {"batched": True, "with_indices": True, "remove_columns": documents.column_names}
+    made = documents.map(read, features=WHOLE, **options)
+    tokens = np.array(made["tokens"][:])
+    lost = np.flatnonzero(tokens < 0)
+    shown = [f"{place}: {documents[place][column][:60]!r}" for place in lost[:3].tolist()]
+    kept = made.select(np.flatnonzero(tokens > 1)).remove_columns("tokens")
+    return kept, {"documents_not_aligned": len(lost), "first_not_aligned": shown}
+
+
+def cut(documents: Dataset, most: tuple[int, int], *, is_packed: bool) -> Dataset:
+    """Rows of so many tokens at most, cut where both do: documents end to end, or of each the first.
+
+    Returns:
+        {"input_ids", "teacher_input_ids", "spans", "documents": [start, number, …]}; of packed ones the last
+        goes, unless the student's tokens fill it.
+    """
+
+    def blocks(batch):
+        parts = [
+            Pair(ours, theirs, edges_of(np.array(ends).reshape(-1, 2)))
+            for ours, theirs, ends in zip(*(batch[name] for name in BOTH), strict=True)
+        ]
+        if is_packed:
+            whole, sizes = joined(parts), [len(each.input_ids) for each in parts]
+            owners, cuts = np.repeat(batch["document"], sizes), pairwise(whole.cuts(most))
+            places = whole.edges[:, 0]
+            rows = [whole.row(*cut) | {"documents": runs(owners[slice(*places[[*cut]])])} for cut in cuts]
+            rows = rows if rows and len(rows[-1]["input_ids"]) == most[0] else rows[:-1]
+        else:
+            each = zip(parts, batch["document"], strict=True)
+            rows = [part.row(*part.cuts(most)[:2]) | {"documents": [0, owner]} for part, owner in each]
+        return {name: [row[name] for row in rows] for name in ROWS}
+
+    options = {"batched": True, "batch_size": 10_000, "remove_columns": documents.column_names}
+    return documents.map(blocks, features=ROWS, **options)
+
+
+def with_teacher(
+    rows: Dataset, ours: Sequence[Encoded], theirs: Sequence[Encoded], reader: PairReader
+) -> tuple[Dataset, list[int]]:
+    """The same rows with the teacher's tokens and the spans, which are found in answers that both show.
+
+    Returns:
+        The rows, and the numbers of those that have no spans: one of the two does not give its text back.
+    """
+    sides = list(zip((ours, theirs), reader.readers, strict=True))
+    ends = [[each for _, each in read([row.text for row in side])] for side, read in sides]
+    lost = [number for number, each in enumerate(zip(*ends, strict=True)) if any(x is None for x in each)]
+    answers = [
+        [() if x is None else _answers(row, x, read.special) for row, x in zip(side, every, strict=True)]
+        for (side, read), every in zip(sides, ends, strict=True)
+    ]
+    made = [_paired(*each).row() for each in zip(ours, theirs, *answers, strict=True)]
+    columns = {name: [row[name] for row in made] for name in ("teacher_input_ids", "spans")}
+    columns["teacher_prompt_tokens"] = [row.prompt_tokens for row in theirs]
+    for name, values in columns.items():
+        rows = rows.add_column(name, values, feature=NUMBER if name == "teacher_prompt_tokens" else IDS)
+    return rows, lost
+
+
+def _answers(row: Encoded, ends: np.ndarray, special: Collection[int]) -> list[Answer | None]:
+    """A row's answers, by the bytes at which its text's tokens end; None where one is not shown."""
+    text, after = row.text.encode(), len(row.input_ids) - row.before - len(ends)
+    edges = np.concatenate([np.zeros(1 + row.before, np.int64), ends, np.full(after, len(text) + 1)])
+    found: list[Answer | None] = []
+    for answer in row.answers:
+        start, first, last = answer or (0, 0, 0)
+        ids, begins = row.input_ids[first:last], len(row.text[:start].encode())
+        found.append(
+            Answer(ids, edges[first : last + 1], text, begins, ids[-1] in special) if answer else None
+        )
+    return found
+
+
+def _paired(
+    student: Encoded, teacher: Encoded, ours: Sequence[Answer | None], theirs: Sequence[Answer | None]
+) -> Pair:
+    """A row of both: what they agree on in each answer, and apart all around."""
+    parts, before = [], (0, 0)
+    for answer, other, one, another in zip(student.answers, teacher.answers, ours, theirs, strict=False):
+        if one and another:
+            (_, first, last), (_, their_first, their_last) = answer, other
+            given = student.input_ids[before[0] : first], teacher.input_ids[before[1] : their_first]
+            parts += [apart(*given), agreed(one, another)]
+            before = last, their_last
+    return joined([*parts, apart(student.input_ids[before[0] :], teacher.input_ids[before[1] :])])

@@ -1,0 +1,1 @@
+"""What the tokens of a tokenizer stand for, and where two tokenizers read the same."""
