@@ -17,7 +17,7 @@ from kdlib.evaluation.compare import Candidate, measured
 from kdlib.models.depth import shallower
 from kdlib.reports.run import render_comparison
 from kdlib.tasks.base import asked, spread, task_of
-from kdlib.tasks.language_modeling import TokenComparison, continuations
+from kdlib.tasks.token_comparison import COLUMNS, TokenComparison, continuations
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_documents_are_resampled_and_each_token_counts_for_its_own(rows, tokeniz
     comparison = TokenComparison(prepared(packed, tokenizer), tokenizer)
     comparison.beside_teacher("teacher", asked(tiny_model(), comparison.prepared))
     # of the blocks 0, 1, 2 the second's tokens 1 to 4 are the first's; a row's first is not predicted
-    assert comparison.sums["teacher"][:2, -1].tolist() == [11 + 4, 7 + 11]
+    assert comparison.sums["teacher"][:2, COLUMNS.index("tokens")].tolist() == [11 + 4, 7 + 11]
 
 
 def test_blocks_that_are_alike_within_a_document_make_no_narrower_interval(rows, tokenizer):
@@ -189,11 +189,10 @@ def test_bytes_of_a_character_that_a_block_divides_are_counted_once(tokenizer, l
     comparison = TokenComparison(prepared(made, tokenizer), tokenizer)
     predicted = np.concatenate([np.array(row["input_ids"][1:]) for row in made])
     first = sum(bytes_of_tokens(np.array([row["input_ids"][0]]), tokenizer).sum() for row in made)
-    assert comparison._bytes().sum() == bytes_of_tokens(predicted, tokenizer).sum()
-    assert (
-        comparison._bytes().sum() + first
-        == bytes_of_tokens(ids[: sum(map(len, made["input_ids"]))], tokenizer).sum()
-    )
+    comparison.beside_teacher("teacher", asked(tiny_model(), comparison.prepared))
+    found = comparison.sums["teacher"][:, COLUMNS.index("bytes")].sum()
+    assert found == bytes_of_tokens(predicted, tokenizer).sum()
+    assert found + first == bytes_of_tokens(ids[: sum(map(len, made["input_ids"]))], tokenizer).sum()
 
 
 def test_bytes_of_tokens_that_are_written_out_are_bytes():

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_model
 from datasets import Dataset
 from made_log import read_metrics
 from made_questions import multiple_choice, question_tokenizer, tiny_gpt2, written
@@ -22,8 +23,8 @@ from kdlib.plots import comparison as plots
 from kdlib.plots.classification import answer_tables
 from kdlib.runs.files import StudentFolder
 from kdlib.tasks import base as tasks, question_answering
-from kdlib.tasks.language_modeling import TokenComparison
 from kdlib.tasks.question_answering import ChoiceComparison, scores_of
+from kdlib.tasks.token_comparison import COLUMNS, TokenComparison
 from kdlib.training import run as training
 
 
@@ -266,7 +267,9 @@ def test_the_picture_and_the_tables_of_a_comparison_begin_with_the_choices(folde
 def test_bits_per_byte_counts_the_answers_alone(folders, prepared):
     comparison = TokenComparison(prepared, question_tokenizer(), resamples=100)
     rights = prepared.choices["validation"].filter(lambda row: row["is_answer"])
-    assert comparison._bytes().tolist() == [1 + len(text.encode()) for text in rights["text"]]
+    comparison.beside_teacher("teacher", tasks.asked(tiny_model(prepared.vocabulary), prepared))
+    found = comparison.sums["teacher"][:, COLUMNS.index("bytes")]
+    assert found.tolist() == [1 + len(text.encode()) for text in rights["text"]]
 
 
 def test_the_self_test_passes_on_questions(config):

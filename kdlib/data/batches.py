@@ -163,9 +163,18 @@ def padded(lists: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]
     return torch.tensor([[*each, *[pad_id] * (longest - len(each))] for each in lists]), mask
 
 
-def calibration_rows(rows: Dataset, count: int = 8) -> Tensor:
-    """[count, T] text without padding, as the teacher reads it: the longest of the first rows."""
-    column = "teacher_input_ids" if "teacher_input_ids" in rows.column_names else "input_ids"
+def reads_of(who: str) -> str:
+    """What begins the names of what a model reads, where student and teacher read otherwise."""
+    return "teacher_" if who == "teacher" else ""
+
+
+def calibration_rows(rows: Dataset, count: int = 8, *, reads: str = "teacher_") -> Tensor:
+    """[count, T] text without padding: the longest of the first rows.
+
+    Args:
+        reads: `reads_of` the model; where student and teacher read alike, all is the student's.
+    """
+    column = f"{reads}input_ids" if f"{reads}input_ids" in rows.column_names else "input_ids"
     ids = sorted(rows.select(range(min(8 * count, len(rows))))[column], key=len, reverse=True)[:count]
     return torch.tensor([row[: min(map(len, ids))] for row in ids])
 

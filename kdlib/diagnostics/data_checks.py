@@ -10,7 +10,7 @@ from collections import Counter
 import torch
 from datasets import Dataset
 
-from kdlib.data.batches import calibration_rows
+from kdlib.data.batches import calibration_rows, reads_of
 from kdlib.data.text import tokenized
 from kdlib.diagnostics.context import Context, Findings, Unavailable, critical, note, warning
 from kdlib.errors import ModelError
@@ -217,8 +217,8 @@ def models_do_not_look_ahead(context: Context) -> Findings:
     models = {"teacher.model": context.teacher.model} if context.config.teacher else {}
     if context.config.student.source != "teacher":
         models["student.from"] = context.student
-    ids = calibration_rows(context.prepared.train, 1)
     for where, model in models.items():
-        found = look_ahead(model, ids)
+        reads = reads_of(where.partition(".")[0])
+        found = look_ahead(model, calibration_rows(context.prepared.train, 1, reads=reads))
         if found > ahead_by_rounding(model):
             yield critical(where, FOUND.format(found), WHY, remedy(model))

@@ -252,11 +252,13 @@ def _without(ids: Tensor, size: int) -> Tensor:
 
 
 def moved(said: Any, device: torch.device) -> Any:
-    """Kept tokens, a signal, or what they are made of, on another device."""
+    """A batch, kept tokens, a signal, or what they are made of, on another device."""
     if isinstance(said, Tensor):
         return said.to(device)
     if isinstance(said, (list, tuple)):
         return type(said)(moved(each, device) for each in said)
+    if isinstance(said, dict):
+        return {name: moved(each, device) for name, each in said.items()}
     if is_dataclass(said) and not isinstance(said, type):
         parts = {each.name: moved(getattr(said, each.name), device) for each in fields(said) if each.init}
         return replace(said, **parts)

@@ -1,10 +1,8 @@
-"""Language modelling: the next token of a text; what the models are compared by, token by token."""
+"""Language modelling: the next token of a text."""
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -19,21 +17,16 @@ from transformers import (
 from kdlib.config.run import Config
 from kdlib.config.task_rules import RULES
 from kdlib.data import text
-from kdlib.data.batches import Batch, Prepared, calibration_rows, collate, random_ids, vocabulary_of
+from kdlib.data.batches import Prepared, collate, random_ids, vocabulary_of
 from kdlib.errors import ModelError
-from kdlib.hardware import middle_half, repeated
-from kdlib.losses.objective import eval_terms, row_sums
 from kdlib.losses.signals import IGNORED, kept
-from kdlib.metrics.bootstrap import Bootstrap, over
-from kdlib.metrics.paired import differences, intervals
-from kdlib.models.heads import check_causal
 from kdlib.models.loading import load_model
 from kdlib.models.student import Outline, sources, teacher_tokenizer_of, tokenizer_of
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots.tokens import TokenView, token_view
 from kdlib.tasks.base import Comparison, Sample, Task, register, spread, within_heads
+from kdlib.tasks.token_comparison import TokenComparison
 
-BATCH = 8  # rows per forward pass
 TOKENS = 128  # looked at one by one: as many as one reads
 ROWS = 12  # where most of a row is given and little of it predicted
 FEW = 8  # not worth a row of their own
@@ -121,9 +114,10 @@ class LanguageModeling(Task):
         self, config: Config, prepared: Prepared, tokenizer: Tokenizer, **options: Any
     ) -> Comparison:
         asked = {"prompts": self.prompts(config, prepared.measured), "new_tokens": config.compare.new_tokens}
+        asked |= {"teacher_tokenizer": teacher_tokenizer_of(config)}
         return self.compared_by(prepared)(prepared, tokenizer, **asked, **options)
 
-    def compared_by(self, prepared: Prepared) -> type["TokenComparison"]:
+    def compared_by(self, prepared: Prepared) -> type[TokenComparison]:
         """What measures models on these rows."""
         return TokenComparison
 
@@ -135,146 +129,6 @@ class LanguageModeling(Task):
         length, every = config.compare.prompt_tokens, [list(row["input_ids"]) for row in rows]
         fit = [ids[:length] for ids in every if len(ids) >= length]
         return spread(fit or [ids[: -(-len(ids) // 2)] for ids in every], config.compare.continuations)
-
-
-class TokenComparison(Comparison):
-    """Of every model the sums over each document's tokens are kept, or over each row's where none is known.
-
-    A packed block holds parts of several documents: each token counts for its own.  Student and teacher are
-    asked batch by batch, so that no more than one batch of either is held; the teacher is asked again beside
-    each student.
-    """
-
-    def __init__(
-        self,
-        prepared: Prepared,
-        tokenizer: Tokenizer,
-        *,
-        prompts: Sequence[Sequence[int]] = (),
-        new_tokens: int = 32,
-        **options: Any,
-    ) -> None:
-        """Every model continues the prompts, greedily, by so many `new_tokens`."""
-        super().__init__(prepared, tokenizer, **options)
-        self.prompts, self.new_tokens = prompts, new_tokens
-        self.unit_of_token, self.of_units = text.units_of_tokens(prepared)
-        self.units = 1 + max(int(each.max(initial=0)) for each in self.unit_of_token)
-        self.teacher: LiveTeacher | None = None
-        self.sums: dict[str, np.ndarray] = {}  # model -> [units, terms + 1]
-        self.samples: dict[str, list[str]] = {}
-
-    def add(self, name: str, model: LiveTeacher, prepared: Prepared) -> dict[str, Any]:
-        """What it costs; a ModelError where it looks ahead."""
-        check_causal(name, model.model, calibration_rows(prepared.measured, 1))
-        return {"forward_tokens_per_s": forward_tokens_per_s(model.model, next(self._batches())[1])}
-
-    def beside_teacher(self, name: str, model: LiveTeacher) -> None:
-        self.teacher = model if name == "teacher" else self.teacher
-        self.sums[name] = sum(self._sums(units, batch, model) for units, batch in self._batches())
-
-    def show(self, name: str, model: Model) -> None:
-        made = self.prompts and continuations(model, self.tokenizer, self.prompts, self.new_tokens)
-        self.samples[name] = list(made)
-
-    def results(self, student: str) -> dict[str, Any]:
-        sizes, tokens = self._bytes(), next(iter(self.sums.values()))[:, -1]
-        units, terms = int((tokens > 0).sum()), eval_terms(self.teacher)  # of others nothing is predicted
-        draws = Bootstrap(units, self.resamples, self.seed)
-        figures: dict[str, dict[str, tuple[float, np.ndarray]]] = {}
-        for name, sums in self.sums.items():
-            table = np.column_stack([sums, sizes])[tokens > 0]
-            found, drawn = (
-                _figures(each, terms) for each in (table.sum(0, keepdims=True), draws.sums(table))
-            )
-            figures[name] = {measure: (float(found[measure][0]), drawn[measure]) for measure in found}
-        return {
-            "models": {n: intervals(each, units, itself=n == "teacher") for n, each in figures.items()},
-            "differences": differences(figures, units),
-            "rows": len(self.prepared.measured),
-            "units": units,
-            "tokens": int(tokens.sum()),
-            "resamples": self.resamples,
-            "interval": over(units, self.of_units),
-            "samples": self.samples,
-            "prompts": [self.tokenizer.decode(prompt) for prompt in self.prompts],
-        }
-
-    def _batches(self) -> Iterator[tuple[list[np.ndarray], Batch]]:
-        """Each batch, and of its rows the unit of each token."""
-        rows = self.prepared.measured
-        for start in range(0, len(rows), BATCH):
-            numbers = range(start, min(start + BATCH, len(rows)))
-            units = [self.unit_of_token[n] for n in numbers]
-            yield units, self.prepared.collate([rows[n] for n in numbers])
-
-    def _units_of(self, units: Sequence[np.ndarray], labels: Tensor) -> Tensor:
-        """[N] the unit of each kept token."""
-        every = np.zeros(labels.shape, dtype=np.int64)
-        for number, row in enumerate(units):
-            every[number, : len(row)] = row
-        return torch.from_numpy(every)[:, 1:][labels[:, 1:] != IGNORED]
-
-    def _sums(self, units: Sequence[np.ndarray], batch: Batch, model: LiveTeacher) -> np.ndarray:
-        """[units, terms + 1] sums of one batch."""
-        its_units = self._units_of(units, batch["labels"])
-        batch = {key: value.to(model.model.device) for key, value in batch.items()}
-        tokens = kept(batch["labels"])
-        signal = model(batch, tokens)
-        teacher = signal if model is self.teacher else self.teacher and self.teacher(batch, tokens)
-        numbers, places = its_units.unique(return_inverse=True)
-        where = places.to(signal.device)
-        sums = row_sums(
-            signal, teacher, tokens.targets, where, row_count=len(numbers), terms=eval_terms(self.teacher)
-        )
-        found = np.zeros((self.units, len(sums)))
-        found[numbers.numpy()] = torch.stack(list(sums.values()), dim=1).cpu().double().numpy()
-        return found
-
-    def _bytes(self) -> np.ndarray:
-        """[units] bytes of the text that is predicted."""
-        found = [
-            (self._units_of(units, b["labels"]), kept(b["labels"]).targets) for units, b in self._batches()
-        ]
-        units, targets = (torch.cat(each).numpy() for each in zip(*found, strict=True))
-        return np.bincount(units, text.bytes_of_tokens(targets, self.tokenizer), self.units)
-
-
-def _figures(sums: np.ndarray, terms: Iterable[str]) -> dict[str, np.ndarray]:
-    """[R, terms + 2] sums of each term, of tokens and of bytes to each measure, [R]."""
-    *drawn, tokens, size = sums.T
-    total = dict(zip(terms, drawn, strict=True))
-    mean = {name: nats / tokens for name, nats in total.items()}
-    with np.errstate(divide="ignore", invalid="ignore"):  # of special tokens alone there is no text
-        bits_per_byte = total["ce"] / math.log(2) / size
-    return {"perplexity": np.exp(mean.pop("ce")), "bits_per_byte": bits_per_byte, **mean}
-
-
-@torch.no_grad()
-def forward_tokens_per_s(model: Model, batch: Mapping[str, Tensor]) -> dict[str, float]:
-    """Tokens per second of a plain forward pass with logits: median, middle half; padding is no token."""
-    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    tokens = int(inputs["attention_mask"].sum())
-    seconds = repeated(lambda: model(**inputs, use_cache=False), model.device)
-    return middle_half([tokens / each for each in seconds])
-
-
-@torch.no_grad()
-def continuations(
-    model: Model, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], new_tokens: int
-) -> list[str]:
-    """Greedy continuations of prompts; nothing is padded: each by itself unless all are of one length."""
-    if len(set(map(len, prompts))) > 1:
-        return [text for prompt in prompts for text in continuations(model, tokenizer, [prompt], new_tokens)]
-    ids = torch.tensor([list(prompt) for prompt in prompts], device=model.device)
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        repetition_penalty=1.0,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
 
 
 def beginnings(rows: Sequence[Mapping[str, Sequence[int]]], tokens: int) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from transformers.training_args import OptimizerNames
 from kdlib.config.loss import ROUTER
 from kdlib.config.run import Config
 from kdlib.config.task_rules import rules_of
-from kdlib.data.batches import Prepared, calibration_rows
+from kdlib.data.batches import Prepared, calibration_rows, reads_of
 from kdlib.errors import ConfigError
 from kdlib.hardware import precision_of, world_size
 from kdlib.losses.buffers import Workspace
@@ -235,9 +235,10 @@ def check_causality(
     source, name = config.student.source, config.teacher and config.teacher.model
     ours = f"the student, made from {name}," if source == "teacher" else f"the student {source}"
     names = {"teacher": f"the teacher {name}", "student": ours}
-    ids, models = calibration_rows(prepared.train, 1), {"teacher": teacher, "student": student}
+    models = {"teacher": teacher, "student": student}
+    rows = {who: calibration_rows(prepared.train, 1, reads=reads_of(who)) for who in models}
     return {
-        who: (check_causal(names[who], model, ids), ahead_by_rounding(model))
+        who: (check_causal(names[who], model, rows[who]), ahead_by_rounding(model))
         for who, model in models.items()
         if model
     }
