@@ -104,3 +104,14 @@ def unigram(size: int = 3000, seed: int = 3) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(texts(2000, seed), trainers.UnigramTrainer(vocab_size=size, **options))
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def without(tokenizer: PreTrainedTokenizerFast, letter: str) -> PreTrainedTokenizerFast:
+    """The same byte-level tokenizer, which has no token for one byte, and so leaves it out of every text."""
+    (token,) = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(letter)[0][0]
+    plain = json.loads(tokenizer.backend_tokenizer.to_str())
+    names = plain["model"]["vocab"]
+    names[f"no {token}"] = names.pop(token)
+    plain["model"]["merges"] = [pair for pair in plain["model"]["merges"] if token not in "".join(pair)]
+    made = Tokenizer.from_str(json.dumps(plain))
+    return PreTrainedTokenizerFast(tokenizer_object=made, **tokenizer.special_tokens_map)
