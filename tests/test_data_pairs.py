@@ -9,7 +9,8 @@ from tokenizers.processors import TemplateProcessing
 
 from kdlib.config.sections import DataConfig
 from kdlib.data.batches import collate
-from kdlib.data.text import prepare
+from kdlib.data.pairs import class_of, coverage
+from kdlib.data.text import prepare, units_of_tokens
 from kdlib.losses.signals import IGNORED, kept
 from kdlib.models.loading import load_tokenizer
 from kdlib.tokens.spans import joined, matched
@@ -208,3 +209,59 @@ def test_parts_are_joined_in_order():
     assert whole.edges.tolist() == [[0, 0], [1, 0], [3, 1], [4, 2]]
     assert whole.cuts((3, 3)) == [0, 2, 3]
     assert whole.row(1, 3) == {"input_ids": [2, 3, 5], "teacher_input_ids": [4, 6], "spans": [2, 1, 3, 2]}
+
+
+def test_both_sides_alone_learn_the_same_bytes(source, student, teacher_with_bos):
+    for packing in (True, False):
+        made = prepared(source, student, teacher_with_bos, packing=packing)
+        ours, theirs = made.as_student(), made.as_teacher()
+        assert theirs.train["input_ids"][:] == made.train["teacher_input_ids"][:]
+        assert (theirs.vocabulary, theirs.vocabularies) == (made.vocabularies.teacher_size, None)
+        for row, other, pair in zip(ours.train, theirs.train, made.train, strict=True):
+            found = []
+            for side, tokenizer, each in ((ours, student, row), (theirs, teacher_with_bos, other)):
+                labels = side.collate([each])["labels"][0]
+                words = said(tokenizer, labels[labels != IGNORED].tolist())
+                found.append(words.replace(tokenizer.eos_token.encode(), b"<end>"))
+            assert found[0].replace(b"<s>", b"") == found[1].replace(b"<s>", b"")
+            spans = made.collate([pair])["spans"]
+            assert sum(ours.collate([row])["labels"][0] != IGNORED) == spans["sizes"].sum()
+            assert sum(theirs.collate([other])["labels"][0] != IGNORED) == spans["teacher_sizes"].sum()
+            assert other["documents"][1::2] == pair["documents"][1::2]
+            for start in other["documents"][2::2]:  # documents begin after the one before has ended
+                assert teacher_with_bos.eos_token_id in other["input_ids"][start - 2 : start]
+        units, _ = units_of_tokens(theirs)
+        assert [len(each) for each in units] == list(map(len, theirs.validation["input_ids"]))
+
+
+def test_coverage_counts_learned_tokens_by_class(source, student, teacher):
+    made = prepared(source, student, teacher)
+    table = coverage(made, student)
+    batch = made.collate(list(made.train))
+    assert table.loc["all", "tokens"] == (batch["labels"] != IGNORED).sum() == table["tokens"][:-1].sum()
+    single = (batch["spans"]["sizes"] == 1) & (batch["spans"]["teacher_sizes"] == 1)
+    assert table.loc["all", "one_to_one"] == pytest.approx(single.sum() / table.loc["all", "tokens"])
+    assert table.loc["special", "one_to_one"] == 1
+    inside = batch["spans"]["sizes"].sum() / table.loc["all", "tokens"]
+    assert table.loc["all", "in_spans"] == pytest.approx(inside)
+    shared = (made.vocabularies.shared >= 0).float().mean()
+    assert table.loc["all", "shared"] == pytest.approx(float(shared))
+    alone = coverage(prepared(source, student, student), student)
+    assert (alone[["one_to_one", "in_spans", "shared"]] == 1).all(axis=None)
+
+
+@pytest.mark.parametrize(
+    ("piece", "expected"),
+    [
+        (b" hello", "latin letters"),
+        ("naïve".encode(), "latin letters"),
+        ("мир".encode(), "other scripts"),
+        ("日".encode()[:2], "other scripts"),
+        (b" 12", "digits"),
+        (b"...", "punctuation"),
+        (b" \n\t", "white space"),
+        (None, "special"),
+    ],
+)
+def test_a_token_is_of_a_class(piece, expected):
+    assert class_of(piece) == expected

@@ -1,16 +1,18 @@
 """Rows that two tokenizers read: texts, answers, and what the two vocabularies have in common."""
 
+import unicodedata
 from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from kdlib.data.batches import runs
+from kdlib.data.batches import Prepared, learned, marked, runs, spans_of
 from kdlib.data.qa_rows import Encoded
 from kdlib.errors import ModelError
 from kdlib.losses.signals import Vocabularies
@@ -73,6 +75,60 @@ def within(known: Vocabularies, student_rows: int, teacher_rows: int) -> Vocabul
         )
     shared, cut = known.shared[: rows[0]], known.pieces[:larger]
     return Vocabularies(*rows, shared.where(shared < rows[1], -1), cut.where(cut < smaller, -1))
+
+
+CLASSES = ("latin letters", "other scripts", "digits", "punctuation", "white space", "special")
+
+
+def class_of(piece: bytes | None) -> str:
+    """Which of `CLASSES` a token is of, by its bytes; part of a character is of another script."""
+    if piece is None:
+        return "special"
+    if not piece.strip():
+        return "white space"
+    text = piece.decode(errors="ignore").strip()
+    letters = [each for each in text if each.isalpha()]
+    if letters or not text:
+        is_latin = letters and all(unicodedata.name(each, "").startswith("LATIN") for each in letters)
+        return "latin letters" if is_latin else "other scripts"
+    return "digits" if any(map(str.isnumeric, text)) else "punctuation"
+
+
+def coverage(prepared: Prepared, tokenizer: Tokenizer, rows: int = 2000) -> pd.DataFrame:
+    """What of the student's learned tokens the teacher says in one token too, by class of token.
+
+    Args:
+        tokenizer: the student's.
+        rows: of train, spread over all.
+
+    Returns:
+        A row for each class, and "all"; `tokens` and `bytes` that are learned, and of each the share in spans
+        of one token on both sides, `one_to_one` and `one_to_one_bytes`; `in_spans`, the share of tokens in
+        any span; `shared`, the share of the vocabulary's tokens of this class that the teacher's has.
+    """
+    every, found = token_bytes(tokenizer), []
+    for number in np.unique(np.linspace(0, len(prepared.train) - 1, rows).astype(int)).tolist():
+        row = prepared.train[number]
+        ids, spans = np.array(row["input_ids"]), spans_of([row], len(row["input_ids"]), 0)
+        firsts, sizes, single = (
+            spans["starts"] + 1,
+            spans["sizes"],
+            spans["sizes"] * spans["teacher_sizes"] == 1,
+        )
+        inside = marked(firsts, sizes, len(ids)), marked(firsts[single], sizes[single], len(ids))
+        found.append(np.vstack([ids, *inside])[:, learned([row], len(ids))[0]])
+    ids, in_spans, one_to_one = np.hstack(found)
+    of_tokens = pd.DataFrame({"class": map(class_of, every), "bytes": [len(each or b"") for each in every]})
+    of_tokens["shared"] = of_tokens.index.isin(np.flatnonzero(prepared.vocabularies.shared >= 0))
+    seen = of_tokens.iloc[ids].assign(tokens=1, in_spans=in_spans, one_to_one=one_to_one)
+    seen["one_to_one_bytes"] = seen["bytes"] * seen["one_to_one"]
+    everything = pd.concat([seen, seen.assign(**{"class": "all"})]).groupby("class")
+    counted = everything[["tokens", "bytes"]].sum()
+    counted[["one_to_one", "in_spans"]] = everything[["one_to_one", "in_spans"]].mean()
+    counted["one_to_one_bytes"] = everything["one_to_one_bytes"].sum() / counted["bytes"]
+    counted["shared"] = of_tokens.groupby("class")["shared"].mean()
+    counted.loc["all", "shared"] = of_tokens["shared"].mean()
+    return counted.reindex([each for each in (*CLASSES, "all") if each in counted.index])
 
 
 def limits(teacher: Tokenizer, length: int) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from kdlib.losses.signals import kept
 from kdlib.metrics.classification import Answers
 from kdlib.metrics.multiple_choice import probabilities, right_choices
 from kdlib.metrics.paired import results_of, worst_rows
+from kdlib.models.student import teacher_tokenizer_of
 from kdlib.models.teacher import LiveTeacher
 from kdlib.tasks.base import register, spread, within_heads
 from kdlib.tasks.language_modeling import LanguageModeling
@@ -46,7 +47,9 @@ class QuestionAnswering(LanguageModeling):
     compared_data = {"validation": 0.99}  # nearly all: questions to train on have no choices to be scored
 
     def prepare(self, config: Config, tokenizer: Tokenizer, *, new_head: bool = False) -> Prepared:
-        prepared = within_heads(config, qa.prepare(config.data, tokenizer, seed=config.seed), tokenizer, None)
+        teacher = teacher_tokenizer_of(config)
+        prepared = qa.prepare(config.data, tokenizer, seed=config.seed, teacher=teacher)
+        prepared = within_heads(config, prepared, tokenizer, teacher)
         metric = config.training["metric_for_best_model"].removeprefix("eval_")
         if metric == "choice_accuracy" and not prepared.choices:
             raise ConfigError(

@@ -189,20 +189,14 @@ def agreed(student: Answer, teacher: Answer) -> Pair:
     shared = shared[(shared >= -len(before)) & (shared <= len(after))]
     if len(shared) < 2:
         return apart(student.input_ids, teacher.input_ids)
-    edges = [each.edges - each.start - shared[0] for each in both]
-    (ours, first, last), (theirs, their_first, their_last) = (
-        (
-            each.input_ids,
-            int(np.searchsorted(at, 0)),
-            int(np.searchsorted(at, shared[-1] - shared[0], "right")) - 1,
-        )
-        for each, at in zip(both, edges, strict=True)
-    )
-    found = spans(edges[0][first + 1 : last + 1], edges[1][their_first + 1 : their_last + 1])
-    middle = Pair(ours[first:last], theirs[their_first:their_last], edges_of(found))
-    return joined(
-        [apart(ours[:first], theirs[:their_first]), middle, apart(ours[last:], theirs[their_last:])]
-    )
+    parts, ends = [], []
+    for each in both:
+        at = each.edges - each.start
+        first, last = np.searchsorted(at, shared[0]), np.searchsorted(at, shared[-1], "right") - 1
+        parts.append((each.input_ids[:first], each.input_ids[first:last], each.input_ids[last:]))
+        ends.append(at[first + 1 : last + 1] - shared[0])
+    befores, middles, afters = zip(*parts, strict=True)
+    return joined([apart(*befores), Pair(*middles, edges_of(spans(*ends))), apart(*afters)])
 
 
 class PairReader:
