@@ -24,9 +24,10 @@ from kdlib.data import text
 from kdlib.data.batches import Prepared
 from kdlib.errors import ConfigError, KdlibError
 from kdlib.hardware import precision_of
+from kdlib.losses.alignment import SPANS, TeacherSignal, said_of, unit_of
 from kdlib.losses.features import LayerPairs
 from kdlib.losses.objective import EVAL_TERMS, Objective, ObjectiveAt, row_sums
-from kdlib.losses.signals import Kept, Signal, kept
+from kdlib.losses.signals import Kept, Signal, kept, moved
 from kdlib.models.heads import head_form
 from kdlib.models.loading import device_of, load_config, parameters, ranks_of
 from kdlib.models.student import outline, own_config, own_tokenizer, tokenizer_of
@@ -131,20 +132,21 @@ class FirstBatch:
 
     tokens: Kept
     student: Signal
-    teacher: Signal
+    teacher: TeacherSignal
     rows: int
 
     def means(self, at: ObjectiveAt) -> dict[str, float]:
-        """{term of the objective: unweighted nats per token}."""
+        """{term of the objective: unweighted nats per token, or per span}."""
         of, ce = (self.student, self.teacher, self.tokens.targets, self.tokens.rows), EVAL_TERMS["ce"]
         sums = row_sums(*of, row_count=self.rows, at=at, terms={"ce": ce}, chunk=CHUNK)
-        return {name: float(sums[name].sum()) / max(len(self.tokens.targets), 1) for name in at.weights}
+        found, spans = {name: float(each.sum()) for name, each in sums.items()}, SPANS in sums
+        return {name: found[name] / max(found[unit_of(name, spans=spans)], 1.0) for name in at.weights}
 
     def teacher_logits(self) -> Iterator[Tensor]:
         """[n, V] of each chunk, in float32."""
-        for start in range(0, len(self.teacher), CHUNK):
+        for start in range(0, len(said := said_of(self.teacher)), CHUNK):
             with torch.no_grad():
-                yield self.teacher.logits(slice(start, start + CHUNK)).float()
+                yield said.logits(slice(start, start + CHUNK)).float()
 
 
 class Context:
@@ -288,9 +290,8 @@ class Context:
         """The first rows, no more than `TOKENS` tokens, through both models."""
         prepared, student = self.prepared, self.student
         rows = prepared.train.select(range(min(self.args.train_batch_size, len(prepared.train)))).to_list()
-        counts = accumulate(len(row["input_ids"]) for row in rows)
-        rows = rows[: max(sum(count <= TOKENS for count in counts), 1)]
-        batch = {name: values.to(student.device) for name, values in prepared.collate(rows).items()}
+        rows = rows[: max(sum(n <= TOKENS for n in accumulate(len(row["input_ids"]) for row in rows)), 1)]
+        batch = moved(prepared.collate(rows), student.device)
         tokens, every = kept(batch["labels"]), ObjectiveAt(dict.fromkeys(self.active, 1.0), {})
         ours, theirs = insides(every, self.pairs, student)
         with torch.no_grad():

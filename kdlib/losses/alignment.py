@@ -98,6 +98,11 @@ class SpanSignal:
 TeacherSignal = Signal | SpanSignal
 
 
+def said_of(teacher: TeacherSignal) -> Signal:
+    """What it said of its own tokens."""
+    return teacher.said if isinstance(teacher, SpanSignal) else teacher
+
+
 def spans_in(batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The fields of a batch's Alignment, and of the teacher's Kept; where it lies on the CPU, as collated."""
     found, tokens = batch[SPANS], kept(batch["labels"])

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from kdlib.config.sections import TeacherConfig
 from kdlib.data.batches import Prepared
+from kdlib.losses.alignment import said_of
 from kdlib.losses.signals import kept
 from kdlib.models.loading import parameters
 from kdlib.models.teacher import LiveTeacher
@@ -43,10 +44,10 @@ def of_shapes(models: Mapping[str, LiveTeacher | None], prepared: Prepared, unit
     tokens, columns = kept(batch["labels"]), {}
     at_once = f"all logits at once: {'classes' if unit == 'row' else 'no plain head'}"
     for name, model in ((name, model) for name, model in models.items() if model):
-        signal, settings = model(batch, tokens), model.model.config.get_text_config()
+        signal, settings = said_of(model(batch, tokens)), model.model.config.get_text_config()
         columns[name] = {
             "input_ids [B, T]": list(batch[f"{model.reads}input_ids"].shape),
-            f"kept {unit}s N": len(tokens.targets),
+            f"kept {unit}s N": len(signal),
             "layers, hidden size": f"{settings.num_hidden_layers}, {settings.hidden_size}",
             "logits [N, V]": [len(signal), signal.logits(slice(0, 1)).shape[-1]],
             "head": "applied in chunks" if model.form else at_once,
