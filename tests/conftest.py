@@ -155,6 +155,13 @@ def narrow_student(teacher_folder: Path, folder: Path) -> str:
     return str(folder)
 
 
+def other_tokens(folder: Path, size: int = 280) -> str:
+    """A student of its own with other tokens than the tiny teacher's, written to the folder."""
+    tiny_model(size, layers=2, seed=5).save_pretrained(folder)
+    tiny_tokenizer(sentences(200, seed=9), size).save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture
 def predictions():
     """Of a tiny teacher, student and baseline, on 40 tokens."""

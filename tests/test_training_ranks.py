@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import narrow_student, tiny_experiment
+from conftest import narrow_student, other_tokens, tiny_experiment
 from fsdp_on_cpu import begin_from
 from safetensors.torch import load_file
 from tiny_training import comparable, train_file
@@ -25,7 +25,8 @@ EVALUATED = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 3}
 WEIGHTS = {"kd": 0.5, "ce": 0.2, "relational": 0.1}
 PHASES = [{"until": 0.5, "weights": {"hidden": 0.3}}, {"until": 1.0, "weights": {"hidden": 0.0}}]
 SAVED = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "optim_args": "momentum=0.9"}
-# what is changed in the tiny experiment; where it is `own`, the student has other sizes and an untied head
+# what is changed in the tiny experiment; where it is `own`, the student has other sizes and an untied head;
+# where it has `tokens`, a tokenizer of its own
 CASES = {
     "tied": {"training": EVALUATED},
     "projections": {
@@ -38,6 +39,11 @@ CASES = {
         "loss": {"weights": WEIGHTS},
         "training": {"max_steps": 4, "eval_strategy": "no"},
     },
+    "spans": {
+        "tokens": True,
+        "loss": {"weights": {"span_kl": 0.5, "projected_kl": 0.2, "alm": 0.3, "ce": 0.2, "hidden": 0.1}},
+        "training": EVALUATED,
+    },
     "sharded": {"training": {**EVALUATED, **SAVED, "max_grad_norm": 0.5}},
     "sharded, accumulated": {
         "own": True,
@@ -48,16 +54,18 @@ CASES = {
 pytestmark = pytest.mark.together
 
 
-def settings_of(case: str, plain: dict, narrow: str, ranks: int) -> dict:
+def settings_of(case: str, plain: dict, narrow: str, other: str, ranks: int) -> dict:
     """The experiment of a case for so many ranks, with as many rows in a step; shared where it says so."""
-    own, changes = CASES[case].get("own"), {k: v for k, v in CASES[case].items() if k != "own"}
+    students = {"own": {"from": narrow}, "tokens": {"from": other}}
+    changes = {key: value for key, value in CASES[case].items() if key not in students}
+    student = next((students[key] for key in CASES[case] if key in students), plain["student"])
     # rows of many lengths
     raw = {**plain, **changes, "data": {**plain["data"], "packing": False, "max_length": 24}}
     steps = 2 if "accumulated" in case else 1
     size = {"per_device_train_batch_size": 8 // ranks // steps, "gradient_accumulation_steps": steps}
     training = {**plain["training"], **SGD, **changes["training"], **size, "fsdp": case.startswith("sharded")}
     training["fsdp"] &= ranks > 1
-    return {**raw, "student": {"from": narrow} if own else plain["student"], "training": training}
+    return {**raw, "student": student, "training": training}
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +75,12 @@ def ranked(teacher_folder, tmp_path_factory) -> Path:
     """
     folder = tmp_path_factory.mktemp("ranks")
     plain, narrow = tiny_experiment(teacher_folder, folder), narrow_student(teacher_folder, folder / "narrow")
+    other = other_tokens(folder / "other")
     words = [folder / "sharded.json"]
     for case in CASES:
         (folder / case).mkdir()
         for name, ranks in {"one": 1, "two": 2}.items():
-            settings = settings_of(case, plain, narrow, ranks)
+            settings = settings_of(case, plain, narrow, other, ranks)
             (folder / case / f"{name}.yaml").write_text(yaml.safe_dump(settings))
         train_file(folder / case / "one", folder / case / "one.yaml")
         words += [folder / case / "two", folder / case / "two.yaml"]

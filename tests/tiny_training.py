@@ -10,7 +10,7 @@ import torch
 from made_log import read_metrics
 
 from kdlib.config import run as config
-from kdlib.models.loading import load_tokenizer
+from kdlib.models.student import tokenizer_of
 from kdlib.runs.files import StudentFolder
 from kdlib.tasks import base as tasks
 from kdlib.training import run as training
@@ -18,7 +18,7 @@ from kdlib.training import run as training
 
 def pieces(settings, *, dtype=torch.float32, layers=(0, 3)):
     """Everything that `train` needs, freshly made and the same each time."""
-    tokenizer = load_tokenizer(settings.teacher.model)
+    tokenizer = tokenizer_of(settings)
     prepared = tasks.prepare(settings, tokenizer)
     student = tasks.untrained_student(settings, prepared, layers).to(dtype)
     return {

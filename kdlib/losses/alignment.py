@@ -31,6 +31,15 @@ class Counts(NamedTuple):
     spans: Tensor | int
     single: Tensor | int  # spans of one token on both sides
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """As they are logged."""
+        return {
+            "kept_tokens": float(self.tokens),
+            "spans": float(self.spans),
+            "single_spans": float(self.single),
+        }
+
 
 def unit_of(term: str, *, spans: bool) -> str:
     """What a term has a value for: each of the "tokens", the "spans", or the "single" ones.

@@ -143,8 +143,10 @@ class DistillationTrainer(GuardedTrainer):
         # accelerate wraps the model's forward only; the heads' products happen here
         with self.accelerator.autocast():
             tokens, student, teacher = self.signals(model, inputs, at, with_teacher=at.needs_teacher)
-            count = Counts(num_items_in_batch, *self.span_counts) if self.span_counts else num_items_in_batch
-            book = ledger(student, teacher, tokens.targets, at=at, count=count, workspace=self.workspace)
+            self.count = (
+                Counts(num_items_in_batch, *self.span_counts) if self.span_counts else num_items_in_batch
+            )
+            book = ledger(student, teacher, tokens.targets, at=at, count=self.count, workspace=self.workspace)
         self.window.add(book, step)
         self.guard.end(book.total, num_items_in_batch)
         self.tokens += len(tokens.targets)
@@ -217,6 +219,7 @@ class DistillationTrainer(GuardedTrainer):
             **{f"{name}_weight": weight for name, (_, weight) in figures.items()},
             **{name: schedule(done) for name, schedule in self.objective.temperature_schedules.items()},
             f"{self.counted}_per_s": tokens / max(self.throughput.drain(), 1e-9),
+            **(self.count.figures if isinstance(self.count, Counts) else {}),
             "memory_gib": memory_gib(self.args.device),
         }
 
