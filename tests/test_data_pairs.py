@@ -4,13 +4,14 @@ from itertools import chain, pairwise
 
 import numpy as np
 import pytest
-from made_tokenizers import byte_level, texts
+from made_tokenizers import byte_level, texts, without
 from tokenizers.processors import TemplateProcessing
 
 from kdlib.config.sections import DataConfig
 from kdlib.data.batches import collate
 from kdlib.data.pairs import class_of, coverage
 from kdlib.data.text import prepare, units_of_tokens
+from kdlib.errors import DataError
 from kdlib.losses.signals import IGNORED, kept
 from kdlib.models.loading import load_tokenizer
 from kdlib.tokens.spans import joined, matched
@@ -265,3 +266,10 @@ def test_coverage_counts_learned_tokens_by_class(source, student, teacher):
 )
 def test_a_token_is_of_a_class(piece, expected):
     assert class_of(piece) == expected
+
+
+def test_texts_that_none_of_both_gives_back_leave_nothing_to_predict(tmp_path, student, teacher):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": f"the teacher {n}"}) + "\n" for n in range(20)))
+    with pytest.raises(DataError, match="without 18 that one of both .*: name another teacher"):
+        prepared(path, student, without(teacher, "e"), validation=0.1)

@@ -110,11 +110,8 @@ def coverage(prepared: Prepared, tokenizer: Tokenizer, rows: int = 2000) -> pd.D
     for number in np.unique(np.linspace(0, len(prepared.train) - 1, rows).astype(int)).tolist():
         row = prepared.train[number]
         ids, spans = np.array(row["input_ids"]), spans_of([row], len(row["input_ids"]), 0)
-        firsts, sizes, single = (
-            spans["starts"] + 1,
-            spans["sizes"],
-            spans["sizes"] * spans["teacher_sizes"] == 1,
-        )
+        firsts, sizes = spans["starts"] + 1, spans["sizes"]
+        single = sizes * spans["teacher_sizes"] == 1
         inside = marked(firsts, sizes, len(ids)), marked(firsts[single], sizes[single], len(ids))
         found.append(np.vstack([ids, *inside])[:, learned([row], len(ids))[0]])
     ids, in_spans, one_to_one = np.hstack(found)

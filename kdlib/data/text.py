@@ -61,20 +61,23 @@ def prepare(
     how = "the source's own" if own else f"by document{grouped}"
     notes: dict[str, Any] = {"source": config.source, "split": how, "duplicate_documents_left_out": repeated}
     rows, numbered, sides = {}, 0, []
+    reader = PairReader(tokenizer, teacher) if teacher else None
     for name, limit in (("train", config.max_train_rows), ("validation", config.max_eval_rows)):
         groups = group_values(config, split[name], name)
         sides.append(set(groups or ()))
         numbers = np.arange(len(split[name])) if groups is None else np.unique(groups, return_inverse=True)[1]
         numbered, numbers = numbered + int(numbers.max(initial=0)) + 1, numbers + numbered
-        blocks, found = _blocks(split[name], config, tokenizer, teacher, numbers)
+        blocks, found = _blocks(split[name], config, tokenizer, reader, numbers)
         notes |= {f"{name}_{what}": figure for what, figure in found.items()}
         if len(blocks) == 0:
             fault = "are all shorter than two tokens, so there is nothing to predict"
-            if left_out := found.get("documents_not_aligned"):
-                fault = f"have nothing to predict; {left_out} of them are not read alike by both tokenizers"
-            elif tokens := found["tokens"]:
+            if tokens := found["tokens"]:
                 fault = f"have {tokens} tokens together, fewer than one block of data.max_length={length}"
                 fault += "; lower max_length, or give more text"
+            if lost := found.get("documents_not_aligned"):
+                fault += (
+                    f"; without {lost} that one of both tokenizers does not give back: name another teacher"
+                )
             raise DataError(f"{config.source}: the {len(split[name])} {name} documents {fault}")
         if limit is not None and limit < len(blocks):  # a sample over all documents, not the first of them
             compared = name == "validation"  # of as many documents as there can be
@@ -102,7 +105,7 @@ def _blocks(
     documents: Dataset,
     config: DataConfig,
     tokenizer: Tokenizer,
-    teacher: Tokenizer | None,
+    reader: PairReader | None,
     numbers: np.ndarray,
 ) -> tuple[Dataset, dict[str, Any]]:
     """Rows of documents, packed or one of each; and what was left out.
@@ -110,8 +113,8 @@ def _blocks(
     Unpacked, a document that is not cut ends as documents do when packed.
     """
     length, end, notes = config.max_length, ending(tokenizer), {}
-    if teacher:
-        reader, most = PairReader(tokenizer, teacher), pairs.limits(teacher, length)
+    if reader:
+        most = pairs.limits(reader.teacher, length)
         whole, notes = pairs.tokenized(documents, config.text, reader, numbers, most)
         blocks = pairs.cut(whole, most, is_packed=config.packing)
     else:
@@ -128,7 +131,7 @@ def _blocks(
                 features=ROWS,
             )
         )
-    lengths = (token_lists(whole).value_lengths().to_numpy() - (len(end) if teacher else 0)).tolist()
+    lengths = (token_lists(whole).value_lengths().to_numpy() - (len(end) if reader else 0)).tolist()
     if not config.packing:
         notes |= cut_off(lengths, length)
     short = len(documents) - len(whole) - notes.get("documents_not_aligned", 0)

@@ -28,6 +28,10 @@ class Reader:
         self.drops_bytes = family_of(tokenizer) == "ByteLevel"  # those that its vocabulary lacks
         self.named = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
 
+    def __reduce__(self) -> tuple:
+        """By its tokenizer alone: what `datasets` hashes, and hands to other processes."""
+        return Reader, (self.tokenizer,)
+
     def __call__(self, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray | None]]:
         """Of each text its token ids, without special ones around them, and where they end.
 
@@ -204,7 +208,7 @@ class PairReader:
 
     def __init__(self, tokenizer: Tokenizer, teacher: Tokenizer) -> None:
         """Raises a ModelError where a `Reader` does."""
-        both = (tokenizer, teacher)
+        self.teacher, both = teacher, (tokenizer, teacher)
         self.readers = [Reader(each) for each in both]
         self.first, self.last = (matched(*map(part, both)) for part in (beginning, ending))
 
