@@ -32,6 +32,12 @@ STATES = {  # of a token: its colour in a page and in a terminal, and what that 
     "context": ("#eeeeee", "\x1b[2m", "read, not learned"),
     "padding": ("#ffffff", "\x1b[2;9m", "not even read"),
 }
+STRETCHES = {  # of a row that two tokenizers cut: likewise
+    "single": ("rgba(86,180,233,.3)", "\x1b[30;46m", "one token on both sides"),
+    "several": ("rgba(230,159,0,.3)", "\x1b[30;43m", "the same bytes in other tokens"),
+    "apart": ("rgba(128,128,128,.12)", "\x1b[2m", "not compared"),
+}
+COLUMNS = 100  # of a terminal
 CLASSES = 8  # of a row, the likeliest; the others in one line
 
 
@@ -193,12 +199,17 @@ class TokenView:
     def __str__(self) -> str:
         lines = [visible(text) + "\x1b[0m" + "\n" * text.count("\n") for text in self.texts]
         coloured = "".join(STATES[state][1] + line for state, line in zip(self.states, lines, strict=True))
-        return f"{coloured}\n" + "; ".join(f"{STATES[s][1]}{words}\x1b[0m" for s, words in self._legend())
+        return f"{coloured}\n{_coloured(STATES, self._legend())}"
 
     def _legend(self) -> list[tuple[str, str]]:
         """[(state, `learned: 127 (predicted, and counted in the loss)`)] of the states that occur."""
         counts = Counter(self.states)
         return [(s, f"{s}: {counts[s]} ({meaning})") for s, (*_, meaning) in STATES.items() if counts[s]]
+
+
+def _coloured(states: Mapping[str, Sequence[str]], legend: Sequence[tuple[str, str]]) -> str:
+    """A legend in a terminal."""
+    return "; ".join(f"{states[state][1]}{words}\x1b[0m" for state, words in legend)
 
 
 def token_view(
@@ -207,6 +218,37 @@ def token_view(
     """A row's tokens as text, and what becomes of each: whether it is learned, or at least read."""
     states = np.where(learned, "learned", np.where(read, "context", "padding")).tolist()
     return TokenView([decode([token]) for token in ids], states)
+
+
+@dataclass(frozen=True)
+class SpanView:
+    """A row as student and teacher cut it, in stretches of the same bytes; coloured, if in a terminal."""
+
+    stretches: Sequence[tuple[str, Sequence[str], Sequence[str]]]  # one of STRETCHES, both sides' tokens
+
+    def _repr_html_(self) -> str:
+        parts = {"stretches": self.stretches, "states": STRETCHES, "legend": self._legend()}
+        return _filled("span_view.html.j2", "tokens", **parts)
+
+    def __str__(self) -> str:
+        """Two lines for each line of text, the student's tokens above the teacher's."""
+        made, lines, width = [], ["", ""], 0
+        for state, *sides in self.stretches:
+            cuts = ["|".join(map(visible, side)) if side else "" for side in sides]
+            longest = max(map(len, cuts))
+            if lines[0] and width + longest >= COLUMNS:
+                made, lines, width = [*made, *lines, ""], ["", ""], 0
+            ink = STRETCHES[state][1]
+            lines = [f"{line}{ink}{cut:{longest}}\x1b[0m " for line, cut in zip(lines, cuts, strict=True)]
+            width += longest + 1
+            if "\n" in "".join(sides[0]):
+                made, lines, width = [*made, *lines, ""], ["", ""], 0
+        return "\n".join([*made, *lines, _coloured(STRETCHES, self._legend())])
+
+    def _legend(self) -> list[tuple[str, str]]:
+        """[(state, `one token on both sides: 61`)] of the kinds of stretches that occur."""
+        counts = Counter(state for state, *_ in self.stretches)
+        return [(s, f"{meaning}: {counts[s]}") for s, (*_, meaning) in STRETCHES.items() if counts[s]]
 
 
 @dataclass(frozen=True)

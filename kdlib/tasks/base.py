@@ -137,7 +137,7 @@ class Task(ABC):
         """What both models choose among, to be read at the start of a run."""
 
     @abstractmethod
-    def example(self, prepared: Prepared, tokenizer: Tokenizer, teacher: LiveTeacher) -> Any:
+    def example(self, config: Config, prepared: Prepared, tokenizer: Tokenizer, teacher: LiveTeacher) -> Any:
         """The first training row and what is learned of it: shown in a notebook, printed in a terminal."""
 
     @abstractmethod

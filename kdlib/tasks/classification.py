@@ -114,7 +114,9 @@ class Classification(Task):
         rows = ", ".join(f"{label} {' / '.join(map(str, counts))}" for label, *counts in table.itertuples())
         return {"classes": f"{len(table)}, with their rows ({' / '.join(table)}): {rows}{own}"}
 
-    def example(self, prepared: Prepared, tokenizer: Tokenizer, teacher: LiveTeacher) -> RowView:
+    def example(
+        self, config: Config, prepared: Prepared, tokenizer: Tokenizer, teacher: LiveTeacher
+    ) -> RowView:
         """The row's class, and what the teacher says of it."""
         row, labels = prepared.train[0], prepared.labels
         said = _logits(teacher, prepared.first_rows()).float().softmax(-1)[0].tolist()

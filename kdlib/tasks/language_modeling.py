@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -17,15 +18,16 @@ from transformers import (
 from kdlib.config.run import Config
 from kdlib.config.task_rules import RULES
 from kdlib.data import text
-from kdlib.data.batches import Prepared, collate, random_ids, vocabulary_of
+from kdlib.data.batches import Prepared, collate, pairwise, random_ids, spans_of, vocabulary_of
 from kdlib.errors import ModelError
 from kdlib.losses.signals import IGNORED, kept
 from kdlib.models.loading import load_model
 from kdlib.models.student import Outline, sources, teacher_tokenizer_of, tokenizer_of
 from kdlib.models.teacher import LiveTeacher
-from kdlib.plots.tokens import TokenView, token_view
+from kdlib.plots.tokens import SpanView, TokenView, token_view
 from kdlib.tasks.base import Comparison, Sample, Task, register, spread, within_heads
 from kdlib.tasks.token_comparison import TokenComparison
+from kdlib.tokens.vocabulary import token_bytes
 
 TOKENS = 128  # looked at one by one: as many as one reads
 ROWS = 12  # where most of a row is given and little of it predicted
@@ -91,8 +93,12 @@ class LanguageModeling(Task):
         same = ", the same for both" if teacher else ""
         return {"vocabulary": f"{len(tokenizer):,} tokens{same}", **ends}
 
-    def example(self, prepared: Prepared, tokenizer: Tokenizer, teacher: LiveTeacher | None) -> TokenView:
-        """Token by token, coloured by what is learned."""
+    def example(
+        self, config: Config, prepared: Prepared, tokenizer: Tokenizer, teacher: LiveTeacher | None
+    ) -> TokenView | SpanView:
+        """Token by token, coloured by what is learned; as both cut it where the teacher reads otherwise."""
+        if (other := teacher_tokenizer_of(config)) is not None:
+            return SpanView(_stretches(prepared.train[0], tokenizer, other))
         batch = prepared.first_rows()
         ids, labels, read = (batch[name][0].tolist() for name in ("input_ids", "labels", "attention_mask"))
         return token_view(ids, [label != IGNORED for label in labels], read, tokenizer.decode)
@@ -142,6 +148,30 @@ def beginnings(rows: Sequence[Mapping[str, Sequence[int]]], tokens: int) -> list
         taken.append({**row, "input_ids": ids})
         tokens -= len(ids) - given
     return taken
+
+
+def _stretches(
+    row: Mapping[str, Any], student: Tokenizer, teacher: Tokenizer
+) -> list[tuple[str, list[str], list[str]]]:
+    """Of a row that two tokenizers cut each stretch: whether it is compared, and its tokens on both sides."""
+    ours, theirs = texts_of(row["input_ids"], student), texts_of(row["teacher_input_ids"], teacher)
+    spans = spans_of([row], len(ours), len(theirs))
+    single = (spans["sizes"] == 1) & (spans["teacher_sizes"] == 1)
+    kinds = dict(zip((spans["starts"] + 1).tolist(), np.where(single, "single", "several"), strict=True))
+    found, begins = [], (0, 0)
+    for ends in pairwise(row["spans"]):
+        (first, other), (last, other_last) = begins, ends
+        kind = str(kinds.get(first, "apart")) if first < last else "apart"
+        found.append((kind, ours[first:last], theirs[other:other_last]))
+        begins = ends
+    return found
+
+
+def texts_of(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    """What each token stands for; bytes that are no text are written out, special ones by their names."""
+    every, names = token_bytes(tokenizer), tokenizer.convert_ids_to_tokens(ids)
+    said = [(every[number], name) for number, name in zip(ids, names, strict=True)]
+    return [name if piece is None else piece.decode(errors="backslashreplace") for piece, name in said]
 
 
 register(LanguageModeling())

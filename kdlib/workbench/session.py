@@ -168,7 +168,7 @@ class Workbench:
 
     def example(self) -> Any:
         """The first training row and what is learned of it, as the task shows it."""
-        return self.task.example(self.prepared, self.tokenizer, self.teacher)
+        return self.task.example(self.config, self.prepared, self.tokenizer, self.teacher)
 
     @property
     def trial(self) -> StudentFolder:
