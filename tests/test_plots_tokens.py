@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 from conftest import sentences, tiny_tokenizer
@@ -9,6 +11,7 @@ from kdlib.plots.softening import (
     Predictions,
 )
 from kdlib.plots.tokens import (
+    SpanView,
     candidate_bars,
     hardest,
     heat_map,
@@ -121,3 +124,31 @@ def test_the_legend_counts_what_occurs():
     assert f"learned: {view(0).states.count('learned')} (" in str(view(0))
     assert f"padding: {view(0).states.count('padding')} (" in str(view(0))
     assert "\x1b[" in str(view(0))
+
+
+SPANS = [
+    ("apart", [], ["<s>"]),
+    ("single", ["<script>alert(1)</script>"], ["$x^2$"]),
+    ("several", ["1", "2\n"], ["12\n"]),
+    ("single", [" and"], [" and"]),
+]
+
+
+def test_a_text_that_two_tokenizers_cut_is_shown_span_by_span_and_stays_text():
+    html = SpanView(SPANS)._repr_html_()
+    page = Page(html)
+    assert "script" not in page.tags
+    assert all(text in page.code for text in ("<script>alert(1)</script>", "$x^2$", "12⏎", "<s>"))
+    assert "$" not in html.replace("$x^2$", "", page.code.count("$x^2$"))
+    for words in ("one token on both sides: 2", "the same bytes in other tokens: 1", "not compared: 1"):
+        assert words in html
+
+
+def test_in_a_terminal_the_students_tokens_stand_above_the_teachers():
+    plain = re.sub(r"\x1b\[[\d;]*m", "", str(SpanView(SPANS))).splitlines()
+    assert plain[0].split() == ["<script>alert(1)</script>", "1|2⏎"]
+    assert plain[1].split() == ["<s>", "$x^2$", "12⏎"]
+    assert plain[0].index("1|2") == plain[1].index("12")
+    assert plain[3].split() == plain[4].split() == ["·and"]
+    wide = re.sub(r"\x1b\[[\d;]*m", "", str(SpanView(SPANS[3:] * 60))).splitlines()
+    assert max(map(len, wide)) <= 101

@@ -10,10 +10,13 @@ from collections import Counter
 import torch
 from datasets import Dataset
 
+from kdlib.config.loss import SPAN_TERMS
 from kdlib.data.batches import calibration_rows, reads_of
+from kdlib.data.pairs import coverage
 from kdlib.data.text import tokenized
 from kdlib.diagnostics.context import Context, Findings, Unavailable, critical, note, warning
 from kdlib.errors import ModelError
+from kdlib.losses.alignment import unit_of
 from kdlib.losses.signals import kept
 from kdlib.metrics.bootstrap import FEW_UNITS
 from kdlib.models.classifier import class_order, named_classes
@@ -26,6 +29,7 @@ FEW_ROWS, FEW_TOKENS = 10, 1000  # of text, held out
 FEW_HELD_OUT = 100  # rows that are classified, or questions
 SAMPLE = 200  # documents by which another column is judged
 LOOKED_AT, AT_ONCE = 128, 16  # training rows that a classifying teacher is asked about
+HARDLY, SOME = 0.1, 20  # a share of a class of tokens; as many that it matters
 FEWEST = 8  # rows, below which an accuracy tells nothing
 CONFLICTING = 0.01  # of the texts
 RARE, FEW_TRAINED = 0.01, 10  # of a class: a share of the training rows, and rows
@@ -73,6 +77,23 @@ def documents_are_not_cut(context: Context) -> Findings:
             found_as, why = note, "what is cut off is not read: does the beginning of a text tell its class?"
         yield found_as(
             "data.max_length", found, why, "raise max_length" + ", or set packing: true" * can_pack
+        )
+
+
+def tokens_have_a_term(context: Context) -> Findings:
+    """Where two tokenizers cut a class of tokens otherwise, a term over spans of one token never sees it."""
+    serving = [name for name in SPAN_TERMS if unit_of(name, spans=True) == "spans"]
+    if "span_kl" not in context.active or context.active.keys() & {*serving}:
+        return
+    table = coverage(context.prepared, context.tokenizer).drop("all")
+    for name, found in table[(table["tokens"] >= SOME) & (table["one_to_one"] < HARDLY)].iterrows():
+        share = f"{found['one_to_one']:.0%} of the {found['tokens']:,.0f} tokens looked at"
+        yield warning(
+            "loss.weights",
+            f"of {name} {share} are one token for student and teacher",
+            "span_kl compares such tokens alone, so of the others nothing is learned from the teacher",
+            f"weight {' or '.join(serving)} beside it, which compare every span; or take a tokenizer that "
+            f"cuts {name} as the teacher's does",
         )
 
 

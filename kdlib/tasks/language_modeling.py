@@ -19,6 +19,7 @@ from kdlib.config.run import Config
 from kdlib.config.task_rules import RULES
 from kdlib.data import text
 from kdlib.data.batches import Prepared, collate, pairwise, random_ids, spans_of, vocabulary_of
+from kdlib.data.pairs import coverage
 from kdlib.errors import ModelError
 from kdlib.losses.signals import IGNORED, kept
 from kdlib.models.loading import load_model
@@ -44,6 +45,7 @@ class LanguageModeling(Task):
     checks = (
         "documents_have_something_to_predict",
         "documents_are_not_cut",
+        "tokens_have_a_term",
         "documents_came_once",
         "held_out_groups_are_new",
         "enough_is_held_out",
@@ -90,6 +92,8 @@ class LanguageModeling(Task):
     def facts(self, prepared: Prepared, tokenizer: Tokenizer, teacher: LiveTeacher | None) -> dict[str, str]:
         end = prepared.notes.get("each_document_ends_with")
         ends = {"end of a text": f"{end}, learned where a text is not cut"} if end else {}
+        if prepared.vocabularies is not None:
+            return {**_of_both(prepared, tokenizer), **ends}
         same = ", the same for both" if teacher else ""
         return {"vocabulary": f"{len(tokenizer):,} tokens{same}", **ends}
 
@@ -148,6 +152,21 @@ def beginnings(rows: Sequence[Mapping[str, Sequence[int]]], tokens: int) -> list
         taken.append({**row, "input_ids": ids})
         tokens -= len(ids) - given
     return taken
+
+
+def _of_both(prepared: Prepared, tokenizer: Tokenizer) -> dict[str, str]:
+    """What of two vocabularies, and of the text, student and teacher say in the same tokens."""
+    known, table = prepared.vocabularies, coverage(prepared, tokenizer)
+    shared, size, whole = int((known.shared >= 0).sum()), known.student_size, table.loc["all"]
+    sizes = f"{size:,} tokens, the teacher's {known.teacher_size:,}"
+    classes = ", ".join(f"{name} {share:.0%}" for name, share in table["one_to_one"].drop("all").items())
+    lost = sum(prepared.notes.get(f"{part}_documents_not_aligned", 0) for part in ("train", "validation"))
+    return {
+        "vocabularies": f"{sizes}; {shared:,} are of both, {shared / size:.0%} of the student's",
+        "one token of both": f"{whole['one_to_one']:.0%} of what is learned ({classes})",
+        "spans of both": f"{whole['in_spans']:.1%} of what is learned",
+        **({"read by one alone": f"{lost} documents, left out"} if lost else {}),
+    }
 
 
 def _stretches(

@@ -40,6 +40,7 @@ class QuestionAnswering(LanguageModeling):
     rules = RULES["question-answering"]
     checks = (
         "documents_are_not_cut",
+        "tokens_have_a_term",
         "documents_came_once",
         "held_out_groups_are_new",
         "enough_rows_are_held_out",
