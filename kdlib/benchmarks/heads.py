@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdlib.config.loss import SPAN_TERMS
+from kdlib.losses.alignment import Alignment, SpanSignal, TeacherSignal
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.objective import Objective, ObjectiveAt, ledger
-from kdlib.losses.signals import IGNORED, DenseSignal, LinearSignal
+from kdlib.losses.signals import IGNORED, DenseSignal, Kept, LinearSignal, Signal, Vocabularies
 from kdlib.losses.terms import log_probs
 from kdlib.schedulers import constant
 
@@ -35,9 +37,15 @@ class Problem:
     targets: Tensor  # [N]
     labels: Tensor  # [N]; the targets, IGNORED where a token is masked
     kept: Tensor = field(init=False)  # [kept] positions of the tokens that are not
+    renamed: Tensor = field(init=False)  # [V] the teacher's id of each token, where it has other ids
+    vocabularies: Vocabularies = field(init=False)  # these, but for a tenth that only one side has
 
     def __post_init__(self) -> None:
         self.kept = (self.labels != IGNORED).nonzero().squeeze(-1)
+        size = len(self.head)
+        self.renamed = torch.randperm(size, generator=torch.Generator().manual_seed(0)).to(self.head.device)
+        shared = self.renamed.index_fill(0, torch.arange(0, size, 10, device=self.head.device), -1)
+        self.vocabularies = Vocabularies(size, size, shared, self.renamed.argsort())
 
     def backward(self, loss: Tensor) -> Tensor:
         """Fresh gradients, as after `optimizer.zero_grad()`."""
@@ -89,14 +97,24 @@ class Case:
     ce: bool = True
     masked: bool = False  # only the tokens of `kept` count
     top_k: bool = False
+    term: str = "kd"  # or one of a teacher with other tokens
     # its forward KL is the cross-entropy with the teacher: the teacher's entropy more
     adds_entropy: bool = False
 
     def objective_at(self, setting: Setting) -> ObjectiveAt:
         """The objective that it computes."""
-        weights = {"kd": constant(KD), **({"ce": constant(CE)} if self.ce else {})}
+        weights = {self.term: constant(KD), **({"ce": constant(CE)} if self.ce else {})}
         top_k = setting.top_k if self.top_k else None
         return Objective(weights, constant(TEMPERATURE), self.divergence, top_k).at(0)
+
+    def beside(self, teacher: Signal, problem: Problem) -> TeacherSignal:
+        """What the teacher says; with other tokens, of spans of one token each."""
+        if self.term == "kd":
+            return teacher
+        numbers, none = torch.arange(len(teacher), device=teacher.device), problem.targets[:0]
+        lines = Alignment(numbers, numbers, numbers, numbers, numbers, none, none, none, [])
+        said = Kept(numbers, problem.renamed[problem.targets], numbers)
+        return SpanSignal(teacher, said, lines, problem.vocabularies)
 
 
 def kept_ledger(chunk: int, *, compiled: bool) -> Callable:
@@ -113,7 +131,8 @@ def ours(case: Case, problem: Problem, setting: Setting, *, compiled: bool = Tru
         if case.masked:
             rows = [tensor.index_select(0, problem.kept) for tensor in rows]
         student, teacher = LinearSignal(rows[0], problem.head), LinearSignal(rows[1], problem.teacher_head)
-        return problem.backward(evaluate(student, teacher, rows[2], at=at, count=len(rows[2])).total)
+        said = case.beside(teacher, problem)
+        return problem.backward(evaluate(student, said, rows[2], at=at, count=len(rows[2])).total)
 
     return step
 
@@ -166,6 +185,7 @@ OURS = {
     "ours_eager": Case(partial(ours, compiled=False)),
     "ours_top_k": Case(ours, top_k=True),
     "ours_half_masked": Case(ours, masked=True),
+    **{f"ours_{name}": Case(ours, term=name) for name in SPAN_TERMS},
     **{
         f"ours_{name}": Case(ours, divergence=name)
         for name in (
@@ -191,13 +211,13 @@ def agreement(case: Case, problem: Problem, setting: Setting) -> dict[str, float
     rows = exact.kept if case.masked else slice(None)
     for hidden, head in ((exact.hidden, exact.head), (exact.teacher_hidden, exact.teacher_head)):
         signals.append(DenseSignal(hidden[rows] @ head.T))
-    expected = ledger(
-        *signals, exact.targets[rows], at=case.objective_at(setting), count=len(signals[0])
-    ).total
+    student, teacher = signals
+    asked = {"at": case.objective_at(setting), "count": len(student)}
+    expected = ledger(student, case.beside(teacher, exact), exact.targets[rows], **asked).total
     exact.backward(expected)
     if case.adds_entropy:
-        teacher = log_probs(signals[1].logits(), TEMPERATURE)
-        expected = expected - KD * TEMPERATURE**2 * (teacher.exp() * teacher).sum(-1).mean()
+        logs = log_probs(teacher.logits(), TEMPERATURE)
+        expected = expected - KD * TEMPERATURE**2 * (logs.exp() * logs).sum(-1).mean()
     pairs = {
         "loss": (loss, expected),
         "grad_hidden": (problem.hidden.grad, exact.hidden.grad),

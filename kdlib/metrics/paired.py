@@ -85,7 +85,8 @@ def differences(
 ) -> list[dict[str, Any]]:
     """Each model's figures minus those of each before it, the teacher first, with intervals.
 
-    Two that have the same figures on every draw are one model twice, and differ by nothing for certain.
+    Of the measures that both have.  Two that have the same figures on every draw are one model twice, and
+    differ by nothing for certain.
 
     Args:
         figures: model → measure → its value, and its values on the same resampled items.
@@ -93,7 +94,8 @@ def differences(
     """
     found = []
     for b, a in combinations(figures, 2):
-        ours, theirs = figures[a], figures[b]
+        theirs = figures[b]
+        ours = {measure: pair for measure, pair in figures[a].items() if measure in theirs}
         is_same = all(np.allclose(ours[m][1], theirs[m][1], 1e-5, 1e-6, equal_nan=True) for m in ours)
         for m, (value, drawn) in ours.items():
             pair, within = (value - theirs[m][0], drawn - theirs[m][1]), _range(m).of_differences
