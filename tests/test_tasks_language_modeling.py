@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import sentences, tiny_model, tiny_tokenizer
+from conftest import other_tokens, sentences, tiny_experiment, tiny_model, tiny_tokenizer
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
@@ -15,8 +15,10 @@ from kdlib.data.batches import Prepared, collate
 from kdlib.data.text import bytes_of_tokens
 from kdlib.evaluation.compare import Candidate, measured
 from kdlib.models.depth import shallower
+from kdlib.models.loading import load_model
+from kdlib.models.student import tokenizer_of
 from kdlib.reports.run import render_comparison
-from kdlib.tasks.base import asked, spread, task_of
+from kdlib.tasks.base import asked, prepare, spread, task_of
 from kdlib.tasks.token_comparison import COLUMNS, TokenComparison, continuations
 
 
@@ -240,3 +242,41 @@ def test_prompts_of_several_lengths_are_continued_one_by_one(tokenizer):
     model, prompts = tiny_model().eval(), [[1], [4, 5, 6]]
     alone = [continuations(model, tokenizer, [prompt], 3)[0] for prompt in prompts]
     assert continuations(model, tokenizer, prompts, 3) == alone
+
+
+def test_models_of_two_tokenizers_are_measured_on_the_same_bytes(teacher_folder, tmp_path):
+    """By hand, row by row: the nats of each model's tokens over the bytes of the spans."""
+    raw = tiny_experiment(teacher_folder, tmp_path)
+    raw |= {"student": {"from": other_tokens(tmp_path / "student")}, "loss": {"weights": {"span_kl": 1.0}}}
+    raw["data"] |= {"packing": False, "max_length": 40}
+    config = parse(raw)
+    tokenizer = tokenizer_of(config)
+    made = prepare(config, tokenizer)
+    models = {
+        name: load_model(str(raw[name][key])) for name, key in (("teacher", "model"), ("student", "from"))
+    }
+    candidates = {name: Candidate(lambda model=model: model) for name, model in models.items()}
+    comparison = task_of(config).comparison(config, made, tokenizer, resamples=100)
+    found = measured(comparison, made, candidates, "student")["models"]
+    size, nats = 0, dict.fromkeys(models, 0.0)
+    for row in made.measured:
+        ids = {"student": row["input_ids"], "teacher": row["teacher_input_ids"]}
+        ends = np.array(row["spans"]).reshape(-1, 2)
+        firsts = np.vstack([[0, 0], ends[:-1]])
+        learned = (firsts > 0).all(1) & (ends > firsts).all(1)
+        for side, (name, tokens) in enumerate(ids.items()):
+            said = (
+                models[name](input_ids=torch.tensor([tokens]))
+                .logits[0, :, : [280, 300][side]]
+                .log_softmax(-1)
+            )
+            spans = zip(firsts[learned, side], ends[learned, side], strict=True)
+            places = [n for start, end in spans for n in range(start, end)]
+            nats[name] -= sum(float(said[n - 1, tokens[n]]) for n in places)
+            size += bytes_of_tokens(np.array(tokens)[places], tokenizer).sum() if name == "student" else 0
+    for name in models:
+        by_hand = nats[name] / math.log(2) / size
+        assert found[name]["bits_per_byte"]["value"] == pytest.approx(by_hand, rel=1e-5)
+    assert "perplexity" not in found["teacher"]
+    assert found["teacher"]["agreement"]["value"] == 1
+    assert len(comparison.samples["teacher"]) == config.compare.continuations

@@ -73,7 +73,7 @@ class TokenComparison(Comparison):
         tokenizer, prompts = self.tokenizer, self.prompts
         if name == "teacher" and self.teacher_tokenizer:
             tokenizer = self.teacher_tokenizer
-            prompts = [tokenizer(text)["input_ids"] for text in self.tokenizer.batch_decode(prompts)]
+            prompts = [tokenizer(self.tokenizer.decode(prompt))["input_ids"] for prompt in prompts]
         self.samples[name] = list(prompts and continuations(model, tokenizer, prompts, self.new_tokens))
 
     def results(self, student: str) -> dict[str, Any]:
@@ -122,7 +122,10 @@ class TokenComparison(Comparison):
         if isinstance(signal, SpanSignal):
             return self._of_spans(its_units, tokens, signal)
         teacher = signal if model is self.teacher else self.teacher and self.teacher(every, tokens)
-        rows = {"row_count": self.units, "terms": eval_terms(self.teacher)}
+        if isinstance(teacher, SpanSignal):  # of the same bytes
+            lines = teacher.alignment
+            its_units[lines.owner.cpu() == lines.spans] = self.units
+        rows = {"row_count": self.units + 1, "terms": eval_terms(self.teacher)}
         sums = row_sums(signal, teacher, tokens.targets, its_units.to(signal.device), **rows)
         return self._columns(sums, its_units, tokens.targets, self.tokenizer)
 
@@ -131,20 +134,20 @@ class TokenComparison(Comparison):
         lines, said = teacher.alignment, teacher.said
         spans = units.to(said.device)[lines.first]
         theirs = spans[lines.teacher_owner]
-        sums = row_sums(said, None, teacher.targets, theirs, row_count=self.units, terms=OF_ITSELF)
-        single = torch.bincount(spans[lines.single], minlength=self.units)
+        sums = row_sums(said, None, teacher.targets, theirs, row_count=self.units + 1, terms=OF_ITSELF)
+        single = torch.bincount(spans[lines.single], minlength=self.units + 1)
         sums |= {"single": single, "agreement": single}
         return self._columns(sums, theirs.cpu(), teacher.targets, self.teacher_tokenizer)
 
     def _columns(
         self, sums: Mapping[str, Tensor], units: Tensor, targets: Tensor, tokenizer: Tokenizer
     ) -> np.ndarray:
-        """[units, COLUMNS] of sums over units, and the bytes of the tokens that came."""
+        """[units, COLUMNS] of sums over units and those in none, and the bytes of the tokens that came."""
         sizes = text.bytes_of_tokens(targets.cpu().numpy(), tokenizer)
         found = {name: each.cpu().double().numpy() for name, each in sums.items()}
-        found["bytes"] = np.bincount(units.numpy(), sizes, self.units)
+        found["bytes"] = np.bincount(units.numpy(), sizes, self.units + 1)
         found.setdefault("single", found["tokens"])
-        return np.column_stack([found.get(name, np.zeros(self.units)) for name in COLUMNS])
+        return np.column_stack([found.get(n, np.zeros(self.units + 1)) for n in COLUMNS])[: self.units]
 
 
 def _figures(sums: np.ndarray) -> dict[str, np.ndarray]:
