@@ -6,13 +6,17 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 from conftest import sentences, tiny_experiment, tiny_tokenizer
 
 from kdlib.config.run import parse
-from kdlib.diagnostics import doctor
+from kdlib.data.pairs import first_of, row_of
+from kdlib.diagnostics import doctor, parity
+from kdlib.losses.alignment import counted, spans_in
 from kdlib.plots.tokens import SpanView
 from kdlib.tokens.vocabulary import trained_tokenizer
+from kdlib.training import trainer
 from kdlib.workbench import session
 
 TEXTS = [f"{line.rpartition(' ')[0]} 4711" for line in sentences(120, seed=1)]
@@ -85,3 +89,45 @@ def test_a_document_that_only_one_can_read_is_told(bench):
     notes = {**bench.prepared.notes, "train_documents_not_aligned": 3}
     told = bench.task.facts(replace(bench.prepared, notes=notes), bench.tokenizer, bench.teacher)
     assert told["read by one alone"] == "3 documents, left out"
+
+
+EVERY = {"span_kl": 0.3, "projected_kl": 0.2, "alm": 0.1, "uld": 0.3, "ce": 0.2, "hidden": 0.1}
+
+
+def test_the_selftest_holds_every_term_over_spans_and_sees_a_wrong_count(raw, monkeypatch):
+    config = parse({**raw, "loss": {"weights": EVERY}})
+    table = parity.selftest(config)
+    assert set(table["result"]) == {"pass"}
+    assert "student = teacher: 0 in every divergence, nats" in table["compared"].tolist()
+    monkeypatch.setattr(trainer, "counted", lambda spans: 2 * counted(spans))
+    failed = parity.selftest(config).query("result == 'fail'")["compared"].tolist()
+    assert "training = evaluation, loss and terms" in failed
+
+
+def test_a_row_is_cut_between_stretches_and_taken_from_a_batch_as_it_is(bench):
+    rows = [
+        first_of(row, tokens) for row, tokens in zip(bench.prepared.train.to_list(), (4, 9), strict=False)
+    ]
+    for row, tokens in zip(rows, (4, 9), strict=True):
+        ours, theirs = row["spans"][-2:]
+        assert (len(row["input_ids"]), len(row["teacher_input_ids"])) == (ours, theirs)
+        assert 2 <= ours <= max(tokens, row["spans"][2])
+    batch = bench.prepared.collate(rows)
+    for number, row in enumerate(rows):
+        one, alone = row_of(batch, number), bench.prepared.collate([row])
+        assert one["input_ids"].shape == (1, max(len(each["input_ids"]) for each in rows))
+        for name in ("targets", "positions"):
+            assert torch.equal(spans_in(one)[1][name], spans_in(alone)[1][name])
+        assert spans_in(one)[0]["counts"] == spans_in(alone)[0]["counts"]
+
+
+def test_a_question_keeps_the_last_token_of_its_prompt():
+    row = {"input_ids": [5, 6, 7, 8, 9], "teacher_input_ids": [1, 2, 3], "prompt_tokens": 3}
+    row |= {"teacher_prompt_tokens": 1, "spans": [3, 0, 3, 1, 4, 2, 5, 3]}
+    cut = first_of(row, 9)
+    assert cut == {
+        "prompt_tokens": 1,
+        "input_ids": [7, 8, 9],
+        "teacher_input_ids": [1, 2, 3],
+        "spans": [1, 1, 2, 2, 3, 3],
+    }

@@ -1,7 +1,7 @@
 """Rows that two tokenizers read: texts, answers, and what the two vocabularies have in common."""
 
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,10 +12,11 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from kdlib.data.batches import Prepared, learned, marked, runs, spans_of
+from kdlib.data.batches import Batch, Prepared, learned, marked, runs, spans_of
 from kdlib.data.qa_rows import Encoded
 from kdlib.errors import ModelError
-from kdlib.losses.signals import Vocabularies
+from kdlib.losses.alignment import SPANS, spans_in
+from kdlib.losses.signals import IGNORED, Vocabularies
 from kdlib.tokens.spans import Answer, Pair, PairReader, agreed, apart, edges_of, joined
 from kdlib.tokens.vocabulary import pieces, roles, token_bytes, token_of_bytes
 
@@ -213,6 +214,50 @@ def with_teacher(
     for name, values in columns.items():
         rows = rows.add_column(name, values, feature=NUMBER if name == "teacher_prompt_tokens" else IDS)
     return rows, lost
+
+
+def first_of(row: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    """So many of the student's learned tokens of a row, and what the teacher reads of it.
+
+    It is cut between stretches, the first of which stays whole; of a prompt the last token is left.
+    """
+    given = np.array([row.get("prompt_tokens", 0), row.get("teacher_prompt_tokens", 0)])
+    edges = edges_of(np.array(row["spans"]).reshape(-1, 2))
+    after = edges[(edges >= given).all(1)] - given
+    after = after[: max(int((after[:, 0] <= tokens).sum()), 3)]
+    left = given.clip(max=1)
+    (first, other), (last, other_last) = given - left, given + after[-1]
+    begun = [left] if left.any() else []
+    return {
+        **({"prompt_tokens": int(left[0])} if "prompt_tokens" in row else {}),
+        "input_ids": row["input_ids"][first:last],
+        "teacher_input_ids": row["teacher_input_ids"][other:other_last],
+        "spans": np.vstack([*begun, after[1:] + left]).flatten().tolist(),
+    }
+
+
+def row_of(batch: Batch, number: int) -> Batch:
+    """One row of a batch, padded as it is there."""
+    found = {
+        name: each[number : number + 1] for name, each in batch.items() if isinstance(each, torch.Tensor)
+    }
+    if SPANS in batch:
+        widths = batch["input_ids"].shape[1], batch["teacher_input_ids"].shape[1]
+        before = dict(zip(("rows", "starts", "teacher_starts"), (1, *widths), strict=True))
+        here = batch[SPANS]["rows"] == number
+        found[SPANS] = {n: each[here] - number * before.get(n, 0) for n, each in batch[SPANS].items()}
+    return found
+
+
+def of_teacher(batch: Batch) -> Batch:
+    """A batch of two tokenizers, all of it the teacher's: of its tokens is learned what lies in spans."""
+    spans, tokens = batch[SPANS], spans_in(batch)[1]
+    labels = torch.full_like(batch["teacher_input_ids"], IGNORED)
+    labels.view(-1)[tokens["positions"] + 1] = tokens["targets"]
+    theirs = {name: batch[f"teacher_{name}"] for name in ("input_ids", "attention_mask")}
+    both = theirs | {f"teacher_{name}": each for name, each in theirs.items()}
+    same = {name: spans[f"teacher_{name}"] for name in ("starts", "sizes")}
+    return {**both, "labels": labels, SPANS: {**spans, **same}}
 
 
 def _answers(row: Encoded, ends: np.ndarray, special: Collection[int]) -> list[Answer | None]:

@@ -6,7 +6,7 @@ means or a leak of padding shows.
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +24,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kdlib.config.loss import ROUTER
 from kdlib.config.run import Config
 from kdlib.data.batches import Prepared
+from kdlib.data.pairs import first_of, of_teacher, row_of
 from kdlib.hardware import precision_of
+from kdlib.losses.alignment import SPANS, UNITS, counted, unit_of
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.ledger import LedgerWindow
 from kdlib.losses.objective import Objective
-from kdlib.losses.signals import FOUND, kept
+from kdlib.losses.signals import Vocabularies, kept
 from kdlib.models.hooks import attend_eagerly, instead, without_dropout
 from kdlib.models.loading import device_of
 from kdlib.models.student import check_pair, tokenizer_of
@@ -113,6 +115,8 @@ def shortened(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     given, it is cut there, and some of it is learned, more in each row: answers may all be of one token.
     """
     first = [rows[i] for i in range(min(ROWS, len(rows)))]
+    if first and SPANS in first[0]:
+        return [first_of(row, LONGEST * (number + 1) // ROWS) for number, row in enumerate(first)]
     if first and "prompt_tokens" in first[0]:
         return [_with_little_prompt(row, learned=number + 1) for number, row in enumerate(first)]
     found = [{name: row[name] for name in ("label",) if name in row} for row in first]
@@ -186,8 +190,7 @@ def _compared(
         yield f"{how}, terms", _furthest(sums, dense, tokens), terms
         yield f"{how}, gradient", _apart(slopes, dense_slopes), gradient
     count, usual, plain = len(rows), trainer.objective, _without_router(trainer.objective)
-    parts = {name: values for name, values in whole.items() if name != FOUND}
-    ones = [{name: values[i : i + 1] for name, values in parts.items()} for i in range(count)]
+    ones = [row_of(whole, number) for number in range(count)]
     with instead((trainer, "objective", plain)):  # the router's term is of a batch as a whole
         own, own_slopes = (sums, slopes) if plain == usual else _step(trainer, [whole])
         apart = _apart(own_slopes, _step(trainer, ones)[1])
@@ -195,7 +198,8 @@ def _compared(
     yield f"1 batch of {count} rows = {count} of 1, accumulated, gradient", apart, gradient
     added = {name: sum(each[name] for each in alone) for name in own}
     yield "rows padded together = each row alone, terms", _furthest(own, added, tokens), terms
-    means = {name: value / tokens for name, value in sums.items()}
+    counts = _counts(tokens, [whole])
+    means = {name: value / counts(name) for name, value in sums.items()}
     weights = trainer.objective.at(trainer.state.global_step).weights
     means["loss"] = sum(weight * means[name] for name, weight in weights.items())
     yield "training = evaluation, loss and terms", _furthest(means, _evaluated(trainer, rows, whole)), terms
@@ -220,10 +224,18 @@ def _step(
     trainer.window = LedgerWindow()
     for batch in taken:
         trainer.training_step(trainer.model, batch, count)
-    sums = {name: value * float(count) for name, (value, _) in trainer.window.figures().items()}
+    counts = _counts(count, batches)
+    sums = {name: value * counts(name) for name, (value, _) in trainer.window.figures().items()}
     slopes = {name: each.grad for name, each in trainer.model.named_parameters() if each.grad is not None}
     trainer.model.zero_grad()  # lets go of the gradients, which stay as they were taken
     return sums, slopes
+
+
+def _counts(tokens: float, batches: Sequence[Mapping[str, Any]]) -> Callable[[str], float]:
+    """What a term's sum is divided by: tokens, or spans, all and those of one token on both sides."""
+    spans = [counted(batch[SPANS]) for batch in batches if SPANS in batch]
+    every = dict(zip(UNITS, [float(tokens), *sum(spans, torch.zeros(2)).tolist()], strict=True))
+    return lambda term: every[unit_of(term, spans=bool(spans))]
 
 
 def _evaluated(trainer: DistillationTrainer, rows: Sequence[Mapping], batch: Mapping) -> dict[str, float]:
@@ -241,8 +253,13 @@ def _against_itself(trainer: DistillationTrainer, rows: Sequence[Mapping], batch
     mine = {**batch, **{name.removeprefix("teacher_"): values for name, values in read.items()}}
     teacher, pairs = trainer.teacher, [(theirs, theirs) for _, theirs in trainer.layer_pairs]
     itself = {"model": teacher.model, "form": teacher.form, "layer_pairs": pairs}
-    itself |= {"objective": _without_router(trainer.objective)}
-    with instead(*((trainer, name, value) for name, value in itself.items())):
+    itself |= {"objective": _without_router(trainer.objective), "vocabulary": teacher.vocabulary}
+    known = teacher.vocabularies
+    if known is not None:
+        mine, own = of_teacher(batch), torch.arange(teacher.vocabulary, device=known.shared.device)
+        known = Vocabularies(teacher.vocabulary, teacher.vocabulary, own, own)
+    changes = [(trainer, name, value) for name, value in itself.items()]
+    with instead(*changes, (teacher, "vocabularies", known)):
         figures = _evaluated(trainer, rows, mine)
     return max(abs(value) for name, value in figures.items() if name not in CONTRASTIVE | {"loss"})
 
