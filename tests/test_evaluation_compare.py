@@ -1,12 +1,12 @@
 import json
 
 import pytest
-from conftest import sentences
+from conftest import other_tokens, sentences
 from made_questions import multiple_choice, tiny_gpt2, written
 from tiny_classifiers import LABELS, bert, llama, rows
 from typer.testing import CliRunner
 
-from kdlib.errors import ConfigError, DataError, ModelError, RunError
+from kdlib.errors import ConfigError, DataError, RunError
 from kdlib.evaluation import compare
 from kdlib.plots import comparison as plots
 from kdlib.reports.run import render_comparison
@@ -162,14 +162,18 @@ def test_language_models_are_compared_on_held_out_text(teacher_folder, narrow, p
     assert found["models"]["teacher"]["kl_to_teacher"]["value"] == pytest.approx(0, abs=1e-6)
     assert found["models"]["narrow"]["kl_to_teacher"]["value"] > 0
     assert "(test: all there are" in found["rule"]
-    with pytest.raises(ModelError, match="different vocabularies"):
-        compare.compare(
-            str(teacher_folder),
-            {"other": str(place / "other")},
-            str(text),
-            task="causal-lm",
-            overrides=settings,
-        )
+
+
+def test_a_model_of_other_tokens_is_compared_on_the_same_bytes(teacher_folder, narrow, tmp_path):
+    text, other = tmp_path / "text.jsonl", other_tokens(tmp_path / "other")
+    text.write_text("".join(json.dumps({"content": line}) + "\n" for line in sentences(120, seed=1)))
+    asked = {"task": "causal-lm", "overrides": ["data.text=content", *FEW, "compare.prompt_tokens=6"]}
+    found = compare.compare(str(teacher_folder), {"other": other}, str(text), **asked)
+    render_comparison(found, tmp_path)
+    assert {"bits_per_byte", "agreement", "kl_to_teacher"} <= set(found["models"]["other"])
+    assert "perplexity" not in found["models"]["teacher"]
+    with pytest.raises(ConfigError, match="narrow: reads other tokens than other.*with the teacher alone"):
+        compare.compare(str(teacher_folder), {"other": other, "narrow": narrow}, str(text), **asked)
 
 
 def test_models_are_asked_the_same_questions(tmp_path):

@@ -163,7 +163,7 @@ def compare(
     Raises:
         ConfigError: a task or a setting that does not fit.
         DataError: no such rows or columns.
-        ModelError: no such model, other classes, or another vocabulary than the teacher's.
+        ModelError: no such model, or other classes.
     """
     student, *others = students
     every = [teacher, *students.values()]
@@ -171,17 +171,22 @@ def compare(
         name: _config(teacher, students[name], data, task, overrides, among=every)
         for name in (*others, student)
     }
-    for each in configs.values():
-        check_pair(each, tokenizer_of(each))
-    config = configs[student]
+    config, tokenizers = configs[student], {name: tokenizer_of(each) for name, each in configs.items()}
+    for name, each in configs.items():
+        check_pair(each, tokenizers[name])
+    own, shares_rows = tokenizers[student].get_vocab(), task_of(config).rules.one_vocabulary
+    if shares_rows and (apart := [name for name in others if tokenizers[name].get_vocab() != own]):
+        raise ConfigError(
+            f"--student {', '.join(apart)}: reads other tokens than {student}, and several students are held "
+            "against each other token by token; compare those that read alike, or each with the teacher alone"
+        )
     is_split = {key for key, _ in pairs(overrides)} & {"data.validation", "data.test"}
     read = prepare if is_split else _all_rows
-    tokenizer = tokenizer_of(config)
+    tokenizer = tokenizers[student]
     prepared = read(config, tokenizer)
     candidates = {"teacher": _stored(config, prepared, teacher)}
     for name, its in configs.items():
-        shares = name == student or task_of(config).rules.one_vocabulary
-        rows = prepared if shares else read(its, tokenizer_of(its))
+        rows = prepared if shares_rows or name == student else read(its, tokenizers[name])
         candidates[name] = _stored(its, rows, its.student.source)
     results = measured(_comparison(config, prepared, tokenizer), prepared, candidates, student)
     split = results["split"]
@@ -247,5 +252,5 @@ def _config(
     limits = [load_tokenizer(model).model_max_length for model in among]
     rows = {"source": data, "max_length": min(LONGEST, *positions, *limits), **TASKS[task].compared_data}
     pair = {"teacher": {"model": teacher}, "student": {"from": student}}
-    raw = {"task": task, **pair, "loss": {"weights": {"kd": 1.0}}, "training": {}, "data": rows}
+    raw = {"task": task, **pair, "loss": {"weights": {"ce": 1.0}}, "training": {}, "data": rows}
     return parse(raw, overrides, name="kd compare")
