@@ -137,6 +137,12 @@ def test_the_parts_of_a_split_character_end_where_their_bytes_do():
     assert spans(ends, np.array([1, 3, 5, 6])).tolist() == [[1, 1], [3, 2], [5, 3], [6, 4]]
 
 
+def test_a_mark_that_no_token_covers_belongs_to_what_it_marks_and_a_space_to_what_follows():
+    ((ids, ends),) = reader("wordpiece")(["cafe\u0301  bar "])
+    assert len(ids) == 2
+    assert ends.tolist() == [6, 12]
+
+
 def test_parts_that_are_not_the_texts_own_bytes_end_together():
     ((ids, ends),) = reader("unigram")(["a… b"])  # NFKC: three dots, of three bytes as … is
     dots = [n for n, token in enumerate(ids) if "." in reader("unigram").tokenizer.decode([token])]
