@@ -10,7 +10,7 @@ from tokenizers import decoders
 
 from kdlib.errors import ModelError
 from kdlib.models.loading import load_tokenizer
-from kdlib.tokens.spans import Reader, spans
+from kdlib.tokens.spans import Answer, Reader, agreed, spans
 from kdlib.tokens.vocabulary import family_of, token_bytes
 
 MADE = {
@@ -181,3 +181,15 @@ def test_a_tokenizer_that_spells_bytes_in_another_way_is_refused():
     tokenizer.backend_tokenizer.decoder = decoders.BPEDecoder()
     with pytest.raises(ModelError, match="decoder is BPEDecoder.*needed is one of ByteLevel.*use a model"):
         token_bytes(tokenizer)
+
+
+def answer(text, *edges, start):
+    return Answer(list(range(len(edges) - 1)), np.array(edges), text, start, is_ended=False)
+
+
+def test_answers_agree_as_far_as_the_texts_around_them_do():
+    ours, theirs = answer(b"Q: abc. Z", 3, 6, 7, 9, start=3), answer(b"Ask: abc! Z", 5, 8, 9, 11, start=5)
+    assert agreed(ours, theirs).edges.tolist() == [[0, 0], [1, 1], [3, 1], [3, 3]]  # "abc"
+    ours, theirs = answer(b"Q abc", 1, 5, start=2), answer(b"Q\nabc", 1, 5, start=2)
+    assert agreed(ours, theirs).edges.tolist() == [[0, 0], [1, 0], [1, 1]]  # nothing: " abc" and "\nabc"
+    assert agreed(ours, ours).edges.tolist() == [[0, 0], [1, 1]]
