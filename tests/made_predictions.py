@@ -1,6 +1,6 @@
 """Predictions of tiny models on a held-out text, and an evil text that nobody should trust."""
 
-from functools import cache
+from functools import cache, partial
 from html.parser import HTMLParser
 
 import numpy as np
@@ -55,7 +55,8 @@ def models():
 @cache
 def predictions() -> Predictions:
     """Of a teacher, a student and a baseline, on 40 tokens."""
-    made = Prepared(Dataset.from_list(rows()), Dataset.from_list(rows()), {}, collate, len(tokenizer()))
+    gathered = partial(collate, pad_id=tokenizer().pad_token_id)
+    made = Prepared(Dataset.from_list(rows()), Dataset.from_list(rows()), {}, gathered, len(tokenizer()))
     loads = {name: lambda m=model: LiveTeacher(m, len(tokenizer())) for name, model in models().items()}
     return evaluation.look(loads, LanguageModeling().sample(made, tokenizer(), tokens=40), "token")
 

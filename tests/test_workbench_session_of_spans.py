@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,8 +14,11 @@ from conftest import sentences, tiny_experiment, tiny_tokenizer
 from kdlib.config.run import parse
 from kdlib.data.pairs import first_of, row_of
 from kdlib.diagnostics import doctor, parity
-from kdlib.losses.alignment import counted, spans_in
+from kdlib.losses.alignment import counted, single_in, spans_in
+from kdlib.losses.objective import EVAL_TERMS, values_of
+from kdlib.losses.signals import kept
 from kdlib.plots.tokens import SpanView
+from kdlib.tasks import base as tasks
 from kdlib.tokens.vocabulary import trained_tokenizer
 from kdlib.training import trainer
 from kdlib.workbench import session
@@ -131,3 +135,34 @@ def test_a_question_keeps_the_last_token_of_its_prompt():
         "teacher_input_ids": [1, 2, 3],
         "spans": [1, 1, 2, 2, 3, 3],
     }
+
+
+def test_the_explorers_show_what_both_may_say_where_a_span_is_one_token(bench):
+    bench.setup()
+    found, known = bench.explore("untrained"), bench.prepared.vocabularies
+    batch = bench.task.sample(bench.prepared, bench.tokenizer).batch
+    assert len(found.texts) == len(found.targets) == len(single_in(batch)) > 20
+    shared = int((known.shared >= 0).sum())
+    for logits in found.logits.values():
+        assert logits.shape == (len(found.texts), shared + 1)
+        assert logits.dtype == np.float32
+        np.testing.assert_allclose(np.exp(logits.astype(float)).sum(-1), 1.0, rtol=1e-4)
+    said = [found.decode(int(target)) for target in found.targets]
+    assert said == list(found.texts)
+    assert found.decode(shared) == "(all others)"
+    facts = json.loads((bench.run.path / "explorers.json").read_text())
+    assert np.isfinite(facts["students"]["untrained"]["kl"]).all()
+
+
+def test_their_kl_is_span_kl(bench):
+    found = bench.explore("untrained")
+    facts = json.loads((bench.run.path / "explorers.json").read_text())
+    batch, student = bench.task.sample(bench.prepared, bench.tokenizer).batch, bench.student()
+    tokens = kept(batch["labels"])
+    signals = [tasks.asked(student, bench.prepared)(batch, tokens), bench.teacher(batch, tokens)]
+    values = values_of(*signals, tokens.targets, terms={"kl_to_teacher": EVAL_TERMS["kl_to_teacher"]})[
+        "kl_to_teacher"
+    ]
+    expected = values[single_in(batch)].tolist()
+    assert facts["students"]["untrained"]["kl"] == pytest.approx(expected, abs=2e-5)
+    assert len(found.texts) == len(expected)

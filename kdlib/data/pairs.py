@@ -216,16 +216,16 @@ def with_teacher(
     return rows, lost
 
 
-def first_of(row: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+def first_of(row: Mapping[str, Any], tokens: int, prompt: int = 1) -> dict[str, Any]:
     """So many of the student's learned tokens of a row, and what the teacher reads of it.
 
-    It is cut between stretches, the first of which stays whole; of a prompt the last token is left.
+    It is cut between stretches, the first of which stays whole; of a prompt its last tokens are left.
     """
     given = np.array([row.get("prompt_tokens", 0), row.get("teacher_prompt_tokens", 0)])
     edges = edges_of(np.array(row["spans"]).reshape(-1, 2))
     after = edges[(edges >= given).all(1)] - given
     after = after[: max(int((after[:, 0] <= tokens).sum()), 3)]
-    left = given.clip(max=1)
+    left = given.clip(max=prompt)
     (first, other), (last, other_last) = given - left, given + after[-1]
     begun = [left] if left.any() else []
     return {

@@ -98,6 +98,10 @@ class SpanSignal:
         return self.said.features
 
     @property
+    def device(self) -> torch.device:
+        return self.said.device
+
+    @property
     def counts(self) -> Counts:
         """Of this batch alone."""
         lines = self.alignment
@@ -137,6 +141,12 @@ def spans_in(batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor
     targets = batch["teacher_input_ids"].flatten()[positions + 1]
     rows = found["rows"].repeat_interleave(teacher_sizes)
     return alignment, {"positions": positions, "targets": targets, "rows": rows}
+
+
+def single_in(batch: Mapping[str, Any]) -> Tensor:
+    """[P] which of the student's N kept tokens are a span of one token on both sides."""
+    found, _ = spans_in(batch)
+    return found["first"][found["single"]]
 
 
 def counted(spans: Mapping[str, Tensor]) -> Tensor:

@@ -21,6 +21,7 @@ from kdlib.data.batches import Prepared, calibration_rows, largest_id
 from kdlib.data.pairs import within
 from kdlib.errors import ModelError
 from kdlib.hardware import precision_of, world_size
+from kdlib.losses.signals import Vocabularies
 from kdlib.models.depth import shallower
 from kdlib.models.loading import blank, device_of, load_config, load_tokenizer
 from kdlib.models.sharing import check_shards, sharded
@@ -39,6 +40,7 @@ class Sample:
     texts: Sequence[str]  # [N] what came
     before: Sequence[str]  # [N] text since the prediction before, read only; or the row's class
     decode: Callable[[int], str]  # what a number stands for: a token's text, a class's name
+    vocabularies: Vocabularies | None = None  # where N are the spans of one token on both sides
 
 
 class Comparison(ABC):

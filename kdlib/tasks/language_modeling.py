@@ -19,8 +19,9 @@ from kdlib.config.run import Config
 from kdlib.config.task_rules import RULES
 from kdlib.data import text
 from kdlib.data.batches import Prepared, collate, pairwise, random_ids, spans_of, vocabulary_of
-from kdlib.data.pairs import coverage
+from kdlib.data.pairs import coverage, first_of
 from kdlib.errors import ModelError
+from kdlib.losses.alignment import SPANS, single_in
 from kdlib.losses.signals import IGNORED, kept
 from kdlib.models.loading import load_model
 from kdlib.models.student import Outline, sources, teacher_tokenizer_of, tokenizer_of
@@ -108,17 +109,19 @@ class LanguageModeling(Task):
         return token_view(ids, [label != IGNORED for label in labels], read, tokenizer.decode)
 
     def sample(self, prepared: Prepared, tokenizer: Tokenizer, tokens: int = TOKENS) -> Sample:
-        """The first tokens of the held-out rows; each row costs one more, its first."""
-        batch = collate(beginnings(prepared.validation, tokens), pad_id=tokenizer.pad_token_id)
-        predicted = kept(batch["labels"])
+        """The first tokens of the held-out rows; each row costs one more, its first.
+
+        Where the teacher reads otherwise, those that are one token of its own too.
+        """
+        batch, known = prepared.collate(beginnings(prepared.validation, tokens)), prepared.vocabularies
         ids, length = batch["input_ids"].flatten().tolist(), batch["labels"].shape[1]
-        here = (predicted.positions + 1).tolist()
+        here = (kept(batch["labels"]).positions + 1)[single_in(batch) if known else slice(None)].tolist()
         before = [
             tokenizer.decode(ids[max(last + 1, place // length * length) : place]) if place - last > 1 else ""
             for last, place in zip([-1, *here[:-1]], here, strict=True)
         ]
-        texts = [tokenizer.decode([token]) for token in predicted.targets.tolist()]
-        return Sample(batch, texts, before, lambda token: tokenizer.decode([token]))
+        texts = [tokenizer.decode([ids[place]]) for place in here]
+        return Sample(batch, texts, before, lambda token: tokenizer.decode([token]), known)
 
     def comparison(
         self, config: Config, prepared: Prepared, tokenizer: Tokenizer, **options: Any
@@ -148,9 +151,9 @@ def beginnings(rows: Sequence[Mapping[str, Sequence[int]]], tokens: int) -> list
         if tokens < (FEW if taken else 1) or len(taken) == (ROWS if "prompt_tokens" in row else len(rows)):
             break
         given = max(row.get("prompt_tokens", 1), 1)
-        ids = list(row["input_ids"][: tokens + given])
-        taken.append({**row, "input_ids": ids})
-        tokens -= len(ids) - given
+        cut = {"input_ids": list(row["input_ids"][: tokens + given])}
+        taken.append({**row, **(first_of(row, tokens, prompt=given) if SPANS in row else cut)})
+        tokens -= len(taken[-1]["input_ids"]) - given
     return taken
 
 
