@@ -273,3 +273,16 @@ def test_texts_that_none_of_both_gives_back_leave_nothing_to_predict(tmp_path, s
     path.write_text("".join(json.dumps({"text": f"the teacher {n}"}) + "\n" for n in range(20)))
     with pytest.raises(DataError, match="without 18 that one of both .*: name another teacher"):
         prepared(path, student, without(teacher, "e"), validation=0.1)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_text_that_both_cut_nowhere_within_a_row_is_left_out(tmp_path, student, packing):
+    path = tmp_path / "texts.jsonl"
+    lines = [*(f"the teacher learns {n}" for n in range(29)), "the \N{EGYPTIAN HIEROGLYPH A001}" * 3]
+    lines[-1] += "\N{EGYPTIAN HIEROGLYPH A001}" * 9  # of WordPiece one [UNK], of bytes 40 tokens
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in lines))
+    wordpiece = load_tokenizer("all-minilm-l6-v2")
+    made = prepared(path, student, wordpiece, validation=0.1, packing=packing)
+    lost = [made.notes[f"{name}_documents_not_aligned"] for name in ("train", "validation")]
+    assert sorted(lost) == [0, 1]
+    assert max(map(len, made.train["input_ids"])) <= LENGTH
