@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import sentences, tiny_model
 from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM
 
 from kdlib.config import run as configs
@@ -14,6 +14,7 @@ from kdlib.models.depth import shallower
 from kdlib.models.loading import load_model, parameters
 from kdlib.models.student import outline
 from kdlib.tasks.base import task_of
+from kdlib.tokens.vocabulary import trained_tokenizer
 from kdlib.training.plan import training_arguments
 
 
@@ -301,3 +302,16 @@ def test_a_quantity_follows_its_own_models_layers():
     assert at_layers((15, 30), "backward", 3.0, 4.0, (2, 2), (3, 3)) == 16
     assert at_layers((15, 30), "teacher's forward", 3.0, 4.0, (2, 2), (3, 3)) == 31
     assert at_layers((2, 30), "backward", 3.0, 3.5, (2, 2), (2, 3)) == 3.5
+
+
+SPANS = {"span_kl": 0.3, "projected_kl": 0.2, "alm": 0.2, "uld": 0.2, "ce": 0.3}
+
+
+def test_a_teacher_with_its_own_tokens_has_logits_of_its_own_size(raw, tmp_path):
+    trained_tokenizer(sentences(60), 270).save_pretrained(tmp_path / "tokenizer")
+    student = {**raw["student"], "tokenizer": str(tmp_path / "tokenizer")}
+    found = forecast(parsed({**raw, "student": student, "loss": {"weights": SPANS}}, loss__chunk=64))
+    assert found.parameters["student"] < forecast(parsed(raw)).parameters["student"]
+    tokens, logits = 4 * 15, part(found, "loss", "logits")  # of both, each in float32
+    assert tokens * (270 + 300) * 4 <= logits <= 8 * 64 * (270 + 300) * 4
+    assert any("each token is taken to be a span" in each for each in found.notes)

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any
 
@@ -21,13 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from kdlib.losses.alignment import SPANS, TeacherSignal, spans_in
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.objective import ObjectiveAt, eval_terms, ledger, row_sums
-from kdlib.losses.signals import Kept, Signal, kept
+from kdlib.losses.signals import FOUND, Kept, Signal, kept
 from kdlib.models.heads import stated_form
 from kdlib.models.sharing import GATHERED, SENT, held_here
 from kdlib.models.student import Outline
-from kdlib.models.teacher import insides, signal_of
+from kdlib.models.teacher import beside, insides, signal_of
 from kdlib.training.plan import compared_layers, objective_of
 
 PHASES = ("student's forward", "teacher's forward", "loss", "backward")
@@ -108,8 +109,7 @@ class Allocations(TorchDispatchMode):
             changes[block.born] += block.bytes
             if block.died < NEVER:
                 changes[block.died] -= block.bytes
-        held = list(accumulate(changes))
-        return max(range(begin, end + 1), key=held.__getitem__)
+        return max(range(begin, end + 1), key=list(accumulate(changes)).__getitem__)
 
     def held(self, time: int) -> list[Block]:
         return [block for block in self.blocks if block.born <= time < block.died and block.bytes]
@@ -233,8 +233,7 @@ class FakeStep:
             shared(self.student, self.teacher)
         if self.forms[0] is None and dtype is not torch.float32:
             self.student.forward = convert_outputs_to_fp32(self.student.forward)  # accelerate does so
-        training = plan.config.training
-        kinds = ("activation_checkpointing", "gradient_checkpointing")
+        training, kinds = plan.config.training, ("activation_checkpointing", "gradient_checkpointing")
         if any(training.get(kind) for kind in kinds):
             asked = next(filter(None, (training.get(f"{kind}_kwargs") for kind in kinds)), {})
             # there is no dropout whose random numbers are to be repeated
@@ -255,7 +254,8 @@ class FakeStep:
     def batch(self, rows: int) -> dict[str, Tensor]:
         """Rows of random tokens as long as the config allows; their ids have values even without data."""
         with unset_fake_temporarily():
-            return self.plan.task.random_batch(self.plan, rows, torch.Generator().manual_seed(0))
+            made = self.plan.task.random_batch(self.plan, rows, torch.Generator().manual_seed(0))
+            return {**made, FOUND: {SPANS: spans_in(made)}} if SPANS in made else made
 
     def train(self, batch: Batch, at: ObjectiveAt, *, count: int, phase: Phase = nullcontext) -> None:
         """One micro-batch of a step with `count` kept tokens, `phase` entered for each of PHASES.
@@ -282,19 +282,19 @@ class FakeStep:
 
     def _signals(
         self, batch: Batch, at: ObjectiveAt, with_teacher: bool, phase: Phase
-    ) -> tuple[Kept, Signal, Signal | None]:
-        tokens, size = kept(batch["labels"]), self.plan.vocabulary
-        of = [
-            {"vocabulary": size, "form": form, "inside": inside}
-            for form, inside in zip(self.forms, insides(at, self.pairs, self.student), strict=True)
-        ]
+    ) -> tuple[Kept, Signal, TeacherSignal | None]:
+        tokens, known = kept(batch["labels"]), self.plan.vocabularies
+        sizes = self.plan.vocabulary, known.teacher_size if known else self.plan.vocabulary
+        reads = "", "teacher_" if "teacher_input_ids" in batch else ""
+        asked = zip(sizes, reads, self.forms, insides(at, self.pairs, self.student), strict=True)
+        of = [dict(zip(("vocabulary", "reads", "form", "inside"), each, strict=True)) for each in asked]
         with phase("student's forward"):
             student = signal_of(self.student, batch, tokens, **of[0])
         if not with_teacher:
             return tokens, student, None
-        reads = "teacher_" if "teacher_input_ids" in batch else ""
+        ask = partial(signal_of, self.teacher, batch, **of[1])
         with phase("teacher's forward"), torch.no_grad():
-            return tokens, student, signal_of(self.teacher, batch, tokens, reads=reads, **of[1])
+            return tokens, student, beside(batch, known, ask) if known else ask(tokens)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast("cpu", self.dtype, enabled=self.dtype is not torch.float32)

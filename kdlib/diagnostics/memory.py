@@ -246,9 +246,10 @@ class Breakdown:
     def part(self, block: Block, watch: Allocations) -> str:
         """What a block is: by its shape, the phase in which it was made, and whether it outlived that."""
         head = self.step.student.get_output_embeddings()  # None of a classifier
-        rows = 0 if head is None else head.weight.shape[0]
+        rows, known = 0 if head is None else head.weight.shape[0], self.plan.vocabularies
         lasting = block.phase in watch.spans and block.died > watch.spans[block.phase][1]
-        if len(block.shape) > 1 and block.shape[-1] in (self.plan.vocabulary, rows):
+        sizes = {self.plan.vocabulary, rows} | ({known.teacher_size} if known else set())
+        if len(block.shape) > 1 and block.shape[-1] in sizes:
             return "logits"
         if block.phase == "teacher's forward":
             return "teacher's activations"

@@ -16,6 +16,7 @@ from kdlib.config.loss import DIVERGENCES, SPAN_TERMS
 from kdlib.config.run import Config
 from kdlib.config.task_rules import rules_of
 from kdlib.errors import ModelError, nearest
+from kdlib.losses.signals import Vocabularies
 from kdlib.models.depth import even_layers, layer_influence, with_layers
 from kdlib.models.loading import SPECIAL, blank, load_config, load_tokenizer, plain_config, positions_of
 
@@ -249,6 +250,7 @@ class Outline:
     vocabulary: int  # what they choose among: tokens, or classes
     task: Any  # kdlib.tasks.base.Task
     notes: Sequence[str] = ()  # what was taken for granted, in words
+    vocabularies: Vocabularies | None = None  # where the teacher reads tokens of its own
 
     @property
     def layers(self) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Where signals come from: a model, student or teacher, run on a batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -154,9 +154,7 @@ class LiveTeacher:
         """
         if self.vocabularies is None:
             return self._said(batch, kept, inside)
-        lines, own = (batch.get(FOUND) or {}).get(SPANS) or spans_in(batch)
-        theirs = Kept(**own)
-        return SpanSignal(self._said(batch, theirs, inside), theirs, Alignment(**lines), self.vocabularies)
+        return beside(batch, self.vocabularies, lambda theirs: self._said(batch, theirs, inside))
 
     def _said(self, batch: Mapping[str, Any], kept: Kept, inside: Inside | None) -> Signal:
         how = {"vocabulary": self.vocabulary, "form": self.form, "reads": self.reads, "inside": inside}
@@ -171,6 +169,13 @@ class LiveTeacher:
             weight, bias = self.heads[here]
             signal = replace(signal, weight=weight, bias=bias)
         return moved(signal, here)
+
+
+def beside(batch: Mapping[str, Any], vocabularies: Vocabularies, ask: Callable[[Kept], Signal]) -> SpanSignal:
+    """What a teacher with its own tokenizer says of its tokens in a batch's spans, `ask`ed of them."""
+    lines, own = (batch.get(FOUND) or {}).get(SPANS) or spans_in(batch)
+    theirs = Kept(**own)
+    return SpanSignal(ask(theirs), theirs, Alignment(**lines), vocabularies)
 
 
 def named_device(name: str) -> torch.device:

@@ -1,6 +1,7 @@
 """Language modelling: the next token of a text."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from kdlib.data.batches import Prepared, collate, pairwise, random_ids, spans_of
 from kdlib.data.pairs import coverage, first_of
 from kdlib.errors import ModelError
 from kdlib.losses.alignment import SPANS, single_in
-from kdlib.losses.signals import IGNORED, kept
+from kdlib.losses.signals import IGNORED, Vocabularies, kept
 from kdlib.models.loading import load_model
 from kdlib.models.student import Outline, sources, teacher_tokenizer_of, tokenizer_of
 from kdlib.models.teacher import LiveTeacher
@@ -78,17 +79,29 @@ class LanguageModeling(Task):
     ) -> Outline:
         notes, heads = [], [each.get_text_config().vocab_size for each in (student, teacher) if each]
         try:
-            vocabulary = vocabulary_of(tokenizer_of(config))
+            vocabulary, other = vocabulary_of(tokenizer_of(config)), teacher_tokenizer_of(config)
         except ModelError:
-            vocabulary = heads[-1]
+            vocabulary, other = heads[-1], None
             taken = f"its head's {vocabulary:,} rows are taken for the vocabulary"
             notes.append(f"no tokenizer is to be had for {sources(config)[0]}: {taken}")
-        return Outline(config, student, teacher, min(vocabulary, *heads), self, notes)
+        if other is None:
+            return Outline(config, student, teacher, min(vocabulary, *heads), self, notes)
+        ours, theirs = min(vocabulary, heads[0]), min(vocabulary_of(other), heads[1])
+        notes.append("each token is taken to be a span, and all of the smaller vocabulary to be shared")
+        return Outline(config, student, teacher, ours, self, notes, _most_shared(ours, theirs))
 
     def random_batch(self, plan: Outline, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
-        data = plan.config.data
-        ids = random_ids(plan.vocabulary, rows, data.max_length, generator, is_full=data.packing)
-        return collate([{"input_ids": each} for each in ids], pad_id=0)
+        data, known = plan.config.data, plan.vocabularies
+        sizes = {"rows": rows, "length": data.max_length, "is_full": data.packing}
+        drawn = partial(random_ids, generator=generator, **sizes)
+        ids = drawn(plan.vocabulary)
+        if known is None:
+            return collate([{"input_ids": each} for each in ids], pad_id=0)
+        spans = [np.arange(1, len(each) + 1).repeat(2).tolist() for each in ids]
+        sides = zip(ids, drawn(known.teacher_size), spans, strict=True)
+        names = ("input_ids", "teacher_input_ids", SPANS)
+        both = [dict(zip(names, each, strict=True)) for each in sides]
+        return collate(both, pad_id=0, teacher_pad_id=0)
 
     def facts(self, prepared: Prepared, tokenizer: Tokenizer, teacher: LiveTeacher | None) -> dict[str, str]:
         end = prepared.notes.get("each_document_ends_with")
@@ -155,6 +168,12 @@ def beginnings(rows: Sequence[Mapping[str, Sequence[int]]], tokens: int) -> list
         taken.append({**row, **(first_of(row, tokens, prompt=given) if SPANS in row else cut)})
         tokens -= len(taken[-1]["input_ids"]) - given
     return taken
+
+
+def _most_shared(student: int, teacher: int) -> Vocabularies:
+    """Two vocabularies of these sizes that have as much in common as can be."""
+    ours, larger = torch.arange(student), torch.arange(max(student, teacher))
+    return Vocabularies(student, teacher, ours.where(ours < teacher, -1), larger % min(student, teacher))
 
 
 def _of_both(prepared: Prepared, tokenizer: Tokenizer) -> dict[str, str]:
