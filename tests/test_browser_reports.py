@@ -12,6 +12,7 @@ from made_runs import EVIL, RAW, made_run, results
 from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from kdlib.plots.tokens import SpanView
 from kdlib.reports import index as overview, run as reports
 from kdlib.reports.generation import render as rows_page
 from kdlib.runs import folder as runs
@@ -212,3 +213,13 @@ def test_nothing_in_rows_acts_or_fetches(browser, generations, endpoint, monkeyp
     assert text.count(f"prompt {EVIL}") == 3
     assert text.count(f"answer {EVIL}") == 2  # kept, and cut off
     assert page.locator("figure img").count() == 4
+
+
+def test_a_text_that_two_tokenizers_cut_stays_within_a_narrow_page_and_stays_text(browser, tmp_path):
+    prompt, ruler = ("apart", [" word"] * 400, []), ("several", ["-" * 300], ["-" * 100] * 3)
+    view = SpanView([prompt, ("apart", [], [EVIL] * 9), ("single", ["x"], ["x"]), ruler])
+    path = tmp_path / "spans.html"
+    path.write_text(f"<meta charset='utf-8'>{view._repr_html_()}", encoding="utf-8")
+    page = opened(browser, path, viewport={"width": 600, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 600
+    assert asks_for_nothing(page)
