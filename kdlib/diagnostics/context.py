@@ -246,9 +246,9 @@ class Context:
     @part("student.from")
     def size(self) -> int:
         """The student's parameters, counted on a model without weights."""
-        _ = self.configs  # a model that cannot be had is named there
+        _, plan = self.configs, outline(self.config, tasks.task_of(self.config))  # the first names a lack
         with torch.device("meta"):
-            return parameters(outline(self.config, tasks.task_of(self.config)).blank_student())
+            return parameters(plan.blank_student())
 
     @part("data.source")
     def split(self) -> DatasetDict:
@@ -258,7 +258,7 @@ class Context:
 
     @part("data.source")
     def prepared(self) -> Prepared:
-        _ = self.configs  # as above
+        _ = self.configs  # as of size
         return tasks.prepare(self.config, self.tokenizer)
 
     @part("teacher.model")
