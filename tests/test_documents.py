@@ -32,7 +32,8 @@ MEASURING = typer.Typer()
 MEASURING.command("kdlib.benchmarks")(benchmark)
 MEASURING.command("kdlib.benchmarks.large")(large)
 COMMANDS = typer.main.get_command(app).commands | typer.main.get_command(MEASURING).commands
-BASES = {"classification": "stdlib_sections", "questions": "quantumbench_qa"}  # else the quickstart
+BASES = {"classification": "stdlib_sections", "questions": "quantumbench_qa"}
+BASES |= {"two_tokenizers": "other_vocabulary"}  # else the quickstart
 MADE = {"configs/mine.yaml"}  # by the reader
 
 
