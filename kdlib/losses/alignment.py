@@ -6,7 +6,7 @@ read the same bytes, so what they say there can be compared; what differs is wha
 Axes: N kept tokens of the student's, M of the teacher's, S spans; V vocabulary, student's and teacher's.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -161,32 +161,39 @@ def _runs(starts: Tensor, sizes: Tensor) -> Tensor:
     return (starts - before).repeat_interleave(sizes) + torch.arange(int(sizes.sum()), device=sizes.device)
 
 
-def parts(
-    student: Signal, teacher: TeacherSignal | None, units: Mapping[str, str]
-) -> Iterator[tuple[Sequence[str], Signal, Signal | None, Tensor | None]]:
-    """Which terms on logits look at which tokens: (names, student, teacher, places among the N; None is all).
+@dataclass(frozen=True)
+class Arranged:
+    """Tokens that terms look at, in an order in which those of the same terms stand together."""
 
-    Of a teacher with its own tokenizer: spans of one token, the other spans' first tokens, the rest.
+    student: Signal
+    teacher: Signal | None  # of the first of them, those that a term asks it about
+    targets: Tensor
+    order: Tensor | None  # their places among the N; None where all stand there
+    segments: Sequence[tuple[int, Sequence[int]]]  # how many tokens, and the numbers of the terms they have
+
+
+def arranged(
+    student: Signal, teacher: TeacherSignal | None, targets: Tensor, units: Sequence[str]
+) -> Arranged:
+    """Which tokens the terms on logits look at: all, the first of each span, or spans of one token.
 
     Args:
-        units: what each term has a value for; see kdlib.losses.ledger.
+        units: `unit_of` each term.
     """
-    tokens = [name for name in units if units[name] == "tokens"]
-    if not isinstance(teacher, SpanSignal) or len(tokens) == len(units):
-        if units:
-            yield [*units], student, None if isinstance(teacher, SpanSignal) else teacher, None
-        return
-    lines, said, starts = teacher.alignment, teacher.said, [n for n in units if units[n] != "single"]
-    left = [lines.rest]
-    for names, spans in (([*units], lines.single), (starts, lines.several)):
-        places = lines.first[spans]
-        if len(names) > len(tokens):
-            yield names, student.select(places), said.select(lines.teacher_first[spans]), places
-        else:
-            left.append(places)
-    if tokens:
-        places = torch.cat(left)
-        yield tokens, student.select(places), None, places
+    every = [number for number, _ in enumerate(units)]
+    if not isinstance(teacher, SpanSignal):
+        return Arranged(student, teacher, targets, None, [(len(student), every)])
+    lines, tokens = teacher.alignment, [number for number in every if units[number] == "tokens"]
+    if len(tokens) == len(units):
+        return Arranged(student, None, targets, None, [(len(student), every)])
+    starts = [number for number in every if units[number] != "single"]
+    looks = [(lines.first[lines.single], every), (lines.first[lines.several], starts), (lines.rest, tokens)]
+    looks = [(places, having) for places, having in looks if having]
+    order = torch.cat([places for places, _ in looks])
+    asked = torch.cat([lines.single, lines.several]) if len(starts) > len(tokens) else lines.single
+    said = teacher.said.select(lines.teacher_first[asked])
+    segments = [(len(places), having) for places, having in looks]
+    return Arranged(student.select(order), said, targets[order], order, segments)
 
 
 def features_beside(student: Signal, teacher: SpanSignal) -> tuple[Signal, Signal]:

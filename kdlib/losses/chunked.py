@@ -5,7 +5,7 @@ hand: backward only scales it.  All terms share one product with each head, whos
 buffers are kept between steps, the gradient overwrites the student's logits, the arithmetic may be compiled.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,8 @@ BLOCK = 4096  # rows of a product whose sum has a wider dtype, made at a time
 Scalar = Tensor | float  # a temperature; a Tensor in compiled code, to serve every T
 TokenFunction = Callable[[Tensor, Tensor | None, Tensor, Scalar], Tensor]
 """(student logits [n, V], teacher's [n, V] or None, targets [n], temperature) -> [n] per-token values."""
+Segments = Sequence[tuple[int, Sequence[int]]]
+"""How many tokens, one after the other, and the numbers of the terms that these have."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ def token_values(
     *,
     terms: Sequence[Weighted],
     chunk: int | None = None,
+    segments: Segments | None = None,
 ) -> Tensor:
     """[terms, N] unweighted values of the kept tokens, by plain differentiable code; evaluation uses it too.
 
@@ -48,14 +51,17 @@ def token_values(
         student, teacher: of the same N tokens; no teacher where no term asks for it.
         chunk: tokens whose logits are made at a time; all at once where None.  Autograd keeps them
             all: only without it is memory saved.
+        segments: where not all terms look at all tokens; their values are 0 elsewhere.
     """
     student, teacher, parts = student.cast(), None if teacher is None else teacher.cast(), []
-    for rows in _chunks(len(student), chunk or len(student)):
+    looks = segments or [(len(student), range(len(terms)))]
+    for rows, having in _looks(looks, chunk or len(student)):
         with torch.no_grad():
-            theirs = None if teacher is None else teacher.logits(rows)
-        ours = student.logits(rows)
-        values = [term.function(ours, theirs, targets[rows], term.temperature) for term in terms]
-        parts.append(torch.stack(values))
+            theirs = None if teacher is None or rows.stop > len(teacher) else teacher.logits(rows)
+        ours, came = student.logits(rows), targets[rows]
+        made = {n: terms[n].function(ours, theirs, came, terms[n].temperature) for n in having}
+        none = ours.new_zeros(len(came), dtype=wide(ours.dtype))
+        parts.append(torch.stack([made.get(n, none) for n in range(len(terms))]))
     return torch.cat(parts, dim=-1)
 
 
@@ -67,6 +73,7 @@ def term_sums(
     terms: Sequence[Weighted],
     count: Tensor | int = 1,
     workspace: Workspace | None = None,
+    segments: Segments | None = None,
 ) -> Tensor:
     """[terms] sums over the kept tokens: chunked where the student is a LinearSignal, dense elsewhere.
 
@@ -76,38 +83,43 @@ def term_sums(
         terms: weights not 0.
         count: one for all terms, or [terms].  A chunked gradient is that of `sum(weight * sum / count)`:
             back-propagate a multiple of that, as `Ledger.total` is; all else is refused.
+        segments: as of `token_values`.
 
     Raises:
         RuntimeError: on backward, where the sums were combined with other weights, or the gradient is to be
             differentiated once more.
     """
     if not (isinstance(student, LinearSignal) and torch.is_grad_enabled()):
-        return token_values(student, teacher, targets, terms=terms).sum(-1)
+        return token_values(student, teacher, targets, terms=terms, segments=segments).sum(-1)
     leaves = student.hidden, student.weight, student.bias  # autograd sees arguments, not what is inside them
-    how = targets, tuple(terms), count, workspace or Workspace()
+    how = targets, tuple(terms), count, workspace or Workspace(), segments
     return _ChunkedSums.apply(*leaves, student, teacher, *how)
 
 
 class _ChunkedSums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, student, teacher, targets, terms, count, workspace):
+    def forward(ctx, hidden, weight, bias, student, teacher, targets, terms, count, workspace, segments):
         student, teacher = student.cast(), None if teacher is None else teacher.cast()
         numbers = {"dtype": wide(student.dtype), "device": hidden.device}
         temperatures = torch.tensor([term.temperature for term in terms], **numbers)
         weights = torch.tensor([term.weight for term in terms], **numbers)
         counts = torch.as_tensor(count, device=hidden.device).clamp(min=1)
-        # in float16 it could underflow: backward divides, by `scale`; by one number, so not by several
-        if student.dtype is not torch.float16 or counts.ndim:
+        if student.dtype is not torch.float16:  # where it could underflow: backward divides, by `scale`
             weights = weights / counts
+        elif counts.ndim:
+            weights = weights * (counts.max() / counts)
         gradients = _Gradients((hidden, weight, bias), ctx.needs_input_grad, student.dtype)
-        functions, form = [term.function for term in terms], None if teacher is None else teacher.form
+        sums, looks = weights.new_zeros(len(terms)), segments or [(len(student), range(len(terms)))]
+        numbers_of = {tuple(having): torch.tensor([*having], device=hidden.device) for _, having in looks}
         with torch.autocast(hidden.device.type, enabled=False):  # the dtype of the products is settled
-            arithmetic = workspace.sums(functions, student.form, form)
-            sums = weights.new_zeros(len(terms))
-            for rows in _chunks(len(student), workspace.chunk_for(student)):
+            for rows, having in _looks(looks, workspace.chunk_for(student)):
+                functions, which = [terms[n].function for n in having], numbers_of[having]
+                asked = None if teacher is None or rows.stop > len(teacher) else teacher
+                arithmetic = workspace.sums(functions, student.form, None if asked is None else asked.form)
                 products = workspace.products("student", student, rows)
-                others = None if teacher is None else workspace.products("teacher", teacher, rows)
-                sums += arithmetic(products, others, targets[rows], temperatures, weights)
+                others = None if asked is None else workspace.products("teacher", asked, rows)
+                made = arithmetic(products, others, targets[rows], temperatures[which], weights[which])
+                sums.index_add_(0, which, made)
                 gradients.add(rows, products[: rows.stop - rows.start], student)  # now the gradient
         ctx.save_for_backward(*gradients.finished())
         ctx.weights = weights
@@ -130,9 +142,9 @@ class _ChunkedSums(torch.autograd.Function):
             "weights you want",
         )
         if scale.device.type == "cpu" and abs(scale.item() - 1) <= 8 * torch.finfo(scale.dtype).eps:
-            return *ctx.saved_tensors, *[None] * 6  # as it is: no second [V, H]
+            return *ctx.saved_tensors, *[None] * 7  # as it is: no second [V, H]
         grads = [None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors]
-        return *grads, *[None] * 6
+        return *grads, *[None] * 7
 
 
 def differentiable_values(
@@ -210,6 +222,15 @@ def _put_product(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None
         return
     for rows, part in zip(out.split(BLOCK), left.split(BLOCK), strict=True):
         rows.add_(part @ right) if add else rows.copy_(part @ right)
+
+
+def _looks(segments: Segments, size: int) -> Iterator[tuple[slice, tuple[int, ...]]]:
+    """Chunks of tokens with the same terms, and the numbers of these; one chunk at least."""
+    start, some = 0, [each for each in segments if each[0]] or segments[:1]
+    for length, having in some:
+        for rows in _chunks(length, size):
+            yield slice(start + rows.start, start + rows.stop), tuple(having)
+        start += length
 
 
 def _chunks(tokens: int, size: int) -> list[slice]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kdlib.config.loss import FOR_ITSELF, ROUTER, SPAN_TERMS, TEMPERATURES
-from kdlib.losses.alignment import Counts, SpanSignal, TeacherSignal, alm, features_beside, parts, unit_of
+from kdlib.losses.alignment import Counts, SpanSignal, TeacherSignal, alm, arranged, features_beside, unit_of
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.chunked import TokenFunction, Weighted, differentiable_values, term_sums, token_values
 from kdlib.losses.divergences import KNOWN, Known, chosen
@@ -213,12 +213,12 @@ def ledger(
         logs = -differentiable_values(student, targets, cross_entropy, space)
         sums["alm"] = alm(*_of_spans(logs, teacher, targets, space.chunk), at.temperatures["alm"]).sum()
         sums |= {"ce": -logs.sum()} if terms.pop("ce", None) else {}
-    for names, ours, theirs, places in parts(student, teacher, {name: units[name] for name in terms}):
-        came, wanted = targets if places is None else targets[places], [terms[name] for name in names]
-        divided_by = torch.stack([torch.as_tensor(counts[name], device=came.device) for name in names])
-        made = term_sums(ours, theirs, came, terms=wanted, count=divided_by, workspace=space)
-        for name, value in zip(names, made, strict=True):
-            sums[name] = sums[name] + value if name in sums else value
+    if terms:
+        look = arranged(student, teacher, targets, [units[name] for name in terms])
+        by = torch.stack([torch.as_tensor(counts[name], device=targets.device) for name in terms])
+        pair, wanted = (look.student, look.teacher, look.targets), [*terms.values()]
+        made = term_sums(*pair, terms=wanted, count=by, workspace=space, segments=look.segments)
+        sums |= dict(zip(terms, made, strict=True))
     return Ledger({name: Entry(sums[name], counts[name], weight) for name, weight in at.weights.items()})
 
 
@@ -253,14 +253,14 @@ def values_of(
         values["alm"] = alm(*_of_spans(logs, teacher, targets, chunk), at.temperatures["alm"])
     if lines is not None:
         values = {n: v if n == ROUTER else lines.at_first(v) for n, v in values.items()}
-    units = {name: unit_of(name, spans=lines is not None) for name in wanted}
-    for names, ours, theirs, places in parts(student, teacher, units):
-        came = targets if places is None else targets[places]
-        made = token_values(ours, theirs, came, terms=[wanted[name] for name in names], chunk=chunk)
-        for name, each in zip(names, made, strict=True):
-            before = values.get(name, each.new_zeros(len(targets)))
-            values[name] = each if places is None else before.index_copy(0, places, each)
-    return values
+    if not wanted:
+        return values
+    look = arranged(student, teacher, targets, [unit_of(n, spans=lines is not None) for n in wanted])
+    pair, asked = (look.student, look.teacher, look.targets), [*wanted.values()]
+    made = token_values(*pair, terms=asked, chunk=chunk, segments=look.segments)
+    if (order := look.order) is not None:
+        made = made.new_zeros(len(made), len(targets)).index_copy(1, order, made)
+    return dict(zip(wanted, made, strict=True)) | values
 
 
 def eval_terms(teacher: object) -> dict[str, Weighted]:
