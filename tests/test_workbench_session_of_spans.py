@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import sentences, tiny_experiment, tiny_tokenizer
+from transformers import AutoTokenizer
 
 from kdlib.config.run import parse
 from kdlib.data.pairs import first_of, row_of
@@ -19,6 +20,7 @@ from kdlib.losses.objective import EVAL_TERMS, values_of
 from kdlib.losses.signals import kept
 from kdlib.plots.tokens import SpanView
 from kdlib.tasks import base as tasks
+from kdlib.tasks.language_modeling import _stretches
 from kdlib.tokens.vocabulary import trained_tokenizer
 from kdlib.training import trainer
 from kdlib.workbench import session
@@ -167,3 +169,12 @@ def test_their_kl_is_span_kl(bench):
     expected = values[single_in(batch)].tolist()
     assert facts["students"]["untrained"]["kl"] == pytest.approx(expected, abs=2e-5)
     assert len(found.texts) == len(expected)
+
+
+def test_what_is_not_compared_stands_in_one_box(bench):
+    eos, other = bench.tokenizer.eos_token_id, AutoTokenizer.from_pretrained(bench.config.teacher.model)
+    row = {"input_ids": [eos, 5, 6, 7], "teacher_input_ids": [0, 4, 5, 7], "prompt_tokens": 2}
+    row |= {"spans": [2, 0, 2, 2, 3, 3, 4, 4]}
+    kinds, *sides = zip(*_stretches(row, bench.tokenizer, other), strict=True)
+    assert kinds == ("apart", "single", "single")
+    assert [[len(each) for each in side] for side in sides] == [[2, 1, 1], [2, 1, 1]]

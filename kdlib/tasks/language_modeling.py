@@ -194,7 +194,10 @@ def _of_both(prepared: Prepared, tokenizer: Tokenizer) -> dict[str, str]:
 def _stretches(
     row: Mapping[str, Any], student: Tokenizer, teacher: Tokenizer
 ) -> list[tuple[str, list[str], list[str]]]:
-    """Of a row that two tokenizers cut each stretch: whether it is compared, and its tokens on both sides."""
+    """Of a row that two tokenizers cut each stretch: whether it is compared, and its tokens on both sides.
+
+    What is not compared comes in one, wherever it stands together.
+    """
     ours, theirs = texts_of(row["input_ids"], student), texts_of(row["teacher_input_ids"], teacher)
     spans = spans_of([row], len(ours), len(theirs))
     single = (spans["sizes"] == 1) & (spans["teacher_sizes"] == 1)
@@ -203,7 +206,11 @@ def _stretches(
     for ends in pairwise(row["spans"]):
         (first, other), (last, other_last) = begins, ends
         kind = str(kinds.get(first, "apart")) if first < last else "apart"
-        found.append((kind, ours[first:last], theirs[other:other_last]))
+        sides = ours[first:last], theirs[other:other_last]
+        if kind == "apart" and found and found[-1][0] == kind:  # two prompts, say
+            _, *before = found.pop()
+            sides = before[0] + sides[0], before[1] + sides[1]
+        found.append((kind, *sides))
         begins = ends
     return found
 
