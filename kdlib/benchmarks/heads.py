@@ -112,7 +112,7 @@ class Case:
         if self.term == "kd":
             return teacher
         numbers, none = torch.arange(len(teacher), device=teacher.device), problem.targets[:0]
-        lines = Alignment(numbers, numbers, numbers, numbers, numbers, none, none, none, [])
+        lines = Alignment(numbers, numbers, numbers, numbers, numbers, none, none, [])
         said = Kept(numbers, problem.renamed[problem.targets], numbers)
         return SpanSignal(teacher, said, lines, problem.vocabularies)
 

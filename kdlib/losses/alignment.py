@@ -61,7 +61,6 @@ class Alignment:
     single: Tensor  # [P] the spans of one token on both sides
     several: Tensor  # [S - P] the others
     rest: Tensor  # [N - S] the student's tokens that begin no span
-    rows: Tensor  # [S] 0 .. B-1
     counts: list[int]  # spans of each row that has any
 
     @property
@@ -134,7 +133,6 @@ def spans_in(batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor
         "single": is_single.nonzero()[:, 0],
         "several": (~is_single).nonzero()[:, 0],
         "rest": (~begins).nonzero()[:, 0],
-        "rows": found["rows"],
         "counts": found["rows"].unique_consecutive(return_counts=True)[1].tolist(),
     }
     positions = _runs(found["teacher_starts"], teacher_sizes)
