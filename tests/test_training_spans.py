@@ -11,6 +11,7 @@ from tiny_training import pieces
 from kdlib.config.run import parse
 from kdlib.errors import ModelError
 from kdlib.losses.buffers import Workspace
+from kdlib.losses.signals import LinearSignal
 from kdlib.models.student import check_pair, tokenizer_of
 from kdlib.runs.files import StudentFolder
 from kdlib.training.plan import compared_layers, objective_of, training_arguments
@@ -123,3 +124,9 @@ def test_a_term_of_one_vocabulary_asked_of_two_names_the_four(raw):
         config = parse({**raw, "loss": {"weights": {term: 1.0}}})
         with pytest.raises(ModelError, match="span_kl, projected_kl, alm, uld"):
             check_pair(config, tokenizer_of(config))
+
+
+def test_no_more_logits_of_a_larger_vocabulary_exist_than_of_the_students():
+    student = LinearSignal(torch.zeros(4, 8), torch.zeros(1000, 8))
+    alone, beside = Workspace().chunk_for(student), Workspace(vocabulary=50_000).chunk_for(student)
+    assert beside == Workspace().chunk_for(LinearSignal(torch.zeros(4, 8), torch.zeros(50_000, 8))) < alone

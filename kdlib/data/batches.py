@@ -57,6 +57,11 @@ class Prepared:
         return self.vocabularies.teacher_size if self.vocabularies else self.vocabulary
 
     @property
+    def largest_vocabulary(self) -> int:
+        """Of the two."""
+        return max(self.vocabulary, self.teacher_vocabulary)
+
+    @property
     def measured_on(self) -> str:
         """The split on which models are compared: test where there is one."""
         return "test" if self.test is not None and len(self.test) else "validation"

@@ -80,10 +80,10 @@ def forecast(
     total, free = (round(memory * GIB),) * 2 if memory else device_memory(there)
     args, plan = training_arguments(config, Path("unused")), outline(config, task_of(config), vocabulary)
     devices = devices or world_size() or 1
-    compiled = workspace_of(config, args, rows, plan.vocabulary).compiled
-    chunk = config.loss.chunk
-    if chunk == "auto":
-        chunk = chunk_tokens(plan.vocabulary, product_dtype(dtype, there).itemsize, there, free=free)
+    largest = max(plan.vocabulary, getattr(plan.vocabularies, "teacher_size", 0))
+    compiled = workspace_of(config, args, rows, largest).compiled
+    if (chunk := config.loss.chunk) == "auto":
+        chunk = chunk_tokens(largest, product_dtype(dtype, there).itemsize, there, free=free)
 
     def breakdown(mesh: DeviceMesh | None = None) -> Breakdown:
         workspace = FakeWorkspace(chunk, compiled=compiled, kind=kind)

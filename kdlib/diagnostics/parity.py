@@ -149,7 +149,7 @@ def _trainer(config, student, teacher, tokenizer, prepared, rows, folder: Path) 
     """The trainer of the run, its logits in chunks so small that several are needed for these few rows."""
     args, objective = training_arguments(config, folder, **DRY_RUN), objective_of(config, student=student)
     tokens = len(kept(prepared.collate(rows)["labels"]).targets)
-    usual = workspace_of(config, args, len(prepared.train), prepared.vocabulary)
+    usual = workspace_of(config, args, len(prepared.train), prepared.largest_vocabulary)
     trainer = DistillationTrainer(
         model=student,
         args=args,

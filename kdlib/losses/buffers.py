@@ -31,13 +31,14 @@ class Workspace:
     Keeping the buffers spares the page faults of fresh memory at each step.
     """
 
-    def __init__(self, chunk: int | None = None, *, compiled: bool = False) -> None:
+    def __init__(self, chunk: int | None = None, *, compiled: bool = False, vocabulary: int = 0) -> None:
         """
         Args:
             chunk: tokens whose logits exist at a time; by vocabulary, dtype and free memory where None.
             compiled: compile the row arithmetic (seconds to half a minute, once); a CPU needs a C++ compiler.
+            vocabulary: the teacher's, where it is larger than the student's.
         """
-        self.chunk, self.compiled = chunk, compiled
+        self.chunk, self.compiled, self.vocabulary = chunk, compiled, vocabulary
         self._buffers: dict[str, Tensor] = {}
 
     def __str__(self) -> str:
@@ -47,7 +48,8 @@ class Workspace:
     def chunk_for(self, student: Any) -> int:
         """Tokens whose logits exist at a time."""
         if self.chunk is None:
-            self.chunk = chunk_tokens(student.vocabulary, student.dtype.itemsize, student.device)
+            largest = max(student.vocabulary, self.vocabulary)
+            self.chunk = chunk_tokens(largest, student.dtype.itemsize, student.device)
         return self.chunk
 
     def products(self, name: str, signal: Any, rows: slice) -> Tensor:

@@ -193,12 +193,8 @@ def compile_layers(model: Any, args: TrainingArguments) -> Any:
 
 def _toy() -> Any:
     """A language model of some hundred parameters, with the names of a real one's parts."""
-    sizes: dict[str, Any] = {
-        "vocab_size": 8,
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "max_position_embeddings": 8,
-    }
+    names = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings")
+    sizes: dict[str, Any] = dict.fromkeys(names, 8)
     heads: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
     return LlamaForCausalLM(LlamaConfig(**sizes, **heads, bos_token_id=0, eos_token_id=0))
 
@@ -269,11 +265,12 @@ def objective_of(
 
 def workspace_of(config: Config, args: TrainingArguments, rows: int | None, vocabulary: int) -> Workspace:
     """The losses' workspace; `compile: auto` compiles the row arithmetic of a training that repays it."""
-    predicted = 1 if rules_of(config).unit == "row" else config.data.max_length  # in a row
-    tokens = args.per_device_train_batch_size * args.gradient_accumulation_steps * predicted
-    repays = (extent(args, rows).steps or 0) * tokens * vocabulary > WORTH_COMPILING
-    chunk, compiled = config.loss.chunk, config.loss.compile
-    return Workspace(None if chunk == "auto" else chunk, compiled=repays if compiled == "auto" else compiled)
+    tokens = 1 if rules_of(config).unit == "row" else config.data.max_length  # predicted, of a row
+    step = args.per_device_train_batch_size * args.gradient_accumulation_steps * tokens
+    repays = (extent(args, rows).steps or 0) * step * vocabulary > WORTH_COMPILING
+    chunk = None if config.loss.chunk == "auto" else config.loss.chunk
+    compiled = repays if config.loss.compile == "auto" else config.loss.compile
+    return Workspace(chunk, compiled=compiled, vocabulary=vocabulary)
 
 
 def compared_layers(

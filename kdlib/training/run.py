@@ -133,7 +133,7 @@ def train(
             teacher=teacher,
             vocabulary=prepared.vocabulary,
             layer_pairs=pairs,
-            workspace=workspace_of(config, args, len(prepared.train), prepared.vocabulary),
+            workspace=workspace_of(config, args, len(prepared.train), prepared.largest_vocabulary),
             learning_rate_schedule=from_spec(schedule) if isinstance(schedule, Mapping) else None,
             folder=folder,
             label=label,
