@@ -226,11 +226,11 @@ class Context:
 
     @part("teacher.model")
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        _ = self.config.student.own_tokens and self.student_tokenizer  # the first names a lack
         return tokenizer_of(self.config)
 
     @part("student.from")
-    def student_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The one that a student of its own was trained with."""
+    def student_tokenizer(self) -> PreTrainedTokenizerBase:  # the one that it was trained with
         return own_tokenizer(self.config)
 
     @part("student.from")
@@ -266,9 +266,9 @@ class Context:
         """In a dtype that the machine is good at and that has float32's range: what float16 lacks is seen."""
         if self.config.teacher is None:
             raise Unavailable("teacher", "there is none", is_absent=True)
-        device = device_of(self.config.wanted_device)
-        found = tasks.load_teacher(self.config, self.prepared, precision_of("auto", device)[0])
-        found.model.to(device)
+        device, config = device_of(self.config.wanted_device), self.config
+        found = tasks.load_teacher(config, self.prepared, precision_of("auto", device)[0])
+        found.to(device)
         return found
 
     @part("student.from")
