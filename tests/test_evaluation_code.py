@@ -15,6 +15,7 @@ from kdlib.errors import ConfigError, ModelError, RunError
 from kdlib.evaluation import code, completions
 from kdlib.evaluation.completions import answers_of
 from kdlib.models.loading import load_model, load_tokenizer
+from kdlib.plots.comparison import code_message
 from kdlib.workbench.cli import app
 
 PROBLEMS = [
@@ -186,3 +187,12 @@ def test_the_programs_of_a_run_are_part_of_its_comparison_and_report(teacher_fol
     assert (run.code / "completions.jsonl").read_text() == lines  # all were there
     assert json.loads((run.code / "results.json").read_text())[0]["problems"] == 1
     assert yaml.safe_load((run.path / "config.yaml").read_text())["code"]["benchmarks"] == [benchmark]
+
+
+def test_a_title_names_few_models_and_of_many_the_first_and_the_best():
+    shares = zip("abcdef", (0.6, 0.2, 0.3, 0.1, 0.2, 0.2), strict=True)
+    made = {name: {"pass@1": {"value": value}} for name, value in shares}
+    results = {"benchmark": "easy", "problems": 20, "of": 20, "models": made}
+    assert code_message(results) == "easy, 20 problems, pass@1: a 60.0%, best of 5 others c 30.0%"
+    few = {**results, "models": dict(list(made.items())[:2])}
+    assert code_message(few) == "easy, 20 problems, pass@1: a 60.0%, b 20.0%"

@@ -47,6 +47,7 @@ COSTS = {  # what a comparison measures of it: how a column is headed, and its f
 }
 
 PRIMARY = " (primary)"
+NAMED = 4  # models in a title
 FOUND = {True: "better", False: "worse", None: "no clear difference in"}
 WAYS = {True: "better", False: "worse", None: "open"}
 BARS = "teacher_student_comparison"  # the figure over all models
@@ -221,6 +222,9 @@ def code_message(results: Mapping[str, Any]) -> str:
     """What was found, in a sentence."""
     name, models, metric = results["benchmark"], results["models"], _scores_in(results)[0]
     shares = [f"{called(each, '')} {entry[metric]['value']:.1%}".strip() for each, entry in models.items()]
+    if len(shares) > NAMED:  # the others stand in the picture
+        best = max([*models][1:], key=lambda each: models[each][metric]["value"])
+        shares = [shares[0], f"best of {len(shares) - 1} others {shares[[*models].index(best)]}"]
     asked = (
         f"{results['problems']} of {results['of']}" if results["problems"] < results["of"] else results["of"]
     )
