@@ -13,6 +13,8 @@ from fsdp_on_cpu import begin_from
 from safetensors.torch import load_file
 from tiny_training import comparable, train_file
 
+from kdlib.config.loss import SPAN_TERMS
+
 SGD = {
     "optim": "sgd",
     "learning_rate": 0.05,
@@ -24,6 +26,7 @@ SGD = {
 EVALUATED = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 3}
 WEIGHTS = {"kd": 0.5, "ce": 0.2, "relational": 0.1}
 PHASES = [{"until": 0.5, "weights": {"hidden": 0.3}}, {"until": 1.0, "weights": {"hidden": 0.0}}]
+FEATURES = ("ce", "hidden", "relational", "contrastive")
 SAVED = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "optim_args": "momentum=0.9"}
 # what is changed in the tiny experiment; where it is `own`, the student has other sizes and an untied head;
 # where it has `tokens`, a tokenizer of its own
@@ -41,7 +44,7 @@ CASES = {
     },
     "spans": {
         "tokens": True,
-        "loss": {"weights": {"span_kl": 0.5, "projected_kl": 0.2, "alm": 0.3, "ce": 0.2, "hidden": 0.1}},
+        "loss": {"weights": {**dict.fromkeys((*SPAN_TERMS, *FEATURES), 0.2), "span_kl": 0.5}},
         "training": EVALUATED,
     },
     "sharded": {"training": {**EVALUATED, **SAVED, "max_grad_norm": 0.5}},

@@ -10,19 +10,18 @@ where it is known to what its tokens belong; of a classification it is {"input_i
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset, Features, Value
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from kdlib.losses.signals import IGNORED, Vocabularies
+from kdlib.losses.signals import IGNORED, Vocabularies, vocabulary_sizes
 
 Batch = dict[str, Any]  # tensors; under "spans" a dict of them
 Collate = Callable[[Sequence[Mapping[str, Any]]], Batch]
@@ -54,12 +53,12 @@ class Prepared:
     @property
     def teacher_vocabulary(self) -> int:
         """What the teacher chooses among."""
-        return self.vocabularies.teacher_size if self.vocabularies else self.vocabulary
+        return vocabulary_sizes(self.vocabulary, self.vocabularies)[1]
 
     @property
     def largest_vocabulary(self) -> int:
         """Of the two."""
-        return max(self.vocabulary, self.teacher_vocabulary)
+        return max(vocabulary_sizes(self.vocabulary, self.vocabularies))
 
     @property
     def measured_on(self) -> str:
@@ -70,28 +69,6 @@ class Prepared:
     def measured(self) -> Dataset:
         """Its rows."""
         return getattr(self, self.measured_on)
-
-    def as_student(self) -> "Prepared":
-        """The same rows for the student by itself, of which is learned what lies in learned spans."""
-        return self._of_one_side(0, self.vocabulary)
-
-    def as_teacher(self) -> "Prepared":
-        """The same rows as the teacher reads them, of which is learned what lies in learned spans.
-
-        They are of the same bytes as `as_student`'s.  Of choices all that answers is learned, on both sides.
-        """
-        return self._of_one_side(1, self.teacher_vocabulary)
-
-    def _of_one_side(self, side: int, vocabulary: int) -> "Prepared":
-        splits = {name: getattr(self, name) for name in ("train", "validation", "test")}
-        return replace(
-            self,
-            **{name: rows and rows_of_side(rows, side) for name, rows in splits.items()},
-            choices={name: rows_of_side(rows, side) for name, rows in self.choices.items()},
-            collate=partial(collate, pad_id=0),  # what stands in padding is read by none
-            vocabulary=vocabulary,
-            vocabularies=None,
-        )
 
     def first_rows(self, count: int = 2) -> Batch:
         """The first training rows."""
@@ -160,44 +137,6 @@ def collate_classes(rows: Sequence[Mapping[str, Any]], *, pad_id: int, teacher_p
         ids, mask = padded([row["teacher_input_ids"] for row in rows], teacher_pad_id)
         batch |= {"teacher_input_ids": ids, "teacher_attention_mask": mask}
     return batch
-
-
-def marked(firsts: np.ndarray, sizes: np.ndarray, length: int) -> np.ndarray:
-    """[length] which places lie in one of the stretches that begin there and are so long."""
-    change = np.zeros(length + 1, np.int64)
-    np.add.at(change, firsts, 1)
-    np.add.at(change, firsts + sizes, -1)
-    return change[:-1].cumsum() > 0
-
-
-def rows_of_side(rows: Dataset, side: int) -> Dataset:
-    """Rows that two tokenizers read as the student (0) or the teacher (1) reads them alone.
-
-    Learned is what lies in learned spans; of choices (rows of an "item") what answers.
-    """
-    own, prompt = (("input_ids", "prompt_tokens"), ("teacher_input_ids", "teacher_prompt_tokens"))[side]
-    starts, sizes = (("starts", "sizes"), ("teacher_starts", "teacher_sizes"))[side]
-
-    def alone(row):
-        ids = row[own]
-        if "item" in row:
-            return {"input_ids": ids, "prompt_tokens": row[prompt]}
-        spans = spans_of([row], len(row["input_ids"]), len(row["teacher_input_ids"]))
-        is_learned = np.append(marked(spans[starts] + 1, spans[sizes], len(ids)), False)
-        begin, *given = *np.flatnonzero(np.diff(is_learned, prepend=False)).tolist(), len(ids)
-        made = {"input_ids": ids, "prompt_tokens": begin, "read_only": given}
-        if "documents" in row:
-            edges, runs = (
-                np.array(each).reshape(-1, 2) for each in ([0, 0, *row["spans"]], row["documents"])
-            )
-            runs[1:, 0] = edges[np.searchsorted(edges[:, 0], runs[1:, 0], "right") - 1, side]
-            made["documents"] = runs.flatten().tolist()
-        return made
-
-    dropped = {"teacher_input_ids", "teacher_prompt_tokens", "spans"} & set(rows.column_names)
-    kept = {name: kind for name, kind in rows.features.items() if name not in dropped}
-    kept |= {"prompt_tokens": Value("int32")} | ({} if "item" in kept else {"read_only": kept["input_ids"]})
-    return rows.map(alone, remove_columns=[*dropped], features=Features(kept))
 
 
 def units_of_rows(rows: Dataset) -> np.ndarray | None:

@@ -12,10 +12,10 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from kdlib.data.batches import Batch, Prepared, learned, marked, runs, spans_of
+from kdlib.data.batches import Batch, Prepared, learned, runs, spans_of
 from kdlib.data.qa_rows import Encoded
 from kdlib.errors import ModelError
-from kdlib.losses.alignment import SPANS, spans_in
+from kdlib.losses.alignment import SPANS, is_single, spans_in
 from kdlib.losses.signals import IGNORED, Vocabularies
 from kdlib.tokens.spans import Answer, Pair, PairReader, agreed, apart, edges_of, joined
 from kdlib.tokens.vocabulary import pieces, roles, token_bytes, token_of_bytes
@@ -112,8 +112,8 @@ def coverage(prepared: Prepared, tokenizer: Tokenizer, rows: int = 2000) -> pd.D
         row = prepared.train[number]
         ids, spans = np.array(row["input_ids"]), spans_of([row], len(row["input_ids"]), 0)
         firsts, sizes = spans["starts"] + 1, spans["sizes"]
-        single = sizes * spans["teacher_sizes"] == 1
-        inside = marked(firsts, sizes, len(ids)), marked(firsts[single], sizes[single], len(ids))
+        single = is_single(spans)
+        inside = _marked(firsts, sizes, len(ids)), _marked(firsts[single], sizes[single], len(ids))
         found.append(np.vstack([ids, *inside])[:, learned([row], len(ids))[0]])
     ids, in_spans, one_to_one = np.hstack(found)
     of_tokens = pd.DataFrame({"class": map(class_of, every), "bytes": [len(each or b"") for each in every]})
@@ -127,6 +127,14 @@ def coverage(prepared: Prepared, tokenizer: Tokenizer, rows: int = 2000) -> pd.D
     counted["shared"] = of_tokens.groupby("class")["shared"].mean()
     counted.loc["all", "shared"] = of_tokens["shared"].mean()
     return counted.reindex([each for each in (*CLASSES, "all") if each in counted.index])
+
+
+def _marked(firsts: np.ndarray, sizes: np.ndarray, length: int) -> np.ndarray:
+    """[length] which places lie in one of the stretches that begin there and are so long."""
+    change = np.zeros(length + 1, np.int64)
+    np.add.at(change, firsts, 1)
+    np.add.at(change, firsts + sizes, -1)
+    return change[:-1].cumsum() > 0
 
 
 def limits(teacher: Tokenizer, length: int) -> tuple[int, int]:

@@ -58,9 +58,11 @@ def prepare(
     check_one_answer(config, [item for items in splits.values() for item in items])
     rows, choices = {}, {}
     written = encoded_choices if form == "multiple choice" else encoded_response
+    write = partial(written, tokenizer=tokenizer, first=beginning(tokenizer))
+    their_write = partial(written, tokenizer=teacher, first=beginning(teacher)) if teacher else None
     reader = PairReader(tokenizer, teacher) if teacher else None
     for name, items in splits.items():
-        encoded = _encoded(config, name, items, partial(written, tokenizer=tokenizer))
+        encoded = _encoded(config, name, items, write)
         limit = config.max_train_rows if name == "train" else config.max_eval_rows
         if limit is not None and limit < len(items):
             taken = sorted(random.Random(seed).sample(range(len(items)), limit))
@@ -70,7 +72,7 @@ def prepare(
         if form == "multiple choice" and name != "train":
             choices[name] = _choices(items, encoded)
         if teacher:
-            theirs = _encoded(config, name, items, partial(written, tokenizer=teacher), teacher)
+            theirs = _encoded(config, name, items, their_write, teacher)
             right = [each[item.right] for item, each in zip(items, theirs, strict=True)]
             rows[name], lost = with_teacher(rows[name], learned, right, reader)
             shown = [f"{items[number].where}: {learned[number].text[:60]!r}" for number in lost[:3]]
@@ -169,9 +171,9 @@ def _choices(items: Sequence[Item], encoded: Sequence[Sequence[Encoded]]) -> Dat
     return Dataset.from_list(rows, features=CHOICES)
 
 
-def encoded_choices(item: Item, tokenizer: Tokenizer) -> list[Encoded]:
-    """The prompt with each choice in turn."""
-    asked, first = f"Question: {item.question}\nAnswer:", beginning(tokenizer)
+def encoded_choices(item: Item, tokenizer: Tokenizer, first: Sequence[int]) -> list[Encoded]:
+    """The prompt with each choice in turn; `first` begins every row ([BOS], or nothing)."""
+    asked = f"Question: {item.question}\nAnswer:"
     made = [continued(asked, f" {choice}", tokenizer, first) for choice in item.answers]
     for number, (choice, each) in enumerate(zip(item.answers, made, strict=True)):
         if each.learned < 1:
@@ -179,7 +181,7 @@ def encoded_choices(item: Item, tokenizer: Tokenizer) -> list[Encoded]:
     return made
 
 
-def encoded_response(item: Item, tokenizer: Tokenizer) -> list[Encoded]:
+def encoded_response(item: Item, tokenizer: Tokenizer, first: Sequence[int]) -> list[Encoded]:
     """A free answer after its prompt, one row."""
     prompt, response = item.question, item.answers[0]
     if tokenizer.chat_template:
@@ -188,7 +190,7 @@ def encoded_response(item: Item, tokenizer: Tokenizer) -> list[Encoded]:
     if item.messages:
         raise Fault("messages need a chat template, and the tokenizer has none; write prompt and response")
     between = "" if prompt[-1].isspace() or response[0].isspace() else " "
-    made = continued(prompt, between + response, tokenizer, beginning(tokenizer))
+    made = continued(prompt, between + response, tokenizer, first)
     ((start, first, last),) = made.answers
     ids = [*made.input_ids, _end(tokenizer)]
     return [replace(made, input_ids=ids, answers=((start, first, last + 1),))]

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from kdlib.losses.alignment import SPANS, TeacherSignal, spans_in
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.objective import ObjectiveAt, eval_terms, ledger, row_sums
-from kdlib.losses.signals import FOUND, Kept, Signal, kept
+from kdlib.losses.signals import FOUND, Kept, Signal, kept, vocabulary_sizes
 from kdlib.models.heads import stated_form
 from kdlib.models.sharing import GATHERED, SENT, held_here
 from kdlib.models.student import Outline
@@ -284,7 +284,7 @@ class FakeStep:
         self, batch: Batch, at: ObjectiveAt, with_teacher: bool, phase: Phase
     ) -> tuple[Kept, Signal, TeacherSignal | None]:
         tokens, known = kept(batch["labels"]), self.plan.vocabularies
-        sizes = self.plan.vocabulary, known.teacher_size if known else self.plan.vocabulary
+        sizes = vocabulary_sizes(self.plan.vocabulary, known)
         reads = "", "teacher_" if "teacher_input_ids" in batch else ""
         asked = zip(sizes, reads, self.forms, insides(at, self.pairs, self.student), strict=True)
         of = [dict(zip(("vocabulary", "reads", "form", "inside"), each, strict=True)) for each in asked]

@@ -24,6 +24,7 @@ from kdlib.hardware import as_asked, device_memory, precision_of, product_dtype,
 from kdlib.losses.buffers import chunk_tokens
 from kdlib.losses.features import feature_terms
 from kdlib.losses.objective import ObjectiveAt
+from kdlib.losses.signals import vocabulary_sizes
 from kdlib.models.heads import stated_form
 from kdlib.models.hooks import layers_are_alike
 from kdlib.models.loading import device_of, parameters
@@ -79,8 +80,7 @@ def forecast(
         dtype = torch.bfloat16
     total, free = (round(memory * GIB),) * 2 if memory else device_memory(there)
     args, plan = training_arguments(config, Path("unused")), outline(config, task_of(config), vocabulary)
-    devices = devices or world_size() or 1
-    largest = max(plan.vocabulary, getattr(plan.vocabularies, "teacher_size", 0))
+    largest, devices = max(vocabulary_sizes(plan.vocabulary, plan.vocabularies)), devices or world_size() or 1
     compiled = workspace_of(config, args, rows, largest).compiled
     if (chunk := config.loss.chunk) == "auto":
         chunk = chunk_tokens(largest, product_dtype(dtype, there).itemsize, there, free=free)

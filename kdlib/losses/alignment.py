@@ -124,14 +124,14 @@ def spans_in(batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor
     owner = tokens.positions.new_full((len(tokens.positions),), len(sizes))
     owner[_runs(first, sizes)] = numbers.repeat_interleave(sizes)
     begins = torch.zeros_like(owner, dtype=torch.bool).index_fill(0, first, True)
-    is_single = (sizes == 1) & (teacher_sizes == 1)
+    single = is_single(found)
     alignment = {
         "first": first,
         "teacher_first": teacher_sizes.cumsum(0) - teacher_sizes,
         "owner": owner,
         "teacher_owner": numbers.repeat_interleave(teacher_sizes),
-        "single": is_single.nonzero()[:, 0],
-        "several": (~is_single).nonzero()[:, 0],
+        "single": single.nonzero()[:, 0],
+        "several": (~single).nonzero()[:, 0],
         "rest": (~begins).nonzero()[:, 0],
         "counts": found["rows"].unique_consecutive(return_counts=True)[1].tolist(),
     }
@@ -147,9 +147,14 @@ def single_in(batch: Mapping[str, Any]) -> Tensor:
     return found["first"][found["single"]]
 
 
+def is_single(spans: Mapping[str, Any]) -> Any:
+    """[S] whether a span is one token on both sides; of tensors or arrays."""
+    return (spans["sizes"] == 1) & (spans["teacher_sizes"] == 1)
+
+
 def counted(spans: Mapping[str, Tensor]) -> Tensor:
     """[2] how many spans a batch has, and how many of one token on both sides."""
-    single = (spans["sizes"] == 1) & (spans["teacher_sizes"] == 1)
+    single = is_single(spans)
     return torch.stack([torch.ones_like(single).sum(), single.sum()])
 
 

@@ -251,6 +251,11 @@ def _without(ids: Tensor, size: int) -> Tensor:
     return torch.ones(size, dtype=torch.bool, device=ids.device).index_fill(0, ids, False).nonzero()[:, 0]
 
 
+def vocabulary_sizes(student: int, known: Vocabularies | None) -> tuple[int, int]:
+    """What student and teacher choose among; the same where they read alike."""
+    return student, student if known is None else known.teacher_size
+
+
 def moved(said: Any, device: torch.device) -> Any:
     """A batch, kept tokens, a signal, or what they are made of, on another device."""
     if isinstance(said, Tensor):

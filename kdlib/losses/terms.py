@@ -67,12 +67,22 @@ def accuracy(
     return (student.argmax(-1) == targets).to(wide(student.dtype))
 
 
-def agreement(
-    student: Tensor, teacher: Tensor | None, targets: Tensor, temperature: Tensor | float = 1.0
-) -> Tensor:
-    """1 where student and teacher have the same first choice."""
-    assert teacher is not None
-    return (student.argmax(-1) == teacher.argmax(-1)).to(wide(student.dtype))
+@dataclass(frozen=True)
+class Agreement:
+    """1 where student and teacher have the same first choice: a token, or of two vocabularies its bytes."""
+
+    vocabularies: Vocabularies | None = None
+
+    def __call__(
+        self, student: Tensor, teacher: Tensor | None, targets: Tensor, temperature: Tensor | float = 1.0
+    ) -> Tensor:
+        assert teacher is not None
+        ours = student.argmax(-1)
+        same = ours if self.vocabularies is None else self.vocabularies.shared.index_select(0, ours)
+        return (same == teacher.argmax(-1)).to(wide(student.dtype))
+
+
+agreement = Agreement()
 
 
 def top_k_pair(
@@ -235,13 +245,6 @@ def uld(student: Tensor, teacher: Tensor, vocabularies: Vocabularies | None) -> 
     return (ours - theirs).abs().sum(-1) + (ours.sum(-1) - theirs.sum(-1)).abs()
 
 
-def same_choice(student: Tensor, teacher: Tensor, vocabularies: Vocabularies | None) -> Tensor:
-    """[n] 1 where the first choices of both stand for the same bytes."""
-    ours, theirs = student.argmax(-1), teacher.argmax(-1)
-    same = ours if vocabularies is None else vocabularies.shared.index_select(0, ours)
-    return (same == theirs).to(student.dtype)
-
-
 @dataclass(frozen=True)
 class Across:
     """A measure of two vocabularies' log-probabilities as a TokenFunction, at the size of its gradient."""
@@ -267,17 +270,20 @@ FORMULAS = {
     "alm": "ALM(teacher, student; {at})",
 }
 """As a formula writes them; `{at}` takes the temperature."""
-ON_LOGITS = {
+ON_LOGITS: dict[str, Across | Agreement] = {
     "span_kl": Across(span_kl),
     "projected_kl": Across(projected_kl),
     "uld": Across(uld, power=1),
     "kl_to_teacher": Across(span_kl),
-    "agreement": Across(same_choice, power=0),
+    "agreement": agreement,
 }
 """By the names of terms; the last two are evaluation's."""
 
 
-def across(name: str, vocabularies: Vocabularies | None = None, top_k: int | None = None) -> Across:
+def across(
+    name: str, vocabularies: Vocabularies | None = None, top_k: int | None = None
+) -> Across | Agreement:
     """A term on the logits of two vocabularies, or of one where None; `top_k` is for projected_kl."""
-    likeliest = top_k if name == "projected_kl" else None
-    return replace(ON_LOGITS[name], vocabularies=vocabularies, top_k=likeliest)
+    if name == "projected_kl":
+        return Across(projected_kl, vocabularies, top_k=top_k)
+    return replace(ON_LOGITS[name], vocabularies=vocabularies)

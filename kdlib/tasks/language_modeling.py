@@ -22,7 +22,7 @@ from kdlib.data import text
 from kdlib.data.batches import Prepared, collate, pairwise, random_ids, spans_of, vocabulary_of
 from kdlib.data.pairs import coverage, first_of
 from kdlib.errors import ModelError
-from kdlib.losses.alignment import SPANS, single_in
+from kdlib.losses.alignment import SPANS, is_single, single_in
 from kdlib.losses.signals import IGNORED, Vocabularies, kept
 from kdlib.models.loading import load_model
 from kdlib.models.student import Outline, sources, teacher_tokenizer_of, tokenizer_of
@@ -200,8 +200,8 @@ def _stretches(
     """
     ours, theirs = texts_of(row["input_ids"], student), texts_of(row["teacher_input_ids"], teacher)
     spans = spans_of([row], len(ours), len(theirs))
-    single = (spans["sizes"] == 1) & (spans["teacher_sizes"] == 1)
-    kinds = dict(zip((spans["starts"] + 1).tolist(), np.where(single, "single", "several"), strict=True))
+    names = np.where(is_single(spans), "single", "several")
+    kinds = dict(zip((spans["starts"] + 1).tolist(), names, strict=True))
     found, begins = [], (0, 0)
     for ends in pairwise(row["spans"]):
         (first, other), (last, other_last) = begins, ends

@@ -93,9 +93,8 @@ class DistillationTrainer(GuardedTrainer):
         self.form = None if dense else head_form(self.model)
         self.window, self.throughput, self.tokens, self.counted = LedgerWindow(), Throughput(), 0, "tokens"
         self.grad_norms_every, self.gradients = grad_norms_every, dict[str, float]()
-        self.span_counts: tuple[
-            Tensor, ...
-        ] = ()  # of the whole step: spans, those of one token on both sides
+        self.span_counts: tuple[Tensor, ...] = ()  # of the step: spans, and those of one token of both
+        self.count: Tensor | int | Counts = 0  # what the step's terms are divided by
         how = str(self.workspace) if self.form else "all at once"
         if not (self.form or dense or self.model.get_output_embeddings() is None):
             how += ": its head makes them by more than a matrix, a scale and a soft cap"
