@@ -1,4 +1,4 @@
-"""kdlib is a building of seven layers: a package imports only from layers below it.
+"""kdlib is a building of layers: a package imports only from layers below it.
 
 Run: pytest tests/test_layers.py
 """
@@ -16,6 +16,7 @@ LAYERS = [  # from the ground up; benchmarks stand on top, and nothing imports t
     {"config", "hardware", "tokens"},
     {"losses", "runs", "prompts", "code"},
     {"data", "models", "plots", "filters"},
+    {"routing"},
     {"tasks", "training", "reports", "generation"},
     {"evaluation", "diagnostics", "sweeps"},
     {"workbench"},
