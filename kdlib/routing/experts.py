@@ -51,5 +51,5 @@ def watched(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     if missing := [name for name in routers if name not in found]:
         raise ModelError(
             f"{type(model).__name__}: its router {missing[0]} is not called, as where a kernel from a hub "
-            "stands in for its layer; load the model without kernels (unset USE_HUB_KERNELS, or use_kernels=False)"
+            "stands in for its layer; load the model without kernels (use_kernels=False)"
         )
