@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -109,6 +110,12 @@ KEYS = {
 HEX = re.compile(r"(?P<name>[\w.-]*)[\"']?\s*[:=]\s*[\"']?(?P<key>[0-9a-f]{40})(?![\w.-])")
 DIGESTS = re.compile(r"revision|commit|sha|hash|digest|checksum|fingerprint|etag|version", re.IGNORECASE)
 PICTURE = re.compile(r"(;base64,[A-Za-z0-9+/=]+)")
+
+
+def refuse_existing(path: str | Path) -> None:
+    """A ConfigError where there is something at a path that a command is to make."""
+    if Path(path).exists():
+        raise ConfigError(f"{path}: is there already, and would be lost; name a new folder")
 
 
 def refuse_keys(found: Any, where: str = "a setting or parameter") -> None:

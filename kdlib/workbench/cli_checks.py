@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from kdlib.config import run as configs
-from kdlib.errors import ConfigError, KdlibError, refuse_keys, without_keys
+from kdlib.errors import ConfigError, KdlibError, refuse_existing, refuse_keys, without_keys
 from kdlib.runs import folder as runs
 from kdlib.runs.child_processes import LAUNCHED
 from kdlib.runs.files import write_json, write_text
@@ -273,8 +273,7 @@ def tokenizer(
 
     All documents are read but those of the source's own validation split.
     """
-    if Path(folder).exists():
-        raise ConfigError(f"{folder}: is there already, and would be lost; name a new folder")
+    refuse_existing(folder)
     from kdlib.config.sections import DataConfig
     from kdlib.data.text import read_documents
     from kdlib.tokens.vocabulary import trained_tokenizer
@@ -284,3 +283,18 @@ def tokenizer(
     made.save_pretrained(folder)
     sizes = len("".join(texts).encode()), sum(map(len, made(texts[:], verbose=False)["input_ids"]))
     print(f"{folder}: {len(made):,} tokens, {sizes[0] / max(sizes[1], 1):.2f} bytes of this text each")
+
+
+@checks.command()
+def experts(
+    source: argument("A dense model of Llama's kind: a hub id, a folder or a built-in name."),
+    folder: argument("A new folder, which a config names as teacher.model."),
+    count: option(int, "--experts", help="Of each layer.") = 4,
+    top_k: option(int, "--top-k", help="That a token asks.") = 2,
+    seed: option(int, "--seed", help="Of the routers, which are random.") = 0,
+) -> None:
+    """Make a mixture of experts (Mixtral) of SOURCE, each a copy of its MLPs; says the same until trained."""
+    refuse_existing(folder)
+    from kdlib.routing import upcycle
+
+    print(f"{folder}: {upcycle.make(source, folder, count, top_k, seed=seed)}")
