@@ -1,0 +1,55 @@
+"""Kinds of text: what a held-out token is part of, told by the rows themselves or line by line."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from kdlib.data.batches import Prepared
+from kdlib.tokens.vocabulary import token_bytes
+
+MOST = 8  # kinds that can be told apart in a figure
+CODE, PROSE = "code", "prose"
+SIGNS, FEWEST = 0.1, 2  # of a line's characters, from which on it is code, and how many at least
+BY_LINE = (
+    f"lines, {CODE} where {SIGNS:.0%} of the characters are brackets and signs, or a prompt >>> begins it"
+)
+PROMPT, SIGN = re.compile(r"\s*(>>>|\.\.\. |[$#] )"), re.compile(r"[][(){}<>=+*/%&|^~@\\;:$#]|(?<=\w)\.(?=\w)")
+
+
+def kinds_of(
+    rows: Dataset, prepared: Prepared, tokenizer: Tokenizer
+) -> tuple[list[np.ndarray], list[str], str]:
+    """Of some rows: the number of each token's kind, [T] a row; the kinds' names; and how they are told.
+
+    By the rows' group, or class, where there are two to eight of these; else each line of the text is code
+    or prose.
+    """
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    for column, names in (("group", None), ("label", prepared.labels)):
+        if column not in rows.column_names:
+            continue
+        known, places = np.unique(np.asarray(rows[column][:]).astype(str), return_inverse=True)
+        if 2 <= len(known) <= MOST:
+            called = [names[int(each)] if names else each for each in known.tolist()]
+            return [np.full(n, kind) for n, kind in zip(lengths, places, strict=True)], called, column
+    spelt = token_bytes(tokenizer)
+    return [_by_line(ids, spelt) for ids in rows["input_ids"]], [PROSE, CODE], BY_LINE
+
+
+def _by_line(ids: Sequence[int], spelt: Sequence[bytes | None]) -> np.ndarray:
+    """[T] 1 for a token that begins in a line of code; special tokens are as what comes before them."""
+    pieces = [spelt[number] or b"" for number in ids]
+    lines = b"".join(pieces).split(b"\n")
+    ends = np.cumsum([len(line) + 1 for line in lines])
+    starts = np.cumsum([0, *map(len, pieces)])[:-1]
+    codes = np.array([is_code(line.decode(errors="replace")) for line in lines], int)
+    return codes[np.minimum(np.searchsorted(ends, starts, side="right"), len(lines) - 1)]
+
+
+def is_code(line: str) -> bool:
+    """Whether a line looks like code: a prompt, or many brackets and signs among its characters."""
+    written, signs = re.sub(r"\s", "", line), len(SIGN.findall(line))
+    return signs >= max(SIGNS * len(written), FEWEST) or PROMPT.match(line) is not None
