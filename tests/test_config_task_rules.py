@@ -104,7 +104,14 @@ def test_what_does_not_go_with_a_classification_is_refused_with_its_path(changes
             {"data__validation": "dev"},
             "data.validation: found 'dev'; causal-lm takes the source's split of the name validation",
         ),
-        ({"teacher_stage": {"training": {"max_steps": 4}}}, "teacher_stage: it trains a classifier's head"),
+        (
+            {"teacher_stage": {"training": {"metric_for_best_model": "eval_kl_to_teacher"}}},
+            "teacher_stage.training.metric_for_best_model: found 'eval_kl_to_teacher'; it is one of perp",
+        ),
+        (
+            {"teacher": None, "teacher_stage": {"training": {"max_steps": 4}}},
+            "teacher_stage: trains the teacher first, and there is none (teacher: null)",
+        ),
     ],
 )
 def test_settings_that_a_language_model_would_pass_over_in_silence_are_refused(changes, words):

@@ -2,6 +2,7 @@
 to learn.
 """
 
+import ast
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -15,10 +16,12 @@ from kdlib.config.run import load
 from kdlib.config.sections import DataConfig
 from kdlib.data.classification import split_texts
 from kdlib.data.labelled_rows import counts
-from kdlib.data.sources import SECTIONS, SHORTEST, read_splits, stdlib_sections
+from kdlib.data.sources import SECTIONS, SHORTEST, python_docs, python_texts, read_splits, stdlib_sections
 from kdlib.data.text import units_of_tokens
 from kdlib.models.student import tokenizer_of
 from kdlib.tasks.base import prepare
+
+KINDS = ("prose", "code")
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +82,16 @@ def test_the_quickstart_holds_out_documents_enough_for_its_intervals():
     units, what = units_of_tokens(prepared)
     assert (len(prepared.validation), what) == (32, "documents")
     assert len(np.unique(np.concatenate(units))) >= 30
+
+
+def test_the_two_kinds_of_python_texts_are_as_long_and_share_no_text():
+    rows = python_texts()
+    of = {kind: [t for t, k in zip(rows["text"], rows["kind"], strict=True) if k == kind] for kind in KINDS}
+    assert sum(map(len, of.values())) == len(rows)
+    assert len({*of["code"]} - {*of["prose"]}) == len(of["code"])
+    assert len(of["prose"]) == len(python_docs())
+    assert len(of["code"]) >= 30
+    prose, code = (len("".join(of[kind])) for kind in KINDS)
+    assert 0.9 * prose < code <= prose
+    for text in of["code"]:
+        ast.parse(text)

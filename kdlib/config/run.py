@@ -44,8 +44,8 @@ def _steps(training: Any) -> Mapping[str, Any]:
 
 def _training(training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
     """TrainingArguments by their own names, with kdlib's defaults."""
-    able = next(rules.name for rules in RULES.values() if rules.trains_teacher)  # a stage's own training
-    metrics: Sequence[str] = RULES[info.data.get("task", able)].best_by
+    task = info.data.get("task", (info.context or {}).get("task"))  # of a stage's own training the config's
+    metrics: Sequence[str] = RULES.get(str(task), RULES["causal-lm"]).best_by
     if "task" not in info.data or info.data.get("teacher", "") is None:  # none to be compared with
         metrics = [name for name in metrics if name not in TO_TEACHER]
     problems = {name: problem_with(name, value, metrics) for name, value in training.items()}
@@ -69,7 +69,7 @@ BESIDE = ("launch", "trackers", "code")
 
 
 class TeacherStage(Section):
-    """The teacher learns the task first, with ce alone; its run is used again while this stays as it is."""
+    """The teacher learns the task first, with ce (and its routers' own loss); its run is used again."""
 
     seed: Seed = 0
     training: Annotated[dict[str, Any], AfterValidator(_training)]
@@ -166,7 +166,7 @@ def parse(
     if smoke:
         changed = overridden(merged(raw, kind.smoke_changes(changed)), overrides, name)
     try:
-        return kind.model_validate(changed)
+        return kind.model_validate(changed, context={"task": changed.get("task", "causal-lm")})
     except ValidationError as error:
         lines = [line for fault in error.errors() for line in _describe(fault, kind)]
         head = f"{name}: {len(lines)} fault{'s' * (len(lines) > 1)}"

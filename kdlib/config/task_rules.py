@@ -24,7 +24,6 @@ class TaskRules:
     not_shown: tuple[str, ...] = ("accuracy",)  # what a comparison has and its table leaves out
     rows: str = "rows"  # what a comparison is made over, in words
     one_vocabulary: bool = True  # compared by tokens: each its own where these differ; else always its own
-    trains_teacher: bool = False  # `teacher_stage:` may come first
     smoke: Mapping[str, Any] | None = None  # of `data:`, for a run of seconds; a value None: as it is
     misfits: Callable[[Any], Iterable[str]] = lambda config: ()  # what does not go together, a line each
 
@@ -75,7 +74,6 @@ CLASSES = TaskRules(
     not_shown=(),
     reads=("label", "labels", "group", "test", "text"),
     one_vocabulary=False,
-    trains_teacher=True,
     smoke={"max_train_rows": 256, "max_eval_rows": 64},  # some rows of each class
     misfits=_of_classes,
 )
@@ -165,9 +163,6 @@ def _unread(config: Any) -> Iterator[str]:
             )
     if config.code and rules_of(config).unit == "row":
         yield "code: a classifier writes no programs; leave it out, or set task: causal-lm"
-    if config.teacher_stage is not None and not rules_of(config).trains_teacher:
-        able = " or ".join(rules.name for rules in RULES.values() if rules.trains_teacher)
-        yield f"teacher_stage: it trains a classifier's head, so it goes with task: {able}; leave it out"
 
 
 def _without_teacher(config: Any) -> Iterator[str]:
@@ -180,6 +175,8 @@ def _without_teacher(config: Any) -> Iterator[str]:
         yield "student.tokenizer: missing; it is the teacher's else, and there is none (teacher: null)"
     for term in sorted({*config.loss.schedules} - {"ce", "router_aux"}):
         yield f"loss.weights.{term}: needs a teacher, and there is none (teacher: null); leave ce alone"
+    if config.teacher_stage is not None:
+        yield "teacher_stage: trains the teacher first, and there is none (teacher: null); leave it out"
     if config.baseline is not None:
         yield "baseline: it is a student without a teacher, and so is this one (teacher: null); leave it out"
     if config.training.get("fsdp"):

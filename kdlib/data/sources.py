@@ -7,6 +7,7 @@ import sysconfig
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
 import datasets
@@ -143,6 +144,22 @@ def python_docs() -> Dataset:
     return Dataset.from_dict({"name": names, "text": [topics[name] for name in names]})
 
 
+def python_texts() -> Dataset:
+    """Two kinds of text that come with every Python, as much of each: 79 of prose, some 50 of code.
+
+    {"name", "text", "kind": "prose" (`python_docs`) or "code", the shortest modules of the standard library}.
+    """
+    home, prose = Path(sysconfig.get_path("stdlib")), python_docs()
+    files = [home / f"{name}.py" for names in SECTIONS.values() for name in names.split()]
+    sources = {file.stem: file.read_text(encoding="utf-8") for file in files if file.exists()}
+    sizes = accumulate(sorted(map(len, sources.values())))
+    fit = sum(size <= len("".join(prose["text"])) for size in sizes)
+    names = sorted(sorted(sources, key=lambda name: len(sources[name]))[:fit])
+    code = {"name": names, "text": [sources[name] for name in names], "kind": ["code"] * fit}
+    kinds = prose.add_column("kind", ["prose"] * len(prose))
+    return datasets.concatenate_datasets([kinds, Dataset.from_dict(code)])
+
+
 @cache  # it takes a few seconds
 def stdlib_sections() -> Dataset:
     """Docstrings of the standard library, labelled by their module's section of the library reference.
@@ -183,7 +200,7 @@ def _docstrings(node: ast.AST) -> Iterator[str]:
             yield from _docstrings(child)
 
 
-BUILT_IN = {"python-docs": python_docs, "stdlib-sections": stdlib_sections}
+BUILT_IN = {"python-docs": python_docs, "python-texts": python_texts, "stdlib-sections": stdlib_sections}
 
 
 def _read_file(path: Path) -> DatasetDict:

@@ -195,6 +195,7 @@ def spread(rows: Sequence[Any], count: int) -> list[Any]:
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
+STAGE = "the teacher's own stage before this training is not forecast: give it its own config"
 TASKS: dict[str, Task] = {}
 
 

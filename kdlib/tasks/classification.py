@@ -29,7 +29,7 @@ from kdlib.models.loading import load_config, load_tokenizer
 from kdlib.models.student import Outline
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots.tokens import RowView
-from kdlib.tasks.base import Comparison, Sample, Task, register, rows_of, spread
+from kdlib.tasks.base import STAGE, Comparison, Sample, Task, register, rows_of, spread
 
 BATCH = 32  # rows per forward pass
 SINGLE = 30  # rows that are answered one by one, for the latency
@@ -84,9 +84,7 @@ class Classification(Task):
             of_data = f"the data was not read, so the teacher's {classes} classes are taken for the data's"
             notes.insert(0, f"{of_data}: they weigh little")
         if config.teacher_stage:
-            notes.append(
-                "the teacher's own stage before this training is not forecast: give it its own config"
-            )
+            notes.append(STAGE)
         made = [deepcopy(each) for each in (student, teacher)]
         for each in made:
             each.num_labels = classes

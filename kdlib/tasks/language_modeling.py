@@ -28,7 +28,7 @@ from kdlib.models.loading import load_model
 from kdlib.models.student import Outline, sources, teacher_tokenizer_of, tokenizer_of
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots.tokens import SpanView, TokenView, token_view
-from kdlib.tasks.base import Comparison, Sample, Task, register, spread, within_heads
+from kdlib.tasks.base import STAGE, Comparison, Sample, Task, register, spread, within_heads
 from kdlib.tasks.token_comparison import TokenComparison
 from kdlib.tokens.vocabulary import token_bytes
 
@@ -77,7 +77,8 @@ class LanguageModeling(Task):
         teacher: PreTrainedConfig | None,
         vocabulary: int | None,
     ) -> Outline:
-        notes, heads = [], [each.get_text_config().vocab_size for each in (student, teacher) if each]
+        notes: list[str] = [STAGE] if config.teacher_stage else []
+        heads = [each.get_text_config().vocab_size for each in (student, teacher) if each]
         try:
             vocabulary, other = vocabulary_of(tokenizer_of(config)), teacher_tokenizer_of(config)
         except ModelError:

@@ -1,4 +1,5 @@
-"""The teacher's own training, before it teaches: for a model that has no head yet for the task's classes.
+"""The teacher's own training, before it teaches: for a head of the task's classes, or for experts that are
+copies of each other so far (kdlib.routing.upcycle).
 
 It is a run like others, in runs/teacher_<model>_<8 hex digits>/, of which the digits change with every
 setting that its weights depend on.
@@ -121,6 +122,8 @@ def _train(config: Config, run: Run, *, prepared: Prepared, **made: Any) -> None
         runs.create(run.path.parent, run.name, config, teacher_stage=True)
     with runs.working(run):
         student = tasks.untrained_student(config, prepared, None)
-        run.add_to_manifest(data=prepared.notes, formula=objective_of(config).at(0.0).formula)
+        run.add_to_manifest(
+            data=prepared.notes, formula=objective_of(config, student=student).at(0.0).formula
+        )
         training.train(config, run, student=student, prepared=prepared, label="teacher", **made)
     runs.clean(run)
