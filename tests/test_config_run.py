@@ -211,7 +211,10 @@ def test_all_faults_come_at_once_each_with_its_path_and_the_nearest_name(raw_con
         ("training=[]", "training: found []"),
         ("1=2", "1: unknown key"),
         ("student.keep=[0, 1, 2]", "`layers` is 2, but `keep` lists 3"),
-        ("student={from: elsewhere, layers: 2}", "go with `from: teacher` only"),
+        (
+            "student={from: config, shape: 100m, layers: 2}",
+            "`layers` and `keep` are a model's; `from: config`",
+        ),
         ("trackers.alias={train/kl: kd_loss}", "found 'kd_loss'; a metric is named like train/kd_loss"),
         ("trackers.alias={train/kl: train/kd_loss}", None),
         ("student={}", "needs `layers: <how many>`"),

@@ -15,10 +15,13 @@ from transformers import (
 )
 
 from kdlib.config.run import parse
+from kdlib.data.batches import calibration_rows
+from kdlib.diagnostics.context import Context
 from kdlib.errors import ModelError
 from kdlib.models.depth import layer_influence
 from kdlib.models.loading import load_tokenizer, positions_of
-from kdlib.models.student import check_pair, chosen_layers, tokenizer_of
+from kdlib.models.student import check_pair, chosen_layers, outline, own_config, tokenizer_of
+from kdlib.tasks import base as tasks
 
 
 def config(raw, **student):
@@ -86,6 +89,38 @@ def test_a_folder_that_is_called_teacher_is_a_model_like_any_other(
     check_pair(named, load_tokenizer("teacher"))
     with pytest.raises(ModelError, match="but the teacher has 4"):
         check_pair(parse({**raw_config, "teacher": {"model": "teacher"}}, ["student.layers=9"]), None)
+
+
+@pytest.mark.parametrize("keep", ["even", "first", "influence", [0, 3]], ids=str)
+def test_a_student_may_be_some_layers_of_another_model(raw_config, teacher_folder, tmp_path, keep):
+    folder = str(tmp_path / "other")
+    model = tiny_model(seed=7)
+    model.save_pretrained(folder)
+    load_tokenizer(str(teacher_folder)).save_pretrained(folder)
+    shape = {} if isinstance(keep, list) else {"layers": 2}
+    named = parse({**raw_config, "student": {"from": folder, "keep": keep, **shape}})
+    assert parse(named.as_dict()) == named
+    check_pair(named, tokenizer_of(named))
+    prepared = tasks.prepare(named, tokenizer_of(named))
+    layers = tasks.layers_for_student(named, None, prepared)
+    student = tasks.untrained_student(named, prepared, layers)
+    asked = calibration_rows(prepared.train, reads="")
+    wanted = sorted(layer_influence(model, asked).topk(2).indices.tolist())
+    assert layers == {"even": [0, 3], "first": [0, 1], "influence": wanted}.get(str(keep), keep)
+    for new, old in enumerate(layers):
+        kept, was = student.model.layers[new].state_dict(), model.model.layers[old].state_dict()
+        assert all(torch.equal(kept[name], was[name]) for name in was)
+    plan = outline(named, tasks.task_of(named))
+    assert (plan.layers, own_config(named).num_hidden_layers) == ((2, 4), 2)
+    assert any("seen on text" in note for note in plan.notes) == (keep == "influence")
+    made = Context(named).student
+    assert all(map(torch.equal, made.cpu().parameters(), student.parameters()))
+
+
+def test_layers_that_a_named_model_lacks_are_refused_by_its_name(raw_config, teacher_folder):
+    named = parse({**raw_config, "student": {"from": str(teacher_folder), "layers": 9}})
+    with pytest.raises(ModelError, match=f"student.layers is 9, but {teacher_folder} has 4; choose 1 to 4"):
+        check_pair(named, tokenizer_of(named))
 
 
 POSITIONS = [

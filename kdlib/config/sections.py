@@ -141,7 +141,7 @@ class TeacherConfig(Section):
 
 
 class StudentConfig(Section):
-    """Made of the teacher's layers (`from: teacher`), a model of its own, or new (`from: config`)."""
+    """Made of the teacher's layers (`from: teacher`), a model of its own or its layers, or new (`config`)."""
 
     source: str = Field("teacher", alias="from")
     layers: Positive | None = None
@@ -153,6 +153,11 @@ class StudentConfig(Section):
     def is_own(self) -> bool:
         """Whether it is a model that is loaded by its name."""
         return self.source not in ("teacher", "config")
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether it is made of some of a model's layers."""
+        return self.source != "config" and (self.layers is not None or isinstance(self.keep, list))
 
     @property
     def own_tokens(self) -> str | None:
@@ -180,8 +185,8 @@ class StudentConfig(Section):
         listed = isinstance(self.keep, list)
         if self.source == "teacher" and self.layers is None and not listed:
             raise ValueError("a student made from the teacher needs `layers: <how many>`")
-        if self.source != "teacher" and (self.layers is not None or listed):
-            raise ValueError("`layers` and `keep` are the teacher's; they go with `from: teacher` only")
+        if self.source == "config" and (self.layers is not None or listed):
+            raise ValueError("`layers` and `keep` are a model's; `from: config` counts them in `shape`")
         if listed and self.layers not in (None, len(self.keep)):
             found = f"`layers` is {self.layers}, but `keep` lists {len(self.keep)}"
             raise ValueError(f"{found}; leave `layers` out")

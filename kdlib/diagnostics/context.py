@@ -274,11 +274,11 @@ class Context:
     @part("student.from")
     def student(self) -> PreTrainedModel:
         """Untrained, as a run would start with it."""
-        config, prepared, device = self.config, self.prepared, device_of(self.config.wanted_device)
-        if config.student.source != "teacher":
-            return tasks.untrained_student(config, prepared, None).to(device)
-        layers = tasks.layers_for_student(config, self.teacher.model, prepared)
-        return tasks.student_of(config, self.teacher.model, layers).to(device)
+        config, prepared = self.config, self.prepared
+        model = self.teacher.model if config.student.source == "teacher" else None
+        layers = tasks.layers_for_student(config, model, prepared)
+        made = model and tasks.student_of(config, model, layers)
+        return (made or tasks.untrained_student(config, prepared, layers)).to(device_of(config.wanted_device))
 
     @part("loss.features.layers")
     def pairs(self) -> LayerPairs:

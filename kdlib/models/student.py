@@ -57,13 +57,16 @@ def _may_differ(config: Config) -> bool:
 
 
 def own_config(config: Config) -> PreTrainedConfig:
-    """Of a student that is not made from the teacher: its model's, or as its `shape` says.
+    """Of a student that is not made from the teacher: its model's, cut to its layers, or as `shape` says.
 
     Raises:
-        ModelError: there is no such model, or it has no such settings.
+        ModelError: there is no such model, or it has no such settings, or layers.
     """
     student = config.student
-    return load_config(student.source) if student.is_own else _shaped(student.shape, own_tokenizer(config))
+    if not student.is_own:
+        return _shaped(student.shape, own_tokenizer(config))
+    kept, whole = kept_layers(config), load_config(student.source)
+    return with_layers(whole, kept) if kept else whole
 
 
 def llama_of(count: float, vocabulary: int) -> dict[str, int]:
@@ -127,16 +130,13 @@ def check_pair(config: Config, tokenizer: Tokenizer) -> None:
     Raises:
         ModelError: names the layers, or the term and the first tokens that differ.
     """
-    student, length = config.student.source, config.data.max_length
-    configs = {name: load_config(name) for name in sources(config)}
-    if student == "config":
+    length, configs = config.data.max_length, {name: load_config(name) for name in sources(config)}
+    if config.student.source == "config":
         configs["the student's shape"] = own_config(config)
     for name, each in configs.items():
-        positions = positions_of(each)
-        if positions and length > positions:
+        if (positions := positions_of(each)) and length > positions:
             raise ModelError(f"data.max_length is {length}, but {name} has {positions} positions; lower it")
-    if config.teacher is not None and student == "teacher":
-        kept_layers(config, configs[config.teacher.model].get_text_config().num_hidden_layers)
+    kept_layers(config)
     terms = sorted(config.terms & {"kd", *DIVERGENCES, "attention"})
     if terms and _may_differ(config):
         _check_tokens(config, tokenizer, load_tokenizer(config.teacher.model), ", ".join(terms))
@@ -155,35 +155,36 @@ def _check_tokens(config: Config, student: Tokenizer, teacher: Tokenizer, terms:
         )
 
 
-def chosen_layers(config: Config, teacher: PreTrainedModel | None, calibration: Tensor) -> list[int] | None:
-    """Which of the teacher's layers the student keeps; None for one that is not made from the teacher.
+def chosen_layers(config: Config, model: PreTrainedModel, calibration: Tensor) -> list[int] | None:
+    """Which layers the student keeps of the model that it is made from; None of one that keeps all.
 
     Args:
         calibration: [B, T] token ids, on which influence is measured.
     """
-    if config.student.source != "teacher":
-        return None
-    kept = kept_layers(config, teacher.config.get_text_config().num_hidden_layers)
-    if len(kept) == 1 or config.student.keep != "influence":
+    if (kept := kept_layers(config)) is None or len(kept) == 1 or config.student.keep != "influence":
         return kept
-    return sorted(layer_influence(teacher, calibration).topk(len(kept)).indices.tolist())
+    return sorted(layer_influence(model, calibration).topk(len(kept)).indices.tolist())
 
 
-def kept_layers(config: Config, total: int) -> list[int] | None:
-    """The student's of the teacher's `total` layers, evenly where influence would choose; None of its own.
+def kept_layers(config: Config) -> list[int] | None:
+    """The student's of the model that it is made from, evenly where influence would choose; None: all.
 
     Raises:
-        ModelError: the teacher does not have them.
+        ModelError: the model does not have them.
     """
     keep, count = config.student.keep, config.student.layers
-    if config.student.source != "teacher":
+    if not config.student.is_cut:
         return None
+    own = config.student.source if config.student.is_own else None
+    total = load_config(own or config.teacher.model).get_text_config().num_hidden_layers
     if isinstance(keep, list):
         if not keep or sorted(set(keep)) != keep or keep[0] < 0 or keep[-1] >= total:
             raise ModelError(f"student.keep {keep}: needs rising layer numbers from 0 to {total - 1}")
         return keep
     if count > total:
-        raise ModelError(f"student.layers is {count}, but the teacher has {total}; choose 1 to {total}")
+        raise ModelError(
+            f"student.layers is {count}, but {own or 'the teacher'} has {total}; choose 1 to {total}"
+        )
     return list(range(count)) if keep == "first" else even_layers(count, total)
 
 
@@ -289,10 +290,10 @@ def outline(config: Config, task: Any, vocabulary: int | None = None) -> Outline
                 f"{each}: a {stated.model_type} model, which is no {task.kind}; name one that is"
             )
     if source == "teacher":
-        student = with_layers(teacher, kept_layers(config, teacher.get_text_config().num_hidden_layers))
+        student = with_layers(teacher, kept_layers(config))
         student = spoken(student, own_tokenizer(config)) if config.student.tokenizer else student
-        if config.student.keep == "influence":
-            notes.append("which layers the student keeps is seen on text; taken evenly here")
+    if config.student.is_cut and config.student.keep == "influence":
+        notes.append("which layers the student keeps is seen on text; taken evenly here")
     if getattr(teacher, "quantization_config", None):
         notes.append("the teacher's quantised weights are counted in the precision of the training")
     made = task.outlined(config, student, teacher, vocabulary)

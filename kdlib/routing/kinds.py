@@ -16,7 +16,10 @@ SIGNS, FEWEST = 0.1, 2  # of a line's characters, from which on it is code, and 
 BY_LINE = (
     f"lines, {CODE} where {SIGNS:.0%} of the characters are brackets and signs, or a prompt >>> begins it"
 )
-PROMPT, SIGN = re.compile(r"\s*(>>>|\.\.\. |[$#] )"), re.compile(r"[][(){}<>=+*/%&|^~@\\;:$#]|(?<=\w)\.(?=\w)")
+PROMPT, SIGN = (
+    re.compile(r"\s*(>>>|\.\.\. |[$#] )"),
+    re.compile(r"[][(){}<>=+*/%&|^~@\\;:$#]|(?<=\w)\.(?=\w)"),
+)
 
 
 def kinds_of(

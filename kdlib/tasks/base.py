@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel as Model, PreTrainedT
 from kdlib.config import task_rules
 from kdlib.config.run import Config
 from kdlib.config.task_rules import TaskRules
-from kdlib.data.batches import Prepared, calibration_rows, largest_id
+from kdlib.data.batches import Prepared, calibration_rows, largest_id, reads_of
 from kdlib.data.pairs import within
 from kdlib.errors import ModelError
 from kdlib.hardware import precision_of, world_size
@@ -243,7 +243,7 @@ def asked(model: Model, prepared: Prepared) -> LiveTeacher:
 
 
 def untrained_student(config: Config, prepared: Prepared, keep: Sequence[int] | None) -> Model:
-    """The student as its training starts with it: the teacher's layers `keep`, or a model of its own.
+    """The student as its training starts with it: the layers `keep` of the teacher or of a model, or a model.
 
     The same each time, in float32 whatever the teacher's precision in training.
     """
@@ -252,7 +252,8 @@ def untrained_student(config: Config, prepared: Prepared, keep: Sequence[int] | 
         return student_of(config, _teacher_model(config, prepared, torch.float32), keep)
     if config.student.source == "config":
         return blank(task_of(config).auto, "config", own_config(config), torch.float32)
-    return task_of(config).load(config.student.source, prepared, untrained=True)
+    model = task_of(config).load(config.student.source, prepared, untrained=True)
+    return model if keep is None else shallower(model, keep)
 
 
 def student_of(config: Config, teacher: Model, keep: Sequence[int]) -> Model:
@@ -269,8 +270,13 @@ def student_of(config: Config, teacher: Model, keep: Sequence[int]) -> Model:
 
 
 def layers_for_student(config: Config, teacher: Model | None, prepared: Prepared) -> list[int] | None:
-    """Which of the teacher's layers the student keeps; None where it is not made from the teacher."""
-    return chosen_layers(config, teacher, calibration_rows(prepared.train))
+    """Which layers the student keeps, of the teacher or of its own model; None where all stay."""
+    if not config.student.is_cut:
+        return None
+    model, who = teacher, "teacher"
+    if config.student.is_own:
+        model, who = task_of(config).load(config.student.source, prepared, untrained=True), "student"
+    return chosen_layers(config, model, calibration_rows(prepared.train, reads=reads_of(who)))
 
 
 def _teacher_model(config: Config, prepared: Prepared, dtype: torch.dtype, **options: Any) -> Model:

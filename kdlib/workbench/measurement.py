@@ -106,12 +106,10 @@ def measured_here(config: Config, *, memory: bool, dense: bool = False) -> dict[
     began, busy = time.perf_counter(), _seconds_of_others()
     with tempfile.TemporaryDirectory() as folder, peak_memory(device) as peak:
         teacher = tasks.load_teacher(config, prepared, dtype)
-        total = teacher.model.config.get_text_config().num_hidden_layers if teacher else 0
-        layers = kept_layers(config, total)
         trainer = training.train(
             config,
             StudentFolder(Path(folder)),
-            student=tasks.untrained_student(config, prepared, layers),
+            student=tasks.untrained_student(config, prepared, kept_layers(config)),
             teacher=teacher,
             tokenizer=tokenizer,
             prepared=prepared,

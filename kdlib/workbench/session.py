@@ -146,7 +146,7 @@ class Workbench:
         )
         facts = {
             "teacher": tables.named_size(self.config.teacher, self.teacher),
-            "student": tables.size_of(student) + (f": the teacher's {layers}" if layers else ""),
+            "student": tables.size_of(student) + (f": layers {layers} of its model" if layers else ""),
             **self.task.facts(self.prepared, self.tokenizer, self.teacher),
             **tables.texts_in(notes),
             "fingerprint": notes["fingerprint"],
