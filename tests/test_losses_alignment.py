@@ -10,9 +10,10 @@ from kdlib.losses.alignment import Alignment, Counts, SpanSignal, alm, spans_in
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.chunked import differentiable_values
 from kdlib.losses.objective import Objective, eval_terms, ledger, row_sums, values_of
-from kdlib.losses.signals import IGNORED, DenseSignal, Features, Kept, LinearSignal, Vocabularies, kept
+from kdlib.losses.signals import IGNORED, DenseSignal, Features, Kept, LinearSignal, kept
 from kdlib.losses.terms import cross_entropy, projected_kl, span_kl, uld
 from kdlib.schedulers import constant
+from kdlib.tokens.vocabulary import Vocabularies
 
 V, H = 11, 5
 PLAIN = {

@@ -17,9 +17,10 @@ from kdlib.config.loss import SPAN_TERMS
 from kdlib.losses.alignment import Alignment, SpanSignal, TeacherSignal
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.objective import Objective, ObjectiveAt, ledger
-from kdlib.losses.signals import IGNORED, DenseSignal, Kept, LinearSignal, Signal, Vocabularies
+from kdlib.losses.signals import IGNORED, DenseSignal, Kept, LinearSignal, Signal
 from kdlib.losses.terms import log_probs
 from kdlib.schedulers import constant
+from kdlib.tokens.vocabulary import Vocabularies
 
 KD, CE = 0.7, 0.3  # weights
 TEMPERATURE = 2.0

@@ -7,8 +7,7 @@ on what goes on inside besides.
 
 from pathlib import Path
 
-from kdlib.config.import_table import DTYPES, MEANT, OURS, REASONS, read_settings
-from kdlib.config.migration import TO_FILL_IN, Migration
+from kdlib.config.import_table import DTYPES, MEANT, OURS, REASONS, TO_FILL_IN, Migration, read_settings
 from kdlib.config.run import parse
 from kdlib.config.sections import flow
 from kdlib.config.training_arguments import RESERVED, problem_with, scheduler_names, training_fields

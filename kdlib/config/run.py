@@ -21,12 +21,12 @@ from kdlib.config.sections import (
     Section,
     Seed,
     StudentConfig,
-    TeacherConfig,
     TrackersConfig,
     read_beside,
     refuse,
 )
 from kdlib.config.task_rules import RULES, misfits, rules_named
+from kdlib.config.teacher import TeacherConfig
 from kdlib.config.training_arguments import TRAINING_DEFAULTS, clashes, problem_with, typed
 from kdlib.errors import ConfigError, nearest, printable, refuse_keys
 from kdlib.metrics.names import TO_TEACHER

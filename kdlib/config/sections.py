@@ -127,19 +127,6 @@ def _share_or_split(value: Any) -> float | str:
     return share
 
 
-class TeacherConfig(Section):
-    """Where the teacher comes from: a hub id, a local folder, a .gguf file, or a built-in name."""
-
-    model: str
-    device: str | None = None  # of its own, as cuda:1; else it lies where the student does
-    offload: bool = False  # with training.fsdp: in the CPU's memory, gathered layer by layer
-
-    @model_serializer(mode="wrap")
-    def _stated(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what is off, so that older runs and trained teachers are known again."""
-        return {name: value for name, value in dump(self).items() if value}
-
-
 class StudentConfig(Section):
     """Made of the teacher's layers (`from: teacher`), a model of its own or its layers, or new (`config`)."""
 

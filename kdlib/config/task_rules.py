@@ -192,6 +192,8 @@ def _of_shards(config: Any) -> Iterator[str]:
     if fsdp and every:
         found = f"found {every}, but with training.fsdp no rank has the whole student"
         yield f"diagnostics.grad_norms_every: {found}; set it to null"
+    if fsdp and isinstance(teacher.experts, dict) and "student_aware" in teacher.experts:
+        yield "teacher.experts: a student-aware router lies whole on each rank; leave training.fsdp out (DDP)"
     if teacher.offload and not fsdp:
         yield "teacher.offload: goes with training.fsdp, which gathers it layer by layer; leave it out"
 

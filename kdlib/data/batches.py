@@ -21,7 +21,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from kdlib.losses.signals import IGNORED, Vocabularies, vocabulary_sizes
+from kdlib.losses.signals import IGNORED
+from kdlib.tokens.vocabulary import Vocabularies, vocabulary_sizes
 
 Batch = dict[str, Any]  # tensors; under "spans" a dict of them
 Collate = Callable[[Sequence[Mapping[str, Any]]], Batch]

@@ -16,9 +16,9 @@ from kdlib.data.batches import Batch, Prepared, learned, runs, spans_of
 from kdlib.data.qa_rows import Encoded
 from kdlib.errors import ModelError
 from kdlib.losses.alignment import SPANS, is_single, spans_in
-from kdlib.losses.signals import IGNORED, Vocabularies
+from kdlib.losses.signals import IGNORED
 from kdlib.tokens.spans import Answer, Pair, PairReader, agreed, apart, edges_of, joined
-from kdlib.tokens.vocabulary import pieces, roles, token_bytes, token_of_bytes
+from kdlib.tokens.vocabulary import Vocabularies, pieces, roles, token_bytes, token_of_bytes
 
 IDS, NUMBER = datasets.List(datasets.Value("int32")), datasets.Value("int32")
 BOTH = {"input_ids": IDS, "teacher_input_ids": IDS, "spans": IDS}

@@ -24,11 +24,12 @@ from transformers import PreTrainedModel
 from kdlib.losses.alignment import SPANS, TeacherSignal, spans_in
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.objective import ObjectiveAt, eval_terms, ledger, row_sums
-from kdlib.losses.signals import FOUND, Kept, Signal, kept, vocabulary_sizes
+from kdlib.losses.signals import FOUND, Kept, Signal, kept
 from kdlib.models.heads import stated_form
 from kdlib.models.sharing import GATHERED, SENT, held_here
 from kdlib.models.student import Outline
 from kdlib.models.teacher import beside, insides, signal_of
+from kdlib.tokens.vocabulary import vocabulary_sizes
 from kdlib.training.plan import compared_layers, objective_of
 
 PHASES = ("student's forward", "teacher's forward", "loss", "backward")
@@ -276,9 +277,8 @@ class FakeStep:
         self.student.eval()
         with phase("evaluation"), self._autocast():
             tokens, student, teacher = self._signals(batch, at, self.teacher is not None, phase)
-            rows, chunk = len(batch["labels"]), self.workspace.chunk_for(student)
-            of = (student, teacher, tokens.targets, tokens.rows)
-            row_sums(*of, row_count=rows, terms=eval_terms(teacher), at=at, chunk=chunk)
+            how = {"row_count": len(batch["labels"]), "chunk": self.workspace.chunk_for(student)}
+            row_sums(student, teacher, tokens.targets, tokens.rows, terms=eval_terms(teacher), at=at, **how)
 
     def _signals(
         self, batch: Batch, at: ObjectiveAt, with_teacher: bool, phase: Phase

@@ -24,13 +24,13 @@ from kdlib.hardware import as_asked, device_memory, precision_of, product_dtype,
 from kdlib.losses.buffers import chunk_tokens
 from kdlib.losses.features import feature_terms
 from kdlib.losses.objective import ObjectiveAt
-from kdlib.losses.signals import vocabulary_sizes
 from kdlib.models.heads import stated_form
 from kdlib.models.hooks import layers_are_alike
 from kdlib.models.loading import device_of, parameters
 from kdlib.models.sharing import fake_ranks, held_here, share, share_teacher
 from kdlib.models.student import Outline, outline
 from kdlib.tasks.base import task_of
+from kdlib.tokens.vocabulary import vocabulary_sizes
 from kdlib.training.plan import compared_layers, objective_of, training_arguments, workspace_of
 
 # Python with torch and transformers loaded; or CUDA's context and cuBLAS's workspace

@@ -30,7 +30,7 @@ from kdlib.losses.alignment import SPANS, UNITS, counted, unit_of
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.ledger import LedgerWindow
 from kdlib.losses.objective import Objective
-from kdlib.losses.signals import Vocabularies, kept
+from kdlib.losses.signals import kept
 from kdlib.models.hooks import attend_eagerly, instead, without_dropout
 from kdlib.models.loading import device_of
 from kdlib.models.student import check_pair, tokenizer_of
@@ -38,6 +38,7 @@ from kdlib.models.teacher import PROJECTIONS, LiveTeacher
 from kdlib.runs.files import StudentFolder
 from kdlib.schedulers import breakpoints, from_spec
 from kdlib.tasks import base as tasks
+from kdlib.tokens.vocabulary import Vocabularies
 from kdlib.training.plan import (
     DRY_RUN,
     check_causality,

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from kdlib.config.run import Config
 from kdlib.losses.alignment import Alignment, SpanSignal, TeacherSignal, single_in, spans_in
-from kdlib.losses.signals import Vocabularies, kept, moved
+from kdlib.losses.signals import kept, moved
 from kdlib.losses.terms import SoftTargets, agreement, cross_entropy
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots.softening import Predictions, softening_of
 from kdlib.runs.files import read_json, write_json
 from kdlib.runs.folder import Run
 from kdlib.tasks.base import Sample
+from kdlib.tokens.vocabulary import Vocabularies
 
 CANDIDATES = 5  # of each model, kept for each token
 OTHERS = "(all others)"  # of two vocabularies, the tokens that one of them has not

@@ -6,14 +6,15 @@ read the same bytes, so what they say there can be compared; what differs is wha
 Axes: N kept tokens of the student's, M of the teacher's, S spans; V vocabulary, student's and teacher's.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kdlib.losses.signals import Features, Kept, Signal, Vocabularies, kept, widest
+from kdlib.losses.signals import FOUND, Features, Kept, Signal, found_in, kept, widest
+from kdlib.tokens.vocabulary import Vocabularies
 
 SPANS = "spans"  # under which a batch has them
 UNITS = ("tokens", "spans", "single")  # the student's kept tokens; spans; those of one token on both sides
@@ -156,6 +157,12 @@ def counted(spans: Mapping[str, Tensor]) -> Tensor:
     """[2] how many spans a batch has, and how many of one token on both sides."""
     single = is_single(spans)
     return torch.stack([torch.ones_like(single).sum(), single.sum()])
+
+
+def with_kept(collate: Callable[[Any], Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A collated batch with what is kept of it, found before it goes to a device."""
+    batch = collate(rows)
+    return {**batch, FOUND: found_in(batch["labels"]) | ({SPANS: spans_in(batch)} if SPANS in batch else {})}
 
 
 def _runs(starts: Tensor, sizes: Tensor) -> Tensor:

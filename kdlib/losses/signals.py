@@ -7,7 +7,7 @@ are the rows and V the classes.  `rows` are a batch's, [N]; as a slice of a sign
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -201,59 +201,63 @@ class LinearSignal:
             torch.addmm(self.bias, self.hidden[rows], self.weight.T, out=out)
 
 
-Signal = DenseSignal | LinearSignal
+@dataclass(frozen=True)
+class MeanSignal:
+    """Several draws of one teacher as one: the mean of their probabilities at T = 1, logits by the chunk."""
 
+    draws: Sequence["DenseSignal | LinearSignal"]
+    features: Features | None = None
+    form = Form()  # they are logits already
 
-@dataclass(frozen=True, eq=False)
-class Vocabularies:
-    """What the tokens of student and teacher have in common."""
-
-    student_size: int  # one more than its tokenizer's largest id
-    teacher_size: int
-    shared: Tensor  # [student's V] the teacher's token of the same bytes, or the same role; -1 where none
-    pieces: Tensor  # [larger V] the first of the smaller vocabulary's tokens that make each; -1 where none
-    own: Tensor = field(init=False)  # ids of the student's tokens that the teacher has not
-    others: Tensor = field(init=False)  # ids of the teacher's that the student has not
-    whole: Tensor = field(init=False)  # ids of the larger vocabulary's that have a first piece
-    never: Tensor = field(init=False)  # ids of the smaller vocabulary's that are no token's first piece
-
-    def __post_init__(self) -> None:
-        common = self.shared[self.shared >= 0]
-        whole = (self.pieces >= 0).nonzero()[:, 0]
-        for name, value in {
-            "own": (self.shared < 0).nonzero()[:, 0],
-            "others": _without(common, self.teacher_size),
-            "whole": whole,
-            "never": _without(self.pieces[whole], min(self.student_size, self.teacher_size)),
-        }.items():
-            object.__setattr__(self, name, value)
+    def __len__(self) -> int:
+        return len(self.draws[0])
 
     @property
-    def onto_student(self) -> bool:
-        """Whether `pieces` are of the teacher's tokens: the larger vocabulary is cut into the smaller."""
-        return self.teacher_size >= self.student_size
+    def vocabulary(self) -> int:
+        return self.draws[0].vocabulary
 
-    def in_students(self, teacher: Tensor) -> Tensor:
-        """[n, teacher's V] to [n, student's V]: at each shared token the teacher's value, -inf at others."""
-        found = teacher.index_select(-1, self.shared.clamp(min=0))
-        return found if not len(self.own) else found.index_fill(-1, self.own, -math.inf)
+    @property
+    def dtype(self) -> torch.dtype:
+        return wide(self.draws[0].dtype)
 
-    def cut(self, log_probs: Tensor) -> Tensor:
-        """[n, larger V] log-probabilities of tokens to [n, smaller V], of their first pieces."""
-        mass = log_probs.index_select(-1, self.whole).exp()
-        empty = mass.new_zeros(len(mass), min(self.student_size, self.teacher_size))
-        made = empty.index_add(-1, self.pieces.index_select(0, self.whole), mass)
-        return made.clamp(min=torch.finfo(made.dtype).tiny).log()
+    @property
+    def device(self) -> torch.device:
+        return self.draws[0].device
+
+    def logits(self, rows: slice = slice(None)) -> Tensor:
+        """[n, V] log-probabilities."""
+        each = [draw.logits(rows).to(self.dtype).log_softmax(-1) for draw in self.draws]
+        return torch.stack(each).logsumexp(0) - math.log(len(each))
+
+    def select(self, places: Tensor) -> "MeanSignal":
+        """Of these among the N tokens, without features."""
+        return MeanSignal([draw.select(places) for draw in self.draws])
+
+    def cast(self) -> "MeanSignal":
+        """The same in the dtype of the products."""
+        return replace(self, draws=[draw.cast() for draw in self.draws])
+
+    @torch.no_grad()
+    def write(self, out: Tensor, rows: slice) -> None:
+        """Puts logits into `out`, [n, V]."""
+        out.copy_(self.logits(rows))
 
 
-def _without(ids: Tensor, size: int) -> Tensor:
-    """Those of 0 .. size - 1 that are not among these."""
-    return torch.ones(size, dtype=torch.bool, device=ids.device).index_fill(0, ids, False).nonzero()[:, 0]
+def mean_of(draws: Sequence["DenseSignal | LinearSignal"]) -> "Signal":
+    """One signal of several draws of the same tokens; of what goes on inside the mean too."""
+    if len(draws) == 1:
+        return draws[0]
+    first, inside = draws[0].features, [draw.features for draw in draws if draw.features]
+    if first is None:
+        return MeanSignal(draws)
+    hidden, maps = (
+        [torch.stack(each).mean(0) for each in zip(*(getattr(one, name) for one in inside), strict=True)]
+        for name in ("hidden", "attention")
+    )
+    return MeanSignal(draws, replace(first, hidden=hidden, attention=maps, projected=hidden))
 
 
-def vocabulary_sizes(student: int, known: Vocabularies | None) -> tuple[int, int]:
-    """What student and teacher choose among; the same where they read alike."""
-    return student, student if known is None else known.teacher_size
+Signal = DenseSignal | LinearSignal | MeanSignal
 
 
 def moved(said: Any, device: torch.device) -> Any:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kdlib.config.loss import check_temperature
 from kdlib.losses.divergences import KNOWN, Divergence
-from kdlib.losses.signals import Vocabularies, wide, widest
+from kdlib.losses.signals import wide, widest
+from kdlib.tokens.vocabulary import Vocabularies
 
 LIKELIEST = 256  # of each side's tokens that `uld` sorts
 

@@ -16,9 +16,9 @@ from kdlib.config.loss import DIVERGENCES, SPAN_TERMS
 from kdlib.config.run import Config
 from kdlib.config.task_rules import rules_of
 from kdlib.errors import ModelError, nearest
-from kdlib.losses.signals import Vocabularies
 from kdlib.models.depth import even_layers, layer_influence, with_layers
 from kdlib.models.loading import SPECIAL, blank, load_config, load_tokenizer, plain_config, positions_of
+from kdlib.tokens.vocabulary import Vocabularies
 
 ASPECT, TOLERANCE = 64, 0.04  # hidden size over layers, as in most models; of a count that is asked for
 

@@ -1,7 +1,7 @@
 """Where signals come from: a model, student or teacher, run on a batch."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -21,12 +21,13 @@ from kdlib.losses.signals import (
     Kept,
     LinearSignal,
     Signal,
-    Vocabularies,
     kept,
+    mean_of,
     moved,
 )
 from kdlib.models.heads import head_form, head_inputs, rounding, whole
 from kdlib.models.hooks import Captured, attend_eagerly, captured_layers
+from kdlib.tokens.vocabulary import Vocabularies
 
 LET_GO = (
     "logits made by the chunk are not the model's own, which are taken from here on, all at once; what was "
@@ -82,7 +83,7 @@ def signal_of(
     unwrapped: PreTrainedModel | None = None,
     inside: Inside | None = None,
     reads: str = "",
-) -> Signal:
+) -> DenseSignal | LinearSignal:
     """What a model says about the kept tokens of a batch.
 
     Args:
@@ -125,6 +126,14 @@ def form_error(model: PreTrainedModel, batch: Mapping[str, Tensor], *, vocabular
     return float(apart) / rounding(computed)
 
 
+class Routing(Protocol):
+    """How experts are asked while a model teaches: see kdlib.routing."""
+
+    draws: int
+
+    def asked(self, tokens: Tensor) -> AbstractContextManager[None]: ...
+
+
 @dataclass
 class LiveTeacher:
     """A frozen model that is asked about each batch as it comes."""
@@ -134,6 +143,7 @@ class LiveTeacher:
     reads: str = ""  # see signal_of
     own_device: torch.device | None = None  # another than the student's
     vocabularies: Vocabularies | None = None  # of a tokenizer of its own, where tokens are predicted
+    routing: Routing | None = None  # of a model with experts
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
@@ -147,16 +157,45 @@ class LiveTeacher:
         self.vocabularies = moved(self.vocabularies, device)
 
     @torch.no_grad()
-    def __call__(self, batch: Mapping[str, Any], kept: Kept, inside: Inside | None = None) -> TeacherSignal:
+    def __call__(
+        self, batch: Mapping[str, Any], kept: Kept, inside: Inside | None = None, *, teaches: bool = False
+    ) -> TeacherSignal:
         """The teacher's signal for the kept tokens, on their device; without gradient.
 
         Of a teacher with its own tokenizer, one for its tokens in the spans that they are part of.
-        """
-        if self.vocabularies is None:
-            return self._said(batch, kept, inside)
-        return beside(batch, self.vocabularies, lambda theirs: self._said(batch, theirs, inside))
 
-    def _said(self, batch: Mapping[str, Any], kept: Kept, inside: Inside | None) -> Signal:
+        Args:
+            teaches: its experts are asked as `routing` says; else as the model was made.
+        """
+        return self.ask(batch, kept, inside, teaches=teaches)
+
+    def ask(
+        self, batch: Mapping[str, Any], kept: Kept, inside: Inside | None = None, *, teaches: bool = False
+    ) -> TeacherSignal:
+        """The same, with gradient for what in it has one: a router that learns."""
+        if self.vocabularies is None:
+            return self._said(batch, kept, inside, teaches)
+        return beside(batch, self.vocabularies, lambda theirs: self._said(batch, theirs, inside, teaches))
+
+    def _said(self, batch: Mapping[str, Any], kept: Kept, inside: Inside | None, teaches: bool) -> Signal:
+        """In one pass, or in as many as its routing draws."""
+        if not teaches or self.routing is None:
+            return self._once(batch, kept, inside)
+        draws = []
+        for _ in range(self.routing.draws):
+            with self.routing.asked(self._read(batch, kept)):
+                draws.append(self._once(batch, kept, inside))
+        return mean_of(draws)
+
+    def _read(self, batch: Mapping[str, Any], kept: Kept) -> Tensor:
+        """[N] the places of the kept among its B·T; all that is read where rows are classified."""
+        per_token = batch["labels"].ndim == 2
+        read = batch[self.reads + "attention_mask"].flatten()
+        return (kept.positions if per_token else read.nonzero()[:, 0]).to(self.model.device)
+
+    def _once(
+        self, batch: Mapping[str, Any], kept: Kept, inside: Inside | None
+    ) -> DenseSignal | LinearSignal:
         how = {"vocabulary": self.vocabulary, "form": self.form, "reads": self.reads, "inside": inside}
         here, there = kept.positions.device, self.own_device
         if there in (None, here):

@@ -21,13 +21,13 @@ from kdlib.data.batches import Prepared, calibration_rows, largest_id, reads_of
 from kdlib.data.pairs import within
 from kdlib.errors import ModelError
 from kdlib.hardware import precision_of, world_size
-from kdlib.losses.signals import Vocabularies
 from kdlib.models.depth import shallower
 from kdlib.models.loading import blank, device_of, load_config, load_tokenizer
 from kdlib.models.sharing import check_shards, sharded
 from kdlib.models.student import Outline, chosen_layers, own_config, own_tokenizer, reembedded, sources
 from kdlib.models.teacher import LiveTeacher, named_device
-from kdlib.tokens.vocabulary import pieces, roles, token_bytes
+from kdlib.routing.student_aware import routing_of
+from kdlib.tokens.vocabulary import Vocabularies, pieces, roles, token_bytes
 
 Check = Callable[[Any], Iterator[Any]]  # kdlib.diagnostics.context.Context → findings
 
@@ -227,8 +227,10 @@ def load_teacher(config: Config, prepared: Prepared, dtype: torch.dtype | None =
     if config.training.get("fsdp") and (world_size() or 1) > 1:
         check_shards(device)
         with sharded(config.teacher.model, offload=config.teacher.offload) as options:
-            return teacher_of(_teacher_model(config, prepared, chosen, **options), prepared, apart)
-    return teacher_of(_teacher_model(config, prepared, chosen), prepared, apart)
+            model = _teacher_model(config, prepared, chosen, **options)
+    else:
+        model = _teacher_model(config, prepared, chosen)
+    return replace(teacher_of(model, prepared, apart), routing=routing_of(model, config.teacher.experts))
 
 
 def teacher_of(model: Model, prepared: Prepared, device: torch.device | None = None) -> LiveTeacher:

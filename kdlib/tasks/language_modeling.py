@@ -23,14 +23,14 @@ from kdlib.data.batches import Prepared, collate, pairwise, random_ids, spans_of
 from kdlib.data.pairs import coverage, first_of
 from kdlib.errors import ModelError
 from kdlib.losses.alignment import SPANS, is_single, single_in
-from kdlib.losses.signals import IGNORED, Vocabularies, kept
+from kdlib.losses.signals import IGNORED, kept
 from kdlib.models.loading import load_model
 from kdlib.models.student import Outline, sources, teacher_tokenizer_of, tokenizer_of
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots.tokens import SpanView, TokenView, token_view
 from kdlib.tasks.base import STAGE, Comparison, Sample, Task, register, spread, within_heads
 from kdlib.tasks.token_comparison import TokenComparison
-from kdlib.tokens.vocabulary import token_bytes
+from kdlib.tokens.vocabulary import Vocabularies, token_bytes
 
 TOKENS = 128  # looked at one by one: as many as one reads
 ROWS = 12  # where most of a row is given and little of it predicted

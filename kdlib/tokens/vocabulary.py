@@ -1,10 +1,14 @@
 """Vocabularies: the bytes of each token, the roles of special ones; one in another's tokens; a new one."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+import torch
 from jinja2 import TemplateError
 from tokenizers import Tokenizer as Backend, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -210,3 +214,55 @@ def _of_piece(token: str) -> bytes:
 
 def _of_word_piece(token: str) -> bytes:
     return token[2:].encode() if token.startswith("##") else f" {token}".encode()
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabularies:
+    """What the tokens of student and teacher have in common."""
+
+    student_size: int  # one more than its tokenizer's largest id
+    teacher_size: int
+    shared: Tensor  # [student's V] the teacher's token of the same bytes, or the same role; -1 where none
+    pieces: Tensor  # [larger V] the first of the smaller vocabulary's tokens that make each; -1 where none
+    own: Tensor = field(init=False)  # ids of the student's tokens that the teacher has not
+    others: Tensor = field(init=False)  # ids of the teacher's that the student has not
+    whole: Tensor = field(init=False)  # ids of the larger vocabulary's that have a first piece
+    never: Tensor = field(init=False)  # ids of the smaller vocabulary's that are no token's first piece
+
+    def __post_init__(self) -> None:
+        common = self.shared[self.shared >= 0]
+        whole = (self.pieces >= 0).nonzero()[:, 0]
+        for name, value in {
+            "own": (self.shared < 0).nonzero()[:, 0],
+            "others": _without(common, self.teacher_size),
+            "whole": whole,
+            "never": _without(self.pieces[whole], min(self.student_size, self.teacher_size)),
+        }.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def onto_student(self) -> bool:
+        """Whether `pieces` are of the teacher's tokens: the larger vocabulary is cut into the smaller."""
+        return self.teacher_size >= self.student_size
+
+    def in_students(self, teacher: Tensor) -> Tensor:
+        """[n, teacher's V] to [n, student's V]: at each shared token the teacher's value, -inf at others."""
+        found = teacher.index_select(-1, self.shared.clamp(min=0))
+        return found if not len(self.own) else found.index_fill(-1, self.own, -math.inf)
+
+    def cut(self, log_probs: Tensor) -> Tensor:
+        """[n, larger V] log-probabilities of tokens to [n, smaller V], of their first pieces."""
+        mass = log_probs.index_select(-1, self.whole).exp()
+        empty = mass.new_zeros(len(mass), min(self.student_size, self.teacher_size))
+        made = empty.index_add(-1, self.pieces.index_select(0, self.whole), mass)
+        return made.clamp(min=torch.finfo(made.dtype).tiny).log()
+
+
+def _without(ids: Tensor, size: int) -> Tensor:
+    """Those of 0 .. size - 1 that are not among these."""
+    return torch.ones(size, dtype=torch.bool, device=ids.device).index_fill(0, ids, False).nonzero()[:, 0]
+
+
+def vocabulary_sizes(student: int, known: Vocabularies | None) -> tuple[int, int]:
+    """What student and teacher choose among; the same where they read alike."""
+    return student, student if known is None else known.teacher_size

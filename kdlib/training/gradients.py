@@ -7,11 +7,13 @@ from itertools import combinations, combinations_with_replacement
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from kdlib.losses.alignment import SpanSignal, TeacherSignal
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.objective import ObjectiveAt, ledger
 from kdlib.losses.signals import Signal
+from kdlib.models.teacher import PROJECTIONS
 
 
 def term_gradients(
@@ -62,9 +64,16 @@ def shares(
     *,
     at: ObjectiveAt,
     chunk: int | None = None,
+    scale: float = 1.0,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Each term by itself: weight x mean over these tokens, made as it is asked for, with its own graph."""
+    """Each term by itself: scale x weight x mean over these tokens, made as it is asked for."""
     for name, weight in at.weights.items():
         alone, space = replace(at, weights={name: weight}), Workspace(chunk)  # nothing compiled for this
         count = teacher.counts if isinstance(teacher, SpanSignal) else len(targets)
-        yield name, ledger(student, teacher, targets, at=alone, count=count, workspace=space).total
+        yield name, scale * ledger(student, teacher, targets, at=alone, count=count, workspace=space).total
+
+
+def weights_of(student: PreTrainedModel) -> list[nn.Parameter]:
+    """What of a student is trained, without what is trained beside it and never saved in it."""
+    named = student.named_parameters()
+    return [each for name, each in named if each.requires_grad and not name.startswith(PROJECTIONS)]

@@ -1,6 +1,6 @@
 """transformers' Trainer with kdlib's objective in it, writing a student's folder."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -16,28 +16,29 @@ from transformers.trainer_utils import EvalLoopOutput
 from kdlib.data.batches import Figures, perplexity, units_of_rows
 from kdlib.errors import RunError
 from kdlib.hardware import memory_gib
-from kdlib.losses.alignment import SPANS, UNITS, Counts, TeacherSignal, counted, spans_in, unit_of
+from kdlib.losses.alignment import SPANS, UNITS, Counts, TeacherSignal, counted, unit_of, with_kept
 from kdlib.losses.buffers import PIECE, Workspace
 from kdlib.losses.chunked import Weighted
 from kdlib.losses.features import LayerPairs
 from kdlib.losses.ledger import LedgerWindow, breach
 from kdlib.losses.objective import EVAL_TERMS, Objective, ObjectiveAt, eval_terms, ledger, row_sums, values_of
-from kdlib.losses.signals import FOUND, Form, Kept, Signal, found_in, kept
+from kdlib.losses.signals import FOUND, Form, Kept, Signal, kept
 from kdlib.metrics.multiple_choice import answered_rightly
 from kdlib.models.heads import head_form
 from kdlib.models.saved import mean_of_first
 from kdlib.models.teacher import LET_GO, PROJECTIONS, LiveTeacher, form_error, insides, signal_of
+from kdlib.routing.learning import RoutingTrainer
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.verdict import keep_units
 from kdlib.schedulers import Schedule
 from kdlib.training.callbacks import PrintedLines, Throughput, WholeLog, loss_at_best, scores
-from kdlib.training.gradients import gradient_figures, shares, term_gradients
+from kdlib.training.gradients import gradient_figures, shares, term_gradients, weights_of
 from kdlib.training.nan_guard import GuardedTrainer
 from kdlib.training.nan_search import Batch, Replay
 from kdlib.training.trackers import MetricsFile
 
 
-class DistillationTrainer(GuardedTrainer):
+class DistillationTrainer(RoutingTrainer, GuardedTrainer):
     """A Trainer whose loss is an Objective's ledger, in training and in evaluation.
 
     Every term is divided by the kept tokens of the whole optimizer step, all micro-batches and ranks: batch
@@ -77,16 +78,15 @@ class DistillationTrainer(GuardedTrainer):
             figures, choices: see kdlib.data.batches.Prepared; choices are scored at every evaluation.
         """
         super().__init__(folder=folder, **options)
-        self.data_collator = partial(_collated, self.data_collator)
+        self.data_collator = partial(with_kept, self.data_collator)
         if self.args.n_gpu > 1:
             raise RunError(
                 f"{self.args.n_gpu} GPUs in one process divide the loss by a wrong count (DataParallel); use "
                 "`torchrun --nproc_per_node N -m kdlib train RUN`, or show one GPU by CUDA_VISIBLE_DEVICES=0"
             )
         if self.args.fsdp and not self.accelerator.is_fsdp2:
-            raise RunError(
-                f"training.fsdp: accelerate shards nothing here ({self.accelerator.distributed_type})"
-            )
+            found = self.accelerator.distributed_type
+            raise RunError(f"training.fsdp: accelerate shards nothing here ({found})")
         self.objective, self.teacher, self.vocabulary = objective, teacher, vocabulary
         self.workspace, self.layer_pairs = workspace or Workspace(), layer_pairs
         self.learning_rate_schedule, self.figures, self.choices = learning_rate_schedule, figures, choices
@@ -117,16 +117,26 @@ class DistillationTrainer(GuardedTrainer):
         """The fraction of training done before this optimizer step, counted from 0."""
         return step / max(self.state.max_steps, 1)
 
+    def now(self) -> ObjectiveAt:
+        """The objective of the optimizer step that is next."""
+        return self.objective.at(self.done(self.state.global_step))
+
     def signals(
-        self, model, batch: Batch, at: ObjectiveAt, *, with_teacher: bool
+        self, model, batch: Batch, at: ObjectiveAt, *, with_teacher: bool | None = None
     ) -> tuple[Kept, Signal, TeacherSignal | None]:
-        """The kept tokens of a batch, and what student and teacher say of them."""
+        """The kept tokens of a batch, and what student and teacher say of them.
+
+        Args:
+            with_teacher: asked as it was made; None: as it teaches, where the objective needs one.
+        """
         tokens, student = kept(batch["labels"], batch.get(FOUND)), self.accelerator.unwrap_model(model)
         ours, theirs = insides(at, self.layer_pairs, student)
         signal = signal_of(
             model, batch, tokens, vocabulary=self.vocabulary, form=self.form, unwrapped=student, inside=ours
         )
-        return tokens, signal, self.teacher(batch, tokens, theirs) if self.teacher and with_teacher else None
+        if not (self.teacher and (at.needs_teacher if with_teacher is None else with_teacher)):
+            return tokens, signal, None
+        return tokens, signal, self.teacher(batch, tokens, theirs, teaches=with_teacher is None)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The ledger's total for one micro-batch; `num_items_in_batch`: kept tokens of the whole step."""
@@ -136,15 +146,13 @@ class DistillationTrainer(GuardedTrainer):
                 f"use a model whose forward takes **kwargs, and {type(self.student).__name__}'s does not"
             )
         step, every = self.state.global_step, self.grad_norms_every
-        at, is_first = self.objective.at(self.done(step)), self.guard.begin(inputs, step)
+        at, is_first = self.now(), self.guard.begin(inputs, step)
         if is_first and every and (step + 1) % every == 0 and self.is_world_process_zero():
             self.gradients = self._gradient_figures(at)
         # accelerate wraps the model's forward only; the heads' products happen here
         with self.accelerator.autocast():
-            tokens, student, teacher = self.signals(model, inputs, at, with_teacher=at.needs_teacher)
-            self.count = (
-                Counts(num_items_in_batch, *self.span_counts) if self.span_counts else num_items_in_batch
-            )
+            tokens, student, teacher = self.signals(model, inputs, at)
+            self.count = self.step_count(num_items_in_batch)
             book = ledger(student, teacher, tokens.targets, at=at, count=self.count, workspace=self.workspace)
         self.window.add(book, step)
         self.guard.end(book.total, num_items_in_batch)
@@ -155,8 +163,12 @@ class DistillationTrainer(GuardedTrainer):
         unused = sum(0 * matrix.weight.sum() for matrix in idle)
         return book.total * self.accelerator.num_processes + unused
 
+    def step_count(self, tokens: Tensor | int) -> Tensor | int | Counts:
+        """What the step's terms are divided by."""
+        return Counts(tokens, *self.span_counts) if self.span_counts else tokens
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
-        """The Trainer's count of the step's kept tokens; where rows have spans, these are counted beside."""
+        """The Trainer's count of the step's kept tokens, and of its spans."""
         if counts := [counted(batch[SPANS]) for batch in batch_samples if SPANS in batch]:
             self.span_counts = tuple(self.accelerator.reduce(torch.stack(counts).sum(0).to(device), "sum"))
         return super()._get_num_items_in_batch(batch_samples, device)
@@ -169,24 +181,19 @@ class DistillationTrainer(GuardedTrainer):
 
     def _gradient_figures(self, at: ObjectiveAt) -> dict[str, float]:
         """Of the micro-batch that has just begun; the step is not changed, and DDP not told."""
-        model, micro_batch = self.student, self.guard.micro_batches[-1]
-        trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-        weights = [weight for name, weight in trained if not name.startswith(PROJECTIONS)]
+        micro_batch, scaler = self.guard.micro_batches[-1], self.accelerator.scaler
+        scale = scaler.get_scale() if scaler else 1.0  # in float16 small gradients would be 0
         with micro_batch.replayed(), self.accelerator.autocast():
-            tokens, ours, theirs = self.signals(model, micro_batch.inputs, at, with_teacher=at.needs_teacher)
-            terms = shares(ours, theirs, tokens.targets, at=at, chunk=self.workspace.chunk)
-            scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
-            scaled = ((name, scale * term) for name, term in terms)  # in float16 small gradients would be 0
-            return gradient_figures(term_gradients(scaled, weights), scale)
+            tokens, ours, theirs = self.signals(self.student, micro_batch.inputs, at)
+            terms = shares(ours, theirs, tokens.targets, at=at, chunk=self.workspace.chunk, scale=scale)
+            return gradient_figures(term_gradients(terms, weights_of(self.student)), scale)
 
     def replay(
         self, at: ObjectiveAt | None = None, terms: Mapping[str, Weighted] | None = None, *, with_teacher=None
     ) -> Replay:
         """How a batch is asked once more: as in this step of training, or with an evaluation's terms."""
-        at = at or self.objective.at(self.done(self.state.global_step))
-        with_teacher = at.needs_teacher if with_teacher is None else with_teacher
-        models = {"student": self.student}
-        if self.teacher and with_teacher:
+        at, models = at or self.now(), {"student": self.student}
+        if self.teacher and (at.needs_teacher if with_teacher is None else with_teacher):
             models["teacher"] = self.teacher.model
         signals = partial(self.signals, self.student, at=at, with_teacher=with_teacher)
         chunk = self.workspace.chunk or PIECE
@@ -219,6 +226,7 @@ class DistillationTrainer(GuardedTrainer):
             **{name: schedule(done) for name, schedule in self.objective.temperature_schedules.items()},
             f"{self.counted}_per_s": tokens / max(self.throughput.drain(), 1e-9),
             **(self.count.figures if isinstance(self.count, Counts) else {}),
+            **(self.routing.figures(over_ranks) if self.routing else {}),
             "memory_gib": memory_gib(self.args.device),
         }
 
@@ -290,9 +298,3 @@ class DistillationTrainer(GuardedTrainer):
             if all(latest > value for value in earlier):
                 self.save_student(self.folder.best_model)
         return metrics
-
-
-def _collated(collate: Callable[[Any], Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A batch with what is kept of it, found before it goes to a device."""
-    batch = collate(rows)
-    return {**batch, FOUND: found_in(batch["labels"]) | ({SPANS: spans_in(batch)} if SPANS in batch else {})}

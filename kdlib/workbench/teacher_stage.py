@@ -34,7 +34,8 @@ def own_config(config: Config) -> Config:
     seed = config.seed if config.data.split_seed is None else config.data.split_seed
     return parse(
         {
-            **{name: plain[name] for name in ("task", "device", "precision", "teacher", "trackers")},
+            **{name: plain[name] for name in ("task", "device", "precision", "trackers")},
+            "teacher": {**plain["teacher"], "experts": "topk"},  # as it is asked when it teaches
             **plain["teacher_stage"],
             "student": {"from": config.teacher.model},
             "data": {**plain["data"], "split_seed": seed},  # teacher and students are kept from the same rows
