@@ -168,8 +168,8 @@ def temperature_on_one_side(monkeypatch):
 def head_cut_one_row_late(monkeypatch):
     right = LiveTeacher.__call__
 
-    def wrong(self, *arguments):
-        signal = right(self, *arguments)
+    def wrong(self, *arguments, **options):
+        signal = right(self, *arguments, **options)
         if isinstance(signal, LinearSignal):
             return replace(signal, weight=signal.weight.roll(1, 0))
         return replace(signal, values=signal.values.roll(1, 1))
