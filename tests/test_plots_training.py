@@ -173,3 +173,17 @@ def test_a_panel_of_a_logged_figure_is_one_line(run, monkeypatch):
 def test_learning_curves_without_an_evaluation_say_so():
     figure = learning_curves({"distilled": pd.DataFrame(), "baseline": pd.DataFrame()})
     assert "Nothing was measured on held-out rows while training" in figure.texts[0].get_text()
+
+
+def test_a_teacher_with_experts_has_a_panel_of_who_speaks(raw_config, tmp_path, run):
+    assert "experts" not in titles(run)
+    other = runs.create(tmp_path / "runs", "experts", parse(raw_config))
+    for step in range(1, 6):
+        spoke = {"expert_entropy": math.log(1 + step / 2), "expert_max_load": 2.0, "expert_coverage": 0.75}
+        append_metrics(other, logged(step, **spoke))
+    found = titles(other)["experts"]
+    assert found.startswith("3.5 experts speak to a token (exp of the entropy), the busiest 2.00 × its share")
+    assert found.endswith("75% taught")
+    drawn = lines(plots.dashboard(progress(other)), "experts")
+    assert drawn["speaking"][:, 1] == pytest.approx([1.5, 2, 2.5, 3, 3.5])
+    assert drawn["busiest"][:, 1] == pytest.approx([2] * 5)

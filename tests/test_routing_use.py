@@ -11,14 +11,15 @@ from conftest import other_tokens
 from test_training_router import KINDS, SIZES
 
 from kdlib.config.run import parse
+from kdlib.data.kinds import CODE, PROSE, is_code, kinds_of
 from kdlib.data.sources import python_docs
 from kdlib.losses.signals import kept
+from kdlib.metrics.loads import Counted, told_apart
 from kdlib.models.student import tokenizer_of
 from kdlib.models.teacher import LiveTeacher
 from kdlib.routing import use
 from kdlib.routing.experts import routers_of
 from kdlib.routing.figures import expert_figures, save
-from kdlib.routing.kinds import CODE, PROSE, is_code, kinds_of
 from kdlib.routing.tables import expert_tables, routing_table
 from kdlib.tasks import base as tasks
 
@@ -122,21 +123,21 @@ def made(apart, units=40, tokens=30, seed=0):
     rates = np.array([[0.25 + apart, 0.25 - apart, 0.25, 0.25], [0.25 - apart, 0.25 + apart, 0.25, 0.25]])
     shares = np.array([[generator.multinomial(tokens, rate) for rate in rates] for _ in range(units)])
     counts = np.full((units, 2), tokens)
-    return use.Counted(shares[:, :, None].astype(float), np.zeros((units, 2, 1)), counts, shares.sum((0, 1)))
+    return Counted(shares[:, :, None].astype(float), np.zeros((units, 2, 1)), counts, shares.sum((0, 1)))
 
 
 def test_kinds_that_ask_other_experts_are_told_from_chance():
-    (pair,) = use.told_apart(made(0.15), ["a", "b"], resamples=500, seed=0)["apart"]
+    (pair,) = told_apart(made(0.15), ["a", "b"], resamples=500, seed=0)["apart"]
     assert pair["low"] <= 0.3 <= pair["high"]
     assert 0 < pair["chance"] < pair["low"]
-    (pair,) = use.told_apart(made(0.0), ["a", "b"], resamples=500, seed=0)["apart"]
+    (pair,) = told_apart(made(0.0), ["a", "b"], resamples=500, seed=0)["apart"]
     assert 0 < pair["value"] < 1.3 * pair["chance"]  # above 0, as by chance
 
 
 def test_a_kind_of_which_there_is_nothing_is_not_compared():
     found = made(0.1)
     found.tokens[:, 1] = 0
-    assert use.told_apart(found, ["a", "b"], resamples=100, seed=0) == {}
+    assert told_apart(found, ["a", "b"], resamples=100, seed=0) == {}
 
 
 def test_lines_of_code_are_told_from_prose():
@@ -176,7 +177,7 @@ def test_figures_have_titles_with_the_finding_and_a_table_each(looked, tmp_path)
     both = {**looked, "routings": {**looked["routings"], "student-aware": other}}
     weights = both["text"]["weights"]
     both["text"]["weights"] = {**weights, "student-aware": weights[use.ORIGINAL]}
-    both["kinds"] = use.told_apart(made(0.1), ["code", "prose"], resamples=100, seed=0)
+    both["kinds"] = told_apart(made(0.1), ["code", "prose"], resamples=100, seed=0)
     figures, tables = expert_figures(both), expert_tables(both)
     assert list(figures) == list(tables)
     assert len(figures) == 4

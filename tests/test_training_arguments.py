@@ -14,7 +14,7 @@ from kdlib.runs.files import StudentFolder
 from kdlib.runs.log import eval_table, training_table
 from kdlib.training import run as training
 from kdlib.training.plan import check_processes, training_arguments, try_out
-from kdlib.workbench import session, teacher_stage
+from kdlib.workbench import teacher_stage
 
 TRIED = {
     "an optimizer step": {
@@ -153,7 +153,7 @@ def test_what_cannot_be_made_is_refused_by_name_before_anything_is_loaded(raw_co
     raw = {**raw_config, "teacher": {"model": "nowhere"}, "data": {"source": "nothing.jsonl"}}
     beside = {"activation_checkpointing": True} if name.startswith("activation") else {}
     with pytest.raises(ConfigError, match=r"(?s)training[.:].*") as refused:
-        session.preflight(parse(changed(raw, **{name: value}, **beside)))
+        teacher_stage.preflight(parse(changed(raw, **{name: value}, **beside)))
     assert said in str(refused.value)
 
 
@@ -163,7 +163,7 @@ def test_what_several_processes_share_is_refused_in_one(raw_config, tmp_path):
     with pytest.raises(
         ConfigError, match=r"training.fsdp: found .* with one process; .*torchrun --nproc_per"
     ):
-        session.preflight(config)
+        teacher_stage.preflight(config)
     with pytest.raises(ConfigError, match=r"training.fsdp"):
         check_processes(training_arguments(config, tmp_path))
 
@@ -172,7 +172,7 @@ def test_rows_that_make_no_batch_are_no_training(raw_config, tmp_path):
     raw_config["data"]["max_train_rows"] = 3
     config = parse(changed(raw_config, dataloader_drop_last=True))
     with pytest.raises(ConfigError, match="dataloader_drop_last: 3 rows make no whole batch of 4"):
-        session.preflight(config)
+        teacher_stage.preflight(config)
     with pytest.raises(ConfigError, match="dataloader_drop_last"):
         training.train(config, StudentFolder(tmp_path), **pieces(config))
 

@@ -28,7 +28,7 @@ from kdlib.sweeps.config import SweepConfig
 from kdlib.sweeps.trials import Base
 from kdlib.training.plan import check_processes, extent, training_arguments
 from kdlib.training.run import share_step
-from kdlib.workbench import session
+from kdlib.workbench import session, teacher_stage
 
 SGD = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_steps": 60}
 TRAINING = {**SGD, "save_steps": 10, "eval_steps": 20, "save_total_limit": 9}
@@ -57,7 +57,7 @@ def test_more_processes_than_rows_are_refused_before_a_run_is_made(raw_config):
         {**raw_config, "data": {**raw_config["data"], "max_train_rows": 3}, "launch": {"processes": 4}}
     )
     with pytest.raises(ConfigError, match="found 3 rows, needs one for each of 4 processes"):
-        session.preflight(config)
+        teacher_stage.preflight(config)
 
 
 def test_what_needs_several_processes_is_refused_for_one_alone(raw_config, tmp_path):

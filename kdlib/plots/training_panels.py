@@ -15,7 +15,7 @@ from kdlib.runs.log import Tail
 from kdlib.runs.progress import Progress
 from kdlib.runs.verdict import trend
 
-TRAIN, HELD_OUT = "#0072b2", INK
+TRAIN, HELD_OUT, BUSIEST = "#0072b2", INK, "#d55e00"
 DASHES = ((0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (9, 3)))  # of other runs, in turn
 
 
@@ -228,6 +228,20 @@ def grad_norm(scene: Scene, axes: Axes) -> str:
     return f"The gradient norm has a median of {norm.median():.2g} and is {most}{coloured}"
 
 
+def experts(scene: Scene, axes: Axes) -> str:
+    """Both are 1 at least: how many experts speak to a token, and the busiest one's multiple of its share."""
+    speaking, busiest = np.exp(scene.train["expert_entropy"]), scene.train["expert_max_load"]
+    for values, label, colour in ((speaking, "speaking", TRAIN), (busiest, "busiest", BUSIEST)):
+        mean = scene.smoothed(values)
+        scene.curve(axes, mean, label, color=colour, linewidth=1.4)
+        if len(last := scene.seen(mean.dropna())):
+            look = {"color": colour, "fontsize": 7.5, "ha": "right", "textcoords": "offset points"}
+            axes.annotate(label, (last.index[-1], last.iloc[-1]), (0, 3), **look)
+    taught = scene.train["expert_coverage"].iloc[-1]
+    words = f"{speaking.iloc[-1]:.2g} experts speak to a token (exp of the entropy)"
+    return f"{words}, the busiest {busiest.iloc[-1]:.2f} × its share; {taught:.0%} taught"
+
+
 def one(says: str, *, is_noisy: bool = True) -> Callable[[Scene, Axes], str]:
     """A panel of nothing but the figure it is named after; `says` is its title, of `median` or `most`."""
 
@@ -261,6 +275,7 @@ PANELS = (
     Panel("temperature", temperature, 0.5, "T", from_zero=False),
     Panel("learning_rate", learning_rate, 0.65, "learning\nrate", form="{:.1e}"),
     Panel("grad_norm", grad_norm, 0.95, "L2 norm", log=True, from_zero=False),
+    Panel("experts", experts, 0.8, "experts;\n× its share", needs="expert_entropy", from_zero=False),
     Panel("tokens_per_s", one("{median:,.0f} tokens per second (median)"), 0.5, "tokens/s"),
     Panel("rows_per_s", one("{median:,.0f} rows per second (median)"), 0.5, "rows/s"),
     Panel("memory_gib", one("Memory in use: {most:.2f} GiB at most", is_noisy=False), 0.5, "GiB"),

@@ -19,6 +19,8 @@ from kdlib.reports import html
 from kdlib.reports.explorers import static_html
 from kdlib.reports.scorecard import counted, scorecard, scorecard_table
 from kdlib.reports.summary import UNREADABLE, flat, keys_of, summary
+from kdlib.routing.figures import FILE, expert_figures
+from kdlib.routing.tables import expert_tables, routing_table
 from kdlib.runs.files import read_json
 from kdlib.runs.folder import Run, critical_findings
 
@@ -44,7 +46,8 @@ def render(run: Run, reports: Path) -> Path:
     results = run.comparison if is_readable else None
     figures = run_figures(run, results) if is_readable else {}
     code = read_json(run.code / "results.json", [])
-    figures |= plots.code_figures(code)
+    experts = read_json(run.path / FILE, {})
+    figures |= plots.code_figures(code) | (by_expert := expert_figures(experts))
     pictures = {name: html.picture(figure, name) for name, figure in figures.items()}
     students = {"teacher" if brief.is_teacher else label_of(brief.student): run, "baseline": run.baseline}
     cards = {
@@ -53,7 +56,7 @@ def render(run: Run, reports: Path) -> Path:
         if is_readable and (lines := scorecard(run, student, results=results))
     }
     tables = {"metrics": few_rows(brief.train), "evaluation": few_rows(brief.evaluation)}
-    tables |= plots.code_tables(code)
+    tables |= plots.code_tables(code) | expert_tables(experts)
     if results:
         tables |= comparison_tables(results)
     if cards:
@@ -68,7 +71,10 @@ def render(run: Run, reports: Path) -> Path:
         cards=cards,
         counted=counted,
         objections=critical_findings(run.manifest) or [],
-        own_place=(*OWN_PLACE, *(f"code_{each['benchmark']}" for each in code)),
+        own_place=(*OWN_PLACE, *by_expert, *(f"code_{each['benchmark']}" for each in code)),
+        experts=experts,
+        by_expert=[*by_expert],
+        routings=routing_table(experts),
         code=code,
         few_units=FEW_UNITS,
         label_of=label_of,

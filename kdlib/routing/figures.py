@@ -25,7 +25,8 @@ from kdlib.runs.files import write_text, writing
 FEW = 12  # experts or layers whose figures are written into the cells
 MOST = 16  # experts of a layer that are drawn one by one
 BAR = {"fraction": 0.04, "pad": 0.02}
-ORIGINAL = "original"  # the routing of the teacher as it came
+ORIGINAL = "original"  # the teacher's own routers and top-k
+FILE, FOLDER = "experts.json", "experts"  # in a run's folder
 
 
 def expert_figures(found: Mapping[str, Any]) -> dict[str, Figure]:
@@ -111,7 +112,7 @@ def by_kind(found: Mapping[str, Any]) -> Figure:
         at = np.arange(len(experts)) + 0.16 * (number - (len(kinds["names"]) - 1) / 2)
         look = {"color": colours[kind], "fmt": "os^Dv<>P"[number % 8], "markersize": 5, "label": kind}
         intervals(axes, at, table, **look)
-    axes.axhline(1 / found["experts"], color=SOFT, linewidth=0.8, linestyle="--")
+    axes.axhline(1 / found["experts"], color=SOFT, linewidth=0.8, linestyle="--", label="even")
     axes.set_xticks(range(len(experts)), experts)
     axes.set(
         xlabel=f"expert of layer {kinds['layer']}, in which they differ most", ylabel="share of the load"
@@ -119,14 +120,16 @@ def by_kind(found: Mapping[str, Any]) -> Figure:
     axes.set_ylim(bottom=0)
     legend(axes)
     beside.plot(pair["by_layer"], "o-", color=INK, markersize=3, linewidth=1)
-    beside.axhline(pair["chance"], color=SOFT, linewidth=0.8, linestyle="--")
-    beside.text(0, pair["chance"], "by chance, mean of the layers", fontsize=7, color=SOFT, va="bottom")
+    look = {"color": SOFT, "linewidth": 0.8, "linestyle": "--"}
+    beside.axhline(pair["chance"], label="by chance, mean of the layers", **look)
+    legend(beside)
     beside.set(xlabel="layer with experts", ylabel="difference of the loads (total variation)")
     beside.set_ylim(bottom=0)
     beside.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     for each in (axes, beside):
         each.tick_params(labelsize=8)
-        each.xaxis.label.set_size(8), each.yaxis.label.set_size(8)
+        for axis in (each.xaxis, each.yaxis):
+            axis.label.set_size(8)
     return titled(figure, kinds_message(found))
 
 
@@ -142,8 +145,8 @@ def kinds_message(found: Mapping[str, Any]) -> str:
 
 
 def moved(found: Mapping[str, Any]) -> Figure:
-    """How the load moved from the first routing to the last: by expert, and in total by layer."""
-    first, *_, last = found["routings"]
+    """How the load moved between the last two routings: by expert, and in total by layer."""
+    *_, first, last = found["routings"]
     change = changes(found, first, last) * 100
     most, total = max(np.abs(change).max(), 1e-9), np.abs(change).sum(1) / 2
     norm, label = TwoSlopeNorm(0, -most, most), "change of the load, points"

@@ -5,10 +5,8 @@ all weights given to the token, so that the shares of a layer's experts add up t
 them.  L layers with a router, E experts in each, U independent units (documents, …), K kinds of text.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -17,39 +15,26 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from kdlib.config.run import Config
 from kdlib.data.batches import Batch, Prepared
+from kdlib.data.kinds import kinds_of
 from kdlib.data.text import units_of_tokens
 from kdlib.losses.alignment import Alignment, spans_in
 from kdlib.losses.signals import kept, moved
-from kdlib.metrics.bootstrap import Bootstrap, interval, over
-from kdlib.metrics.names import Range
+from kdlib.metrics.bootstrap import over
+from kdlib.metrics.loads import Counted, rounded, summary, told_apart
+from kdlib.models.loading import device_of
 from kdlib.models.teacher import LiveTeacher
 from kdlib.routing.experts import routers_of, watched
-from kdlib.routing.kinds import kinds_of
+from kdlib.routing.figures import FILE, FOLDER, ORIGINAL, save
+from kdlib.runs.files import write_json
+from kdlib.runs.folder import Run
 
-Asking = Mapping[str, AbstractContextManager]  # routing by name → what makes the teacher route so
+# routing by name → what makes the teacher route so in one pass; it is told the [N] places that are looked at
+Asking = Mapping[str, Callable[[Tensor], AbstractContextManager]]
 ROWS = 64  # looked at, spread over the held-out rows
 BATCH = 8  # rows of a forward pass
 TEXT = 48  # tokens of a text that is shown token by token
-DRAWS = 40_000_000  # numbers that a bootstrap's draws may be made of
-SHUFFLES = 200  # of the kinds within units, to see what chance alone does
-ORIGINAL = "original"  # the teacher's own routers and top-k
-UNIT = Range(0.0, 1.0)
-
-
-@dataclass(frozen=True)
-class Counted:
-    """Sums over kept tokens, apart for each unit and kind."""
-
-    shares: np.ndarray  # [U, K, L, E]
-    entropy: np.ndarray  # [U, K, L] of a token's shares, nats
-    tokens: np.ndarray  # [U, K]
-    asked: np.ndarray  # [L, E] kept tokens that asked the expert
-
-    def loads(self, by: np.ndarray | None = None) -> np.ndarray:
-        """[K, L, E] mean shares of each kind; `by`, [U, K], takes the kinds of a unit in another order."""
-        at = (slice(None), slice(None)) if by is None else (np.arange(len(by))[:, None], by)
-        return _over(self.shares[at].sum(0), self.tokens[at].sum(0)[:, None, None])
 
 
 def look(
@@ -64,7 +49,7 @@ def look(
     """Who speaks, as plain data: what experts.json has.  {} where the teacher is dense.
 
     Args:
-        asking: the routings to be looked at, the original first; each is entered once for all rows.
+        asking: the routings to be looked at, the original first.
 
     Returns:
         {"experts", "asked", "layers", "rows", "tokens", "units", "of"; "routings": {name: {"load": [L][E],
@@ -74,7 +59,7 @@ def look(
     """
     if not (routers := routers_of(teacher.model)):
         return {}
-    asking = asking or {ORIGINAL: nullcontext()}
+    asking = asking or {ORIGINAL: nullcontext}
     rows = prepared.measured
     numbers = np.unique(np.linspace(0, len(rows) - 1, min(ROWS, len(rows))).astype(int))
     units, of = units_of_tokens(prepared)
@@ -82,10 +67,9 @@ def look(
     kinds, names, how = kinds_of(rows, prepared, tokenizer)
     place, start = _window(kinds)
     found, texts = {}, {}
-    for name, context in asking.items():
-        with context:
-            found[name] = counted(teacher, prepared, rows, units, kinds, len(names))
-            texts[name] = shares_in(teacher, prepared, rows.select([place]))
+    for name, routed in asking.items():
+        found[name] = counted(teacher, prepared, rows, units, kinds, len(names), routed)
+        texts[name] = shares_in(teacher, prepared, rows.select([place]), routed)
     first = next(iter(found.values()))
     is_seen = first.tokens.sum(1) > 0
     by_kind = told_apart(first, names, resamples=resamples, seed=seed)
@@ -106,63 +90,34 @@ def look(
             "tokens": [tokenizer.decode([token]) for token in rows[place]["input_ids"][shown]],
             "kinds": [names[kind] for kind in kinds[place][shown]],
             "layer": layer,
-            "weights": {name: _plain(each[shown, layer]) for name, each in texts.items()},
+            "weights": {name: rounded(each[shown, layer]) for name, each in texts.items()},
         },
     }
 
 
-def summary(counted: Counted) -> dict[str, Any]:
-    """Of one routing: loads and entropy by layer, which experts a kept token asked, the busiest's load."""
-    tokens = counted.tokens.sum()
-    load = _over(counted.shares.sum((0, 1)), tokens)
-    return {
-        "load": _plain(load),
-        "entropy": _plain(_over(counted.entropy.sum((0, 1)), tokens)),
-        "coverage": float((counted.asked > 0).mean()),
-        "max_load": float(load.max(-1).mean() * load.shape[-1]),
-    }
-
-
-def told_apart(counted: Counted, names: Sequence[str], *, resamples: int, seed: int) -> dict[str, Any]:
-    """How the loads of kinds of text differ, with 95 % intervals over units; {} where there is one kind.
-
-    Half the sum of the absolute differences (total variation): the share of the load that one kind gives to
-    other experts than the other does, 0 to 1, its mean over the layers.  It is above 0 by chance alone, the
-    more so the fewer tokens: `chance` is what 95 % of shuffles of the kinds within each unit stay below.
-    """
-    there = np.flatnonzero(counted.tokens.sum(0))
-    if len(there) < 2:
+def of_run(
+    run: Run, config: Config, teacher: LiveTeacher | None, prepared: Prepared, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """`look` for a run; written into its experts.json, and figures and tables into experts/."""
+    if not facts_of(teacher):
+        why = "has no experts: a dense model asks all of itself for every token" if teacher else "is none"
+        print(f"the teacher {why}, so there is nothing to see here")
         return {}
-    seen = counted.tokens.sum(1) > 0
-    held = Counted(counted.shares[seen][:, there], counted.entropy[seen][:, there],
-                   counted.tokens[seen][:, there], counted.asked)  # fmt: skip
-    loads, units, generator = held.loads(), int(seen.sum()), np.random.default_rng(seed)
-    table = np.concatenate([held.shares.reshape(units, -1), held.tokens], axis=1)
-    draws = Bootstrap(units, max(min(resamples, DRAWS // table.shape[1]), 100), seed).sums(table)
-    sums, tokens = draws[:, : -len(there)].reshape(-1, *loads.shape), draws[:, -len(there) :]
-    drawn = _over(sums, tokens[:, :, None, None])
-    turns = [generator.permuted(np.tile(np.arange(len(there)), (units, 1)), axis=1) for _ in range(SHUFFLES)]
-    by_chance = np.stack([held.loads(turn) for turn in turns])
-    pairs = []
-    for a, b in combinations(range(len(there)), 2):
-        by_layer, each = _apart(loads[a], loads[b]), _apart(drawn[:, a], drawn[:, b]).mean(-1)
-        chance = np.nanquantile(_apart(by_chance[:, a], by_chance[:, b]).mean(-1), 0.95)
-        found = interval(by_layer.mean(), each, units, UNIT)
-        pair = {"kinds": [names[there[a]], names[there[b]]], "chance": float(chance)}
-        pairs.append({**pair, **found, "by_layer": _plain(by_layer)})
-    pairs.sort(key=lambda pair: -pair["value"])
-    layer = int(np.argmax(pairs[0]["by_layer"]))
-    return {
-        "names": [names[kind] for kind in there],
-        "tokens": held.tokens.sum(0).astype(int).tolist(),
-        "load": _plain(loads),
-        "layer": layer,
-        "intervals": [
-            [interval(loads[k, layer, e], drawn[:, k, layer, e], units, UNIT) for e in range(loads.shape[-1])]
-            for k in range(len(there))
-        ],
-        "apart": pairs,
-    }
+    teacher.to(device_of(config.wanted_device))
+    print("asking the teacher which of its experts speak …", flush=True)
+    found = look(teacher, prepared, tokenizer, resamples=config.compare.resamples, seed=config.seed)
+    write_json(run.path / FILE, found)
+    save(run.path / FOLDER, found)
+    return found
+
+
+def facts_of(teacher: LiveTeacher | None) -> dict[str, dict[str, int]]:
+    """{"experts": {"layers", "each", "asked"}}, for a manifest: of a dense model, or of none, nothing."""
+    routers = list(routers_of(teacher.model).values()) if teacher else []
+    if not routers:
+        return {}
+    each, asked = int(routers[0].num_experts), int(routers[0].top_k)
+    return {"experts": {"layers": len(routers), "each": each, "asked": asked}}
 
 
 @torch.no_grad()
@@ -173,8 +128,9 @@ def counted(
     units: Sequence[np.ndarray],
     kinds: Sequence[np.ndarray],
     count: int,
+    routed: Callable[[Tensor], AbstractContextManager] = nullcontext,
 ) -> Counted:
-    """What the experts were given, by unit and kind, as the teacher routes now.
+    """What the experts were given, by unit and kind, in one routing.
 
     Args:
         units, kinds: of each row the numbers of its tokens' units and kinds.
@@ -188,7 +144,8 @@ def counted(
             prepared.collate([rows[n] for n in range(*some.indices(len(rows)))]), teacher.model.device
         )
         positions, owners = _places(teacher, batch)
-        shares = torch.stack([each[positions] for each in _watched(teacher, batch)], dim=1)  # [N, L, E]
+        with routed(positions):
+            shares = torch.stack([each[positions] for each in _watched(teacher, batch)], dim=1)  # [N, L, E]
         unit, kind = (_spread(each[some], batch)[owners.cpu()] for each in (units, kinds))
         cell = torch.from_numpy(np.searchsorted(names, unit) * count + kind).to(shares.device)
         entropy = torch.special.entr(shares).sum(-1)
@@ -203,14 +160,21 @@ def counted(
 
 
 @torch.no_grad()
-def shares_in(teacher: LiveTeacher, prepared: Prepared, row: Dataset) -> np.ndarray:
+def shares_in(
+    teacher: LiveTeacher,
+    prepared: Prepared,
+    row: Dataset,
+    routed: Callable[[Tensor], AbstractContextManager] = nullcontext,
+) -> np.ndarray:
     """[T, L, E] shares in a single row, at each of the tokens that the student reads."""
     batch = moved(prepared.collate([row[0]]), teacher.model.device)
-    every = torch.stack(_watched(teacher, batch), dim=1).cpu().numpy()
+    positions, owners = _places(teacher, batch)
+    with routed(positions):
+        every = torch.stack(_watched(teacher, batch), dim=1).cpu().numpy()
     length = batch["input_ids"].shape[1]
     if not teacher.reads or teacher.vocabularies is None:
         return every[:length]
-    positions, owners = (each.cpu().numpy() for each in _places(teacher, batch))
+    positions, owners = positions.cpu().numpy(), owners.cpu().numpy()
     found = np.zeros((length, *every.shape[1:]), np.float32)  # 0 where nothing of the teacher's is there
     found[owners[::-1]] = every[positions[::-1]]
     return found
@@ -258,18 +222,3 @@ def _window(kinds: Sequence[np.ndarray]) -> tuple[int, int]:
     best = [max(even(row), key=lambda pair: pair[0]) for row in kinds]
     row = int(np.argmax([evenness for evenness, _ in best]))
     return row, best[row][1]
-
-
-def _apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Total variation of distributions over the last axis."""
-    return np.abs(a - b).sum(-1) / 2
-
-
-def _over(sums: np.ndarray, counts: Any) -> np.ndarray:
-    """Means; nan where there is nothing."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return sums / counts
-
-
-def _plain(values: np.ndarray) -> list:
-    return np.round(np.asarray(values, float), 6).tolist()

@@ -93,10 +93,10 @@ def run(
     alone = held(opened.path) if resume else nullcontext()
     with alone, going_on(again), runner.Kernels(runs.project_root()) as kernels:
         if not resume:
-            from kdlib.workbench import session  # after the checks that need no torch
+            from kdlib.workbench import teacher_stage  # after the checks that need no torch
 
             print(f"checking {config}, its models and data …", flush=True)
-            session.preflight(resolved, trains=bool({"01_dry_run", "02_train"} & {*notebooks}))
+            teacher_stage.preflight(resolved, trains=bool({"01_dry_run", "02_train"} & {*notebooks}))
             opened = created(root, name, resolved, given)
         if anyway:
             opened.add_to_manifest(anyway=True)
@@ -116,10 +116,10 @@ def dry_run(
     root, _ = folders(runs_folder, None)
     resolved = configs.load(config, override or [], smoke=smoke)
     name = free_name(root, name, config, smoke=smoke)
-    from kdlib.workbench import session
+    from kdlib.workbench import session, teacher_stage
 
     given = entered(config, override, smoke=smoke)
-    session.preflight(resolved, trains=False)
+    teacher_stage.preflight(resolved, trains=False)
     opened = created(root, name, resolved, given)
     bench = session.Workbench(opened)
     for part in ("setup", "doctor", "shapes", "example", "selftest", "dry_run", "forecast", "plan"):

@@ -19,6 +19,8 @@ from kdlib.runs.folder import PARENT, Run, project_root, refuse_unsound, working
 from kdlib.runs.interrupts import heard, interrupted
 
 NOTEBOOKS = ("00_setup", "01_dry_run", "02_train", "03_compare")
+EXPERTS = "04_student_aware"  # after these, where 00_setup found a teacher with experts
+EVERY = (*NOTEBOOKS, EXPERTS)
 START_TIMEOUT = 600  # seconds; on a busy machine a kernel needs a minute to import torch
 # nine seconds of one core: torch, transformers, matplotlib; no collection need look at what they make
 WARM_UP = (
@@ -31,11 +33,11 @@ WARM_UP = (
 def without(names: Sequence[str]) -> tuple[str, ...]:
     """The numbered notebooks but these; a RunError where one is unknown, or the others need it."""
     for name in names:
-        if name not in NOTEBOOKS[1:]:
-            unknown = f"there is none of this name{nearest(name, NOTEBOOKS)}"
-            why = "the others need it" if name in NOTEBOOKS else unknown
-            raise RunError(f"--without {name}: {why}; it is one of {', '.join(NOTEBOOKS[1:])}")
-    return tuple(name for name in NOTEBOOKS if name not in names)
+        if name not in EVERY[1:]:
+            unknown = f"there is none of this name{nearest(name, EVERY)}"
+            why = "the others need it" if name in EVERY else unknown
+            raise RunError(f"--without {name}: {why}; it is one of {', '.join(EVERY[1:])}")
+    return tuple(name for name in EVERY if name not in names)
 
 
 class Kernels:
@@ -84,7 +86,7 @@ def run_notebooks(
     given: Mapping[str, Any],
     kernels: Kernels,
     render: Callable[[Run], Path],
-    names: Sequence[str] = NOTEBOOKS,
+    names: Sequence[str] = EVERY,
 ) -> Path:
     """Execute these notebooks for a run, but for those that an earlier try has finished, and report.
 
@@ -108,7 +110,9 @@ def run_notebooks(
 
 def _run_in_turn(run: Run, parameters: Mapping[str, Any], names: Sequence[str], kernels: Kernels) -> None:
     done = run.manifest.get("stages", [])
-    for name in names:
+    for number, name in enumerate(names, 1):
+        if not _is_of_use(name, run, done):
+            continue
         if name in done:
             print(f"— {name}: done before", flush=True)
             continue
@@ -118,10 +122,16 @@ def _run_in_turn(run: Run, parameters: Mapping[str, Any], names: Sequence[str], 
             refuse_unsound(run.manifest)
         print(f"— {name}", flush=True)
         notebook, copy = project_root() / "notebooks" / f"{name}.ipynb", run.notebooks / f"{name}.ipynb"
-        with kernels.taken(another=name != names[-1]) as kernel:
+        another = any(_is_of_use(each, run, done) for each in names[number:])
+        with kernels.taken(another=another) as kernel:
             execute(notebook, copy, parameters, kernel)
         done = [*done, name]
         run.add_to_manifest(stages=done)
+
+
+def _is_of_use(name: str, run: Run, done: Sequence[str]) -> bool:
+    """Whether a notebook has something to show of this run, as far as is known yet."""
+    return name != EXPERTS or NOTEBOOKS[0] not in done or "experts" in run.manifest
 
 
 def execute(

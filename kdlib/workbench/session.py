@@ -13,7 +13,6 @@ import pandas as pd
 import transformers
 
 from kdlib.config import run as configs
-from kdlib.config.run import Config
 from kdlib.data.batches import Prepared
 from kdlib.diagnostics import doctor, forecast, memory, parity
 from kdlib.diagnostics.context import as_text
@@ -25,6 +24,7 @@ from kdlib.models.student import check_pair, tokenizer_of
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots import comparison as plots
 from kdlib.plots.softening import Predictions
+from kdlib.routing import use
 from kdlib.runs import folder as runs
 from kdlib.runs.child_processes import on_ranks
 from kdlib.runs.files import StudentFolder
@@ -32,7 +32,7 @@ from kdlib.runs.folder import Run, refuse_unsound
 from kdlib.runs.log import plan_table, training_table
 from kdlib.tasks import base as tasks
 from kdlib.training import run as training
-from kdlib.training.plan import extent, objective_of
+from kdlib.training.plan import objective_of
 from kdlib.workbench import measurement, tables, teacher_stage
 
 PACKAGES = ("kdlib", "torch", "transformers", "accelerate", "datasets", "tokenizers", "papermill", "numpy")
@@ -73,17 +73,6 @@ def open_run(
         opened = runs.create(root, name or runs.new_name(root, config, smoke=smoke), resolved, **origin)
     print(f"run: {opened.name} ({opened.status['state']})")
     return Workbench(opened, resolved.launch.processes)
-
-
-def preflight(config: Config, *, trains: bool = True) -> None:
-    """Refuse what can be refused before a run's folder is made: arguments, tokenizers, data.
-
-    `trains`: whether this process will train, too.
-    """
-    args, tokenizer = teacher_stage.check_arguments(config, trains=trains), tokenizer_of(config)
-    check_pair(config, tokenizer)
-    ranks = ranks_of(config.launch.processes, config.wanted_device)
-    extent(args, len(tasks.prepare(config, tokenizer).train), ranks)
 
 
 class Workbench:
@@ -143,6 +132,7 @@ class Workbench:
             data=notes,
             versions={name: version(name) for name in PACKAGES},
             machine=machine(device),
+            **use.facts_of(self.teacher),
         )
         facts = {
             "teacher": tables.named_size(self.config.teacher, self.teacher),
@@ -288,6 +278,13 @@ class Workbench:
         found = predictions.look(models, self.task.sample(self.prepared, self.tokenizer), self.task.unit)
         predictions.write(self.run, found)
         return found
+
+    def experts(self) -> dict[str, Any]:
+        """Which of the teacher's experts speak on held-out rows, also as it taught; {} of a dense teacher.
+
+        Written into experts.json, for the report, and figures and tables into experts/.
+        """
+        return use.of_run(self.run, self.config, self.teacher, self.prepared, self.tokenizer)
 
     def _train(self, folder: StudentFolder, *, label: str, weights: Any = None, **options):
         if folder.is_trained:

@@ -18,14 +18,14 @@ from kdlib.config.run import BESIDE, Config, parse
 from kdlib.data.batches import Prepared
 from kdlib.errors import RunError, Stopped
 from kdlib.models.loading import ranks_of
-from kdlib.models.student import tokenizer_of
+from kdlib.models.student import check_pair, tokenizer_of
 from kdlib.runs import folder as runs
 from kdlib.runs.files import go_on
 from kdlib.runs.folder import Run
 from kdlib.runs.lock import held
 from kdlib.tasks import base as tasks
 from kdlib.training import run as training, trackers
-from kdlib.training.plan import check_processes, objective_of, training_arguments, try_out
+from kdlib.training.plan import check_processes, extent, objective_of, training_arguments, try_out
 
 
 def own_config(config: Config) -> Config:
@@ -55,6 +55,17 @@ def check_arguments(config: Config, *, trains: bool = False) -> TrainingArgument
     if config.teacher_stage is not None:
         check_arguments(own_config(config), trains=trains)
     return args
+
+
+def preflight(config: Config, *, trains: bool = True) -> None:
+    """Refuse what can be refused before a run's folder is made: arguments, tokenizers, data.
+
+    `trains`: whether this process will train, too.
+    """
+    args, tokenizer = check_arguments(config, trains=trains), tokenizer_of(config)
+    check_pair(config, tokenizer)
+    ranks = ranks_of(config.launch.processes, config.wanted_device)
+    extent(args, len(tasks.prepare(config, tokenizer).train), ranks)
 
 
 def run_of(config: Config, root: Path) -> Run:
