@@ -5,8 +5,8 @@ import torch
 from test_diagnostics_memory import parsed, plan_of, raw
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kdlib.diagnostics.fake_step import Allocations, FakeStep, FakeWorkspace
-from kdlib.losses.buffers import Workspace
+from kdlib.diagnostics.fake_step import Allocations, FakeStep
+from kdlib.losses.buffers import FakeWorkspace, Workspace
 
 __all__ = ["raw"]
 

@@ -4,12 +4,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import sentences, tiny_model
-from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM
+from made_experts import model_with_experts
+from transformers import AutoTokenizer, LlamaConfig, MixtralConfig, MixtralForCausalLM
 
 from kdlib.config import run as configs
-from kdlib.diagnostics.fake_step import FakeWorkspace
 from kdlib.diagnostics.memory import Breakdown, at_layers, forecast
 from kdlib.errors import ModelError
+from kdlib.losses.buffers import FakeWorkspace
 from kdlib.models.depth import shallower
 from kdlib.models.loading import load_model, parameters
 from kdlib.models.student import outline
@@ -289,6 +290,27 @@ def test_experts_and_untied_heads_are_counted(raw, tmp_path):
     found = forecast(parsed({**raw, "teacher": {"model": str(tmp_path / "moe")}}))
     assert found.parameters["teacher"] == sum(p.numel() for p in model.parameters())
     assert found.parameters["student"] == sum(p.numel() for p in shallower(model, [0, 3]).parameters())
+
+
+def test_a_router_that_learns_keeps_what_the_teacher_had_inside(raw, teacher_folder, tmp_path):
+    """More layers of it, more is kept for its backward pass; asked in any other way, one layer's is."""
+
+    def activations(layers: int, experts: object) -> int:
+        folder = tmp_path / f"moe-{layers}"
+        if not folder.exists():
+            model_with_experts(layers=layers).save_pretrained(folder)
+            AutoTokenizer.from_pretrained(teacher_folder).save_pretrained(folder)
+        teacher = {"model": str(folder), "experts": experts}
+        config = parsed({**raw, "teacher": teacher, "student": {"from": str(teacher_folder)}})
+        moments = forecast(config, device="cpu").moments
+        return max(parts.get("teacher's activations", 0) for parts in moments.values())
+
+    aware = {"student_aware": {}}
+    (two, four), (plain, plain_four) = ([activations(n, how) for n in (2, 4)] for how in (aware, "topk"))
+    assert two > 1.5 * plain
+    assert four - two > 0.5 * two
+    assert plain_four == pytest.approx(plain, rel=0.05)
+    assert plain < activations(2, "all") < two
 
 
 def test_a_config_of_no_language_model_is_refused_with_its_path(raw, tmp_path):

@@ -10,10 +10,12 @@ import torch
 import yaml
 from conftest import narrow_student, other_tokens, tiny_experiment
 from fsdp_on_cpu import begin_from
+from made_experts import folder_of_experts
 from safetensors.torch import load_file
 from tiny_training import comparable, train_file
 
 from kdlib.config.loss import SPAN_TERMS
+from kdlib.routing.student_aware import trained_router
 
 SGD = {
     "optim": "sgd",
@@ -29,7 +31,7 @@ PHASES = [{"until": 0.5, "weights": {"hidden": 0.3}}, {"until": 1.0, "weights": 
 FEATURES = ("ce", "hidden", "relational", "contrastive")
 SAVED = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "optim_args": "momentum=0.9"}
 # what is changed in the tiny experiment; where it is `own`, the student has other sizes and an untied head;
-# where it has `tokens`, a tokenizer of its own
+# where it has `tokens`, a tokenizer of its own; where `experts`, the teacher has a router that learns
 CASES = {
     "tied": {"training": EVALUATED},
     "projections": {
@@ -47,6 +49,11 @@ CASES = {
         "loss": {"weights": {**dict.fromkeys((*SPAN_TERMS, *FEATURES), 0.2), "span_kl": 0.5}},
         "training": EVALUATED,
     },
+    "experts": {
+        "experts": True,
+        "loss": {"weights": {"kd": 0.7, "ce": 0.3}},
+        "training": EVALUATED,
+    },
     "sharded": {"training": {**EVALUATED, **SAVED, "max_grad_norm": 0.5}},
     "sharded, accumulated": {
         "own": True,
@@ -60,7 +67,11 @@ pytestmark = pytest.mark.together
 def settings_of(case: str, plain: dict, narrow: str, other: str, ranks: int) -> dict:
     """The experiment of a case for so many ranks, with as many rows in a step; shared where it says so."""
     students = {"own": {"from": narrow}, "tokens": {"from": other}}
+    students["experts"] = {"from": plain["teacher"]["model"]}
     changes = {key: value for key, value in CASES[case].items() if key not in students}
+    if "experts" in CASES[case]:
+        moe = str(Path(other).with_name("moe"))
+        changes["teacher"] = {"model": moe, "experts": {"student_aware": {"balance": 0.5}}}
     student = next((students[key] for key in CASES[case] if key in students), plain["student"])
     # rows of many lengths
     raw = {**plain, **changes, "data": {**plain["data"], "packing": False, "max_length": 24}}
@@ -79,6 +90,7 @@ def ranked(teacher_folder, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     plain, narrow = tiny_experiment(teacher_folder, folder), narrow_student(teacher_folder, folder / "narrow")
     other = other_tokens(folder / "other")
+    folder_of_experts(teacher_folder, folder / "moe")
     words = [folder / "sharded.json"]
     for case in CASES:
         (folder / case).mkdir()
@@ -122,6 +134,10 @@ def test_two_ranks_equal_one(ranked, case):
         torch.testing.assert_close(two[name], tensor, rtol=1e-6, atol=1e-6)
     for line, other in zip(comparable(ranked / case / "one"), comparable(ranked / case / "two"), strict=True):
         assert other == pytest.approx(line, rel=1e-5)
+    if "experts" in CASES[case]:
+        one, two = (trained_router(ranked / case / name) for name in ("one", "two"))
+        for name, weight in one.items():
+            torch.testing.assert_close(two[name], weight, rtol=1e-5, atol=1e-5)
 
 
 def test_a_step_sharded_by_fsdp2_over_two_processes_is_the_whole_step(ranked):

@@ -21,25 +21,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from kdlib.losses.alignment import SPANS, TeacherSignal, spans_in
+from kdlib.losses.alignment import SPANS, Counts, TeacherSignal, spans_in
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.objective import ObjectiveAt, eval_terms, ledger, row_sums
-from kdlib.losses.signals import FOUND, Kept, Signal, kept
+from kdlib.losses.signals import FOUND, Kept, Signal, kept, mean_of
 from kdlib.models.heads import stated_form
 from kdlib.models.sharing import GATHERED, SENT, held_here
 from kdlib.models.student import Outline
 from kdlib.models.teacher import beside, insides, signal_of
+from kdlib.routing.modes import Routing
+from kdlib.routing.student_aware import StudentAware, routing_of
 from kdlib.tokens.vocabulary import vocabulary_sizes
 from kdlib.training.plan import compared_layers, objective_of
 
-PHASES = ("student's forward", "teacher's forward", "loss", "backward")
+PHASES = ("teacher's router", "student's forward", "teacher's forward", "loss", "backward")
 FRACTIONS = 20  # of the training, at which the objective is looked at
 NEVER = 2**62
-COMPILED_SCRATCH = 2  # [rows, V] in float32 that the compiled row arithmetic needs beside its arguments
 ATEN = torch.ops.aten
 
-Batch = Mapping[str, Tensor]
-Phase = Callable[[str], AbstractContextManager]
+Batch, Phase = Mapping[str, Tensor], Callable[[str], AbstractContextManager]
 
 
 @dataclass
@@ -181,34 +181,6 @@ def _grouped_product(left: Tensor, right: Tensor, ends: Tensor | None) -> Tensor
     return left.new_empty(*groups, left.shape[-2], right.shape[-1])
 
 
-class FakeWorkspace(Workspace):
-    """One whose compiled arithmetic is counted and not run, and which takes pieces as the device would."""
-
-    def __init__(self, chunk: int, *, compiled: bool, kind: str) -> None:
-        super().__init__(chunk, compiled=compiled)
-        self.kind = kind
-
-    @property
-    def buffers(self) -> Iterable[Tensor]:
-        return self._buffers.values()
-
-    def piece(self, products: Tensor) -> int:
-        return super().piece(products) if self.kind == "cpu" else max(len(products), 1)
-
-    def arithmetic(self, functions, student, teacher):
-        plain, run = super().arithmetic(functions, student, teacher), 0
-
-        def counted(products, others, targets, temperatures, weights):
-            nonlocal run
-            run += 1
-            if not self.compiled and run <= 2:  # further pieces hold no more
-                return plain(products, others, targets, temperatures, weights)
-            scratch = [torch.empty(products.shape, device=products.device) for _ in range(COMPILED_SCRATCH)]
-            return weights.new_zeros(len(functions), len(scratch[0]))
-
-        return counted
-
-
 class FakeStep:
     """Student and teacher of an outline, made in whatever mode is active, and a micro-batch of theirs."""
 
@@ -232,6 +204,7 @@ class FakeStep:
                 self.pairs = compared_layers(plan.config, self.student, self.teacher, self.objective)
         if shared:
             shared(self.student, self.teacher)
+        self.routing = routing_of(self.teacher, plan.config.teacher.experts) if self.teacher else None
         if self.forms[0] is None and dtype is not torch.float32:
             self.student.forward = convert_outputs_to_fp32(self.student.forward)  # accelerate does so
         training, kinds = plan.config.training, ("activation_checkpointing", "gradient_checkpointing")
@@ -263,9 +236,12 @@ class FakeStep:
 
         The gradients stay in the student.
         """
+        if isinstance(self.routing, StudentAware) and at.needs_teacher:
+            with phase(PHASES[0]), self._autocast():
+                self._feed(self.routing, batch, at, count)
         self.student.train()
         with self._autocast():
-            tokens, student, teacher = self._signals(batch, at, at.needs_teacher, phase)
+            tokens, student, teacher = self._signals(batch, at, at.needs_teacher, phase, self.routing)
             with phase("loss"):
                 made = ledger(student, teacher, tokens.targets, at=at, count=count, workspace=self.workspace)
         del student, teacher  # as the trainer has them no longer
@@ -281,20 +257,44 @@ class FakeStep:
             row_sums(student, teacher, tokens.targets, tokens.rows, terms=eval_terms(teacher), at=at, **how)
 
     def _signals(
-        self, batch: Batch, at: ObjectiveAt, with_teacher: bool, phase: Phase
+        self, batch: Batch, at: ObjectiveAt, with_teacher: bool, phase: Phase, routing: Routing | None = None
     ) -> tuple[Kept, Signal, TeacherSignal | None]:
-        tokens, known = kept(batch["labels"]), self.plan.vocabularies
-        sizes = vocabulary_sizes(self.plan.vocabulary, known)
-        reads = "", "teacher_" if "teacher_input_ids" in batch else ""
-        asked = zip(sizes, reads, self.forms, insides(at, self.pairs, self.student), strict=True)
-        of = [dict(zip(("vocabulary", "reads", "form", "inside"), each, strict=True)) for each in asked]
+        tokens, (ours, theirs) = kept(batch["labels"]), self._asked(batch, at)
         with phase("student's forward"):
-            student = signal_of(self.student, batch, tokens, **of[0])
+            student = signal_of(self.student, batch, tokens, **ours)
         if not with_teacher:
             return tokens, student, None
-        ask = partial(signal_of, self.teacher, batch, **of[1])
         with phase("teacher's forward"), torch.no_grad():
-            return tokens, student, beside(batch, known, ask) if known else ask(tokens)
+            return tokens, student, self._ask(batch, tokens, routing, theirs)
+
+    def _asked(self, batch: Batch, at: ObjectiveAt) -> list[dict[str, Any]]:
+        """How student and teacher are asked."""
+        sizes = vocabulary_sizes(self.plan.vocabulary, self.plan.vocabularies)
+        reads = "", "teacher_" if "teacher_input_ids" in batch else ""
+        each = zip(sizes, reads, self.forms, insides(at, self.pairs, self.student), strict=True)
+        return [dict(zip(("vocabulary", "reads", "form", "inside"), how, strict=True)) for how in each]
+
+    def _ask(self, batch: Batch, tokens: Kept, routing: Routing | None, how: Any) -> TeacherSignal:
+        """What a LiveTeacher says."""
+
+        def ask(tokens: Kept) -> Signal:
+            draws = []
+            for _ in range(routing.draws if routing else 1):
+                with routing.asked(tokens.positions) if routing else nullcontext():
+                    draws.append(signal_of(self.teacher, batch, tokens, **how))
+            return mean_of(draws)
+
+        known = self.plan.vocabularies
+        return beside(batch, known, ask) if known else ask(tokens)
+
+    def _feed(self, routing: StudentAware, batch: Batch, at: ObjectiveAt, count: int) -> None:
+        nothing = ObjectiveAt({}, {})
+        with torch.no_grad():
+            tokens, student, _ = self._signals(batch, nothing, with_teacher=False, phase=nullcontext)
+        ask = partial(self._ask, batch, tokens, routing, self._asked(batch, nothing)[1])
+        units = Counts(count, count, count) if self.plan.vocabularies else count
+        how = {"count": units, "workspace": self.workspace}
+        routing.feed(ask, student, tokens.targets, temperatures=at.temperatures, **how)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast("cpu", self.dtype, enabled=self.dtype is not torch.float32)

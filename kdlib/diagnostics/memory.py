@@ -18,10 +18,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, TrainingArguments
 
 from kdlib.config.run import Config
-from kdlib.diagnostics.fake_step import PHASES, Allocations, Block, FakeStep, FakeWorkspace
+from kdlib.diagnostics.fake_step import PHASES, Allocations, Block, FakeStep
 from kdlib.diagnostics.forecast import GIB, Forecast, Moments, copied, offloaded
 from kdlib.hardware import as_asked, device_memory, precision_of, product_dtype, world_size
-from kdlib.losses.buffers import chunk_tokens
+from kdlib.losses.buffers import FakeWorkspace, chunk_tokens
 from kdlib.losses.features import feature_terms
 from kdlib.losses.objective import ObjectiveAt
 from kdlib.models.heads import stated_form
@@ -251,7 +251,7 @@ class Breakdown:
         sizes = {self.plan.vocabulary, rows} | ({known.teacher_size} if known else set())
         if len(block.shape) > 1 and block.shape[-1] in sizes:
             return "logits"
-        if block.phase == "teacher's forward":
+        if block.phase in ("teacher's router", "teacher's forward"):
             return "teacher's activations"
         if block.phase == "student's forward" and lasting:
             return "cast weights" if self.is_cast(block) else "activations"

@@ -5,7 +5,7 @@ A chunk is what memory holds at a time, a piece what a core's caches hold.  Sign
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kdlib.hardware import device_memory
 
+COMPILED_SCRATCH = 2  # [rows, V] in float32 that the compiled row arithmetic needs beside its arguments
 PIECE, LEAST = 64, 8  # rows worked on at a time on a CPU, at most and at least; what is compiled
 CACHED = 8 * 2**20  # bytes of both models' logits in a piece
 LINE, PAGE = 64, 4096  # bytes of a CPU's cache line, and of a page of its memory
@@ -99,6 +100,34 @@ class Workspace:
             # zeros: padding must not be nan
             self._buffers[name] = kept = torch.zeros(tokens * width, dtype=dtype, device=device)
         return kept[: tokens * width].view(tokens, width)[:, : signal.vocabulary]
+
+
+class FakeWorkspace(Workspace):
+    """One whose compiled arithmetic is counted and not run, and which takes pieces as the device would."""
+
+    def __init__(self, chunk: int, *, compiled: bool, kind: str) -> None:
+        super().__init__(chunk, compiled=compiled)
+        self.kind = kind
+
+    @property
+    def buffers(self) -> Iterable[Tensor]:
+        return self._buffers.values()
+
+    def piece(self, products: Tensor) -> int:
+        return super().piece(products) if self.kind == "cpu" else max(len(products), 1)
+
+    def arithmetic(self, functions, student, teacher):
+        plain, run = super().arithmetic(functions, student, teacher), 0
+
+        def counted(products, others, targets, temperatures, weights):
+            nonlocal run
+            run += 1
+            if not self.compiled and run <= 2:  # further pieces hold no more
+                return plain(products, others, targets, temperatures, weights)
+            scratch = [torch.empty(products.shape, device=products.device) for _ in range(COMPILED_SCRATCH)]
+            return weights.new_zeros(len(functions), len(scratch[0]))
+
+        return counted
 
 
 def row_width(vocabulary: int, itemsize: int, device: torch.device) -> int:

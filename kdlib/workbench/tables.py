@@ -24,8 +24,10 @@ def size_of(model: PreTrainedModel) -> str:
 
 
 def named_size(config: TeacherConfig | None, teacher: LiveTeacher | None) -> str:
-    """`gpt2-large: 774.0 M parameters, 36 layers`"""
-    return f"{config.model}: {size_of(teacher.model)}" if config and teacher else "none: text alone"
+    """`gpt2-large: 774.0 M parameters, 36 layers`; of one with experts, how they are asked."""
+    if not (config and teacher):
+        return "none: text alone"
+    return f"{config.model}: {size_of(teacher.model)}" + (f"; {teacher.routing}" if teacher.routing else "")
 
 
 def texts_in(notes: Mapping[str, Any]) -> dict[str, str]:
