@@ -20,7 +20,8 @@ def pieces(settings, *, dtype=torch.float32, layers=(0, 3)):
     """Everything that `train` needs, freshly made and the same each time."""
     tokenizer = tokenizer_of(settings)
     prepared = tasks.prepare(settings, tokenizer)
-    student = tasks.untrained_student(settings, prepared, layers).to(dtype)
+    keep = None if settings.student.is_own else layers
+    student = tasks.untrained_student(settings, prepared, keep).to(dtype)
     return {
         "student": student,
         "teacher": tasks.load_teacher(settings, prepared, dtype),
