@@ -1,15 +1,17 @@
 """A mixture of experts made of a dense model: it says the same, is a plain folder, asks all its experts."""
 
+import random
+
 import pytest
 import torch
 from conftest import sentences, tiny_model, tiny_tokenizer
 from tiny_architectures import tiny
 from transformers import AutoModelForCausalLM
 
-from kdlib.errors import ConfigError, ModelError
+from kdlib.errors import ConfigError, DataError, ModelError
 from kdlib.models.loading import load_model, load_tokenizer
 from kdlib.routing.experts import routers_of, watched
-from kdlib.routing.upcycle import upcycled
+from kdlib.routing.upcycle import calibrate, upcycled
 from kdlib.workbench.cli_checks import experts
 
 IDS = torch.arange(40).view(2, 20)
@@ -68,6 +70,36 @@ def test_random_routers_ask_every_expert_of_tokens_that_differ():
     for weights in given.values():
         assert ((weights > 0).sum(0) > 0).all()
         assert weights.std(0).min() > 0.01
+
+
+def test_calibrated_routers_part_the_tokens_of_a_text_and_leave_what_is_said(dense, tmp_path):
+    kinds = [range(20, 40), range(200, 240)]
+    draw = random.Random(0)
+    rows = torch.tensor([draw.choices(kinds[n % 2], k=24) for n in range(16)])
+    model = load_model(str(dense))
+    made, plain = upcycled(model, 4, 2), upcycled(model, 4, 2)
+    calibrate(made, rows)
+    apart = {}
+    for name, each in (("random", plain), ("calibrated", made)):
+        with torch.no_grad(), watched(each) as given:
+            torch.testing.assert_close(each(rows).logits, model(rows).logits, rtol=0, atol=1e-5)
+        use = torch.stack([weights.view(16, 24, 4).mean(1) for weights in given.values()])
+        apart[name] = float((use[:, ::2].mean(1) - use[:, 1::2].mean(1)).abs().sum(-1).mean() / 2)
+    assert apart["calibrated"] > 1.5 * apart["random"]
+    again = upcycled(model, 4, 2)
+    calibrate(again, rows)
+    assert all(map(torch.equal, again.parameters(), made.parameters()))
+
+
+def test_the_command_calibrates_on_a_source(dense, tmp_path):
+    for name, texts in (("text", sentences(60) + [" ".join(sentences(12))] * 3), ("short", sentences(4))):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
+    folder = tmp_path / "experts"
+    with pytest.raises(DataError, match="no document has 128 tokens, as calibrating routers needs"):
+        experts(str(dense), str(folder), text=str(tmp_path / "short.jsonl"))
+    experts(str(dense), str(folder), text=str(tmp_path / "text.jsonl"))
+    rows = [router.weight for router in routers_of(load_model(str(folder))).values()]
+    assert all(row.isfinite().all() and row.std() > 0 for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ sum to 1.  Komatsuzaki et al. 2023, https://arxiv.org/abs/2212.05055
 """
 
 import re
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,15 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerBase as Tokenizer,
 )
 from transformers.initialization import no_init_weights
 
-from kdlib.errors import ModelError
+from kdlib.config.sections import DataConfig
+from kdlib.data.text import read_documents, tokenized
+from kdlib.errors import DataError, ModelError, refuse_existing
 from kdlib.models.loading import load_model, load_tokenizer, parameters, plain_config, plain_generation
+from kdlib.routing.experts import routers_of
 
 DENSE = (LlamaForCausalLM, MistralForCausalLM)  # whose layers are a Mixtral's but for the MLP
 NOT_OURS = (
@@ -32,22 +38,34 @@ NOT_OURS = (
     "pretraining_tp",
 )
 MLP = re.compile(r"(.*\.mlp)\.(gate|up|down)_proj\.weight")
+ROWS, LENGTH = 32, 128  # of the text on which routers are calibrated
+SPREAD = 3.0  # standard deviation of a calibrated router's logits: of two experts, one gets most of a token
 BYTES = 4  # of a weight on disk
 BALANCE = 0.01  # of the auxiliary loss, as in Switch (Fedus et al. 2022); transformers' 0.001 balances less
 
 
-def make(source: str, folder: str | Path, experts: int, top_k: int, *, seed: int = 0) -> str:
+def make(
+    source: str, folder: str | Path, experts: int, top_k: int, *, seed: int = 0, text: str | None = None
+) -> str:
     """Write `upcycled` of a model named as in `load_model`, and its tokenizer, into a folder; says its size.
 
+    Args:
+        text: a source, as data.source, for `calibrate`.
+
     Raises:
+        ConfigError: there is something in this place.
         ModelError: see `upcycled`.
     """
+    refuse_existing(folder)
     try:
         made = upcycled(load_model(source), experts, top_k, seed=seed)
     except ModelError as error:
         raise ModelError(f"{source}: {error}") from None
+    tokenizer = load_tokenizer(source)
+    if text is not None:
+        calibrate(made, beginnings(text, tokenizer), seed=seed)
     made.save_pretrained(folder)
-    load_tokenizer(source).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     count = parameters(made)
     idle = sum(each.numel() for name, each in made.named_parameters() if ".experts." in name)
     asked = count - idle * (experts - top_k) // experts
@@ -79,6 +97,57 @@ def upcycled(dense: PreTrainedModel, experts: int, top_k: int, *, seed: int = 0)
     made.load_state_dict(state)
     made.generation_config = plain_generation(dense)
     return made.eval()
+
+
+@torch.no_grad()
+def calibrate(made: PreTrainedModel, ids: Tensor, *, seed: int = 0) -> None:
+    """Begin the routers where they tell kinds of tokens apart: a row for each of E clusters of their inputs.
+
+    A row is its cluster's centre without what all tokens share, along which no token is told from another;
+    scaled so that logits have the standard deviation SPREAD.  It is still the dense model.
+
+    Args:
+        ids: [B, T] text without padding.
+    """
+    draw, inputs = torch.Generator().manual_seed(seed), dict[str, Tensor]()
+    with ExitStack() as hooks:
+        for name, router in routers_of(made).items():
+            note = partial(lambda name, _, args: inputs.update({name: args[0].flatten(0, -2)}), name)
+            hooks.enter_context(router.register_forward_pre_hook(note))
+        made(input_ids=ids, use_cache=False)
+    for name, router in routers_of(made).items():
+        states = inputs[name].float()
+        mean, rows = states.mean(0), _centres(states, len(router.weight), draw)
+        rows = rows - rows.mean(0)
+        rows = rows - (rows @ mean)[:, None] * mean / mean.square().sum()
+        router.weight.copy_(rows * SPREAD / (states @ rows.T).std(0).mean())
+
+
+def _centres(states: Tensor, count: int, draw: torch.Generator) -> Tensor:
+    """[count, H] of so many clusters, by Lloyd's k-means from random states."""
+    centres = states[torch.randperm(len(states), generator=draw)[:count]].clone()
+    for _ in range(20):
+        nearest = torch.cdist(states, centres).argmin(1)
+        for number in nearest.unique():
+            centres[number] = states[nearest == number].mean(0)
+    return centres
+
+
+def beginnings(source: str, tokenizer: Tokenizer) -> Tensor:
+    """At most [ROWS, LENGTH] tokens: the beginnings of documents spread over a source.
+
+    Raises:
+        DataError: it cannot be read, or no document is as long.
+    """
+    documents = read_documents(DataConfig(source=source))["train"]
+    rows = [
+        ids[:LENGTH] for ids in tokenized(documents, "text", tokenizer)["input_ids"] if len(ids) >= LENGTH
+    ]
+    if not rows:
+        raise DataError(
+            f"{source}: no document has {LENGTH} tokens, as calibrating routers needs; give another"
+        )
+    return torch.tensor(rows[:: -(-len(rows) // ROWS)])
 
 
 def _check(dense: PreTrainedModel, experts: int, top_k: int) -> None:

@@ -291,10 +291,10 @@ def experts(
     folder: argument("A new folder, which a config names as teacher.model."),
     count: option(int, "--experts", help="Of each layer.") = 4,
     top_k: option(int, "--top-k", help="That a token asks.") = 2,
-    seed: option(int, "--seed", help="Of the routers, which are random.") = 0,
+    text: option(str | None, "--calibrate", help="Text whose kinds of tokens the routers part.") = None,
+    seed: option(int, "--seed", help="Of the routers, which are random without --calibrate.") = 0,
 ) -> None:
     """Make a mixture of experts (Mixtral) of SOURCE, each a copy of its MLPs; says the same until trained."""
-    refuse_existing(folder)
     from kdlib.routing import upcycle
 
-    print(f"{folder}: {upcycle.make(source, folder, count, top_k, seed=seed)}")
+    print(f"{folder}: {upcycle.make(source, folder, count, top_k, seed=seed, text=text)}")
