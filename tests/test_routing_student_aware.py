@@ -7,7 +7,7 @@ import torch
 from conftest import other_tokens
 from made_experts import folder_of_experts, model_with_experts
 from safetensors.torch import load_file
-from test_routing_modes import batch
+from test_routing_experts import batch
 from test_training_resume import At, Killed, dies, same
 from test_training_spans import SGD
 from tiny_training import pieces

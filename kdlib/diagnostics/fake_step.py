@@ -29,7 +29,7 @@ from kdlib.models.heads import stated_form
 from kdlib.models.sharing import GATHERED, SENT, held_here
 from kdlib.models.student import Outline
 from kdlib.models.teacher import beside, insides, signal_of
-from kdlib.routing.modes import Routing
+from kdlib.routing.experts import Routing
 from kdlib.routing.student_aware import StudentAware, routing_of
 from kdlib.tokens.vocabulary import vocabulary_sizes
 from kdlib.training.plan import compared_layers, objective_of

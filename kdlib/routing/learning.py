@@ -11,7 +11,7 @@ from transformers import Trainer
 from kdlib.losses.objective import ObjectiveAt
 from kdlib.models.hooks import as_evaluated
 from kdlib.models.teacher import LiveTeacher
-from kdlib.routing.modes import Routing
+from kdlib.routing.experts import Routing
 from kdlib.routing.student_aware import StudentAware
 
 

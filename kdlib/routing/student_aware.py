@@ -18,8 +18,7 @@ from kdlib.losses.chunked import Weighted, differentiable_values, term_sums
 from kdlib.losses.divergences import KNOWN
 from kdlib.losses.signals import Signal, wide
 from kdlib.losses.terms import SoftTargets, cross_entropy
-from kdlib.routing.experts import Answer, routers_of, spread
-from kdlib.routing.modes import AllExperts, Augmented, Routing
+from kdlib.routing.experts import AllExperts, Answer, Augmented, Routing, routers_of, spread
 from kdlib.runs.files import synced, writing
 
 FILE = "router.safetensors"

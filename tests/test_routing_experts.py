@@ -10,8 +10,7 @@ from kdlib.config.run import parse
 from kdlib.errors import ConfigError, ModelError
 from kdlib.losses.signals import DenseSignal, LinearSignal, MeanSignal, kept, moved
 from kdlib.models.teacher import LiveTeacher
-from kdlib.routing.experts import routers_of, watched
-from kdlib.routing.modes import AllExperts, Augmented, Routing
+from kdlib.routing.experts import AllExperts, Augmented, Routing, routers_of, watched
 from kdlib.routing.student_aware import StudentAware, routing_of
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.log import training_table
