@@ -23,6 +23,8 @@ from kdlib.routing.figures import expert_figures, save
 from kdlib.routing.tables import expert_tables, routing_table
 from kdlib.tasks import base as tasks
 
+KINDS_OF_TEXT = ["student", "teacher"]  # tokens of the tiny tokenizer
+
 
 def moe(kind="qwen3_moe", vocabulary=300, **settings):
     torch.manual_seed(0)
@@ -165,6 +167,29 @@ def test_tokens_are_of_the_kind_of_the_line_that_they_begin_in(raw_config):
     grouped = rows.from_dict({"input_ids": [ids, ids[:3]], "group": ["b", "a"]})
     kinds, names, how = kinds_of(grouped, prepared, tokenizer)
     assert (names, how, [each.tolist() for each in kinds]) == (["a", "b"], "group", [[1] * len(ids), [0] * 3])
+
+
+def test_a_column_of_the_source_says_of_which_kind_a_document_is(raw_config, tmp_path):
+    lines = [
+        {"text": f"the {kind} {i} {'learns again ' * 9}", "kind": kind}
+        for i in range(20)
+        for kind in KINDS_OF_TEXT
+    ]
+    (tmp_path / "kinds.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    raw_config["data"] |= {"source": str(tmp_path / "kinds.jsonl"), "validation": 0.4}
+    for packing in (True, False):
+        config = parse({**raw_config, "data": {**raw_config["data"], "packing": packing}})
+        tokenizer = tokenizer_of(config)
+        prepared = tasks.prepare(config, tokenizer)
+        kinds, names, how = kinds_of(prepared.measured, prepared, tokenizer, config)
+        assert (names, how) == (KINDS_OF_TEXT, "the kind of each document")
+        seen = 0
+        for row, found in zip(prepared.measured["input_ids"], kinds, strict=True):
+            for token, kind in zip(row, found, strict=True):
+                if (said := tokenizer.decode([token]).strip()) in KINDS_OF_TEXT:
+                    assert said == names[kind]
+                    seen += 1
+        assert seen >= 3
 
 
 def test_the_reference_of_python_has_both_kinds():

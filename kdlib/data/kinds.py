@@ -7,9 +7,13 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from kdlib.data.batches import Prepared
+from kdlib.config.run import Config
+from kdlib.data.batches import Prepared, pairwise
+from kdlib.data.sources import group_values
+from kdlib.data.text import SIDES, read_documents, split_documents
 from kdlib.tokens.vocabulary import token_bytes
 
+COLUMNS = ("kind", "section", "category", "source", "label")  # of a source, that say what a document is
 MOST = 8  # kinds that can be told apart in a figure
 CODE, PROSE = "code", "prose"
 SIGNS, FEWEST = 0.1, 2  # of a line's characters, from which on it is code, and how many at least
@@ -23,14 +27,30 @@ PROMPT, SIGN = (
 
 
 def kinds_of(
-    rows: Dataset, prepared: Prepared, tokenizer: Tokenizer
+    rows: Dataset, prepared: Prepared, tokenizer: Tokenizer, config: Config | None = None
 ) -> tuple[list[np.ndarray], list[str], str]:
     """Of some rows: the number of each token's kind, [T] a row; the kinds' names; and how they are told.
 
-    By the rows' group, or class, where there are two to eight of these; else each line of the text is code
-    or prose.
+    By a column of the source that says what a document is, by the rows' group, or class, where there are two
+    to eight of these; else each line of the text is code or prose.
+
+    Args:
+        config: of which the rows are; without it its source is not asked.
     """
     lengths = [len(ids) for ids in rows["input_ids"]]
+    if config and "documents" in rows.column_names and (said := _of_documents(config)):
+        column, kinds = said
+        names, places = np.unique(np.asarray(kinds), return_inverse=True)
+        return (
+            [
+                np.repeat(
+                    places[[number for _, number in runs]], np.diff([start for start, _ in runs], append=n)
+                )
+                for runs, n in zip(map(pairwise, rows["documents"]), lengths, strict=True)
+            ],
+            names.tolist(),
+            f"the {column} of each document",
+        )
     for column, names in (("group", None), ("label", prepared.labels)):
         if column not in rows.column_names:
             continue
@@ -40,6 +60,30 @@ def kinds_of(
             return [np.full(n, kind) for n, kind in zip(lengths, places, strict=True)], called, column
     spelt = token_bytes(tokenizer)
     return [_by_line(ids, spelt) for ids in rows["input_ids"]], [PROSE, CODE], BY_LINE
+
+
+def _of_documents(config: Config) -> tuple[str, list[str]] | None:
+    """The column that says what a document is, and of each document, by its number in rows, what it says.
+
+    None where there is none, one kind alone, more than eight, or several in a group that has one number.
+    """
+    seed = config.seed if config.data.split_seed is None else config.data.split_seed
+    documents = split_documents(read_documents(config.data), config.data, seed=seed)
+    columns = documents["train"].column_names
+    if (column := next((each for each in COLUMNS if each in columns), None)) is None:
+        return None
+    said: list[str] = []
+    for side in SIDES:
+        rows, feature = documents[side], documents[side].features[column]
+        values = [str(feature.int2str(v) if hasattr(feature, "int2str") else v) for v in rows[column][:]]
+        if (groups := group_values(config.data, rows, side)) is None:
+            said += values
+            continue
+        kinds = sorted({*zip(groups, values, strict=True)})
+        if len(kinds) > len(set(groups)):
+            return None
+        said += [value for _, value in kinds]
+    return (column, said) if 2 <= len(set(said)) <= MOST else None
 
 
 def _by_line(ids: Sequence[int], spelt: Sequence[bytes | None]) -> np.ndarray:

@@ -43,6 +43,7 @@ def look(
     tokenizer: Tokenizer,
     asking: Asking | None = None,
     *,
+    config: Config | None = None,
     resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -50,6 +51,7 @@ def look(
 
     Args:
         asking: the routings to be looked at, the original first.
+        config: of which the rows are: its source may say of which kind a text is.
 
     Returns:
         {"experts", "asked", "layers", "rows", "tokens", "units", "of"; "routings": {name: {"load": [L][E],
@@ -64,7 +66,7 @@ def look(
     numbers = np.unique(np.linspace(0, len(rows) - 1, min(ROWS, len(rows))).astype(int))
     units, of = units_of_tokens(prepared)
     units, rows = [units[number] for number in numbers], rows.select(numbers)
-    kinds, names, how = kinds_of(rows, prepared, tokenizer)
+    kinds, names, how = kinds_of(rows, prepared, tokenizer, config)
     place, start = _window(kinds)
     found, texts = {}, {}
     for name, routed in asking.items():
@@ -105,7 +107,8 @@ def of_run(
         return {}
     teacher.to(device_of(config.wanted_device))
     print("asking the teacher which of its experts speak …", flush=True)
-    found = look(teacher, prepared, tokenizer, resamples=config.compare.resamples, seed=config.seed)
+    how = {"config": config, "resamples": config.compare.resamples, "seed": config.seed}
+    found = look(teacher, prepared, tokenizer, **how)
     write_json(run.path / FILE, found)
     save(run.path / FOLDER, found)
     return found
