@@ -13,6 +13,7 @@ from test_training_router import KINDS, SIZES
 from kdlib.config.run import parse
 from kdlib.data.kinds import CODE, PROSE, is_code, kinds_of
 from kdlib.data.sources import python_docs
+from kdlib.errors import RunError
 from kdlib.losses.signals import kept
 from kdlib.metrics.loads import Counted, told_apart
 from kdlib.models.student import tokenizer_of
@@ -20,6 +21,7 @@ from kdlib.models.teacher import LiveTeacher
 from kdlib.routing import use
 from kdlib.routing.experts import routers_of
 from kdlib.routing.figures import expert_figures, save
+from kdlib.routing.student_aware import StudentAware
 from kdlib.routing.tables import expert_tables, routing_table
 from kdlib.tasks import base as tasks
 
@@ -221,3 +223,57 @@ def test_figures_have_titles_with_the_finding_and_a_table_each(looked, tmp_path)
 def test_figures_and_tables_load_no_torch():
     code = "import sys, kdlib.routing.figures; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("experts", ["topk", "all", {"augment": 2}])
+def test_the_routing_in_which_it_taught_stands_beside_its_own(raw_config, tmp_path, experts):
+    prepared, tokenizer = prepared_of(raw_config)
+    teacher = asked(moe(), prepared)
+    found = use.look(teacher, prepared, tokenizer, use.asking_of(teacher, experts, tmp_path))
+    own, *others = found["routings"].values()
+    assert own == use.look(teacher, prepared, tokenizer)["routings"][use.ORIGINAL]
+    if experts == "all":
+        (every,) = found["text"]["weights"]["all experts"][:1]
+        assert min(every) > 0
+    assert [sum(layer) for each in others for layer in each["load"]] == pytest.approx(
+        [1] * 2 * len(others), abs=1e-5
+    )
+    assert len(others) == (experts != "topk")
+
+
+def test_a_router_that_learned_is_shown_and_the_teacher_stays_as_it_was(raw_config, tmp_path):
+    prepared, tokenizer = prepared_of(raw_config)
+    model, settings = moe(), {"learning_rate": 0.1, "balance": 0.0, "anchor": 0.0}
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    teacher, experts = asked(model, prepared), {"student_aware": settings}
+    with pytest.raises(RunError, match=r"found no router.safetensors"):
+        use.asking_of(teacher, experts, tmp_path)
+    learned = StudentAware(model, **settings)
+    for weight in learned.weights.values():
+        weight += 1.0 + torch.arange(4.0)[:, None]
+    learned.save(tmp_path, whole=False)
+    found = use.look(teacher, prepared, tokenizer, use.asking_of(teacher, experts, tmp_path))
+    assert list(found["routings"]) == ["original", "all experts", "student-aware"]
+    own, every, trained = found["routings"].values()
+    assert own == use.look(teacher, prepared, tokenizer)["routings"][use.ORIGINAL]
+    assert not np.allclose(every["load"], trained["load"], atol=0.01)
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+    moved = np.abs(np.array(every["load"]) - trained["load"]).sum(1).mean() * 50
+    title = expert_figures(found)["experts_moved"].get_suptitle()
+    assert title.startswith(f"From all experts to student-aware {moved:.3g} % of the load moved")
+
+
+def test_what_a_teacher_costs_for_each_token_is_counted_by_hand():
+    teacher, student = moe(tie_word_embeddings=False), moe()
+    hidden, inner, experts, layers, rows = 16, 24, 4, 2, 300
+    each = 3 * hidden * inner  # gate, up and down
+    embedding = rows * hidden
+    whole = sum(weight.numel() for weight in teacher.parameters()) - embedding  # which is looked up
+    top, every = (2 * (whole - layers * idle * each) for idle in (experts - 2, 0))
+    assert use.teacher_flops(teacher, "topk", student) == top
+    assert use.teacher_flops(teacher, "all", student) == every
+    assert use.teacher_flops(teacher, {"augment": 3}, student) == 3 * top
+    own = 2 * (sum(weight.numel() for weight in student.parameters()) - embedding)
+    assert use.teacher_flops(teacher, {"student_aware": {}}, student) == 3 * every + own
+    tied = moe(tie_word_embeddings=True)
+    assert use.teacher_flops(tied, "topk", student) == top  # its head is the embedding, and multiplies

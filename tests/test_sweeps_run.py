@@ -17,6 +17,7 @@ from matplotlib.transforms import Bbox
 
 from kdlib.config import run as configs
 from kdlib.errors import ConfigError
+from kdlib.metrics.means import averaged
 from kdlib.metrics.names import MEASURES
 from kdlib.reports import run as reports
 from kdlib.runs import folder as runs
@@ -313,7 +314,7 @@ def test_students_t_is_that_of_the_tables():
     for freedom, known in {1: 12.706, 4: 2.776, 5: 2.571, 9: 2.262, 30: 2.042, 1000: 1.962}.items():
         values = [0.0] * freedom + [1.0]
         seeds = [{"value": value, "low": value, "high": value} for value in values]
-        found = results.averaged(seeds)
+        found = averaged(seeds)
         deviation = statistics.stdev(values) / (freedom + 1) ** 0.5
         assert (found["high"] - found["value"]) / deviation == pytest.approx(known, rel=2e-3)
 

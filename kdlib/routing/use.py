@@ -7,26 +7,30 @@ them.  L layers with a router, E experts in each, U independent units (documents
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.config.run import Config
 from kdlib.data.batches import Batch, Prepared
 from kdlib.data.kinds import kinds_of
 from kdlib.data.text import units_of_tokens
+from kdlib.errors import ModelError
 from kdlib.losses.alignment import Alignment, spans_in
 from kdlib.losses.signals import kept, moved
 from kdlib.metrics.bootstrap import over
 from kdlib.metrics.loads import Counted, rounded, summary, told_apart
-from kdlib.models.loading import device_of
+from kdlib.models.loading import device_of, parameters
 from kdlib.models.teacher import LiveTeacher
 from kdlib.routing.experts import routers_of, watched
 from kdlib.routing.figures import FILE, FOLDER, ORIGINAL, save
+from kdlib.routing.modes import AllExperts
+from kdlib.routing.student_aware import StudentAware, routing_of, trained_router
 from kdlib.runs.files import write_json
 from kdlib.runs.folder import Run
 
@@ -108,10 +112,69 @@ def of_run(
     teacher.to(device_of(config.wanted_device))
     print("asking the teacher which of its experts speak …", flush=True)
     how = {"config": config, "resamples": config.compare.resamples, "seed": config.seed}
-    found = look(teacher, prepared, tokenizer, **how)
+    asking = asking_of(teacher, config.teacher.experts, run.path)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)  # experts may be drawn
+        found = look(teacher, prepared, tokenizer, asking, **how)
     write_json(run.path / FILE, found)
     save(run.path / FOLDER, found)
     return found
+
+
+@torch.no_grad()
+def asking_of(teacher: LiveTeacher, experts: Any, folder: Path) -> Asking:
+    """The teacher's own routing and that in which it taught, as `teacher.experts` has it.
+
+    A router that learned comes after one that did not, both asking all experts, so that these two differ by
+    what it learned and by nothing else.
+
+    Raises:
+        RunError: it should have learned, and the run's folder has no router: it is not trained yet.
+    """
+    own, routing = {ORIGINAL: nullcontext}, routing_of(teacher.model, experts)
+    if isinstance(routing, StudentAware):
+        for name, weight in trained_router(folder).items():
+            routing.weights[name].copy_(weight)
+        return {**own, "all experts": AllExperts(teacher.model).asked, "student-aware": routing.asked}
+    if experts == "topk":
+        return own
+    return {**own, "all experts" if experts == "all" else "drawn experts": routing.asked}
+
+
+def teacher_flops(teacher: nn.Module, experts: Any, student: nn.Module) -> float:
+    """Floating-point operations for each token that the student learns from, beside its own step.
+
+    Two for each weight that a token meets in a forward pass (Kaplan et al. 2020, which leaves out attention
+    over the tokens before), head included; as many again for a backward pass that only passes gradients on,
+    as experts and head are frozen.  `all`: every expert; `augment`: a pass for each draw, of as many experts
+    as the router asks by itself; `student_aware`: a pass to teach, and before it one forward and backward of
+    the teacher and one forward of the student, all experts asked.  A gate's own work is left out.
+    """
+    routers, whole = routers_of(teacher), _met(teacher)
+    if experts == "topk" or not routers:
+        idle = sum(_idle(teacher, name, int(each.top_k)) for name, each in routers.items())
+        return 2.0 * (whole - idle)
+    if experts == "all":
+        return 2.0 * whole
+    if "augment" in experts:
+        return experts["augment"] * teacher_flops(teacher, "topk", student)
+    return 3 * 2.0 * whole + 2.0 * _met(student)
+
+
+def _met(model: nn.Module) -> int:
+    """Weights that take part in a product: all but an embedding, which is looked up."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    is_tied = head is not None and head.weight is embedding
+    return parameters(model) - (0 if is_tied else embedding.numel())
+
+
+def _idle(model: nn.Module, router: str, asked: int) -> int:
+    """Weights of the experts beside a router that a token does not ask."""
+    count = int(model.get_submodule(router).num_experts)
+    if (held := getattr(model.get_submodule(router.rpartition(".")[0]), "experts", None)) is None:
+        found = f"found no experts beside its router {router}, so what they cost is not known"
+        raise ModelError(f"{type(model).__name__}: {found}")
+    return parameters(held) * (count - asked) // count
 
 
 def facts_of(teacher: LiveTeacher | None) -> dict[str, dict[str, int]]:

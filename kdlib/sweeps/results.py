@@ -6,18 +6,16 @@ runs/<sweep>_<hash>/  each trial, an ordinary run, with log.txt: all that its co
 
 import json
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from kdlib.config.task_rules import rules_in, shown_in
+from kdlib.metrics.means import averaged
 from kdlib.metrics.names import (
     MEASURES,
-    UNBOUNDED,
     Measure,
-    Range,
     called_student,
     difference,
     is_better,
@@ -127,22 +125,6 @@ def setting_table(sweep: Sweep, trials: pd.DataFrame) -> pd.DataFrame:
 def _best_first(sweep: Sweep, table: pd.DataFrame) -> pd.DataFrame:
     upwards = not sweep.measure.higher_is_better
     return table.sort_values("value", ascending=upwards, na_position="last", kind="stable")
-
-
-def averaged(seeds: Sequence[Mapping[str, float]], within: Range = UNBOUNDED) -> dict[str, Any]:
-    """value, low, high of several trainings as their mean with Student's 95 % interval, n and the values.
-
-    One training keeps its own interval; so does what is the same in all, as a teacher that was trained once.
-    The interval is cut to what the figure can be, `within`, which takes nothing from its coverage.
-    """
-    values, low, high = [each["value"] for each in seeds], seeds[0]["low"], seeds[0]["high"]
-    mean, count = statistics.fmean(values), len(values)
-    if max(values) > min(values):
-        from scipy.special import stdtrit  # takes a third of a second
-
-        spread = stdtrit(count - 1, 0.975) * statistics.stdev(values) / math.sqrt(count)
-        low, high = max(mean - spread, within.low), min(mean + spread, within.high)
-    return {"value": mean, "low": low, "high": high, "n": count, "values": values}
 
 
 def overlapping(settings: pd.DataFrame) -> int:

@@ -17,7 +17,7 @@ from kdlib.data.batches import Prepared
 from kdlib.diagnostics import doctor, forecast, memory, parity
 from kdlib.diagnostics.context import as_text
 from kdlib.errors import RunError, nearest
-from kdlib.evaluation import code, compare, predictions
+from kdlib.evaluation import ablation, code, compare, predictions
 from kdlib.hardware import machine, precision_of, world_size
 from kdlib.models.loading import device_of, ranks_of
 from kdlib.models.student import check_pair, tokenizer_of
@@ -280,11 +280,12 @@ class Workbench:
         return found
 
     def experts(self) -> dict[str, Any]:
-        """Which of the teacher's experts speak on held-out rows, also as it taught; {} of a dense teacher.
-
-        Written into experts.json, for the report, and figures and tables into experts/.
-        """
+        """Which speak on held-out rows, by the teacher's own routing and as it taught: experts.json."""
         return use.of_run(self.run, self.config, self.teacher, self.prepared, self.tokenizer)
+
+    def ablation(self) -> tuple[pd.DataFrame, str]:
+        """This run beside those that ask its teacher otherwise, at equal student tokens; and what it says."""
+        return ablation.of_run(self.run, self.teacher, self.student)
 
     def _train(self, folder: StudentFolder, *, label: str, weights: Any = None, **options):
         if folder.is_trained:
