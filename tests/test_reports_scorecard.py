@@ -320,3 +320,11 @@ def test_the_rank_test_of_a_trend_is_scipys(decimals):
         expected = mannwhitneyu(first, last, method="asymptotic").pvalue
         assert _p_of_ranks(first, last) == pytest.approx(expected, rel=1e-9)
     assert _p_of_ranks(np.ones(5), np.ones(5)) == 1
+
+
+@pytest.mark.parametrize("experts", ["topk", "all"])
+def test_the_gap_says_where_training_asks_the_teachers_experts_otherwise(folder, raw_config, experts):
+    teacher = {**raw_config["teacher"], "experts": experts}
+    line = next(each for each in scorecard(folder(config={"teacher": teacher})) if "are near" in each.check)
+    assert line.passed is True
+    assert ("as teacher.experts says, here as it was made" in line.found) == (experts == "all")

@@ -23,6 +23,7 @@ PEAK = 0.5  # of training.learning_rate, that the learning rate should reach
 OFF_PLAN = 1e-3  # of the planned peak
 LATE = 0.2  # of the steps: "at the end"
 WHOLE = 0.995  # of an epoch: rounding
+OTHER_EXPERTS = "; in training the teacher's experts are asked as teacher.experts says, here as it was made"
 SHOWN = 3  # critical findings in a line
 
 
@@ -55,7 +56,7 @@ def scorecard(
         *_doctor(case),
         *learning_lines(case),
         _epoch(case),
-        _gap(train, evaluation),
+        _gap(train, evaluation, asks_alike=not case.is_own or _asks_as_made(case)),
         _learning_rate(train, plan_table(folder), training.get("learning_rate", 5e-5)),
         _finite(folder, tail),
         _balance(train),
@@ -114,7 +115,12 @@ def _epoch(case: Case) -> Line:
     return Line(check, f"{found}: training.{of} is {training.get(of, 3):g}{whole}", needed, True)
 
 
-def _gap(train: pd.DataFrame, evaluation: pd.DataFrame) -> Line:
+def _asks_as_made(case: Case) -> bool:
+    """Whether the teacher is asked in training as it is in every evaluation."""
+    return case.config.teacher is None or case.config.teacher.experts == "topk"
+
+
+def _gap(train: pd.DataFrame, evaluation: pd.DataFrame, *, asks_alike: bool = True) -> Line:
     check = "training and held-out loss are near, under the same weights"
     needed = f"a ratio from {1 / GAP:g} to {GAP:g}"
     if not len(evaluation):
@@ -131,7 +137,7 @@ def _gap(train: pd.DataFrame, evaluation: pd.DataFrame) -> Line:
     do = "give more text, or train for fewer passes: it learns its rows by heart"
     if ratio < 1:
         do = "see whether held-out rows are easier, or are among the training rows: kd doctor"
-    found = f"{held_out:.3f} ÷ {seen:.3f} = {ratio:.2f}"
+    found = f"{held_out:.3f} ÷ {seen:.3f} = {ratio:.2f}{'' if asks_alike else OTHER_EXPERTS}"
     return Line(check, found, needed, bool(1 / GAP < ratio < GAP), do)
 
 
