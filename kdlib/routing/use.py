@@ -27,9 +27,8 @@ from kdlib.metrics.bootstrap import over
 from kdlib.metrics.loads import Counted, rounded, summary, told_apart
 from kdlib.models.loading import device_of, parameters
 from kdlib.models.teacher import LiveTeacher
-from kdlib.routing.experts import routers_of, watched
+from kdlib.routing.experts import AllExperts, routers_of, watched
 from kdlib.routing.figures import FILE, FOLDER, ORIGINAL, save
-from kdlib.routing.modes import AllExperts
 from kdlib.routing.student_aware import StudentAware, routing_of, trained_router
 from kdlib.runs.files import write_json
 from kdlib.runs.folder import Run
