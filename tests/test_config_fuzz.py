@@ -7,8 +7,8 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
-from kdlib.config.loss import TERM_NAMES
 from kdlib.config.run import Config, load, parse
+from kdlib.config.terms import TERM_NAMES
 from kdlib.config.training_arguments import training_fields
 from kdlib.errors import ConfigError
 from kdlib.schedulers import SHAPES

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from kdlib.benchmarks.settings import BenchmarkConfig
-from kdlib.config.loss import TERM_NAMES
 from kdlib.config.run import Config, differences, load, parse
+from kdlib.config.terms import TERM_NAMES
 from kdlib.errors import ConfigError
 from kdlib.generation.config import GenerationConfig
 from kdlib.schedulers import SHAPES

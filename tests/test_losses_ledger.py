@@ -4,7 +4,7 @@ from inspect import signature
 import pytest
 import torch
 
-from kdlib.config.loss import DIVERGENCES, ROUTER, TEMPERATURES, TERM_NAMES
+from kdlib.config.terms import DIVERGENCES, GATED, ROUTER, TEMPERATURES, TERM_NAMES
 from kdlib.losses.divergences import KNOWN, chosen
 from kdlib.losses.features import FEATURE_TERMS
 from kdlib.losses.ledger import SUM_TOLERANCE, Entry, Ledger, LedgerWindow, breach
@@ -126,7 +126,7 @@ def test_a_moment_without_any_weight_is_refused():
 
 
 def test_the_config_knows_the_objectives_terms():
-    assert set(TERM_NAMES) == {"kd", "ce", *KNOWN, *ON_LOGITS, "alm", *FEATURE_TERMS, ROUTER} - {
+    assert set(TERM_NAMES) == {"kd", "ce", *KNOWN, *ON_LOGITS, "alm", *FEATURE_TERMS, *GATED, ROUTER} - {
         *EVAL_TERMS
     } | {"ce"}
     assert set(TEMPERATURES) < set(TERM_NAMES)

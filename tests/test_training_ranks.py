@@ -14,7 +14,7 @@ from made_experts import folder_of_experts
 from safetensors.torch import load_file
 from tiny_training import comparable, train_file
 
-from kdlib.config.loss import SPAN_TERMS
+from kdlib.config.terms import SPAN_TERMS
 from kdlib.routing.student_aware import trained_router
 
 SGD = {
@@ -27,6 +27,7 @@ SGD = {
 }
 EVALUATED = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 3}
 WEIGHTS = {"kd": 0.5, "ce": 0.2, "relational": 0.1}
+ROUTED = {"ce": 0.2, "hidden": 0.5, "route_balance": 0.1, "route_entropy": 0.05, "contrastive": 0.1}
 PHASES = [{"until": 0.5, "weights": {"hidden": 0.3}}, {"until": 1.0, "weights": {"hidden": 0.0}}]
 FEATURES = ("ce", "hidden", "relational", "contrastive")
 SAVED = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "optim_args": "momentum=0.9"}
@@ -38,6 +39,11 @@ CASES = {
         "own": True,
         "loss": {"weights": WEIGHTS, "curriculum": PHASES},
         "training": {"max_steps": 4, "eval_strategy": "no"},
+    },
+    "routed": {
+        "own": True,
+        "loss": {"weights": ROUTED, "features": {"layers": {"route": {"top_k": {"linear": [1, 3]}}}}},
+        "training": EVALUATED,
     },
     "untied": {
         "own": True,
@@ -57,7 +63,10 @@ CASES = {
     "sharded": {"training": {**EVALUATED, **SAVED, "max_grad_norm": 0.5}},
     "sharded, accumulated": {
         "own": True,
-        "loss": {"weights": {**WEIGHTS, "hidden": 0.3, "attention": 0.1}},
+        "loss": {
+            "weights": {**WEIGHTS, "hidden": 0.3, "attention": 0.1},
+            "features": {"layers": {"route": {"student_layers": "last"}}},
+        },
         "training": {"max_steps": 2, "eval_strategy": "no", "activation_checkpointing": True},
     },
 }

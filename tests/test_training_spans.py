@@ -13,8 +13,9 @@ from kdlib.errors import ModelError
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.signals import LinearSignal
 from kdlib.models.student import check_pair, tokenizer_of
+from kdlib.routing.gates import compared_layers
 from kdlib.runs.files import StudentFolder
-from kdlib.training.plan import compared_layers, objective_of, training_arguments
+from kdlib.training.plan import objective_of, training_arguments
 from kdlib.training.run import train
 from kdlib.training.trainer import DistillationTrainer
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdlib.config.loss import SPAN_TERMS
+from kdlib.config.terms import SPAN_TERMS
 from kdlib.losses.alignment import Alignment, SpanSignal, TeacherSignal
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.objective import Objective, ObjectiveAt, ledger

@@ -4,8 +4,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from kdlib.config.loss import COOLEST, HOTTEST
 from kdlib.config.sections import Count, Number, Section
+from kdlib.config.terms import COOLEST, HOTTEST
 from kdlib.errors import nearest
 
 CASES = {

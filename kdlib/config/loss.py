@@ -4,13 +4,24 @@ All faults come at once: a field that depends on others stands after them and se
 sound in `info.data`: `weights` after `curriculum`, `samples` after `divergence` and `top_k`.
 """
 
-import ast
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo, WrapValidator
 
-from kdlib.config.sections import Number, Positive, Section, fraction, number, refuse, statements, whole
+from kdlib.config.sections import Number, Positive, Section, fraction, number, refuse, whole
+from kdlib.config.terms import (
+    DIVERGENCES,
+    FEATURE_TERMS,
+    FOR_ITSELF,
+    ROUTE_WEIGHTS,
+    TEMPERATURES,
+    TERM_NAMES,
+    check_temperature,
+    compiled,
+    layers_or,
+    map_of_layers,
+)
 from kdlib.errors import nearest, printable
 from kdlib.schedulers import (
     SHAPES,
@@ -22,28 +33,6 @@ from kdlib.schedulers import (
     sampled,
     with_curriculum,
 )
-
-DIVERGENCES = {
-    node.name: tuple(option.arg for option in node.args.kwonlyargs)
-    for node in statements("kdlib.losses", "divergences.py")
-    if isinstance(node, ast.FunctionDef)
-    and any(ast.unparse(mark).startswith("divergence(") for mark in node.decorator_list)
-}
-"""{name: options} of those that kdlib.losses.divergences marks as such; importing it would load torch."""
-FEATURE_TERMS = ("hidden", "attention", "relational", "contrastive")
-"""The terms on what goes on inside, token by token: those of kdlib.losses.features."""
-SPAN_TERMS = ("span_kl", "projected_kl", "alm", "uld")
-"""The terms of a teacher with another tokenizer: those of kdlib.losses.alignment."""
-ROUTER = "router_aux"
-"""The term of a student with experts: the auxiliary loss by which its router uses them evenly."""
-TERM_NAMES = ("kd", "ce", *DIVERGENCES, *SPAN_TERMS, *FEATURE_TERMS, ROUTER)
-FOR_ITSELF = {"contrastive": 0.1, "alm": 100.0}
-"""Terms whose temperature is none of soft targets: what is given for all is not meant for them."""
-TEMPERATURES = {**dict.fromkeys(("kd", *DIVERGENCES, *SPAN_TERMS), 2.0), **FOR_ITSELF}
-"""The terms that have a temperature, with the one they take unless told otherwise."""
-
-COOLEST, HOTTEST = 0.01, 100.0
-"""The temperatures that float32 can carry: at 1000 a KL is smaller than the rounding of a probability."""
 
 
 def _divergence(value: Any) -> Any:
@@ -131,17 +120,6 @@ def _in_range(spec: Any) -> Spec:
     return normal(spec)
 
 
-def check_temperature(*temperatures: float) -> None:
-    """
-    Raises:
-        ValueError: one of them is none that float32 can carry.
-    """
-    for found in temperatures:
-        if not COOLEST <= found <= HOTTEST:
-            between = f"from {COOLEST:g} to {HOTTEST:g}"
-            raise ValueError(f"the temperature must stay {between}, found {found:g}; usual values are 1 to 4")
-
-
 def _top_k(value: Any) -> Any:
     if isinstance(value, Mapping):
         if min(sampled(value)) < 1:
@@ -150,6 +128,12 @@ def _top_k(value: Any) -> Any:
     if value is not None and whole(value) is None:
         raise ValueError(f"found {value!r}; it is a whole number of 1 or more, a schedule of such, or null")
     return whole(value)
+
+
+def _noise(value: Any) -> Any:
+    if min(sampled(value)) < 0:
+        raise ValueError(f"found {value}; every value must be 0 or more")
+    return normal(value)
 
 
 def _samples(value: int | None, info: ValidationInfo) -> int | None:
@@ -164,31 +148,28 @@ def _samples(value: int | None, info: ValidationInfo) -> int | None:
     return value
 
 
+def _features(value: "FeatureConfig", info: ValidationInfo) -> "FeatureConfig":
+    """A gate goes with the hidden term, and its own terms with a gate."""
+    if not {"weights", "curriculum"} <= set(info.data):
+        return value
+    named = with_curriculum(info.data["weights"], _plain(info.data["curriculum"]))
+    faults = []
+    if value.route and not max(sampled(named.get("hidden", 0.0))):
+        faults.append(
+            "layers.route is for the hidden term, which has no weight; give loss.weights.hidden one"
+        )
+    for name in [] if value.route else [name for name in ROUTE_WEIGHTS if name in named]:
+        faults.append(
+            f"{name} has a weight, but there is no gate; set layers: {{route: {{…}}}}, or leave it out"
+        )
+    refuse(faults)
+    return value
+
+
 def _chunk(value: Any) -> Any:
     if (found := value if value == "auto" else whole(value)) is None:
         raise ValueError(f"found {value!r}; it is auto, or a whole number of 1 or more")
     return found
-
-
-def _compile(value: Any) -> Any:
-    if value != "auto" and not isinstance(value, bool):
-        raise ValueError(f"found {value!r}; it is auto, true or false")
-    return value
-
-
-def _layers(value: Any) -> Any:
-    """`even`, `{last: 3}`, or pairs [student's layer, teacher's layer]."""
-    if isinstance(value, dict):
-        fits = list(value) == ["last"] and type(value["last"]) is int and value["last"] >= 1
-    elif isinstance(value, list) and value:
-        pairs = [pair if isinstance(pair, list) and len(pair) == 2 else [None] for pair in value]
-        fits = all(type(layer) is int and layer >= 0 for pair in pairs for layer in pair)
-    else:
-        fits = value == "even"
-    if not fits:
-        form = "even, {last: how many}, or pairs of layer numbers, [[student's, teacher's], …]"
-        raise ValueError(f"found {value!r}; it is {form}")
-    return value
 
 
 def _phases(value: Any, handler: Callable[[Any], list["PhaseConfig"]]) -> list["PhaseConfig"]:
@@ -229,11 +210,42 @@ class PhaseConfig(Section):
     weights: Annotated[dict[str, Any], AfterValidator(_phase_weights)] = {}
 
 
+class RouteConfig(Section):
+    """How a gate chooses, for each token and student's layer, which of the teacher's states to match."""
+
+    top_k: Annotated[Any, BeforeValidator(lambda value: _top_k(value or 0))] = 2  # sources of each token
+    temperature: Annotated[Any, AfterValidator(_in_range)] = 1.0  # of the gate's softmax
+    noise: Annotated[Any, AfterValidator(_noise)] = 0.0  # standard deviation, on its logits
+    student_layers: Annotated[Any, AfterValidator(layers_or("all", "last"))] = "all"
+    sources: Annotated[Any, AfterValidator(layers_or("all"))] = "all"  # the teacher's layers
+
+
+class Routed(Section):
+    route: RouteConfig = RouteConfig()  # in place of a fixed map of layers
+
+
+def _layers(value: Any, handler: Any) -> Any:
+    """A map of layers, or {route: …} in its place."""
+    if isinstance(value, Routed) or (isinstance(value, dict) and "route" in value):
+        return Routed.model_validate(value)
+    return map_of_layers(value)
+
+
 class FeatureConfig(Section):
     """How feature terms pair the layers, and whether hidden states are compared by direction alone."""
 
-    layers: Annotated[Any, BeforeValidator(_layers)] = "even"
+    layers: Annotated[Routed | Any, WrapValidator(_layers)] = "even"
     normalise: bool = True
+
+    @property
+    def route(self) -> RouteConfig | None:
+        """How `hidden` is routed, where it is."""
+        return self.layers.route if isinstance(self.layers, Routed) else None
+
+    @property
+    def fixed(self) -> Any:
+        """The map of layers of terms that are not routed."""
+        return "even" if self.route else self.layers
 
 
 class LossConfig(Section):
@@ -246,9 +258,11 @@ class LossConfig(Section):
     top_k: Annotated[Any, BeforeValidator(_top_k)] = None
     top_k_tail: Literal["bucket", "renormalise"] = "bucket"
     samples: Annotated[Positive | None, AfterValidator(_samples)] = None
-    features: FeatureConfig = FeatureConfig()
+    features: Annotated[FeatureConfig, AfterValidator(_features)] = Field(
+        default=FeatureConfig(), validate_default=True
+    )
     chunk: Annotated[Any, BeforeValidator(_chunk)] = "auto"
-    compile: Annotated[Any, BeforeValidator(_compile)] = "auto"
+    compile: Annotated[Any, BeforeValidator(compiled)] = "auto"
 
     @property
     def schedules(self) -> dict[str, Spec]:

@@ -1,8 +1,6 @@
 """What a config is made of: the strict base class, numbers as YAML writes them, and the simple sections."""
 
-import ast
 import contextlib
-import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,14 +64,6 @@ def fraction(value: Any) -> float | None:
     """The value as a number from 0 to 1, or None where it is none."""
     found = None if isinstance(value, bool) else number(value)
     return float(found) if isinstance(found, (int, float)) and 0 <= found <= 1 else None
-
-
-def statements(package: str, file: str) -> list[ast.stmt]:
-    """A module of a package, read and not imported, so that torch stays unloaded."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(package)
-    return ast.parse(Path(spec.origin).with_name(file).read_text(encoding="utf-8")).body
 
 
 def read_beside(module: str) -> Any:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from kdlib.config.sections import number, read_beside, statements
+from kdlib.config.sections import number, read_beside
+from kdlib.config.terms import statements
 from kdlib.errors import nearest, printable
 from kdlib.schedulers import normal, sampled
 

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Mapping
 
-from kdlib.config.loss import DIVERGENCES, LossConfig
+from kdlib.config.loss import LossConfig
+from kdlib.config.terms import DIVERGENCES
 from kdlib.diagnostics.context import Context, Findings, critical, note, warning
 from kdlib.errors import ConfigError
 from kdlib.losses.features import FEATURE_TERMS, feature_terms

@@ -32,9 +32,10 @@ from kdlib.models.heads import head_form
 from kdlib.models.loading import device_of, load_config, parameters, ranks_of
 from kdlib.models.student import outline, own_config, own_tokenizer, tokenizer_of
 from kdlib.models.teacher import LiveTeacher, insides, signal_of
+from kdlib.routing.gates import compared_layers
 from kdlib.schedulers import Schedule, Spec, from_spec, sampled
 from kdlib.tasks import base as tasks
-from kdlib.training.plan import Extent, compared_layers, extent, objective_of, training_arguments
+from kdlib.training.plan import Extent, extent, objective_of, training_arguments
 
 TOKENS = 2048  # of the first batch, at most
 CHUNK = 128  # tokens whose logits exist at a time
@@ -292,8 +293,7 @@ class Context:
         rows = prepared.train.select(range(min(self.args.train_batch_size, len(prepared.train)))).to_list()
         rows = rows[: max(sum(n <= TOKENS for n in accumulate(len(row["input_ids"]) for row in rows)), 1)]
         batch = moved(prepared.collate(rows), student.device)
-        tokens, every = kept(batch["labels"]), ObjectiveAt(dict.fromkeys(self.active, 1.0), {})
-        ours, theirs = insides(every, self.pairs, student)
+        tokens, (ours, theirs) = kept(batch["labels"]), insides(self.objective.in_full, self.pairs, student)
         with torch.no_grad():
             of = {"vocabulary": prepared.vocabulary, "form": head_form(student), "inside": ours}
             said = signal_of(student, batch, tokens, **of)

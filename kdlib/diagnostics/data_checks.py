@@ -10,7 +10,7 @@ from collections import Counter
 import torch
 from datasets import Dataset
 
-from kdlib.config.loss import SPAN_TERMS
+from kdlib.config.terms import SPAN_TERMS
 from kdlib.data.batches import calibration_rows, reads_of
 from kdlib.data.pairs import coverage
 from kdlib.data.text import tokenized

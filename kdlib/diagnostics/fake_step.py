@@ -30,9 +30,10 @@ from kdlib.models.sharing import GATHERED, SENT, held_here
 from kdlib.models.student import Outline
 from kdlib.models.teacher import beside, insides, signal_of
 from kdlib.routing.experts import Routing
+from kdlib.routing.gates import compared_layers
 from kdlib.routing.student_aware import StudentAware, routing_of
 from kdlib.tokens.vocabulary import vocabulary_sizes
-from kdlib.training.plan import compared_layers, objective_of
+from kdlib.training.plan import objective_of
 
 PHASES = ("teacher's router", "student's forward", "teacher's forward", "loss", "backward")
 FRACTIONS = 20  # of the training, at which the objective is looked at
@@ -64,10 +65,9 @@ class Allocations(TorchDispatchMode):
     def __init__(self, answer: float = 1.0, *, gloo: bool = False) -> None:
         """`answer`: what a number without data is taken to be where code asks for it; `gloo`: it sends."""
         super().__init__()
-        self.answer, self.gloo = answer, gloo
+        self.answer, self.gloo, self.now, self.current = answer, gloo, 0, ""
         self.blocks: list[Block] = []
         self.spans: dict[str, tuple[int, int]] = {}  # phase -> when it began and ended, the last time
-        self.now, self.current = 0, ""
         self._known: dict[int, tuple[Block, weakref.ref]] = {}  # by the storage's address, while it lives
 
     def __enter__(self):
@@ -220,7 +220,7 @@ class FakeStep:
         """The objective wherever in training it asks the models for something else, with the most terms."""
         found: dict[tuple, ObjectiveAt] = {}
         for at in (self.objective.at(number / FRACTIONS) for number in range(FRACTIONS + 1)):
-            asks = (at.needs_teacher, at.needs_hidden, at.needs_attention, at.needs_router)
+            asks = (at.needs_teacher, at.needs_hidden, at.needs_attention, at.needs_router, at.needs_gate)
             if at.weights and len(at.weights) > len(getattr(found.get(asks), "weights", ())):
                 found[asks] = at
         return list(found.values())

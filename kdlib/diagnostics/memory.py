@@ -29,9 +29,10 @@ from kdlib.models.hooks import layers_are_alike
 from kdlib.models.loading import device_of, parameters
 from kdlib.models.sharing import fake_ranks, held_here, share, share_teacher
 from kdlib.models.student import Outline, outline
+from kdlib.routing.gates import compared_layers
 from kdlib.tasks.base import task_of
 from kdlib.tokens.vocabulary import vocabulary_sizes
-from kdlib.training.plan import compared_layers, objective_of, training_arguments, workspace_of
+from kdlib.training.plan import objective_of, training_arguments, workspace_of
 
 # Python with torch and transformers loaded; or CUDA's context and cuBLAS's workspace
 FRAMEWORK = {"cpu": round(0.7 * GIB), "cuda": round(0.6 * GIB)}
@@ -277,8 +278,7 @@ class Breakdown:
         sizes = [held_here(parameter).nbytes for parameter in self.student.parameters()]
         scratch = sum(sizes) if self.kind == "cuda" else 2 * max(sizes)  # CUDA: all in one go
         scratch *= "fused" not in self.args.optim
-        logits = bytes_of(self.workspace.buffers)
-        return Counter({"gradients": sum(sizes), "logits": logits, "temporaries": scratch})
+        return Counter(gradients=sum(sizes), logits=bytes_of(self.workspace.buffers), temporaries=scratch)
 
 
 def at_layers(

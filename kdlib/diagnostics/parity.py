@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdlib.config.loss import ROUTER
 from kdlib.config.run import Config
+from kdlib.config.terms import ROUTE_WEIGHTS, ROUTER
 from kdlib.data.batches import Prepared
 from kdlib.data.pairs import first_of, of_teacher, row_of
 from kdlib.hardware import precision_of
@@ -34,7 +34,8 @@ from kdlib.losses.signals import kept
 from kdlib.models.hooks import attend_eagerly, instead, without_dropout
 from kdlib.models.loading import device_of
 from kdlib.models.student import check_pair, tokenizer_of
-from kdlib.models.teacher import PROJECTIONS, LiveTeacher
+from kdlib.models.teacher import BESIDE, LiveTeacher
+from kdlib.routing.gates import compared_layers
 from kdlib.runs.files import StudentFolder
 from kdlib.schedulers import breakpoints, from_spec
 from kdlib.tasks import base as tasks
@@ -42,7 +43,6 @@ from kdlib.tokens.vocabulary import Vocabularies
 from kdlib.training.plan import (
     DRY_RUN,
     check_causality,
-    compared_layers,
     objective_of,
     training_arguments,
     workspace_of,
@@ -160,7 +160,7 @@ def _trainer(config, student, teacher, tokenizer, prepared, rows, folder: Path) 
         data_collator=prepared.collate,
         vocabulary=prepared.vocabulary,
         layer_pairs=compared_layers(config, student, teacher.model, objective) if teacher else (),
-        objective=replace(objective, samples=None),
+        objective=objective.without_chance,
         teacher=teacher,
         workspace=Workspace(min(usual.chunk or tokens, tokens // 3 + 1), compiled=usual.compiled),
         folder=StudentFolder(folder),
@@ -190,7 +190,7 @@ def _compared(
             dense, dense_slopes = _step(trainer, [whole])
         yield f"{how}, terms", _furthest(sums, dense, tokens), terms
         yield f"{how}, gradient", _apart(slopes, dense_slopes), gradient
-    count, usual, plain = len(rows), trainer.objective, _without_router(trainer.objective)
+    count, usual, plain = len(rows), trainer.objective, _without(trainer.objective, ROUTER)
     ones = [row_of(whole, number) for number in range(count)]
     with instead((trainer, "objective", plain)):  # the router's term is of a batch as a whole
         own, own_slopes = (sums, slopes) if plain == usual else _step(trainer, [whole])
@@ -212,8 +212,8 @@ def _compared(
     )
 
 
-def _without_router(objective: Objective) -> Objective:
-    return replace(objective, weights={n: w for n, w in objective.weights.items() if n != ROUTER})
+def _without(objective: Objective, *terms: str) -> Objective:
+    return replace(objective, weights={n: w for n, w in objective.weights.items() if n not in terms})
 
 
 def _step(
@@ -254,9 +254,9 @@ def _against_itself(trainer: DistillationTrainer, rows: Sequence[Mapping], batch
     mine = {**batch, **{name.removeprefix("teacher_"): values for name, values in read.items()}}
     teacher, pairs = trainer.teacher, [(theirs, theirs) for _, theirs in trainer.layer_pairs]
     itself = {"model": teacher.model, "form": teacher.form, "layer_pairs": pairs}
-    itself |= {"objective": _without_router(trainer.objective), "vocabulary": teacher.vocabulary}
-    known = teacher.vocabularies
-    if known is not None:
+    plain = replace(_without(trainer.objective, ROUTER, *ROUTE_WEIGHTS), route=None)  # it has no gate
+    itself |= {"objective": plain, "vocabulary": teacher.vocabulary}
+    if (known := teacher.vocabularies) is not None:
         mine, own = of_teacher(batch), torch.arange(teacher.vocabulary, device=known.shared.device)
         known = Vocabularies(teacher.vocabulary, teacher.vocabulary, own, own)
     changes = [(trainer, name, value) for name, value in itself.items()]
@@ -294,7 +294,7 @@ def _as_before(*models: PreTrainedModel | None) -> Iterator[None]:
         for part, mode in modes:
             part.training = mode
         for model, device in zip(given, devices, strict=True):
-            if hasattr(model, PROJECTIONS):
-                delattr(model, PROJECTIONS)
+            for name in [name for name, _ in model.named_children() if name.startswith(BESIDE)]:
+                delattr(model, name)
             attend_eagerly(model, False)
             model.to(device)

@@ -15,9 +15,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch import nn
 
-from kdlib.config.loss import FEATURE_TERMS
 from kdlib.config.run import BESIDE, Config
 from kdlib.config.sections import flow
+from kdlib.config.terms import FEATURE_TERMS
 from kdlib.errors import ConfigError
 from kdlib.metrics.means import averaged
 from kdlib.metrics.names import MEASURES, is_better, student_of, three_digits, with_interval

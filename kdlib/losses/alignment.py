@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kdlib.config.terms import GATED
 from kdlib.losses.signals import FOUND, Features, Kept, Signal, found_in, kept, widest
 from kdlib.tokens.vocabulary import Vocabularies
 
@@ -20,7 +21,7 @@ SPANS = "spans"  # under which a batch has them
 UNITS = ("tokens", "spans", "single")  # the student's kept tokens; spans; those of one token on both sides
 UNIT_OF = {
     **dict.fromkeys(("span_kl", "kl_to_teacher", "agreement"), "single"),
-    **dict.fromkeys(("projected_kl", "alm", "uld", "hidden", "relational", "contrastive"), "spans"),
+    **dict.fromkeys(("projected_kl", "alm", "uld", *GATED, "relational", "contrastive"), "spans"),
 }
 """Of the terms whose value is not of each kept token, where the teacher has a tokenizer of its own."""
 
@@ -206,8 +207,10 @@ def arranged(
     return Arranged(student.select(order), said, targets[order], order, segments)
 
 
-def features_beside(student: Signal, teacher: SpanSignal) -> tuple[Signal, Signal]:
-    """Both with their features where a span is predicted from: of what has read the same bytes."""
+def features_beside(student: Signal, teacher: TeacherSignal | None) -> tuple[Signal, Signal | None]:
+    """Both with their features where a span is predicted from, if there are: of what has read the same."""
+    if not isinstance(teacher, SpanSignal):
+        return student, teacher
     lines, (ours, theirs) = teacher.alignment, (student.features, teacher.features)
     if ours is None or theirs is None:
         return student, teacher.said

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kdlib.config.loss import check_temperature
+from kdlib.config.terms import check_temperature
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.signals import LinearSignal, Signal, wide
 

@@ -6,14 +6,16 @@ float32 (float64 for float64 inputs); a feature term is masked and normalised as
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdlib.config.loss import check_temperature
+from kdlib.config.terms import GATED, ROUTER, check_temperature
 from kdlib.losses.divergences import KNOWN
 from kdlib.losses.signals import Signal, wide
+from kdlib.schedulers import Schedule
 
 LayerPairs = Sequence[tuple[int, int]]  # (student's layer, teacher's layer), counted from 0
 
@@ -138,6 +140,79 @@ FEATURE_TERMS = {
 def feature_terms(names: Iterable[str]) -> list[FeatureTerm]:
     """Those of these names that are feature terms."""
     return [FEATURE_TERMS[name] for name in names if name in FEATURE_TERMS]
+
+
+@dataclass(frozen=True)
+class RouteAt:
+    """How a gate chooses at one moment of training."""
+
+    top_k: int  # sources of each token
+    temperature: float = 1.0  # of its softmax
+    noise: float = 0.0  # standard deviation, on its logits, in training alone
+
+    def __str__(self) -> str:
+        return f"routed, top-{self.top_k} by a gate at T={self.temperature:g}"
+
+
+@dataclass(frozen=True)
+class Route:
+    """How a gate chooses over training."""
+
+    top_k: Schedule
+    temperature: Schedule
+    noise: Schedule
+
+    def at(self, fraction: float, *, noisy: bool) -> RouteAt:
+        """At this fraction of training, 0 to 1; not `noisy`, without exploration."""
+        noise = self.noise(fraction) if noisy else 0.0
+        return RouteAt(round(self.top_k(fraction)), self.temperature(fraction), noise)
+
+
+class Gate(Protocol):
+    """What chooses, for each token, the teacher's states that a student's is to match."""
+
+    def __call__(
+        self, student: Tensor, sources: Tensor, route: RouteAt, *, normalise: bool
+    ) -> dict[str, Tensor]:
+        """{each of GATED: [N] unweighted values}, of [N, layers, H] projected and [N, sources, H]."""
+
+
+class Asked(Protocol):
+    """An ObjectiveAt, without its import."""
+
+    @property
+    def weights(self) -> Mapping[str, float]: ...
+    @property
+    def temperatures(self) -> Mapping[str, float]: ...
+    @property
+    def normalise(self) -> bool: ...
+    @property
+    def route(self) -> RouteAt | None: ...
+
+
+def feature_values(student: Signal, teacher: Signal | None, at: Asked) -> dict[str, Tensor]:
+    """{term: [N] unweighted values} of those on features; [S] of signals whose features are spans'.
+
+    The router's auxiliary loss is one number for a batch, and counts for each of its kept tokens: over a
+    step it is the mean over micro-batches, by their kept tokens.  (transformers adds them up, so that it
+    weighs more the more batches are accumulated.)
+    """
+    found, router = {}, student.features.router if student.features and ROUTER in at.weights else None
+    if router is not None:
+        found[ROUTER] = router.expand(len(student))
+    if at.route and (wanted := [name for name in at.weights if name in GATED]):
+        inside, other = student.features, teacher and teacher.features
+        assert inside
+        assert other
+        given = inside.gate(inside.routed, other.routed, at.route, normalise=at.normalise)
+        found |= {name: given[name] for name in wanted}
+    return found | {
+        name: FEATURE_TERMS[name].values(
+            student, teacher, temperature=at.temperatures.get(name, 1.0), normalise=at.normalise
+        )
+        for name in at.weights
+        if name in FEATURE_TERMS and name not in found
+    }
 
 
 def layer_pairs(

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kdlib.config.loss import FOR_ITSELF, ROUTER, SPAN_TERMS, TEMPERATURES
+from kdlib.config.terms import FOR_ITSELF, GATED, ROUTE_WEIGHTS, ROUTER, SPAN_TERMS, TEMPERATURES
 from kdlib.losses.alignment import Counts, SpanSignal, TeacherSignal, alm, arranged, features_beside, unit_of
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.chunked import TokenFunction, Weighted, differentiable_values, term_sums, token_values
 from kdlib.losses.divergences import KNOWN, Known, chosen
-from kdlib.losses.features import FEATURE_TERMS, feature_terms
+from kdlib.losses.features import FEATURE_TERMS, FeatureTerm, Route, RouteAt, feature_terms, feature_values
 from kdlib.losses.ledger import Entry, Ledger
 from kdlib.losses.signals import Signal
 from kdlib.losses.terms import (
@@ -48,15 +48,15 @@ class Objective:
     samples: int | None = None  # tokens drawn from the teacher, in kd: an unbiased estimate
     normalise: bool = True  # hidden states, in the hidden term
     layers: str = "even"  # which are compared, in words: for the formula
+    route: Route | None = None  # how a gate chooses what `hidden` compares
 
     def at(self, fraction: float, *, sampled: bool = True) -> "ObjectiveAt":
         """The objective at this fraction of training, 0 to 1.  Terms of weight 0 are gone, not computed.
 
-        Not `sampled`, kd is taken of the whole vocabulary, not of samples: evaluation is without noise, and
-        leaves training's random numbers as they are.
+        Not `sampled`, kd is taken of the whole vocabulary, and no gate explores: evaluation is without noise,
+        and leaves training's random numbers as they are.
         """
-        weights = {name: schedule(fraction) for name, schedule in self.weights.items()}
-        active = {name: weight for name, weight in weights.items() if weight != 0}
+        active = {name: weight for name, each in self.weights.items() if (weight := each(fraction))}
         kd, k = chosen(self.divergence), None
         if self.top_k:
             k = round(self.top_k(fraction)) if callable(self.top_k) else self.top_k
@@ -67,7 +67,19 @@ class Objective:
             formula = kd.formula.replace("{at}", f"{{at}}, from {self.samples} samples")
             kd = replace(kd, function=OnSamples(kd.function, self.samples), formula=formula)
         temperatures = {name: self.temperature_of(name)(fraction) for name in active if name in TEMPERATURES}
-        return ObjectiveAt(active, temperatures, kd, self.normalise, self.layers, k)
+        route = self.route.at(fraction, noisy=sampled) if self.route else None
+        return ObjectiveAt(active, temperatures, kd, self.normalise, self.layers, k, route)
+
+    @property
+    def without_chance(self) -> "Objective":
+        """The same, of the whole vocabulary and without a gate's noise."""
+        still = replace(self.route, noise=constant(0.0)) if self.route else None
+        return replace(self, samples=None, route=still)
+
+    @property
+    def in_full(self) -> "ObjectiveAt":
+        """One in which each term has a weight: for what they ask of the models."""
+        return replace(self.at(0.0, sampled=False), weights=dict.fromkeys(self.weights, 1.0))
 
     def planned(self, fraction: float) -> dict[str, float]:
         """Weights and temperatures at this fraction of training, by the names under which they are logged."""
@@ -100,22 +112,32 @@ class ObjectiveAt:
     normalise: bool = True
     layers: str = "even"
     top_k: int | None = None
+    route: RouteAt | None = None
 
     @property
     def needs_teacher(self) -> bool:
         return any(name not in ("ce", ROUTER) for name in self.weights)
 
     @property
+    def compared(self) -> list[FeatureTerm]:
+        """The feature terms that compare layers in pairs."""
+        return feature_terms(name for name in self.weights if not (self.route and name in GATED))
+
+    @property
     def needs_hidden(self) -> bool:
-        return any(not term.attention for term in feature_terms(self.weights))
+        return any(not term.attention for term in self.compared)
 
     @property
     def needs_projection(self) -> bool:
-        return any(term.projected for term in feature_terms(self.weights))
+        return any(term.projected for term in self.compared)
 
     @property
     def needs_attention(self) -> bool:
-        return any(term.attention for term in feature_terms(self.weights))
+        return any(term.attention for term in self.compared)
+
+    @property
+    def needs_gate(self) -> bool:
+        return self.route is not None and any(name in self.weights for name in GATED)
 
     @property
     def needs_router(self) -> bool:
@@ -126,7 +148,7 @@ class ObjectiveAt:
         return {
             name: Weighted(self._function(name), weight, self.temperatures.get(name, 1.0))
             for name, weight in self.weights.items()
-            if name not in FEATURE_TERMS and name not in ("alm", ROUTER)
+            if name not in FEATURE_TERMS and name not in ("alm", ROUTER, *ROUTE_WEIGHTS)
         }
 
     def terms_beside(self, teacher: TeacherSignal | None, **more: Weighted) -> dict[str, Weighted]:
@@ -136,26 +158,6 @@ class ObjectiveAt:
             return terms
         known = {name: across(name, teacher.vocabularies, self.top_k) for name in terms if name in ON_LOGITS}
         return {name: replace(term, function=known.get(name, term.function)) for name, term in terms.items()}
-
-    def feature_values(self, student: Signal, teacher: TeacherSignal | None) -> dict[str, Tensor]:
-        """{term: [N] unweighted values, or [S] where the teacher has its own tokenizer} of those on features.
-
-        The router's auxiliary loss is one number for a batch, and counts for each of its kept tokens: over a
-        step it is the mean over micro-batches, by their kept tokens.  (transformers adds them up, so that it
-        weighs more the more batches are accumulated.)
-        """
-        inside = student.features
-        router = inside.router if inside and self.needs_router else None
-        routed = {} if router is None else {ROUTER: router.expand(len(student))}
-        if isinstance(teacher, SpanSignal):
-            student, teacher = features_beside(student, teacher)
-        return routed | {
-            name: FEATURE_TERMS[name].values(
-                student, teacher, temperature=self.temperatures.get(name, 1.0), normalise=self.normalise
-            )
-            for name in self.weights
-            if name in FEATURE_TERMS
-        }
 
     @property
     def formula(self) -> str:
@@ -168,22 +170,20 @@ class ObjectiveAt:
             return cross_entropy
         if name in SPAN_TERMS:
             return across(name, top_k=self.top_k)
-        known = self._known(name)
+        known = self.kd if name == "kd" else chosen(name)
         return SoftTargets(known.function, known.power)
 
-    def _known(self, name: str) -> Known:
-        return self.kd if name == "kd" else chosen(name)
-
     def _written(self, name: str) -> str:
-        if name in ("ce", ROUTER):
+        if name in ("ce", ROUTER, *ROUTE_WEIGHTS):
             return "CE" if name == "ce" else name
         at = f"T={self.temperatures[name]:g}" if name in self.temperatures else ""
         if name in SPAN_TERMS:
             return FORMULAS[name].format(at=at)
         if name in FEATURE_TERMS:
             normalised = ", normalised" if name == "hidden" and self.normalise else ""
-            return f"{name}({self.layers}{normalised}{at and f'; {at}'})"
-        known = self._known(name)
+            layers = str(self.route) if self.route and name == "hidden" else self.layers
+            return f"{name}({layers}{normalised}{at and f'; {at}'})"
+        known = self.kd if name == "kd" else chosen(name)
         return known.factor + known.formula.format(at=at)
 
 
@@ -208,7 +208,7 @@ def ledger(
     terms, space, spans = at.terms_beside(teacher), workspace or Workspace(), isinstance(teacher, SpanSignal)
     units = {name: unit_of(name, spans=spans) for name in at.weights}
     counts = {name: getattr(count, units[name]) if isinstance(count, Counts) else count for name in units}
-    sums = {name: values.sum() for name, values in at.feature_values(student, teacher).items()}
+    sums = {n: v.sum() for n, v in feature_values(*features_beside(student, teacher), at).items()}
     if "alm" in at.weights and teacher is not None:  # ce is made of the same
         logs = -differentiable_values(student, targets, cross_entropy, space)
         sums["alm"] = alm(*_of_spans(logs, teacher, targets, space.chunk), at.temperatures["alm"]).sum()
@@ -247,7 +247,7 @@ def values_of(
     A span's value stands at its first token; at tokens that a term has no value for it is 0.
     """
     at, lines = at or ObjectiveAt({}, {}), teacher.alignment if isinstance(teacher, SpanSignal) else None
-    wanted, values = at.terms_beside(teacher, **terms), at.feature_values(student, teacher)
+    wanted, values = at.terms_beside(teacher, **terms), feature_values(*features_beside(student, teacher), at)
     if "alm" in at.weights and teacher is not None:
         logs = -differentiable_values(student, targets, cross_entropy, Workspace(chunk))
         values["alm"] = alm(*_of_spans(logs, teacher, targets, chunk), at.temperatures["alm"])

@@ -100,11 +100,14 @@ class Features:
     attention: Sequence[Tensor] = ()  # [N, A, T] each: how much the token looks at each position
     projected: Sequence[Tensor] = ()  # [N, H of the teacher] each; the student's alone
     router: Tensor | None = None  # the auxiliary loss of its router on this batch; the student's alone
+    routed: Tensor | None = None  # [N, layers or sources, H of the teacher]: what a gate looks at
+    gate: Any = None  # a kdlib.losses.features.Gate; the student's alone
 
     def select(self, places: Tensor, counts: Sequence[int]) -> "Features":
         """Of these among the N tokens, `counts` in each row; without maps, whose T is another model's too."""
         hidden, projected = ([each[places] for each in states] for states in (self.hidden, self.projected))
-        return replace(self, rows=counts, hidden=hidden, projected=projected, attention=())
+        routed = None if self.routed is None else self.routed[places]
+        return replace(self, rows=counts, hidden=hidden, projected=projected, attention=(), routed=routed)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdlib.config.loss import check_temperature
+from kdlib.config.terms import check_temperature
 from kdlib.losses.divergences import KNOWN, Divergence
 from kdlib.losses.signals import wide, widest
 from kdlib.tokens.vocabulary import Vocabularies

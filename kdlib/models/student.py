@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 from transformers.initialization import no_init_weights
 
-from kdlib.config.loss import DIVERGENCES, SPAN_TERMS
 from kdlib.config.run import Config
 from kdlib.config.task_rules import rules_of
+from kdlib.config.terms import DIVERGENCES, SPAN_TERMS
 from kdlib.errors import ModelError, nearest
 from kdlib.models.depth import even_layers, layer_influence, with_layers
 from kdlib.models.loading import SPECIAL, blank, load_config, load_tokenizer, plain_config, positions_of

@@ -34,7 +34,9 @@ LET_GO = (
     "trained before followed wrong ones"
 )
 FEW = 32  # tokens on which a form is held against the model's own logits
-PROJECTIONS = "distillation_projections"  # the student's submodule: its hidden states to the teacher's size
+BESIDE = "distillation_"  # how submodules of the student begin that are trained with it and never saved in it
+PROJECTIONS = f"{BESIDE}projections"  # its hidden states to the teacher's size
+GATE = f"{BESIDE}gate"  # which of the teacher's states its own are to match
 
 
 class Needs(Protocol):
@@ -48,6 +50,8 @@ class Needs(Protocol):
     def needs_projection(self) -> bool: ...
     @property
     def needs_router(self) -> bool: ...
+    @property
+    def needs_gate(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -59,18 +63,32 @@ class Inside:
     attention: bool = False
     projections: nn.ModuleList | None = None  # the student's, to the teacher's size
     router: bool = False  # the auxiliary loss of its router
+    routed: Sequence[int] = ()  # layers that a gate looks at
+    gate: Any = None  # the student's
 
     @property
     def is_looked_at(self) -> bool:
-        return self.hidden or self.attention or self.router
+        return self.hidden or self.attention or self.router or bool(self.routed)
 
 
 def insides(needs: Needs, pairs: LayerPairs, student: PreTrainedModel) -> tuple[Inside, Inside]:
-    """What is looked at inside student and teacher; the student's with its projections."""
+    """What is looked at inside student and teacher; the student's with its projections and gate."""
     ours, theirs = zip(*pairs, strict=True) if pairs else ((), ())
     made = getattr(student, PROJECTIONS, None) if needs.needs_projection else None
+    gate = getattr(student, GATE) if needs.needs_gate else None
+    routed, sources = (gate.layers, gate.sources) if gate else ((), ())
     hidden, attention = needs.needs_hidden, needs.needs_attention
-    return Inside(ours, hidden, attention, made, needs.needs_router), Inside(theirs, hidden, attention)
+    return (
+        Inside(ours, hidden, attention, made, needs.needs_router, routed, gate),
+        Inside(theirs, hidden, attention, routed=sources),
+    )
+
+
+def idle(needs: Needs, student: PreTrainedModel) -> Tensor | int:
+    """0, made of what is trained beside the student and not asked for now: DDP waits for its gradients."""
+    asked = {PROJECTIONS: needs.needs_projection, GATE: needs.needs_gate}
+    modules = [getattr(student, name, nn.Module()) for name, needed in asked.items() if not needed]
+    return sum(0 * each.sum() for module in modules for each in module.parameters())
 
 
 def signal_of(
@@ -97,12 +115,14 @@ def signal_of(
     inputs = {name: batch[reads + name] for name in ("input_ids", "attention_mask")}
     inputs |= {"output_router_logits": True} if inside.router else {}
     looked_at = captured_layers(unwrapped, inside.layers, hidden=inside.hidden, attention=inside.attention)
+    routed = inside.routed and captured_layers(unwrapped, inside.routed, hidden=True, attention=False)
     # with a form the model's own head is left out: our signal applies it, chunk by chunk
     read_by_head = nullcontext([]) if form is None else head_inputs(unwrapped)
-    with read_by_head as states, looked_at as captured:
+    with read_by_head as states, looked_at as captured, routed or nullcontext() as between:
         output = model(**inputs, use_cache=False)
     router = _router_loss(unwrapped, output) if inside.router else None
-    features = _features(captured, kept, inside, router) if inside.is_looked_at else None
+    seen = [kept.select(between.hidden[n]) for n in inside.routed] if between else []
+    features = _features(captured, kept, inside, router, seen) if inside.is_looked_at else None
     if form is None:
         return DenseSignal(kept.select(output.logits)[:, :vocabulary], features)
     head = unwrapped.get_output_embeddings()
@@ -250,22 +270,29 @@ def _router_loss(model: PreTrainedModel, output: Any) -> Tensor:
     return loss
 
 
-def _features(captured: Captured, kept: Kept, inside: Inside, router: Tensor | None) -> Features:
+def _features(
+    captured: Captured, kept: Kept, inside: Inside, router: Tensor | None, seen: Sequence[Tensor]
+) -> Features:
     layers, rows = inside.layers, kept.rows if kept.counts is None else kept.counts
     hidden = [kept.select(captured.hidden[n]) for n in layers] if inside.hidden else []
     # [B, A, T, T] to [N, A, T]
     maps = [kept.select(captured.attention[n].transpose(1, 2)) for n in layers] if inside.attention else []
-    looked_at = [*hidden, *maps, *([] if router is None else [router])]
+    looked_at = [*hidden, *maps, *seen, *([] if router is None else [router])]
     if torch.is_grad_enabled() and not all(state.requires_grad for state in looked_at):
         raise RuntimeError(
             "the student's inner states carry no gradient, so feature terms would teach nothing; with "
             "gradient checkpointing use `activation_checkpointing_kwargs: {use_reentrant: false}`"
         )
-    if inside.projections is None:
-        return Features(rows, hidden, maps, hidden, router)
-    pairs = zip(inside.projections, hidden, strict=True)
-    projected = [matrix(state.to(matrix.weight.dtype)) for matrix, state in pairs]
-    return Features(rows, hidden, maps, projected, router)
+    projected = hidden if inside.projections is None else _through(inside.projections, hidden)
+    seen = _through(inside.gate.projections, seen) if inside.gate and inside.gate.projections else seen
+    routed = torch.stack(seen, dim=1) if seen else None
+    return Features(rows, hidden, maps, projected, router, routed, inside.gate)
+
+
+def _through(projections: nn.ModuleList, states: Sequence[Tensor]) -> list[Tensor]:
+    """Each state through its own matrix."""
+    pairs = zip(projections, states, strict=True)
+    return [matrix(state.to(matrix.weight.dtype)) for matrix, state in pairs]
 
 
 def _rows(parameter: Tensor | None, vocabulary: int) -> Tensor | None:

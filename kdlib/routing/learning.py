@@ -1,4 +1,4 @@
-"""What a Trainer does so that a teacher's router learns beside its student."""
+"""What a Trainer does so that a teacher's router, or a gate over its layers, learns beside its student."""
 
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from kdlib.losses.objective import ObjectiveAt
 from kdlib.models.hooks import as_evaluated
-from kdlib.models.teacher import LiveTeacher
+from kdlib.models.teacher import GATE, LiveTeacher
 from kdlib.routing.experts import Routing
 from kdlib.routing.student_aware import StudentAware
 
@@ -18,7 +18,8 @@ from kdlib.routing.student_aware import StudentAware
 class RoutingTrainer(Trainer):
     """A student-aware router is moved before each optimizer step, by all its micro-batches, on all ranks.
 
-    Its state is in every checkpoint.  Whatever way else experts are asked, this adds nothing.
+    Its state is in every checkpoint.  Whatever way else experts are asked, this adds nothing.  A gate of the
+    student's goes by what was chosen in the optimizer step before, on all ranks.
     """
 
     teacher: LiveTeacher | None
@@ -27,6 +28,11 @@ class RoutingTrainer(Trainer):
     def routing(self) -> Routing | None:
         """How the teacher's experts are asked, where it has some."""
         return self.teacher.routing if self.teacher else None  # type: ignore[return-value]
+
+    @property
+    def gate(self) -> Any:
+        """The student's, where hidden states are routed."""
+        return getattr(self.accelerator.unwrap_model(self.model), GATE, None)
 
     def train(self, *arguments: Any, **options: Any) -> Any:
         if self.routing is not None:
@@ -49,6 +55,17 @@ class RoutingTrainer(Trainer):
         ask = partial(self.teacher.ask, batch, tokens, teaches=True)
         made = {"count": self.step_count(count), "workspace": self.workspace}
         routing.feed(ask, student, tokens.targets, temperatures=at.temperatures, **made)
+
+    def training_step(self, *arguments: Any, **options: Any) -> Tensor:
+        loss = super().training_step(*arguments, **options)
+        if self.gate is not None:
+            self.gate.count()
+        return loss
+
+    def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
+        if self.gate is not None:  # before it is saved
+            self.gate.settle(partial(self.accelerator.reduce, reduction="sum"))
+        super()._maybe_log_save_evaluate(*arguments, **options)
 
     def save_student(self, folder: Path) -> None:
         """And, in the folder around it, the router that taught it."""

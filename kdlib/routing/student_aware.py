@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kdlib.config.loss import TEMPERATURES
+from kdlib.config.terms import TEMPERATURES
 from kdlib.errors import ModelError, RunError
 from kdlib.losses.alignment import Counts, SpanSignal, TeacherSignal, alm
 from kdlib.losses.buffers import Workspace

@@ -134,6 +134,8 @@ def moving_settings(config: Config, *, is_baseline: bool = False) -> dict[str, t
         specs: dict[str, Any] = {"weight": weight, "temperature": temperatures.get(term, 1.0)}
         if term == "kd" and loss.top_k is not None:
             specs["top k"] = loss.top_k
+        if term == "hidden" and (route := loss.features.route):
+            specs |= {"top k": route.top_k, "temperature": route.temperature}
         found[term] = tuple(name for name, spec in specs.items() if len(set(sampled(spec))) > 1)
     return found
 

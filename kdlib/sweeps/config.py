@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from kdlib.config.loss import TERM_NAMES
 from kdlib.config.sections import Number, Positive, Section, Seed, number, refuse
+from kdlib.config.terms import TERM_NAMES
 from kdlib.errors import nearest, printable
 from kdlib.metrics.names import MEASURES
 

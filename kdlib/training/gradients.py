@@ -13,7 +13,7 @@ from kdlib.losses.alignment import SpanSignal, TeacherSignal
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.objective import ObjectiveAt, ledger
 from kdlib.losses.signals import Signal
-from kdlib.models.teacher import PROJECTIONS
+from kdlib.models.teacher import BESIDE
 
 
 def term_gradients(
@@ -76,4 +76,4 @@ def shares(
 def weights_of(student: PreTrainedModel) -> list[nn.Parameter]:
     """What of a student is trained, without what is trained beside it and never saved in it."""
     named = student.named_parameters()
-    return [each for name, each in named if each.requires_grad and not name.startswith(PROJECTIONS)]
+    return [each for name, each in named if each.requires_grad and not name.startswith(BESIDE)]

@@ -34,7 +34,7 @@ from transformers import PreTrainedModel, Trainer
 
 from kdlib.errors import NonFiniteLoss, RunError
 from kdlib.hardware import memory_kept
-from kdlib.models.teacher import PROJECTIONS
+from kdlib.models.teacher import BESIDE
 from kdlib.runs import checkpoints
 from kdlib.runs.files import StudentFolder, synced
 from kdlib.training import nan_report
@@ -206,7 +206,7 @@ class GuardedTrainer(Trainer):
             shutil.rmtree(half_made, ignore_errors=True)
         in_parts = self.is_fsdp_enabled and not _is_converted(self.student)
         state = {} if in_parts else self.accelerator.get_state_dict(self.model_wrapped)
-        state = {name: value for name, value in state.items() if not name.startswith(PROJECTIONS)}
+        state = {name: value for name, value in state.items() if not name.startswith(BESIDE)}
         if is_first:
             self.student.save_pretrained(half_made, state_dict=state)
         if in_parts:
@@ -289,7 +289,7 @@ def _is_converted(model: PreTrainedModel) -> bool:
 
 def _write_in_parts(model: PreTrainedModel, file: Path) -> None:
     """The weights of a model that ranks share as one file; every rank must call it."""
-    left_out = (*(model.all_tied_weights_keys or {}), PROJECTIONS)
+    left_out = (*(model.all_tied_weights_keys or {}), BESIDE)
     state = {n: each for n, each in get_model_state_dict(model).items() if not n.startswith(left_out)}
     folder, one = file.with_name("parts"), dict.fromkeys(state, 1)
     writer = HuggingFaceStorageWriter(str(folder), one, save_distributed=True, enable_consolidation=True)

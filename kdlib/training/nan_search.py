@@ -116,7 +116,8 @@ def _origin_in(batch: Batch, replay: Replay) -> Origin | None:
         weights = sorted(broken_weights(model).items(), key=lambda item: not item[0].startswith(f"{module}."))
         return Origin(who, terms, count, module, depth, dict(weights), row=row, position=position)
     row, position = _predicted(tokens, torch.stack([*bad.values()]).any(0), length)
-    return Origin("loss", terms, count, row=row, position=position)
+    beside = broken_weights(replay.models["student"])  # of a gate
+    return Origin("student" if beside else "loss", terms, count, tensors=beside, row=row, position=position)
 
 
 @torch.no_grad()

@@ -16,22 +16,22 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from kdlib.config.loss import ROUTER
 from kdlib.config.run import Config
 from kdlib.config.task_rules import rules_of
+from kdlib.config.terms import ROUTE_WEIGHTS, ROUTER
 from kdlib.data.batches import Prepared, calibration_rows, reads_of
 from kdlib.errors import ConfigError
 from kdlib.hardware import precision_of, world_size
 from kdlib.losses.buffers import Workspace
-from kdlib.losses.features import LayerPairs, feature_terms, layer_pairs, projections
+from kdlib.losses.features import Route
 from kdlib.losses.objective import Objective
 from kdlib.metrics.names import MEASURES
 from kdlib.models.heads import ahead_by_rounding, check_causal
 from kdlib.models.hooks import layers_of
 from kdlib.models.loading import device_of
 from kdlib.models.sharing import check_shards
-from kdlib.models.teacher import PROJECTIONS, router_weight
-from kdlib.schedulers import from_spec
+from kdlib.models.teacher import router_weight
+from kdlib.schedulers import Schedule, from_spec
 from kdlib.training.trackers import check_installed
 
 # what transformers, accelerate and torch raise for settings that they cannot follow
@@ -251,16 +251,26 @@ def objective_of(
     if student is not None and (aux := router_weight(student)):
         specs = {**specs, **({} if ROUTER in specs else {ROUTER: aux})}
     each = {name: from_spec(spec) for name, spec in loss.temperatures(specs).items()}
+    course, route = {name: from_spec(spec) for name, spec in specs.items()}, loss.features.route
+    if route and "hidden" in course:
+        more = {name: from_spec(specs.get(name, weight)) for name, weight in ROUTE_WEIGHTS.items()}
+        course |= {name: _beside(course["hidden"], weight) for name, weight in more.items()}
     return Objective(
-        weights={name: from_spec(spec) for name, spec in specs.items()},
+        weights=course,
         temperature=from_spec(loss.temperature) if loss.has_one_temperature else each,
         divergence=loss.divergence,
         top_k=None if loss.top_k is None else from_spec(loss.top_k),
         renormalise=loss.top_k_tail == "renormalise",
         samples=loss.samples,
         normalise=loss.features.normalise,
-        layers=f"layers {loss.features.layers}",
+        layers=f"layers {loss.features.fixed}",
+        route=Route(*map(from_spec, (route.top_k, route.temperature, route.noise))) if route else None,
     )
+
+
+def _beside(hidden: Schedule, weight: Schedule) -> Schedule:
+    """A gate's own term counts while there is a gate: while hidden states are compared."""
+    return lambda fraction: weight(fraction) if hidden(fraction) else 0.0
 
 
 def workspace_of(config: Config, args: TrainingArguments, rows: int | None, vocabulary: int) -> Workspace:
@@ -271,27 +281,3 @@ def workspace_of(config: Config, args: TrainingArguments, rows: int | None, voca
     chunk = None if config.loss.chunk == "auto" else config.loss.chunk
     compiled = repays if config.loss.compile == "auto" else config.loss.compile
     return Workspace(chunk, compiled=compiled, vocabulary=vocabulary)
-
-
-def compared_layers(
-    config: Config, student: PreTrainedModel, teacher: PreTrainedModel, objective: Objective
-) -> LayerPairs:
-    """The layers that feature terms compare; the student gets the projections they need, never saved in it.
-
-    Raises:
-        ConfigError: a model has no such layer.
-    """
-    terms = feature_terms(objective.weights)
-    if not terms:
-        return ()
-    ours, theirs = student.config.get_text_config(), teacher.config.get_text_config()
-    try:
-        pairs = layer_pairs(config.loss.features.layers, ours.num_hidden_layers, theirs.num_hidden_layers)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    torch.manual_seed(config.seed)
-    with student.device:
-        made = projections(pairs, ours.hidden_size, theirs.hidden_size)
-    if made and any(term.projected for term in terms):  # float32: without data (meta) no conversion is made
-        student.add_module(PROJECTIONS, made if student.dtype is torch.float32 else made.to(student.dtype))
-    return pairs

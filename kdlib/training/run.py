@@ -16,7 +16,8 @@ from kdlib.errors import ConfigError, KdlibError, RunError, Stopped, listed
 from kdlib.losses.objective import EVAL_TERMS, ObjectiveAt
 from kdlib.models.loading import parameters
 from kdlib.models.saved import FIRST_ROWS, Trained, mean_of_first, settle_generation, special_tokens
-from kdlib.models.teacher import PROJECTIONS, LiveTeacher
+from kdlib.models.teacher import BESIDE, LiveTeacher
+from kdlib.routing.gates import compared_layers
 from kdlib.runs.checkpoints import is_in_parts, last_whole, ranks_in, restore_best, step_of
 from kdlib.runs.files import StudentFolder, go_on, is_refusal, write_error, write_json
 from kdlib.runs.folder import Run
@@ -38,7 +39,6 @@ from kdlib.training.plan import (
     DRY_RUN,
     check_causality,
     check_processes,
-    compared_layers,
     compile_layers,
     objective_of,
     training_arguments,
@@ -116,7 +116,8 @@ def train(
             nan_report.put_aside(folder)
         objective = objective_of(config, weights, student)
         pairs = compared_layers(config, student, teacher.model, objective) if teacher else ()
-        if hasattr(student, PROJECTIONS) and args.ddp_find_unused_parameters is None:
+        beside = any(name.startswith(BESIDE) for name, _ in student.named_children())
+        if beside and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # DDP sees only its forward: they would count as unused
         for line in settle_generation(student, tokenizer):
             print(f"{label}: the student is saved so: {line}", flush=True)

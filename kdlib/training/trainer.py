@@ -26,7 +26,7 @@ from kdlib.losses.signals import FOUND, Form, Kept, Signal, kept
 from kdlib.metrics.multiple_choice import answered_rightly
 from kdlib.models.heads import head_form
 from kdlib.models.saved import mean_of_first
-from kdlib.models.teacher import LET_GO, PROJECTIONS, LiveTeacher, form_error, insides, signal_of
+from kdlib.models.teacher import LET_GO, LiveTeacher, form_error, idle, insides, signal_of
 from kdlib.routing.learning import RoutingTrainer
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.verdict import keep_units
@@ -158,10 +158,7 @@ class DistillationTrainer(RoutingTrainer, GuardedTrainer):
         self.guard.end(book.total, num_items_in_batch)
         self.tokens += len(tokens.targets)
         self.counted = "tokens" if inputs["labels"].ndim == 2 else "rows"
-        # DDP waits for a gradient of every parameter, and averages those of the ranks, whose sum is meant
-        idle = [] if at.needs_projection else getattr(self.student, PROJECTIONS, [])
-        unused = sum(0 * matrix.weight.sum() for matrix in idle)
-        return book.total * self.accelerator.num_processes + unused
+        return book.total * self.accelerator.num_processes + idle(at, self.student)  # DDP takes the mean
 
     def step_count(self, tokens: Tensor | int) -> Tensor | int | Counts:
         """What the step's terms are divided by."""
