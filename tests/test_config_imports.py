@@ -106,14 +106,15 @@ def test_the_student_aware_projects_json_comes_along(tmp_path):
     made = migrated(file(tmp_path, STUDENT_AWARE), data="text.jsonl")
     config = loaded(made, tmp_path)
     assert config.loss.weights == {
-        "kd": 0.7,
+        "projected_kl": 0.7,
         "ce": 0.3,
         "hidden": 0.15,
-        "attention": 0.1,
+        "relational": 0.1,
         "contrastive": 0.05,
     }
-    assert config.loss.temperature == {"kd": {"linear": [3.0, 2.0]}, "contrastive": 0.07}
-    assert (config.loss.top_k, config.loss.chunk, config.loss.features.layers) == (256, 128, {"last": 4})
+    assert config.loss.temperature == {"projected_kl": {"linear": [3.0, 2.0]}, "contrastive": 0.07}
+    assert (config.loss.top_k, config.loss.chunk, config.loss.features.route.top_k) == (256, 128, 2)
+    assert config.teacher.experts == {"student_aware": {"learning_rate": 1e-4, "balance": 0.01, "anchor": 0.1}}
     assert (config.teacher.model, config.student.source) == (
         "huihui-ai/Huihui-MoE-1B-A0.6B",
         "HuggingFaceTB/SmolLM-135M",
@@ -144,13 +145,46 @@ def test_the_student_aware_projects_json_comes_along(tmp_path):
     assert (config.early_stopping.patience, config.early_stopping.min_delta) == (10, 0)
     assert left >= {
         "num_experts",
-        "top_k",
+        "attention_layers",
         "label_smoothing",
         "ema_decay",
         "_comment_models",
         "checkpoint_dir",
     }
     assert made.missing == []
+
+
+ROUTER = {"initial_top_k": 1, "final_top_k": 4, "load_balance_weight": 0.02, "noise_std": 0.1}
+
+
+def test_its_router_becomes_one_that_learns_and_a_gate_for_hidden_states(tmp_path):
+    made = migrated(file(tmp_path, {**STUDENT_AWARE, **ROUTER}), data="text.jsonl")
+    config = loaded(made, tmp_path)
+    aware = {"learning_rate": 1e-4, "balance": 0.02, "anchor": 0.1}
+    assert config.teacher.experts == {"student_aware": aware}
+    assert (config.loss.features.route.top_k, config.loss.features.route.noise) == ({"linear": [1.0, 4.0]}, 0.1)
+    text = made.as_yaml()
+    assert "# alpha_kd" in text
+    assert "projected_kl in the place of kd, relational in the place of attention: for two vocabularies" in text
+    assert any(line.startswith("top_k = 2: the gate's grows") for line in made.left_out)
+
+
+def test_without_hidden_states_its_gate_is_left_out_and_its_router_stays(tmp_path):
+    made = migrated(file(tmp_path, {"alpha_kd": 0.5, "router_lr": 1e-3, **ROUTER}))
+    config = loaded(made, tmp_path)
+    assert config.loss.weights == {"projected_kl": 0.5, "ce": 0.5}
+    assert config.teacher.experts["student_aware"]["learning_rate"] == 1e-3
+    left = {line.split(" = ")[0] for line in made.left_out}
+    assert left == {"initial_top_k", "final_top_k", "noise_std"}
+
+
+def test_a_top_k_alone_is_of_no_router(tmp_path):
+    made = migrated(file(tmp_path, {"alpha_kd": 0.5, "top_k": 50, "alpha_feature": 0.1}))
+    config = loaded(made, tmp_path)
+    assert (config.loss.features.route, config.loss.weights) == (None, {"kd": 0.5, "ce": 0.5, "hidden": 0.1})
+    assert made.left_out == [
+        "top_k = 50: it is of a router that learns from the student, and none is asked for"
+    ]
 
 
 def test_its_curriculum_brings_terms_in_as_it_does_there(tmp_path):
@@ -161,10 +195,10 @@ def test_its_curriculum_brings_terms_in_as_it_does_there(tmp_path):
         fraction: {name: round(from_spec(spec)(fraction), 6) for name, spec in specs.items()}
         for fraction in (0.2, 0.45, 0.8, 1.0)
     }
-    assert at[0.2] == {"kd": 0.7, "ce": 0.3, "hidden": 0, "attention": 0, "contrastive": 0}
-    assert at[0.45] == {"kd": 0.7, "ce": 0.3, "hidden": 0.05, "attention": 0.05, "contrastive": 0}
-    assert at[0.8] == {"kd": 0.7, "ce": 0.3, "hidden": 0.125, "attention": 0.1, "contrastive": 0.025}
-    assert at[1.0] == {"kd": 0.7, "ce": 0.3, "hidden": 0.15, "attention": 0.1, "contrastive": 0.05}
+    assert at[0.2] == {"projected_kl": 0.7, "ce": 0.3, "hidden": 0, "relational": 0, "contrastive": 0}
+    assert at[0.45] == {"projected_kl": 0.7, "ce": 0.3, "hidden": 0.05, "relational": 0.05, "contrastive": 0}
+    assert at[0.8] == {"projected_kl": 0.7, "ce": 0.3, "hidden": 0.125, "relational": 0.1, "contrastive": 0.025}
+    assert at[1.0] == {"projected_kl": 0.7, "ce": 0.3, "hidden": 0.15, "relational": 0.1, "contrastive": 0.05}
 
 
 @pytest.mark.parametrize(("on", "weights"), [("kd", {"kd": 0.7, "ce": 0.3}), ("ce", {"kd": 0.3, "ce": 0.7})])
@@ -318,6 +352,7 @@ def test_nested_settings_go_by_their_innermost_names_where_these_are_unlike(tmp_
 KEYS = {
     **STUDENT_AWARE,
     **SOFT,
+    **ROUTER,
     **dict.fromkeys(("kl_weight", "bf16", "eval_file", "tf32"), True),
     "alpha": 0.5,
     "amp_dtype": "bf16",
@@ -403,7 +438,7 @@ def test_kd_import_writes_a_new_file_and_lists_what_was_left_out(tmp_path, capsy
     said = capsys.readouterr()
     assert "ours.yaml" in said.out
     assert "left out: ema_decay = 0.9999: " in said.err
-    assert load(ours).loss.weights["kd"] == 0.7
+    assert load(ours).loss.weights["projected_kl"] == 0.7
     with pytest.raises(ConfigError, match="is there already"):
         cli_checks.migrate(str(theirs), output=ours)
     cli_checks.migrate(str(theirs))

@@ -2,10 +2,12 @@
 
 What a key meant there is kept, not its name: `alpha` is the weight of the teacher's term in some projects and
 of the cross-entropy in others, so it is asked which.  The student-aware project has two curricula and terms
-on what goes on inside besides.
+on what goes on inside besides; its teacher and student read other tokens, so its terms become those for two
+vocabularies, which with one are what they are there.
 """
 
 from pathlib import Path
+from typing import Any
 
 from kdlib.config.import_table import DTYPES, MEANT, OURS, REASONS, TO_FILL_IN, Migration, read_settings
 from kdlib.config.run import parse
@@ -18,6 +20,8 @@ INSIDE = {  # term, and whether it comes in with the second phase of the student
     "alpha_layerwise": ("hidden", False),  # two compare hidden states, which is one term here: they are added
     "alpha_contrastive": ("contrastive", False),
 }
+AWARE = {"router_lr": "learning_rate", "load_balance_weight": "balance"}  # of teacher.experts.student_aware
+ACROSS = {"kd": "projected_kl", "attention": "relational"}  # in the place of terms that need one vocabulary
 
 
 def migrated(
@@ -54,6 +58,7 @@ def migrated(
     _weights(made, alpha_on)
     _inside(made)
     _temperature(made)
+    _experts(made)
     _precision(made)
     _stops(made)
     made.put_usual("data.packing", False, "a row holds one text there", unless="task")
@@ -159,6 +164,55 @@ def _temperature(made: Migration) -> None:
             made.replace("loss.temperature", both, f"contrastive from {key}")
         else:
             made.leave_out(key, "there is no contrastive term")
+
+
+def _experts(made: Migration) -> None:
+    """The student-aware router: the teacher's learns from the student, and a gate chooses states to match."""
+    aware, routed = made.named("teacher.experts"), made.named("loss.features.layers")
+    is_its = bool(aware or {"num_experts", "initial_top_k", "final_top_k"} & {*made.theirs})
+    if "task" in made.values or not is_its:
+        for key in [*aware, *routed]:
+            made.leave_out(key, "it is of a router that learns from the student, and none is asked for")
+        return
+    if aware:
+        settings = {AWARE[key]: made.number(key) for key in aware}
+        made.put("teacher.experts", {"student_aware": settings}, ", ".join(aware))
+    if not made.values["loss.weights"].get("hidden"):
+        for key in routed:
+            made.leave_out(key, "it is of a gate for hidden states, and no term compares these")
+    elif routed:
+        if made.values.pop("loss.features", None):
+            del made.origins["loss.features"]
+            made.leave_out("attention_layers", "a gate looks at all layers for the hidden term")
+        made.put("loss.features", {"layers": {"route": _route(made, routed)}}, ", ".join(routed))
+    _across(made)
+
+
+def _route(made: Migration, keys: list[str]) -> dict[str, Any]:
+    """A gate's top-k, which may grow, and its noise."""
+    given = {key: made.theirs[key] for key in keys}
+    ends = [given[key] for key in ("initial_top_k", "final_top_k") if key in given] * 2
+    if "top_k" in given and ends:
+        made.leave_out("top_k", "the gate's grows, as initial_top_k and final_top_k say")
+    ends = ends or [given[key] for key in ("top_k",) if key in given] * 2
+    top_k = {"top_k": ends[0] if ends[0] == ends[1] else {"linear": ends[:2]}} if ends else {}
+    return {**top_k, **({"noise": given["noise_std"]} if "noise_std" in given else {})}
+
+
+def _across(made: Migration) -> None:
+    """Terms of one vocabulary become those that two have."""
+
+    def renamed(weights: dict[str, Any]) -> dict[str, Any]:
+        return {ACROSS.get(name, name): weight for name, weight in weights.items()}
+
+    there = [name for name in ACROSS if name in made.values["loss.weights"]]
+    places = ", ".join(f"{ACROSS[name]} in the place of {name}" for name in there)
+    made.replace("loss.weights", renamed(made.values["loss.weights"]), f"{places}: for two vocabularies")
+    if phases := made.values.get("loss.curriculum"):
+        moved = [{**each, "weights": renamed(each["weights"])} for each in phases]
+        made.replace("loss.curriculum", moved, "likewise")
+    if isinstance(by_term := made.values.get("loss.temperature"), dict) and "kd" in by_term:
+        made.replace("loss.temperature", renamed(by_term), "likewise")
 
 
 def _precision(made: Migration) -> None:
