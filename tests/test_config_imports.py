@@ -114,7 +114,9 @@ def test_the_student_aware_projects_json_comes_along(tmp_path):
     }
     assert config.loss.temperature == {"projected_kl": {"linear": [3.0, 2.0]}, "contrastive": 0.07}
     assert (config.loss.top_k, config.loss.chunk, config.loss.features.route.top_k) == (256, 128, 2)
-    assert config.teacher.experts == {"student_aware": {"learning_rate": 1e-4, "balance": 0.01, "anchor": 0.1}}
+    assert config.teacher.experts == {
+        "student_aware": {"learning_rate": 1e-4, "balance": 0.01, "anchor": 0.1}
+    }
     assert (config.teacher.model, config.student.source) == (
         "huihui-ai/Huihui-MoE-1B-A0.6B",
         "HuggingFaceTB/SmolLM-135M",
@@ -162,10 +164,15 @@ def test_its_router_becomes_one_that_learns_and_a_gate_for_hidden_states(tmp_pat
     config = loaded(made, tmp_path)
     aware = {"learning_rate": 1e-4, "balance": 0.02, "anchor": 0.1}
     assert config.teacher.experts == {"student_aware": aware}
-    assert (config.loss.features.route.top_k, config.loss.features.route.noise) == ({"linear": [1.0, 4.0]}, 0.1)
+    assert (config.loss.features.route.top_k, config.loss.features.route.noise) == (
+        {"linear": [1.0, 4.0]},
+        0.1,
+    )
     text = made.as_yaml()
     assert "# alpha_kd" in text
-    assert "projected_kl in the place of kd, relational in the place of attention: for two vocabularies" in text
+    assert (
+        "projected_kl in the place of kd, relational in the place of attention: for two vocabularies" in text
+    )
     assert any(line.startswith("top_k = 2: the gate's grows") for line in made.left_out)
 
 
@@ -197,7 +204,13 @@ def test_its_curriculum_brings_terms_in_as_it_does_there(tmp_path):
     }
     assert at[0.2] == {"projected_kl": 0.7, "ce": 0.3, "hidden": 0, "relational": 0, "contrastive": 0}
     assert at[0.45] == {"projected_kl": 0.7, "ce": 0.3, "hidden": 0.05, "relational": 0.05, "contrastive": 0}
-    assert at[0.8] == {"projected_kl": 0.7, "ce": 0.3, "hidden": 0.125, "relational": 0.1, "contrastive": 0.025}
+    assert at[0.8] == {
+        "projected_kl": 0.7,
+        "ce": 0.3,
+        "hidden": 0.125,
+        "relational": 0.1,
+        "contrastive": 0.025,
+    }
     assert at[1.0] == {"projected_kl": 0.7, "ce": 0.3, "hidden": 0.15, "relational": 0.1, "contrastive": 0.05}
 
 
