@@ -190,8 +190,10 @@ def ablation_figure(table: pd.DataFrame) -> Figure:
         each.tick_params(labelsize=8)
     best = others["ratio"].idxmin()
     ratio, verdict = others.loc[best, "ratio"], _better(others.loc[best])
-    words = {True: "is nearer", False: "is farther", None: "is not told from it"}[verdict]
-    title = f"{upper(str(best).partition(':')[0])} is best, at {ratio:.3f} of plain top-k's KL: it {words},"
+    name, words = str(best).partition(":")[0], "which may be chance" if verdict is None else "beyond chance"
+    title = f"{upper(name)} is nearest to the teacher, at {ratio:.3f} of plain top-k's KL, {words},"
+    if ratio >= 1:
+        title = f"Plain top-k is nearest to the teacher; next is {name}, at {ratio:.3f} of its KL, {words},"
     return titled(figure, f"{title}\nafter {int(table['steps'].iloc[0]):,} steps each")
 
 
@@ -224,7 +226,7 @@ def _features(config: Config) -> str:
     if not terms:
         return ""
     if isinstance(layers, Mapping) and "route" in layers:
-        return f"{' and '.join(terms)} routed {flow(layers['route'])}"
+        return f"{' and '.join(terms)} routed, top k {flow(layers['route'].get('top_k'))}"
     return f"{' and '.join(terms)} by a fixed map, {flow(layers)}"
 
 

@@ -52,34 +52,36 @@ def save(folder: Path, found: Mapping[str, Any]) -> None:
 
 
 def by_token(found: Mapping[str, Any]) -> Figure:
-    """One layer, one text: each token's weights, a row for each expert; code is underlined."""
-    text, name = found["text"], next(iter(found["routings"]))
-    weights, tokens = np.array(text["weights"][name]).T, text["tokens"]
-    experts = _shown(weights.sum(1))
-    figure, (axes,) = panels(max(0.2 * len(tokens) + 1.8, 6), 1.7 + 0.24 * len(experts))
-    mesh = axes.pcolormesh(
-        weights[experts], cmap=_shades(), vmin=0, vmax=1, edgecolors="white", linewidth=0.4
-    )
-    axes.set_xticks(
-        np.arange(len(tokens)) + 0.5, map(visible, tokens), rotation=90, fontsize=7, family="monospace"
-    )
-    axes.set_yticks(np.arange(len(experts)) + 0.5, experts, fontsize=8)
-    axes.set(ylim=(len(experts), 0))
-    axes.set_ylabel("expert", fontsize=8)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    colours = _colours_of_kinds(found)
-    for label, kind in zip(axes.get_xticklabels(), text["kinds"], strict=True):
+    """One layer, one text: each token's weights, a row for each expert, in the first routing and the last."""
+    text, tokens, colours = found["text"], found["text"]["tokens"], _colours_of_kinds(found)
+    names = list(dict.fromkeys([next(iter(found["routings"])), list(found["routings"])[-1]]))
+    every = {name: np.array(text["weights"][name]).T for name in names}
+    experts = _shown(sum(weights.sum(1) for weights in every.values()))
+    tall = (1.1 + 0.24 * len(experts)) * len(names) + 0.6
+    figure, axes = panels(max(0.2 * len(tokens) + 1.8, 7), tall, 1, len(names), sharex=True)
+    for each, (name, weights) in zip(axes, every.items(), strict=True):
+        look = {"vmin": 0, "vmax": 1, "edgecolors": "white", "linewidth": 0.4}
+        mesh = each.pcolormesh(weights[experts], cmap=_shades(), **look)
+        each.set_yticks(np.arange(len(experts)) + 0.5, experts, fontsize=8)
+        each.set(ylim=(len(experts), 0))
+        each.set_ylabel(f"expert\n({name})" if len(names) > 1 else "expert", fontsize=8)
+        each.tick_params(length=0)
+        each.spines[:].set_visible(False)
+        _bar(figure, mesh, each, "share of a token's weight")
+    under = {"rotation": 90, "fontsize": 7, "family": "monospace"}
+    axes[-1].set_xticks(np.arange(len(tokens)) + 0.5, map(visible, tokens), **under)
+    for label, kind in zip(axes[-1].get_xticklabels(), text["kinds"], strict=True):
         label.set_color(colours.get(kind, INK))
         label.set_parse_math(False)
     if len(colours) > 1:
-        _key(axes, {kind: colours[kind] for kind in dict.fromkeys(text["kinds"])})
-    _bar(figure, mesh, axes, "share of a token's weight")
-    load = weights.mean(1)
-    busiest, firsts = int(load.argmax()), np.bincount(weights.argmax(0), minlength=len(load))
-    even = f"{load[busiest]:.0%} of the weight, {1 / len(load):.0%} would be even"
-    words = f"In layer {text['layer']} expert {busiest} speaks most on this text: {even}; first for"
-    return titled(figure, f"{words} {firsts[busiest]} of {len(tokens)} tokens")
+        _key(axes[0], {kind: colours[kind] for kind in dict.fromkeys(text["kinds"])})
+    load, firsts = every[names[0]].mean(1), every[names[0]].argmax(0)
+    busiest = int(load.argmax())
+    most = f"{load[busiest]:.0%} of the weight, where {1 / len(load):.0%} would be even"
+    words = f"In layer {text['layer']} expert {busiest} speaks most on this text:"
+    return titled(
+        figure, f"{words}\n{most}; it is first for {(firsts == busiest).sum()} of {len(tokens)} tokens"
+    )
 
 
 def by_layer(found: Mapping[str, Any]) -> Figure:

@@ -35,7 +35,7 @@ from kdlib.runs.folder import Run
 
 # routing by name → what makes the teacher route so in one pass; it is told the [N] places that are looked at
 Asking = Mapping[str, Callable[[Tensor], AbstractContextManager]]
-ROWS = 64  # looked at, spread over the held-out rows
+ROWS = 32  # looked at, spread over the held-out rows
 BATCH = 8  # rows of a forward pass
 TEXT = 48  # tokens of a text that is shown token by token
 

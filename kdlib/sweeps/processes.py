@@ -27,7 +27,7 @@ from kdlib.runs.files import without_keys_in, write_text
 from kdlib.runs.folder import Run, project_root
 from kdlib.runs.lock import is_free, is_here
 
-LEFT_OUT = "01_dry_run"
+LEFT_OUT = ("01_dry_run", "04_student_aware")  # what is seen of one run, by `kd run … --resume`
 GRACE = 90.0  # s to make a checkpoint in, after which a process is killed
 TICK = 0.2  # s
 CONNECT_S = 10.0  # in which a cluster must answer
@@ -104,7 +104,8 @@ class Work:
         return False
 
     def command(self, run: Run) -> list[str]:
-        resume = [str(run.path / "config.yaml"), "--resume", run.name, "--without", LEFT_OUT]
+        resume = [str(run.path / "config.yaml"), "--resume", run.name]
+        resume += [word for name in LEFT_OUT for word in ("--without", name)]
         folders = ["--runs", str(run.path.parent), "--reports", str(self.reports)]
         return [sys.executable, "-m", "kdlib", "run", *resume, *folders]
 
