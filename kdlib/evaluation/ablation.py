@@ -17,7 +17,7 @@ from torch import nn
 
 from kdlib.config.run import BESIDE, Config
 from kdlib.config.sections import flow
-from kdlib.config.terms import FEATURE_TERMS
+from kdlib.config.terms import FEATURE_TERMS, ROUTE_WEIGHTS
 from kdlib.errors import ConfigError
 from kdlib.metrics.means import averaged
 from kdlib.metrics.names import MEASURES, is_better, student_of, three_digits, with_interval
@@ -216,7 +216,7 @@ def _aware(name: str, given: Any) -> Mapping[str, float]:
 
 
 def _is_of_features(term: str) -> bool:
-    return term in FEATURE_TERMS or term.startswith("route_")
+    return term in FEATURE_TERMS or term in ROUTE_WEIGHTS
 
 
 def _features(config: Config) -> str:
