@@ -19,6 +19,7 @@ from kdlib.models.loading import parameters
 from kdlib.runs import folder as runs
 
 CPU = torch.device("cpu")
+OURS = {"ours_kd", "ours_hidden", "ours_routed", "ours_sft"}
 SETTING = heads.Setting(chunk=16, top_k=8)
 INPUTS = {
     "tokens": 43,
@@ -159,10 +160,10 @@ def test_whole_steps_are_timed_in_every_trainer_that_is_there(teacher_folder):
         except ImportError as error:
             skipped[name] = str(error)
     timed = {name: line["wall_s"] for name, line in measured.items()}
-    assert {name for name, line in measured.items() if "ledger_s" in line} == {"ours_kd", "ours_sft"}
+    assert {name for name, line in measured.items() if "ledger_s" in line} == OURS
     assert 0 < measured["ours_kd"]["ledger_s"] < timed["ours_kd"]
     assert set(timed) | set(skipped) == set(settings.CONTENDERS)
-    assert {"ours_kd", "ours_sft", "teacher", "trainer_sft"} <= set(timed)
+    assert {*OURS, "teacher", "trainer_sft"} <= set(timed)
     assert min(timed.values()) > 0
     assert torch.equal(made.student.get_input_embeddings().weight, weights)  # each trained a copy
 

@@ -38,6 +38,8 @@ CASES = {
 
 CONTENDERS = {
     "ours_kd": "ours, KD + CE",
+    "ours_hidden": "ours, KD + CE + hidden, layers even",
+    "ours_routed": "ours, KD + CE + hidden, routed, top-4",
     "ours_sft": "ours, CE alone",
     "teacher": "teacher's forward pass alone",
     "trainer_sft": "transformers Trainer, SFT",

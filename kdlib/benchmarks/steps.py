@@ -29,17 +29,19 @@ from kdlib.benchmarks.heads import CE, KD
 from kdlib.benchmarks.peers import module
 from kdlib.benchmarks.rounds import rotated, seconds
 from kdlib.benchmarks.settings import StepsConfig
+from kdlib.config.run import parse
 from kdlib.data.batches import collate
 from kdlib.losses.buffers import Workspace
-from kdlib.losses.objective import Objective
 from kdlib.models.depth import even_layers, shallower
 from kdlib.models.loading import load_model, load_tokenizer
 from kdlib.models.teacher import LiveTeacher
+from kdlib.routing.gates import compared_layers
 from kdlib.runs.child_processes import in_fresh_process
 from kdlib.runs.files import StudentFolder
-from kdlib.schedulers import constant
+from kdlib.training.plan import objective_of
 from kdlib.training.trainer import DistillationTrainer
 
+HIDDEN = {"kd": KD, "ce": CE, "hidden": 0.1}
 LOGGING_STEPS = 10  # for which the ledger's share is told
 
 
@@ -146,17 +148,20 @@ def pair(settings: StepsConfig, *, precision: str, device: torch.device, seed: i
     return Pair(student, teacher, tokenizer, rows, settings, precision, device)
 
 
-def ours(made: Pair, folder: Path, *, weights: Mapping[str, float]) -> Trainer:
-    """kdlib's trainer."""
-    teacher = LiveTeacher(made.teacher, len(made.tokenizer)) if "kd" in weights else None
-    schedules = {name: constant(weight) for name, weight in weights.items()}
+def ours(made: Pair, folder: Path, *, weights: Mapping[str, float], layers: Any = "even") -> Trainer:
+    """kdlib's trainer; `layers`: as a config has them in loss.features."""
+    asked, parts = made.settings, made.parts
+    loss = {"weights": weights, "temperature": asked.temperature, "features": {"layers": layers}}
+    rest = {"teacher": {"model": "-"}, "student": {"from": "-"}, "data": {"source": "-"}, "training": {}}
+    objective = objective_of(config := parse({**rest, "loss": loss}))
     return DistillationTrainer(
-        **made.parts,
+        **parts,
         args=TrainingArguments(str(folder), **made.options),
-        objective=Objective(schedules, constant(made.settings.temperature)),
-        teacher=teacher,
+        objective=objective,
+        layer_pairs=compared_layers(config, parts["model"], made.teacher, objective),
+        teacher=LiveTeacher(made.teacher, len(made.tokenizer)) if "kd" in weights else None,
         vocabulary=len(made.tokenizer),
-        workspace=Workspace(made.settings.chunk, compiled=True),
+        workspace=Workspace(asked.chunk, compiled=True),
         folder=StudentFolder(folder),
     )
 
@@ -184,6 +189,8 @@ def trl_gkd(made: Pair, folder: Path, *, beta: float) -> Trainer:
 
 TRAINERS: dict[str, Callable[..., Trainer]] = {
     "ours_kd": partial(ours, weights={"kd": KD, "ce": CE}),
+    "ours_hidden": partial(ours, weights=HIDDEN),
+    "ours_routed": partial(ours, weights=HIDDEN, layers={"route": {"top_k": 4}}),
     "ours_sft": partial(ours, weights={"ce": 1.0}),
     "trainer_sft": trainer_sft,
     "trl_sft": trl_sft,
@@ -244,8 +251,7 @@ def _teacher_alone(made: Pair) -> dict[str, float]:
         del batch["labels"]
         with torch.autocast(made.device.type, torch.bfloat16, enabled=made.precision == "bfloat16"):
             times.append(seconds(lambda batch=batch: made.teacher(**batch, use_cache=False), made.device))
-    last = times[made.settings.warmup :]
-    walls, cpus = ([line[key] for line in last] for key in ("wall_s", "cpu_s"))
+    walls, cpus = ([line[key] for line in times[made.settings.warmup :]] for key in ("wall_s", "cpu_s"))
     return {"wall_s": statistics.median(walls), "cpu_s": None if None in cpus else statistics.median(cpus)}
 
 
