@@ -13,7 +13,9 @@ from tiny_training import pieces
 from transformers import TrainerCallback
 
 from kdlib.config.run import parse
+from kdlib.diagnostics.context import Context
 from kdlib.diagnostics.memory import forecast
+from kdlib.diagnostics.model_checks import terms_are_of_a_size
 from kdlib.diagnostics.parity import parity
 from kdlib.errors import ConfigError, NonFiniteLoss
 from kdlib.losses.features import RouteAt, hidden_distance
@@ -391,6 +393,15 @@ def test_the_self_test_holds_with_a_gate_and_leaves_none(raw_config, narrow):
         found = parity(config, **parts)
         assert set(found["result"]) <= {"pass", "left out"}, found
         assert not hasattr(parts["student"], GATE)
+
+
+def test_the_doctor_weighs_a_routed_term_and_leaves_the_gates_own_alone(raw_config, narrow):
+    weights = {"ce": 1.0, "hidden": 1.0, "route_balance": 1e-5, "route_entropy": 1e-5}
+    assert not list(terms_are_of_a_size(Context(parse(raw(raw_config, narrow, weights=weights)))))
+    (found,) = terms_are_of_a_size(
+        Context(parse(raw(raw_config, narrow, weights={**weights, "hidden": 1e-4})))
+    )
+    assert found.where == "loss.weights.hidden"
 
 
 def test_a_gate_that_breaks_is_named(raw_config, tmp_path):

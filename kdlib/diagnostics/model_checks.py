@@ -10,6 +10,7 @@ from functools import cache, partial
 import torch
 
 from kdlib.config.sections import flow
+from kdlib.config.terms import ROUTE_WEIGHTS
 from kdlib.data.batches import vocabulary_of
 from kdlib.diagnostics.context import Context, Finding, Findings, Unavailable, critical, note, warning
 from kdlib.diagnostics.forecast import GIB, Forecast, remedies, verdict
@@ -185,14 +186,15 @@ def terms_are_of_a_size(context: Context) -> Findings:
     """No term's weighted share of the loss is a hundredth of another's where its own weight is largest.
 
     What is held against is the largest share among the terms made from logits, in nats, else the largest of
-    all; the weight proposed gives the term that share.
+    all; the weight proposed gives the term that share.  A gate's own terms are small and are not judged.
     """
     means = cache(lambda fraction: context.batch.means(context.objective.at(fraction, sampled=False)))
-    for term, spec in context.active.items():
+    for term, spec in ((name, each) for name, each in context.active.items() if name not in ROUTE_WEIGHTS):
         fraction = max(breakpoints(*context.active.values()), key=from_spec(spec))
         weights = context.objective.at(fraction).weights
         shares = {name: weights[name] * mean for name, mean in means(fraction).items()}
-        plain = {name: share for name, share in shares.items() if name not in FEATURE_TERMS} or shares
+        inside = (*FEATURE_TERMS, *ROUTE_WEIGHTS)
+        plain = {name: share for name, share in shares.items() if name not in inside} or shares
         main = max(plain, key=plain.get)
         if term == main or shares[main] == 0 or not all(math.isfinite(share) for share in shares.values()):
             continue
