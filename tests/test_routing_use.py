@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -14,12 +15,13 @@ from kdlib.config.run import parse
 from kdlib.data.kinds import CODE, PROSE, is_code, kinds_of
 from kdlib.data.sources import python_docs
 from kdlib.errors import RunError
+from kdlib.evaluation.ablation import reason, teacher_flops
 from kdlib.losses.signals import kept
 from kdlib.metrics.loads import Counted, told_apart
 from kdlib.models.student import tokenizer_of
 from kdlib.models.teacher import LiveTeacher
 from kdlib.routing import use
-from kdlib.routing.experts import routers_of
+from kdlib.routing.experts import AllExperts, routers_of
 from kdlib.routing.figures import expert_figures, save
 from kdlib.routing.student_aware import StudentAware
 from kdlib.routing.tables import expert_tables, routing_table
@@ -220,6 +222,27 @@ def test_figures_have_titles_with_the_finding_and_a_table_each(looked, tmp_path)
     assert list(routing_table(both).index) == [use.ORIGINAL, "student-aware"]
 
 
+def test_how_far_another_routing_moves_the_teacher_is_the_kl_between_the_two(raw_config):
+    prepared, tokenizer = prepared_of(raw_config)
+    model = moe()
+    asking = {use.ORIGINAL: nullcontext, "all experts": AllExperts(model).asked}
+    found = use.look(asked(model, prepared), prepared, tokenizer, asking, resamples=100)
+    rows = prepared.measured.select(range(0, len(prepared.measured), -(-len(prepared.measured) // use.BATCH)))
+    batch = prepared.collate([*rows])
+    logs, tokens = [], kept(batch["labels"])
+    for count in (2, 4):
+        for router in routers_of(model).values():
+            router.top_k = count
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        logs.append(tokens.select(logits)[:, : prepared.vocabulary].log_softmax(-1))
+    expected = (logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean()
+    assert found["routings"]["all experts"]["moved_by"] == pytest.approx(expected.item(), rel=1e-4)
+    assert expected > 1e-3
+    assert "moved_by" not in found["routings"][use.ORIGINAL]
+    assert reason(found, 3.72).endswith("(KL) from itself, and plain top-k's student 3.72")
+    assert reason({}, 3.72) == ""
+
+
 def test_figures_and_tables_load_no_torch():
     code = "import sys, kdlib.routing.figures; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -270,10 +293,10 @@ def test_what_a_teacher_costs_for_each_token_is_counted_by_hand():
     embedding = rows * hidden
     whole = sum(weight.numel() for weight in teacher.parameters()) - embedding  # which is looked up
     top, every = (2 * (whole - layers * idle * each) for idle in (experts - 2, 0))
-    assert use.teacher_flops(teacher, "topk", student) == top
-    assert use.teacher_flops(teacher, "all", student) == every
-    assert use.teacher_flops(teacher, {"augment": 3}, student) == 3 * top
+    assert teacher_flops(teacher, "topk", student) == top
+    assert teacher_flops(teacher, "all", student) == every
+    assert teacher_flops(teacher, {"augment": 3}, student) == 3 * top
     own = 2 * (sum(weight.numel() for weight in student.parameters()) - embedding)
-    assert use.teacher_flops(teacher, {"student_aware": {}}, student) == 3 * every + own
+    assert teacher_flops(teacher, {"student_aware": {}}, student) == 3 * every + own
     tied = moe(tie_word_embeddings=True)
-    assert use.teacher_flops(tied, "topk", student) == top  # its head is the embedding, and multiplies
+    assert teacher_flops(tied, "topk", student) == top  # its head is the embedding, and multiplies

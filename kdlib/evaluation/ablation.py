@@ -18,14 +18,16 @@ from torch import nn
 from kdlib.config.run import BESIDE, Config
 from kdlib.config.sections import flow
 from kdlib.config.terms import FEATURE_TERMS, ROUTE_WEIGHTS
-from kdlib.errors import ConfigError
+from kdlib.errors import ConfigError, ModelError
 from kdlib.metrics.means import averaged
 from kdlib.metrics.names import MEASURES, is_better, student_of, three_digits, with_interval
+from kdlib.models.loading import parameters
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots.axes import COLOURS, INK, SOFT, intervals, panels, titled, upper
-from kdlib.routing.figures import FOLDER
-from kdlib.routing.use import facts_of, teacher_flops
-from kdlib.runs.files import write_text, writing
+from kdlib.routing.experts import routers_of
+from kdlib.routing.figures import FILE, FOLDER
+from kdlib.routing.use import facts_of
+from kdlib.runs.files import read_json, write_text, writing
 from kdlib.runs.folder import Run, all_runs
 from kdlib.runs.log import training_table
 
@@ -54,7 +56,7 @@ def of_run(
         ablation_figure(table).savefig(folder / "ablation.png", dpi=130)
         write_text(folder / "ablation.csv", table.to_csv(index_label="asked"))
     caution = "" if table["same_rows"].all() else "Caution: not all had the same rows; set data.split_seed\n"
-    return table, caution + message(table)
+    return table, caution + message(table) + reason(read_json(run.path / FILE, {}), table[KL].iloc[0])
 
 
 def variants(run: Run) -> dict[str, dict[int, Run]]:
@@ -134,6 +136,42 @@ def _row(seeds: Mapping[int, Run], plain: Mapping[int, Run], cost: Callable[[Any
     }
 
 
+def teacher_flops(teacher: nn.Module, experts: Any, student: nn.Module) -> float:
+    """Floating-point operations for each token that the student learns from, beside its own step.
+
+    Two for each weight that a token meets in a forward pass (Kaplan et al. 2020, which leaves out attention
+    over the tokens before), head included; as many again for a backward pass that only passes gradients on,
+    as experts and head are frozen.  `all`: every expert; `augment`: a pass for each draw, of as many experts
+    as the router asks by itself; `student_aware`: a pass to teach, and before it one forward and backward of
+    the teacher and one forward of the student, all experts asked.  A gate's own work is left out.
+    """
+    routers, whole = routers_of(teacher), _met(teacher)
+    if experts == "topk" or not routers:
+        idle = sum(_idle(teacher, name, int(each.top_k)) for name, each in routers.items())
+        return 2.0 * (whole - idle)
+    if experts == "all":
+        return 2.0 * whole
+    if "augment" in experts:
+        return experts["augment"] * teacher_flops(teacher, "topk", student)
+    return 3 * 2.0 * whole + 2.0 * _met(student)
+
+
+def _met(model: nn.Module) -> int:
+    """Weights that take part in a product: all but an embedding, which is looked up."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    is_tied = head is not None and head.weight is embedding
+    return parameters(model) - (0 if is_tied else embedding.numel())
+
+
+def _idle(model: nn.Module, router: str, asked: int) -> int:
+    """Weights of the experts beside a router that a token does not ask."""
+    count = int(model.get_submodule(router).num_experts)
+    if (held := getattr(model.get_submodule(router.rpartition(".")[0]), "experts", None)) is None:
+        found = f"found no experts beside its router {router}, so what they cost is not known"
+        raise ModelError(f"{type(model).__name__}: {found}")
+    return parameters(held) * (count - asked) // count
+
+
 def shown(table: pd.DataFrame) -> pd.DataFrame:
     """For reading."""
     rows = {}
@@ -163,6 +201,13 @@ def message(table: pd.DataFrame) -> str:
     return "\n".join(said)
 
 
+def reason(experts: Mapping[str, Any], apart: float) -> str:
+    """How much there was to be won: what another routing changes, beside what the student is `apart`."""
+    moves = [each["moved_by"] for each in experts.get("routings", {}).values() if "moved_by" in each]
+    other = f"asked otherwise, the teacher is {three_digits(max(moves, default=0))} nats (KL) from itself"
+    return f"\nWhat could be won: {other}, and plain top-k's student {three_digits(apart)}" if moves else ""
+
+
 def ablation_figure(table: pd.DataFrame) -> Figure:
     """The difference in KL of each way to plain top-k, with its interval, and what it costs the teacher."""
     others, names = table.iloc[1:], [str(name) for name in table.index[1:]]
@@ -177,9 +222,8 @@ def ablation_figure(table: pd.DataFrame) -> Figure:
         beside.barh(at, row["gflops"], height=0.5, color=SOFT)
         text = f" {three_digits(row['gflops'])}, {row['gflops'] / table['gflops'].iloc[0]:.3g} ×"
         beside.text(row["gflops"], at, text, va="center", fontsize=8)
-    axes.set_yticks(
-        range(len(others)), [name.replace("; ", "\n").replace(": ", ":\n") for name in names], fontsize=8
-    )
+    labels = [name.replace("; ", "\n").replace(": ", ":\n") for name in names]
+    axes.set_yticks(range(len(others)), labels, fontsize=8)
     axes.set_ylim(len(others) - 0.4, -0.6)
     beside.axvline(table["gflops"].iloc[0], color=INK, linewidth=0.8)
     beside.set_xlim(0, table["gflops"].max() * 1.4)

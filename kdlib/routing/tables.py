@@ -66,6 +66,7 @@ def routing_table(found: Mapping[str, Any]) -> pd.DataFrame:
             "entropy, nats": f"{np.mean(routing['entropy']):.3f}",
             "busiest expert, 1 is even": f"{routing['max_load']:.2f}",
             "experts that speak": f"{routing['coverage']:.1%}",
+            "KL from its own, nats": f"{routing.get('moved_by', 0.0):.3f}",
         }
         for name, routing in found.get("routings", {}).items()
     }

@@ -13,19 +13,20 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.config.run import Config
 from kdlib.data.batches import Batch, Prepared
 from kdlib.data.kinds import kinds_of
 from kdlib.data.text import units_of_tokens
-from kdlib.errors import ModelError
-from kdlib.losses.alignment import Alignment, spans_in
+from kdlib.losses.alignment import Alignment, SpanSignal, said_of, spans_in
+from kdlib.losses.chunked import Weighted, token_values
 from kdlib.losses.signals import kept, moved
+from kdlib.losses.terms import SoftTargets
 from kdlib.metrics.bootstrap import over
 from kdlib.metrics.loads import Counted, rounded, summary, told_apart
-from kdlib.models.loading import device_of, parameters
+from kdlib.models.loading import device_of
 from kdlib.models.teacher import LiveTeacher
 from kdlib.routing.experts import AllExperts, routers_of, watched
 from kdlib.routing.figures import FILE, FOLDER, ORIGINAL, save
@@ -58,7 +59,8 @@ def look(
 
     Returns:
         {"experts", "asked", "layers", "rows", "tokens", "units", "of"; "routings": {name: {"load": [L][E],
-        "entropy": [L], "coverage", "max_load"}}; "kinds": {"names", "how", "tokens", "load": [K][L][E],
+        "entropy": [L], "coverage", "max_load", "moved_by"}}; "kinds": {"names", "how", "tokens",
+        "load": [K][L][E],
         "layer", "intervals": [K][E], "apart": [{"kinds", "value", "low", "high", "chance", "by_layer"}]};
         "text": {"tokens", "kinds", "layer", "weights": {name: [T][E]}}}
     """
@@ -75,6 +77,11 @@ def look(
     for name, routed in asking.items():
         found[name] = counted(teacher, prepared, rows, units, kinds, len(names), routed)
         texts[name] = shares_in(teacher, prepared, rows.select([place]), routed)
+    few = rows.select(range(0, len(rows), -(-len(rows) // BATCH)))
+    moves = {
+        name: {} if routed is nullcontext else {"moved_by": moved_by(teacher, prepared, few, routed)}
+        for name, routed in asking.items()
+    }
     first = next(iter(found.values()))
     is_seen = first.tokens.sum(1) > 0
     by_kind = told_apart(first, names, resamples=resamples, seed=seed)
@@ -89,7 +96,7 @@ def look(
         "units": int(is_seen.sum()),
         "of": of,
         "interval": over(int(is_seen.sum()), of),
-        "routings": {name: summary(each) for name, each in found.items()},
+        "routings": {name: {**summary(each), **moves[name]} for name, each in found.items()},
         "kinds": by_kind | {"how": how} if by_kind else {},
         "text": {
             "tokens": [tokenizer.decode([token]) for token in rows[place]["input_ids"][shown]],
@@ -140,40 +147,21 @@ def asking_of(teacher: LiveTeacher, experts: Any, folder: Path) -> Asking:
     return {**own, "all experts" if experts == "all" else "drawn experts": routing.asked}
 
 
-def teacher_flops(teacher: nn.Module, experts: Any, student: nn.Module) -> float:
-    """Floating-point operations for each token that the student learns from, beside its own step.
-
-    Two for each weight that a token meets in a forward pass (Kaplan et al. 2020, which leaves out attention
-    over the tokens before), head included; as many again for a backward pass that only passes gradients on,
-    as experts and head are frozen.  `all`: every expert; `augment`: a pass for each draw, of as many experts
-    as the router asks by itself; `student_aware`: a pass to teach, and before it one forward and backward of
-    the teacher and one forward of the student, all experts asked.  A gate's own work is left out.
-    """
-    routers, whole = routers_of(teacher), _met(teacher)
-    if experts == "topk" or not routers:
-        idle = sum(_idle(teacher, name, int(each.top_k)) for name, each in routers.items())
-        return 2.0 * (whole - idle)
-    if experts == "all":
-        return 2.0 * whole
-    if "augment" in experts:
-        return experts["augment"] * teacher_flops(teacher, "topk", student)
-    return 3 * 2.0 * whole + 2.0 * _met(student)
-
-
-def _met(model: nn.Module) -> int:
-    """Weights that take part in a product: all but an embedding, which is looked up."""
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    is_tied = head is not None and head.weight is embedding
-    return parameters(model) - (0 if is_tied else embedding.numel())
-
-
-def _idle(model: nn.Module, router: str, asked: int) -> int:
-    """Weights of the experts beside a router that a token does not ask."""
-    count = int(model.get_submodule(router).num_experts)
-    if (held := getattr(model.get_submodule(router.rpartition(".")[0]), "experts", None)) is None:
-        found = f"found no experts beside its router {router}, so what they cost is not known"
-        raise ModelError(f"{type(model).__name__}: {found}")
-    return parameters(held) * (count - asked) // count
+@torch.no_grad()
+def moved_by(
+    teacher: LiveTeacher,
+    prepared: Prepared,
+    rows: Dataset,
+    routed: Callable[[Tensor], AbstractContextManager],
+) -> float:
+    """By how much who is asked moves what the teacher says: KL(as it was made ‖ so), nats per kept token."""
+    batch = moved(prepared.collate([*rows]), teacher.model.device)
+    tokens, (places, _) = kept(batch["labels"]), _places(teacher, batch)
+    own = teacher(batch, tokens)
+    with routed(places):
+        other = said_of(teacher(batch, tokens))
+    came = own.targets if isinstance(own, SpanSignal) else tokens.targets
+    return float(token_values(other, said_of(own), came, terms=[Weighted(SoftTargets())], chunk=128).mean())
 
 
 def facts_of(teacher: LiveTeacher | None) -> dict[str, dict[str, int]]:
