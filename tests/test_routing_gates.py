@@ -6,8 +6,10 @@ from functools import partial
 import pytest
 import torch
 from conftest import other_tokens
+from made_experts import KINDS as EXPERTS, folder_of_experts, model_with_experts
 from made_log import read_metrics
 from safetensors.torch import load_file
+from test_routing_experts import batch
 from test_training_spans import backwards, padded as padded_spans
 from tiny_training import pieces
 from transformers import TrainerCallback
@@ -19,8 +21,10 @@ from kdlib.diagnostics.model_checks import terms_are_of_a_size
 from kdlib.diagnostics.parity import parity
 from kdlib.errors import ConfigError, NonFiniteLoss
 from kdlib.losses.features import RouteAt, hidden_distance
+from kdlib.losses.signals import kept
 from kdlib.models import hooks as captures
 from kdlib.models.teacher import GATE
+from kdlib.routing.experts import routers_of
 from kdlib.routing.gates import Gate, gaps
 from kdlib.runs.files import StudentFolder
 from kdlib.training.plan import objective_of
@@ -428,3 +432,62 @@ def test_the_forecast_counts_the_gate(raw_config):
     buffers = 4 * sum(each.numel() for each in gate.buffers())
     assert part["student's parameters"] == size + buffers
     assert (part["gradients"], part["optimizer state"]) == (size, 2 * size)
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_an_expert_is_a_source_as_if_it_alone_had_spoken(kind):
+    """Of one expert asked alone by every token, with the weight of all: what the layer gives then."""
+    model, given = model_with_experts(kind), batch()
+    tokens, (*_, name) = kept(given["labels"]), routers_of(model)
+    experts = f"{name.rpartition('.')[0]}.experts"
+    with captures.captured_sources(model, [0, experts]) as states:
+        model(given["input_ids"], attention_mask=given["attention_mask"])
+    layer, *alone = states(tokens.select)
+    assert [each.shape for each in (layer, *alone)] == [(len(tokens.targets), 32)] * 5
+    *_, router = routers_of(model).values()
+    for number, expected in enumerate(alone):
+
+        def only(module, args, answer, number=number):
+            logits, weights, chosen = answer
+            return logits, weights.sum(-1, keepdim=True), torch.full_like(chosen[:, :1], number)
+
+        hook = router.register_forward_hook(only)
+        with captures.captured_layers(model, [1], hidden=True, attention=False) as captured:
+            model(given["input_ids"], attention_mask=given["attention_mask"])
+        hook.remove()
+        torch.testing.assert_close(tokens.select(captured.hidden[1]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_are_sources_of_a_training_and_a_dense_teacher_has_none(raw_config, teacher_folder, tmp_path):
+    features = {"layers": {"route": {"top_k": 3, "experts": True}}}
+    raw = {**raw_config, "loss": {"weights": {"ce": 0.2, "hidden": 0.5}, "features": features}}
+    raw["training"] = {**raw_config["training"], **SGD, "max_steps": 2}
+    dense = parse({**raw, "student": {"from": str(teacher_folder)}})
+    with pytest.raises(ConfigError, match="found true, but the teacher has none"):
+        train(dense, StudentFolder(tmp_path / "dense"), **pieces(dense))
+    config = parse(
+        {
+            **raw,
+            "teacher": {
+                "model": folder_of_experts(teacher_folder, tmp_path / "moe"),
+                "experts": {"augment": 2},
+            },
+            "student": {"from": str(teacher_folder)},
+        }
+    )
+    made = pieces(config)
+    train(config, StudentFolder(tmp_path / "run"), **made)
+    gate = getattr(made["student"], GATE)
+    assert gate.load.shape == (4, 2 + 4)
+    assert gate.load.sum(-1).tolist() == pytest.approx([1.0] * 4)
+    assert all(
+        line["train/hidden_loss"] > 0
+        for line in read_metrics(StudentFolder(tmp_path / "run"))
+        if "train/hidden_loss" in line
+    )
+    many = {"layers": {"route": {"top_k": 7, "experts": True}}}
+    config = parse({**config.as_dict(), "loss": {**raw["loss"], "features": many}})
+    with pytest.raises(ConfigError, match="there are 6 sources, its layers and experts"):
+        train(config, StudentFolder(tmp_path / "many"), **pieces(config))
+    with pytest.raises(ConfigError, match="asks them one by one"):
+        parse({**config.as_dict(), "training": {**raw["training"], "fsdp": "full_shard"}})

@@ -218,6 +218,7 @@ class RouteConfig(Section):
     noise: Annotated[Any, AfterValidator(_noise)] = 0.0  # standard deviation, on its logits
     student_layers: Annotated[Any, AfterValidator(layers_or("all", "last"))] = "all"
     sources: Annotated[Any, AfterValidator(layers_or("all"))] = "all"  # the teacher's layers
+    experts: bool = False  # each expert of its last layer that has some is a source too
 
 
 class Routed(Section):
@@ -226,9 +227,8 @@ class Routed(Section):
 
 def _layers(value: Any, handler: Any) -> Any:
     """A map of layers, or {route: …} in its place."""
-    if isinstance(value, Routed) or (isinstance(value, dict) and "route" in value):
-        return Routed.model_validate(value)
-    return map_of_layers(value)
+    is_routed = isinstance(value, Routed) or (isinstance(value, dict) and "route" in value)
+    return Routed.model_validate(value) if is_routed else map_of_layers(value)
 
 
 class FeatureConfig(Section):

@@ -194,6 +194,8 @@ def _of_shards(config: Any) -> Iterator[str]:
         yield f"diagnostics.grad_norms_every: {found}; set it to null"
     if fsdp and isinstance(teacher.experts, dict) and "student_aware" in teacher.experts:
         yield "teacher.experts: a student-aware router lies whole on each rank; leave training.fsdp out (DDP)"
+    if fsdp and (route := config.loss.features.route) and route.experts:
+        yield "loss.features.layers.route.experts: asks them one by one, and training.fsdp spreads them"
     if teacher.offload and not fsdp:
         yield "teacher.offload: goes with training.fsdp, which gathers it layer by layer; leave it out"
 

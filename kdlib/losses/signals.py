@@ -257,7 +257,9 @@ def mean_of(draws: Sequence["DenseSignal | LinearSignal"]) -> "Signal":
         [torch.stack(each).mean(0) for each in zip(*(getattr(one, name) for one in inside), strict=True)]
         for name in ("hidden", "attention")
     )
-    return MeanSignal(draws, replace(first, hidden=hidden, attention=maps, projected=hidden))
+    seen = [each.routed for each in inside if each.routed is not None]
+    routed = torch.stack(seen).mean(0) if seen else None
+    return MeanSignal(draws, replace(first, hidden=hidden, attention=maps, projected=hidden, routed=routed))
 
 
 Signal = DenseSignal | LinearSignal | MeanSignal

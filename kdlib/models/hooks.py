@@ -4,12 +4,13 @@ Hooks rather than `output_hidden_states`, so that they work through DDP, keep no
 in the dtype in which the model computed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -71,6 +72,49 @@ def captured_layers(
             f"{type(model).__name__} with {model.config._attn_implementation} attention shows no attention "
             f"maps in layers {silent}; leave the attention term out"
         )
+
+
+@contextmanager
+def captured_sources(
+    model: PreTrainedModel, sources: Sequence[int | str]
+) -> Iterator[Callable[[Callable[[Tensor], Tensor]], list[Tensor]]]:
+    """What a gate may choose among, of one forward pass made inside: given to whoever says which tokens.
+
+    Args:
+        sources: layers, by number; and modules of experts, by name: each expert is a source of its own, the
+            state after its layer had it alone spoken, with the weight that the token's experts had together.
+
+    Yields:
+        (select: [B, T, H] or [B·T, H] → [N, H]) → [N, H] of each source.
+    """
+    groups = [name for name in sources if isinstance(name, str)]
+    numbers = [number for number in sources if not isinstance(number, str)]
+    within = {name: int(name.removeprefix(f"{layers_name(model)}.").split(".")[0]) for name in groups}
+    heard: dict[str, tuple[tuple[Tensor, ...], Tensor]] = {}
+    with ExitStack() as hooks:
+        every = captured_layers(model, [*numbers, *within.values()], hidden=True, attention=False)
+        captured = hooks.enter_context(every)
+        for name in groups:
+            note = partial(lambda name, module, args, output: heard.update({name: (args, output)}), name)
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(note))
+
+        def states(select: Callable[[Tensor], Tensor]) -> list[Tensor]:
+            found = [select(captured.hidden[number]) for number in numbers]
+            for name in groups:
+                (read, _, weights), together = heard[name]
+                rest = select(captured.hidden[within[name]]) - select(together)
+                alone = _alone(model.get_submodule(name), select(read), select(weights))
+                found += [rest + each for each in alone]
+            return found
+
+        yield states
+
+
+def _alone(experts: nn.Module, states: Tensor, weights: Tensor) -> list[Tensor]:
+    """[N, H] of each expert, asked by every token with the weight that all that it asked had together."""
+    whole = weights.sum(-1, keepdim=True)
+    chosen = torch.zeros(len(states), 1, dtype=torch.long, device=states.device)
+    return [experts(states, chosen + number, whole) for number in range(int(experts.num_experts))]
 
 
 @contextmanager

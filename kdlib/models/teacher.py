@@ -26,7 +26,7 @@ from kdlib.losses.signals import (
     moved,
 )
 from kdlib.models.heads import head_form, head_inputs, rounding, whole
-from kdlib.models.hooks import Captured, attend_eagerly, captured_layers
+from kdlib.models.hooks import Captured, attend_eagerly, captured_layers, captured_sources
 from kdlib.tokens.vocabulary import Vocabularies
 
 LET_GO = (
@@ -63,7 +63,7 @@ class Inside:
     attention: bool = False
     projections: nn.ModuleList | None = None  # the student's, to the teacher's size
     router: bool = False  # the auxiliary loss of its router
-    routed: Sequence[int] = ()  # layers that a gate looks at
+    routed: Sequence[int | str] = ()  # what a gate looks at: layers, and experts
     gate: Any = None  # the student's
 
     @property
@@ -115,13 +115,13 @@ def signal_of(
     inputs = {name: batch[reads + name] for name in ("input_ids", "attention_mask")}
     inputs |= {"output_router_logits": True} if inside.router else {}
     looked_at = captured_layers(unwrapped, inside.layers, hidden=inside.hidden, attention=inside.attention)
-    routed = inside.routed and captured_layers(unwrapped, inside.routed, hidden=True, attention=False)
+    routed = captured_sources(unwrapped, inside.routed) if inside.routed else nullcontext()
     # with a form the model's own head is left out: our signal applies it, chunk by chunk
     read_by_head = nullcontext([]) if form is None else head_inputs(unwrapped)
-    with read_by_head as states, looked_at as captured, routed or nullcontext() as between:
+    with read_by_head as states, looked_at as captured, routed as between:
         output = model(**inputs, use_cache=False)
     router = _router_loss(unwrapped, output) if inside.router else None
-    seen = [kept.select(between.hidden[n]) for n in inside.routed] if between else []
+    seen = between(kept.select) if between else []
     features = _features(captured, kept, inside, router, seen) if inside.is_looked_at else None
     if form is None:
         return DenseSignal(kept.select(output.logits)[:, :vocabulary], features)

@@ -6,7 +6,7 @@ chooses among all of them (the *sources*), token by token, from the student's st
 Axes: N kept tokens, M student's layers, S sources, H hidden of the teacher, k sources that a token is given.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from kdlib.losses.features import LayerPairs, RouteAt, feature_terms, layer_pair
 from kdlib.losses.objective import Objective
 from kdlib.losses.signals import wide, widest
 from kdlib.models.teacher import GATE, PROJECTIONS
+from kdlib.routing.experts import routers_of
 from kdlib.schedulers import sampled
 
 
@@ -81,15 +82,23 @@ class Gate(nn.Module):
     load: Tensor  # [M, S] the share of each source in what was chosen, in the step before
     usual: Tensor  # [M, S] its mean gap
 
-    def __init__(self, layers: Sequence[int], sources: Sequence[int], student_size: int, size: int) -> None:
+    def __init__(
+        self,
+        layers: Sequence[int],
+        sources: Sequence[int | str],
+        student_size: int,
+        size: int,
+        count: int | None = None,
+    ) -> None:
         """
         Args:
-            layers, sources: the student's and the teacher's, counted from 0.
+            layers, sources: the student's and the teacher's, counted from 0; or a module of experts, by name.
             student_size, size: of the student's and the teacher's hidden states.
+            count: S, where each expert is a source.
         """
         super().__init__()
         self.layers, self.sources = tuple(layers), tuple(sources)
-        shape = len(self.layers), len(self.sources)
+        shape = len(self.layers), count or len(self.sources)
         self.projections = projections([(n, n) for n in self.layers], student_size, size)
         self.weight = nn.Parameter(torch.zeros(*shape, size))
         self.bias = nn.Parameter(torch.zeros(shape))
@@ -175,7 +184,7 @@ def compared_layers(
     torch.manual_seed(config.seed)
     with student.device:
         if features.route and every.needs_gate:
-            made[GATE] = gate_of(features.route, ours, theirs)
+            made[GATE] = gate_of(features.route, ours, theirs, routers_of(teacher))
         if every.needs_projection:
             made[PROJECTIONS] = projections(pairs, ours.hidden_size, theirs.hidden_size)
     for name, module in made.items():
@@ -184,20 +193,34 @@ def compared_layers(
     return pairs
 
 
-def gate_of(route: RouteConfig, student: Any, teacher: Any) -> Gate:
+def gate_of(
+    route: RouteConfig, student: Any, teacher: Any, routers: Mapping[str, nn.Module] | None = None
+) -> Gate:
     """The gate that a config asks for, for models of these text configs.
 
+    Args:
+        routers: the teacher's; experts of the last one's layer may be sources.
+
     Raises:
-        ConfigError: there are no such layers, or fewer sources than a token is to be given.
+        ConfigError: there are no such layers or no experts, or fewer sources than a token is to be given.
     """
     layers = _layers(route.student_layers, student.num_hidden_layers, "student")
-    sources = _layers(route.sources, teacher.num_hidden_layers, "teacher")
-    if (most := round(max(sampled(route.top_k)))) > len(sources):
+    sources: list[int | str] = [*_layers(route.sources, teacher.num_hidden_layers, "teacher")]
+    count = len(sources)
+    if route.experts and not routers:
+        found = "found true, but the teacher has none; leave it out, or name one that has"
+        raise ConfigError(f"loss.features.layers.route.experts: {found}")
+    if route.experts:
+        name, router = [*routers.items()][-1]
+        sources.append(f"{name.rpartition('.')[0]}.experts")
+        count += int(router.num_experts)
+    if (most := round(max(sampled(route.top_k)))) > count:
+        what = "its layers and experts" if route.experts else "the teacher's layers"
         raise ConfigError(
-            f"loss.features.layers.route.top_k: found {most}, but there are {len(sources)} sources, "
-            "the teacher's layers; lower it, or give more sources"
+            f"loss.features.layers.route.top_k: found {most}, but there are {count} sources, {what}; lower "
+            "it, or give more sources"
         )
-    return Gate(layers, sources, student.hidden_size, teacher.hidden_size)
+    return Gate(layers, sources, student.hidden_size, teacher.hidden_size, count)
 
 
 def _layers(asked: Any, count: int, who: str) -> list[int]:
