@@ -303,7 +303,8 @@ def test_outside_its_phase_nothing_is_routed_and_no_layer_looked_into(raw_config
         asked.append((tuple(numbers), hidden))
         return captured_layers(model, numbers, hidden=hidden, attention=attention)
 
-    monkeypatch.setattr("kdlib.models.teacher.captured_layers", watched)
+    for place in ("teacher", "hooks"):
+        monkeypatch.setattr(f"kdlib.models.{place}.captured_layers", watched)
     phases = [{"until": 0.5, "weights": {"hidden": 0}}, {"until": 1.0, "weights": {"hidden": 0.5}}]
     settings = raw(raw_config, weights={"kd": 1.0}, loss={"curriculum": phases}, eval_on_start=False)
     run, lines, _ = trained(settings, tmp_path / "a")
