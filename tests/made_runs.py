@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import nbformat
+
 from kdlib.config.run import parse
 from kdlib.runs import folder as runs, log as metrics
-from kdlib.runs.folder import Run
+from kdlib.runs.folder import Run, project_root
 
 EVIL = (
     '<script>window.hit = 1</script><img src=x onerror="window.hit = 2">]]></style></title></textarea><svg '
@@ -23,6 +25,18 @@ RAW = {
     "precision": "float32",
     "training": {"max_steps": 6, "learning_rate": 1e-3, "eval_strategy": "steps", "use_cpu": True},
 }
+
+
+def run_cells(name: str, run: Run) -> dict[str, Any]:
+    """Run a notebook's cells one after another, as by hand; gives what they leave."""
+    cells = nbformat.read(project_root() / "notebooks" / f"{name}.ipynb", as_version=4).cells
+    parameters, *others = [cell.source for cell in cells if cell.cell_type == "code"]
+    names: dict[str, Any] = {}
+    exec(parameters, names)
+    names["run"] = str(run.path)
+    for cell in others:
+        exec(cell, names)
+    return names
 
 
 def interval(value: float) -> dict[str, float]:

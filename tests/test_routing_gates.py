@@ -10,7 +10,8 @@ from made_experts import KINDS as EXPERTS, folder_of_experts, model_with_experts
 from made_log import read_metrics
 from safetensors.torch import load_file
 from test_routing_experts import batch
-from test_training_spans import backwards, padded as padded_spans
+from test_training_features import SGD
+from test_training_spans import backwards, padded
 from tiny_training import pieces
 from transformers import TrainerCallback
 
@@ -30,17 +31,6 @@ from kdlib.runs.files import StudentFolder
 from kdlib.training.plan import objective_of
 from kdlib.training.run import train
 
-SGD = {
-    "optim": "sgd",
-    "learning_rate": 0.05,
-    "lr_scheduler_type": "constant",
-    "max_grad_norm": 0.0,
-    "max_steps": 4,
-    "eval_strategy": "no",
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "per_device_train_batch_size": 8,
-}
 WEIGHTS = {"ce": 0.2, "hidden": 0.5, "route_balance": 0.1, "route_entropy": 0.05}
 ROUTE = {"top_k": {"linear": [1, 3]}, "temperature": {"linear": [0.5, 0.2]}}
 TERMS = ("ce", "hidden", "route_balance", "route_entropy")
@@ -206,17 +196,6 @@ def trained(settings, folder, *, collated=None, **options):
 
 def series(lines, name: str) -> list[float]:
     return [line[f"train/{name}"] for line in lines if f"train/{name}" in line]
-
-
-def padded(collate, rows):
-    """A batch with more padding; without spans, as of one tokenizer, too."""
-    if "teacher_input_ids" in rows[0]:
-        return padded_spans(collate, rows)
-    fill = {"labels": -100}
-    return {
-        name: torch.nn.functional.pad(values, (0, 9), value=fill.get(name, 0))
-        for name, values in collate(rows).items()
-    }
 
 
 VARIANTS = {

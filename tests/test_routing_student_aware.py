@@ -9,8 +9,8 @@ from made_experts import folder_of_experts, model_with_experts
 from safetensors.torch import load_file
 from test_routing_experts import batch
 from test_training_resume import At, Killed, dies, same
-from test_training_spans import SGD
-from tiny_training import pieces
+from test_training_spans import SGD, padded
+from tiny_training import pieces, trainer_of
 
 from kdlib.config.run import parse
 from kdlib.errors import ConfigError, RunError
@@ -21,9 +21,7 @@ from kdlib.routing.experts import routers_of
 from kdlib.routing.student_aware import FILE, StudentAware, trained_router
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.log import training_table
-from kdlib.training.plan import objective_of, training_arguments
 from kdlib.training.run import train
-from kdlib.training.trainer import DistillationTrainer
 
 SETTINGS = {"learning_rate": 0.01, "balance": 0.0, "anchor": 0.0}
 
@@ -143,37 +141,17 @@ def raw(raw_config, teacher_folder, tmp_path):
     }
 
 
-def padded(collate, rows, more: int = 9):
-    fill = {"labels": -100}
-    return {
-        name: torch.nn.functional.pad(values, (0, more), value=fill.get(name, 0))
-        for name, values in collate(rows).items()
-    }
-
-
 def trained(raw, folder, *, collated=None, dense=False, **training) -> tuple[torch.Tensor, torch.Tensor]:
     """The change that three steps make to the student, and to the teacher's router, in float64."""
     size = {"per_device_train_batch_size": 8, **training}
     config = parse({**raw, "training": {**raw["training"], **SGD, **size}})
     parts = pieces(config)
-    student, teacher, prepared = parts["student"], parts["teacher"], parts["prepared"]
+    student, teacher = parts["student"], parts["teacher"]
     teacher.model.set_experts_implementation("eager")  # grouped products take no float64
-    student, teacher.model = student.double(), teacher.model.double()
+    for model in (student, teacher.model):
+        model.double()
     before = torch.nn.utils.parameters_to_vector(student.parameters()).detach().clone()
-    run = DistillationTrainer(
-        model=student,
-        args=training_arguments(config, folder / "checkpoints"),
-        train_dataset=prepared.train,
-        tokenizer=parts["tokenizer"],
-        data_collator=partial(collated, prepared.collate) if collated else prepared.collate,
-        objective=objective_of(config),
-        teacher=teacher,
-        vocabulary=prepared.vocabulary,
-        workspace=Workspace(7),
-        folder=StudentFolder(folder),
-        dense=dense,
-    )
-    run.train()
+    trainer_of(config, folder, parts, collated=collated, dense=dense).train()
     own = teacher.routing._own()
     router = [(weight - own[name]).flatten() for name, weight in teacher.routing.weights.items()]
     return torch.nn.utils.parameters_to_vector(student.parameters()).detach() - before, torch.cat(router)

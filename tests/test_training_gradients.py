@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import tiny_model
+from test_training_features import SGD as OF_FEATURES
 from tiny_training import pieces
 
 from kdlib.config.run import parse
@@ -16,17 +17,7 @@ from kdlib.schedulers import constant
 from kdlib.training.gradients import gradient_figures, shares, term_gradients
 from kdlib.training.run import train
 
-SGD = {
-    "optim": "sgd",
-    "learning_rate": 0.05,
-    "lr_scheduler_type": "constant",
-    "max_grad_norm": 0.0,
-    "max_steps": 4,
-    "eval_strategy": "no",
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "per_device_train_batch_size": 4,
-}
+SGD = {**OF_FEATURES, "per_device_train_batch_size": 4}
 
 
 def test_each_terms_gradient_is_that_of_plain_autograd():

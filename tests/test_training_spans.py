@@ -1,12 +1,11 @@
 """The step's invariants with a teacher that has its own tokenizer, with SGD, for every term over spans."""
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 from conftest import other_tokens, tiny_experiment
-from tiny_training import pieces
+from tiny_training import pieces, trainer_of
 
 from kdlib.config.run import parse
 from kdlib.errors import ModelError
@@ -15,9 +14,8 @@ from kdlib.losses.signals import LinearSignal
 from kdlib.models.student import check_pair, tokenizer_of
 from kdlib.routing.gates import compared_layers
 from kdlib.runs.files import StudentFolder
-from kdlib.training.plan import objective_of, training_arguments
+from kdlib.training.plan import objective_of
 from kdlib.training.run import train
-from kdlib.training.trainer import DistillationTrainer
 
 TERMS = ("span_kl", "projected_kl", "alm", "uld", "hidden", "relational", "contrastive")
 SGD = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
@@ -34,7 +32,7 @@ def raw(teacher_folder, tmp_path):
 
 
 def padded(collate, rows, more: int = 9):
-    """A batch with so much more padding on both sides."""
+    """A batch with so much more padding, on both sides where there are two."""
     batch = collate(rows)
     fill = {"labels": -100}
     wide = {
@@ -42,6 +40,8 @@ def padded(collate, rows, more: int = 9):
         for name, values in batch.items()
         if name not in ("spans", "kept")
     }
+    if "spans" not in batch:
+        return wide
     spans = dict(batch["spans"])
     for name in ("starts", "teacher_starts"):
         spans[name] = spans[name] + more * spans["rows"]
@@ -59,24 +59,10 @@ def trained(raw, folder, term: str, *, collated=None, dense=False, chunk=7, **tr
     loss = {"weights": {term: 0.7, "ce": 0.3}, "temperature": 2.0}
     config = parse({**raw, "loss": loss, "training": {**raw["training"], **SGD, **size}})
     parts = pieces(config, dtype=torch.float64)
-    student, teacher, prepared = parts["student"], parts["teacher"], parts["prepared"]
-    objective = objective_of(config)
-    pairs = compared_layers(config, student, teacher.model, objective)
+    student, teacher = parts["student"], parts["teacher"]
+    pairs = compared_layers(config, student, teacher.model, objective_of(config))
     before = torch.nn.utils.parameters_to_vector(student.parameters()).detach().clone()
-    run = DistillationTrainer(
-        model=student,
-        args=training_arguments(config, folder / "checkpoints"),
-        train_dataset=prepared.train,
-        tokenizer=parts["tokenizer"],
-        data_collator=partial(collated, prepared.collate) if collated else prepared.collate,
-        objective=objective,
-        teacher=teacher,
-        vocabulary=prepared.vocabulary,
-        layer_pairs=pairs,
-        workspace=Workspace(chunk),
-        folder=StudentFolder(folder),
-        dense=dense,
-    )
+    run = trainer_of(config, folder, parts, layer_pairs=pairs, collated=collated, dense=dense, chunk=chunk)
     run.train()
     return torch.nn.utils.parameters_to_vector(student.parameters()).detach() - before, run.state.log_history[
         0

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import nbformat
 import pytest
+from made_runs import run_cells
 from test_routing_use import moe
 from transformers import AutoTokenizer
 
@@ -33,25 +34,13 @@ def run(raw_config, teacher, teacher_folder, tmp_path) -> Run:
     return runs.create(tmp_path / "runs", "first", parse(raw_config))
 
 
-def opened(run: Run) -> list[dict]:
-    """What the cells of 04_student_aware leave, run one after another as by hand."""
-    cells = nbformat.read(project_root() / "notebooks" / "04_student_aware.ipynb", as_version=4).cells
-    parameters, *others = [cell.source for cell in cells if cell.cell_type == "code"]
-    names: dict = {}
-    exec(parameters, names)
-    names["run"] = str(run.path)
-    for cell in others:
-        exec(cell, names)
-    return names
-
-
 def test_a_run_with_experts_shows_who_spoke_in_its_notebook_and_its_report(run, tmp_path):
     bench = session.Workbench(run)
     bench.setup()
     assert run.manifest["experts"] == {"layers": 2, "each": 4, "asked": 2}
     bench.train()
     bench.compare()
-    found = opened(run)["found"]
+    found = run_cells(runner.EXPERTS, run)["found"]
     assert found == runs.read_json(run.path / "experts.json")
     assert found["tokens"] == run.comparison["tokens"]  # all of these few rows
     assert {path.name for path in (run.path / "experts").iterdir()} >= {
@@ -70,7 +59,7 @@ def test_a_dense_teacher_is_told_from_it_and_nothing_stops(raw_config, tmp_path,
     dense = runs.create(tmp_path / "runs", "dense", parse(raw_config))
     session.Workbench(dense).setup()
     assert "experts" not in dense.manifest
-    assert opened(dense)["figures"] == {}
+    assert run_cells(runner.EXPERTS, dense)["figures"] == {}
     assert "has no experts: a dense model asks all of itself" in capsys.readouterr().out
     assert 'id="experts"' not in reports.render(dense, tmp_path / "reports").read_text()
     alone = {**raw_config, "teacher": None, "loss": {"weights": {"ce": 1.0}}, "baseline": None}

@@ -1,12 +1,11 @@
 """The cells of 02_train and 03_compare on runs that measure little, and the report of each."""
 
-import nbformat
 import pytest
+from made_runs import run_cells
 
 from kdlib.config.run import parse
 from kdlib.reports import run as reports
 from kdlib.runs import folder as runs
-from kdlib.runs.folder import project_root
 from kdlib.workbench import session
 
 ONCE = {"eval_strategy": "steps", "eval_steps": 2}
@@ -23,13 +22,7 @@ def test_a_run_that_measures_little_and_continues_no_text_goes_through_all_cells
     run = runs.create(tmp_path / "runs", "run", parse(raw_config))
     session.Workbench(run).setup()
     for name in ("02_train", "03_compare"):
-        cells = nbformat.read(project_root() / "notebooks" / f"{name}.ipynb", as_version=4).cells
-        parameters, *others = [cell.source for cell in cells if cell.cell_type == "code"]
-        names: dict = {}
-        exec(parameters, names)
-        names["run"] = str(run.path)
-        for cell in others:
-            exec(cell, names)
+        run_cells(name, run)
     assert run.status["state"] == "done"
     assert run.comparison["prompts"] == []
     assert "cannot be read whole" not in reports.render(run, tmp_path / "reports").read_text()

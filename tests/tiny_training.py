@@ -4,16 +4,20 @@ python tiny_training.py FOLDER CONFIG   (CONFIG: a run's YAML)
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 from made_log import read_metrics
 
 from kdlib.config import run as config
+from kdlib.losses.buffers import Workspace
 from kdlib.models.student import tokenizer_of
 from kdlib.runs.files import StudentFolder
 from kdlib.tasks import base as tasks
 from kdlib.training import run as training
+from kdlib.training.plan import objective_of, training_arguments
+from kdlib.training.trainer import DistillationTrainer
 
 
 def pieces(settings, *, dtype=torch.float32, layers=(0, 3)):
@@ -28,6 +32,27 @@ def pieces(settings, *, dtype=torch.float32, layers=(0, 3)):
         "tokenizer": tokenizer,
         "prepared": prepared,
     }
+
+
+def trainer_of(
+    settings, folder: Path, made, *, layer_pairs=(), collated=None, dense=False, chunk=7
+) -> DistillationTrainer:
+    """The trainer of `pieces`, without what a whole training does around it."""
+    prepared = made["prepared"]
+    return DistillationTrainer(
+        model=made["student"],
+        args=training_arguments(settings, folder / "checkpoints"),
+        train_dataset=prepared.train,
+        tokenizer=made["tokenizer"],
+        data_collator=partial(collated, prepared.collate) if collated else prepared.collate,
+        objective=objective_of(settings),
+        teacher=made["teacher"],
+        vocabulary=prepared.vocabulary,
+        layer_pairs=layer_pairs,
+        workspace=Workspace(chunk),
+        folder=StudentFolder(folder),
+        dense=dense,
+    )
 
 
 def train_file(folder: Path, file: Path) -> None:

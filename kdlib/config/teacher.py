@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, SerializerFunctionWrapHandler, model_serializer
 
-from kdlib.config.sections import Section, number, whole
+from kdlib.config.sections import Section, number, refuse, whole
 from kdlib.errors import nearest
 
 AWARE = {"learning_rate": 1e-3, "balance": 0.01, "anchor": 0.1}
@@ -33,13 +33,11 @@ def _aware(given: Mapping[Any, Any]) -> dict[str, float]:
     for key, found in given.items():
         worth = None if isinstance(found, bool) else number(found)
         if key not in AWARE:
-            faults.append(
-                f"student_aware has no {key!r}{nearest(str(key), AWARE)}; it has {', '.join(AWARE)}"
-            )
+            hint = nearest(str(key), AWARE)
+            faults.append(f"student_aware has no {key!r}{hint}; it has {', '.join(AWARE)}")
         elif not isinstance(worth, int | float) or not 0 <= worth < float("inf"):
             faults.append(f"student_aware.{key}: found {found!r}; it is a number of 0 or more")
-    if faults:
-        raise ValueError("\n".join(faults))
+    refuse(faults)
     return {key: float(number(given.get(key, usual))) for key, usual in AWARE.items()}
 
 

@@ -78,8 +78,10 @@ def named(config: Config) -> str:
     experts, features = config.teacher.experts, _features(config)
     if isinstance(experts, Mapping):
         ((name, given),) = experts.items()
-        said = ", ".join(f"{what.replace('_', ' ')} {worth:g}" for what, worth in _aware(name, given).items())
-        asks = f"student-aware router (SAR): {said}" if said else f"{given} draws of k (KA)"
+        asks = f"{given} draws of k (KA)"
+        if name == "student_aware":
+            said = ", ".join(f"{what.replace('_', ' ')} {worth:g}" for what, worth in given.items())
+            asks = f"student-aware router (SAR): {said}"
     else:
         asks = PLAIN if experts == "topk" else "all experts"
     return f"{asks}; {features}" if features else asks
@@ -251,16 +253,9 @@ def _common(config: Config) -> dict[str, Any]:
         plain.pop(name, None)
     plain["loss"].pop("features", None)
     weights = plain["loss"].get("weights") or {}
-    plain["loss"]["weights"] = {name: spec for name, spec in weights.items() if not _is_of_features(name)}
+    inside = (*FEATURE_TERMS, *ROUTE_WEIGHTS)
+    plain["loss"]["weights"] = {name: spec for name, spec in weights.items() if name not in inside}
     return plain
-
-
-def _aware(name: str, given: Any) -> Mapping[str, float]:
-    return given if name == "student_aware" else {}
-
-
-def _is_of_features(term: str) -> bool:
-    return term in FEATURE_TERMS or term in ROUTE_WEIGHTS
 
 
 def _features(config: Config) -> str:

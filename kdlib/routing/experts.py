@@ -105,12 +105,12 @@ class Use:
             return {}
         device = next(iter(self.loads.values())).device
         totals = over_ranks(torch.tensor([float(self.entropies), float(self.answers)], device=device))
-        loads = [over_ranks(load) for load in self.loads.values()]
-        busiest = [float(load.max() / load.sum().clamp(min=1) * len(load)) for load in loads]
+        loads = over_ranks(torch.stack([*self.loads.values()]))  # [routers, E]
+        busiest = loads.amax(-1) / loads.sum(-1).clamp(min=1) * loads.shape[-1]
         return {
             "expert_entropy": float(totals[0] / totals[1].clamp(min=1)),
-            "expert_max_load": sum(busiest) / len(busiest),
-            "expert_coverage": float((torch.cat(loads) > 0).float().mean()),
+            "expert_max_load": float(busiest.mean()),
+            "expert_coverage": float((loads > 0).float().mean()),
         }
 
 

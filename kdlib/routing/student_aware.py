@@ -132,10 +132,10 @@ class StudentAware(AllExperts):
     def figures(self, over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """And `router_drift`: how far the router has moved, by its own length, mean over routers."""
         moved = [
-            float((weight - own).norm() / own.float().norm().clamp(min=1e-12))
+            (weight - own).norm() / own.float().norm().clamp(min=1e-12)
             for weight, own in zip(self.weights.values(), self._own().values(), strict=True)
         ]
-        return {**super().figures(over_ranks), "router_drift": sum(moved) / len(moved)}
+        return {**super().figures(over_ranks), "router_drift": float(torch.stack(moved).mean())}
 
     def save(self, folder: Path, *, whole: bool = True) -> None:
         """Write router.safetensors, by the names of the teacher's weights; `whole`: to go on from."""

@@ -35,7 +35,7 @@ def own_config(config: Config) -> Config:
     return parse(
         {
             **{name: plain[name] for name in ("task", "device", "precision", "trackers")},
-            "teacher": {**plain["teacher"], "experts": "topk"},  # as it is asked when it teaches
+            "teacher": {**plain["teacher"], "experts": "topk"},  # how they are asked later changes no stage
             **plain["teacher_stage"],
             "student": {"from": config.teacher.model},
             "data": {**plain["data"], "split_seed": seed},  # teacher and students are kept from the same rows
