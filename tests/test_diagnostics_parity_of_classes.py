@@ -93,9 +93,11 @@ def mean_of_means(monkeypatch):
 def classes_by_position(monkeypatch):
     """A teacher whose outputs stay in the order of its own."""
     right = LiveTeacher.__call__
-    monkeypatch.setattr(
-        LiveTeacher, "__call__", lambda self, *given: DenseSignal(right(self, *given).values.roll(1, 1))
-    )
+
+    def wrong(self, *given, **asked):
+        return DenseSignal(right(self, *given, **asked).values.roll(1, 1))
+
+    monkeypatch.setattr(LiveTeacher, "__call__", wrong)
 
 
 PLANTED = [(mean_of_means, [ACCUMULATION]), (classes_by_position, [TEACHER])]
