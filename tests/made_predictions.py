@@ -10,11 +10,11 @@ from datasets import Dataset
 from kdlib.config.run import parse
 from kdlib.data.batches import Prepared, collate
 from kdlib.evaluation import predictions as evaluation
-from kdlib.models.depth import shallower
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots.softening import (
     Predictions,
 )
+from kdlib.students.depth import shallower
 from kdlib.tasks.language_modeling import LanguageModeling
 
 EVIL = [

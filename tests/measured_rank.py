@@ -12,8 +12,8 @@ import torch.distributed as dist
 from tiny_training import pieces
 
 from kdlib.config import run as config
-from kdlib.models.depth import even_layers
 from kdlib.runs.files import StudentFolder
+from kdlib.students.depth import even_layers
 from kdlib.training import run as training
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from kdlib.data.classification import split_texts
 from kdlib.data.labelled_rows import counts
 from kdlib.data.sources import SECTIONS, SHORTEST, python_docs, python_texts, read_splits, stdlib_sections
 from kdlib.data.text import units_of_tokens
-from kdlib.models.student import tokenizer_of
+from kdlib.students.student import tokenizer_of
 from kdlib.tasks.base import prepare
 
 KINDS = ("prose", "code")

@@ -11,9 +11,9 @@ from kdlib.config import run as configs
 from kdlib.diagnostics.memory import Breakdown, at_layers, forecast
 from kdlib.errors import ModelError
 from kdlib.losses.buffers import FakeWorkspace
-from kdlib.models.depth import shallower
 from kdlib.models.loading import load_model, parameters
-from kdlib.models.student import outline
+from kdlib.students.depth import shallower
+from kdlib.students.student import outline
 from kdlib.tasks.base import task_of
 from kdlib.tokens.vocabulary import trained_tokenizer
 from kdlib.training.plan import training_arguments

@@ -13,8 +13,8 @@ from kdlib.config.run import parse
 from kdlib.config.sections import EarlyStopping
 from kdlib.errors import ModelError
 from kdlib.evaluation import compare
-from kdlib.models.student import tokenizer_of
 from kdlib.runs import folder as runs
+from kdlib.students.student import tokenizer_of
 from kdlib.tasks import base as tasks
 from kdlib.tasks.classification import ClassComparison
 

@@ -16,7 +16,7 @@ LAYERS = [  # from the ground up; benchmarks stand on top, and nothing imports t
     {"config", "hardware", "tokens"},
     {"losses", "runs", "prompts", "code"},
     {"data", "models", "plots", "filters"},
-    {"routing"},
+    {"routing", "students"},
     {"tasks", "training", "reports", "generation"},
     {"evaluation", "diagnostics", "sweeps"},
     {"workbench"},

@@ -15,8 +15,8 @@ from kdlib.models import loading
 from kdlib.models.classifier import load_classifier
 from kdlib.models.heads import head_form
 from kdlib.models.loading import load_config, load_model, load_tokenizer
-from kdlib.models.student import outline
 from kdlib.models.teacher import LiveTeacher
+from kdlib.students.student import outline
 from kdlib.tasks.base import task_of
 
 

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
 
 from kdlib.config.run import parse
 from kdlib.errors import RunError
-from kdlib.models.depth import shallower
 from kdlib.models.loading import load_model, load_tokenizer
 from kdlib.models.saved import settle_generation, special_tokens
 from kdlib.runs.files import StudentFolder
+from kdlib.students.depth import shallower
 from kdlib.training.run import train
 from kdlib.training.trainer import DistillationTrainer
 

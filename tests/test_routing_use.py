@@ -18,13 +18,13 @@ from kdlib.errors import RunError
 from kdlib.evaluation.ablation import reason, teacher_flops
 from kdlib.losses.signals import kept
 from kdlib.metrics.loads import Counted, told_apart
-from kdlib.models.student import tokenizer_of
 from kdlib.models.teacher import LiveTeacher
 from kdlib.routing import use
 from kdlib.routing.experts import AllExperts, routers_of
 from kdlib.routing.figures import expert_figures, save
 from kdlib.routing.student_aware import StudentAware
 from kdlib.routing.tables import expert_tables, routing_table
+from kdlib.students.student import tokenizer_of
 from kdlib.tasks import base as tasks
 
 KINDS_OF_TEXT = ["student", "teacher"]  # tokens of the tiny tokenizer

@@ -23,9 +23,9 @@ from kdlib.metrics.bootstrap import Bootstrap, over
 from kdlib.metrics.names import MEASURES, Measure
 from kdlib.metrics.paired import differences, intervals
 from kdlib.models.classifier import load_classifier
-from kdlib.models.student import tokenizer_of
 from kdlib.plots.comparison import comparison_bars, comparison_message, quality_table
 from kdlib.runs import folder as runs
+from kdlib.students.student import tokenizer_of
 from kdlib.tasks.base import (
     TASKS,
     Comparison,

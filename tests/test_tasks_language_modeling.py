@@ -14,10 +14,10 @@ from kdlib.config.run import parse
 from kdlib.data.batches import Prepared, collate
 from kdlib.data.text import bytes_of_tokens
 from kdlib.evaluation.compare import Candidate, measured
-from kdlib.models.depth import shallower
 from kdlib.models.loading import load_model
-from kdlib.models.student import tokenizer_of
 from kdlib.reports.run import render_comparison
+from kdlib.students.depth import shallower
+from kdlib.students.student import tokenizer_of
 from kdlib.tasks.base import asked, prepare, spread, task_of
 from kdlib.tasks.token_comparison import COLUMNS, TokenComparison, continuations
 

@@ -23,10 +23,10 @@ from kdlib.errors import NonFiniteLoss, RunError
 from kdlib.losses import objective
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.chunked import Weighted
-from kdlib.models.depth import shallower
 from kdlib.models.loading import load_model, load_tokenizer
 from kdlib.models.teacher import LiveTeacher
 from kdlib.runs.files import StudentFolder
+from kdlib.students.depth import shallower
 from kdlib.training.nan_report import put_aside, report_of
 from kdlib.training.nan_search import Origin
 from kdlib.training.plan import objective_of, training_arguments

@@ -11,9 +11,9 @@ from kdlib.config.run import parse
 from kdlib.errors import ModelError
 from kdlib.losses.buffers import Workspace
 from kdlib.losses.signals import LinearSignal
-from kdlib.models.student import check_pair, tokenizer_of
 from kdlib.routing.gates import compared_layers
 from kdlib.runs.files import StudentFolder
+from kdlib.students.student import check_pair, tokenizer_of
 from kdlib.training.plan import objective_of
 from kdlib.training.run import train
 

@@ -6,8 +6,8 @@ from made_classifiers import classification, classifier, source
 from kdlib.config import run as configs
 from kdlib.diagnostics.forecast import GIB
 from kdlib.diagnostics.memory import forecast
-from kdlib.models.student import tokenizer_of
 from kdlib.runs.folder import project_root
+from kdlib.students.student import tokenizer_of
 from kdlib.tasks import base as tasks
 from kdlib.workbench.measurement import filled, measured, measured_here, measured_peak
 

@@ -12,8 +12,8 @@ from made_log import read_metrics
 
 from kdlib.config import run as config
 from kdlib.losses.buffers import Workspace
-from kdlib.models.student import tokenizer_of
 from kdlib.runs.files import StudentFolder
+from kdlib.students.student import tokenizer_of
 from kdlib.tasks import base as tasks
 from kdlib.training import run as training
 from kdlib.training.plan import objective_of, training_arguments

@@ -32,12 +32,12 @@ from kdlib.benchmarks.settings import StepsConfig
 from kdlib.config.run import parse
 from kdlib.data.batches import collate
 from kdlib.losses.buffers import Workspace
-from kdlib.models.depth import even_layers, shallower
 from kdlib.models.loading import load_model, load_tokenizer
 from kdlib.models.teacher import LiveTeacher
 from kdlib.routing.gates import compared_layers
 from kdlib.runs.child_processes import in_fresh_process
 from kdlib.runs.files import StudentFolder
+from kdlib.students.depth import even_layers, shallower
 from kdlib.training.plan import objective_of
 from kdlib.training.trainer import DistillationTrainer
 

@@ -30,10 +30,10 @@ from kdlib.losses.objective import EVAL_TERMS, Objective, ObjectiveAt, row_sums
 from kdlib.losses.signals import Kept, Signal, kept, moved
 from kdlib.models.heads import head_form
 from kdlib.models.loading import device_of, load_config, parameters, ranks_of
-from kdlib.models.student import outline, own_config, own_tokenizer, tokenizer_of
 from kdlib.models.teacher import LiveTeacher, insides, signal_of
 from kdlib.routing.gates import compared_layers
 from kdlib.schedulers import Schedule, Spec, from_spec, sampled
+from kdlib.students.student import outline, own_config, own_tokenizer, tokenizer_of
 from kdlib.tasks import base as tasks
 from kdlib.training.plan import Extent, extent, objective_of, training_arguments
 

@@ -27,11 +27,11 @@ from kdlib.losses.objective import ObjectiveAt, eval_terms, ledger, row_sums
 from kdlib.losses.signals import FOUND, Kept, Signal, kept, mean_of
 from kdlib.models.heads import stated_form
 from kdlib.models.sharing import GATHERED, SENT, held_here
-from kdlib.models.student import Outline
 from kdlib.models.teacher import beside, insides, signal_of
 from kdlib.routing.experts import Routing
 from kdlib.routing.gates import compared_layers
 from kdlib.routing.student_aware import StudentAware, routing_of
+from kdlib.students.student import Outline
 from kdlib.tokens.vocabulary import vocabulary_sizes
 from kdlib.training.plan import objective_of
 

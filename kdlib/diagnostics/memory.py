@@ -28,8 +28,8 @@ from kdlib.models.heads import stated_form
 from kdlib.models.hooks import layers_are_alike
 from kdlib.models.loading import device_of, parameters
 from kdlib.models.sharing import fake_ranks, held_here, share, share_teacher
-from kdlib.models.student import Outline, outline
 from kdlib.routing.gates import compared_layers
+from kdlib.students.student import Outline, outline
 from kdlib.tasks.base import task_of
 from kdlib.tokens.vocabulary import vocabulary_sizes
 from kdlib.training.plan import objective_of, training_arguments, workspace_of

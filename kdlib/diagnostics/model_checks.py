@@ -19,8 +19,8 @@ from kdlib.hardware import emulates_bf16
 from kdlib.losses.features import FEATURE_TERMS
 from kdlib.losses.terms import log_probs
 from kdlib.models.loading import device_of, load_tokenizer, positions_of
-from kdlib.models.student import check_pair, teacher_tokenizer_of
 from kdlib.schedulers import SHAPES, at_most, breakpoints, from_spec
+from kdlib.students.student import check_pair, teacher_tokenizer_of
 
 AUTO = {"precision": "auto"}
 UNIFORM = 0.9  # of log V: the entropy above which a teacher says next to nothing

@@ -33,11 +33,11 @@ from kdlib.losses.objective import Objective
 from kdlib.losses.signals import kept
 from kdlib.models.hooks import attend_eagerly, instead, without_dropout
 from kdlib.models.loading import device_of
-from kdlib.models.student import check_pair, tokenizer_of
 from kdlib.models.teacher import BESIDE, LiveTeacher
 from kdlib.routing.gates import compared_layers
 from kdlib.runs.files import StudentFolder
 from kdlib.schedulers import breakpoints, from_spec
+from kdlib.students.student import check_pair, tokenizer_of
 from kdlib.tasks import base as tasks
 from kdlib.tokens.vocabulary import Vocabularies
 from kdlib.training.plan import (

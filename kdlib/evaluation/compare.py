@@ -27,10 +27,10 @@ from kdlib.models.loading import (
     parameters,
     positions_of,
 )
-from kdlib.models.student import check_pair, tokenizer_of
 from kdlib.plots.axes import LABELS
 from kdlib.runs.files import StudentFolder, write_json
 from kdlib.runs.folder import Run
+from kdlib.students.student import check_pair, tokenizer_of
 from kdlib.tasks.base import TASKS, Comparison, asked, prepare, task_of, teacher_of, untrained_student
 
 LONGEST = 1024  # tokens of a row, where the models can read so many

@@ -1,1 +1,1 @@
-"""Teachers, students, and hooks into them."""
+"""Models: how they are loaded, what they say, and hooks into them."""

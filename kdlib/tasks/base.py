@@ -21,12 +21,12 @@ from kdlib.data.batches import Prepared, calibration_rows, largest_id, reads_of
 from kdlib.data.pairs import within
 from kdlib.errors import ModelError
 from kdlib.hardware import precision_of, world_size
-from kdlib.models.depth import shallower
 from kdlib.models.loading import blank, device_of, load_config, load_tokenizer
 from kdlib.models.sharing import check_shards, sharded
-from kdlib.models.student import Outline, chosen_layers, own_config, own_tokenizer, reembedded, sources
 from kdlib.models.teacher import LiveTeacher, named_device
 from kdlib.routing.student_aware import routing_of
+from kdlib.students.depth import shallower
+from kdlib.students.student import Outline, chosen_layers, own_config, own_tokenizer, reembedded, sources
 from kdlib.tokens.vocabulary import Vocabularies, pieces, roles, token_bytes
 
 Check = Callable[[Any], Iterator[Any]]  # kdlib.diagnostics.context.Context → findings
@@ -98,7 +98,7 @@ class Task(ABC):
 
     @abstractmethod
     def prepare(self, config: Config, tokenizer: Tokenizer, *, new_head: bool = False) -> Prepared:
-        """The rows of a config; `tokenizer` as `kdlib.models.student.tokenizer_of` gives it.
+        """The rows of a config; `tokenizer` as `kdlib.students.student.tokenizer_of` gives it.
 
         Args:
             new_head: the teacher is to be trained first: its classes come from the data, not from its model.

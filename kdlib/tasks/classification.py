@@ -26,9 +26,9 @@ from kdlib.metrics.classification import Answers
 from kdlib.metrics.paired import results_of, worst_rows
 from kdlib.models.classifier import load_classifier, named_classes
 from kdlib.models.loading import load_config, load_tokenizer
-from kdlib.models.student import Outline
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots.tokens import RowView
+from kdlib.students.student import Outline
 from kdlib.tasks.base import STAGE, Comparison, Sample, Task, register, rows_of, spread
 
 BATCH = 32  # rows per forward pass

@@ -25,9 +25,9 @@ from kdlib.errors import ModelError
 from kdlib.losses.alignment import SPANS, is_single, single_in
 from kdlib.losses.signals import IGNORED, kept
 from kdlib.models.loading import load_model
-from kdlib.models.student import Outline, sources, teacher_tokenizer_of, tokenizer_of
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots.tokens import SpanView, TokenView, token_view
+from kdlib.students.student import Outline, sources, teacher_tokenizer_of, tokenizer_of
 from kdlib.tasks.base import STAGE, Comparison, Sample, Task, register, spread, within_heads
 from kdlib.tasks.token_comparison import TokenComparison
 from kdlib.tokens.vocabulary import Vocabularies, token_bytes

@@ -20,8 +20,8 @@ from kdlib.losses.signals import kept
 from kdlib.metrics.classification import Answers
 from kdlib.metrics.multiple_choice import probabilities, right_choices
 from kdlib.metrics.paired import results_of, worst_rows
-from kdlib.models.student import teacher_tokenizer_of
 from kdlib.models.teacher import LiveTeacher
+from kdlib.students.student import teacher_tokenizer_of
 from kdlib.tasks.base import register, spread, within_heads
 from kdlib.tasks.language_modeling import LanguageModeling
 from kdlib.tasks.token_comparison import TokenComparison

@@ -21,9 +21,9 @@ from kdlib.config import run as configs
 from kdlib.config.run import Config
 from kdlib.hardware import peak_memory, precision_of
 from kdlib.models.loading import device_of
-from kdlib.models.student import kept_layers, tokenizer_of
 from kdlib.runs.child_processes import in_fresh_process
 from kdlib.runs.files import StudentFolder
+from kdlib.students.student import kept_layers, tokenizer_of
 from kdlib.tasks import base as tasks
 from kdlib.training import run as training
 from kdlib.training.plan import extent, training_arguments

@@ -20,7 +20,6 @@ from kdlib.errors import RunError, nearest
 from kdlib.evaluation import ablation, code, compare, predictions
 from kdlib.hardware import machine, precision_of, world_size
 from kdlib.models.loading import device_of, ranks_of
-from kdlib.models.student import check_pair, tokenizer_of
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots import comparison as plots
 from kdlib.plots.softening import Predictions
@@ -30,6 +29,7 @@ from kdlib.runs.child_processes import on_ranks
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.folder import Run, refuse_unsound
 from kdlib.runs.log import plan_table, training_table
+from kdlib.students.student import check_pair, tokenizer_of
 from kdlib.tasks import base as tasks
 from kdlib.training import run as training
 from kdlib.training.plan import objective_of

@@ -18,11 +18,11 @@ from kdlib.config.run import BESIDE, Config, parse
 from kdlib.data.batches import Prepared
 from kdlib.errors import RunError, Stopped
 from kdlib.models.loading import ranks_of
-from kdlib.models.student import check_pair, tokenizer_of
 from kdlib.runs import folder as runs
 from kdlib.runs.files import go_on
 from kdlib.runs.folder import Run
 from kdlib.runs.lock import held
+from kdlib.students.student import check_pair, tokenizer_of
 from kdlib.tasks import base as tasks
 from kdlib.training import run as training, trackers
 from kdlib.training.plan import check_processes, extent, objective_of, training_arguments, try_out

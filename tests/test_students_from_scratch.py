@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kdlib.config.run import parse
 from kdlib.errors import ConfigError, ModelError
 from kdlib.models.loading import parameters
-from kdlib.models.student import llama_of, own_config
+from kdlib.students.student import llama_of, own_config
 from kdlib.tasks import base as tasks
 
 

@@ -16,8 +16,8 @@ from kdlib.config.run import Config
 from kdlib.config.task_rules import rules_of
 from kdlib.config.terms import DIVERGENCES, SPAN_TERMS
 from kdlib.errors import ModelError, nearest
-from kdlib.models.depth import even_layers, layer_influence, with_layers
 from kdlib.models.loading import SPECIAL, blank, load_config, load_tokenizer, plain_config, positions_of
+from kdlib.students.depth import even_layers, layer_influence, with_layers
 from kdlib.tokens.vocabulary import Vocabularies
 
 ASPECT, TOLERANCE = 64, 0.04  # hidden size over layers, as in most models; of a count that is asked for

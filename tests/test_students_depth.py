@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kdlib.errors import ModelError
-from kdlib.models.depth import shallower, with_layers
 from kdlib.models.hooks import layers_of
+from kdlib.students.depth import shallower, with_layers
 
 IDS = torch.tensor([[(7 * n + 5) % 60 + 3 for n in range(24)]])
 SOME = [[0, 2], [0, 3], [1, 3]]

@@ -18,9 +18,9 @@ from kdlib.config.run import parse
 from kdlib.data.batches import calibration_rows
 from kdlib.diagnostics.context import Context
 from kdlib.errors import ModelError
-from kdlib.models.depth import layer_influence
 from kdlib.models.loading import load_tokenizer, positions_of
-from kdlib.models.student import check_pair, chosen_layers, outline, own_config, tokenizer_of
+from kdlib.students.depth import layer_influence
+from kdlib.students.student import check_pair, chosen_layers, outline, own_config, tokenizer_of
 from kdlib.tasks import base as tasks
 
 

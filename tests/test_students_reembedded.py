@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, Gemma3nTextConfig, GPT2Config, GP
 from kdlib.config.run import parse
 from kdlib.errors import ConfigError, ModelError
 from kdlib.models.loading import load_tokenizer
-from kdlib.models.student import (
+from kdlib.students.student import (
     check_pair,
     outline,
     reembedded,

@@ -1,0 +1,1 @@
+"""Students: of some of a teacher's layers, for other tokens, or from scratch."""
