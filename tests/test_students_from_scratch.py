@@ -7,7 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kdlib.config.run import parse
 from kdlib.errors import ConfigError, ModelError
 from kdlib.models.loading import parameters
-from kdlib.students.student import llama_of, own_config
+from kdlib.students.scratch import llama_of
+from kdlib.students.student import own_config
 from kdlib.tasks import base as tasks
 
 

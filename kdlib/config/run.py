@@ -11,6 +11,7 @@ import yaml
 from pydantic import AfterValidator, ValidationError, ValidationInfo, model_validator
 
 from kdlib.config.loss import BaselineConfig, LossConfig
+from kdlib.config.models import StudentConfig, TeacherConfig
 from kdlib.config.sections import (
     CodeConfig,
     CompareConfig,
@@ -20,13 +21,11 @@ from kdlib.config.sections import (
     LaunchConfig,
     Section,
     Seed,
-    StudentConfig,
     TrackersConfig,
     read_beside,
     refuse,
 )
 from kdlib.config.task_rules import RULES, misfits, rules_named
-from kdlib.config.teacher import TeacherConfig
 from kdlib.config.training_arguments import TRAINING_DEFAULTS, clashes, problem_with, typed
 from kdlib.errors import ConfigError, nearest, printable, refuse_keys
 from kdlib.metrics.names import TO_TEACHER

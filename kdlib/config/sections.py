@@ -13,8 +13,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
     model_validator,
 )
 
@@ -83,23 +81,6 @@ Positive = Annotated[Count, Field(ge=1)]
 Seed = Annotated[Count, Field(ge=0, lt=2**32)]
 
 
-def _layers_kept(value: Any) -> Any:
-    is_list = isinstance(value, list) and all(type(item) is int for item in value)
-    if value in ("influence", "even", "first") or is_list:
-        return value
-    raise ValueError(f"found {value!r}; it is influence, even, first, or a list of layer numbers")
-
-
-def _shape(value: Any) -> Any:
-    """A count of parameters, as 100m or 1.3b, or a model's own settings."""
-    is_count = isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?[mb]", value.lower())
-    is_model = isinstance(value, Mapping) and isinstance(value.get("model_type"), str)
-    if is_count or is_model:
-        return value.lower() if is_count else dict(value)
-    form = "a count of parameters, as 100m, 350m or 1b, or {model_type: llama, hidden_size: 512, …}"
-    raise ValueError(f"found {value!r}; it is {form}")
-
-
 def _processes(value: Any) -> Any:
     if found := value if value == "auto" else whole(value):
         return found
@@ -115,59 +96,6 @@ def _share_or_split(value: Any) -> float | str:
         form = "a share of the rows between 0 and 1, or the name of a split that the source has"
         raise ValueError(f"found {value!r}; it is {form}")
     return share
-
-
-class StudentConfig(Section):
-    """Made of the teacher's layers (`from: teacher`), a model of its own or its layers, or new (`config`)."""
-
-    source: str = Field("teacher", alias="from")
-    layers: Positive | None = None
-    keep: Annotated[Any, BeforeValidator(_layers_kept)] = "influence"
-    shape: Annotated[Any, BeforeValidator(_shape)] = None  # 100m, or {model_type: llama, hidden_size: 512, …}
-    tokenizer: str | None = None  # of one that is no model by name; the teacher's where None
-
-    @property
-    def is_own(self) -> bool:
-        """Whether it is a model that is loaded by its name."""
-        return self.source not in ("teacher", "config")
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether it is made of some of a model's layers."""
-        return self.source != "config" and (self.layers is not None or isinstance(self.keep, list))
-
-    @property
-    def own_tokens(self) -> str | None:
-        """Where its tokenizer comes from, if not from the teacher."""
-        return self.source if self.is_own else self.tokenizer
-
-    @model_serializer(mode="wrap")
-    def _stated(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what few have, so that older runs and sweeps are known again."""
-        absent = {name for name in ("shape", "tokenizer") if getattr(self, name) is None}
-        return {name: value for name, value in dump(self).items() if name not in absent}
-
-    @model_validator(mode="after")
-    def _is_whole(self) -> "StudentConfig":
-        if self.source == "config" and self.shape is None:
-            raise ValueError("a student `from: config` needs `shape: 100m`, or {model_type: llama, …}")
-        if self.source != "config" and self.shape is not None:
-            raise ValueError("`shape` goes with `from: config` only")
-        if self.is_own and self.tokenizer is not None:
-            raise ValueError("`tokenizer` goes with `from: teacher` or `from: config`: a model has its own")
-        return self
-
-    @model_validator(mode="after")
-    def _layers_fit(self) -> "StudentConfig":
-        listed = isinstance(self.keep, list)
-        if self.source == "teacher" and self.layers is None and not listed:
-            raise ValueError("a student made from the teacher needs `layers: <how many>`")
-        if self.source == "config" and (self.layers is not None or listed):
-            raise ValueError("`layers` and `keep` are a model's; `from: config` counts them in `shape`")
-        if listed and self.layers not in (None, len(self.keep)):
-            found = f"`layers` is {self.layers}, but `keep` lists {len(self.keep)}"
-            raise ValueError(f"{found}; leave `layers` out")
-        return self
 
 
 class DataConfig(Section):

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 from transformers import PreTrainedModel
 
-from kdlib.config.teacher import TeacherConfig
+from kdlib.config.models import TeacherConfig
 from kdlib.data.batches import Prepared
 from kdlib.losses.alignment import said_of
 from kdlib.losses.signals import kept
