@@ -272,6 +272,8 @@ def test_weight_0_is_the_term_removed(raw_config, tmp_path):
     _, lines, other = trained(raw(raw_config, weights=usual), tmp_path / "two")
     assert series(lines, "route_balance_weight") == [0.01] * 4
     assert series(lines, "route_entropy_weight") == [0.001] * 4
+    assert series(lines, "gate_top_k") == [1, 2, 2, 2]  # from 1 to 3
+    assert series(lines, "gate_temperature") == pytest.approx([0.5, 0.425, 0.35, 0.275])
     assert not torch.equal(one, other)
 
 

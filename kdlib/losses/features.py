@@ -165,7 +165,11 @@ class Route:
     def at(self, fraction: float, *, noisy: bool) -> RouteAt:
         """At this fraction of training, 0 to 1; not `noisy`, without exploration."""
         noise = self.noise(fraction) if noisy else 0.0
-        return RouteAt(round(self.top_k(fraction)), self.temperature(fraction), noise)
+        return RouteAt(self.k(fraction), self.temperature(fraction), noise)
+
+    def k(self, fraction: float) -> int:
+        """Sources that each token is given."""
+        return round(self.top_k(fraction))
 
 
 class Gate(Protocol):

@@ -82,18 +82,19 @@ class Objective:
         return replace(self.at(0.0, sampled=False), weights=dict.fromkeys(self.weights, 1.0))
 
     def planned(self, fraction: float) -> dict[str, float]:
-        """Weights and temperatures at this fraction of training, by the names under which they are logged."""
+        """Weights, temperatures and a gate's k at this fraction, by the names under which they are logged."""
         weights = {f"{name}_weight": schedule(fraction) for name, schedule in self.weights.items()}
-        return weights | {name: schedule(fraction) for name, schedule in self.temperature_schedules.items()}
+        return weights | {name: schedule(fraction) for name, schedule in self.logged_schedules.items()}
 
     @property
-    def temperature_schedules(self) -> dict[str, Schedule]:
-        """The temperature as it is logged: kd's, and where terms have their own, each term's."""
-        if not isinstance(self.temperature, Mapping):
-            return {"temperature": self.temperature}
-        main = self.temperature.get("kd", next(iter(self.temperature.values()), constant(1.0)))
-        each = {f"{name}_temperature": schedule for name, schedule in self.temperature.items()}
-        return {"temperature": main, **each}
+    def logged_schedules(self) -> dict[str, Schedule]:
+        """Besides weights: kd's temperature, each term's where it has its own; a gate's, and its k."""
+        route, each = self.route, {}
+        gate = {"gate_top_k": route.k, "gate_temperature": route.temperature} if route else {}
+        if isinstance(main := self.temperature, Mapping):
+            each = {f"{name}_temperature": schedule for name, schedule in main.items()}
+            main = main.get("kd", next(iter(main.values()), constant(1.0)))
+        return {"temperature": main, **each, **gate}
 
     def temperature_of(self, name: str) -> Schedule:
         """A term's temperature; the one given for all is that of soft targets, which not all terms are."""

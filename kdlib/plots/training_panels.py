@@ -198,7 +198,7 @@ def weights(scene: Scene, axes: Axes) -> str:
 
 
 def temperature(scene: Scene, axes: Axes) -> str:
-    for name in [name for name in scene.train if name.endswith("_temperature")] or ["temperature"]:
+    for name in [name for name in scene.train if name.endswith("temperature")]:
         scene.planned(axes, name)
         colour = scene.colours.get(name.removesuffix("_temperature"), INK)
         scene.curve(axes, scene.train[name], name, color=colour, linewidth=1.4)

@@ -220,7 +220,7 @@ class DistillationTrainer(RoutingTrainer, GuardedTrainer):
             "loss": loss,
             **{f"{name}_loss": value for name, (value, _) in figures.items()},
             **{f"{name}_weight": weight for name, (_, weight) in figures.items()},
-            **{name: schedule(done) for name, schedule in self.objective.temperature_schedules.items()},
+            **{name: schedule(done) for name, schedule in self.objective.logged_schedules.items()},
             f"{self.counted}_per_s": tokens / max(self.throughput.drain(), 1e-9),
             **(self.count.figures if isinstance(self.count, Counts) else {}),
             **(self.routing.figures(over_ranks) if self.routing else {}),
