@@ -10,9 +10,11 @@ from tokenizers.processors import TemplateProcessing
 
 from kdlib.config.sections import DataConfig
 from kdlib.data.batches import collate
-from kdlib.data.text import packed, prepare, read_documents, split_documents, units_of_tokens
+from kdlib.data.blocks import packed
+from kdlib.data.text import prepare, units_of_tokens
 from kdlib.errors import DataError
 from kdlib.losses.signals import IGNORED
+from kdlib.sources.documents import read_documents, split_documents
 
 
 @pytest.fixture(scope="module")

@@ -172,8 +172,8 @@ def test_pickled_weights_are_refused_with_the_way_out(copied_teacher):
 PLACES = {  # the files that call it
     "from_pretrained": ["models/loading.py"],
     "from_config": ["models/loading.py"],
-    "load_dataset": ["data/sources.py", "code/problems.py"],  # a benchmark's rows, below the data's layer
-    "load_from_disk": ["data/sources.py"],
+    "load_dataset": ["code/problems.py", "sources/places.py"],  # a benchmark's rows, and all others
+    "load_from_disk": ["sources/places.py"],
     "input": [],
 }
 

@@ -13,7 +13,6 @@ from test_training_router import KINDS, SIZES
 
 from kdlib.config.run import parse
 from kdlib.data.kinds import CODE, PROSE, is_code, kinds_of
-from kdlib.data.sources import python_docs
 from kdlib.errors import RunError
 from kdlib.evaluation.ablation import reason, teacher_flops
 from kdlib.losses.signals import kept
@@ -24,6 +23,7 @@ from kdlib.routing.experts import AllExperts, routers_of
 from kdlib.routing.figures import expert_figures, save
 from kdlib.routing.student_aware import StudentAware
 from kdlib.routing.tables import expert_tables, routing_table
+from kdlib.sources.built_in import python_docs
 from kdlib.students.student import tokenizer_of
 from kdlib.tasks import base as tasks
 

@@ -9,19 +9,18 @@ where it is known to what its tokens belong; of a classification it is {"input_i
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.losses.signals import IGNORED
+from kdlib.sources.columns import columns_of
 from kdlib.tokens.vocabulary import Vocabularies, vocabulary_sizes
 
 Batch = dict[str, Any]  # tensors; under "spans" a dict of them
@@ -201,7 +200,7 @@ def runs(owners: np.ndarray) -> list[int]:
 
 def largest_id(rows: Dataset, column: str = "input_ids") -> int:
     """The largest of all rows' ids."""
-    return pc.max(token_lists(rows, column).flatten()).as_py()
+    return max(int(each.max(initial=0)) for each in flat(rows, column))
 
 
 def random_ids(
@@ -220,17 +219,31 @@ LISTS = ("input_ids", "read_only", "teacher_input_ids", "spans")
 def fingerprint(*parts: Dataset) -> str:
     """16 hex digits that change when any token, prompt or label of any row does."""
     digest = hashlib.sha256()
+
+    def take(size: int, arrays: Iterable[np.ndarray]) -> None:
+        digest.update(size.to_bytes(8))
+        for each in arrays:
+            digest.update(np.ascontiguousarray(each, dtype="<i8"))
+
     for part in parts:
-        lists = [token_lists(part, name) for name in LISTS if name in part.column_names]
-        plain = [name for name in ("prompt_tokens", "label", "is_answer") if name in part.column_names]
-        numbers = [array for each in lists for array in (each.value_lengths(), each.flatten())]
-        for array in [*numbers, *(pa.array(part.with_format("numpy")[:][name]) for name in plain)]:
-            digest.update(len(array).to_bytes(8))
-            digest.update(np.ascontiguousarray(array.to_numpy(zero_copy_only=False), dtype="<i8"))
+        for name in LISTS:
+            if name in part.column_names:
+                lengths = lengths_of(part, name)
+                take(len(lengths), [lengths])
+                take(int(lengths.sum()), flat(part, name))
+        for name in ("prompt_tokens", "label", "is_answer"):
+            if name in part.column_names:
+                take(len(part), [part.with_format("numpy")[name][:]])
     return digest.hexdigest()[:16]
 
 
-def token_lists(rows: Dataset, column: str = "input_ids") -> pa.ListArray:
-    """All rows' ids as one Arrow array: a million rows in a second, without a Python list each."""
-    ids = rows.with_format("arrow")[:][column]
-    return ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
+def lengths_of(rows: Dataset, column: str = "input_ids") -> np.ndarray:
+    """[N] how long each row's list is."""
+    sizes = [each.value_lengths().to_numpy() for lists in columns_of(rows, column) for each in lists.chunks]
+    return np.concatenate([np.zeros(0, np.int32), *sizes]).astype(np.int64)
+
+
+def flat(rows: Dataset, column: str = "input_ids") -> Iterator[np.ndarray]:
+    """All rows' lists one after the other, some rows at a time: a million in a second, none of Python's."""
+    for lists in columns_of(rows, column):
+        yield from (each.flatten().to_numpy() for each in lists.chunks)

@@ -25,6 +25,7 @@ from kdlib.metrics.classification import class_figures
 
 IDS, TEXT, NUMBER = datasets.List(datasets.Value("int32")), datasets.Value("string"), datasets.Value("int64")
 SPLITS = ("train", "validation", "test")
+AT_ONCE = 1000  # texts of which all is known that a tokenizer finds out
 EXACT = 100  # groups of which every sum is looked at
 
 
@@ -221,9 +222,12 @@ def _cut_ids(
     texts: Sequence[str], tokenizer: Tokenizer, config: DataConfig
 ) -> tuple[list[list[int]], list[int]]:
     """Each text's tokens, and how many there were before they were cut."""
-    if not texts:
-        return [], []
-    ids = tokenizer(list(texts), verbose=False)["input_ids"]
+    options = {"return_attention_mask": False, "verbose": False}
+    ids = [
+        each
+        for first in range(0, len(texts), AT_ONCE)
+        for each in tokenizer(list(texts[first : first + AT_ONCE]), **options)["input_ids"]
+    ]
     lengths = list(map(len, ids))
     if empty := [shown(text) for text, tokens in zip(texts, ids, strict=True) if not tokens]:
         needed = "a class needs something to be read from: leave them out"

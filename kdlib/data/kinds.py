@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.config.run import Config
 from kdlib.data.batches import Prepared, pairwise
-from kdlib.data.sources import group_values
-from kdlib.data.text import SIDES, read_documents, split_documents
+from kdlib.sources.documents import SIDES, read_documents, split_documents
+from kdlib.sources.rows import group_values
 from kdlib.tokens.vocabulary import token_bytes
 
 COLUMNS = ("kind", "section", "category", "source", "label")  # of a source, that say what a document is

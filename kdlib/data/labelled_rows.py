@@ -12,8 +12,9 @@ import pandas as pd
 from datasets import Dataset
 
 from kdlib.config.sections import DataConfig
-from kdlib.data.sources import check_column, group_values, own_splits, read_splits, refuse_rows
 from kdlib.errors import DataError, nearest
+from kdlib.sources.places import read_splits
+from kdlib.sources.rows import check_column, group_values, own_splits, refuse_rows
 
 NAMED = 10  # rows or classes in one message
 SHOWN = 60  # characters of a text

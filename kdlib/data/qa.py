@@ -24,7 +24,8 @@ from kdlib.config.sections import DataConfig
 from kdlib.data.batches import Prepared, collate, fingerprint, vocabulary_of
 from kdlib.data.pairs import limits, vocabularies, with_teacher
 from kdlib.data.qa_rows import Encoded, Fault, Item, check_one_answer, collected, form_of, split_items
-from kdlib.data.sources import read_splits, refuse_rows
+from kdlib.sources.places import read_splits
+from kdlib.sources.rows import refuse_rows
 from kdlib.tokens.spans import PairReader
 from kdlib.tokens.vocabulary import beginning
 

@@ -17,8 +17,8 @@ from typing import Any
 from datasets import Dataset
 
 from kdlib.config.sections import DataConfig
-from kdlib.data.sources import group_values, kept_once, own_splits, refuse_rows
 from kdlib.errors import DataError, nearest
+from kdlib.sources.rows import group_values, kept_once, own_splits, refuse_rows
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -110,7 +110,7 @@ def split_items(
         notes["test"] = f"{config.test:g} of the questions" if "test" in shares else "the source's own"
     given = sum(map(len, splits.values()))
     kept = kept_once(
-        config, {what: [(each, each.question) for each in items] for what, items in splits.items()}
+        config, {what: (items, [each.question for each in items]) for what, items in splits.items()}
     )
     splits = {what: [splits[what][number] for number in numbers] for what, numbers in kept.items()}
     notes["duplicate_documents_left_out"] = given - sum(map(len, splits.values()))

@@ -1,6 +1,5 @@
 """From text to token blocks: read documents, split them by document, tokenize, pack or pad."""
 
-import itertools
 import random
 import re
 from collections.abc import Sequence
@@ -8,31 +7,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pandas as pd
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.config.sections import DataConfig
 from kdlib.data import pairs
-from kdlib.data.batches import (
-    Prepared,
-    collate,
-    fingerprint,
-    runs,
-    token_lists,
-    vocabulary_of,
-)
-from kdlib.data.sources import check_column, group_values, kept_once, read_splits
+from kdlib.data.batches import Prepared, collate, fingerprint, flat, lengths_of, vocabulary_of
+from kdlib.data.blocks import one_each, packed, tokenized
 from kdlib.errors import DataError
+from kdlib.sources.documents import SIDES, read_documents, split_documents
+from kdlib.sources.rows import group_values
 from kdlib.tokens.spans import PairReader
 from kdlib.tokens.vocabulary import beginning, ending
 
-SIDES = ("train", "validation")
-IDS, NUMBER = datasets.List(datasets.Value("int32")), datasets.Value("int32")
-WHOLE = datasets.Features({"input_ids": IDS, "document": NUMBER})
-ROWS = datasets.Features({"input_ids": IDS, "documents": IDS})
 ONE_TEXT = "blocks of one text, as if independent: rather too narrow"
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a token of a SentencePiece vocabulary
 
@@ -84,7 +73,7 @@ def prepare(
             order = random.Random(seed).sample(range(len(blocks)), len(blocks) if compared else limit)
             blocks = blocks.select(sorted((_in_turn(order, blocks) if compared else order)[:limit]))
         rows[name] = blocks
-        notes[f"{name}_rows"], notes[f"{name}_tokens"] = len(blocks), len(token_lists(blocks).flatten())
+        notes[f"{name}_rows"], notes[f"{name}_tokens"] = len(blocks), int(lengths_of(blocks).sum())
     notes["groups_on_two_sides"] = len(set.intersection(*sides))
     notes["units"] = "documents" if groups is None else "groups of documents"
     if Path(config.source).suffix == ".txt":  # its paragraphs are parts of one text
@@ -122,126 +111,29 @@ def _blocks(
         blocks = (
             packed(whole, length, separator=tokenizer.eos_token_id)
             if config.packing
-            else whole.map(
-                lambda row: {
-                    "input_ids": (row["input_ids"] + end)[:length],
-                    "documents": [0, row["document"]],
-                },
-                remove_columns=["document"],
-                features=ROWS,
-            )
+            else one_each(whole, length, end=end)
         )
-    lengths = (token_lists(whole).value_lengths().to_numpy() - (len(end) if reader else 0)).tolist()
+    lengths = lengths_of(whole) - (len(end) if reader else 0)
     if not config.packing:
         notes |= cut_off(lengths, length)
     short = len(documents) - len(whole) - notes.get("documents_not_aligned", 0)
-    notes |= {"documents": len(documents), "documents_shorter_than_two_tokens": short, "tokens": sum(lengths)}
+    notes |= {
+        "documents": len(documents),
+        "documents_shorter_than_two_tokens": short,
+        "tokens": int(lengths.sum()),
+    }
     return blocks, notes
 
 
 def _in_turn(order: Sequence[int], blocks: Dataset) -> list[int]:
     """The same blocks, one of each document, then a second of each, …; whose its middle is, whose it is."""
-    halves = token_lists(blocks).value_lengths().to_numpy() // 2
-    runs = [np.array(each).reshape(-1, 2) for each in blocks["documents"]]
-    owners = np.array([each[each[:, 0] <= half][-1, 1] for each, half in zip(runs, halves, strict=True)])
+    starts, numbers = np.concatenate(list(flat(blocks, "documents"))).reshape(-1, 2).T
+    counts = lengths_of(blocks, "documents") // 2
+    rows = np.repeat(np.arange(len(blocks)), counts)
+    begun = np.bincount(rows[starts <= (lengths_of(blocks) // 2)[rows]], minlength=len(blocks))
+    owners = numbers[np.cumsum(counts) - counts + begun - 1]
     turn = pd.Series(order).groupby(owners[order]).cumcount()
     return np.array(order)[turn.argsort(kind="stable")].tolist()
-
-
-def read_documents(config: DataConfig) -> DatasetDict:
-    """The source's documents, each with a text: "train", and "validation" where the source has it."""
-    documents = read_splits(config)
-    for split in {"train", "validation"} & set(documents):
-        check_column(config, documents[split], config.text, "data.text")
-        for number, text in enumerate(documents[split][config.text]):
-            if not isinstance(text, str):
-                raise DataError(
-                    f"{config.source}: document {number} of {split} has {config.text!r} = {text!r} "
-                    f"({type(text).__name__}); every document needs a text"
-                )
-    return documents
-
-
-def split_documents(documents: DatasetDict, config: DataConfig, *, seed: int) -> DatasetDict:
-    """Train and validation: the source's own, else by document; each text is kept once, and on one side."""
-    texts = {name: documents[name][config.text][:] for name in SIDES if name in documents}
-    kept = kept_once(config, {name: [(text, text) for text in each] for name, each in texts.items()})
-    unique = DatasetDict({name: documents[name].select(rows) for name, rows in kept.items()})
-    if "validation" in unique:
-        return unique
-    train, total = unique["train"], len(unique["train"])
-    if total < 2:
-        raise DataError("the source has one document only, so nothing can be held out; give two or more")
-    count = max(1, round(config.validation * total))
-    if (groups := group_values(config, train, "train")) is not None:
-        out = _whole_groups(config, groups, count, seed)
-        split = {"train": train.select(np.flatnonzero(~out)), "test": train.select(np.flatnonzero(out))}
-    else:
-        split = train.train_test_split(test_size=count, seed=seed)
-    return DatasetDict(train=split["train"], validation=split["test"])
-
-
-def _whole_groups(config: DataConfig, groups: Sequence[str], count: int, seed: int) -> np.ndarray:
-    """[documents] whether it is held out: whole groups, as they come, until they have so many documents."""
-    names, belongs, sizes = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
-    if len(names) < 2:
-        raise DataError(
-            f"{config.source}: all documents are of one {config.group} (data.group), so nothing can be held "
-            "out; give documents of two or more, or leave data.group out"
-        )
-    order = np.random.default_rng(seed).permutation(len(names))[:-1]
-    before = np.cumsum(sizes[order]) - sizes[order]
-    return np.isin(belongs, order[before < count])
-
-
-def tokenized(
-    documents: Dataset, column: str, tokenizer: Tokenizer, numbers: Sequence[int] | None = None
-) -> Dataset:
-    """{"input_ids", "document"} of each document of two tokens or more; shorter ones predict nothing and go.
-
-    Args:
-        numbers: what each is called in "document", several alike where they belong together; else its place.
-    """
-    first, numbers = beginning(tokenizer), range(len(documents)) if numbers is None else numbers
-
-    def ids(batch, places):
-        lists = tokenizer(batch[column], add_special_tokens=False, verbose=False)["input_ids"]
-        kept = [
-            (first + ids, numbers[place]) for ids, place in zip(lists, places, strict=True) if len(ids) > 1
-        ]
-        return {"input_ids": [ids for ids, _ in kept], "document": [number for _, number in kept]}
-
-    return documents.map(
-        ids, batched=True, with_indices=True, remove_columns=documents.column_names, features=WHOLE
-    )
-
-
-def packed(rows: Dataset, length: int, *, separator: int | None) -> Dataset:
-    """Documents end to end, a separator after each, in blocks of exactly `length`; what is left over goes.
-
-    Returns:
-        {"input_ids", "documents": [start, number, …]}: whose the tokens from each start on are.
-    """
-    after = [] if separator is None else [separator]
-
-    def blocks(batch, places):
-        numbers = batch["document"] if "document" in rows.column_names else places
-        stream = list(itertools.chain.from_iterable([*ids, *after] for ids in batch["input_ids"]))
-        sizes = [len(ids) + len(after) for ids in batch["input_ids"]]
-        owners = np.repeat(numbers, sizes)
-        starts = range(0, len(stream) - length + 1, length)
-        return {
-            "input_ids": [stream[start : start + length] for start in starts],
-            "documents": [runs(owners[start : start + length]) for start in starts],
-        }
-
-    options = {
-        "batched": True,
-        "with_indices": True,
-        "batch_size": 10_000,
-        "remove_columns": rows.column_names,
-    }
-    return rows.map(blocks, features=ROWS, **options)
 
 
 def units_of_tokens(prepared: Prepared) -> tuple[list[np.ndarray], str]:
@@ -250,7 +142,7 @@ def units_of_tokens(prepared: Prepared) -> tuple[list[np.ndarray], str]:
     Documents, or what they belong to; of rows that know none, or one alone, the rows, and the words say so.
     """
     rows, what = prepared.measured, prepared.notes.get("units")
-    lengths = token_lists(rows).value_lengths().to_numpy()
+    lengths = lengths_of(rows)
     owners = np.repeat(np.arange(len(rows)), lengths)
     if "documents" in rows.column_names:
         spans = [np.array(each).reshape(-1, 2).T for each in rows["documents"]]
@@ -283,11 +175,12 @@ def bytes_of_tokens(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     return np.array(sizes)[places]
 
 
-def cut_off(lengths: Sequence[int], length: int) -> dict[str, float]:
+def cut_off(lengths: Sequence[int] | np.ndarray, length: int) -> dict[str, float]:
     """What cutting takes from documents of these lengths: how many it shortens, the share of all tokens."""
-    lost = [each - length for each in lengths if each > length]
+    every = np.asarray(lengths, np.int64)
+    lost = every[every > length] - length
     return {
         "documents_cut": len(lost),
-        "longest_document": max(lengths, default=0),
-        "share_of_tokens_cut_off": round(sum(lost) / max(sum(lengths), 1), 4),
+        "longest_document": int(every.max(initial=0)),
+        "share_of_tokens_cut_off": round(int(lost.sum()) / max(int(every.sum()), 1), 4),
     }

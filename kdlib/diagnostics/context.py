@@ -20,7 +20,6 @@ from transformers.optimization import get_scheduler
 
 from kdlib.config.run import Config
 from kdlib.config.task_rules import TaskRules, rules_of
-from kdlib.data import text
 from kdlib.data.batches import Prepared
 from kdlib.errors import ConfigError, KdlibError
 from kdlib.hardware import precision_of
@@ -33,6 +32,7 @@ from kdlib.models.loading import device_of, load_config, parameters, ranks_of
 from kdlib.models.teacher import LiveTeacher, insides, signal_of
 from kdlib.routing.gates import compared_layers
 from kdlib.schedulers import Schedule, Spec, from_spec, sampled
+from kdlib.sources.documents import read_documents, split_documents
 from kdlib.students.student import outline, own_config, own_tokenizer, tokenizer_of
 from kdlib.tasks import base as tasks
 from kdlib.training.plan import Extent, extent, objective_of, training_arguments
@@ -255,7 +255,7 @@ class Context:
     def split(self) -> DatasetDict:
         """The documents, before they are tokens."""
         data = self.config.data
-        return text.split_documents(text.read_documents(data), data, seed=self.config.seed)
+        return split_documents(read_documents(data), data, seed=self.config.seed)
 
     @part("data.source")
     def prepared(self) -> Prepared:

@@ -12,8 +12,8 @@ from datasets import Dataset
 
 from kdlib.config.terms import SPAN_TERMS
 from kdlib.data.batches import calibration_rows, reads_of
+from kdlib.data.blocks import tokenized
 from kdlib.data.pairs import coverage
-from kdlib.data.text import tokenized
 from kdlib.diagnostics.context import Context, Findings, Unavailable, critical, note, warning
 from kdlib.errors import ModelError
 from kdlib.losses.alignment import unit_of
@@ -41,10 +41,10 @@ def documents_have_something_to_predict(context: Context) -> Findings:
     """Documents of fewer than two tokens have no kept token, and are left out."""
     column = context.config.data.text
     for name in ("train", "validation"):
-        documents = context.split[name]
-        total, short = len(documents), _too_short(documents, column, context)
+        total, short = _counted(name, column, context)
         if short <= LEFT_OUT * total:
             continue
+        documents = context.split[name]
         sample = documents.select(range(min(SAMPLE, total)))
         texts = [each for each in sample.column_names if all(isinstance(x, str) for x in sample[each])]
         most = LEFT_OUT * len(sample)
@@ -220,6 +220,15 @@ def teacher_knows_the_classes(context: Context) -> Findings:
         do = "train it first (teacher_stage), or give data.labels in the order of the teacher's classes"
         is_mild = right > chance or context.is_taught_briefly
         yield (warning if is_mild else critical)("teacher.model", found, why, do)
+
+
+def _counted(name: str, column: str, context: Context) -> tuple[int, int]:
+    """The documents of a side, and how many of them are too short: as preparing them found, if it could."""
+    try:
+        notes = context.prepared.notes
+    except Unavailable:  # perhaps as all are too short
+        return len(context.split[name]), _too_short(context.split[name], column, context)
+    return notes[f"{name}_documents"], notes[f"{name}_documents_shorter_than_two_tokens"]
 
 
 def _held_out_by(context: Context, rows: int) -> str:

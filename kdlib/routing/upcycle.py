@@ -23,10 +23,11 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from kdlib.config.sections import DataConfig
-from kdlib.data.text import read_documents, tokenized
+from kdlib.data.blocks import tokenized
 from kdlib.errors import DataError, ModelError, refuse_existing
 from kdlib.models.loading import load_model, load_tokenizer, parameters, plain_config, plain_generation
 from kdlib.routing.experts import routers_of
+from kdlib.sources.documents import read_documents
 
 DENSE = (LlamaForCausalLM, MistralForCausalLM)  # whose layers are a Mixtral's but for the MLP
 NOT_OURS = (

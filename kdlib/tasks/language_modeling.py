@@ -19,7 +19,15 @@ from transformers import (
 from kdlib.config.run import Config
 from kdlib.config.task_rules import RULES
 from kdlib.data import text
-from kdlib.data.batches import Prepared, collate, pairwise, random_ids, spans_of, vocabulary_of
+from kdlib.data.batches import (
+    Prepared,
+    collate,
+    lengths_of,
+    pairwise,
+    random_ids,
+    spans_of,
+    vocabulary_of,
+)
 from kdlib.data.pairs import coverage, first_of
 from kdlib.errors import ModelError
 from kdlib.losses.alignment import SPANS, is_single, single_in
@@ -153,9 +161,10 @@ class LanguageModeling(Task):
 
         Where all rows are shorter than that, the first half of each.
         """
-        length, every = config.compare.prompt_tokens, [list(row["input_ids"]) for row in rows]
-        fit = [ids[:length] for ids in every if len(ids) >= length]
-        return spread(fit or [ids[: -(-len(ids) // 2)] for ids in every], config.compare.continuations)
+        length, lengths = config.compare.prompt_tokens, lengths_of(rows)
+        fit = np.flatnonzero(lengths >= length).tolist()
+        chosen = spread(fit or range(len(rows)), config.compare.continuations)
+        return [rows[n]["input_ids"][: length if fit else -(-int(lengths[n]) // 2)] for n in chosen]
 
 
 def beginnings(rows: Sequence[Mapping[str, Sequence[int]]], tokens: int) -> list[dict[str, Any]]:

@@ -275,7 +275,7 @@ def tokenizer(
     """
     refuse_existing(folder)
     from kdlib.config.sections import DataConfig
-    from kdlib.data.text import read_documents
+    from kdlib.sources.documents import read_documents
     from kdlib.tokens.vocabulary import trained_tokenizer
 
     texts = read_documents(DataConfig(source=source, text=text))["train"][text]

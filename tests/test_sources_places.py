@@ -16,8 +16,9 @@ from kdlib.config.run import load
 from kdlib.config.sections import DataConfig
 from kdlib.data.classification import split_texts
 from kdlib.data.labelled_rows import counts
-from kdlib.data.sources import SECTIONS, SHORTEST, python_docs, python_texts, read_splits, stdlib_sections
 from kdlib.data.text import units_of_tokens
+from kdlib.sources.built_in import SECTIONS, SHORTEST, python_docs, python_texts, stdlib_sections
+from kdlib.sources.places import read_splits
 from kdlib.students.student import tokenizer_of
 from kdlib.tasks.base import prepare
 

@@ -1,0 +1,117 @@
+"""Where texts and questions come from: a built-in name, a file, a folder, or the hub."""
+
+import glob
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+from datasets import Dataset, DatasetDict
+from datasets.exceptions import DatasetGenerationError
+
+from kdlib.config.sections import DataConfig
+from kdlib.errors import DataError, listed, nearest
+from kdlib.sources.built_in import BUILT_IN
+
+READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+def read_splits(config: DataConfig) -> DatasetDict:
+    """The source's splits: "train", which is not empty, and others where it has them.
+
+    `config.source` is a built-in name, a file (.jsonl, .csv, .parquet, .txt by paragraph), a folder saved by
+    `datasets` or holding such files, or a hub id.
+    """
+    path = Path(config.source).expanduser()
+    if config.source in BUILT_IN:
+        found = BUILT_IN[config.source]()
+    elif path.is_dir():
+        saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+        read = datasets.load_from_disk if saved else datasets.load_dataset
+        found = _loaded(path, lambda: read(str(path)))
+    elif path.suffix in READERS or path.is_file():
+        found = _read_file(path)
+    else:
+        found = _from_hub(config)
+    if isinstance(found, Dataset):
+        found = DatasetDict(train=found)
+    if "train" not in found:
+        raise DataError(f"{config.source}: has the splits {', '.join(found)}; one named train is needed")
+    if len(found["train"]) == 0:
+        raise DataError(f"{config.source}: is empty; at least two documents are needed")
+    return found
+
+
+def _read_file(path: Path) -> DatasetDict:
+    if not path.exists():
+        others = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
+        raise DataError(f"{path}: no such file{nearest(path.name, others)}")
+    if path.suffix not in READERS:
+        raise DataError(f"{path}: unknown type of file; it may be {', '.join(READERS)}")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: is empty; at least two documents are needed")
+    options = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
+    options["data_files"] = glob.escape(str(path))
+    try:
+        return _loaded(path, lambda: datasets.load_dataset(READERS[path.suffix], **options))
+    except DataError:
+        if path.suffix == ".jsonl":
+            _check_lines(path)
+        raise
+
+
+def _loaded(path: Path, load: Callable[[], DatasetDict | Dataset]) -> DatasetDict | Dataset:
+    try:
+        with _no_script(path):
+            return load()
+    # pyarrow's and json's errors are ValueErrors
+    except (DatasetGenerationError, OSError, ValueError, KeyError) as error:
+        what, cause = path.suffix or "a folder of data files", error.__cause__ or error
+        raise DataError(f"{path}: cannot be read as {what}: {cause}") from error
+
+
+@contextmanager
+def _no_script(source: object) -> Iterator[None]:
+    """Where `datasets` (4 and later) finds a loading script, which it never runs: an error that says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "scripts" not in str(error):
+            raise
+        raise DataError(
+            f"{source}: its rows are made by code of its own, which is never run here ({error}); name its "
+            "data files (.jsonl, .csv, .parquet), or a copy that has them"
+        ) from error
+
+
+def _check_lines(path: Path) -> None:
+    """Name every broken line of a .jsonl file, where the reader would name a byte."""
+    broken = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    if line.strip() and not isinstance(json.loads(line), dict):
+                        broken.append(f"line {number}: not an object")
+                except json.JSONDecodeError as error:
+                    broken.append(f"line {number}: {error.msg}: {line.strip()[:60]!r}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    if broken:
+        raise DataError(f"{path}: {len(broken)} broken lines{listed(broken, 5)}")
+
+
+def _from_hub(config: DataConfig) -> DatasetDict:
+    if config.source.startswith((".", "/", "~")):
+        raise DataError(f"{config.source}: no such file or folder")
+    try:
+        with _no_script(config.source):
+            return datasets.load_dataset(config.source, config.subset)
+    except (FileNotFoundError, ConnectionError, ValueError) as error:
+        # ValueError: a subset must be named, or is not there
+        raise DataError(
+            f"{config.source}: no data set to be had by this name{nearest(config.source, BUILT_IN)}. It is "
+            f"no file, no folder and no built-in name ({', '.join(BUILT_IN)}); as a hub id (its "
+            f"configuration goes into data.subset): {error}"
+        ) from error
