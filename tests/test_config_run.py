@@ -213,7 +213,7 @@ def test_all_faults_come_at_once_each_with_its_path_and_the_nearest_name(raw_con
         ("student.keep=[0, 1, 2]", "`layers` is 2, but `keep` lists 3"),
         (
             "student={from: config, shape: 100m, layers: 2}",
-            "`layers` and `keep` are a model's; `from: config`",
+            "`layers`, `keep` and `width` are a model's; `from: config`",
         ),
         ("trackers.alias={train/kl: kd_loss}", "found 'kd_loss'; a metric is named like train/kd_loss"),
         ("trackers.alias={train/kl: train/kd_loss}", None),

@@ -73,12 +73,34 @@ def _shape(value: Any) -> Any:
     raise ValueError(f"found {value!r}; it is {form}")
 
 
+class WidthConfig(Section):
+    """How wide a student is that is made of another model's layers; what is left out stays as it is."""
+
+    hidden: Positive | None = None  # channels of the residual stream
+    intermediate: Positive | None = None  # neurons of each MLP
+    heads: Positive | None = None  # that ask, in each layer
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What is set, as transformers' configs call it."""
+        names = ("hidden_size", "intermediate_size", "num_attention_heads")
+        sizes = zip(names, (self.hidden, self.intermediate, self.heads), strict=True)
+        return {name: size for name, size in sizes if size is not None}
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "WidthConfig":
+        if not self.sizes:
+            raise ValueError("found no size; set hidden, intermediate or heads, or leave `width` out")
+        return self
+
+
 class StudentConfig(Section):
     """Made of the teacher's layers (`from: teacher`), a model of its own or its layers, or new (`config`)."""
 
     source: str = Field("teacher", alias="from")
     layers: Positive | None = None
     keep: Annotated[Any, BeforeValidator(_layers_kept)] = "influence"
+    width: WidthConfig | None = None  # of a Llama, Mistral, Qwen2 or Qwen3
     shape: Annotated[Any, BeforeValidator(_shape)] = None  # 100m, or {model_type: llama, hidden_size: 512, …}
     tokenizer: str | None = None  # of one that is no model by name; the teacher's where None
 
@@ -89,8 +111,9 @@ class StudentConfig(Section):
 
     @property
     def is_cut(self) -> bool:
-        """Whether it is made of some of a model's layers."""
-        return self.source != "config" and (self.layers is not None or isinstance(self.keep, list))
+        """Whether it is made of a model's layers: some of them, or narrower."""
+        asked = self.layers is not None or isinstance(self.keep, list) or self.width is not None
+        return self.source != "config" and asked
 
     @property
     def own_tokens(self) -> str | None:
@@ -100,7 +123,7 @@ class StudentConfig(Section):
     @model_serializer(mode="wrap")
     def _stated(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what few have, so that older runs and sweeps are known again."""
-        absent = {name for name in ("shape", "tokenizer") if getattr(self, name) is None}
+        absent = {name for name in ("shape", "tokenizer", "width") if getattr(self, name) is None}
         return {name: value for name, value in dump(self).items() if name not in absent}
 
     @model_validator(mode="after")
@@ -116,10 +139,10 @@ class StudentConfig(Section):
     @model_validator(mode="after")
     def _layers_fit(self) -> "StudentConfig":
         listed = isinstance(self.keep, list)
-        if self.source == "teacher" and self.layers is None and not listed:
-            raise ValueError("a student made from the teacher needs `layers: <how many>`")
-        if self.source == "config" and (self.layers is not None or listed):
-            raise ValueError("`layers` and `keep` are a model's; `from: config` counts them in `shape`")
+        if self.source == "teacher" and not self.is_cut:
+            raise ValueError("a student made from the teacher needs `layers: <how many>`, or `width`")
+        if self.source == "config" and (self.layers or listed or self.width):
+            raise ValueError("`layers`, `keep` and `width` are a model's; `from: config` has them in `shape`")
         if listed and self.layers not in (None, len(self.keep)):
             found = f"`layers` is {self.layers}, but `keep` lists {len(self.keep)}"
             raise ValueError(f"{found}; leave `layers` out")

@@ -17,6 +17,7 @@ from kdlib.errors import ModelError
 from kdlib.models.loading import blank, load_config, load_tokenizer, plain_config, positions_of
 from kdlib.students.depth import even_layers, layer_influence, with_layers
 from kdlib.students.scratch import of_tokens, shaped
+from kdlib.students.width import with_width
 from kdlib.tokens.vocabulary import Vocabularies
 
 
@@ -63,7 +64,7 @@ def own_config(config: Config) -> PreTrainedConfig:
     if not student.is_own:
         return shaped(student.shape, own_tokenizer(config))
     kept, whole = kept_layers(config), load_config(student.source)
-    return with_layers(whole, kept) if kept else whole
+    return with_width(with_layers(whole, kept), student.width) if kept else whole
 
 
 def sources(config: Config) -> list[str]:
@@ -73,7 +74,7 @@ def sources(config: Config) -> list[str]:
 
 
 def check_pair(config: Config, tokenizer: Tokenizer) -> None:
-    """Refuse a student that the teacher cannot teach: layers it lacks, or a term for tokens that both know.
+    """Refuse a student that the teacher cannot teach: layers or width it lacks, or a term of shared tokens.
 
     Args:
         tokenizer: the student's, as `tokenizer_of` gives it.
@@ -87,7 +88,9 @@ def check_pair(config: Config, tokenizer: Tokenizer) -> None:
     for name, each in configs.items():
         if (positions := positions_of(each)) and length > positions:
             raise ModelError(f"data.max_length is {length}, but {name} has {positions} positions; lower it")
-    kept_layers(config)
+    if kept_layers(config):
+        whole = config.student.source if config.student.is_own else config.teacher.model
+        with_width(configs[whole], config.student.width)
     terms = sorted(config.terms & {"kd", *DIVERGENCES, "attention"})
     if terms and _may_differ(config):
         _check_tokens(config, tokenizer, load_tokenizer(config.teacher.model), ", ".join(terms))
@@ -112,7 +115,8 @@ def chosen_layers(config: Config, model: PreTrainedModel, calibration: Tensor) -
     Args:
         calibration: [B, T] token ids, on which influence is measured.
     """
-    if (kept := kept_layers(config)) is None or len(kept) == 1 or config.student.keep != "influence":
+    keep, count = config.student.keep, config.student.layers
+    if (kept := kept_layers(config)) is None or count in (None, 1) or keep != "influence":
         return kept
     return sorted(layer_influence(model, calibration).topk(len(kept)).indices.tolist())
 
@@ -132,6 +136,7 @@ def kept_layers(config: Config) -> list[int] | None:
         if not keep or sorted(set(keep)) != keep or keep[0] < 0 or keep[-1] >= total:
             raise ModelError(f"student.keep {keep}: needs rising layer numbers from 0 to {total - 1}")
         return keep
+    count = count or total
     if count > total:
         raise ModelError(
             f"student.layers is {count}, but {own or 'the teacher'} has {total}; choose 1 to {total}"
@@ -241,9 +246,9 @@ def outline(config: Config, task: Any, vocabulary: int | None = None) -> Outline
                 f"{each}: a {stated.model_type} model, which is no {task.kind}; name one that is"
             )
     if source == "teacher":
-        student = with_layers(teacher, kept_layers(config))
+        student = with_width(with_layers(teacher, kept_layers(config)), config.student.width)
         student = spoken(student, own_tokenizer(config)) if config.student.tokenizer else student
-    if config.student.is_cut and config.student.keep == "influence":
+    if config.student.layers is not None and config.student.keep == "influence":
         notes.append("which layers the student keeps is seen on text; taken evenly here")
     if getattr(teacher, "quantization_config", None):
         notes.append("the teacher's quantised weights are counted in the precision of the training")

@@ -27,6 +27,7 @@ from kdlib.models.teacher import LiveTeacher, named_device
 from kdlib.routing.student_aware import routing_of
 from kdlib.students.depth import shallower
 from kdlib.students.student import Outline, chosen_layers, own_config, own_tokenizer, reembedded, sources
+from kdlib.students.width import narrower
 from kdlib.tokens.vocabulary import Vocabularies, pieces, roles, token_bytes
 
 Check = Callable[[Any], Iterator[Any]]  # kdlib.diagnostics.context.Context → findings
@@ -251,16 +252,16 @@ def untrained_student(config: Config, prepared: Prepared, keep: Sequence[int] | 
     """
     torch.manual_seed(config.seed)  # for what is made anew: a head, or all of it
     if config.student.source == "teacher":
-        return student_of(config, _teacher_model(config, prepared, torch.float32), keep)
+        return student_of(config, _teacher_model(config, prepared, torch.float32), keep, prepared)
     if config.student.source == "config":
         return blank(task_of(config).auto, "config", own_config(config), torch.float32)
     model = task_of(config).load(config.student.source, prepared, untrained=True)
-    return model if keep is None else shallower(model, keep)
+    return model if keep is None else _cut(config, model, keep, prepared, "student")
 
 
-def student_of(config: Config, teacher: Model, keep: Sequence[int]) -> Model:
+def student_of(config: Config, teacher: Model, keep: Sequence[int], prepared: Prepared) -> Model:
     """The student made from the teacher's layers `keep`, for its own tokens where it has others."""
-    student = shallower(teacher, keep)
+    student = _cut(config, teacher, keep, prepared, "teacher")
     if config.student.tokenizer is None:
         return student
     ours, theirs = own_tokenizer(config), load_tokenizer(config.teacher.model)
@@ -269,6 +270,14 @@ def student_of(config: Config, teacher: Model, keep: Sequence[int]) -> Model:
     rows = len(student.get_input_embeddings().weight)  # a token without one stands for nothing
     known = [each if number < rows else None for number, each in enumerate(token_bytes(theirs))]
     return reembedded(student, pieces(token_bytes(ours), known, theirs, roles(ours, theirs)), ours)
+
+
+def _cut(config: Config, model: Model, keep: Sequence[int], prepared: Prepared, who: str) -> Model:
+    """A model's layers `keep`, as wide as the config says: what matters most in them, without the others."""
+    student, width = shallower(model, keep), config.student.width
+    return (
+        narrower(student, width, calibration_rows(prepared.train, reads=reads_of(who))) if width else student
+    )
 
 
 def layers_for_student(config: Config, teacher: Model | None, prepared: Prepared) -> list[int] | None:
