@@ -13,6 +13,8 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
     model_validator,
 )
 
@@ -98,10 +100,20 @@ def _share_or_split(value: Any) -> float | str:
     return share
 
 
+class MixPart(Section):
+    """One of several sources of text; its weight is a share of the training rows, where these sum to 1."""
+
+    source: str
+    weight: Annotated[Number, Field(ge=0)]
+    subset: str | None = None
+    text: str | None = None  # the column with the text; data.text where None
+
+
 class DataConfig(Section):
     """The text: where it is, how it is split and cut."""
 
-    source: str
+    source: str  # of a mix all its sources' names
+    mix: Annotated[list[MixPart], Field(min_length=2)] | None = None  # several sources, each with a weight
     subset: str | None = None
     text: str | list[str] = "text"  # of a classification, several columns make one text, a line each
     label: str = "label"
@@ -117,6 +129,32 @@ class DataConfig(Section):
     max_length: Annotated[Count, Field(ge=2)] = 1024
     max_train_rows: Positive | None = None
     max_eval_rows: Positive | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, raw: Any) -> Any:
+        """A mix is called by its sources."""
+        parts = raw.get("mix") if isinstance(raw, Mapping) else None
+        if isinstance(parts, list) and "source" not in raw:
+            names = [str(part.get("source")) for part in parts if isinstance(part, Mapping)]
+            return {**raw, "source": " + ".join(names)}
+        return raw
+
+    @model_serializer(mode="wrap")
+    def _stated(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a mix where there is none, so that older runs and sweeps are known again."""
+        return {name: value for name, value in dump(self).items() if name != "mix" or value is not None}
+
+    @model_validator(mode="after")
+    def _mixes(self) -> "DataConfig":
+        names = [part.source for part in self.mix or ()]
+        if self.mix and not sum(part.weight for part in self.mix):
+            raise ValueError("mix: the weights sum to nothing; give one source or more a weight above 0")
+        if self.mix and (self.source != " + ".join(names) or self.subset):
+            raise ValueError("`mix` names the sources, each with its `subset`; leave those of data out")
+        if self.mix and len({(part.source, part.subset) for part in self.mix}) < len(names):
+            raise ValueError("mix: a source stands there twice; name each once, with the sum of the weights")
+        return self
 
 
 class CompareConfig(Section):

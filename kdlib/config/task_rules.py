@@ -61,7 +61,7 @@ LANGUAGE = TaskRules(
     best_by=("perplexity", "kl_to_teacher", "agreement", "accuracy"),
     measures=("kl_to_teacher", "agreement", "perplexity", "bits_per_byte"),
     told_first=("kl_to_teacher", "agreement", "perplexity"),
-    reads=("packing", "text", "group"),
+    reads=("packing", "text", "group", "mix"),
     rows="blocks",
     misfits=_of_language,
 )

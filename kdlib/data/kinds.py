@@ -38,7 +38,8 @@ def kinds_of(
         config: of which the rows are; without it its source is not asked.
     """
     lengths = [len(ids) for ids in rows["input_ids"]]
-    if config and "documents" in rows.column_names and (said := _of_documents(config)):
+    mix = [part["source"] for part in prepared.notes.get("mix", ())]
+    if config and not mix and "documents" in rows.column_names and (said := _of_documents(config)):
         column, kinds = said
         names, places = np.unique(np.asarray(kinds), return_inverse=True)
         return (
@@ -51,7 +52,7 @@ def kinds_of(
             names.tolist(),
             f"the {column} of each document",
         )
-    for column, names in (("group", None), ("label", prepared.labels)):
+    for column, names in (("source", mix), ("group", None), ("label", prepared.labels)):
         if column not in rows.column_names:
             continue
         known, places = np.unique(np.asarray(rows[column][:]).astype(str), return_inverse=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.config.sections import DataConfig
@@ -17,7 +17,7 @@ from kdlib.data import pairs
 from kdlib.data.batches import Prepared, collate, fingerprint, flat, lengths_of, vocabulary_of
 from kdlib.data.blocks import one_each, packed, tokenized
 from kdlib.errors import DataError
-from kdlib.sources.documents import SIDES, read_documents, split_documents
+from kdlib.sources.mix import interleaved, split_sources
 from kdlib.sources.rows import group_values
 from kdlib.tokens.spans import PairReader
 from kdlib.tokens.vocabulary import beginning, ending
@@ -29,7 +29,7 @@ BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a token of a SentencePiece vocabulary
 def prepare(
     config: DataConfig, tokenizer: Tokenizer, *, seed: int, teacher: Tokenizer | None = None
 ) -> Prepared:
-    """Read, split by document (or whole groups of them), tokenize and cut the text of a config.
+    """Read, split by document (or whole groups of them), tokenize and cut the text of a config; mix sources.
 
     All depends on the documents and `data.split_seed` (else the seed) alone.
 
@@ -41,28 +41,56 @@ def prepare(
         ModelError: of one of two tokenizers it is not known which bytes its tokens stand for.
     """
     seed = seed if config.split_seed is None else config.split_seed
-    documents, length = read_documents(config), config.max_length
-    split, own = split_documents(documents, config, seed=seed), "validation" in documents
-    repeated = sum(len(documents[name]) for name in SIDES if name in documents) - sum(
-        map(len, split.values())
-    )
-    grouped = f", whole {config.group}s" if config.group else ""
-    how = "the source's own" if own else f"by document{grouped}"
-    notes: dict[str, Any] = {"source": config.source, "split": how, "duplicate_documents_left_out": repeated}
-    rows, numbered, sides = {}, 0, []
+    sources, repeated = split_sources(config, seed=seed)
     reader = PairReader(tokenizer, teacher) if teacher else None
+    made, numbered = [], 0
+    for part, split, _ in sources:
+        made.append(
+            _of_source(part, split, tokenizer, reader, seed=seed, first=numbered, alone=not config.mix)
+        )
+        numbered = made[-1][1].pop("numbered")
+    rows, found = mixed(config, made, seed=seed) if config.mix else made[0]
+    grouped = f", whole {config.group}s" if config.group else ""
+    how = {is_own: "the source's own" if is_own else f"by document{grouped}" for _, _, is_own in sources}
+    notes = {"source": config.source, "split": ", or ".join(how[own] for own in sorted(how)), **found}
+    notes["duplicate_documents_left_out"] = repeated
+    notes["each_document_begins_with"] = tokenizer.decode(beginning(tokenizer))
+    notes["each_document_ends_with"] = tokenizer.eos_token or ""
+    notes["fingerprint"] = fingerprint(rows["train"], rows["validation"])
+    pads = {"teacher_pad_id": teacher.pad_token_id} if teacher else {}
+    gathered = partial(collate, pad_id=tokenizer.pad_token_id, **pads)
+    common = pairs.vocabularies(tokenizer, teacher) if teacher else None
+    return Prepared(
+        rows["train"], rows["validation"], notes, gathered, vocabulary_of(tokenizer), vocabularies=common
+    )
+
+
+def _of_source(
+    config: DataConfig,
+    split: DatasetDict,
+    tokenizer: Tokenizer,
+    reader: PairReader | None,
+    *,
+    seed: int,
+    first: int,
+    alone: bool,
+) -> tuple[dict[str, Dataset], dict[str, Any]]:
+    """One source's rows, whose documents are numbered from `first` on, and what is to be known about them."""
+    rows, numbered, sides, notes = {}, first, [], {}
+    is_one_text = Path(config.source).suffix == ".txt"  # its paragraphs are parts of one text
     for name, limit in (("train", config.max_train_rows), ("validation", config.max_eval_rows)):
         groups = group_values(config, split[name], name)
         sides.append(set(groups or ()))
         numbers = np.arange(len(split[name])) if groups is None else np.unique(groups, return_inverse=True)[1]
+        numbers = numbers * (alone or not is_one_text)
         numbered, numbers = numbered + int(numbers.max(initial=0)) + 1, numbers + numbered
         blocks, found = _blocks(split[name], config, tokenizer, reader, numbers)
         notes |= {f"{name}_{what}": figure for what, figure in found.items()}
         if len(blocks) == 0:
             fault = "are all shorter than two tokens, so there is nothing to predict"
             if tokens := found["tokens"]:
-                fault = f"have {tokens} tokens together, fewer than one block of data.max_length={length}"
-                fault += "; lower max_length, or give more text"
+                fault = f"have {tokens} tokens together, fewer than one block of data.max_length="
+                fault += f"{config.max_length}; lower max_length, or give more text"
             if lost := found.get("documents_not_aligned"):
                 fault += (
                     f"; without {lost} that one of both tokenizers does not give back: name another teacher"
@@ -76,18 +104,47 @@ def prepare(
         notes[f"{name}_rows"], notes[f"{name}_tokens"] = len(blocks), int(lengths_of(blocks).sum())
     notes["groups_on_two_sides"] = len(set.intersection(*sides))
     notes["units"] = "documents" if groups is None else "groups of documents"
-    if Path(config.source).suffix == ".txt":  # its paragraphs are parts of one text
+    if is_one_text and alone:
         rows = {name: each.remove_columns("documents") for name, each in rows.items()}
         notes["units"] = ONE_TEXT
-    notes["each_document_begins_with"] = tokenizer.decode(beginning(tokenizer))
-    notes["each_document_ends_with"] = tokenizer.eos_token or ""
-    notes["fingerprint"] = fingerprint(rows["train"], rows["validation"])
-    pads = {"teacher_pad_id": teacher.pad_token_id} if teacher else {}
-    gathered = partial(collate, pad_id=tokenizer.pad_token_id, **pads)
-    common = pairs.vocabularies(tokenizer, teacher) if teacher else None
-    return Prepared(
-        rows["train"], rows["validation"], notes, gathered, vocabulary_of(tokenizer), vocabularies=common
-    )
+    return rows, {**notes, "numbered": numbered}
+
+
+def mixed(
+    config: DataConfig, made: Sequence[tuple[dict[str, Dataset], dict[str, Any]]], *, seed: int
+) -> tuple[dict[str, Dataset], dict[str, Any]]:
+    """The rows of several sources by their weights, each with its source's number; notes of all together.
+
+    Held out is what each source holds out.  Under "mix" of each its weight, its share of the training rows,
+    and how many it has on both sides.
+    """
+    each = [
+        {name: part.add_column("source", np.full(len(part), number, np.int32)) for name, part in rows.items()}
+        for number, (rows, _) in enumerate(made)
+    ]
+    train = interleaved([part["train"] for part in each], [part.weight for part in config.mix], seed=seed)
+    train = train.select(range(min(len(train), config.max_train_rows or len(train))))
+    rows = {"train": train, "validation": concatenate_datasets([part["validation"] for part in each])}
+    if not len(train):
+        raise DataError(f"{config.source}: one source of the mix has no row to begin with; give more text")
+    table = pd.DataFrame([notes for _, notes in made])
+    sums = table.select_dtypes("number").sum()
+    notes = {**made[0][1], **{name: int(sums[name]) for name in sums.index}}
+    for name, part in rows.items():
+        notes |= {f"{name}_rows": len(part), f"{name}_tokens": int(lengths_of(part).sum())}
+        if (lost := f"{name}_share_of_tokens_cut_off") in table:
+            notes[lost] = round(float(np.average(table[lost], weights=table[f"{name}_tokens"])), 4)
+            notes[f"{name}_longest_document"] = int(table[f"{name}_longest_document"].max())
+    counts = {n: np.bincount(part["source"][:], minlength=len(made)).tolist() for n, part in rows.items()}
+    notes["mix"] = [
+        {
+            **part.model_dump(include={"source", "subset", "weight"}, exclude_none=True),
+            "share": round(counts["train"][number] / len(train), 4),
+            **{f"{name}_rows": counts[name][number] for name in rows},
+        }
+        for number, part in enumerate(config.mix)
+    ]
+    return rows, notes
 
 
 def _blocks(

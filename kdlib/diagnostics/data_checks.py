@@ -44,8 +44,9 @@ def documents_have_something_to_predict(context: Context) -> Findings:
         total, short = _counted(name, column, context)
         if short <= LEFT_OUT * total:
             continue
-        documents = context.split[name]
-        sample = documents.select(range(min(SAMPLE, total)))
+        # of a mix each source has columns of its own
+        sample = Dataset.from_dict({}) if context.config.data.mix else context.split[name]
+        sample = sample.select(range(min(SAMPLE, len(sample))))
         texts = [each for each in sample.column_names if all(isinstance(x, str) for x in sample[each])]
         most = LEFT_OUT * len(sample)
         others = [each for each in texts if each != column and _too_short(sample, each, context) <= most]

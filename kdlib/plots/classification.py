@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from kdlib.metrics.names import rivals_of, student_of, with_interval
+from kdlib.config.task_rules import shown_in
+from kdlib.metrics.names import MEASURES, rivals_of, student_of, with_interval
 from kdlib.plots.axes import (
     INK,
     called,
@@ -28,6 +29,7 @@ TITLES = {
     "on_teachers_mistakes": "On the teacher's mistakes",
     "f1_per_class": "F1 by class",
     "worst": "Worst examples",
+    "mix": "By source",
 }
 ANSWER_FIGURES = ("confusion", "reliability", "f1_per_class")
 COUNTED = 30  # classes, above which a matrix has no counts, as they could not be read
@@ -162,8 +164,28 @@ def answer_tables(results: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
         "on_teachers_mistakes": (mistakes, mistakes_table),
         "f1_per_class": (results.get("labels"), class_table),
         "worst": (results.get("worst"), worst_table),
+        "mix": (results.get("mix"), source_table),
     }
     return {name: table(results) for name, (there, table) in tables.items() if there}
+
+
+def source_table(results: Mapping[str, Any]) -> pd.DataFrame:
+    """Of each source of a mix its share of the training, and every model on what was held out of it."""
+    measures = {MEASURES[name].name: name for name in shown_in(results)}
+    return pd.DataFrame(
+        [
+            {
+                "source": part["source"],
+                "weight": f"{part['weight']:g}",
+                "of the training rows": f"{part['share']:.1%}",
+                "held out": f"{part['units']} units",
+                "model": label_of(model),
+                **{head: with_interval(facts[name]) for head, name in measures.items()},
+            }
+            for part in results["mix"]
+            for model, facts in part["models"].items()
+        ]
+    ).set_index("source")
 
 
 def mcnemar_table(results: Mapping[str, Any]) -> pd.DataFrame:

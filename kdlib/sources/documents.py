@@ -43,24 +43,23 @@ def _without_text(rows: Dataset, column: str) -> int | None:
     return None
 
 
-def _known_again(documents: DatasetDict, column: str) -> dict[str, np.ndarray]:
-    """{side: [documents] a number of each text, the same for the same text} on all sides together."""
-    sides = [name for name in SIDES if name in documents]
+def known_again(parts: Sequence[tuple[Dataset, str]]) -> list[np.ndarray]:
+    """Of each table, and its column, [documents] a number of each text: the same for the same text."""
     digests = [
         b"".join(blake2b(text, digest_size=DIGEST).digest() for text in texts.cast(pa.binary()).to_pylist())
-        for name in sides
-        for texts in columns_of(documents[name], column)
+        for rows, column in parts
+        for texts in columns_of(rows, column)
     ]
     halves = pd.DataFrame(np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2))
     numbers = halves.groupby([0, 1], sort=False).ngroup().to_numpy()
-    ends = np.cumsum([len(documents[name]) for name in sides])[:-1]
-    return dict(zip(sides, np.split(numbers, ends), strict=True))
+    return np.split(numbers, np.cumsum([len(rows) for rows, _ in parts])[:-1])
 
 
 def split_documents(documents: DatasetDict, config: DataConfig, *, seed: int) -> DatasetDict:
     """Train and validation: the source's own, else by document; each text is kept once, and on one side."""
-    texts = _known_again(documents, config.text)
-    kept = kept_once(config, {name: (each, each) for name, each in texts.items()})
+    sides = [name for name in SIDES if name in documents]
+    texts = known_again([(documents[name], config.text) for name in sides])
+    kept = kept_once(config, {name: (each, each) for name, each in zip(sides, texts, strict=True)})
     unique = DatasetDict({name: documents[name].select(rows) for name, rows in kept.items()})
     if "validation" in unique:
         return unique

@@ -79,16 +79,10 @@ class TokenComparison(Comparison):
     def results(self, student: str) -> dict[str, Any]:
         tokens = self.sums[student][:, COLUMNS.index("tokens")]
         units = int((tokens > 0).sum())  # of others nothing is predicted
-        draws = Bootstrap(units, self.resamples, self.seed)
-        figures: dict[str, dict[str, tuple[float, np.ndarray]]] = {}
-        for name, sums in self.sums.items():
-            table = sums[tokens > 0]
-            found, drawn = (_figures(each) for each in (table.sum(0, keepdims=True), draws.sums(table)))
-            left_out = BY_TOKEN if name == "teacher" and self.prepared.vocabularies else ()
-            left_out += () if self.teacher else ("kl_to_teacher", "agreement")
-            figures[name] = {m: (float(found[m][0]), drawn[m]) for m in found if m not in left_out}
+        figures = self._measured(tokens > 0)
         return {
-            "models": {n: intervals(each, units, itself=n == "teacher") for n, each in figures.items()},
+            "models": _intervals(figures, units),
+            **({"mix": self._by_source(tokens > 0)} if "mix" in self.prepared.notes else {}),
             "differences": differences(figures, units),
             "rows": len(self.prepared.measured),
             "units": units,
@@ -98,6 +92,30 @@ class TokenComparison(Comparison):
             "samples": self.samples,
             "prompts": [self.tokenizer.decode(prompt) for prompt in self.prompts],
         }
+
+    def _measured(self, chosen: np.ndarray) -> dict[str, dict[str, tuple[float, np.ndarray]]]:
+        """Model → measure → its value over these units, [units] true or false, and on resampled ones."""
+        draws = Bootstrap(int(chosen.sum()), self.resamples, self.seed)
+        figures: dict[str, dict[str, tuple[float, np.ndarray]]] = {}
+        for name, sums in self.sums.items():
+            table = sums[chosen]
+            found, drawn = (_figures(each) for each in (table.sum(0, keepdims=True), draws.sums(table)))
+            left_out = BY_TOKEN if name == "teacher" and self.prepared.vocabularies else ()
+            left_out += () if self.teacher else ("kl_to_teacher", "agreement")
+            figures[name] = {m: (float(found[m][0]), drawn[m]) for m in found if m not in left_out}
+        return figures
+
+    def _by_source(self, chosen: np.ndarray) -> list[dict[str, Any]]:
+        """Of each source of a mix what its notes say, and its models' figures on its own held-out units."""
+        source = np.zeros(self.units, int)
+        for units, number in zip(self.unit_of_token, self.prepared.measured["source"], strict=True):
+            source[units] = number
+        every = []
+        for number, part in enumerate(self.prepared.notes["mix"]):
+            its = chosen & (source == number)
+            models = _intervals(self._measured(its), int(its.sum()))
+            every.append({**part, "units": int(its.sum()), "models": models})
+        return every
 
     def _batches(self) -> Iterator[tuple[list[np.ndarray], Batch]]:
         """Each batch, and of its rows the unit of each token."""
@@ -148,6 +166,10 @@ class TokenComparison(Comparison):
         found["bytes"] = np.bincount(units.numpy(), sizes, self.units + 1)
         found.setdefault("single", found["tokens"])
         return np.column_stack([found.get(n, np.zeros(self.units + 1)) for n in COLUMNS])[: self.units]
+
+
+def _intervals(figures: Mapping[str, Any], units: int) -> dict[str, Any]:
+    return {name: intervals(each, units, itself=name == "teacher") for name, each in figures.items()}
 
 
 def _figures(sums: np.ndarray) -> dict[str, np.ndarray]:

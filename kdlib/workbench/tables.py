@@ -37,6 +37,10 @@ def texts_in(notes: Mapping[str, Any]) -> dict[str, str]:
         if f"{name}_rows" in notes:
             documents, rows, tokens = (notes[f"{name}_{unit}"] for unit in ("documents", "rows", "tokens"))
             found[what] = f"{documents} documents, {rows} rows, {tokens:,} tokens"
+    for part in notes.get("mix", ()):
+        trained, held_out = (f"{part[f'{side}_rows']:,}" for side in ("train", "validation"))
+        rows = f"{trained} rows, and {held_out} held out"
+        found[f"of {part['source']}"] = f"{part['share']:.1%} of the training rows: {rows}"
     return found
 
 
