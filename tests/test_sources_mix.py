@@ -50,6 +50,9 @@ def test_rows_are_mixed_by_weight_each_with_its_source_and_every_source_is_held_
     assert is_loud[of == 1].mean() > 0.9  # but for the ten texts that both have
     assert len(set(map(tuple, made.train["input_ids"]))) == len(made.train)  # none twice
     assert fingerprint(prepare(config, tokenizer, seed=0).train) == fingerprint(made.train)
+    unlearned = prepare(mix(sources, weights=(1, 0)), tokenizer, seed=0)
+    assert [part["share"] for part in unlearned.notes["mix"]] == [1, 0]
+    assert unlearned.notes["mix"][1]["validation_rows"] > 0
     assert len(prepare(mix(sources, max_train_rows=20, max_eval_rows=6), tokenizer, seed=0).train) == 20
 
 

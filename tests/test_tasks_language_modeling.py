@@ -1,5 +1,6 @@
 import gc
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -130,6 +131,26 @@ def test_documents_are_resampled_and_each_token_counts_for_its_own(rows, tokeniz
     comparison.beside_teacher("teacher", asked(tiny_model(), comparison.prepared))
     # of the blocks 0, 1, 2 the second's tokens 1 to 4 are the first's; a row's first is not predicted
     assert comparison.sums["teacher"][:2, COLUMNS.index("tokens")].tolist() == [11 + 4, 7 + 11]
+
+
+def test_each_source_of_a_mix_has_the_figures_of_its_own_rows(rows, tokenizer, tmp_path):
+    of = [int(n % 3 == 0) for n in range(len(rows))]
+    mix = [{"source": name, "weight": 1.0, "share": 0.5} for name in ("a.jsonl", "b.jsonl")]
+    made = replace(prepared(rows.add_column("source", of), tokenizer), notes={"mix": mix})
+    loads = {"teacher": lambda: tiny_model().eval(), "distilled": lambda: shallower(tiny_model(), [0, 3])}
+    candidates = {name: Candidate(load) for name, load in loads.items()}
+    results = measured(TokenComparison(made, tokenizer, resamples=400), made, candidates, "distilled")
+    for number, part in enumerate(results["mix"]):
+        its = rows.select([n for n, source in enumerate(of) if source == number])
+        alone = compared(its, tokenizer, distilled=loads["distilled"])
+        assert part["units"] == len(its)
+        for name, facts in part["models"].items():
+            for measure, figures in facts.items():
+                assert figures == pytest.approx(alone["models"][name][measure], rel=1e-5, abs=1e-9)
+    results |= {"task": "causal-lm", "precision": "float32", "sources": {}}
+    page = render_comparison(results, tmp_path).read_text()
+    assert "By source" in page
+    assert "b.jsonl" in page
 
 
 def test_blocks_that_are_alike_within_a_document_make_no_narrower_interval(rows, tokenizer):

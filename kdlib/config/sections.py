@@ -114,6 +114,7 @@ class DataConfig(Section):
 
     source: str  # of a mix all its sources' names
     mix: Annotated[list[MixPart], Field(min_length=2)] | None = None  # several sources, each with a weight
+    streaming: bool = False  # of a corpus too large to be had: as much of its beginning as max_steps needs
     subset: str | None = None
     text: str | list[str] = "text"  # of a classification, several columns make one text, a line each
     label: str = "label"
@@ -135,15 +136,15 @@ class DataConfig(Section):
     def _named(cls, raw: Any) -> Any:
         """A mix is called by its sources."""
         parts = raw.get("mix") if isinstance(raw, Mapping) else None
-        if isinstance(parts, list) and "source" not in raw:
+        if isinstance(parts, list) and raw.get("source") is None:
             names = [str(part.get("source")) for part in parts if isinstance(part, Mapping)]
             return {**raw, "source": " + ".join(names)}
         return raw
 
     @model_serializer(mode="wrap")
     def _stated(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without a mix where there is none, so that older runs and sweeps are known again."""
-        return {name: value for name, value in dump(self).items() if name != "mix" or value is not None}
+        """Without what few have, so that older runs and sweeps are known again."""
+        return {n: value for n, value in dump(self).items() if n not in ("mix", "streaming") or value}
 
     @model_validator(mode="after")
     def _mixes(self) -> "DataConfig":
@@ -152,6 +153,9 @@ class DataConfig(Section):
             raise ValueError("mix: the weights sum to nothing; give one source or more a weight above 0")
         if self.mix and (self.source != " + ".join(names) or self.subset):
             raise ValueError("`mix` names the sources, each with its `subset`; leave those of data out")
+        if self.streaming and (self.mix or self.group):
+            found = "mix" if self.mix else "group"
+            raise ValueError(f"streaming: reads the documents of one source as they come; leave {found} out")
         if self.mix and len({(part.source, part.subset) for part in self.mix}) < len(names):
             raise ValueError("mix: a source stands there twice; name each once, with the sum of the weights")
         return self

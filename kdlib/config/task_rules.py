@@ -36,6 +36,9 @@ class TaskRules:
 def _of_language(config: Any) -> Iterator[str]:
     if isinstance(config.data.text, list):
         yield f"data.text: found {config.data.text}; {config.task} reads one column: name it"
+    if config.data.streaming and config.training.get("max_steps", -1) < 1:
+        what = "a stream's end is not known, so the training says how much of it is read"
+        yield f"data.streaming: needs training.max_steps: {what}; set it, or leave streaming out"
     if isinstance(config.data.validation, str):
         yield (
             f"data.validation: found {config.data.validation!r}; {config.task} takes the source's split "
@@ -61,7 +64,7 @@ LANGUAGE = TaskRules(
     best_by=("perplexity", "kl_to_teacher", "agreement", "accuracy"),
     measures=("kl_to_teacher", "agreement", "perplexity", "bits_per_byte"),
     told_first=("kl_to_teacher", "agreement", "perplexity"),
-    reads=("packing", "text", "group", "mix"),
+    reads=("packing", "text", "group", "mix", "streaming"),
     rows="blocks",
     misfits=_of_language,
 )

@@ -39,7 +39,8 @@ def kinds_of(
     """
     lengths = [len(ids) for ids in rows["input_ids"]]
     mix = [part["source"] for part in prepared.notes.get("mix", ())]
-    if config and not mix and "documents" in rows.column_names and (said := _of_documents(config)):
+    is_asked = config and not (mix or config.data.streaming)
+    if is_asked and "documents" in rows.column_names and (said := _of_documents(config)):
         column, kinds = said
         names, places = np.unique(np.asarray(kinds), return_inverse=True)
         return (

@@ -19,6 +19,7 @@ from kdlib.data.blocks import one_each, packed, tokenized
 from kdlib.errors import DataError
 from kdlib.sources.mix import interleaved, split_sources
 from kdlib.sources.rows import group_values
+from kdlib.sources.stream import streamed
 from kdlib.tokens.spans import PairReader
 from kdlib.tokens.vocabulary import beginning, ending
 
@@ -41,7 +42,11 @@ def prepare(
         ModelError: of one of two tokenizers it is not known which bytes its tokens stand for.
     """
     seed = seed if config.split_seed is None else config.split_seed
-    sources, repeated = split_sources(config, seed=seed)
+    if config.streaming:
+        part, split, repeated = streamed(config, tokenizer)
+        sources = [(part, split, False)]
+    else:
+        sources, repeated = split_sources(config, seed=seed)
     reader = PairReader(tokenizer, teacher) if teacher else None
     made, numbered = [], 0
     for part, split, _ in sources:
@@ -51,8 +56,9 @@ def prepare(
         numbered = made[-1][1].pop("numbered")
     rows, found = mixed(config, made, seed=seed) if config.mix else made[0]
     grouped = f", whole {config.group}s" if config.group else ""
-    how = {is_own: "the source's own" if is_own else f"by document{grouped}" for _, _, is_own in sources}
-    notes = {"source": config.source, "split": ", or ".join(how[own] for own in sorted(how)), **found}
+    divided = "the beginning of a stream" if config.streaming else f"by document{grouped}"
+    how = {"the source's own" if is_own else divided for _, _, is_own in sources}
+    notes = {"source": config.source, "split": ", or ".join(sorted(how, reverse=True)), **found}
     notes["duplicate_documents_left_out"] = repeated
     notes["each_document_begins_with"] = tokenizer.decode(beginning(tokenizer))
     notes["each_document_ends_with"] = tokenizer.eos_token or ""

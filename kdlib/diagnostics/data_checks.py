@@ -44,8 +44,9 @@ def documents_have_something_to_predict(context: Context) -> Findings:
         total, short = _counted(name, column, context)
         if short <= LEFT_OUT * total:
             continue
-        # of a mix each source has columns of its own
-        sample = Dataset.from_dict({}) if context.config.data.mix else context.split[name]
+        # of a mix each source has columns of its own, and of a stream the text alone is there
+        is_whole = not (context.config.data.mix or context.config.data.streaming)
+        sample = context.split[name] if is_whole else Dataset.from_dict({})
         sample = sample.select(range(min(SAMPLE, len(sample))))
         texts = [each for each in sample.column_names if all(isinstance(x, str) for x in sample[each])]
         most = LEFT_OUT * len(sample)
@@ -228,6 +229,8 @@ def _counted(name: str, column: str, context: Context) -> tuple[int, int]:
     try:
         notes = context.prepared.notes
     except Unavailable:  # perhaps as all are too short
+        if context.config.data.mix or context.config.data.streaming:
+            raise
         return len(context.split[name]), _too_short(context.split[name], column, context)
     return notes[f"{name}_documents"], notes[f"{name}_documents_shorter_than_two_tokens"]
 

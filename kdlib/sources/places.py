@@ -2,9 +2,11 @@
 
 import glob
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets import Dataset, DatasetDict
@@ -18,7 +20,7 @@ READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parque
 
 
 def read_splits(config: DataConfig) -> DatasetDict:
-    """The source's splits: "train", which is not empty, and others where it has them.
+    """The source's splits: "train", which is not empty, and others where it has them; or streams of these.
 
     `config.source` is a built-in name, a file (.jsonl, .csv, .parquet, .txt by paragraph), a folder saved by
     `datasets` or holding such files, or a hub id.
@@ -28,22 +30,26 @@ def read_splits(config: DataConfig) -> DatasetDict:
         found = BUILT_IN[config.source]()
     elif path.is_dir():
         saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
-        read = datasets.load_from_disk if saved else datasets.load_dataset
+        read = datasets.load_from_disk if saved else partial(datasets.load_dataset, **_how(config))
         found = _loaded(path, lambda: read(str(path)))
     elif path.suffix in READERS or path.is_file():
-        found = _read_file(path)
+        found = _read_file(path, _how(config))
     else:
         found = _from_hub(config)
     if isinstance(found, Dataset):
         found = DatasetDict(train=found)
     if "train" not in found:
         raise DataError(f"{config.source}: has the splits {', '.join(found)}; one named train is needed")
-    if len(found["train"]) == 0:
+    if isinstance(found, DatasetDict) and len(found["train"]) == 0:
         raise DataError(f"{config.source}: is empty; at least two documents are needed")
     return found
 
 
-def _read_file(path: Path) -> DatasetDict:
+def _how(config: DataConfig) -> dict[str, bool]:
+    return {"streaming": True} if config.streaming else {}
+
+
+def _read_file(path: Path, how: Mapping[str, Any]) -> DatasetDict:
     if not path.exists():
         others = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
         raise DataError(f"{path}: no such file{nearest(path.name, others)}")
@@ -51,8 +57,8 @@ def _read_file(path: Path) -> DatasetDict:
         raise DataError(f"{path}: unknown type of file; it may be {', '.join(READERS)}")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: is empty; at least two documents are needed")
-    options = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
-    options["data_files"] = glob.escape(str(path))
+    options = {"data_files": glob.escape(str(path)), **how}
+    options |= {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
     try:
         return _loaded(path, lambda: datasets.load_dataset(READERS[path.suffix], **options))
     except DataError:
@@ -107,7 +113,7 @@ def _from_hub(config: DataConfig) -> DatasetDict:
         raise DataError(f"{config.source}: no such file or folder")
     try:
         with _no_script(config.source):
-            return datasets.load_dataset(config.source, config.subset)
+            return datasets.load_dataset(config.source, config.subset, **_how(config))
     except (FileNotFoundError, ConnectionError, ValueError) as error:
         # ValueError: a subset must be named, or is not there
         raise DataError(

@@ -1,5 +1,6 @@
 """Language modelling: the next token of a text."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -64,7 +65,11 @@ class LanguageModeling(Task):
 
     def prepare(self, config: Config, tokenizer: Tokenizer, *, new_head: bool = False) -> Prepared:
         teacher = teacher_tokenizer_of(config)
-        prepared = text.prepare(config.data, tokenizer, seed=config.seed, teacher=teacher)
+        data = config.data
+        if data.streaming:  # as much of it as is trained on, whatever process asks
+            needed = min(rows_of_training(config), data.max_train_rows or sys.maxsize)
+            data = data.model_copy(update={"max_train_rows": needed})
+        prepared = text.prepare(data, tokenizer, seed=config.seed, teacher=teacher)
         return within_heads(config, prepared, tokenizer, teacher)
 
     def load(
@@ -165,6 +170,14 @@ class LanguageModeling(Task):
         fit = np.flatnonzero(lengths >= length).tolist()
         chosen = spread(fit or range(len(rows)), config.compare.continuations)
         return [rows[n]["input_ids"][: length if fit else -(-int(lengths[n]) // 2)] for n in chosen]
+
+
+def rows_of_training(config: Config) -> int:
+    """How many rows `max_steps` take, by the config alone: the same for every rank, and when resumed."""
+    training, processes = config.training, config.launch.processes
+    ranks = max(torch.cuda.device_count(), 1) if processes == "auto" else processes
+    batch = training.get("per_device_train_batch_size", 8) * training.get("gradient_accumulation_steps", 1)
+    return training["max_steps"] * batch * ranks
 
 
 def beginnings(rows: Sequence[Mapping[str, Sequence[int]]], tokens: int) -> list[dict[str, Any]]:
