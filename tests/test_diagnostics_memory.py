@@ -8,7 +8,8 @@ from made_experts import model_with_experts
 from transformers import AutoTokenizer, LlamaConfig, MixtralConfig, MixtralForCausalLM
 
 from kdlib.config import run as configs
-from kdlib.diagnostics.memory import Breakdown, at_layers, forecast
+from kdlib.diagnostics.forecast import at_layers
+from kdlib.diagnostics.memory import Breakdown, forecast
 from kdlib.errors import ModelError
 from kdlib.losses.buffers import FakeWorkspace
 from kdlib.models.loading import load_model, parameters

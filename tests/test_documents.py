@@ -149,8 +149,13 @@ def test_settings_in_guides_are_read(guide):
         if "prompts" in given:
             parse(given, name=guide.name, kind=GenerationConfig)
             continue
-        flat = {f"{section}.{key}": value for section, part in given.items() for key, value in part.items()}
-        parse(base, {"early_stopping": {"patience": 1}, **flat} if "early_stopping" in given else flat)
+        whole = {name: part for name, part in given.items() if {"from", "model"} & {*part}}  # a model, named
+        rest = {name: part for name, part in given.items() if name not in whole}
+        flat = {f"{section}.{key}": value for section, part in rest.items() for key, value in part.items()}
+        parse(
+            {**base, **whole},
+            {"early_stopping": {"patience": 1}, **flat} if "early_stopping" in given else flat,
+        )
 
 
 def test_the_first_lines_of_python_in_readme_run():

@@ -21,7 +21,7 @@ from tiny_training import comparable
 
 from kdlib.config.run import parse
 from kdlib.errors import ConfigError, Died, ModelError, Stopped
-from kdlib.models import loading
+from kdlib.models import sharing
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run, project_root
 from kdlib.sweeps.config import SweepConfig
@@ -44,12 +44,12 @@ def test_a_number_of_processes_that_is_none_is_refused(raw_config, processes):
 
 
 def test_auto_is_one_process_for_each_gpu_and_more_than_those_are_refused(monkeypatch):
-    assert [loading.ranks_of(wanted, "cpu") for wanted in (1, "auto", 3)] == [1, 1, 3]
-    monkeypatch.setattr(loading, "device_of", torch.device)
+    assert [sharing.ranks_of(wanted, "cpu") for wanted in (1, "auto", 3)] == [1, 1, 3]
+    monkeypatch.setattr(sharing, "device_of", torch.device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert [loading.ranks_of(wanted, "cuda") for wanted in (1, "auto", 2)] == [1, 4, 2]
+    assert [sharing.ranks_of(wanted, "cuda") for wanted in (1, "auto", 2)] == [1, 4, 2]
     with pytest.raises(ConfigError, match="found 8, needs a GPU for each, and here are 4; write 4, or auto"):
-        loading.ranks_of(8, "cuda")
+        sharing.ranks_of(8, "cuda")
 
 
 def test_more_processes_than_rows_are_refused_before_a_run_is_made(raw_config):

@@ -1,6 +1,7 @@
 """Measuring: interleaved rounds of time, agreement with float64, peak memory in a fresh process per case."""
 
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,12 +9,15 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from kdlib.benchmarks.heads import Problem, Setting, agreement, problem
 from kdlib.benchmarks.peers import CASES
 from kdlib.hardware import peak_memory
 from kdlib.runs.child_processes import in_fresh_process
+from kdlib.training.trainer import DistillationTrainer
 
+LOGGING_STEPS = 10  # for which the ledger's share is told
 WARMUP_CHUNKS = 1  # tokens of the warm-up, in chunks: what is compiled is compiled for the same shapes
 MATRICES = ((2048, 2048, 2048), (512, 576, 8192))  # rows x columns x columns of the products that are timed
 
@@ -39,6 +43,54 @@ def rotated(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
         first = number * len(names) // rounds
         for name in (*names[first:], *names[:first]):
             yield number, name
+
+
+class StepClock(TrainerCallback):
+    """Notes wall and CPU time at the end of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.ends: list[tuple[float, float]] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.ends.append((time.perf_counter(), time.process_time()))
+
+    def figures(self, warmup: int) -> dict[str, float]:
+        """The median step after the warm-up."""
+        steps = list(zip(self.ends[warmup - 1 :], self.ends[warmup:], strict=False))
+        walls, cpus = ([end[i] - begin[i] for begin, end in steps] for i in (0, 1))
+        return {"wall_s": statistics.median(walls), "cpu_s": statistics.median(cpus)}
+
+
+class BooksClock(TrainerCallback):
+    """Times what our trainer keeps of its own steps: ledger, guard, and a line of the log every so many.
+
+    On CUDA the device is waited for around each call, which makes the steps themselves a little slower.
+    """
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self.trainer, self.now, self.steps = trainer, 0.0, []
+        window, guard = trainer.window, trainer.guard
+        for owner, name in ((window, "add"), (guard, "begin"), (guard, "end"), (trainer, "check_step")):
+            setattr(owner, name, self._timed(getattr(owner, name)))
+
+    def _timed(self, call: Callable) -> Callable:
+        def timed(*arguments):
+            answer = []
+            self.now += seconds(lambda: answer.append(call(*arguments)), self.trainer.args.device)["wall_s"]
+            return answer[0]
+
+        return timed
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append(self.now)
+        self.now = 0.0
+
+    def figures(self, warmup: int) -> dict[str, float]:
+        """Seconds of the median step after the warm-up, with its share of a line of the log."""
+        line = seconds(self.trainer.term_figures, self.trainer.args.device)["wall_s"]
+        return {"ledger_s": statistics.median(self.steps[warmup:]) + line / LOGGING_STEPS}
 
 
 def matmul_speed(dtype: torch.dtype, device: torch.device, *, tries: int = 5) -> float:

@@ -38,6 +38,7 @@ CASES = {
 
 CONTENDERS = {
     "ours_kd": "ours, KD + CE",
+    "ours_lora": "ours, KD + CE, an adapter alone (LoRA, r 16)",
     "ours_hidden": "ours, KD + CE + hidden, layers even",
     "ours_routed": "ours, KD + CE + hidden, routed, top-4",
     "ours_sft": "ours, CE alone",

@@ -12,7 +12,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,16 +21,18 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from kdlib.benchmarks.heads import CE, KD
 from kdlib.benchmarks.peers import module
-from kdlib.benchmarks.rounds import rotated, seconds
+from kdlib.benchmarks.rounds import BooksClock, StepClock, rotated, seconds
 from kdlib.benchmarks.settings import StepsConfig
+from kdlib.config.models import AdapterConfig
 from kdlib.config.run import parse
 from kdlib.data.batches import collate
 from kdlib.losses.buffers import Workspace
+from kdlib.models.adapters import adapted
 from kdlib.models.loading import load_model, load_tokenizer
 from kdlib.models.teacher import LiveTeacher
 from kdlib.routing.gates import compared_layers
@@ -42,55 +43,6 @@ from kdlib.training.plan import objective_of
 from kdlib.training.trainer import DistillationTrainer
 
 HIDDEN = {"kd": KD, "ce": CE, "hidden": 0.1}
-LOGGING_STEPS = 10  # for which the ledger's share is told
-
-
-class StepClock(TrainerCallback):
-    """Notes wall and CPU time at the end of each optimizer step."""
-
-    def __init__(self) -> None:
-        self.ends: list[tuple[float, float]] = []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if args.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.ends.append((time.perf_counter(), time.process_time()))
-
-    def figures(self, warmup: int) -> dict[str, float]:
-        """The median step after the warm-up."""
-        steps = list(zip(self.ends[warmup - 1 :], self.ends[warmup:], strict=False))
-        walls, cpus = ([end[i] - begin[i] for begin, end in steps] for i in (0, 1))
-        return {"wall_s": statistics.median(walls), "cpu_s": statistics.median(cpus)}
-
-
-class BooksClock(TrainerCallback):
-    """Times what our trainer keeps of its own steps: ledger, guard, and a line of the log every so many.
-
-    On CUDA the device is waited for around each call, which makes the steps themselves a little slower.
-    """
-
-    def __init__(self, trainer: DistillationTrainer) -> None:
-        self.trainer, self.now, self.steps = trainer, 0.0, []
-        window, guard = trainer.window, trainer.guard
-        for owner, name in ((window, "add"), (guard, "begin"), (guard, "end"), (trainer, "check_step")):
-            setattr(owner, name, self._timed(getattr(owner, name)))
-
-    def _timed(self, call: Callable) -> Callable:
-        def timed(*arguments):
-            answer = []
-            self.now += seconds(lambda: answer.append(call(*arguments)), self.trainer.args.device)["wall_s"]
-            return answer[0]
-
-        return timed
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.steps.append(self.now)
-        self.now = 0.0
-
-    def figures(self, warmup: int) -> dict[str, float]:
-        """Seconds of the median step after the warm-up, with its share of a line of the log."""
-        line = seconds(self.trainer.term_figures, self.trainer.args.device)["wall_s"]
-        return {"ledger_s": statistics.median(self.steps[warmup:]) + line / LOGGING_STEPS}
 
 
 @dataclass
@@ -148,9 +100,13 @@ def pair(settings: StepsConfig, *, precision: str, device: torch.device, seed: i
     return Pair(student, teacher, tokenizer, rows, settings, precision, device)
 
 
-def ours(made: Pair, folder: Path, *, weights: Mapping[str, float], layers: Any = "even") -> Trainer:
-    """kdlib's trainer; `layers`: as a config has them in loss.features."""
+def ours(
+    made: Pair, folder: Path, *, weights: Mapping[str, float], layers: Any = "even", lora: bool = False
+) -> Trainer:
+    """kdlib's trainer; `layers`: as a config has them in loss.features; `lora`: an adapter is trained."""
     asked, parts = made.settings, made.parts
+    if lora:
+        adapted(parts["model"], AdapterConfig())
     loss = {"weights": weights, "temperature": asked.temperature, "features": {"layers": layers}}
     rest = {"teacher": {"model": "-"}, "student": {"from": "-"}, "data": {"source": "-"}, "training": {}}
     objective = objective_of(config := parse({**rest, "loss": loss}))
@@ -189,6 +145,7 @@ def trl_gkd(made: Pair, folder: Path, *, beta: float) -> Trainer:
 
 TRAINERS: dict[str, Callable[..., Trainer]] = {
     "ours_kd": partial(ours, weights={"kd": KD, "ce": CE}),
+    "ours_lora": partial(ours, weights={"kd": KD, "ce": CE}, lora=True),
     "ours_hidden": partial(ours, weights=HIDDEN),
     "ours_routed": partial(ours, weights=HIDDEN, layers={"route": {"top_k": 4}}),
     "ours_sft": partial(ours, weights={"ce": 1.0}),

@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from kdlib.config.sections import Positive, Section, number, refuse, whole
+from kdlib.config.sections import Number, Positive, Section, number, refuse, whole
 from kdlib.errors import nearest
 
 AWARE = {"learning_rate": 1e-3, "balance": 0.01, "anchor": 0.1}
@@ -42,9 +42,30 @@ def _aware(given: Mapping[Any, Any]) -> dict[str, float]:
     return {key: float(number(given.get(key, usual))) for key, usual in AWARE.items()}
 
 
-class TeacherConfig(Section):
-    """Where the teacher comes from: a hub id, a local folder, a .gguf file, or a built-in name."""
+def with_base(raw: Any) -> Any:
+    """A config, its teacher `from: student` with the model that this is: what the student is made from."""
+    teacher, student = (
+        dict(raw).get(n) if isinstance(raw, Mapping) else None for n in ("teacher", "student")
+    )
+    if (
+        not (isinstance(teacher, Mapping) and isinstance(student, Mapping))
+        or teacher.get("from") != "student"
+    ):
+        return raw
+    if "model" in teacher:
+        raise ValueError(
+            "teacher: found `model` beside `from: student`, whose model is student.from; give one"
+        )
+    return {**raw, "teacher": {**teacher, "model": student.get("from", "teacher")}}
 
+
+class TeacherConfig(Section):
+    """Where the teacher comes from: a hub id, a local folder, a .gguf file, or a built-in name.
+
+    Or from the student (`from: student`): its own model, asked with its adapter switched off.
+    """
+
+    source: Literal["student"] | None = Field(None, alias="from")
     model: str
     device: str | None = None  # of its own, as cuda:1; else it lies where the student does
     offload: bool = False  # with training.fsdp: in the CPU's memory, gathered layer by layer
@@ -53,7 +74,8 @@ class TeacherConfig(Section):
     @model_serializer(mode="wrap")
     def _stated(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what is off, so that older runs and trained teachers are known again."""
-        return {name: value for name, value in dump(self).items() if value and value != "topk"}
+        found = {name: value for name, value in dump(self).items() if value and value != "topk"}
+        return {name: value for name, value in found.items() if not (self.source and name == "model")}
 
 
 def _layers_kept(value: Any) -> Any:
@@ -94,6 +116,17 @@ class WidthConfig(Section):
         return self
 
 
+class AdapterConfig(Section):
+    """Low-rank matrices that alone are trained, beside frozen ones; named as in peft's LoraConfig."""
+
+    r: Positive = 16  # rank of each change
+    lora_alpha: Positive = 32  # each change is multiplied by lora_alpha / r
+    lora_dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    target_modules: str | list[str] = "all-linear"  # every matrix of the layers; or names, or a pattern
+    modules_to_save: list[str] = []  # trained whole; a classifier's head is so anyway
+    merge: bool = False  # the saved models are whole; else the adapter alone, for its base
+
+
 class StudentConfig(Section):
     """Made of the teacher's layers (`from: teacher`), a model of its own or its layers, or new (`config`)."""
 
@@ -103,6 +136,7 @@ class StudentConfig(Section):
     width: WidthConfig | None = None  # of a Llama, Mistral, Qwen2 or Qwen3
     shape: Annotated[Any, BeforeValidator(_shape)] = None  # 100m, or {model_type: llama, hidden_size: 512, …}
     tokenizer: str | None = None  # of one that is no model by name; the teacher's where None
+    adapter: AdapterConfig | None = None  # which alone is trained; all of it where None
 
     @property
     def is_own(self) -> bool:
@@ -123,7 +157,7 @@ class StudentConfig(Section):
     @model_serializer(mode="wrap")
     def _stated(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what few have, so that older runs and sweeps are known again."""
-        absent = {name for name in ("shape", "tokenizer", "width") if getattr(self, name) is None}
+        absent = {name for name in ("shape", "tokenizer", "width", "adapter") if getattr(self, name) is None}
         return {name: value for name, value in dump(self).items() if name not in absent}
 
     @model_validator(mode="after")
@@ -132,6 +166,10 @@ class StudentConfig(Section):
             raise ValueError("a student `from: config` needs `shape: 100m`, or {model_type: llama, …}")
         if self.source != "config" and self.shape is not None:
             raise ValueError("`shape` goes with `from: config` only")
+        if self.source == "config" and self.adapter is not None:
+            raise ValueError(
+                "`adapter` goes beside trained weights, and `from: config` has none; leave it out"
+            )
         if self.is_own and self.tokenizer is not None:
             raise ValueError("`tokenizer` goes with `from: teacher` or `from: config`: a model has its own")
         return self

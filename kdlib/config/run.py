@@ -11,7 +11,7 @@ import yaml
 from pydantic import AfterValidator, ValidationError, ValidationInfo, model_validator
 
 from kdlib.config.loss import BaselineConfig, LossConfig
-from kdlib.config.models import StudentConfig, TeacherConfig
+from kdlib.config.models import StudentConfig, TeacherConfig, with_base
 from kdlib.config.sections import (
     CodeConfig,
     CompareConfig,
@@ -95,6 +95,8 @@ class Config(Section):
     trackers: TrackersConfig = TrackersConfig()
     launch: LaunchConfig = LaunchConfig()
     code: CodeConfig | None = None
+
+    _base = model_validator(mode="before")(with_base)
 
     @model_validator(mode="after")
     def _fits_the_task(self):

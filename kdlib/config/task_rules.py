@@ -150,7 +150,7 @@ def primary_in(results: Mapping[str, Any]) -> str:
 
 def misfits(config: Any) -> list[str]:
     """What does not go together in a config whose sections are sound one by one, a line each."""
-    found = [*_unread(config), *rules_of(config).misfits(config), *_of_stops(config)]
+    found = [*_unread(config), *rules_of(config).misfits(config), *_of_stops(config), *_of_adapter(config)]
     return [*found, *(_of_shards(config) if config.teacher else _without_teacher(config))]
 
 
@@ -201,6 +201,26 @@ def _of_shards(config: Any) -> Iterator[str]:
         yield "loss.features.layers.route.experts: asks them one by one, and training.fsdp spreads them"
     if teacher.offload and not fsdp:
         yield "teacher.offload: goes with training.fsdp, which gathers it layer by layer; leave it out"
+
+
+def _of_adapter(config: Any) -> Iterator[str]:
+    student, teacher = config.student, config.teacher
+    if student.adapter and config.training.get("fsdp"):
+        yield "training.fsdp: a student with an adapter lies whole on each rank (DDP); leave it out"
+    has_base = student.is_own and not student.is_cut and rules_of(config).unit == "token"
+    if student.adapter and not (has_base or student.adapter.merge):
+        what = "made here" if rules_of(config).unit == "token" else "a classifier with classes of its own"
+        yield f"student.adapter.merge: its base is {what}, and loaded by no name; set it to true"
+    if not (teacher and teacher.source):
+        return
+    if not (student.adapter and student.is_own and not student.is_cut):
+        needed = "needed are `student.from: <a model>` with all its layers, and `student.adapter`"
+        yield f"teacher.from: found student, its own model with the adapter off; {needed}"
+    others = {"device": teacher.device, "offload": teacher.offload, "experts": teacher.experts != "topk"}
+    for name in (name for name, value in others.items() if value):
+        yield f"teacher.{name}: this teacher is the student's own model (from: student); leave it out"
+    if config.teacher_stage:
+        yield "teacher_stage: this teacher is the student's own model (from: student); leave it out"
 
 
 def _of_stops(config: Any) -> Iterator[str]:

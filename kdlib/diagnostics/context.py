@@ -28,7 +28,8 @@ from kdlib.losses.features import LayerPairs
 from kdlib.losses.objective import EVAL_TERMS, Objective, ObjectiveAt, row_sums
 from kdlib.losses.signals import Kept, Signal, kept, moved
 from kdlib.models.heads import head_form
-from kdlib.models.loading import device_of, load_config, parameters, ranks_of
+from kdlib.models.loading import device_of, load_config, parameters
+from kdlib.models.sharing import ranks_of
 from kdlib.models.teacher import LiveTeacher, insides, signal_of
 from kdlib.routing.gates import compared_layers
 from kdlib.schedulers import Schedule, Spec, from_spec, sampled
@@ -37,8 +38,7 @@ from kdlib.students.student import outline, own_config, own_tokenizer, tokenizer
 from kdlib.tasks import base as tasks
 from kdlib.training.plan import Extent, extent, objective_of, training_arguments
 
-TOKENS = 2048  # of the first batch, at most
-CHUNK = 128  # tokens whose logits exist at a time
+TOKENS, CHUNK = 2048, 128  # of the first batch, at most; whose logits exist at a time
 LONGEST = 300  # characters of an error that nobody foresaw
 SEVERITIES = ("critical", "warning", "note")  # it will fail or teach nothing; it may go wrong; good to know
 

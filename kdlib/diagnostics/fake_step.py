@@ -195,7 +195,7 @@ class FakeStep:
     ) -> None:
         """`dtype`: of products and teacher; `dense`: all logits at once; `shared` leaves a rank's part."""
         self.plan, self.dtype, self.workspace = plan, dtype, workspace
-        self.student, self.teacher = plan.blank_student(), plan.blank_teacher(dtype)
+        self.student, self.teacher = plan.blank_student(dtype), plan.blank_teacher(dtype)
         self.objective = objective_of(plan.config, student=self.student)
         self.forms, self.pairs = [None if dense else stated_form(self.student), None], ()
         if self.teacher:

@@ -69,13 +69,24 @@ Moments = dict[str, dict[str, int]]  # moment -> part -> bytes
 def copied(moments: Moments) -> Moments:
     """On each of several ranks by DDP: all that one holds, and a second copy of the gradients."""
     return {
-        name: {**parts, "gradient buckets": parts["student's parameters"]} for name, parts in moments.items()
+        name: {**parts, "gradient buckets": moments["optimizer step"]["gradients"]}
+        for name, parts in moments.items()
     }
 
 
 def offloaded(moments: Moments) -> Moments:
     """By FSDP with the teacher's shard in the CPU's memory."""
     return {name: {**parts, "teacher's weights": 0} for name, parts in moments.items()}
+
+
+def at_layers(
+    full: tuple[int, int], name: str, low: float, high: float, small: tuple[int, int], large: tuple[int, int]
+) -> float:
+    """A quantity at all layers, on the line through two numbers of them; of the teacher's if it is named."""
+    side = 1 if "teacher" in name else 0
+    if large[side] == small[side]:
+        return high
+    return max(low + (high - low) * (full[side] - small[side]) / (large[side] - small[side]), 0.0)
 
 
 Forecaster = Callable[[Config], Forecast]

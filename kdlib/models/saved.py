@@ -1,6 +1,6 @@
 """What a saved student must have: the special tokens it began with, and what it said when it was saved."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,30 @@ def settle_generation(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
             f"of its generation config only the special tokens are kept: {str(error).splitlines()[0]}"
         )
     return said
+
+
+def drawing(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    new_tokens: int,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    stop: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Arguments of `generate`: greedy without a temperature; it ends where model or tokenizer say so."""
+    plain = plain_generation(model)
+    known = plain.eos_token_id if isinstance(plain.eos_token_id, list) else [plain.eos_token_id]
+    plain.update(
+        max_new_tokens=new_tokens,
+        do_sample=bool(temperature),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=sorted({*known, tokenizer.eos_token_id} - {None}) or None,
+    )
+    if temperature:
+        plain.update(temperature=temperature, top_p=top_p or 1.0, top_k=0)
+    ends = {"stop_strings": [*stop], "tokenizer": tokenizer} if stop else {}
+    return {"generation_config": plain, **ends}
 
 
 def special_tokens(model: PreTrainedModel) -> dict[str, Any]:

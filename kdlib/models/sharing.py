@@ -5,16 +5,21 @@ are tied: each group that has a weight gathers it.
 """
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -24,8 +29,9 @@ from transformers.distributed.utils import TransformersDeviceMesh
 from transformers.initialization import no_init_weights
 
 from kdlib.errors import ConfigError
+from kdlib.hardware import world_size
 from kdlib.models.hooks import instead, layers_name
-from kdlib.models.loading import blank, load_config
+from kdlib.models.loading import blank, device_of, load_config
 
 SHARDED_ON = {"cuda"}  # on others accelerate turns FSDP off without a word, and DDP trains
 USUAL = {"fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True}
@@ -62,6 +68,27 @@ def shares_of(model: PreTrainedModel, ranks: int, *, offload: bool = False) -> D
     layers = f"{layers_name(model)}.*"  # transformers' plan is for the names of Llama's parts
     plan = None if layers in (model.fsdp_plan or {}) else {layers: "free_full_weight"}
     return DistributedConfig(fsdp_size=ranks, fsdp_plan=plan, fsdp_cpu_offload=offload)
+
+
+def ranks_of(wanted: int | str, device: str) -> int:
+    """How many processes share the students' training: those that this one is among, else as is wanted.
+
+    Args:
+        wanted: as `launch.processes`; `auto` is one for each GPU, and one where there is none.
+        device: as in a config.
+
+    Raises:
+        ConfigError: more are wanted than there are GPUs.
+    """
+    if launched := world_size():
+        return launched
+    gpus = torch.cuda.device_count() if device_of(device).type == "cuda" else 0
+    if gpus and wanted != "auto" and int(wanted) > gpus:
+        do = f"write {gpus}, or auto; or use more machines (notebooks/guides/running.md)"
+        raise ConfigError(
+            f"launch.processes: found {wanted}, needs a GPU for each, and here are {gpus}; {do}"
+        )
+    return max(gpus, 1) if wanted == "auto" else int(wanted)
 
 
 def check_shards(device: torch.device) -> None:
@@ -131,3 +158,22 @@ def share_teacher(teacher: PreTrainedModel | None, mesh: DeviceMesh) -> None:
 def held_here(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor that ranks share; any other as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def is_converted(model: PreTrainedModel) -> bool:
+    """Whether its files have other weights than its memory, as experts' have: then one rank makes them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping  # 0.2 s
+
+    return bool(get_model_conversion_mapping(model, add_legacy=False))
+
+
+def write_in_parts(model: PreTrainedModel, file: Path, beside: str) -> None:
+    """The weights of a model that ranks share as one file, but those `beside` it; every rank must call it."""
+    left_out = (*(model.all_tied_weights_keys or {}), beside)
+    state = {n: each for n, each in get_model_state_dict(model).items() if not n.startswith(left_out)}
+    folder, one = file.with_name("parts"), dict.fromkeys(state, 1)
+    writer = HuggingFaceStorageWriter(str(folder), one, save_distributed=True, enable_consolidation=True)
+    dcp.save(state, storage_writer=writer)
+    if dist.get_rank() == 0:
+        next(folder.glob("*.safetensors")).rename(file)
+        shutil.rmtree(folder)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 from transformers.initialization import no_init_weights
 
@@ -14,6 +15,7 @@ from kdlib.config.run import Config
 from kdlib.config.task_rules import rules_of
 from kdlib.config.terms import DIVERGENCES, SPAN_TERMS
 from kdlib.errors import ModelError
+from kdlib.models.adapters import adapted
 from kdlib.models.loading import blank, load_config, load_tokenizer, plain_config, positions_of
 from kdlib.students.depth import even_layers, layer_influence, with_layers
 from kdlib.students.scratch import of_tokens, shaped
@@ -215,9 +217,15 @@ class Outline:
         models = self.student, self.teacher
         return tuple(each.get_text_config().num_hidden_layers if each else 0 for each in models)
 
-    def blank_student(self) -> PreTrainedModel:
-        """One with random weights, in float32."""
-        return blank(self.task.auto, self.config.student.source, self.student, torch.float32)
+    def blank_student(self, base: torch.dtype = torch.float32) -> PreTrainedModel:
+        """One with random weights, in float32; with an adapter they are empty, and the others in `base`."""
+        adapter, how = self.config.student.adapter, (self.task.auto, self.config.student.source, self.student)
+        if adapter is None:
+            return blank(*how, torch.float32)
+        with unset_fake_temporarily(), torch.device("meta"):  # fake ones cannot be moved, as peft moves them
+            made = adapted(blank(*how, base), adapter)
+        made.to_empty(device=torch.get_default_device()).tie_weights()
+        return made
 
     def blank_teacher(self, dtype: torch.dtype) -> PreTrainedModel | None:
         """One with random weights; None where none teaches."""

@@ -10,23 +10,24 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel as Model, PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.config import task_rules
 from kdlib.config.run import Config
 from kdlib.config.task_rules import TaskRules
-from kdlib.data.batches import Prepared, calibration_rows, largest_id, reads_of
-from kdlib.data.pairs import within
-from kdlib.errors import ModelError
+from kdlib.data.batches import Prepared, calibration_rows, reads_of
 from kdlib.hardware import precision_of, world_size
-from kdlib.models.loading import blank, device_of, load_config, load_tokenizer
+from kdlib.losses.signals import DenseSignal, LinearSignal, moved
+from kdlib.models.adapters import off
+from kdlib.models.heads import head_form
+from kdlib.models.loading import blank, device_of, load_tokenizer
 from kdlib.models.sharing import check_shards, sharded
 from kdlib.models.teacher import LiveTeacher, named_device
 from kdlib.routing.student_aware import routing_of
+from kdlib.students.adapters import with_adapter
 from kdlib.students.depth import shallower
-from kdlib.students.student import Outline, chosen_layers, own_config, own_tokenizer, reembedded, sources
+from kdlib.students.student import Outline, chosen_layers, outline, own_config, own_tokenizer, reembedded
 from kdlib.students.width import narrower
 from kdlib.tokens.vocabulary import Vocabularies, pieces, roles, token_bytes
 
@@ -154,42 +155,6 @@ class Task(ABC):
         """What measures models on these test rows, else validation rows; `options`: see `Comparison`."""
 
 
-def rows_of(source: str, tokenizer: Tokenizer, parts: Sequence[Dataset], column: str = "input_ids") -> int:
-    """How many tokens a model knows: the rows of its embedding; `parts` are what it is to read.
-
-    Raises:
-        ModelError: a token among them has no row; says which.
-    """
-    rows = load_config(source).get_text_config().vocab_size
-    if (most := max(largest_id(part, column) for part in parts if len(part))) >= rows:
-        raise ModelError(
-            f"{source}: the data has the token {tokenizer.decode([most])!r}, whose id is {most}, but the "
-            f"model's embedding has {rows} rows; take the tokenizer that belongs to the model, or the rows "
-            "with this token out of the data"
-        )
-    return rows
-
-
-def within_heads(
-    config: Config, prepared: Prepared, tokenizer: Tokenizer, teacher: Tokenizer | None
-) -> Prepared:
-    """The same rows, whose vocabularies end where the models' heads do; a token beyond is refused.
-
-    Args:
-        teacher: its tokenizer, where it has rows of its own.
-    """
-    parts = [prepared.train, prepared.validation, prepared.test, *prepared.choices.values()]
-    every = [part for part in parts if part is not None]
-    if teacher is None or prepared.vocabularies is None:
-        heads = [rows_of(source, tokenizer, every) for source in sources(config)]
-        return replace(prepared, vocabulary=min([prepared.vocabulary, *heads]))
-    student, taught = config.student, config.teacher.model
-    head = student.source if student.is_own else None if student.own_tokens else taught
-    own = rows_of(head, tokenizer, every) if head else prepared.vocabulary  # made for its tokenizer
-    known = within(prepared.vocabularies, own, rows_of(taught, teacher, every, "teacher_input_ids"))
-    return replace(prepared, vocabulary=known.student_size, vocabularies=known)
-
-
 def spread(rows: Sequence[Any], count: int) -> list[Any]:
     """So many of the rows, where there are so many, from the first towards the last."""
     count = min(count, len(rows))
@@ -240,6 +205,37 @@ def teacher_of(model: Model, prepared: Prepared, device: torch.device | None = N
     return LiveTeacher(model, prepared.teacher_vocabulary, reads, device, prepared.vocabularies)
 
 
+@dataclass
+class OwnBase(LiveTeacher):
+    """A student's own base as its teacher: the same model, asked with its adapter off."""
+
+    def __post_init__(self) -> None:
+        self.heads = {}
+        with off(self.model):
+            self.form = head_form(self.model)
+
+    def to(self, device: torch.device) -> None:
+        """It lies where the student does."""
+        self.vocabularies = moved(self.vocabularies, device)
+
+    def _once(self, *asked: Any) -> DenseSignal | LinearSignal:
+        with off(self.model):
+            return super()._once(*asked)
+
+
+def student_and_base(student: Model, prepared: Prepared) -> dict[str, Any]:
+    """A student, and its base as the teacher of these rows: one model, nothing of which is there twice."""
+    base = OwnBase(student, prepared.teacher_vocabulary, vocabularies=prepared.vocabularies)
+    return {"student": student, "teacher": base}
+
+
+def check_adapter(config: Config) -> None:
+    """Refuse an adapter that the student cannot have, before a weight is loaded; see `adapted`."""
+    if config.student.adapter:
+        with torch.device("meta"):
+            outline(config, task_of(config)).blank_student()
+
+
 def asked(model: Model, prepared: Prepared) -> LiveTeacher:
     """A loaded student, to be asked as a teacher is."""
     return LiveTeacher(model, prepared.vocabulary)
@@ -249,18 +245,24 @@ def untrained_student(config: Config, prepared: Prepared, keep: Sequence[int] | 
     """The student as its training starts with it: the layers `keep` of the teacher or of a model, or a model.
 
     The same each time, in float32 whatever the teacher's precision in training.
+    With an adapter, which is in float32, the rest is in the precision of the run.
     """
-    torch.manual_seed(config.seed)  # for what is made anew: a head, or all of it
+    torch.manual_seed(config.seed)  # for what is made anew: a head, an adapter, or all of it
     if config.student.source == "teacher":
         return student_of(config, _teacher_model(config, prepared, torch.float32), keep, prepared)
     if config.student.source == "config":
         return blank(task_of(config).auto, "config", own_config(config), torch.float32)
     model = task_of(config).load(config.student.source, prepared, untrained=True)
-    return model if keep is None else _cut(config, model, keep, prepared, "student")
+    cut = model if keep is None else _cut(config, model, keep, prepared, "student")
+    return with_adapter(config, cut)
 
 
 def student_of(config: Config, teacher: Model, keep: Sequence[int], prepared: Prepared) -> Model:
     """The student made from the teacher's layers `keep`, for its own tokens where it has others."""
+    return with_adapter(config, _of_layers(config, teacher, keep, prepared))
+
+
+def _of_layers(config: Config, teacher: Model, keep: Sequence[int], prepared: Prepared) -> Model:
     student = _cut(config, teacher, keep, prepared, "teacher")
     if config.student.tokenizer is None:
         return student

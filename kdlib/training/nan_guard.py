@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     gather_object,
@@ -24,8 +22,6 @@ from accelerate.utils import (
 )
 from datasets import Dataset
 from torch import Tensor
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
@@ -34,6 +30,8 @@ from transformers import PreTrainedModel, Trainer
 
 from kdlib.errors import NonFiniteLoss, RunError
 from kdlib.hardware import memory_kept
+from kdlib.models import adapters
+from kdlib.models.sharing import is_converted, write_in_parts
 from kdlib.models.teacher import BESIDE
 from kdlib.runs import checkpoints
 from kdlib.runs.files import StudentFolder, synced
@@ -178,9 +176,18 @@ class GuardedTrainer(Trainer):
             checkpoints.seal(self.folder, checkpoint)
             checkpoints.thin_out(self.folder, checkpoint, self.kept_checkpoints)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Into a checkpoint; with an adapter what is trained alone."""
+        if output_dir and adapters.is_adapted(self.student):
+            adapters.save_trained(self.student, Path(output_dir))
+        else:
+            super()._save(output_dir, state_dict)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Also what ranks wrote in parts, where each process holds the student whole."""
-        if self.is_fsdp_enabled or not checkpoints.is_in_parts(Path(resume_from_checkpoint)):
+        """Also what ranks wrote in parts, where each process holds the student whole; or its adapter."""
+        if adapters.is_adapted(self.student):
+            adapters.load_trained(self.student, Path(resume_from_checkpoint))
+        elif self.is_fsdp_enabled or not checkpoints.is_in_parts(Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             with _reading_parts() as how:
@@ -204,14 +211,14 @@ class GuardedTrainer(Trainer):
         half_made, is_first = folder.with_name(folder.name + ".tmp"), self.is_world_process_zero()
         if is_first:
             shutil.rmtree(half_made, ignore_errors=True)
-        in_parts = self.is_fsdp_enabled and not _is_converted(self.student)
+        in_parts = self.is_fsdp_enabled and not is_converted(self.student)
         state = {} if in_parts else self.accelerator.get_state_dict(self.model_wrapped)
         state = {name: value for name, value in state.items() if not name.startswith(BESIDE)}
         if is_first:
-            self.student.save_pretrained(half_made, state_dict=state)
+            adapters.save(self.student, half_made, state)
         if in_parts:
             self.accelerator.wait_for_everyone()
-            _write_in_parts(self.student, half_made / "model.safetensors")
+            write_in_parts(self.student, half_made / "model.safetensors", BESIDE)
         if not is_first:
             return
         if self.tokenizer is not None:
@@ -278,22 +285,3 @@ def _reading_parts() -> Iterator[FullyShardedDataParallelPlugin]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
-
-
-def _is_converted(model: PreTrainedModel) -> bool:
-    """Whether its files have other weights than its memory, as experts' have: then one rank makes them."""
-    from transformers.conversion_mapping import get_model_conversion_mapping  # 0.2 s
-
-    return bool(get_model_conversion_mapping(model, add_legacy=False))
-
-
-def _write_in_parts(model: PreTrainedModel, file: Path) -> None:
-    """The weights of a model that ranks share as one file; every rank must call it."""
-    left_out = (*(model.all_tied_weights_keys or {}), BESIDE)
-    state = {n: each for n, each in get_model_state_dict(model).items() if not n.startswith(left_out)}
-    folder, one = file.with_name("parts"), dict.fromkeys(state, 1)
-    writer = HuggingFaceStorageWriter(str(folder), one, save_distributed=True, enable_consolidation=True)
-    dcp.save(state, storage_writer=writer)
-    if dist.get_rank() == 0:
-        next(folder.glob("*.safetensors")).rename(file)
-        shutil.rmtree(folder)

@@ -189,9 +189,10 @@ class DistillationTrainer(RoutingTrainer, GuardedTrainer):
         self, at: ObjectiveAt | None = None, terms: Mapping[str, Weighted] | None = None, *, with_teacher=None
     ) -> Replay:
         """How a batch is asked once more: as in this step of training, or with an evaluation's terms."""
-        at, models = at or self.now(), {"student": self.student}
-        if self.teacher and (at.needs_teacher if with_teacher is None else with_teacher):
-            models["teacher"] = self.teacher.model
+        at = at or self.now()
+        asks = self.teacher and (at.needs_teacher if with_teacher is None else with_teacher)
+        models = {"teacher": self.teacher.model} if self.teacher and asks else {}
+        models["student"] = self.student  # last: a teacher that is its base has the same modules
         signals = partial(self.signals, self.student, at=at, with_teacher=with_teacher)
         chunk = self.workspace.chunk or PIECE
         return Replay(models, signals, partial(values_of, at=at, terms=terms or {}, chunk=chunk), chunk)

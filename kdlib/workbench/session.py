@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
-from importlib.metadata import version
 from typing import Any
 
 import datasets
@@ -19,7 +18,8 @@ from kdlib.diagnostics.context import as_text
 from kdlib.errors import RunError, nearest
 from kdlib.evaluation import ablation, code, compare, predictions
 from kdlib.hardware import machine, precision_of, world_size
-from kdlib.models.loading import device_of, ranks_of
+from kdlib.models.loading import device_of
+from kdlib.models.sharing import ranks_of
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots import comparison as plots
 from kdlib.plots.softening import Predictions
@@ -35,7 +35,6 @@ from kdlib.training import run as training
 from kdlib.training.plan import objective_of
 from kdlib.workbench import measurement, tables, teacher_stage
 
-PACKAGES = ("kdlib", "torch", "transformers", "accelerate", "datasets", "tokenizers", "papermill", "numpy")
 DRY_STEPS = 5
 
 
@@ -130,7 +129,7 @@ class Workbench:
             seed=self.config.seed,
             precision=precision,
             data=notes,
-            versions={name: version(name) for name in PACKAGES},
+            versions=tables.versions(),
             machine=machine(device),
             **use.facts_of(self.teacher),
         )
@@ -181,6 +180,8 @@ class Workbench:
 
     def _made(self) -> dict[str, Any]:
         made = {"tokenizer": self.tokenizer, "prepared": self.prepared}
+        if self.config.teacher and self.config.teacher.source:
+            return {**made, **tasks.student_and_base(self.student(), self.prepared)}
         return {**made, "teacher": self.teacher, "student": self.student()}
 
     def dry_run(self) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """What a notebook shows of a run at its start: what was found, shapes, the first steps."""
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
 import pandas as pd
@@ -13,21 +14,30 @@ from kdlib.losses.signals import kept
 from kdlib.models.loading import parameters
 from kdlib.models.teacher import LiveTeacher
 from kdlib.runs.log import terms_in
+from kdlib.students.adapters import trained_part
 
+PACKAGES = ("kdlib", "torch", "transformers", "accelerate", "datasets", "tokenizers", "papermill", "numpy")
 TEXTS = {"train": "training text", "validation": "held-out text", "test": "test text"}
 
 
+def versions() -> dict[str, str]:
+    """Of what a run is made with."""
+    return {name: version(name) for name in PACKAGES}
+
+
 def size_of(model: PreTrainedModel) -> str:
-    """`134.5 M parameters, 30 layers`"""
+    """`134.5 M parameters, 30 layers`; of one with an adapter, what of it is trained."""
     layers = model.config.get_text_config().num_hidden_layers
-    return f"{parameters(model) / 1e6:.1f} M parameters, {layers} layers"
+    return f"{parameters(model) / 1e6:.1f} M parameters, {layers} layers{trained_part(model)}"
 
 
 def named_size(config: TeacherConfig | None, teacher: LiveTeacher | None) -> str:
     """`gpt2-large: 774.0 M parameters, 36 layers`; of one with experts, how they are asked."""
     if not (config and teacher):
         return "none: text alone"
-    return f"{config.model}: {size_of(teacher.model)}" + (f"; {teacher.routing}" if teacher.routing else "")
+    whose = "the student's own base, " if config.source else ""
+    routing = f"; {teacher.routing}" if teacher.routing else ""
+    return f"{whose}{config.model}: {size_of(teacher.model)}{routing}"
 
 
 def texts_in(notes: Mapping[str, Any]) -> dict[str, str]:

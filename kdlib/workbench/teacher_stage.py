@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from kdlib.config.run import BESIDE, Config, parse
 from kdlib.data.batches import Prepared
 from kdlib.errors import RunError, Stopped
-from kdlib.models.loading import ranks_of
+from kdlib.models.sharing import ranks_of
 from kdlib.runs import folder as runs
 from kdlib.runs.files import go_on
 from kdlib.runs.folder import Run
@@ -46,8 +46,9 @@ def own_config(config: Config) -> Config:
 
 
 def check_arguments(config: Config, *, trains: bool = False) -> TrainingArguments:
-    """What `training:` asks for; refused where it cannot be had here, the teacher's own stage likewise."""
+    """What `training:` asks for; refused where it cannot be had here, or an adapter; a stage's too."""
     args = training_arguments(config, Path("unused"))
+    tasks.check_adapter(config)
     if trains:
         check_processes(args, ranks_of(config.launch.processes, config.wanted_device))
     try_out(args)
