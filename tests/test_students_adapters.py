@@ -190,7 +190,7 @@ def test_names_of_no_part_are_refused_before_a_weight_is_loaded(asked, monkeypat
     monkeypatch.setattr("kdlib.models.loading.load_weights", None)
     config = asked({"target_modules": ["q_prj"]})
     with pytest.raises(ModelError, match="did you mean 'q_proj'"):
-        tasks.check_adapter(config)
+        tasks.check_made(config)
     assert outline(asked(), task_of(config)).blank_student().peft_config
 
 

@@ -19,7 +19,8 @@ from kdlib.models.loading import load_model
 from kdlib.reports.run import render_comparison
 from kdlib.students.depth import shallower
 from kdlib.students.student import tokenizer_of
-from kdlib.tasks.base import asked, prepare, spread, task_of
+from kdlib.tasks.base import asked, prepare, task_of
+from kdlib.tasks.rows import spread
 from kdlib.tasks.token_comparison import COLUMNS, TokenComparison, continuations
 
 

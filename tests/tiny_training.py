@@ -26,10 +26,9 @@ def pieces(settings, *, dtype=torch.float32, layers=(0, 3)):
     prepared = tasks.prepare(settings, tokenizer)
     keep = None if settings.student.is_own else layers
     student = tasks.untrained_student(settings, prepared, keep).to(dtype)
-    made = {"student": student, "tokenizer": tokenizer, "prepared": prepared}
-    if settings.teacher and settings.teacher.source:
-        return {**made, **tasks.student_and_base(student, prepared)}
-    return {**made, "teacher": tasks.load_teacher(settings, prepared, dtype)}
+    load = partial(tasks.load_teacher, settings, prepared, dtype)
+    pair = tasks.student_and_teacher(settings, student, prepared, load)
+    return {**pair, "tokenizer": tokenizer, "prepared": prepared}
 
 
 def trainer_of(

@@ -59,6 +59,9 @@ def with_base(raw: Any) -> Any:
     return {**raw, "teacher": {**teacher, "model": student.get("from", "teacher")}}
 
 
+Quantiser = Literal["torchao_int8", "bitsandbytes_int8", "bitsandbytes_nf4"]
+
+
 class TeacherConfig(Section):
     """Where the teacher comes from: a hub id, a local folder, a .gguf file, or a built-in name.
 
@@ -68,6 +71,7 @@ class TeacherConfig(Section):
     source: Literal["student"] | None = Field(None, alias="from")
     model: str
     device: str | None = None  # of its own, as cuda:1; else it lies where the student does
+    quantization: Quantiser | None = None  # how its matrices are held, but for the head
     offload: bool = False  # with training.fsdp: in the CPU's memory, gathered layer by layer
     experts: Annotated[Any, BeforeValidator(_experts)] = "topk"  # while it teaches: kdlib.routing
 

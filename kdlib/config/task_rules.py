@@ -199,6 +199,9 @@ def _of_shards(config: Any) -> Iterator[str]:
         yield "teacher.experts: a student-aware router lies whole on each rank; leave training.fsdp out (DDP)"
     if fsdp and (route := config.loss.features.route) and route.experts:
         yield "loss.features.layers.route.experts: asks them one by one, and training.fsdp spreads them"
+    if teacher.quantization and (fsdp or config.teacher_stage or rules_of(config).unit == "row"):
+        found = "goes with a language model that lies whole on each device, and is not trained"
+        yield f"teacher.quantization: {found}; leave it out, or training.fsdp and teacher_stage"
     if teacher.offload and not fsdp:
         yield "teacher.offload: goes with training.fsdp, which gathers it layer by layer; leave it out"
 
@@ -216,7 +219,8 @@ def _of_adapter(config: Any) -> Iterator[str]:
     if not (student.adapter and student.is_own and not student.is_cut):
         needed = "needed are `student.from: <a model>` with all its layers, and `student.adapter`"
         yield f"teacher.from: found student, its own model with the adapter off; {needed}"
-    others = {"device": teacher.device, "offload": teacher.offload, "experts": teacher.experts != "topk"}
+    others = {name: getattr(teacher, name) for name in ("quantization", "device", "offload")}
+    others["experts"] = teacher.experts != "topk"
     for name in (name for name, value in others.items() if value):
         yield f"teacher.{name}: this teacher is the student's own model (from: student); leave it out"
     if config.teacher_stage:

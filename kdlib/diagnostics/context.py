@@ -278,7 +278,7 @@ class Context:
         config, prepared = self.config, self.prepared
         model = self.teacher.model if config.student.source == "teacher" else None
         layers = tasks.layers_for_student(config, model, prepared)
-        made = model and tasks.student_of(config, model, layers, prepared)
+        made = model and not config.teacher.quantization and tasks.student_of(config, model, layers, prepared)
         return (made or tasks.untrained_student(config, prepared, layers)).to(device_of(config.wanted_device))
 
     @part("loss.features.layers")

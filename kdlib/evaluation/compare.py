@@ -31,7 +31,16 @@ from kdlib.plots.axes import LABELS
 from kdlib.runs.files import StudentFolder, write_json
 from kdlib.runs.folder import Run
 from kdlib.students.student import check_pair, tokenizer_of
-from kdlib.tasks.base import TASKS, Comparison, asked, prepare, task_of, teacher_of, untrained_student
+from kdlib.tasks.base import (
+    TASKS,
+    Comparison,
+    asked,
+    load_teacher,
+    prepare,
+    task_of,
+    teacher_of,
+    untrained_student,
+)
 
 LONGEST = 1024  # tokens of a row, where the models can read so many
 
@@ -95,7 +104,7 @@ def compare_run(run: Run, config: Config, tokenizer: Tokenizer, prepared: Prepar
     student = called_student(config.teacher)
     untrained = untrained_student(config, prepared, run.manifest["student_layers"]).to(dtype)
     candidates = {
-        **({"teacher": stored(config.teacher.model)} if config.teacher else {}),
+        **({"teacher": _teaching(config, prepared, dtype)} if config.teacher else {}),
         # a copy, so that its memory is its own, not the teacher's that it is cut from
         "untrained": Candidate(lambda: deepcopy(untrained)),
         **({"baseline": stored(student_in(run.baseline, prepared))} if config.baseline else {}),
@@ -218,6 +227,11 @@ def folder_for(output: Path) -> Path:
 def _comparison(config: Config, prepared: Prepared, tokenizer: Tokenizer) -> Comparison:
     options = {"device": device_of(config.wanted_device), "resamples": config.compare.resamples}
     return task_of(config).comparison(config, prepared, tokenizer, seed=config.seed, **options)
+
+
+def _teaching(config: Config, prepared: Prepared, dtype: torch.dtype) -> Candidate:
+    """The teacher as it taught: of one that was quantised, those weights."""
+    return Candidate(lambda: load_teacher(config, prepared, dtype).model, config.teacher.model, prepared)
 
 
 def _stored(config: Config, prepared: Prepared, source: str) -> Candidate:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from kdlib.errors import ModelError
@@ -61,6 +62,8 @@ def stated_form(model: PreTrainedModel) -> Form | None:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.weight.dtype not in DTYPES:
         return None
+    if is_traceable_wrapper_subclass(head.weight.data) and not isinstance(head.weight.data, DTensor):
+        return None  # quantised
     if head.weight.shape != (head.out_features, head.in_features):  # packed
         return None
     config = model.config.get_text_config()

@@ -258,7 +258,7 @@ def outline(config: Config, task: Any, vocabulary: int | None = None) -> Outline
         student = spoken(student, own_tokenizer(config)) if config.student.tokenizer else student
     if config.student.layers is not None and config.student.keep == "influence":
         notes.append("which layers the student keeps is seen on text; taken evenly here")
-    if getattr(teacher, "quantization_config", None):
+    if getattr(teacher, "quantization_config", None) or (config.teacher and config.teacher.quantization):
         notes.append("the teacher's quantised weights are counted in the precision of the training")
     made = task.outlined(config, student, teacher, vocabulary)
     return replace(made, notes=(*notes, *made.notes))

@@ -22,6 +22,7 @@ from kdlib.losses.signals import DenseSignal, LinearSignal, moved
 from kdlib.models.adapters import off
 from kdlib.models.heads import head_form
 from kdlib.models.loading import blank, device_of, load_tokenizer
+from kdlib.models.quantised import check_installed, options_of
 from kdlib.models.sharing import check_shards, sharded
 from kdlib.models.teacher import LiveTeacher, named_device
 from kdlib.routing.student_aware import routing_of
@@ -155,12 +156,6 @@ class Task(ABC):
         """What measures models on these test rows, else validation rows; `options`: see `Comparison`."""
 
 
-def spread(rows: Sequence[Any], count: int) -> list[Any]:
-    """So many of the rows, where there are so many, from the first towards the last."""
-    count = min(count, len(rows))
-    return [rows[i * len(rows) // count] for i in range(count)]
-
-
 STAGE = "the teacher's own stage before this training is not forecast: give it its own config"
 TASKS: dict[str, Task] = {}
 
@@ -195,7 +190,8 @@ def load_teacher(config: Config, prepared: Prepared, dtype: torch.dtype | None =
         with sharded(config.teacher.model, offload=config.teacher.offload) as options:
             model = _teacher_model(config, prepared, chosen, **options)
     else:
-        model = _teacher_model(config, prepared, chosen)
+        how = options_of(config.teacher.quantization, chosen, apart or device)
+        model = _teacher_model(config, prepared, chosen, **how)
     return replace(teacher_of(model, prepared, apart), routing=routing_of(model, config.teacher.experts))
 
 
@@ -223,14 +219,19 @@ class OwnBase(LiveTeacher):
             return super()._once(*asked)
 
 
-def student_and_base(student: Model, prepared: Prepared) -> dict[str, Any]:
-    """A student, and its base as the teacher of these rows: one model, nothing of which is there twice."""
+def student_and_teacher(
+    config: Config, student: Model, prepared: Prepared, load: Callable[[], LiveTeacher | None]
+) -> dict[str, Any]:
+    """Both by name, the teacher as `load` gives it; where it is the student's own base, one model is both."""
+    if not (config.teacher and config.teacher.source):
+        return {"student": student, "teacher": load()}
     base = OwnBase(student, prepared.teacher_vocabulary, vocabularies=prepared.vocabularies)
     return {"student": student, "teacher": base}
 
 
-def check_adapter(config: Config) -> None:
-    """Refuse an adapter that the student cannot have, before a weight is loaded; see `adapted`."""
+def check_made(config: Config) -> None:
+    """Refuse an adapter that the student cannot have, and a quantiser that is not there, before a load."""
+    check_installed(config.teacher and config.teacher.quantization)
     if config.student.adapter:
         with torch.device("meta"):
             outline(config, task_of(config)).blank_student()

@@ -29,8 +29,8 @@ from kdlib.models.loading import load_config, load_tokenizer
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots.tokens import RowView
 from kdlib.students.student import Outline
-from kdlib.tasks.base import STAGE, Comparison, Sample, Task, register, spread
-from kdlib.tasks.rows import rows_of
+from kdlib.tasks.base import STAGE, Comparison, Sample, Task, register
+from kdlib.tasks.rows import rows_of, spread
 
 BATCH = 32  # rows per forward pass
 SINGLE = 30  # rows that are answered one by one, for the latency

@@ -37,8 +37,8 @@ from kdlib.models.loading import load_model
 from kdlib.models.teacher import LiveTeacher
 from kdlib.plots.tokens import SpanView, TokenView, token_view
 from kdlib.students.student import Outline, sources, teacher_tokenizer_of, tokenizer_of
-from kdlib.tasks.base import STAGE, Comparison, Sample, Task, register, spread
-from kdlib.tasks.rows import within_heads
+from kdlib.tasks.base import STAGE, Comparison, Sample, Task, register
+from kdlib.tasks.rows import spread, within_heads
 from kdlib.tasks.token_comparison import TokenComparison
 from kdlib.tokens.vocabulary import Vocabularies, token_bytes
 

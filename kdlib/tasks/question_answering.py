@@ -22,9 +22,9 @@ from kdlib.metrics.multiple_choice import probabilities, right_choices
 from kdlib.metrics.paired import results_of, worst_rows
 from kdlib.models.teacher import LiveTeacher
 from kdlib.students.student import teacher_tokenizer_of
-from kdlib.tasks.base import register, spread
+from kdlib.tasks.base import register
 from kdlib.tasks.language_modeling import LanguageModeling
-from kdlib.tasks.rows import within_heads
+from kdlib.tasks.rows import spread, within_heads
 from kdlib.tasks.token_comparison import TokenComparison
 
 BATCH = 16  # rows per forward pass

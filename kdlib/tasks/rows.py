@@ -1,7 +1,8 @@
-"""Whether two models can read the rows that were prepared for them: no token beyond what they know."""
+"""Rows and their models: whether both can read them, no token beyond what they know; some rows of many."""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -48,3 +49,9 @@ def within_heads(
     own = rows_of(head, tokenizer, every) if head else prepared.vocabulary  # made for its tokenizer
     known = within(prepared.vocabularies, own, rows_of(taught, teacher, every, "teacher_input_ids"))
     return replace(prepared, vocabulary=known.student_size, vocabularies=known)
+
+
+def spread(rows: Sequence[Any], count: int) -> list[Any]:
+    """So many of the rows, where there are so many, from the first towards the last."""
+    count = min(count, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]

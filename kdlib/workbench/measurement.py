@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,12 @@ def measured_here(config: Config, *, memory: bool, dense: bool = False) -> dict[
     dtype, _ = precision_of(config.precision, device)
     began, busy = time.perf_counter(), _seconds_of_others()
     with tempfile.TemporaryDirectory() as folder, peak_memory(device) as peak:
-        teacher = tasks.load_teacher(config, prepared, dtype)
+        student = tasks.untrained_student(config, prepared, kept_layers(config))
+        load = partial(tasks.load_teacher, config, prepared, dtype)
         trainer = training.train(
             config,
             StudentFolder(Path(folder)),
-            student=tasks.untrained_student(config, prepared, kept_layers(config)),
-            teacher=teacher,
+            **tasks.student_and_teacher(config, student, prepared, load),
             tokenizer=tokenizer,
             prepared=prepared,
             stop_after=MEMORY_STEPS if memory else STEPS,

@@ -135,6 +135,7 @@ class Workbench:
         )
         facts = {
             "teacher": tables.named_size(self.config.teacher, self.teacher),
+            **tables.of_quantised(self.config, self.prepared, self.teacher),
             "student": tables.size_of(student) + (f": layers {layers} of its model" if layers else ""),
             **self.task.facts(self.prepared, self.tokenizer, self.teacher),
             **tables.texts_in(notes),
@@ -179,10 +180,8 @@ class Workbench:
         return parity.parity(self.config, **self._made())
 
     def _made(self) -> dict[str, Any]:
-        made = {"tokenizer": self.tokenizer, "prepared": self.prepared}
-        if self.config.teacher and self.config.teacher.source:
-            return {**made, **tasks.student_and_base(self.student(), self.prepared)}
-        return {**made, "teacher": self.teacher, "student": self.student()}
+        pair = tasks.student_and_teacher(self.config, self.student(), self.prepared, lambda: self.teacher)
+        return {**pair, "tokenizer": self.tokenizer, "prepared": self.prepared}
 
     def dry_run(self) -> pd.DataFrame:
         """Five optimizer steps of the real schedule and one evaluation; returns the terms, step by step."""

@@ -8,7 +8,9 @@ import pandas as pd
 from transformers import PreTrainedModel
 
 from kdlib.config.models import TeacherConfig
+from kdlib.config.run import Config
 from kdlib.data.batches import Prepared
+from kdlib.evaluation.quantised import lost_by
 from kdlib.losses.alignment import said_of
 from kdlib.losses.signals import kept
 from kdlib.models.loading import parameters
@@ -38,6 +40,13 @@ def named_size(config: TeacherConfig | None, teacher: LiveTeacher | None) -> str
     whose = "the student's own base, " if config.source else ""
     routing = f"; {teacher.routing}" if teacher.routing else ""
     return f"{whose}{config.model}: {size_of(teacher.model)}{routing}"
+
+
+def of_quantised(config: Config, prepared: Prepared, teacher: LiveTeacher | None) -> dict[str, str]:
+    """What a quantised teacher has lost; {} of any other."""
+    if not (teacher and config.teacher and config.teacher.quantization):
+        return {}
+    return {"quantised teacher": f"{config.teacher.quantization}: {lost_by(config, prepared, teacher)}"}
 
 
 def texts_in(notes: Mapping[str, Any]) -> dict[str, str]:

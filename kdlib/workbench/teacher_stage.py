@@ -48,7 +48,7 @@ def own_config(config: Config) -> Config:
 def check_arguments(config: Config, *, trains: bool = False) -> TrainingArguments:
     """What `training:` asks for; refused where it cannot be had here, or an adapter; a stage's too."""
     args = training_arguments(config, Path("unused"))
-    tasks.check_adapter(config)
+    tasks.check_made(config)
     if trains:
         check_processes(args, ranks_of(config.launch.processes, config.wanted_device))
     try_out(args)
