@@ -115,6 +115,16 @@ def test_the_base_as_teacher_is_the_model_itself_and_says_what_it_says_alone(ask
     assert form is not None
 
 
+@torch.no_grad()
+def test_in_bfloat16_its_base_is_to_the_last_bit_what_is_loaded_so(asked):
+    config = asked(precision="bfloat16", **OWN)
+    prepared, ids = pieces(config)["prepared"], torch.arange(3, 19)[None]
+    student, alone = untrained_student(config, prepared, None), tasks.load_teacher(config, prepared).model
+    assert student.dtype is alone.dtype is torch.bfloat16
+    with off(student):
+        assert torch.equal(student(input_ids=ids).logits, alone(input_ids=ids).logits)
+
+
 def test_a_student_of_the_teachers_layers_may_have_an_adapter_that_is_joined(asked, tmp_path):
     config = asked({"merge": True}, {"from": "teacher", "layers": 2})
     made = pieces(config)

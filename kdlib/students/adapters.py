@@ -18,7 +18,9 @@ def with_adapter(config: Config, student: PreTrainedModel) -> PreTrainedModel:
     if config.student.adapter is None:
         return student
     dtype, _ = precision_of(config.precision, device_of(config.wanted_device))
-    return adapted(student.to(dtype), config.student.adapter)
+    for parameter in student.parameters():  # not `to`: rotary frequencies stay in float32, as from_pretrained
+        parameter.data = parameter.data.to(dtype)
+    return adapted(student, config.student.adapter)
 
 
 def trained_part(student: PreTrainedModel) -> str:
