@@ -126,12 +126,15 @@ def narrower(model: PreTrainedModel, width: WidthConfig, input_ids: Tensor) -> P
         ModelError: see `with_width`.
     """
     config, seen = with_width(model.config, width), importance(model, input_ids)
-    every = [_heads(heads, model.config, config) for heads in seen.heads]
-    for kept, neurons in zip(every, seen.neurons, strict=True):
-        kept["neurons"], kept["hidden"] = (
-            most(neurons, config.intermediate_size),
-            most(seen.hidden, config.hidden_size),
-        )
+    hidden, scale = most(seen.hidden, config.hidden_size), model.config.hidden_size / config.hidden_size
+    every = [
+        {
+            "hidden": hidden,
+            "neurons": most(neurons, config.intermediate_size),
+            **_heads(heads, model.config, config),
+        }
+        for neurons, heads in zip(seen.neurons, seen.heads, strict=True)
+    ]
     with no_init_weights():  # every weight is the model's
         made = type(model)(config).to(model.dtype)
     made.tie_weights()
@@ -141,9 +144,7 @@ def narrower(model: PreTrainedModel, width: WidthConfig, input_ids: Tensor) -> P
         kept = every[int(name.removeprefix(prefix).split(".")[0]) if name.startswith(prefix) else 0]
         for axis, of in enumerate(AXES.get(part, ("hidden",))[: value.ndim]):
             value = value if of == "all" else value.index_select(axis, kept[of])
-        state[name] = (
-            value * (model.config.hidden_size / config.hidden_size) ** 0.5 if part in NORMS else value
-        )
+        state[name] = value * scale**0.5 if part in NORMS else value
     made.load_state_dict(state)
     if made.can_generate():  # without the model's sampling habits
         made.generation_config = plain_generation(model)
