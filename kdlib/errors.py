@@ -10,9 +10,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+LONGEST_LINE, LONGEST = 2_000, 8_000  # characters of a message
+
 
 class KdlibError(Exception):
-    """Base of all errors whose cause lies outside kdlib's code: a config, a file, a model."""
+    """Base of all errors whose cause lies outside kdlib's code: a config, a file, a model.
+
+    Whatever it repeats of what was given, it prints, and ends within 10 kB.
+    """
+
+    def __init__(self, message: object = "", *more: object) -> None:
+        lines = [cut(line, LONGEST_LINE) for line in visible(cut(str(message), 50 * LONGEST)).split("\n")]
+        super().__init__(cut("\n".join(lines), LONGEST), *more)
 
 
 class ConfigError(KdlibError):
@@ -58,10 +67,42 @@ def printable(text: str) -> str:
     return text if text.isprintable() else ascii(text)
 
 
+def visible(text: str) -> str:
+    """The text with escapes in place of what moves a terminal's cursor or is not seen; lines stay lines."""
+    return "\n".join(line if line.isprintable() else _escaped(line) for line in text.split("\n"))
+
+
+def _escaped(line: str) -> str:
+    return "".join(c if c.isprintable() or c in "\t\xa0" else ascii(c)[1:-1] for c in line)
+
+
+def cut(text: str, most: int) -> str:
+    """The text's beginning and end, where it is longer than `most` characters."""
+    if len(text) <= most:
+        return text
+    tail = most // 4
+    return f"{text[: most - tail]} … ({len(text) - most:,} characters left out) … {text[-tail:]}"
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: what was given, or its beginning and end."""
+    return cut(repr(value), 200)
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
-    """`; did you mean 'temperature'?`, or nothing where no name is near."""
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    """`; did you mean 'temperature'?`, or nothing where no name is near; `names`: ours, never a user's."""
+    near = difflib.get_close_matches(name[:100], list(names), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def nearest_file(path: Path, pattern: str = "*") -> str:
+    """`nearest` of the files beside one that is not there: by what tells them apart, not by the ending."""
+    try:
+        others = {each.stem: each.name for each in path.parent.glob(pattern)}
+    except (OSError, ValueError):
+        return ""
+    near = difflib.get_close_matches(path.stem[:100], list(others), n=1, cutoff=0.6)
+    return f"; did you mean {others[near[0]]!r}?" if near else ""
 
 
 # Keys and tokens stay in the environment: refused in what is asked for, left out of what is written.  Their
@@ -81,16 +122,19 @@ FORMS = {
     **{"gh": r"[pousr]_[A-Za-z0-9]{30,}", "github_pat_": r"\w{30,}"},
     "gl": r"(?:pat|dt|ft|soat|rt|cbt|ptt)-[\w-]{20,}",  # GitLab
     # OpenAI, Anthropic and others; sk-wikipedia-20231101-clean is a data set in Slovak
-    "sk-": r"(?:[A-Za-z0-9]{20,}|(?:proj|svcacct|admin|ant|or|lf)-[\w-]{30,}|[\w-]+T3BlbkFJ\w+)",
+    "sk-": r"(?:[A-Za-z0-9]{20,}|(?:proj|svcacct|admin|ant|or|lf)-[\w-]{30,}|[\w-]{1,200}T3BlbkFJ\w+)",
     **{"AIza": r"[\w-]{35}", "ya29.": r"[\w-]{20,}"},  # Google
     "A": r"(?:3T[A-Z0-9]|BIA|CCA|KIA|SIA)[A-Z0-9]{16}\b",  # Amazon
     "x": r"(?:ox[abceprs]|app)-[\w-]{20,}",  # Slack
     **{"wandb_v": r"\d_\w{30,}", "gsk_": r"[A-Za-z0-9]{40,}", "r8_": r"[A-Za-z0-9]{37}"},
     **{"nvapi-": r"[\w-]{40,}", "npm_": r"[A-Za-z0-9]{36}", "pypi-Ag": r"[\w-]{50,}"},
-    **{"eyJ": r"[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}", "Bearer ": r"([\w.~+/-]{20,})"},  # of web requests
+    **{
+        "eyJ": r"[\w-]{10,999}\.eyJ[\w-]{10,999}\.[\w-]{10,}",
+        "Bearer ": r"([\w.~+/-]{20,})",
+    },  # of web requests
     "-----BEGIN ": r"[A-Z ]*PRIVATE KEY-----[A-Za-z0-9+/=\s\\]*",
     # of an URL: user and password, or a long name alone
-    "://": r"((?![$<{*])(?:[^\s/?#@:\"'<>]*:(?![$<{*])[^\s/?#@\"'<>]+|[^\s/?#@:\"'<>]{20,}))@",
+    "://": r"((?![$<{*])(?:[^\s/?#@:\"'<>]{0,200}:(?![$<{*])[^\s/?#@\"'<>]{1,500}|[^\s/?#@:\"'<>]{20,500}))@",
 }
 NAMES = (
     *("KEY", "TOKEN", "SECRET", "PASSWORD", "secret", "password", "passwd", "?token", "&token", "api_key"),
@@ -98,8 +142,8 @@ NAMES = (
 )
 # what one of these names has: letters and digits mixed; no variable, no path, nothing in brackets
 NAMED = (
-    r"S?(?:_\w*)?[\"']?\s*[:=]\s*[\"']?"
-    r"((?![$<{*/.])(?=[^\s\"']*\d)(?=[^\s\"']*[A-Za-z])[^\s\"',;&)}\]]{12,})"
+    r"S?(?:_\w{0,80})?[\"']?\s{0,9}[:=]\s{0,9}[\"']?"
+    r"((?![$<{*/.])(?=[^\s\"']{0,200}\d)(?=[^\s\"']{0,200}[A-Za-z])[^\s\"',;&)}\]]{12,})"
 )
 KEYS = {
     start: re.compile(re.escape(start) + rest)
@@ -107,7 +151,8 @@ KEYS = {
 }
 """By how each begins: a text without that need not be searched."""
 # 40 hexadecimal digits are a key of Weights & Biases, unless their name says that they are something else's
-HEX = re.compile(r"(?P<name>[\w.-]*)[\"']?\s*[:=]\s*[\"']?(?P<key>[0-9a-f]{40})(?![\w.-])")
+HEX = re.compile(r"[\"']?\s{0,9}[:=]\s{0,9}[\"']?(?P<key>[0-9a-f]{40})(?![\w.-])")
+NAME = re.compile(r"[\w.-]*$")
 DIGESTS = re.compile(r"revision|commit|sha|hash|digest|checksum|fingerprint|etag|version", re.IGNORECASE)
 PICTURE = re.compile(r"(;base64,[A-Za-z0-9+/=]+)")
 
@@ -135,7 +180,7 @@ def refuse_keys(found: Any, where: str = "a setting or parameter") -> None:
         return
     for name, text in texts:
         held = [f"the value of ${known}" for secret, known in secrets.items() if secret in text]
-        forms = [*_keys_in(text), *(m["key"] for m in HEX.finditer(text) if not DIGESTS.search(m["name"]))]
+        forms = [*_keys_in(text), *_hexadecimal(text)]
         held += [f"what looks like a key, {key[:4]}…" for key in forms]
         if held:
             raise ConfigError(
@@ -174,6 +219,12 @@ def _keys_in(text: str) -> list[str]:
     found = [match for start, form in KEYS.items() if start in text for match in form.finditer(text)]
     whole = (m for m in found if m.lastindex or not text[max(m.start() - 1, 0) : m.start()].isalnum())
     return [m[m.lastindex or 0] for m in whole]
+
+
+def _hexadecimal(text: str) -> list[str]:
+    """40 digits that are given a name which does not say that they are no key."""
+    named = ((m["key"], NAME.search(text, max(m.start() - 80, 0), m.start())) for m in HEX.finditer(text))
+    return [key for key, name in named if not DIGESTS.search(name[0] if name else "")]
 
 
 def _leaves(found: Any) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from kdlib.benchmarks.settings import BenchmarkConfig
-from kdlib.config.run import Config, differences, load, parse
+from kdlib.config.reading import differences
+from kdlib.config.run import Config, load, parse
 from kdlib.config.terms import TERM_NAMES
 from kdlib.errors import ConfigError
 from kdlib.generation.config import GenerationConfig
@@ -207,7 +208,7 @@ def test_all_faults_come_at_once_each_with_its_path_and_the_nearest_name(raw_con
         ("training.lr_scheduler_type={linear: [1, .inf]}", "every value must be finite"),
         ("student.keep=often", "student.keep: found 'often'; it is influence, even, first, or a list"),
         ("student.keep=[a]", "student.keep: found ['a']"),
-        ("loss=null", "loss: found None"),
+        ("loss=null", "loss.weights: missing"),
         ("training=[]", "training: found []"),
         ("1=2", "1: unknown key"),
         ("student.keep=[0, 1, 2]", "`layers` is 2, but `keep` lists 3"),
@@ -395,7 +396,7 @@ def test_differences_name_the_values_that_differ(raw_config):
         ("binary.yaml", b"\xff\xfe\x00", "cannot be read as a text file"),
         ("no\0name.yaml", None, "cannot be read as a text file: embedded null byte"),
         ("deep.yaml", b"[" * 5000, "not valid YAML: nested too deeply"),
-        ("date.yaml", b"seed: 2026-13-45", "not valid YAML: month must be in 1..12"),
+        ("date.yaml", b"seed: !!timestamp 2026-13-45", "not valid YAML: month must be in 1..12"),
         ("bool.yaml", b"seed: !!bool maybe", "not valid YAML: 'maybe'"),
         (
             "itself.yaml",

@@ -21,7 +21,6 @@ from kdlib.diagnostics import config_checks, doctor, model_checks
 from kdlib.diagnostics.context import Context, Finding, as_text, ordered
 from kdlib.diagnostics.doctor import Visit, rewritten
 from kdlib.diagnostics.memory import forecast
-from kdlib.errors import ConfigError
 from kdlib.losses.objective import ledger
 from kdlib.losses.signals import kept
 from kdlib.models.teacher import Inside, signal_of
@@ -677,11 +676,6 @@ def test_a_new_key_does_not_come_between_a_comment_and_its_section():
     after = rewritten(FLAT, {"loss.features": {"layers": "even"}, "training.optim": "sgd"})
     assert after.replace("  features: {layers: even}\n", "").replace("  optim: sgd\n", "") == FLAT
     assert after.index("features:") < after.index("  weights:\n    kd")
-
-
-def test_the_second_of_two_equal_keys_is_not_lost():
-    with pytest.raises(ConfigError, match=r"cannot be changed in place: .*\n(.*\n)*found duplicate key"):
-        rewritten("seed: 1\nseed: 2\n", {"seed": 3})
 
 
 def test_findings_are_ordered_and_counted():

@@ -14,7 +14,7 @@ KDLIB = Path(__file__).parent.parent / "kdlib"
 LAYERS = [  # from the ground up; benchmarks stand on top, and nothing imports them
     {"errors", "schedulers", "metrics"},
     {"config", "hardware", "tokens"},
-    {"losses", "runs", "prompts", "code", "sources"},
+    {"losses", "runs", "prompts", "code", "sources", "migration"},
     {"data", "models", "plots", "filters"},
     {"routing", "students"},
     {"tasks", "training", "reports", "generation"},
@@ -25,7 +25,7 @@ LAYERS = [  # from the ground up; benchmarks stand on top, and nothing imports t
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = {
     *("errors", "schedulers", "metrics", "config", "runs", "plots", "reports", "sweeps"),
-    *("prompts", "filters", "generation", "code"),
+    *("prompts", "filters", "generation", "code", "migration"),
 }
 MODULES = {
     ".".join(path.relative_to(KDLIB).with_suffix("").parts): path

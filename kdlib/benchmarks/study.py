@@ -14,13 +14,13 @@ import pandas as pd
 import psutil
 import torch
 import transformers
-import yaml
 
 from kdlib.benchmarks import figures, rounds, steps
 from kdlib.benchmarks.heads import Setting, problem
 from kdlib.benchmarks.results import RESULTS, results_of, run_tables
 from kdlib.benchmarks.settings import BenchmarkConfig
 from kdlib.config import run as configs
+from kdlib.config.reading import differences, read_text, read_yaml
 from kdlib.errors import ConfigError, RunError
 from kdlib.hardware import bf16_instructions
 from kdlib.models.loading import load_config, load_tokenizer
@@ -54,7 +54,7 @@ def open_study(
         runs.create(root, name, resolved, config_file=str(config), smoke=smoke)
     study = Study(runs.open_run(root, name))
     asked = configs.parse(study.config.as_dict(), overrides, kind=BenchmarkConfig)
-    if lines := configs.differences(study.config.as_dict(), asked.as_dict()):
+    if lines := differences(study.config.as_dict(), asked.as_dict()):
         raise RunError(
             f"run {name!r} was made with other settings; start a new one for these:\n  " + "\n  ".join(lines)
         )
@@ -85,7 +85,7 @@ class Study:
 
     def __init__(self, run: Run) -> None:
         path = run.path / "config.yaml"
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        given = read_yaml(read_text(path), str(path))
         given.pop("dashboard", None)  # which studies of before measured too
         self.run, self.config = run, configs.parse(given, name=str(path), kind=BenchmarkConfig)
         self.device = device_named(self.config.device)

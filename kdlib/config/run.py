@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, ValidationError, ValidationInfo, model_validator
 
 from kdlib.config.loss import BaselineConfig, LossConfig
 from kdlib.config.models import StudentConfig, TeacherConfig, with_base
+from kdlib.config.reading import Overrides, merged, overridden, read_text, read_yaml, sections_in
 from kdlib.config.sections import (
     CodeConfig,
     CompareConfig,
@@ -26,11 +26,10 @@ from kdlib.config.sections import (
     refuse,
 )
 from kdlib.config.task_rules import RULES, misfits, rules_named
-from kdlib.config.training_arguments import TRAINING_DEFAULTS, clashes, problem_with, typed
-from kdlib.errors import ConfigError, nearest, printable, refuse_keys
+from kdlib.config.training_arguments import TRAINING_DEFAULTS, clashes, problem_with, training_fields, typed
+from kdlib.errors import ConfigError, nearest, printable, refuse_keys, shown
 from kdlib.metrics.names import TO_TEACHER
 
-Overrides = Sequence[str] | Mapping[str, Any]
 SMOKE: dict[str, dict[str, int]] = read_beside(__file__)
 """What `smoke` changes, so that the same config runs through in under two minutes."""
 
@@ -163,9 +162,9 @@ def parse(
         raise ConfigError(f"{name}: a mapping of sections is needed ({sections}), found {type(raw).__name__}")
     refuse_keys(raw, name)
     _refuse_other_kind(raw, name, kind)
-    changed = overridden(raw, overrides, name)
+    changed = overridden(raw, overrides, name, kind)
     if smoke:
-        changed = overridden(merged(raw, kind.smoke_changes(changed)), overrides, name)
+        changed = overridden(merged(raw, kind.smoke_changes(changed)), overrides, name, kind)
     try:
         return kind.model_validate(changed, context={"task": changed.get("task", "causal-lm")})
     except ValidationError as error:
@@ -184,115 +183,37 @@ def _refuse_other_kind(raw: Mapping, name: str, kind: type[Section]) -> None:
             raise ConfigError(f"{name}: this describes {what} (`{section}:`); give it to {command} {name}")
 
 
-def read_text(path: Path) -> str:
-    """What a text file says; a ConfigError where there is none, or no text."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        others = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        raise ConfigError(f"{path}: no such file{nearest(path.name, others)}") from None
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name that no file can have
-        raise ConfigError(f"{path}: cannot be read as a text file: {error}") from None
-
-
-def overridden(raw: dict, overrides: Overrides, name: str) -> dict:
-    """`raw` with every override put in, the last one winning."""
-    for key, value in pairs(overrides):
-        raw = with_override(raw, key, value, name)
-    return raw
-
-
-def pairs(overrides: Overrides) -> list[tuple[str, Any]]:
-    """`["loss.temperature=3"]` or `{"loss.temperature": 3}` as [("loss.temperature", 3)]."""
-    refuse_keys(overrides, "an override")
-    if isinstance(overrides, Mapping):
-        return [(str(key), value) for key, value in overrides.items()]
-    if isinstance(overrides, str) or not all(isinstance(text, str) for text in overrides):
-        form = 'a list like ["loss.temperature=3"] or a mapping'
-        raise ConfigError(f"overrides are {form}; found {overrides!r}")
-    pairs = []
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError(f"override {text!r}: write it as key=value, e.g. loss.temperature=3")
-        pairs.append((key.strip(), read_yaml(value, f"override {text!r}")))
-    return pairs
-
-
-def read_yaml(text: str, name: str) -> Any:
-    """Plain data from YAML; a ConfigError, in which `name` says where the text stood, where it is none.
-
-    Also where the text holds a key, were it in a comment: it is copied, and shown where it is at fault.
-    """
-    refuse_keys(text, name)
-    try:
-        return yaml.safe_load(text)
-    except RecursionError:
-        raise ConfigError(f"{name}: not valid YAML: nested too deeply") from None
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
-        # all but the first from PyYAML's own conversions: 2026-13-45, !!bool x
-        raise ConfigError(f"{name}: not valid YAML: {error}") from None
-
-
-def with_override(raw: dict, key: str, value: Any, name: str) -> dict:
-    """`raw` with the value at this dotted path; sections on the way are made where they are missing."""
-    head, dot, rest = key.partition(".")
-    if not dot:
-        return {**raw, head: value}
-    inner = raw.get(head)
-    if inner is not None and not isinstance(inner, dict):
-        raise ConfigError(f"{name}: override {key}: `{head}` is {inner!r}, it has no `{rest}`")
-    return {**raw, head: with_override(inner or {}, rest, value, name)}
-
-
-def merged(raw: dict, change: Mapping) -> dict:
-    """`raw` with the leaves of `change` put in; a section that is no mapping is left for the checks."""
-    result = dict(raw)
-    for key, value in change.items():
-        if not isinstance(value, Mapping):
-            result[key] = value
-        elif isinstance(raw.get(key, {}), dict):
-            result[key] = merged(raw.get(key, {}), value)
-    return result
-
-
-def differences(one: Mapping, other: Mapping, prefix: str = "") -> list[str]:
-    """`loss.temperature: 2.0 -> 3.0`, a line per value that differs between two nested mappings."""
-    lines = []
-    for key in dict.fromkeys([*one, *other]):
-        a, b = one.get(key), other.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            lines += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            lines.append(f"{prefix}{key}: {a} -> {b}")
-    return lines
-
-
 def _describe(fault: Mapping, kind: type[Section]) -> list[str]:
     path = [str(part) for part in fault["loc"]]
     where, found = ".".join(map(printable, path)) or "config", fault["input"]
     if fault["type"] == "extra_forbidden":
         keys = _keys(path[:-1], kind)
-        return [f"{where}: unknown key{nearest(path[-1], keys)}; allowed here: {', '.join(keys)}"]
+        hint = _elsewhere(path[-1], kind) or nearest(path[-1], keys)
+        return [f"{where}: unknown key{hint}; allowed here: {', '.join(keys)}"]
     if fault["type"] == "missing":
         return [f"{where}: missing; it must be given"]
     if fault["type"] == "value_error":
         before = "" if not path else f"{where}." if path[-1] == "training" else f"{where}: "
         return [f"{before}{line}" for line in str(fault["ctx"]["error"]).splitlines()]
-    said = fault["msg"]
-    return [f"{where}: found {found!r} ({type(found).__name__}); {said[0].lower()}{said[1:]}"]
+    said, quoted = fault["msg"], fault["type"] == "string_type" and isinstance(found, int | float)
+    do = f'; a text of these signs stands in quotes: "{found}"' if quoted else ""
+    return [f"{where}: found {shown(found)} ({type(found).__name__}); {said[0].lower()}{said[1:]}{do}"]
 
 
-def _keys(path: Sequence[str], section: type[Section]) -> list[str]:
+def _keys(path: Sequence[str], kind: Any) -> list[str]:
     """The keys allowed at this path below a section, which may lead through lists: loss.curriculum.0."""
     for part in path:
         if not part.isdigit():
-            (section,) = _sections_in(section.model_fields[part].annotation)
-    return [field.alias or name for name, field in section.model_fields.items()]
+            (kind,) = sections_in(kind.model_fields[part].annotation)
+    return [field.alias or name for name, field in kind.model_fields.items()]
 
 
-def _sections_in(annotation: Any) -> list[type[Section]]:
-    """The section that a field holds, be it one, a list of them, or none at all."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    return [found for inner in getattr(annotation, "__args__", ()) for found in _sections_in(inner)]
+def _elsewhere(name: str, kind: Any) -> str:
+    """`; did you mean 'loss.temperature'?`, where a setting of this name stands in another section."""
+    paths: dict[str, str] = {}
+    for section, field in kind.model_fields.items():
+        for inner in sections_in(field.annotation):
+            paths |= {key: f"{section}.{key}" for key in _keys([], inner) if key not in paths}
+    if "training" in kind.model_fields:
+        paths |= {key: f"training.{key}" for key in training_fields() if key not in paths}
+    return f"; did you mean {paths[name]!r}?" if name in paths else ""

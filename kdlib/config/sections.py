@@ -34,14 +34,46 @@ class Section(BaseModel):
         return self.model_dump(by_alias=True)
 
     def as_yaml(self) -> str:
-        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+        return as_yaml(self.as_dict())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_default(cls, raw: Any) -> Any:
+        """A section whose name alone is written says nothing."""
+        if not isinstance(raw, dict):
+            return raw
+        fields = {field.alias or name: field.annotation for name, field in cls.model_fields.items()}
+        empty = [key for key, each in fields.items() if key in raw and raw[key] is None and _is_section(each)]
+        return {**raw, **{key: {} for key in empty}}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that YAML 1.1 or 1.2 would read as something else."""
+
+
+_OF_1_2 = re.compile(r"^[-+]?[.\d]+[eE][-+]?\d+$|^0o[0-7]+$")  # numbers there, and texts to PyYAML
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _OF_1_2, [*"-+.0123456789"])
+
+
+def as_yaml(value: Any, **style: Any) -> str:
+    """Plain data as YAML."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, **{"allow_unicode": True, **style})
 
 
 def flow(value: Any) -> str:
     """A value as one line of YAML."""
-    style: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "width": float("inf")}
-    text = yaml.safe_dump([value], allow_unicode=True, **style).strip()
-    return (text if text.isprintable() else yaml.safe_dump([value], default_style='"', **style).strip())[1:-1]
+    style: dict[str, Any] = {"default_flow_style": True, "width": float("inf")}
+    text = as_yaml([value], **style).strip()
+    return (
+        text
+        if text.isprintable()
+        else as_yaml([value], default_style='"', allow_unicode=False, **style).strip()
+    )[1:-1]
+
+
+def _is_section(annotation: Any) -> bool:
+    is_mapping = getattr(annotation, "__origin__", None) is dict
+    return is_mapping or (isinstance(annotation, type) and issubclass(annotation, Section))
 
 
 def number(value: Any) -> Any:

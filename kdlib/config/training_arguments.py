@@ -21,6 +21,7 @@ ENUMERATIONS = {
     "save_strategy": ("trainer_utils.py", "SaveStrategy"),
     "optim": ("training_args.py", "OptimizerNames"),
 }
+SWITCHES = {"yes": True, "on": True, "no": False, "off": False}  # texts in YAML 1.2, switches to most people
 LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
 CHOICES = {
     "log_level": LEVELS,
@@ -203,12 +204,14 @@ def typed(name: str, value: Any) -> Any:
     if name == "lr_scheduler_type" and isinstance(value, Mapping):
         return normal(value)
     if value is False and "no" in _choices(name):
-        return "no"  # as YAML reads the word
+        return "no"
     if name == "fsdp" and isinstance(value, bool):  # the words that it took once are not needed
         return value
     if isinstance(value, Mapping) and name == "lr_scheduler_kwargs":
         return {key: number(each) if isinstance(each, str) else each for key, each in value.items()}
     kinds = set(training_fields()[name].split(" | "))
+    if kinds <= {"bool", "None"}:
+        value = SWITCHES.get(value, value) if isinstance(value, str) else value
     if value is None:
         fits = "None" in kinds
     elif not kinds <= {"int", "float", "bool", "None"}:

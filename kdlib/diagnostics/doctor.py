@@ -12,7 +12,8 @@ import transformers
 import yaml
 
 from kdlib.config import run as configs
-from kdlib.config.run import Config, pairs
+from kdlib.config.reading import pairs, read_yaml
+from kdlib.config.run import Config
 from kdlib.config.sections import flow
 from kdlib.diagnostics import data_checks
 from kdlib.diagnostics.config_checks import CONFIG_CHECKS
@@ -85,7 +86,7 @@ def visit(
             break
         changes |= proposed
         after = rewritten(before, changes)
-        context = context.mended(configs.parse(yaml.safe_load(after), name=f"{path}, mended"))
+        context = context.mended(configs.parse(read_yaml(after, str(path)), name=f"{path}, mended"))
         left = examine(context, quick=quick)
     return Visit(found, left, changes, after)
 
@@ -150,10 +151,7 @@ def rewritten(text: str, changes: Mapping[str, Any]) -> str:
     """The YAML text with each value put in at its dotted path; every other character stays as it is.
 
     Sections on the way are made where they are missing.  A new key stands before the last of its section,
-    since what follows the last may be the next section's comment.
-
-    Raises:
-        ConfigError: a key stands in the file twice, so that a change could come to nothing.
+    since what follows the last may be the next section's comment.  No key stands there twice.
     """
     for path, value in changes.items():
         text = _put(text, path.split("."), value)
@@ -173,9 +171,6 @@ def _put(text: str, path: Sequence[str], value: Any) -> str:
         if not isinstance(node, yaml.MappingNode) or not node.value:  # null, or {}
             return _replaced(text, node, start, {name: rest})
         keys = [key.value for key, _ in node.value]
-        if twice := next((key for key in keys if keys.count(key) > 1), None):
-            where = f"the config cannot be changed in place:{node.start_mark}"
-            raise ConfigError(f"{where}\nfound duplicate key {twice!r}; leave one of them out")
         if name not in keys:
             return _inserted(text, node, f"{name}: {flow(rest)}")
         key, node = node.value[keys.index(name)]

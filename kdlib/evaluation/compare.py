@@ -14,7 +14,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
-from kdlib.config.run import Config, pairs, parse
+from kdlib.config.reading import pairs
+from kdlib.config.run import Config, parse
 from kdlib.data.batches import Prepared
 from kdlib.errors import ConfigError, RunError
 from kdlib.hardware import GIB, peak_memory, precision_of

@@ -12,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kdlib.config.run import differences, load, parse
+from kdlib.config.reading import differences
+from kdlib.config.run import load, parse
 from kdlib.errors import RunError, without_keys
 from kdlib.filters import judge, sift
 from kdlib.generation import stage

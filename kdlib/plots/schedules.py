@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kdlib.config.reading import read_yaml
 from kdlib.config.run import Config, parse
 from kdlib.config.sections import flow
 from kdlib.plots.axes import SOFT, colours_of, legend, panels
@@ -208,7 +208,7 @@ def pasted(config: Config, text: str) -> Config:
         ConfigError: they are no sound config; every fault is in the message.
     """
     plain = config.as_dict()
-    for section, settings in yaml.safe_load(text).items():
+    for section, settings in read_yaml(text, "this design").items():
         plain[section] |= settings
     return parse(plain, name="this design")
 

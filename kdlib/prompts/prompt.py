@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kdlib.errors import DataError, listed, nearest
+from kdlib.errors import DataError, listed, nearest, nearest_file
 
 ROLES = ("system", "user", "assistant")
 COLUMNS = ("prompt", "messages", "category", "template", "seed", "language", "tests")
@@ -55,8 +55,8 @@ def read_prompts(path: Path, count: int | None = None) -> list[Prompt]:
         DataError: there is no such file, or rows are at fault: the first of them by line.
     """
     if not path.is_file():
-        others = [p.name for p in path.parent.glob("*.jsonl")] if path.parent.is_dir() else []
-        raise DataError(f"{path}: no such file{nearest(path.name, others)}; prompts.from names a .jsonl file")
+        near = nearest_file(path, "*.jsonl")
+        raise DataError(f"{path}: no such file{near}; prompts.from names a .jsonl file")
     found, faults = [], []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
         if not line.strip():

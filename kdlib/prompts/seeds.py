@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdlib.config.sections import read_beside
-from kdlib.errors import DataError, listed, nearest
+from kdlib.errors import DataError, listed, nearest, nearest_file
 from kdlib.prompts.snippets import FUNCTIONS, Snippet, has_docstring, python_fields
 
 BUILT_IN = "stdlib"
@@ -29,8 +29,7 @@ def seeds(source: str) -> list[Snippet]:
         return list(stdlib())
     path = Path(source).expanduser()
     if not path.exists():
-        others = [each.name for each in path.parent.glob("*")] if path.parent.is_dir() else []
-        near = nearest(path.name, [BUILT_IN, *others])
+        near = nearest(path.name, [BUILT_IN]) or nearest_file(path)
         raise DataError(f"{source}: no such file{near}; prompts.seeds is {BUILT_IN}, a file or a folder")
     if path.is_file() and path.suffix not in READ:
         raise DataError(f"{source}: unknown type of file; seeds are read from {' and '.join(READ)}")

@@ -7,10 +7,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import StrictUndefined, TemplateError, meta
 from jinja2.sandbox import SandboxedEnvironment
 
+from kdlib.config.reading import read_text, read_yaml
 from kdlib.config.sections import read_beside
 from kdlib.errors import ConfigError, printable
 from kdlib.prompts.config import known_category
@@ -61,10 +61,7 @@ def templates(path: str | None) -> dict[str, list[Template]]:
     if path is None:
         return ours
     file = Path(path).expanduser()
-    try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"prompts.templates: {path} cannot be read: {error}") from None
+    raw = read_yaml(read_text(file), f"prompts.templates: {path}")
     return ours | _read(raw, read_beside(__file__)[DRAWN], path)
 
 

@@ -16,7 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from kdlib.config.run import BESIDE, Config, differences, parse
+from kdlib.config.reading import differences
+from kdlib.config.run import BESIDE, Config, parse
 from kdlib.errors import Died, RunError, Stopped, nearest, refuse_keys
 from kdlib.metrics.names import rivals_of, student_of
 from kdlib.runs.files import StudentFolder, now, read_json, read_yaml, write_json, write_text, writing

@@ -4,8 +4,8 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
+from kdlib.config.sections import as_yaml
 from kdlib.metrics.names import with_interval
 from kdlib.reports import html
 from kdlib.sweeps import results
@@ -57,6 +57,6 @@ def render(sweep: Sweep, reports: Path) -> Path:
         rows=rows,
         failed=[row for row in rows if row["state"] not in ("done", "running", "waiting")],
         pictures=list(pictures.values()),
-        config=yaml.safe_dump(given, sort_keys=False, allow_unicode=True, default_flow_style=None),
+        config=as_yaml(given, default_flow_style=None),
     )
     return html.write(reports / sweep.name, page, pictures, tables, index=False)

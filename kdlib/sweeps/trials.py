@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kdlib.config import run as configs
+from kdlib.config.reading import read_text, read_yaml
 from kdlib.config.run import BESIDE, Config
 from kdlib.config.task_rules import rules_of
 from kdlib.errors import ConfigError
@@ -36,7 +37,7 @@ class Base:
     ) -> None:
         self.sweep, self.file, self.smoke = sweep, settings.base, settings.small or smoke
         # its path, as all in a config, is seen from the project's folder, `root`
-        self.raw = configs.read_yaml(configs.read_text(root / self.file), self.file)
+        self.raw = read_yaml(read_text(root / self.file), self.file)
         self.overrides, self.parameters = {**settings.overrides, **overrides}, settings.parameters
 
     def trial(self, parameters: Mapping[str, Any]) -> Trial:

@@ -10,7 +10,8 @@ from typing import Any
 import typer
 
 from kdlib.config import run as configs
-from kdlib.config.run import Config, pairs
+from kdlib.config.reading import pairs
+from kdlib.config.run import Config
 from kdlib.config.sections import LaunchConfig
 from kdlib.errors import ConfigError
 from kdlib.runs import folder as runs

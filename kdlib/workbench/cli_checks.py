@@ -176,7 +176,7 @@ def migrate(
     data: option(str | None, "--data", help="Likewise.") = None,
 ) -> None:
     """Turn another project's FILE of settings into a config of ours; what has no counterpart is listed."""
-    from kdlib.config.imports import migrated
+    from kdlib.migration.settings import migrated
 
     made = migrated(file, alpha_on=alpha_on, teacher=teacher, student=student, data=data)
     if output is None:

@@ -1,4 +1,4 @@
-"""How other projects write their settings (names: import_table.yaml), and what became of a file of theirs."""
+"""How other projects write their settings (names: table.yaml), and what became of a file of theirs."""
 
 import json
 import re
@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdlib.config.run import Config, read_text, read_yaml
+from kdlib.config.reading import read_text, read_yaml
+from kdlib.config.run import Config
 from kdlib.config.sections import flow, number, read_beside
+from kdlib.config.training_arguments import SWITCHES
 from kdlib.errors import ConfigError, printable, refuse_keys
 
 TABLE = read_beside(__file__)
@@ -139,7 +141,9 @@ class Migration:
         return float(value)
 
     def is_on(self, key: str) -> bool:
-        if not isinstance(found := self.theirs[key], bool):
+        found = self.theirs[key]
+        found = SWITCHES.get(found, found) if isinstance(found, str) else found
+        if not isinstance(found, bool):
             raise self.fault(key, f"found {found!r}, needs true or false")
         return found
 

@@ -10,10 +10,11 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
-from kdlib.config.import_table import read_settings
-from kdlib.config.imports import OURS, TO_FILL_IN, migrated
-from kdlib.config.run import load, overridden
+from kdlib.config.reading import overridden
+from kdlib.config.run import load
 from kdlib.errors import ConfigError
+from kdlib.migration.settings import OURS, TO_FILL_IN, migrated
+from kdlib.migration.table import read_settings
 from kdlib.workbench import cli_checks
 
 STUDENT_AWARE = {
@@ -333,7 +334,7 @@ def test_the_yaml_says_where_each_value_came_from_and_what_is_missing(tmp_path):
             {},
             "early_stopping.patience: found 3 (early_stopping_patience) and 2",
         ),
-        ({"use_curriculum": "yes"}, {}, "use_curriculum: found 'yes', needs true or false"),
+        ({"use_curriculum": "maybe"}, {}, "use_curriculum: found 'maybe', needs true or false"),
         ({"learning_rate": "fast"}, {}, "training.learning_rate: found 'fast', needs float"),
         ({"fp16": True, "bf16": True}, {}, "precision: found 'float16' (fp16) and 'bfloat16' (bf16)"),
         ({"amp_dtype": "int8"}, {}, "precision: found 'int8'"),
@@ -461,5 +462,5 @@ def test_kd_import_writes_a_new_file_and_lists_what_was_left_out(tmp_path, capsy
 
 
 def test_translating_loads_no_torch():
-    code = "import sys, kdlib.config.imports; sys.exit('torch' in sys.modules)"
+    code = "import sys, kdlib.migration.settings; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

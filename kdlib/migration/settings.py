@@ -9,10 +9,10 @@ vocabularies, which with one are what they are there.
 from pathlib import Path
 from typing import Any
 
-from kdlib.config.import_table import DTYPES, MEANT, OURS, REASONS, TO_FILL_IN, Migration, read_settings
 from kdlib.config.run import parse
 from kdlib.config.sections import flow
 from kdlib.config.training_arguments import RESERVED, problem_with, scheduler_names, training_fields
+from kdlib.migration.table import DTYPES, MEANT, OURS, REASONS, TO_FILL_IN, Migration, read_settings
 
 INSIDE = {  # term, and whether it comes in with the second phase of the student-aware curriculum or the third
     "alpha_feature": ("hidden", True),

@@ -1,0 +1,1 @@
+"""Other projects' settings as a config of ours."""
