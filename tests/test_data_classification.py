@@ -304,7 +304,7 @@ def test_a_class_that_is_empty_on_one_side_is_named(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("rows", "changes", "expected"),
     [
-        (rows_of(20), {"label": "labels"}, "no column 'labels'; did you mean 'label'?"),
+        (rows_of(20), {"label": "labels"}, "no column 'labels'; it has text, label"),
         (rows_of(20), {"text": ["text", "titel"]}, "no column 'titel'"),
         (
             [{"text": text, "label": "a"} for text in sentences(20)],

@@ -201,7 +201,7 @@ def test_the_collator_masks_padding_and_the_first_token():
         ("txet.jsonl", None, {}, "no such file"),
         ("text.jsonl", "", {}, "is empty"),
         ("text.jsonl", '{"text": "a b c"}\n{"text": \nnot json\n[1]\n', {}, "3 broken lines\n  line 2"),
-        ("text.jsonl", '{"txt": "a b c"}\n{"txt": "d"}\n', {}, "no column 'text'; did you mean 'txt'?"),
+        ("text.jsonl", '{"txt": "a b c"}\n{"txt": "d"}\n', {}, "no column 'text'; it has txt"),
         (
             "text.jsonl",
             '{"text": "one document only, and long enough for a block of sixteen tokens"}\n',

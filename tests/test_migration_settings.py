@@ -464,3 +464,85 @@ def test_kd_import_writes_a_new_file_and_lists_what_was_left_out(tmp_path, capsy
 def test_translating_loads_no_torch():
     code = "import sys, kdlib.migration.settings; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+S1 = (
+    "python train_soft.py --teacher_model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --student_model "
+    "Qwen/Qwen2.5-0.5B --dataset dbpedia --kd_alpha 0.7 --temperature 3 --max_val_samples 2000 --dry-run"
+)
+
+
+def test_the_command_of_a_soft_classification_yields_one(tmp_path):
+    made = migrated(file(tmp_path, S1, "run.sh"))
+    config = loaded(made, tmp_path)
+    assert (config.task, config.data.source) == ("sequence-classification", "fancyzhx/dbpedia_14")
+    assert (config.data.text, config.data.max_eval_rows) == (["title", "content"], 2000)
+    assert config.loss.weights == {"kd": 0.7, "ce": 0.3}
+    assert made.left_out == ["dry_run = True: give the command another name: kd run CONFIG --smoke, or "
+                             "notebooks/01_dry_run"]  # fmt: skip
+
+
+def test_the_command_of_a_question_answering_yields_one_by_the_columns_of_its_file(tmp_path):
+    rows = tmp_path / "quantum bench.jsonl"
+    rows.write_text('\ufeff{"question": "?", "choices": ["a", "b"], "answer": 0}\n', encoding="utf-8")
+    made = migrated(file(tmp_path, QA.replace("quantum bench.jsonl", str(rows)), "run.sh"))
+    assert loaded(made, tmp_path).task == "question-answering"
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
+    path = tmp_path / "theirs.json"
+    path.write_text('\ufeff{"alpha": 0.5}', encoding="utf-8")
+    assert migrated(path).values["loss.weights"] == {"kd": 0.5, "ce": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights", "teacher"),
+    [("output", {"ce": 1}, None), ("logits", {"kd": 1}, "a/b"), ("hybrid", {"kd": 0.25, "ce": 0.75}, "a/b")],
+)
+def test_output_logit_and_hybrid_distillation_are_what_they_say(tmp_path, kind, weights, teacher):
+    theirs = f"train.py --distillation-type {kind} --teacher a/b --alpha 0.25 --data rows.jsonl"
+    config = loaded(migrated(file(tmp_path, theirs, "run.sh"), alpha_on="kd"), tmp_path)
+    assert config.loss.weights == weights
+    assert (config.teacher and config.teacher.model) == teacher
+
+
+def test_other_trainers_names_have_a_counterpart(tmp_path):
+    theirs = {
+        "base_model": "a/b",
+        "bf16": "auto",
+        "cutoff_len": 512,
+        "num_training_steps": 30,
+        "beta": 0.5,
+        "wandb_project": "p",
+        "wandb_entity": "e",
+        "run_name": "r",
+    }
+    made = migrated(file(tmp_path, theirs))
+    config = loaded(made, tmp_path)
+    assert (config.student.source, config.precision, config.data.max_length) == ("a/b", "auto", 512)
+    assert config.loss.divergence == {"generalized_jsd": {"beta": 0.5}}
+    assert config.training.items() >= {"max_steps": 30, "project": "p", "run_name": "r"}.items()
+    assert (config.trackers.entity, made.left_out) == ("e", [])
+    assert "whose loss is this times 0.25" in made.as_yaml()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("config.py", "alpha: float = 0.5\n", "a Python program"),
+        (
+            "config.txt",
+            "from dataclasses import dataclass\n@dataclass\nclass C:\n    alpha: float = 0.5\n",
+            "a Python",
+        ),
+        (
+            "run.sh",
+            "python generate_data.py --teacher a/b --alpha 0.5",
+            "makes data, and trains nothing; kd generate",
+        ),
+        ("run.sh", "train.py --distillation-type all", "found 'all'; it is one of output, logit, hybrid"),
+    ],
+)
+def test_what_is_no_training_is_told(tmp_path, name, content, expected):
+    with pytest.raises(ConfigError, match=expected):
+        migrated(file(tmp_path, content, name))

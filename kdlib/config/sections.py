@@ -141,6 +141,14 @@ class MixPart(Section):
     text: str | None = None  # the column with the text; data.text where None
 
 
+HUB_IDS = {
+    **dict.fromkeys(("dbpedia", "dbpedia14", "dbpedia_14", "dbpedia-14"), "fancyzhx/dbpedia_14"),
+    **dict.fromkeys(("ag_news", "agnews"), "fancyzhx/ag_news"),
+    **{"imdb": "stanfordnlp/imdb", "sst2": "stanfordnlp/sst2"},
+}
+"""Data sets on the hub whose rows have classes, by the short names that people call them."""
+
+
 class DataConfig(Section):
     """The text: where it is, how it is split and cut."""
 

@@ -17,7 +17,7 @@ from typing import Any
 from datasets import Dataset
 
 from kdlib.config.sections import DataConfig
-from kdlib.errors import DataError, nearest
+from kdlib.errors import DataError
 from kdlib.sources.rows import group_values, kept_once, own_splits, refuse_rows
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -64,9 +64,8 @@ def form_of(config: DataConfig, rows: Dataset) -> str:
     for form, (columns, _) in FORMS.items():
         if set(columns or wanted) <= set(found):
             return form
-    near = "".join(nearest(name, found) for name in wanted if name not in found)
     raise DataError(
-        f"{config.source}: found the columns {', '.join(found)}{near}; needed are {', '.join(wanted)} (for "
+        f"{config.source}: found the columns {', '.join(found)}; needed are {', '.join(wanted)} (for "
         "multiple choice), or prompt and response, or messages; name the columns of a multiple choice in "
         "data.question, data.choices and data.answer"
     )

@@ -22,6 +22,8 @@ OURS, MEANT, REASONS, DTYPES = (
     for part in ("as it is", "by meaning", "left out", "dtypes")
 )
 """{a name of theirs: ours}; our setting that is worked out of it; why it is left out; our precision."""
+MAKES_DATA = re.compile(r"(generat|synthesi[sz]|creat|collect|prepar)\w*?_?(data|samples|rows|answers)", re.I)
+CODE = re.compile(r"^(?:from \w[\w.]* )?import \w|^class \w+.*:$|^def \w+\(|^@dataclass", re.MULTILINE)
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -32,6 +34,9 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     """
     text, name = read_text(Path(path)), str(path)
     refuse_keys(text, name)  # what has no counterpart here is repeated, with its value
+    if name.endswith(".py") or CODE.search(text):
+        do = "have it print them, as json.dumps(vars(config)), into a .json file, and give that"
+        raise ConfigError(f"{name}: a Python program, which makes its settings when it runs; {do}")
     try:
         if text.lstrip().startswith("{") or name.endswith(".json"):
             found = json.loads(text, object_pairs_hook=_once)
@@ -58,6 +63,9 @@ def _flags(text: str, name: str) -> dict[str, Any]:
     given: dict[str, list[str]] = {}
     values: list[str] = []  # of the flag before; what stands before the first is the command
     for word in shlex.split(text.replace("\\\n", " "), comments=True):
+        if not given and MAKES_DATA.search(word):
+            do = "kd generate asks a teacher for rows: notebooks/guides/generating.md"
+            raise ConfigError(f"{name}: {word} makes data, and trains nothing; {do}")
         if flag := re.fullmatch(r"--?([A-Za-z_][\w.-]*)(?:=(.*))?", word, re.DOTALL):
             if flag[1] in given:
                 raise ValueError(f"--{flag[1]} stands twice")

@@ -12,8 +12,8 @@ import datasets
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetGenerationError
 
-from kdlib.config.sections import DataConfig
-from kdlib.errors import DataError, listed, nearest
+from kdlib.config.sections import HUB_IDS, DataConfig
+from kdlib.errors import DataError, listed, nearest, nearest_file
 from kdlib.sources.built_in import BUILT_IN
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -51,8 +51,7 @@ def _how(config: DataConfig) -> dict[str, bool]:
 
 def _read_file(path: Path, how: Mapping[str, Any]) -> DatasetDict:
     if not path.exists():
-        others = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
-        raise DataError(f"{path}: no such file{nearest(path.name, others)}")
+        raise DataError(f"{path}: no such file{nearest_file(path)}")
     if path.suffix not in READERS:
         raise DataError(f"{path}: unknown type of file; it may be {', '.join(READERS)}")
     if path.stat().st_size == 0:
@@ -116,8 +115,10 @@ def _from_hub(config: DataConfig) -> DatasetDict:
             return datasets.load_dataset(config.source, config.subset, **_how(config))
     except (FileNotFoundError, ConnectionError, ValueError) as error:
         # ValueError: a subset must be named, or is not there
+        known = HUB_IDS.get(config.source.lower())
+        hint = f"; on the hub it is {known}" if known else nearest(config.source, BUILT_IN)
         raise DataError(
-            f"{config.source}: no data set to be had by this name{nearest(config.source, BUILT_IN)}. It is "
+            f"{config.source}: no data set to be had by this name{hint}. It is "
             f"no file, no folder and no built-in name ({', '.join(BUILT_IN)}); as a hub id (its "
             f"configuration goes into data.subset): {error}"
         ) from error

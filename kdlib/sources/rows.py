@@ -15,9 +15,9 @@ GROUPED = "stdlib-sections"  # the built-in source whose rows say in `group` wha
 def check_column(config: DataConfig, rows: Dataset, column: str, setting: str) -> None:
     """Refuse a column that is not there; `setting` names it in the config."""
     if column not in rows.column_names:
-        near, what = nearest(column, rows.column_names), setting.rpartition(".")[2]
+        what = setting.rpartition(".")[2]
         raise DataError(
-            f"{config.source}: no column {column!r}{near}; it has {', '.join(rows.column_names)}: name the "
+            f"{config.source}: no column {column!r}; it has {', '.join(rows.column_names)}: name the "
             f"one with the {what} in {setting}"
         )
 
