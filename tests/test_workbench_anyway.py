@@ -7,7 +7,7 @@ from made_runs import made_run
 
 from kdlib.errors import RunError
 from kdlib.reports import run as reports
-from kdlib.runs.folder import refuse_unsound
+from kdlib.runs.verdict import refuse_unsound
 from kdlib.workbench import runner, session
 
 HOT = {

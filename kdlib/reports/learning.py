@@ -11,9 +11,9 @@ from kdlib.config.run import Config
 from kdlib.config.task_rules import TaskRules, primary_in, rules_of
 from kdlib.metrics.names import MEASURES, difference, is_better, student_of, three_digits, with_interval
 from kdlib.runs.files import StudentFolder
-from kdlib.runs.folder import Run, critical_findings
+from kdlib.runs.folder import Run
 from kdlib.runs.log import plan_table, terms_in
-from kdlib.runs.verdict import best_by, change, mean_at, moving_settings, trend, value_at
+from kdlib.runs.verdict import best_by, change, critical_findings, mean_at, moving_settings, trend, value_at
 
 WORSE = 0.05  # of the best value: a smaller loss at the end is none to act on
 IN_NATS = {"perplexity": "nats of cross-entropy", "macro_f1": "of accuracy"}  # what an interval is of

@@ -22,7 +22,8 @@ from kdlib.reports.summary import UNREADABLE, flat, keys_of, summary
 from kdlib.routing.figures import FILE, expert_figures
 from kdlib.routing.tables import expert_tables, routing_table
 from kdlib.runs.files import read_json
-from kdlib.runs.folder import Run, critical_findings
+from kdlib.runs.folder import Run
+from kdlib.runs.verdict import critical_findings
 
 NOT_FACTS = ("formula", "command", "stages", "doctor")  # of a manifest: told elsewhere
 OWN_PLACE = ("dashboard", plots.BARS, *ANSWER_FIGURES)  # figures that stand by themselves

@@ -13,8 +13,9 @@ import pandas as pd
 from kdlib.errors import ConfigError
 from kdlib.reports.learning import Case, Line, learning_lines
 from kdlib.runs.files import StudentFolder
-from kdlib.runs.folder import Run, critical_findings
+from kdlib.runs.folder import Run
 from kdlib.runs.log import Tail, plan_table, tail_of, terms_in
+from kdlib.runs.verdict import critical_findings
 
 GAP = 2.0  # held-out loss over training loss, and the other way round
 BALANCE = 100.0  # the largest weighted share over the smallest

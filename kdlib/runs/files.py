@@ -16,6 +16,8 @@ from kdlib.errors import RunError, without_keys
 
 REFUSALS = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EFBIG", "ENOTDIR")
 GO_ON = "KDLIB_GO_ON"
+DEEPEST = 1000
+WHOLE = "kdlib writes it whole: bring back a copy, or delete it and make it again"
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, ten times faster where it was built
 
 
@@ -56,20 +58,36 @@ class StudentFolder:
 
 
 def read_json(path: Path, default: Any = None) -> Any:
-    """What a file of kdlib's holds; `default` where there is none.
+    """What a file of kdlib's holds; `default`, whose kind it must be of, where there is none.
 
     Raises:
-        RunError: it holds no JSON.
+        RunError: it holds no JSON, or something else than `default` is.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
-    except ValueError as error:
-        do = "kdlib writes it whole: bring back a copy, or delete it and make it again"
-        raise RunError(f"{path}: found no JSON ({error}); {do}") from error
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path}: found no JSON ({error}); {WHOLE}") from error
+    if default is not None and not isinstance(found, type(default)):
+        needed = "an object" if isinstance(default, dict) else "a list"
+        raise RunError(f"{path}: found {type(found).__name__}, needs {needed}; {WHOLE}")
+    return found
 
 
-def read_yaml(path: Path) -> Any:
-    return yaml.load(path.read_text(encoding="utf-8"), Loader=LOADER)
+def read_settings(path: Path) -> dict[str, Any]:
+    """The sections of a run's config.yaml.
+
+    Raises:
+        RunError: it holds none.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        is_deep = sum(map(text.count, ("[", "{", "- ", "? "))) > DEEPEST  # of which the C parser dies
+        found = yaml.load(text, Loader=yaml.SafeLoader if is_deep else LOADER)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise RunError(f"{path}: found no YAML ({error}); {WHOLE}") from error
+    if not isinstance(found, dict):
+        raise RunError(f"{path}: found {type(found).__name__}, needs sections; {WHOLE}")
+    return found
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -206,4 +224,5 @@ def go_on() -> str:
 
 
 def now() -> str:
-    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    """This moment, to the millisecond: steps may be shorter than a second."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="milliseconds")

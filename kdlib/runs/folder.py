@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,14 +18,24 @@ from typing import Any
 
 from kdlib.config.reading import differences
 from kdlib.config.run import BESIDE, Config, parse
-from kdlib.errors import Died, RunError, Stopped, nearest, refuse_keys
+from kdlib.errors import Died, RunError, Stopped, nearest, refuse_keys, shown
 from kdlib.metrics.names import rivals_of, student_of
-from kdlib.runs.files import StudentFolder, now, read_json, read_yaml, write_json, write_text, writing
+from kdlib.runs.files import (
+    WHOLE,
+    StudentFolder,
+    now,
+    read_json,
+    read_settings,
+    write_json,
+    write_text,
+    writing,
+)
 from kdlib.runs.interrupts import heard, interrupted
 from kdlib.runs.lock import held, lives, started_this, this_process
 
 # set by the command that runs the notebooks: it keeps status.json, and nobody watches the cells
 PARENT = "KDLIB_RUN_BY"
+STATES = ("created", "running", "done", "stopped", "failed", "died")
 
 
 def project_root() -> Path:
@@ -70,7 +80,7 @@ class Run(StudentFolder):
     @property
     def settings(self) -> dict[str, Any]:
         """config.yaml as it stands there, also of another version, or a benchmark's."""
-        return _read(*self._config_file) or {}
+        return _read(*self._config_file)
 
     @property
     def _config_file(self) -> tuple[Path, int]:
@@ -83,12 +93,17 @@ class Run(StudentFolder):
 
     @property
     def status(self) -> dict[str, Any]:
-        """{"state": "created" | "running" | "done" | "stopped" | "failed" | "died", "since": …, "message": …}
+        """{"state": one of STATES, "since": …, "message": …}
 
         A run that says "running" while the process that ran it is gone has died.
         """
-        status = read_json(self.path / "status.json", {"state": "created"})
-        if status["state"] == "running" and not lives(status):
+        path = self.path / "status.json"
+        status = read_json(path, {"state": "created"})
+        if (state := status.get("state")) not in STATES:
+            raise RunError(
+                f"{path}: found the state {shown(state)}; it is one of {', '.join(STATES)}; {WHOLE}"
+            )
+        if state == "running" and not lives(status):
             return {**status, "state": "died", "message": "the process that ran it is gone"}
         return status
 
@@ -162,31 +177,6 @@ def working(run: Run, failed: Callable[[Run], object] = bool) -> Iterator[None]:
                 failed(run)
             raise
         run.set_status("done")
-
-
-def critical_findings(manifest: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """What the doctor found before a run's training that it calls critical; None where it was not asked."""
-    found = manifest.get("doctor")
-    return None if found is None else [each for each in found if each["severity"] == "critical"]
-
-
-def refuse_unsound(manifest: Mapping[str, Any]) -> None:
-    """Raise where the doctor's critical findings speak against a run's training, unless `anyway` was said.
-
-    Raises:
-        RunError: there are such findings; the message lists what to do about each.
-    """
-    found = critical_findings(manifest) or []
-    if not found or manifest.get("anyway"):
-        return
-    lines = "".join(f"\n  {each['where']}: {each['what']}; {each['fix']}" for each in found)
-    many = f"{len(found)} critical findings" if len(found) > 1 else "critical finding"
-    raise RunError(
-        f"the doctor's {many} stopped this run before it trains:{lines}\n"
-        "mend the config (kd doctor CONFIG --fix --output FILE writes what is unambiguous), start a new run; "
-        f"to train all the same: kd run CONFIG --resume {manifest.get('run')} --anyway, in a notebook "
-        "bench.train(anyway=True)"
-    )
 
 
 def new_name(root: Path, config_path: str | Path, *, smoke: bool = False) -> str:
@@ -281,12 +271,19 @@ def locate(run: str, root: Path | None = None) -> tuple[Path, str]:
 def all_runs(root: Path) -> list[Run]:
     """Every run below this folder, newest first."""
     found = [Run(path.parent) for path in root.glob("*/config.yaml")]
-    return sorted(found, key=lambda run: (run.manifest.get("created", ""), run.name), reverse=True)
+    return sorted(found, key=lambda run: (_created(run), run.name), reverse=True)
+
+
+def _created(run: Run) -> str:
+    """As its manifest says; nothing where that is broken, which who opens the run is told."""
+    with suppress(RunError):
+        return str(run.manifest.get("created", ""))
+    return ""
 
 
 @lru_cache(maxsize=64)
 def _read(path: Path, changed: int) -> Any:
-    return read_yaml(path)
+    return read_settings(path)
 
 
 @lru_cache(maxsize=64)

@@ -42,7 +42,8 @@ def lives(process: Mapping[str, Any]) -> bool:
     """Whether that process still lives; one of another machine, of which nothing is known here, does."""
     if not is_here(process):
         return True
-    return "pid" in process and _began(process["pid"]) == process.get("pid_started")
+    began = _began(process["pid"]) if isinstance(process.get("pid"), int) else None
+    return began is not None and began == process.get("pid_started")
 
 
 def started_this(process: Mapping[str, Any]) -> bool:
@@ -55,7 +56,7 @@ def _began(pid: int) -> float | None:
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, ValueError, OverflowError):  # a number that no process has
         return None
 
 

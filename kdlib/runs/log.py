@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.json
 
 from kdlib.errors import RunError
-from kdlib.runs.files import StudentFolder, read_json, synced, writing
+from kdlib.runs.files import WHOLE, StudentFolder, read_json, synced, writing
 
 BLOCK = 4 << 20  # bytes that are parsed at a time
 STEP = re.compile(rb'"train/step"\s*:\s*(\d+)')
@@ -274,7 +274,10 @@ def eval_table(folder: StudentFolder) -> pd.DataFrame:
 
 def plan_table(folder: StudentFolder) -> pd.DataFrame:
     """plan.json: learning rate, weights and temperatures of the whole training, as in `training_table`."""
-    return pd.DataFrame(read_json(folder.plan, []))
+    lines = read_json(folder.plan, [])
+    if not all(isinstance(line, dict) and "step" in line for line in lines):
+        raise RunError(f"{folder.plan}: found a line without a step; {WHOLE}")
+    return pd.DataFrame(lines)
 
 
 def terms_in(table: pd.DataFrame) -> list[str]:

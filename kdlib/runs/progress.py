@@ -1,9 +1,11 @@
 """How a training stands, by its folder's files."""
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -153,10 +155,18 @@ def _state(run: Run, folder: StudentFolder) -> tuple[str, float]:
     state = status["state"]
     if folder.is_trained:
         return state if state == "done" else "trained", quiet_s
-    goes_on = is_begun and quiet_s < QUIET_S and logged > datetime.fromisoformat(status["since"]).timestamp()
+    goes_on = is_begun and quiet_s < QUIET_S and math.floor(logged * 1000) / 1000 > _since(status)
     if state == "running" or goes_on:  # after a failure too: by hand
         return "running", quiet_s
     return state if state in FINAL else "quiet" if is_begun else "created", quiet_s
+
+
+def _since(status: Mapping[str, Any]) -> float:
+    """When this state began, in seconds; 0 where that is not told."""
+    try:
+        return datetime.fromisoformat(str(status.get("since"))).timestamp()
+    except ValueError:
+        return 0.0
 
 
 def _words(weights: Mapping[str, object]) -> str:

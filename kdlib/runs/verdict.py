@@ -1,4 +1,4 @@
-"""Whether a student learned: the estimates on which dashboard, scorecard and report agree.
+"""Whether a training may begin, and whether a student learned: what dashboard, scorecard and report agree on.
 
 What each held-out unit contributed to each evaluation is kept in evaluations/<step>.npz, beside the log: from
 two of them a change has an interval.  Units are documents, groups or rows, whichever was drawn independently.
@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from kdlib.config.run import Config
+from kdlib.errors import RunError
 from kdlib.metrics.means import ratio_of_sums
 from kdlib.metrics.names import MEASURES, UNBOUNDED
 from kdlib.runs.files import StudentFolder, writing
@@ -227,3 +228,28 @@ def _units(folder: StudentFolder, step: int) -> dict[str, np.ndarray]:
         return {}
     with np.load(file, allow_pickle=False) as arrays:
         return dict(arrays)
+
+
+def critical_findings(manifest: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """What the doctor found before a run's training that it calls critical; None where it was not asked."""
+    found = manifest.get("doctor")
+    return None if found is None else [each for each in found if each["severity"] == "critical"]
+
+
+def refuse_unsound(manifest: Mapping[str, Any]) -> None:
+    """Raise where the doctor's critical findings speak against a run's training, unless `anyway` was said.
+
+    Raises:
+        RunError: there are such findings; the message lists what to do about each.
+    """
+    found = critical_findings(manifest) or []
+    if not found or manifest.get("anyway"):
+        return
+    lines = "".join(f"\n  {each['where']}: {each['what']}; {each['fix']}" for each in found)
+    many = f"{len(found)} critical findings" if len(found) > 1 else "critical finding"
+    raise RunError(
+        f"the doctor's {many} stopped this run before it trains:{lines}\n"
+        "mend the config (kd doctor CONFIG --fix --output FILE writes what is unambiguous), start a new run; "
+        f"to train all the same: kd run CONFIG --resume {manifest.get('run')} --anyway, in a notebook "
+        "bench.train(anyway=True)"
+    )

@@ -15,8 +15,9 @@ from papermill.exceptions import PapermillExecutionError
 
 from kdlib.errors import Died, RunError, Stopped, nearest, refuse_keys
 from kdlib.runs.files import go_on, without_keys_in, write_error
-from kdlib.runs.folder import PARENT, Run, project_root, refuse_unsound, working
+from kdlib.runs.folder import PARENT, Run, project_root, working
 from kdlib.runs.interrupts import heard, interrupted
+from kdlib.runs.verdict import refuse_unsound
 
 NOTEBOOKS = ("00_setup", "01_dry_run", "02_train", "03_compare")
 EXPERTS = "04_student_aware"  # after these, where 00_setup found a teacher with experts

@@ -27,8 +27,9 @@ from kdlib.routing import use
 from kdlib.runs import folder as runs
 from kdlib.runs.child_processes import on_ranks
 from kdlib.runs.files import StudentFolder
-from kdlib.runs.folder import Run, refuse_unsound
+from kdlib.runs.folder import Run
 from kdlib.runs.log import plan_table, training_table
+from kdlib.runs.verdict import refuse_unsound
 from kdlib.students.student import check_pair, tokenizer_of
 from kdlib.tasks import base as tasks
 from kdlib.training import run as training
