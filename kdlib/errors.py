@@ -23,6 +23,10 @@ class KdlibError(Exception):
         lines = [cut(line, LONGEST_LINE) for line in visible(cut(str(message), 50 * LONGEST)).split("\n")]
         super().__init__(cut("\n".join(lines), LONGEST), *more)
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows of it: the message alone, as where in the code it arose is of no help."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class ConfigError(KdlibError):
     """A config that cannot be run."""

@@ -6,6 +6,7 @@ import sys
 import pandas as pd
 import pytest
 import yaml
+from IPython.core.interactiveshell import InteractiveShell
 
 from kdlib.config import run as configs
 from kdlib.config.run import parse
@@ -275,3 +276,8 @@ def test_an_error_is_printed_without_a_key(kd, monkeypatch, tmp_path):
 def test_a_picture_is_left_as_it_is():
     picture = f"data:image/png;base64,{KEYS[9]}/{KEYS[7]}+{KEYS[0].replace('_', 'A')}=="
     assert without_keys(f'<img src="{picture}">') == f'<img src="{picture}">'
+
+
+def test_a_notebook_shows_the_message_alone(capsys):
+    InteractiveShell().run_cell("from kdlib.errors import RunError\nraise RunError('found a, needs b; do c')")
+    assert capsys.readouterr().out.strip() == "RunError: found a, needs b; do c"

@@ -23,11 +23,12 @@ from kdlib.reports.index import render_index
 from kdlib.reports.run import render
 from kdlib.runs.folder import Run
 from kdlib.workbench import runner
+from kdlib.workbench.cli_checks import bare_errors
 def rendered(run):
     render_index(run.path.parent, Path("reports"))
     return render(run, Path("reports"))
 runner.WARM_UP = ("pass",)  # these notebooks import nothing
-with runner.Kernels(Path.cwd()) as kernels:
+with bare_errors(), runner.Kernels(Path.cwd()) as kernels:
     runner.run_notebooks(Run(Path(sys.argv[1])), {}, kernels, rendered, ("first", "second"))
 """
 
@@ -109,7 +110,7 @@ def test_an_interrupted_run_stops_before_its_next_notebook_and_says_how_to_go_on
     until((run.path / "STOP").exists, "the interrupt is heard")
     (tmp_path / "go").touch()
     out, said = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == 130
     assert "Ctrl-C again to stop at once" in out
     assert run.status["state"] == "stopped"
     assert run.status["message"] == "stopped before second; go on with --resume, or run this cell again"
@@ -125,8 +126,9 @@ def test_a_second_interrupt_stops_at_once_and_leaves_no_kernel(waiting):
     process.send_signal(signal.SIGINT)
     until((run.path / "STOP").exists, "the interrupt is heard")
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.endswith("kd: interrupted; go on with --resume, or run this cell again\n")
     assert run.status["state"] == "stopped"
     assert run.status["message"] == "interrupted; go on with --resume, or run this cell again"
     until(lambda: gone(left), "the kernel ends with its parent")

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from kdlib.runs.files import go_on
 
+HEARD: list[int] = []  # signals that asked this process to stop; its exit status says so: 130, 143
+
 
 @contextmanager
 def heard(ask: Callable[[], object], again: Callable[[], object]) -> Iterator[None]:
@@ -22,6 +24,7 @@ def heard(ask: Callable[[], object], again: Callable[[], object]) -> Iterator[No
     def hear(number: int, frame: object) -> None:
         is_again = number == signal.SIGINT and number in asked and "TORCHELASTIC_RUN_ID" not in os.environ
         asked.append(number)
+        HEARD.append(number)
         if is_again:
             again()
         elif len(asked) == 1:
