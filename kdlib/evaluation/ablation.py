@@ -18,7 +18,7 @@ from torch import nn
 from kdlib.config.run import BESIDE, Config
 from kdlib.config.sections import flow
 from kdlib.config.terms import FEATURE_TERMS, ROUTE_WEIGHTS
-from kdlib.errors import ConfigError, ModelError
+from kdlib.errors import KdlibError, ModelError
 from kdlib.metrics.means import averaged
 from kdlib.metrics.names import MEASURES, is_better, student_of, three_digits, with_interval
 from kdlib.models.loading import parameters
@@ -64,11 +64,11 @@ def variants(run: Run) -> dict[str, dict[int, Run]]:
     common, found = _common(run.config), {}
     for other in reversed(all_runs(run.path.parent)):
         try:
-            config = other.config
-        except ConfigError:  # of another version, or no training at all
+            config, is_compared = other.config, bool(other.comparison)
+            is_whole = other.path == run.path or other.status["state"] == "done"
+        except KdlibError:  # of another version, no training at all, or broken
             continue
-        is_whole = other.path == run.path or other.status["state"] == "done"
-        if is_whole and other.comparison and _common(config) == common:
+        if is_whole and is_compared and _common(config) == common:
             found.setdefault(named(config), {})[config.seed] = other
     return dict(sorted(found.items(), key=lambda pair: (pair[0] != PLAIN, pair[0])))
 

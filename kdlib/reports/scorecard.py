@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kdlib.errors import ConfigError
+from kdlib.errors import KdlibError
 from kdlib.reports.learning import Case, Line, learning_lines
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.folder import Run
@@ -45,7 +45,7 @@ def scorecard(
         return []
     try:
         training = run.config.training
-    except ConfigError as error:  # of another version
+    except KdlibError as error:  # of another version
         faults = "; ".join(line.strip() for line in str(error).splitlines()[1:])
         return [Line("the settings can be read", faults, "a config of this version", None)]
     if folder.path != run.path:
