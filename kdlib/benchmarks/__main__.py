@@ -9,6 +9,7 @@ from kdlib.benchmarks.settings import BenchmarkConfig
 from kdlib.config import run as configs
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run
+from kdlib.runs.interrupts import bare_errors
 from kdlib.workbench.cli_checks import (
     Overrides,
     ReportsFolder,
@@ -16,7 +17,6 @@ from kdlib.workbench.cli_checks import (
     RunsFolder,
     Smoke,
     argument,
-    bare_errors,
     created,
     entered,
     folders,

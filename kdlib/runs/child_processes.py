@@ -17,10 +17,9 @@ from kdlib import errors
 from kdlib.errors import Died, KdlibError, RunError
 from kdlib.runs.files import go_on, read_json, without_keys_in
 from kdlib.runs.folder import Run, working
-from kdlib.runs.interrupts import heard, interrupted
+from kdlib.runs.interrupts import LAUNCHED, heard, interrupted
 from kdlib.runs.lock import held
 
-LAUNCHED = "KDLIB_LAUNCHED"  # set where `on_ranks` started this process, whose words and errors go to files
 LOGS = "ranks"  # in a run's folder: <launch>/attempt_0/<rank>/ with stdout.log, stderr.log, error.json
 FIRST = "[default0]:"  # what torchrun puts before a line of rank 0
 END = re.compile(r"rank +: (\d+) \(local_rank: \d+\)\s+exitcode +: (-?\d+)")  # the same, of each that failed

@@ -15,9 +15,10 @@ from kdlib.config.run import Config
 from kdlib.config.sections import LaunchConfig
 from kdlib.errors import ConfigError
 from kdlib.runs import folder as runs
-from kdlib.runs.child_processes import LAUNCHED, as_rank
+from kdlib.runs.child_processes import as_rank
 from kdlib.runs.files import go_on, going_on
 from kdlib.runs.folder import Run
+from kdlib.runs.interrupts import LAUNCHED, bare_errors
 from kdlib.runs.lock import held
 from kdlib.workbench.cli_checks import (
     Anyway,
@@ -30,7 +31,6 @@ from kdlib.workbench.cli_checks import (
     Smoke,
     Texts,
     argument,
-    bare_errors,
     checks,
     command,
     created,

@@ -2,27 +2,20 @@
 
 import contextlib
 import json
-import logging
 import os
 import shlex
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from kdlib.config import run as configs
-from kdlib.errors import ConfigError, KdlibError, Stopped, refuse_existing, refuse_keys, without_keys
+from kdlib.errors import ConfigError, refuse_existing
 from kdlib.runs import folder as runs
-from kdlib.runs.child_processes import LAUNCHED
-from kdlib.runs.files import go_on, write_json, write_text
+from kdlib.runs.files import write_json, write_text
 from kdlib.runs.folder import Run
-from kdlib.runs.interrupts import HEARD
-
-INTERRUPTED = 130  # exit status
-OTHERS_S = 5.0  # that a rank waits for the first to say what is wrong
 
 checks = typer.Typer()
 
@@ -84,33 +77,6 @@ def created(root: Path, name: str, config: Any, given: Mapping[str, Any], *, pro
 def command(program: str = "kd") -> str:
     """What was typed."""
     return f"{program} {shlex.join(sys.argv[1:])}"
-
-
-@contextlib.contextmanager
-def bare_errors() -> Iterator[None]:
-    """What a user can act on is printed bare, with exit status 1; a key in the command comes to nothing.
-
-    A command that was asked to stop ends with 128 and the signal's number, as shells have it: 130 of Ctrl-C.
-
-    Of several ranks with the same fault the first says it, and torchrun ends the others while they wait.
-    """
-    try:
-        refuse_keys(sys.argv[1:], "the command")
-        yield
-    except KdlibError as error:
-        who = "kd"
-        if (rank := os.environ.get("RANK", "0")) != "0":
-            time.sleep(OTHERS_S)
-            who += f", rank {rank}"
-        if LAUNCHED not in os.environ:  # else who launched it says so
-            print(without_keys(f"{who}: {error}"), file=sys.stderr)
-        sys.exit(128 + HEARD[-1] if HEARD and isinstance(error, Stopped) else 1)
-    except (KeyboardInterrupt, SystemExit) as error:  # of Ctrl-C typer makes the latter, without a word
-        if isinstance(error, SystemExit) and error.code != INTERRUPTED:
-            raise
-        logging.getLogger("asyncio").disabled = True  # it tells of kernels that nobody waits for any more
-        print("kd: interrupted" + (f"; {go_on()}" if HEARD else ""), file=sys.stderr)
-        sys.exit(INTERRUPTED)
 
 
 @checks.command()
