@@ -89,7 +89,7 @@ def run(
     notebooks, again = runner.without(without or []), f"go on with --resume {resume or name}"
     given = entered(config, override, smoke=smoke) | extra
     for notebook in notebooks:
-        runner.check_parameters(Path("notebooks", f"{notebook}.ipynb"), {"run": "", **given})
+        runner.check_parameters(runner.notebook_of(notebook), {"run": "", **given})
     # refused before anything is loaded; the first kernel gets ready meanwhile
     alone = held(opened.path) if resume else nullcontext()
     with alone, going_on(again), runner.Kernels(runs.project_root()) as kernels:

@@ -240,6 +240,15 @@ def evaluate(
 
 
 @checks.command()
+def init(folder: argument("Where the project shall be: a new folder, or `.`.")) -> None:
+    """Begin a project in FOLDER: the notebooks and configs that came with kdlib, to be changed there."""
+    from kdlib.workbench.runner import begin_project
+
+    begin_project(Path(folder))
+    print(f"{folder}: notebooks/ and configs/; next, in it: kd run configs/quickstart.yaml, or jupyter lab")
+
+
+@checks.command()
 def tokenizer(
     source: argument("Text: a file, a folder, a hub id or a built-in name, as data.source."),
     folder: argument("A new folder, which a config names as student.tokenizer."),

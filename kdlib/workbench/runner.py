@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,8 +14,9 @@ from jupyter_core.utils import run_sync
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
+import kdlib
 from kdlib.errors import Died, RunError, Stopped, nearest, refuse_keys
-from kdlib.runs.files import go_on, without_keys_in, write_error
+from kdlib.runs.files import go_on, without_keys_in, write_error, writing
 from kdlib.runs.folder import PARENT, Run, project_root, working
 from kdlib.runs.interrupts import heard, interrupted
 from kdlib.runs.verdict import refuse_unsound
@@ -29,6 +31,33 @@ WARM_UP = (
     "import kdlib.workbench.dashboard, kdlib.workbench.explorers, kdlib.workbench.session",
     "gc.freeze(); gc.enable()",
 )
+
+
+def shipped() -> Path:
+    """The folder with the notebooks/ and configs/ that came with kdlib: in its wheel, or in its clone."""
+    inside = Path(kdlib.__file__).parent
+    return inside / "project" if (inside / "project").is_dir() else inside.parent
+
+
+def notebook_of(name: str) -> Path:
+    """The project's own notebook of this name; outside a project, and where it has none, kdlib's."""
+    own = project_root() / "notebooks" / f"{name}.ipynb"
+    return own if own.exists() else shipped() / "notebooks" / f"{name}.ipynb"
+
+
+def begin_project(folder: Path) -> None:
+    """Copy notebooks and configs into a folder, to be changed there.
+
+    Raises:
+        RunError: it has one of them already, or the disk refuses.
+    """
+    for part, pattern in (("notebooks", "*.ipynb"), ("configs", "*.*")):
+        if (folder / part).exists():
+            raise RunError(f"{folder / part}: is there already; name another folder")
+        with writing(folder / part):
+            (folder / part).mkdir(parents=True)
+            for file in sorted((shipped() / part).glob(pattern)):
+                shutil.copyfile(file, folder / part / file.name)
 
 
 def without(names: Sequence[str]) -> tuple[str, ...]:
@@ -122,7 +151,7 @@ def _run_in_turn(run: Run, parameters: Mapping[str, Any], names: Sequence[str], 
         if done:
             refuse_unsound(run.manifest)
         print(f"— {name}", flush=True)
-        notebook, copy = project_root() / "notebooks" / f"{name}.ipynb", run.notebooks / f"{name}.ipynb"
+        notebook, copy = notebook_of(name), run.notebooks / f"{name}.ipynb"
         another = any(_is_of_use(each, run, done) for each in names[number:])
         with kernels.taken(another=another) as kernel:
             execute(notebook, copy, parameters, kernel)
