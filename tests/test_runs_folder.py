@@ -128,3 +128,19 @@ def test_runs_made_in_the_same_second_have_names_of_their_own(tmp_path):
         (tmp_path / names[-1]).mkdir()
     assert len(set(names)) == 3
     assert all(name.startswith("mine_") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("file", "begins"),
+    [
+        ("my config.yaml", "my_config_20"),
+        ("lr=1e-4,T=2.yaml", "lr=1e-4_T=2_20"),
+        ("größe 1.yaml", "größe_1_20"),
+        ("x" * 300 + ".yaml", "x" * 80 + "_20"),
+        ("... .yaml", "run_20"),
+    ],
+)
+def test_a_run_gets_a_name_that_a_folder_can_have(tmp_path, raw_config, file, begins):
+    name = runs.new_name(tmp_path, file)
+    assert name.startswith(begins)
+    assert runs.create(tmp_path, name, parse(raw_config)).name == name

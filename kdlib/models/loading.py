@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from kdlib.errors import ModelError, nearest
+from kdlib.runs.files import cache
 
 ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's files
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -273,8 +274,7 @@ def _built_in_folder(name: str) -> Path:
 
 def _unpacked(file: Path) -> Path:
     """The GGUF file as a plain folder of safetensors and tokenizer, made once (30 s for 135M parameters)."""
-    home = Path(os.environ.get("KDLIB_CACHE", Path.home() / ".cache" / "kdlib"))
-    folder = home / "models" / f"{file.stem}-{_fingerprint(file)}"
+    folder = cache() / "models" / f"{file.stem}-{_fingerprint(file)}"
     if folder.exists():
         return folder
     print(f"unpacking {file.name} once, into {folder} …", flush=True)

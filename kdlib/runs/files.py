@@ -4,6 +4,7 @@ import datetime
 import errno
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -194,16 +195,33 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """True for a disk that refuses: full, read-only, not ours; not for a tracker's lost connection."""
-    return isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in REFUSALS
+    """True for a disk that refuses: full, read-only, not ours; not for a tracker's lost connection.
+
+    safetensors tells the system's number in words: `Os { code: 122, kind: QuotaExceeded, … }`.
+    """
+    said = re.search(r"\bcode: (\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    number = int(said[1]) if said else error.errno if isinstance(error, OSError) else None
+    return errno.errorcode.get(number or 0) in REFUSALS
 
 
 def write_error(path: Path, error: Exception) -> RunError:
     """The RunError for a disk that refuses."""
     advice = f"free some space, then {go_on()}"
-    if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
         advice = "choose a folder you can write to with --runs"
     return RunError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; {advice}")
+
+
+def cache() -> Path:
+    """Where what is made once is kept: KDLIB_CACHE, else in the home folder, else below the runs here."""
+    if own := os.environ.get("KDLIB_CACHE"):
+        return Path(own)
+    home = Path.home() / ".cache" / "kdlib"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return Path("runs", ".cache").absolute()
+    return home if os.access(home, os.W_OK) else Path("runs", ".cache").absolute()
 
 
 @contextmanager

@@ -180,8 +180,9 @@ def working(run: Run, failed: Callable[[Run], object] = bool) -> Iterator[None]:
 
 
 def new_name(root: Path, config_path: str | Path, *, smoke: bool = False) -> str:
-    """`quickstart_20260131_235959`; where that second has it already, with _2, _3, …"""
-    name = f"{Path(config_path).stem}{'-smoke' * smoke}_{datetime.datetime.now():%Y%m%d_%H%M%S}"
+    """`quickstart_20260131_235959`, of letters fit for a folder; where that second has it, with _2, _3, …"""
+    stem = re.sub(r"[^\w.+=-]+", "_", Path(config_path).stem).strip("._")[:80] or "run"
+    name = f"{stem}{'-smoke' * smoke}_{datetime.datetime.now():%Y%m%d_%H%M%S}"
     taken = sum(path.name.startswith(name) for path in root.glob("*"))
     return f"{name}_{taken + 1}" if taken else name
 
