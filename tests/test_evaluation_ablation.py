@@ -87,7 +87,7 @@ def test_only_runs_that_differ_in_how_the_teacher_is_asked_are_held_against_each
     made_run(tmp_path, "failed", raw, state="failed")
     made_run(tmp_path, "not_compared", raw, kl=None)
     found = ablation.variants(plain)
-    assert set(found) == {PLAIN, "all experts", NAMED, f"{PLAIN}; hidden by a fixed map, even"}
+    assert set(found) == {PLAIN, "all experts", NAMED, f"{PLAIN}; hidden by a fixed map: even"}
     assert {seed: run.name for seed, run in found[PLAIN].items()} == {0: "plain0", 1: "z_alone", 2: "plain2"}
 
 

@@ -265,8 +265,8 @@ def _features(config: Config) -> str:
     if not terms:
         return ""
     if isinstance(layers, Mapping) and "route" in layers:
-        return f"{' and '.join(terms)} routed, top k {flow(layers['route'].get('top_k'))}"
-    return f"{' and '.join(terms)} by a fixed map, {flow(layers)}"
+        return f"{' and '.join(terms)} routed: top k {flow(layers['route'].get('top_k'))}"
+    return f"{' and '.join(terms)} by a fixed map: {flow(layers)}"
 
 
 def _of(run: Run) -> Mapping[str, Any]:
