@@ -255,3 +255,15 @@ def _sampled(peak: Peak) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+
+
+def cache_folder() -> Path:
+    """Where what is made once is kept: KDLIB_CACHE, else in the home folder, else below the runs here."""
+    if own := os.environ.get("KDLIB_CACHE"):
+        return Path(own)
+    home = Path.home() / ".cache" / "kdlib"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return Path("runs", ".cache").absolute()
+    return home if os.access(home, os.W_OK) else Path("runs", ".cache").absolute()

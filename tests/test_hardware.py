@@ -133,3 +133,13 @@ def test_a_peak_is_what_was_taken_inside_and_above_what_was_there(usual):
     assert 35 < above < 60  # 80 MiB, less the 40 that were given back
     assert 250 < let_go < 400
     assert sampled > 60
+
+
+def test_without_a_home_that_can_be_written_the_cache_lies_below_the_runs(monkeypatch, tmp_path):
+    monkeypatch.delenv("KDLIB_CACHE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").touch()  # a file: root may write into folders of others
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert hardware.cache_folder() == tmp_path / "runs" / ".cache"
+    monkeypatch.setenv("KDLIB_CACHE", "elsewhere")
+    assert str(hardware.cache_folder()) == "elsewhere"

@@ -9,7 +9,7 @@ import os
 import pytest
 
 from kdlib.errors import RunError
-from kdlib.runs.files import add_json_lines, cache, is_refusal, is_torn, json_lines
+from kdlib.runs.files import add_json_lines, is_refusal, is_torn, json_lines
 
 
 def test_rows_are_read_as_they_were_added_and_hold_no_key(tmp_path, monkeypatch):
@@ -66,13 +66,3 @@ def test_a_full_disk_is_known_in_the_words_of_safetensors(number):
     )
     assert is_refusal(said)
     assert not is_refusal(SafetensorError("Error while deserializing header: header too large"))
-
-
-def test_without_a_home_that_can_be_written_the_cache_lies_below_the_runs(monkeypatch, tmp_path):
-    monkeypatch.delenv("KDLIB_CACHE", raising=False)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "home").touch()  # a file: root may write into folders of others
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert cache() == tmp_path / "runs" / ".cache"
-    monkeypatch.setenv("KDLIB_CACHE", "elsewhere")
-    assert str(cache()) == "elsewhere"

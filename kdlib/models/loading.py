@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from kdlib.errors import ModelError, nearest
-from kdlib.runs.files import cache
+from kdlib.hardware import cache_folder
 
 ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's files
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -274,7 +274,7 @@ def _built_in_folder(name: str) -> Path:
 
 def _unpacked(file: Path) -> Path:
     """The GGUF file as a plain folder of safetensors and tokenizer, made once (30 s for 135M parameters)."""
-    folder = cache() / "models" / f"{file.stem}-{_fingerprint(file)}"
+    folder = cache_folder() / "models" / f"{file.stem}-{_fingerprint(file)}"
     if folder.exists():
         return folder
     print(f"unpacking {file.name} once, into {folder} …", flush=True)

@@ -212,18 +212,6 @@ def write_error(path: Path, error: Exception) -> RunError:
     return RunError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; {advice}")
 
 
-def cache() -> Path:
-    """Where what is made once is kept: KDLIB_CACHE, else in the home folder, else below the runs here."""
-    if own := os.environ.get("KDLIB_CACHE"):
-        return Path(own)
-    home = Path.home() / ".cache" / "kdlib"
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return Path("runs", ".cache").absolute()
-    return home if os.access(home, os.W_OK) else Path("runs", ".cache").absolute()
-
-
 @contextmanager
 def going_on(how: str) -> Iterator[None]:
     """Inside, and in what is started there, this is how a stopped run goes on."""
