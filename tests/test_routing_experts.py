@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import tiny_model
-from made_experts import KINDS, MODES, folder_of_experts, model_with_experts
+from made_experts import KINDS, MODES, OTHERS, folder_of_experts, model_with_experts
 from tiny_training import pieces
 
 from kdlib.config.run import parse
@@ -29,7 +29,7 @@ def said(model, routing=None, **how) -> torch.Tensor:
     return teacher(given, kept(given["labels"]), **how).logits().log_softmax(-1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *OTHERS])
 def test_every_router_is_found_and_what_it_gives_is_seen(kind):
     model, given = model_with_experts(kind), batch()
     with watched(model) as found:
@@ -42,7 +42,7 @@ def test_every_router_is_found_and_what_it_gives_is_seen(kind):
     assert not routers_of(tiny_model())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *OTHERS])
 def test_all_experts_are_those_of_a_model_made_to_ask_all(kind):
     model, whole = model_with_experts(kind), model_with_experts(kind, asks=4)
     whole.load_state_dict(model.state_dict())
@@ -53,7 +53,7 @@ def test_all_experts_are_those_of_a_model_made_to_ask_all(kind):
     assert ("norm_topk_prob" in str(everyone)) == (kind in ("qwen2_moe", "olmoe"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *OTHERS])
 def test_drawing_all_experts_is_asking_all(kind):
     model = model_with_experts(kind)
     drawn = Augmented(model, draws=2)
