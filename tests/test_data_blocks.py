@@ -6,7 +6,7 @@ from conftest import sentences, tiny_tokenizer
 from datasets import Dataset
 
 from kdlib.data import blocks
-from kdlib.data.batches import fingerprint, flat, largest_id, lengths_of
+from kdlib.data.batches import fingerprint, flat, largest_id, lengths_of, units_of_rows
 from kdlib.data.blocks import one_each, packed, tokenized
 
 TEXTS = [*sentences(2300), "a", "ein Fluß, 一つ", ""]
@@ -77,3 +77,11 @@ def test_figures_over_batches_are_those_of_all_rows_at_once(documents):
     for numbers in (list(map(len, lists)), sum(lists, []), list(range(1400))):
         digest.update(len(numbers).to_bytes(8) + np.array(numbers, "<i8").tobytes())
     assert fingerprint(made) == digest.hexdigest()[:16]
+
+
+def test_a_row_belongs_to_the_document_of_which_it_holds_most_and_of_equals_to_the_first():
+    documents = [[0, 4], [0, 1, 3, 2, 8, 3], [0, 9, 5, 5], [0, 6, 1, 7, 2, 8]]
+    rows = Dataset.from_dict({"input_ids": [[0] * 10, [0] * 10, [0] * 10, [0] * 10], "documents": documents})
+    assert units_of_rows(rows).tolist() == [4, 2, 9, 8]
+    assert units_of_rows(rows.select([2, 1])).tolist() == [9, 2]
+    assert units_of_rows(rows.select([])).tolist() == []

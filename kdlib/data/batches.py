@@ -148,12 +148,12 @@ def units_of_rows(rows: Dataset) -> np.ndarray | None:
         return np.unique(np.asarray(rows["group"][:], dtype=str), return_inverse=True)[1]
     if "documents" not in rows.column_names:  # [start, document, start, document, …]
         return None
-    longest = []
-    for row in rows.select_columns(["documents", "input_ids"]):
-        starts, owners = row["documents"][::2], row["documents"][1::2]
-        sizes = np.diff([*starts, len(row["input_ids"])])
-        longest.append(owners[int(sizes.argmax())])
-    return np.asarray(longest)
+    starts, owners = np.concatenate([np.zeros(0, int), *flat(rows, "documents")]).reshape(-1, 2).T
+    counts = lengths_of(rows, "documents") // 2
+    firsts, numbers = np.cumsum(counts) - counts, np.repeat(np.arange(len(counts)), counts)
+    ends = np.append(starts[1:], 0)
+    ends[firsts + counts - 1] = lengths_of(rows)
+    return owners[np.lexsort((starts - ends, numbers))[firsts]]
 
 
 def pairwise(spans: Sequence[int]) -> list[tuple[int, int]]:
