@@ -1,5 +1,6 @@
 import hashlib
 
+import datasets
 import numpy as np
 import pytest
 from conftest import sentences, tiny_tokenizer
@@ -8,6 +9,7 @@ from datasets import Dataset
 from kdlib.data import blocks
 from kdlib.data.batches import fingerprint, flat, largest_id, lengths_of, units_of_rows
 from kdlib.data.blocks import one_each, packed, tokenized
+from kdlib.sources import progress
 
 TEXTS = [*sentences(2300), "a", "ein Fluß, 一つ", ""]
 
@@ -85,3 +87,21 @@ def test_a_row_belongs_to_the_document_of_which_it_holds_most_and_of_equals_to_t
     assert units_of_rows(rows).tolist() == [4, 2, 9, 8]
     assert units_of_rows(rows.select([2, 1])).tolist() == [9, 2]
     assert units_of_rows(rows.select([])).tolist() == []
+
+
+def test_a_long_wait_is_told_where_no_bar_is_drawn_and_what_was_made_is_known_again(
+    tokenizer, capsys, monkeypatch
+):
+    monkeypatch.setattr(progress, "FIRST_S", 0.0)
+    texts = Dataset.from_dict({"text": [f"{number} is told" for number in range(2500)]})
+    is_drawn = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        once = tokenized(texts, "text", tokenizer)
+        assert "tokenizing: 1,000 of 2,500 documents in 0 s" in capsys.readouterr().out
+    finally:
+        if is_drawn:
+            datasets.enable_progress_bars()
+    again = tokenized(texts, "text", tokenizer)
+    assert again._fingerprint == once._fingerprint
+    assert "tokenizing: " not in capsys.readouterr().out

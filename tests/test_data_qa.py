@@ -7,11 +7,12 @@ from tokenizers.processors import TemplateProcessing
 
 from kdlib.config.run import parse
 from kdlib.config.sections import DataConfig
-from kdlib.data.qa import continued, prepare
+from kdlib.data.qa import prepare
 from kdlib.data.text import units_of_tokens
 from kdlib.errors import ConfigError, DataError
 from kdlib.losses.signals import IGNORED
 from kdlib.tasks import base as tasks
+from kdlib.tokens.answers import continued
 
 ARC = {"text": ["red", "green"], "label": ["1", "2"]}
 
@@ -142,7 +143,7 @@ def test_a_turn_that_the_template_strips_later_is_read_only_and_counted(tmp_path
 
 
 def test_the_boundary_is_where_the_prompts_own_tokens_end(tokenizer):
-    row = continued("What is it? ", "one half", tokenizer)
+    (row,) = continued([("What is it? ", "one half")], tokenizer)
     assert tokenizer.decode(row.input_ids[: row.prompt_tokens]) == "What is it?"
     assert tokenizer.decode(row.input_ids[row.prompt_tokens :]) == " one half"
 

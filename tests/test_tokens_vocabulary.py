@@ -7,11 +7,20 @@ import torch
 from conftest import sentences, tiny_tokenizer
 from made_tokenizers import byte_level, sentence_piece, unigram
 from tokenizers import Tokenizer, decoders, models
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kdlib.data.pairs import vocabularies, within
 from kdlib.errors import DataError, ModelError
-from kdlib.tokens.vocabulary import Vocabularies, pieces, roles, token_bytes, trained_tokenizer, turn_end
+from kdlib.tokens.vocabulary import (
+    Vocabularies,
+    ids_of,
+    pieces,
+    roles,
+    token_bytes,
+    trained_tokenizer,
+    turn_end,
+)
 
 TEXTS = [f"{line} {number * 7919} naïve “Ω” 東京\n\tdef f(x):" for number, line in enumerate(sentences(60))]
 
@@ -199,3 +208,24 @@ def test_a_token_without_a_row_in_a_head_is_said_by_none_and_stands_for_none():
     assert (same.shared.tolist(), same.pieces.tolist()) == (shared.tolist(), cut.tolist())
     with pytest.raises(ModelError, match="3 tokens of the student and 5 .* heads of 3 and 2 rows"):
         within(Vocabularies(3, 5, shared, cut), 3, 2)
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_ids_are_those_of_the_tokenizers_own_call_whatever_it_was_asked_before(special):
+    tokenizer = tiny_tokenizer(TEXTS)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<eos> $A", special_tokens=[("<eos>", 0)]
+    )
+    tokenizer(TEXTS, truncation=True, max_length=3, padding=True)
+    found = ids_of(tokenizer, TEXTS, special=special)
+    assert found == [tokenizer(text, add_special_tokens=special)["input_ids"] for text in TEXTS]
+    assert ids_of(tokenizer, [], special=special) == []
+
+
+def test_a_tokenizer_with_a_call_of_its_own_is_called():
+    class Own(PreTrainedTokenizerFast):
+        def _encode_plus(self, text, **options):
+            return super()._encode_plus([each.upper() for each in text], **options)
+
+    tokenizer = Own(tokenizer_object=tiny_tokenizer(TEXTS).backend_tokenizer, eos_token="<eos>")
+    assert tokenizer.decode(ids_of(tokenizer, ["one", "two"])[1]) == "TWO"

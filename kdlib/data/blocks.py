@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from kdlib.tokens.vocabulary import beginning
+from kdlib.sources.progress import Told
+from kdlib.tokens.vocabulary import beginning, ids_of
 
 IDS, NUMBER = datasets.List(datasets.Value("int32")), datasets.Value("int32")
 WHOLE = datasets.Features({"input_ids": IDS, "document": NUMBER})
@@ -33,14 +34,15 @@ def tokenized(
         numbers: what each is called in "document", several alike where they belong together; else its place.
     """
     first, called = beginning(tokenizer), None if numbers is None else np.asarray(numbers)
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    tell = Told("tokenizing", len(documents), "documents", has_bar=True)
 
     def ids(table: pa.Table, places: list[int]) -> pa.Table:
         found, kept = [], []
         for texts in _pieces(table[column]):
-            lists = tokenizer(texts, **options)["input_ids"]
+            lists = ids_of(tokenizer, texts)
             kept += [len(each) > 1 for each in lists]
             found.append(pa.array([first + each for each in lists if len(each) > 1], LISTS))
+            tell(places[0] + len(kept))
         owners = np.asarray(places)[kept]
         owners = owners if called is None else called[owners]
         return pa.table({"input_ids": pa.chunked_array(found, LISTS), "document": owners.astype("int32")})
@@ -56,6 +58,7 @@ def packed(rows: Dataset, length: int, *, separator: int | None) -> Dataset:
     Returns:
         {"input_ids", "documents": [start, number, …]}: whose the tokens from each start on are.
     """
+    tell = Told("packing", len(rows), "documents", has_bar=True)
     after, begun = [] if separator is None else [separator], np.zeros((2, 0), np.int32)
 
     def blocks(table: pa.Table, places: list[int]) -> pa.Table:
@@ -71,6 +74,7 @@ def packed(rows: Dataset, length: int, *, separator: int | None) -> Dataset:
         is_new = np.diff(owners, prepend=-1) != 0
         is_new[edges[:-1]] = True
         starts = np.flatnonzero(is_new)
+        tell(places[-1] + 1)
         runs = np.column_stack([starts % length, owners[starts]])
         return _table(_lists(ids, edges), _lists(runs.flatten(), 2 * np.searchsorted(starts, edges)))
 

@@ -22,6 +22,8 @@ from kdlib.data.labelled_rows import counts, read_texts, shown, unique
 from kdlib.data.text import cut_off
 from kdlib.errors import DataError, listed
 from kdlib.metrics.classification import class_figures
+from kdlib.sources.progress import Told
+from kdlib.tokens.vocabulary import ids_of
 
 IDS, TEXT, NUMBER = datasets.List(datasets.Value("int32")), datasets.Value("string"), datasets.Value("int64")
 SPLITS = ("train", "validation", "test")
@@ -222,12 +224,10 @@ def _cut_ids(
     texts: Sequence[str], tokenizer: Tokenizer, config: DataConfig
 ) -> tuple[list[list[int]], list[int]]:
     """Each text's tokens, and how many there were before they were cut."""
-    options = {"return_attention_mask": False, "verbose": False}
-    ids = [
-        each
-        for first in range(0, len(texts), AT_ONCE)
-        for each in tokenizer(list(texts[first : first + AT_ONCE]), **options)["input_ids"]
-    ]
+    ids, tell = [], Told("tokenizing", len(texts), "texts")
+    for first in range(0, len(texts), AT_ONCE):
+        ids += ids_of(tokenizer, texts[first : first + AT_ONCE], special=True)
+        tell(len(ids))
     lengths = list(map(len, ids))
     if empty := [shown(text) for text, tokens in zip(texts, ids, strict=True) if not tokens]:
         needed = "a class needs something to be read from: leave them out"

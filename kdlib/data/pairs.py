@@ -13,10 +13,11 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.data.batches import Batch, Prepared, learned, runs, spans_of
-from kdlib.data.qa_rows import Encoded
 from kdlib.errors import ModelError
 from kdlib.losses.alignment import SPANS, is_single, spans_in
 from kdlib.losses.signals import IGNORED
+from kdlib.sources.progress import Told
+from kdlib.tokens.answers import Encoded
 from kdlib.tokens.spans import Answer, Pair, PairReader, agreed, apart, edges_of, joined
 from kdlib.tokens.vocabulary import Vocabularies, pieces, roles, token_bytes, token_of_bytes
 
@@ -155,6 +156,8 @@ def tokenized(
         The documents of two tokens or more; and how many were left out, the first of them by name.
     """
 
+    tell = Told("tokenizing for both", len(documents), "documents", has_bar=True)
+
     def read(batch, places):
         rows = []
         for pair, place in zip(reader(batch[column]), places, strict=True):
@@ -162,6 +165,7 @@ def tokenized(
             is_read = whole is not None and whole.fits(most)
             row = whole.row() if is_read else dict.fromkeys(BOTH, [])
             rows.append(row | {"document": numbers[place], "tokens": len(pair.input_ids) if is_read else -1})
+        tell(places[-1] + 1)
         return {name: [row[name] for row in rows] for name in WHOLE}
 
     options = {"batched": True, "with_indices": True, "remove_columns": documents.column_names}

@@ -9,23 +9,23 @@ template where there is one, and ends as the model is to end it: with the templa
 """
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from os.path import commonprefix
-from typing import Any
 
 import datasets
+import pyarrow as pa
 from datasets import Dataset
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.config.sections import DataConfig
 from kdlib.data.batches import Prepared, collate, fingerprint, vocabulary_of
 from kdlib.data.pairs import limits, vocabularies, with_teacher
-from kdlib.data.qa_rows import Encoded, Fault, Item, check_one_answer, collected, form_of, split_items
+from kdlib.data.qa_rows import Item, check_one_answer, form_of, split_items
+from kdlib.sources.columns import AT_ONCE
 from kdlib.sources.places import read_splits
+from kdlib.sources.progress import Told
 from kdlib.sources.rows import refuse_rows
+from kdlib.tokens.answers import NO_END, Encoded, Fault, attempted, continued, conversations
 from kdlib.tokens.spans import PairReader
 from kdlib.tokens.vocabulary import beginning
 
@@ -35,6 +35,7 @@ ROWS = datasets.Features(
 )
 ASKED = {"item": INT, "choice": INT, "is_answer": datasets.Value("bool"), "text": TEXT, "question": TEXT}
 CHOICES = datasets.Features({**ASKED, "characters": INT, "input_ids": IDS, "prompt_tokens": INT})
+Write = Callable[[Sequence[Item]], list[list[Encoded] | Fault]]
 
 
 def prepare(
@@ -63,23 +64,23 @@ def prepare(
     their_write = partial(written, tokenizer=teacher, first=beginning(teacher)) if teacher else None
     reader = PairReader(tokenizer, teacher) if teacher else None
     for name, items in splits.items():
-        encoded = _encoded(config, name, items, write)
+        is_scored = form == "multiple choice" and name != "train"
+        learned, every, longest = _encoded(config, name, items, write, is_scored=is_scored)
         limit = config.max_train_rows if name == "train" else config.max_eval_rows
         if limit is not None and limit < len(items):
             taken = sorted(random.Random(seed).sample(range(len(items)), limit))
-            items, encoded = [items[n] for n in taken], [encoded[n] for n in taken]
-        learned = [each[item.right] for item, each in zip(items, encoded, strict=True)]
+            items, learned, longest = ([each[n] for n in taken] for each in (items, learned, longest))
+            every = [every[n] for n in taken] if is_scored else []
         rows[name] = _rows(items, learned)
-        if form == "multiple choice" and name != "train":
-            choices[name] = _choices(items, encoded)
+        if is_scored:
+            choices[name] = _choices(items, every)
         if teacher:
-            theirs = _encoded(config, name, items, their_write, teacher)
-            right = [each[item.right] for item, each in zip(items, theirs, strict=True)]
-            rows[name], lost = with_teacher(rows[name], learned, right, reader)
+            theirs, all_theirs, _ = _encoded(config, name, items, their_write, teacher, is_scored=is_scored)
+            rows[name], lost = with_teacher(rows[name], learned, theirs, reader)
             shown = [f"{items[number].where}: {learned[number].text[:60]!r}" for number in lost[:3]]
             notes |= {f"{name}_documents_not_aligned": len(lost), f"{name}_first_not_aligned": shown}
             if name in choices:
-                flat = [[row for each in side for row in each] for side in (encoded, theirs)]
+                flat = [[row for each in side for row in each] for side in (every, all_theirs)]
                 choices[name], _ = with_teacher(choices[name], *flat, reader)
         found = {
             "documents": len({item.question for item in items}),
@@ -87,7 +88,7 @@ def prepare(
             "rows": len(items),
             "tokens": sum(len(row.input_ids) for row in learned),
             "learned_tokens": sum(row.learned for row in learned),
-            "longest": max(len(row.input_ids) for each in encoded for row in each),
+            "longest": max(longest),
         }
         if form == "messages":
             found["turns_read_only"] = sum(row.turns_read_only for row in learned)
@@ -115,29 +116,40 @@ def _encoded(
     config: DataConfig,
     name: str,
     items: Sequence[Item],
-    write: Callable[[Item], list[Encoded]],
+    write: Write,
     teacher: Tokenizer | None = None,
-) -> list[list[Encoded]]:
-    """Each item's rows: one for each choice, or one; none is cut to data.max_length, or as the teacher's."""
-    wheres, most = [item.where for item in items], config.max_length
-    most = limits(teacher, most)[1] if teacher else most
+    *,
+    is_scored: bool,
+) -> tuple[list[Encoded], list[list[Encoded]], list[int]]:
+    """Of each item what is learned; of those that are scored every choice; the tokens of its longest row.
+
+    None is cut to data.max_length, or as the teacher's.
+    """
+    most = limits(teacher, config.max_length)[1] if teacher else config.max_length
+    learned, every, longest, broken, long = [], [], [], [], []
+    tell = Told(f"tokenizing {name}", len(items), "questions")
+    for begin in range(0, len(items), AT_ONCE):
+        part = items[begin : begin + AT_ONCE]
+        for item, rows in zip(part, write(part), strict=True):
+            if isinstance(rows, Fault):
+                broken.append(f"{item.where}: {rows}")
+                continue
+            row = max(rows, key=lambda row: len(row.input_ids))
+            longest.append(len(row.input_ids))
+            if longest[-1] > most:
+                long.append(f"{item.where}: {longest[-1]} tokens, {row.prompt_tokens} before the answer")
+            learned.append(rows[item.right])
+            if is_scored:
+                every.append(rows)
+        tell(begin + len(part))
     whose = "the teacher's tokens" if teacher else "tokens"
-    what = f"of {name} that cannot be written as {whose}; mend them, or take them out"
-    made = collected(config, what, wheres, write, items)
-    longest = [max(each, key=lambda row: len(row.input_ids)) for each in made]
-    faults = [
-        f"{where}: {len(row.input_ids)} tokens, {row.prompt_tokens} before the answer"
-        for where, row in zip(wheres, longest, strict=True)
-        if len(row.input_ids) > most
-    ]
-    needed = max(len(row.input_ids) for row in longest)
-    what = (
-        f"longer than data.max_length = {most}, whose answers would be cut; raise data.max_length to {needed}"
-    )
+    refuse_rows(config, broken, f"of {name} that cannot be written as {whose}; mend them, or take them out")
+    what = f"longer than data.max_length = {most}, whose answers would be cut; raise data.max_length to "
+    what += f"{max(longest)}"
     if teacher:
         what = f"longer than the {most} tokens that the teacher's tokenizer allows; name another teacher"
-    refuse_rows(config, faults, f"of {name} {what}, or take them out")
-    return made
+    refuse_rows(config, long, f"of {name} {what}, or take them out")
+    return learned, every, longest
 
 
 def _rows(items: Sequence[Item], learned: Sequence[Encoded]) -> Dataset:
@@ -146,114 +158,69 @@ def _rows(items: Sequence[Item], learned: Sequence[Encoded]) -> Dataset:
         "input_ids": [row.input_ids for row in learned],
         "prompt_tokens": [row.prompt_tokens for row in learned],
         "text": [item.question for item in items],
-        "read_only": [list(row.read_only) for row in learned],
+        "read_only": [row.read_only for row in learned],
         "group": [item.group for item in items],
     }
-    made = Dataset.from_dict(columns, features=ROWS)
+    made = _table(columns, ROWS)
     return made.remove_columns([name for name in ("read_only", "group") if not any(columns[name])])
 
 
 def _choices(items: Sequence[Item], encoded: Sequence[Sequence[Encoded]]) -> Dataset:
     """Every choice of every item, a row each, in order."""
+    both = enumerate(zip(items, encoded, strict=True))
     rows = [
-        {
-            "item": number,
-            "choice": choice,
-            "question": item.question,
-            "text": answer,
-            "characters": len(answer),
-            "is_answer": choice == item.right,
-            "input_ids": row.input_ids,
-            "prompt_tokens": row.prompt_tokens,
-        }
-        for number, (item, each) in enumerate(zip(items, encoded, strict=True))
+        (number, choice, choice == item.right, answer, item.question, len(answer), row)
+        for number, (item, each) in both
         for choice, (answer, row) in enumerate(zip(item.answers, each, strict=True))
     ]
-    return Dataset.from_list(rows, features=CHOICES)
+    *columns, made = zip(*rows, strict=True)
+    tokens = [row.input_ids for row in made], [row.prompt_tokens for row in made]
+    return _table(dict(zip(CHOICES, [*columns, *tokens], strict=True)), CHOICES)
 
 
-def encoded_choices(item: Item, tokenizer: Tokenizer, first: Sequence[int]) -> list[Encoded]:
-    """The prompt with each choice in turn; `first` begins every row ([BOS], or nothing)."""
-    asked = f"Question: {item.question}\nAnswer:"
-    made = [continued(asked, f" {choice}", tokenizer, first) for choice in item.answers]
+def _table(columns: Mapping[str, Sequence], features: datasets.Features) -> Dataset:
+    """As `Dataset.from_dict`, which looks at every number."""
+    schema = features.arrow_schema
+    return Dataset(
+        pa.table({field.name: pa.array(columns[field.name], field.type) for field in schema}, schema)
+    )
+
+
+def encoded_choices(
+    items: Sequence[Item], tokenizer: Tokenizer, first: Sequence[int]
+) -> list[list[Encoded] | Fault]:
+    """Each prompt with each choice in turn; `first` begins every row ([BOS], or nothing)."""
+    both = [
+        (f"Question: {item.question}\nAnswer:", f" {choice}") for item in items for choice in item.answers
+    ]
+    rows = iter(continued(both, tokenizer, first))
+    return list(attempted(_with_tokens, items, ([next(rows) for _ in item.answers] for item in items)))
+
+
+def _with_tokens(item: Item, made: list[Encoded]) -> list[Encoded]:
     for number, (choice, each) in enumerate(zip(item.answers, made, strict=True)):
         if each.learned < 1:
             raise Fault(f"choice {number}, {choice!r}, makes no token of its own after the prompt")
     return made
 
 
-def encoded_response(item: Item, tokenizer: Tokenizer, first: Sequence[int]) -> list[Encoded]:
-    """A free answer after its prompt, one row."""
-    prompt, response = item.question, item.answers[0]
+def encoded_response(
+    items: Sequence[Item], tokenizer: Tokenizer, first: Sequence[int]
+) -> list[list[Encoded] | Fault]:
+    """Each free answer after its prompt, one row."""
     if tokenizer.chat_template:
-        messages = item.messages or (("user", prompt), ("assistant", response))
-        return [_conversation(messages, tokenizer)]
-    if item.messages:
-        raise Fault("messages need a chat template, and the tokenizer has none; write prompt and response")
-    between = "" if prompt[-1].isspace() or response[0].isspace() else " "
-    made = continued(prompt, between + response, tokenizer, first)
-    ((start, first, last),) = made.answers
-    ids = [*made.input_ids, _end(tokenizer)]
-    return [replace(made, input_ids=ids, answers=((start, first, last + 1),))]
-
-
-def _end(tokenizer: Tokenizer) -> int:
+        asked = [item.messages or (("user", item.question), ("assistant", item.answers[0])) for item in items]
+        return conversations(asked, tokenizer)
+    if items[0].messages:
+        return [
+            Fault("messages need a chat template, and the tokenizer has none; write prompt and response")
+        ] * len(items)
     if tokenizer.eos_token_id is None:
-        raise Fault("the tokenizer has no eos_token to end an answer; name one in tokenizer_config.json")
-    return tokenizer.eos_token_id
-
-
-def continued(prompt: str, answer: str, tokenizer: Tokenizer, first: Sequence[int] = ()) -> Encoded:
-    """Both tokenized together, as a model reads them, and parted after as many tokens as the prompt has.
-
-    White space at the prompt's end goes to the answer, where tokenizers have it.  lm-eval does the same
-    (`_encode_pair`), which is what makes its scores and ours equal.
-    """
-    given = prompt.rstrip()
-    alone, whole = tokenizer([given, prompt + answer], add_special_tokens=False, verbose=False)["input_ids"]
-    ids, prompt, text = [*first, *alone, *whole[len(alone) :]], len(first) + len(alone), prompt + answer
-    start = len(text) - len(answer.lstrip())
-    return Encoded(ids, prompt, text=text, before=len(first), answers=((start, prompt, len(ids)),))
-
-
-def _conversation(messages: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> Encoded:
-    """All of a conversation, of which each answer of the assistant's is learned, with the end of its turn.
-
-    An answer is learned where the whole conversation shows it as it was given; where a template strips it (of
-    its reasoning, say), it is read only.  What a template puts before an answer is given.
-    """
-    whole, spans = _shown(messages, tokenizer), []
-    for number, (role, content) in enumerate(messages):
-        if role == "assistant":
-            before, after = (_shown(messages[:end], tokenizer).rstrip() for end in (number, number + 1))
-            opened = commonprefix([_shown(messages[:number], tokenizer, add_generation_prompt=True), whole])
-            place = whole.find(content.strip(), max(len(opened), len(before)), len(after))
-            is_there = whole.startswith(before) and whole.startswith(after) and place >= 0
-            spans.append((place, len(after)) if is_there else (0, 0))
-    tokens = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    places = [place for place, _ in tokens["offset_mapping"]]
-    learned = [any(start <= place < end for start, end in spans) for place in places]
-    if not any(learned):
-        raise Fault("the chat template shows no answer of the assistant's as it stands: nothing to learn")
-    ids, lost = list(tokens["input_ids"]), spans.count((0, 0))
-    if learned[-1] and ids[-1] not in tokenizer.all_special_ids:
-        ids, learned = [*ids, _end(tokenizer)], [*learned, True]
-    prompt = learned.index(True)
-    edges = [place for place in range(prompt + 1, len(learned)) if learned[place] != learned[place - 1]]
-    read_only = [*edges, len(learned)] if len(edges) % 2 else edges
-    inside = [[n for n, place in enumerate(places) if start <= place < end] for start, end in spans]
-    answers = [
-        (start, each[0], each[-1] + 1) if each else None
-        for (start, _), each in zip(spans, inside, strict=True)
+        return [Fault(NO_END)] * len(items)
+    both = [(item.question, item.answers[0]) for item in items]
+    spaced = [
+        (prompt, response if prompt[-1].isspace() or response[0].isspace() else f" {response}")
+        for prompt, response in both
     ]
-    if len(ids) > len(places):
-        answers[-1] = (*answers[-1][:2], len(ids))
-    return Encoded(ids, prompt, tuple(read_only), lost, whole, answers=tuple(answers))
-
-
-def _shown(messages: Sequence[tuple[str, str]], tokenizer: Tokenizer, **options: Any) -> str:
-    spoken = [{"role": role, "content": content} for role, content in messages]
-    try:
-        return tokenizer.apply_chat_template(spoken, tokenize=False, **options)
-    except TemplateError as error:
-        raise Fault(f"the chat template refuses these messages: {error}") from error
+    rows = continued(spaced, tokenizer, first, [tokenizer.eos_token_id])
+    return [[row] for row in rows]

@@ -9,7 +9,7 @@ import json
 import math
 import random
 import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,12 +18,14 @@ from datasets import Dataset
 
 from kdlib.config.sections import DataConfig
 from kdlib.errors import DataError
+from kdlib.sources.columns import AT_ONCE
 from kdlib.sources.rows import group_values, kept_once, own_splits, refuse_rows
+from kdlib.tokens.answers import Fault, attempted
 
 ROLES = ("system", "user", "assistant", "tool")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """One row, whatever its form."""
 
@@ -33,29 +35,6 @@ class Item:
     right: int = 0
     messages: tuple[tuple[str, str], ...] = ()  # (role, content)
     group: str = field(default="", compare=False)  # what it belongs to, where data.group says
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A row's tokens: the first `prompt_tokens` are given, and so are the spans `read_only`."""
-
-    input_ids: list[int]
-    prompt_tokens: int
-    read_only: tuple[int, ...] = ()  # start, end, start, end, …
-    turns_read_only: int = 0  # the assistant's, that the template shows otherwise once the talk has gone on
-    text: str = ""  # what its tokens are made of
-    before: int = 0  # tokens that are none of the text's: its beginning; what is left over is its end
-    # of each answer the character at which it begins, its first token, and the one after its last
-    answers: tuple[tuple[int, int, int] | None, ...] = ()
-
-    @property
-    def learned(self) -> int:
-        """How many tokens are learned."""
-        return len(self.input_ids) - self.prompt_tokens - sum(self.read_only[1::2]) + sum(self.read_only[::2])
-
-
-class Fault(Exception):
-    """What is wrong with one row, in words that follow `row 3 of train: `."""
 
 
 def form_of(config: DataConfig, rows: Dataset) -> str:
@@ -79,7 +58,7 @@ def read_items(config: DataConfig, rows: Dataset, split: str, form: str) -> list
         )
     wheres = [f"row {number} of {split}" for number in range(len(rows))]
     what = f"of {split} with nothing to ask or to answer; mend them, or take them out"
-    items = collected(config, what, wheres, partial(FORMS[form][1], config), wheres, rows)
+    items = collected(config, what, wheres, attempted(partial(FORMS[form][1], config), wheres, _each(rows)))
     groups = group_values(config, rows, split)
     if groups is None:
         return items
@@ -154,18 +133,19 @@ def check_one_answer(config: DataConfig, items: Sequence[Item]) -> None:
     refuse_rows(config, faults, "with another answer to a question asked before; keep one of each")
 
 
-def collected(
-    config: DataConfig, what: str, wheres: Sequence[str], make: Callable[..., Any], *lists: Iterable
-) -> list[Any]:
-    """As `map(make, *lists)`; a DataError of all the `Fault`s (see `refuse_rows`) where there are any."""
-    made, faults = [], []
-    for where, *each in zip(wheres, *lists, strict=True):
-        try:
-            made.append(make(*each))
-        except Fault as fault:
-            faults.append(f"{where}: {fault}")
-    refuse_rows(config, faults, what)
-    return made
+def collected(config: DataConfig, what: str, wheres: Sequence[str], made: Iterable) -> list[Any]:
+    """These as they are; a DataError of all the `Fault`s among them, where there are any: `refuse_rows`."""
+    found = list(made)
+    both = zip(wheres, found, strict=True)
+    refuse_rows(config, [f"{where}: {each}" for where, each in both if isinstance(each, Fault)], what)
+    return found
+
+
+def _each(rows: Dataset) -> Iterator[dict[str, Any]]:
+    """The rows, read many at a time."""
+    for batch in rows.iter(AT_ONCE):
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
 
 
 def _multiple_choice(config: DataConfig, where: str, row: Mapping[str, Any]) -> Item:

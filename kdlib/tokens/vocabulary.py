@@ -97,6 +97,24 @@ def beginning(tokenizer: Tokenizer) -> list[int]:
     return [first] if tokenizer("a")["input_ids"][:1] == [first] else []
 
 
+def ids_of(tokenizer: Tokenizer, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+    """The tokens of each text, as the tokenizer's own call gives them, without what else it makes.
+
+    Where the call is the usual one of `transformers`, all but the first text are given to its backend, which
+    then need not find out where each token stands: a fifth of the time.
+
+    Args:
+        special: whether with the tokens that the tokenizer puts around a text.
+    """
+    options = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
+    usual = [getattr(PreTrainedTokenizerFast, name, None) for name in ("__call__", "_encode_plus")]
+    if [getattr(type(tokenizer), name, None) for name in ("__call__", "_encode_plus")] != usual:
+        return tokenizer([*texts], **options)["input_ids"] if len(texts) else []
+    first = tokenizer([*texts[:1]], **options)["input_ids"] if len(texts) else []  # and sets up the backend
+    rest = tokenizer.backend_tokenizer.encode_batch_fast([*texts[1:]], add_special_tokens=special)
+    return [*first, *(each.ids for each in rest)]
+
+
 def ending(tokenizer: Tokenizer) -> list[int]:
     """[EOS] where there is one, else []."""
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

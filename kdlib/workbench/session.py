@@ -98,6 +98,7 @@ class Workbench:
 
     @cached_property
     def prepared(self) -> Prepared:
+        print("reading the data …", flush=True)
         prepared = tasks.prepare(self.config, self.tokenizer)
         self.run.say_where_rows_changed(prepared.notes["fingerprint"])
         return prepared
