@@ -98,7 +98,7 @@ def test_the_rows_that_max_steps_need_are_read(corpus, teacher_folder):
     ("lines", "expected"),
     [
         ([], "is empty"),
-        ([{"txt": "a b"}] * 3, "no column 'text'; did you mean 'txt'?"),
+        ([{"txt": "a b"}] * 3, "no column 'text'; it has txt"),
         ([{"text": "a b c"}, {"text": None}], "document 1 of train has 'text' = None"),
         ([{"text": text} for text in sentences(3)], "ends after 3 documents"),
         ([{"text": text} for text in sentences(1200)] + ["broken"], "cannot be read as a stream"),

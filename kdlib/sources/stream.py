@@ -16,7 +16,7 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.config.sections import DataConfig
-from kdlib.errors import DataError, nearest
+from kdlib.errors import DataError
 from kdlib.sources.columns import columns_of
 from kdlib.sources.documents import SIDES, known_again
 from kdlib.sources.places import read_splits
@@ -67,9 +67,8 @@ def _row_bytes(config: DataConfig, tokenizer: Tokenizer) -> float | None:
     try:
         for number, row in enumerate(read_splits(config)["train"].take(HEAD)):
             if config.text not in row:
-                near = nearest(config.text, row)
                 has = f"it has {', '.join(row)}: name the one with the text in data.text"
-                raise DataError(f"{config.source}: no column {config.text!r}{near}; {has}")
+                raise DataError(f"{config.source}: no column {config.text!r}; {has}")
             if not isinstance(row[config.text], str):
                 found = f"document {number} of train has {config.text!r} = {row[config.text]!r}"
                 raise DataError(f"{config.source}: {found}; every document needs a text")
