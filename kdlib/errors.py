@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 LONGEST_LINE, LONGEST = 2_000, 8_000  # characters of a message
+COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # and what else a terminal is told
 
 
 class KdlibError(Exception):
@@ -72,7 +73,8 @@ def printable(text: str) -> str:
 
 
 def visible(text: str) -> str:
-    """The text with escapes in place of what moves a terminal's cursor or is not seen; lines stay lines."""
+    """The text without colours, and with escapes in place of what moves a cursor or is not seen."""
+    text = COLOURS.sub("", text)
     return "\n".join(line if line.isprintable() else _escaped(line) for line in text.split("\n"))
 
 
@@ -105,7 +107,7 @@ def nearest_file(path: Path, pattern: str = "*") -> str:
         others = {each.stem: each.name for each in path.parent.glob(pattern)}
     except (OSError, ValueError):
         return ""
-    near = difflib.get_close_matches(path.stem[:100], list(others), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(path.stem[:100], list(others), n=1, cutoff=0.5)
     return f"; did you mean {others[near[0]]!r}?" if near else ""
 
 

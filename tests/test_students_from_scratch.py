@@ -74,7 +74,7 @@ def test_settings_that_no_model_has_are_refused(from_scratch, shape, words):
         ({"from": "config", "shape": "huge"}, "found 'huge'; it is a count of parameters, as 100m"),
         ({"from": "config", "shape": {"hidden_size": 3}}, "it is a count of parameters"),
         ({"from": "teacher", "layers": 1, "shape": "100m"}, "`shape` goes with `from: config` only"),
-        ({"from": "config", "shape": "100m", "layers": 2}, "`layers` and `keep` are a model's"),
+        ({"from": "config", "shape": "100m", "layers": 2}, "`layers`, `keep` and `width` are a model's"),
     ],
 )
 def test_a_student_is_one_thing(raw_config, student, words):
