@@ -101,7 +101,7 @@ def ids_of(tokenizer: Tokenizer, texts: Sequence[str], *, special: bool = False)
     """The tokens of each text, as the tokenizer's own call gives them, without what else it makes.
 
     Where the call is the usual one of `transformers`, all but the first text are given to its backend, which
-    then need not find out where each token stands: a fifth of the time.
+    then need not find out where each token stands.
 
     Args:
         special: whether with the tokens that the tokenizer puts around a text.
