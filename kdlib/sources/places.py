@@ -2,6 +2,8 @@
 
 import glob
 import json
+import mmap
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +18,7 @@ from kdlib.config.sections import HUB_IDS, DataConfig
 from kdlib.errors import DataError, listed, nearest, nearest_file
 from kdlib.sources.built_in import BUILT_IN
 
+NULL = re.compile(rb"null[ \t\r]*(?:\n|\Z)")
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -67,6 +70,8 @@ def _read_file(path: Path, how: Mapping[str, Any]) -> DatasetDict:
 
 
 def _loaded(path: Path, load: Callable[[], DatasetDict | Dataset]) -> DatasetDict | Dataset:
+    for file in sorted(path.rglob("*.json*")) if path.is_dir() else [path]:
+        _check_nulls(file)
     try:
         with _no_script(path):
             return load()
@@ -88,6 +93,16 @@ def _no_script(source: object) -> Iterator[None]:
             f"{source}: its rows are made by code of its own, which is never run here ({error}); name its "
             "data files (.jsonl, .csv, .parquet), or a copy that has them"
         ) from error
+
+
+def _check_nulls(path: Path) -> None:
+    """Refuse lines of JSON that are `null` and no more, of which pyarrow's reader dies, and its process."""
+    if path.suffix not in (".json", ".jsonl") or not path.is_file() or not path.stat().st_size:
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for found in NULL.finditer(content):
+            if not content[content.rfind(b"\n", 0, found.start()) + 1 : found.start()].strip():
+                _check_lines(path)
 
 
 def _check_lines(path: Path) -> None:
