@@ -19,7 +19,7 @@ from kdlib.models.loading import parameters
 from kdlib.runs import folder as runs
 
 CPU = torch.device("cpu")
-OURS = {"ours_kd", "ours_hidden", "ours_routed", "ours_sft"}
+OURS = {"ours_kd", "ours_hidden", "ours_routed", "ours_lora", "ours_sft"}
 SETTING = heads.Setting(chunk=16, top_k=8)
 INPUTS = {
     "tokens": 43,

@@ -98,7 +98,7 @@ def test_a_long_wait_is_told_where_no_bar_is_drawn_and_what_was_made_is_known_ag
     datasets.disable_progress_bars()
     try:
         once = tokenized(texts, "text", tokenizer)
-        assert "tokenizing: 1,000 of 2,500 documents in 0 s" in capsys.readouterr().out
+        assert "tokenizing: 1,000 of 2,500 documents in" in capsys.readouterr().out
     finally:
         if is_drawn:
             datasets.enable_progress_bars()
