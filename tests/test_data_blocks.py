@@ -94,14 +94,10 @@ def test_a_long_wait_is_told_where_no_bar_is_drawn_and_what_was_made_is_known_ag
 ):
     monkeypatch.setattr(progress, "FIRST_S", 0.0)
     texts = Dataset.from_dict({"text": [f"{number} is told" for number in range(2500)]})
-    is_drawn = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        once = tokenized(texts, "text", tokenizer)
-        assert "tokenizing: 1,000 of 2,500 documents in" in capsys.readouterr().out
-    finally:
-        if is_drawn:
-            datasets.enable_progress_bars()
+    monkeypatch.setattr(datasets, "are_progress_bars_disabled", lambda: True)
+    once = tokenized(texts, "text", tokenizer)
+    assert "tokenizing: 1,000 of 2,500 documents in" in capsys.readouterr().out
+    monkeypatch.setattr(datasets, "are_progress_bars_disabled", lambda: False)
     again = tokenized(texts, "text", tokenizer)
     assert again._fingerprint == once._fingerprint
     assert "tokenizing: " not in capsys.readouterr().out

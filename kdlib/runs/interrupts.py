@@ -61,6 +61,7 @@ def bare_errors() -> Iterator[None]:
 
     Of several ranks with the same fault the first says it, and torchrun ends the others while they wait.
     """
+    HEARD.clear()
     try:
         refuse_keys(sys.argv[1:], "the command")
         yield
