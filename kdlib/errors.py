@@ -21,7 +21,9 @@ class KdlibError(Exception):
     """
 
     def __init__(self, message: object = "", *more: object) -> None:
-        lines = [cut(line, LONGEST_LINE) for line in visible(cut(str(message), 50 * LONGEST)).split("\n")]
+        lines = [
+            cut(line, LONGEST_LINE) for line in without_controls(cut(str(message), 50 * LONGEST)).split("\n")
+        ]
         super().__init__(cut("\n".join(lines), LONGEST), *more)
 
     def _render_traceback_(self) -> list[str]:
@@ -72,7 +74,7 @@ def printable(text: str) -> str:
     return text if text.isprintable() else ascii(text)
 
 
-def visible(text: str) -> str:
+def without_controls(text: str) -> str:
     """The text without colours, and with escapes in place of what moves a cursor or is not seen."""
     text = COLOURS.sub("", text)
     return "\n".join(line if line.isprintable() else _escaped(line) for line in text.split("\n"))

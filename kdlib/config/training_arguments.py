@@ -21,7 +21,7 @@ ENUMERATIONS = {
     "save_strategy": ("trainer_utils.py", "SaveStrategy"),
     "optim": ("training_args.py", "OptimizerNames"),
 }
-SWITCHES = {"yes": True, "on": True, "no": False, "off": False}  # texts in YAML 1.2, switches to most people
+WORDS = {"yes": True, "on": True, "no": False, "off": False}  # texts in YAML 1.2, switches to most people
 LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
 CHOICES = {
     "log_level": LEVELS,
@@ -199,6 +199,11 @@ def clashes(training: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def switched(value: Any) -> Any:
+    """True or false where the value is a word for it; else the value."""
+    return WORDS.get(value, value) if isinstance(value, str) else value
+
+
 def typed(name: str, value: Any) -> Any:
     """The value in its field's type; TrainingArguments itself would take `learning_rate="abc"`."""
     if name == "lr_scheduler_type" and isinstance(value, Mapping):
@@ -211,7 +216,7 @@ def typed(name: str, value: Any) -> Any:
         return {key: number(each) if isinstance(each, str) else each for key, each in value.items()}
     kinds = set(training_fields()[name].split(" | "))
     if kinds <= {"bool", "None"}:
-        value = SWITCHES.get(value, value) if isinstance(value, str) else value
+        value = switched(value)
     if value is None:
         fits = "None" in kinds
     elif not kinds <= {"int", "float", "bool", "None"}:

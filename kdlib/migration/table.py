@@ -13,7 +13,7 @@ from typing import Any
 from kdlib.config.reading import read_text, read_yaml
 from kdlib.config.run import Config
 from kdlib.config.sections import flow, number, read_beside
-from kdlib.config.training_arguments import SWITCHES
+from kdlib.config.training_arguments import switched
 from kdlib.errors import ConfigError, printable, refuse_keys
 
 TABLE = read_beside(__file__)
@@ -149,9 +149,7 @@ class Migration:
         return float(value)
 
     def is_on(self, key: str) -> bool:
-        found = self.theirs[key]
-        found = SWITCHES.get(found, found) if isinstance(found, str) else found
-        if not isinstance(found, bool):
+        if not isinstance(found := switched(self.theirs[key]), bool):
             raise self.fault(key, f"found {found!r}, needs true or false")
         return found
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from kdlib.config.reading import differences
 from kdlib.config.run import BESIDE, Config, parse
-from kdlib.errors import Died, RunError, Stopped, nearest, refuse_keys, shown, visible
+from kdlib.errors import Died, RunError, Stopped, nearest, refuse_keys, shown, without_controls
 from kdlib.metrics.names import rivals_of, student_of
 from kdlib.runs.files import (
     WHOLE,
@@ -126,7 +126,7 @@ class Run(StudentFolder):
         return results
 
     def set_status(self, state: str, message: str = "") -> None:
-        status = {"state": state, "message": visible(message), "since": now(), **this_process()}
+        status = {"state": state, "message": without_controls(message), "since": now(), **this_process()}
         write_json(self.path / "status.json", status)
 
     def add_to_manifest(self, **entries: Any) -> None:

@@ -69,10 +69,7 @@ def _row_bytes(config: DataConfig, tokenizer: Tokenizer) -> float | None:
             if config.text not in row:
                 has = f"it has {', '.join(row)}: name the one with the text in data.text"
                 raise DataError(f"{config.source}: no column {config.text!r}; {has}")
-            if not isinstance(row[config.text], str):
-                found = f"document {number} of train has {config.text!r} = {row[config.text]!r}"
-                raise DataError(f"{config.source}: {found}; every document needs a text")
-            texts.append(row[config.text])
+            texts.append(_text_of(config, row, "train", number))
     except (OSError, ValueError, RuntimeError) as error:  # pyarrow's and json's are ValueErrors
         raise DataError(f"{config.source}: cannot be read as a stream: {error}") from error
     if not texts:
@@ -110,14 +107,19 @@ def _documents(
     """The generator of that table; `files` are for `datasets`: where they change, it is made anew."""
     asked, passed = DataConfig(**config), 0.0
     for number, row in enumerate(read_splits(asked)[split]):
-        text = row.get(asked.text)
-        if not isinstance(text, str):
-            found = f"document {number} of {split} has {asked.text!r} = {text!r} ({type(text).__name__})"
-            raise DataError(f"{asked.source}: {found}; every document needs a text")
+        text = _text_of(asked, row, split, number)
         yield {"text": text}
         passed += len(text.encode()) / row_bytes if row_bytes else 1
         if passed >= rows:
             return
+
+
+def _text_of(config: DataConfig, row: Mapping[str, Any], split: str, number: int) -> str:
+    """A document's text; a DataError where it has none."""
+    if not isinstance(text := row.get(config.text), str):
+        found = f"document {number} of {split} has {config.text!r} = {text!r} ({type(text).__name__})"
+        raise DataError(f"{config.source}: {found}; every document needs a text")
+    return text
 
 
 def _sizes(documents: Dataset, row_bytes: float | None) -> np.ndarray:
