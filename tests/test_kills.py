@@ -42,7 +42,12 @@ SCENES: dict[str, dict[str, Any]] = {  # what is trained
         | {"eval_strategy": "epoch", "save_steps": 2, "logging_steps": 2},
     },
     "teacher's stage": {},
+    "adapter": {"training": TRAINING},
 }
+OWN_BASE, ADAPTER = (
+    {"teacher": {"from": "student"}},
+    {"adapter": {"r": 4, "lora_dropout": 0.2, "merge": True}},
+)
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60 + 60 * KILLS)]
 
 
@@ -199,6 +204,9 @@ def place(tmp_path_factory, teacher_folder) -> Path:
         if changes:
             raw = tiny_experiment(teacher_folder, place)
             raw |= {**changes, "training": {**raw["training"], **changes["training"]}}
+            raw |= (
+                OWN_BASE | {"student": {"from": str(teacher_folder), **ADAPTER}} if scene == "adapter" else {}
+            )
         else:
             classifier(place / "body", "bert", labels=["one", "two"], seed=3)
             rows = {"source": source(place, 160), "validation": 0.25, "max_length": 32, "split_seed": 0}

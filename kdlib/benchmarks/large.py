@@ -61,6 +61,7 @@ def measure(*, batch: int, length: int, steps: int, tiny: bool, device: torch.de
         made = pair(Path(folder), settings, device)
         expected = forecast(parse(config_of(Path(folder), kinds, batch, length)), device=device.type)
         found = measured("ours_kd", made)
+    weights = sum(each.nbytes for each in made.teacher.parameters())
     per_token = sum(flops(made).values()) / (batch * length)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     speed = batch * length / found["wall_s"]
@@ -70,7 +71,7 @@ def measure(*, batch: int, length: int, steps: int, tiny: bool, device: torch.de
         flops_per_token=per_token,
         mfu=share_of(name, speed * per_token),
         of_products=speed * per_token / matmul_speed(torch.bfloat16, device),
-        peak_gib=found["peak_bytes"] / GIB if "peak_bytes" in found else None,
+        peak_gib=(found["peak_bytes"] + weights) / GIB if device.type == "cuda" else None,
         forecast_gib=max(sum(m.values()) - m["framework"] for m in expected.moments.values()) / GIB,
     )
 

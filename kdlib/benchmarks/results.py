@@ -39,12 +39,10 @@ def clock_of(lines: Lines) -> str:
 
 
 def ratio(lines: Lines, name: str, to: str | Sequence[str], clock: str) -> dict[str, float] | None:
-    """One name's time over another's (or over the sum of others'), within each round; None where one was
-    not measured.
-    """
+    """One name's time, or memory, over another's or the sum of others', in each round; None where unknown."""
     parts = [to] if isinstance(to, str) else list(to)
     times = {
-        each: {line["round"]: line[clock] for line in lines if line["name"] == each}
+        each: {line["round"]: line[clock] for line in lines if line["name"] == each and clock in line}
         for each in (name, *parts)
     }
     common = set.intersection(*(set(each) for each in times.values()))
@@ -121,7 +119,7 @@ def step_table(results: Mapping[str, Any], precision: str) -> pd.DataFrame:
             columns["÷ ours, KD + CE"] = found
         columns["MFU"] = spread([floor_s(part, name) / wall for wall in walls])
         if "peak_bytes" in own[0]:
-            columns["peak, GiB"] = spread([line["peak_bytes"] / 2**30 for line in own])
+            columns["peak beside the teacher, GiB"] = spread([line["peak_bytes"] / 2**30 for line in own])
         rows[CONTENDERS[name]] = _flat(columns)
     floor = floor_s(part)
     rows["KD's matrix products at the measured peak"] = {
@@ -273,6 +271,8 @@ def _step_targets(results: Mapping[str, Any]) -> Iterator[Target]:
         )
         faster = ratio(lines, "trl_gkd", "ours_kd", "wall_s")
         yield Target(f"KD step, {precision}: tokens per s ÷ TRL's GKDTrainer", 1.5, faster, at_least=True)
+        lora = ratio(lines, "ours_lora", "ours_kd", "peak_bytes")
+        yield Target(f"KD step of an adapter, {precision}: peak memory ÷ in full", 0.7, lora)
         routed = ratio(lines, "ours_routed", "ours_hidden", "wall_s")
         yield Target(f"hidden term routed, {precision}: time ÷ layers even", 1.1, routed)
         books = f"KD step, {precision}: ledger and guard, share of the step, a log every 10 steps"

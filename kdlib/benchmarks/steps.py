@@ -31,6 +31,7 @@ from kdlib.benchmarks.settings import StepsConfig
 from kdlib.config.models import AdapterConfig
 from kdlib.config.run import parse
 from kdlib.data.batches import collate
+from kdlib.hardware import peak_memory
 from kdlib.losses.buffers import Workspace
 from kdlib.models.adapters import adapted
 from kdlib.models.loading import load_model, load_tokenizer
@@ -164,8 +165,7 @@ def rounds(settings: StepsConfig, skipped: dict[str, str], **options: Any) -> It
         options: those of `pair`; the device by its name.
 
     Yields:
-        {"round": …, "name": …, "wall_s": …, "cpu_s": …}; of ours also "ledger_s"; on CUDA "peak_bytes", of
-        all that is allocated.
+        {"round": …, "name": …, "wall_s": …, "cpu_s": …, "peak_bytes": …}; of ours also "ledger_s".
     """
     for number, name in rotated(settings.contenders, settings.rounds):
         if name in skipped:
@@ -179,11 +179,10 @@ def rounds(settings: StepsConfig, skipped: dict[str, str], **options: Any) -> It
 
 
 def measured(name: str, made: Pair) -> dict[str, float]:
-    """One contender's median step; on CUDA also the peak of all that is allocated."""
-    if made.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    found = _teacher_alone(made) if name == "teacher" else _trained(name, made)
-    return found | ({"peak_bytes": torch.cuda.max_memory_allocated()} if made.device.type == "cuda" else {})
+    """One contender's median step, and the peak of its memory beside the teacher's weights."""
+    with peak_memory(made.device) as peak:
+        found = _teacher_alone(made) if name == "teacher" else _trained(name, made)
+    return found | {"peak_bytes": peak.bytes}
 
 
 def _trained(name: str, made: Pair) -> dict[str, float]:
