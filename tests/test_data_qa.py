@@ -14,8 +14,6 @@ from kdlib.losses.signals import IGNORED
 from kdlib.tasks import base as tasks
 from kdlib.tokens.answers import continued
 
-ARC = {"text": ["red", "green"], "label": ["1", "2"]}
-
 
 @pytest.fixture(scope="module")
 def tokenizer():
@@ -59,21 +57,6 @@ def test_of_a_multiple_choice_the_right_choice_is_learned_and_every_choice_can_b
         assert choices["input_ids"][source["answer"]] == row["input_ids"]
     assert set(made.choices) == {"validation"}
     assert made.notes["validation_choices"] == len(made.choices["validation"])
-
-
-def test_a_right_choice_is_named_by_number_letter_text_or_label(tmp_path, tokenizer):
-    forms = [
-        {"choices": ["red", "green"], "answer": answer} for answer in (1, "1", "B", "b", "green", " green ")
-    ]
-    forms += [
-        {"choices": ARC, "answer": "2"},
-        {"choices": ["1", "0"], "answer": "0"},
-        {"choices": '["red", "green"]', "answer": "B"},
-    ]
-    for form in forms:  # each in a file of its own: a column has one type
-        rows = [{"question": f"Which one, {number}?", **form} for number in range(4)]
-        rows = prepared(rows, tmp_path, tokenizer).choices["validation"]
-        assert rows["is_answer"][:] == [False, True], form
 
 
 def test_questions_of_one_passage_are_on_one_side_and_count_as_one(tmp_path, tokenizer):
@@ -230,8 +213,8 @@ def test_limits_take_a_sample_of_the_questions_with_all_their_choices(tmp_path, 
 GOOD = multiple_choice(6)
 BAD = {
     "a choice list of one": ({"choices": ["one"]}, "row 3 of train: 1 choice; needed are two or more"),
-    "an answer outside the choices": ({"answer": 9}, "row 3 of train: the answer 9 is none of the"),
-    "an answer below them": ({"answer": -1}, "row 3 of train: the answer -1 is none of the"),
+    "an answer outside the choices": ({"answer": 9}, "row 3 of train: the answer '9' is none of the"),
+    "an answer below them": ({"answer": -1}, "row 3 of train: the answer '-1' is none of the"),
     "no answer": ({"answer": None}, "row 3 of train: no answer: answer = None"),
     "an empty question": ({"question": "  "}, "row 3 of train: question is empty; needed is a text"),
     "an empty choice": ({"choices": ["a", ""]}, "row 3 of train: choice 1 is empty"),
@@ -283,7 +266,7 @@ def test_two_answers_to_one_question_are_refused(tmp_path, tokenizer):
         ([{"text": "a"}, {"text": "b"}], "found the columns text; needed are question, choices, answer"),
         (
             [{"question": "a", "choice": ["b"], "answer": 0}],
-            "found the columns question, choice, answer; needed are",
+            "found 'choice' beside prompt and response",
         ),
         (
             [{"prompt": "a", "response": " "}, {"prompt": "b", "response": "c"}],
@@ -295,7 +278,7 @@ def test_two_answers_to_one_question_are_refused(tmp_path, tokenizer):
             "with a role of system, user, assistant, tool",
         ),
         (conversations(4), "messages need a chat template, and the tokenizer has none"),
-        (multiple_choice(1), "1 question in train, of which 1 would be held out"),
+        ([{**multiple_choice(1)[0], "answer": 0}], "1 question in train, of which 1 would be held out"),
     ],
 )
 def test_other_forms_that_cannot_be_used_are_refused_with_a_reason(tmp_path, tokenizer, rows, expected):

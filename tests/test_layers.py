@@ -14,7 +14,7 @@ KDLIB = Path(__file__).parent.parent / "kdlib"
 LAYERS = [  # from the ground up; benchmarks stand on top, and nothing imports them
     {"errors", "schedulers", "metrics"},
     {"config", "hardware", "tokens"},
-    {"losses", "runs", "prompts", "code", "sources", "migration"},
+    {"losses", "runs", "prompts", "code", "sources", "questions", "migration"},
     {"data", "models", "plots", "filters"},
     {"routing", "students"},
     {"tasks", "training", "reports", "generation"},

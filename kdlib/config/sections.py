@@ -4,7 +4,7 @@ import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
@@ -161,8 +161,13 @@ class DataConfig(Section):
     labels: list[str] | None = None  # the classes' names, where the source gives numbers alone
     group: str | None = None  # the column with what must not be divided: an author, a patient, a page
     question: str = "question"
-    choices: str = "choices"
+    choices: str | list[str] = "choices"  # a column of lists, or a column for each
     answer: str = "answer"
+    answer_as: Literal["label", "from_0", "from_1", "letter", "text"] | None = None  # None: told by the rows
+    prompt: str = "prompt"
+    response: str = "response"
+    messages: str = "messages"
+    ignore: list[str] | None = None  # columns that are not looked at
     validation: Annotated[Any, AfterValidator(_share_or_split)] = 0.1
     test: Annotated[Any, AfterValidator(_share_or_split)] | None = None
     split_seed: Seed | None = None
@@ -184,7 +189,9 @@ class DataConfig(Section):
     @model_serializer(mode="wrap")
     def _stated(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what few have, so that older runs and sweeps are known again."""
-        return {n: value for n, value in dump(self).items() if n not in ("mix", "streaming") or value}
+        rare = ("mix", "streaming", "answer_as", "prompt", "response", "messages", "ignore")
+        usual = {name: type(self).model_fields[name].default for name in rare}
+        return {n: value for n, value in dump(self).items() if n not in usual or value != usual[n]}
 
     @model_validator(mode="after")
     def _mixes(self) -> "DataConfig":

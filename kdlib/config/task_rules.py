@@ -89,7 +89,10 @@ QUESTIONS = TaskRules(
         *("choice_accuracy_raw", "agreement", "perplexity", "bits_per_byte"),
     ),
     told_first=("choice_accuracy", "choice_agreement", "kl_to_teacher", "perplexity"),
-    reads=("question", "choices", "answer", "test", "group"),
+    reads=(
+        *("question", "choices", "answer", "answer_as", "prompt", "response", "messages", "ignore"),
+        *("test", "group"),
+    ),
     rows="questions",
     smoke={"max_length": None},  # a shorter row would lose its answer
 )

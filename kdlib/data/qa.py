@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from kdlib.config.sections import DataConfig
 from kdlib.data.batches import Prepared, collate, fingerprint, vocabulary_of
 from kdlib.data.pairs import limits, vocabularies, with_teacher
-from kdlib.data.qa_rows import Item, check_one_answer, form_of, split_items
+from kdlib.data.qa_rows import Item, check_one_answer, split_items
+from kdlib.questions.forms import form_of
 from kdlib.sources.columns import AT_ONCE
 from kdlib.sources.places import read_splits
 from kdlib.sources.progress import Told
@@ -55,16 +56,17 @@ def prepare(
     """
     seed = seed if config.split_seed is None else config.split_seed
     source = {name: rows for name, rows in read_splits(config).items() if len(rows)}
-    form, notes = form_of(config, source["train"]), {"source": config.source}
+    form = form_of(config, source["train"].column_names)
+    notes = {"source": config.source, "form": str(form), "columns_not_read": [*form.unread]}
     splits = split_items(config, source, form, seed=seed, notes=notes)
     check_one_answer(config, [item for items in splits.values() for item in items])
     rows, choices = {}, {}
-    written = encoded_choices if form == "multiple choice" else encoded_response
+    written = encoded_choices if form.kind == "multiple choice" else encoded_response
     write = partial(written, tokenizer=tokenizer, first=beginning(tokenizer))
     their_write = partial(written, tokenizer=teacher, first=beginning(teacher)) if teacher else None
     reader = PairReader(tokenizer, teacher) if teacher else None
     for name, items in splits.items():
-        is_scored = form == "multiple choice" and name != "train"
+        is_scored = form.kind == "multiple choice" and name != "train"
         learned, every, longest = _encoded(config, name, items, write, is_scored=is_scored)
         limit = config.max_train_rows if name == "train" else config.max_eval_rows
         if limit is not None and limit < len(items):
@@ -90,16 +92,16 @@ def prepare(
             "learned_tokens": sum(row.learned for row in learned),
             "longest": max(longest),
         }
-        if form == "messages":
+        if form.kind == "messages":
             found["turns_read_only"] = sum(row.turns_read_only for row in learned)
-        elif form == "multiple choice":
+        elif form.kind == "multiple choice":
             found["choices"] = sum(len(item.answers) for item in items)
         notes |= {f"{name}_{what}": figure for what, figure in found.items()}
     sides = {name: {item.group for item in items if item.group} for name, items in splits.items()}
     held = set().union(*(each for name, each in sides.items() if name != "train"))
     notes["groups_on_two_sides"] = len(held & sides["train"])
     notes["units"] = "groups of questions" if config.group else "questions"
-    notes |= {"form": form, "each_document_begins_with": tokenizer.decode(beginning(tokenizer))}
+    notes["each_document_begins_with"] = tokenizer.decode(beginning(tokenizer))
     notes["fingerprint"] = fingerprint(*rows.values(), *choices.values())
     pads = {"teacher_pad_id": teacher.pad_token_id} if teacher else {}
     return Prepared(

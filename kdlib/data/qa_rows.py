@@ -1,28 +1,34 @@
-"""A source's rows as items, split by question; the form is told by the columns.
+"""A source's rows as items, split by question; kdlib.questions knows their forms."""
 
-multiple choice       question, choices, answer: names as in data.question, data.choices, data.answer
-messages              messages: [{role, content}, …], the last one the assistant's
-prompt and response   prompt, response
-"""
-
-import json
-import math
 import random
-import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import datasets
 from datasets import Dataset
 
 from kdlib.config.sections import DataConfig
-from kdlib.errors import DataError
+from kdlib.errors import DataError, shown
+from kdlib.questions.choices import (
+    READINGS,
+    Question,
+    answer_in,
+    choices_in,
+    joined,
+    reading_of,
+    right_among,
+    right_choice,
+    text_of,
+)
+from kdlib.questions.forms import Form, form_of
 from kdlib.sources.columns import AT_ONCE
 from kdlib.sources.rows import group_values, kept_once, own_splits, refuse_rows
 from kdlib.tokens.answers import Fault, attempted
 
 ROLES = ("system", "user", "assistant", "tool")
+UNASKED = "with nothing to ask or to answer; mend them, or take them out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,50 +43,82 @@ class Item:
     group: str = field(default="", compare=False)  # what it belongs to, where data.group says
 
 
-def form_of(config: DataConfig, rows: Dataset) -> str:
-    """Which form these rows have; a DataError where none, with the columns that are missing."""
-    found, wanted = rows.column_names, (config.question, config.choices, config.answer)
-    for form, (columns, _) in FORMS.items():
-        if set(columns or wanted) <= set(found):
-            return form
-    raise DataError(
-        f"{config.source}: found the columns {', '.join(found)}; needed are {', '.join(wanted)} (for "
-        "multiple choice), or prompt and response, or messages; name the columns of a multiple choice in "
-        "data.question, data.choices and data.answer"
-    )
+def read_items(
+    config: DataConfig, splits: Mapping[str, Dataset], form: Form, notes: dict[str, Any]
+) -> dict[str, list[Item]]:
+    """The rows of each split as items; those of which nothing can be asked are refused one by one.
 
-
-def read_items(config: DataConfig, rows: Dataset, split: str, form: str) -> list[Item]:
-    """These rows as items; those of which nothing can be asked are refused one by one."""
-    if (other := form_of(config, rows)) != form:
+    Of a multiple choice what its answers mean is found over all splits, and stands in `notes["answers"]`.
+    """
+    found = {}
+    for split, rows in splits.items():
+        if (other := form_of(config, rows.column_names)).columns != form.columns:
+            raise DataError(
+                f"{config.source}: {split} has {other} and train has {form}; needed is one form in all splits"
+            )
+        wheres = [f"row {number} of {split}" for number in range(len(rows))]
+        read = attempted(partial(READERS[form.kind], form), wheres, _each(rows))
+        found[split] = wheres, collected(config, f"of {split} {UNASKED}", wheres, read)
+    if "answer" in form.columns:
+        found = _understood(config, found, form, notes)
+    elif config.answer_as:
         raise DataError(
-            f"{config.source}: {split} has {other} and train has {form}; needed is one form in all splits"
+            f"{config.source}: data.answer_as: found {config.answer_as}, and these rows are {form}, of which "
+            "no answer is to be understood; leave it out"
         )
-    wheres = [f"row {number} of {split}" for number in range(len(rows))]
-    what = f"of {split} with nothing to ask or to answer; mend them, or take them out"
-    items = collected(config, what, wheres, attempted(partial(FORMS[form][1], config), wheres, _each(rows)))
-    groups = group_values(config, rows, split)
-    if groups is None:
-        return items
-    return [replace(item, group=group) for item, group in zip(items, groups, strict=True)]
+    made = {split: items for split, (_, items) in found.items()}
+    for split, items in made.items():
+        if (groups := group_values(config, splits[split], split)) is not None:
+            both = zip(items, groups, strict=True)
+            made[split] = [replace(item, group=group) for item, group in both]
+    return made
+
+
+def _understood(
+    config: DataConfig,
+    found: Mapping[str, tuple[Sequence[str], Sequence[Question]]],
+    form: Form,
+    notes: dict[str, Any],
+) -> dict[str, tuple[Sequence[str], list[Item]]]:
+    """The questions of all splits as items, by what the column of their answers means."""
+    every = [each for wheres, questions in found.values() for each in zip(wheres, questions, strict=True)]
+    (column,) = form.columns["answer"]
+    try:
+        reading = reading_of(every, config.answer_as, column)
+    except Fault as fault:
+        raise DataError(f"{config.source}: {fault}") from fault
+    how = "as data.answer_as says" if config.answer_as else f"as all {len(every):,} answers can be read"
+    notes["answers"] = f"{column!r} is {READINGS[reading][0]} ({reading}), {how}"
+
+    def item(where: str, each: Question) -> Item:
+        return Item(where, each.question, each.choices, right_choice(each, reading))
+
+    return {
+        split: (
+            wheres,
+            collected(config, f"of {split} {UNASKED}", wheres, attempted(item, wheres, questions)),
+        )
+        for split, (wheres, questions) in found.items()
+    }
 
 
 def split_items(
-    config: DataConfig, found: Mapping[str, Dataset], form: str, *, seed: int, notes: dict[str, Any]
+    config: DataConfig, found: Mapping[str, Dataset], form: Form, *, seed: int, notes: dict[str, Any]
 ) -> dict[str, list[Item]]:
     """Train, validation, test where there is one: the source's own, else taken by question.
 
     Exact repetitions go, and from the source's train the questions that its other splits ask.
     """
     own = own_splits(config, found)
-    if "test" in own and config.test is None and form == "multiple choice":
-        rows = found["test"]
-        answers = rows[config.answer] if config.answer in rows.column_names else [0]
+    if "test" in own and config.test is None and "answer" in form.columns:
+        (column,), rows = form.columns["answer"], found["test"]
+        answers = rows[column] if column in rows.column_names else [None]
         if all(answer in (None, "", -1, "-1") for answer in answers):
             notes["test"] = "the source's own has no answers and is not used"
             del own["test"]
     sides = {"train": "train", **own}
-    splits = {what: read_items(config, found[split], split, form) for what, split in sides.items()}
+    read = read_items(config, {split: found[split] for split in sides.values()}, form, notes)
+    splits = {what: read[split] for what, split in sides.items()}
     wanted = {"validation": config.validation, "test": config.test}
     shares = {what: each for what, each in wanted.items() if isinstance(each, float) and what not in own}
     notes["split"] = "by question" if "validation" in shares else "the source's own"
@@ -142,77 +180,41 @@ def collected(config: DataConfig, what: str, wheres: Sequence[str], made: Iterab
 
 
 def _each(rows: Dataset) -> Iterator[dict[str, Any]]:
-    """The rows, read many at a time."""
+    """The rows, read many at a time; what is stored as the number of a name is the name."""
+    names = {n: each.int2str for n, each in rows.features.items() if isinstance(each, datasets.ClassLabel)}
     for batch in rows.iter(AT_ONCE):
+        for name, of in names.items():
+            batch[name] = [number if number is None or number < 0 else of(number) for number in batch[name]]
         for values in zip(*batch.values(), strict=True):
             yield dict(zip(batch, values, strict=True))
 
 
-def _multiple_choice(config: DataConfig, where: str, row: Mapping[str, Any]) -> Item:
-    question = _text(row[config.question], config.question)
-    choices, labels = _choices(row[config.choices], config.choices)
-    return Item(where, question, choices, _right(row[config.answer], choices, labels, config.answer))
+def _multiple_choice(form: Form, where: str, row: Mapping[str, Any]) -> Question | Item:
+    question = joined(row, form.columns["question"])
+    if "answer" in form.columns:
+        choices, labels = choices_in({name: row[name] for name in form.columns["choices"]})
+        (column,) = form.columns["answer"]
+        return Question(question, choices, labels, answer_in(row[column], column))
+    (right,) = form.columns["right"]
+    choices, place = right_among(row[right], {name: row[name] for name in form.columns["wrong"]})
+    return Item(where, question, choices, place)
 
 
-def _choices(value: Any, column: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The choices' texts, and labels where they have some (ARC); a table's cell holds a list as JSON."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            raise Fault(f"{column} = {value[:60]!r}; needed is a list of choices") from None
-    labels: tuple[str, ...] = ()
-    if isinstance(value, Mapping):
-        value, labels = value.get("text"), tuple(map(str, value.get("label") or ()))
-    if not isinstance(value, list):
-        raise Fault(f"{column} = {value!r}; needed is a list of choices, or {{text: […], label: […]}}")
-    if len(value) < 2:
-        raise Fault(f"{len(value)} choice{'s' * (not value)}; needed are two or more to choose among")
-    if labels and len(labels) != len(value):
-        raise Fault(f"{len(value)} choices with {len(labels)} labels")
-    written = [str(each) if type(each) in (int, float) else each for each in value]
-    return tuple(_text(each, f"choice {number}") for number, each in enumerate(written)), labels
+def _pair(form: Form, where: str, row: Mapping[str, Any]) -> Item:
+    (response,) = form.columns["response"]
+    return Item(where, joined(row, form.columns["prompt"]), (text_of(row[response], response),))
 
 
-def _right(answer: Any, choices: Sequence[str], labels: Sequence[str], column: str) -> int:
-    """Which choice is right: by its label where there are some, its text, letter A to Z, or number from 0."""
-    if isinstance(answer, float) and math.isfinite(answer) and answer == int(answer):
-        answer = int(answer)
-    words = answer.strip() if isinstance(answer, str) else str(answer)
-    if answer is None or isinstance(answer, bool) or not words:
-        raise Fault(f"no answer: {column} = {answer!r}; needed is a choice's number, letter or text")
-    if words in labels:
-        return labels.index(words)
-    same = [number for number, choice in enumerate(choices) if choice.strip() == words]
-    if isinstance(answer, str) and len(same) > 1:
-        both = " and ".join(map(str, same))
-        raise Fault(f"the answer {answer!r} is the text of the choices {both}; say which, by its number")
-    if isinstance(answer, str) and same:
-        return same[0]
-    letters = string.ascii_uppercase
-    place = int(words) if words.isdecimal() else letters.find(words.upper()) if len(words) == 1 else -1
-    if labels or not 0 <= place < len(choices):
-        last = letters[min(len(choices), 26) - 1]
-        among = ", ".join(labels) or f"0 to {len(choices) - 1}, A to {last}"
-        raise Fault(
-            f"the answer {answer!r} is none of the {len(choices)} choices ({among}, or a choice's text)"
-        )
-    return place
-
-
-def _pair(config: DataConfig, where: str, row: Mapping[str, Any]) -> Item:
-    return Item(where, _text(row["prompt"], "prompt"), (_text(row["response"], "response"),))
-
-
-def _conversation(config: DataConfig, where: str, row: Mapping[str, Any]) -> Item:
-    messages = row["messages"]
+def _conversation(form: Form, where: str, row: Mapping[str, Any]) -> Item:
+    (column,) = form.columns["messages"]
+    messages = row[column]
     if not isinstance(messages, list) or not messages:
-        raise Fault(f"messages = {messages!r}; needed is a list of {{role, content}}")
+        raise Fault(f"{column} = {shown(messages)}; needed is a list of {{role, content}}")
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or message.get("role") not in ROLES:
             needed = f"{{role, content}} with a role of {', '.join(ROLES)}"
             raise Fault(f"message {number} = {message!r}; needed is {needed}")
-        _text(message.get("content"), f"the content of message {number}")
+        text_of(message.get("content"), f"the content of message {number}")
     roles = [message["role"] for message in messages]
     if roles[-1] != "assistant" or roles[0] == "assistant":
         raise Fault(
@@ -224,16 +226,8 @@ def _conversation(config: DataConfig, where: str, row: Mapping[str, Any]) -> Ite
     return Item(where, asked, (spoken[-1][1],), messages=spoken)
 
 
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        found = "empty" if value is None or isinstance(value, str) else repr(value)
-        raise Fault(f"{what} is {found}; needed is a text")
-    return value
-
-
-# form → its columns (of a multiple choice those that the config names), and what reads a row
-FORMS: dict[str, tuple[tuple[str, ...], Callable[[DataConfig, str, Mapping[str, Any]], Item]]] = {
-    "multiple choice": ((), _multiple_choice),
-    "messages": (("messages",), _conversation),
-    "prompt and response": (("prompt", "response"), _pair),
+READERS: dict[str, Callable[[Form, str, Mapping[str, Any]], Any]] = {
+    "multiple choice": _multiple_choice,
+    "messages": _conversation,
+    "prompt and response": _pair,
 }

@@ -14,7 +14,7 @@ from kdlib.config.run import Config
 from kdlib.config.task_rules import RULES
 from kdlib.data import qa
 from kdlib.data.batches import Prepared
-from kdlib.errors import ConfigError
+from kdlib.errors import ConfigError, cut
 from kdlib.losses.objective import EVAL_TERMS, row_sums
 from kdlib.losses.signals import kept
 from kdlib.metrics.classification import Answers
@@ -59,6 +59,15 @@ class QuestionAnswering(LanguageModeling):
                 f"no choices ({prepared.notes['form']}); write eval_perplexity or eval_kl_to_teacher"
             )
         return prepared
+
+    def facts(self, prepared: Prepared, tokenizer: Tokenizer, teacher: LiveTeacher | None) -> dict[str, str]:
+        notes = prepared.notes
+        found = {"rows are": notes["form"], "answers": notes.get("answers", "")}
+        found["columns not read"] = cut(", ".join(notes["columns_not_read"]), 200)
+        return {
+            **super().facts(prepared, tokenizer, teacher),
+            **{n: each for n, each in found.items() if each},
+        }
 
     def compared_by(self, prepared: Prepared) -> type[TokenComparison]:
         return ChoiceComparison if prepared.measured_on in prepared.choices else TokenComparison

@@ -1,0 +1,1 @@
+"""Rows of questions, answers and conversations, in the forms in which people keep them."""
