@@ -60,6 +60,7 @@ CASES = {
         "loss": {"weights": {"kd": 0.7, "ce": 0.3}},
         "training": EVALUATED,
     },
+    "streamed": {"data": {"streaming": True, "packing": True}, "training": EVALUATED},
     "sharded": {"training": {**EVALUATED, **SAVED, "max_grad_norm": 0.5}},
     "sharded, accumulated": {
         "own": True,
@@ -83,7 +84,8 @@ def settings_of(case: str, plain: dict, narrow: str, other: str, ranks: int) -> 
         changes["teacher"] = {"model": moe, "experts": {"student_aware": {"balance": 0.5}}}
     student = next((students[key] for key in CASES[case] if key in students), plain["student"])
     # rows of many lengths
-    raw = {**plain, **changes, "data": {**plain["data"], "packing": False, "max_length": 24}}
+    data = {**plain["data"], "packing": False, "max_length": 24, **changes.get("data", {})}
+    raw = {**plain, **changes, "data": data, "launch": {"processes": ranks}}
     steps = 2 if "accumulated" in case else 1
     size = {"per_device_train_batch_size": 8 // ranks // steps, "gradient_accumulation_steps": steps}
     training = {**plain["training"], **SGD, **changes["training"], **size, "fsdp": case.startswith("sharded")}
