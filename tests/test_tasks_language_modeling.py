@@ -151,7 +151,8 @@ def test_each_source_of_a_mix_has_the_figures_of_its_own_rows(rows, tokenizer, t
     results |= {"task": "causal-lm", "precision": "float32", "sources": {}}
     page = render_comparison(results, tmp_path).read_text()
     assert "By source" in page
-    assert "b.jsonl" in page
+    told = "b.jsonl: 50.0% of the training rows (weight 1); 10 units held out"
+    assert page.count(f'<th rowspan="2" valign="top">{told}</th>') == 1  # beside both its models
 
 
 def test_blocks_that_are_alike_within_a_document_make_no_narrower_interval(rows, tokenizer):

@@ -172,20 +172,18 @@ def answer_tables(results: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
 def source_table(results: Mapping[str, Any]) -> pd.DataFrame:
     """Of each source of a mix its share of the training, and every model on what was held out of it."""
     measures = {MEASURES[name].name: name for name in shown_in(results)}
-    return pd.DataFrame(
-        [
-            {
-                "source": part["source"],
-                "weight": f"{part['weight']:g}",
-                "of the training rows": f"{part['share']:.1%}",
-                "held out": f"{part['units']} units",
-                "model": label_of(model),
-                **{head: with_interval(facts[name]) for head, name in measures.items()},
-            }
-            for part in results["mix"]
-            for model, facts in part["models"].items()
-        ]
-    ).set_index("source")
+    found = {
+        (_source(part), label_of(model)): {head: with_interval(facts[n]) for head, n in measures.items()}
+        for part in results["mix"]
+        for model, facts in part["models"].items()
+    }
+    return pd.DataFrame.from_dict(found, orient="index").rename_axis(["source", "model"])
+
+
+def _source(part: Mapping[str, Any]) -> str:
+    name = " ".join(filter(None, (part["source"], part.get("subset"))))
+    share = f"{part['share']:.1%} of the training rows (weight {part['weight']:g})"
+    return f"{name}: {share}; {part['units']} units held out"
 
 
 def mcnemar_table(results: Mapping[str, Any]) -> pd.DataFrame:

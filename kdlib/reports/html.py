@@ -60,7 +60,7 @@ def page(template: str, **content: Any) -> Markup:
 def table(frame: pd.DataFrame) -> Markup:
     """A table that scrolls where it is too wide; its text is escaped, and broken into lines where long."""
     words = "words" if frame.astype(str).map(len).to_numpy().max(initial=0) > LONG else None
-    html = frame.rename_axis(None).to_html(border=0, escape=True, justify="left", classes=words)
+    html = frame.to_html(border=0, escape=True, justify="left", classes=words, index_names=False)
     return Markup(f'<div class="wide">{html}</div>')
 
 
