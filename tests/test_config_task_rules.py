@@ -101,10 +101,6 @@ def test_what_does_not_go_with_a_classification_is_refused_with_its_path(changes
             "data.text: found ['title', 'content']; causal-lm reads one column",
         ),
         (
-            {"data__validation": "dev"},
-            "data.validation: found 'dev'; causal-lm takes the source's split of the name validation",
-        ),
-        (
             {"teacher_stage": {"training": {"metric_for_best_model": "eval_kl_to_teacher"}}},
             "teacher_stage.training.metric_for_best_model: found 'eval_kl_to_teacher'; it is one of perp",
         ),

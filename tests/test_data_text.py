@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -75,6 +76,17 @@ def test_what_a_sources_own_validation_repeats_of_train_is_not_trained_on(tmp_pa
     notes = prepare(config(tmp_path), tokenizer, seed=0).notes
     assert notes["duplicate_documents_left_out"] == 11 + len(validation) - 10
     assert (notes["train_documents"], notes["validation_documents"]) == (30, 10)
+
+
+def test_splits_may_have_other_names(tmp_path, tokenizer):
+    parts = {"train_sft": sentences(40)[:30], "test_sft": sentences(40)[30:], "train": ["not this one"] * 3}
+    DatasetDict({n: Dataset.from_dict({"text": texts}) for n, texts in parts.items()}).save_to_disk(tmp_path)
+    asked = config(tmp_path, train="train_sft", validation="test_sft")
+    documents = read_documents(asked)
+    assert [documents[name]["text"][:] for name in documents] == [parts["train_sft"], parts["test_sft"]]
+    assert prepare(asked, tokenizer, seed=0).notes["split"] == "the source's own"
+    with pytest.raises(DataError, match=r"none of the name 'sft'; name the one to train on in data\.train"):
+        read_documents(config(tmp_path, train="sft"))
 
 
 def test_a_train_split_that_is_held_out_as_well_is_refused(tmp_path, tokenizer):
@@ -223,7 +235,7 @@ def test_the_collator_masks_padding_and_the_first_token():
             {},
             "document 0 of train has 'text' = ['a'] (list)",
         ),
-        ("text.parquet", "this is no parquet", {}, "cannot be read as .parquet"),
+        ("text.parquet", "this is no parquet", {}, "text.parquet: cannot be read: Parquet magic bytes"),
         ("text.csv", "text\n", {}, "no data"),
     ],
 )
@@ -242,15 +254,15 @@ def test_folders_and_names_that_cannot_be_read_are_refused_with_a_reason(tmp_pat
     (tmp_path / "empty").mkdir()
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "state.json").write_text("{")
-    (tmp_path / "book.md").write_text("text")
+    (tmp_path / "book.docx").write_text("text")
     splits = DatasetDict(
         train=Dataset.from_dict({"text": ["a", "b"]}), validation=Dataset.from_dict({"body": ["c"]})
     )
     splits.save_to_disk(tmp_path / "uneven")
     reasons = {
-        "empty": "cannot be read as a folder",
-        "torn": "cannot be read as a folder",
-        "book.md": "unknown type of file",
+        "empty": "no data file in it; it may be .jsonl, ",
+        "torn": "torn: cannot be read: ",
+        "book.docx": "unknown type of file",
         "uneven": "no column 'text'",
     }
     for name, expected in reasons.items():
@@ -287,16 +299,21 @@ def test_a_source_that_is_nothing_says_what_it_may_be(source, expected):
     assert expected in str(caught.value)
 
 
-def test_a_hub_id_goes_through_the_ordinary_call(monkeypatch):
-    seen = []
+def test_rows_of_the_hub_are_read_as_others_are_and_lie_where_datasets_looks_for_them(tmp_path, monkeypatch):
+    asked, load = [], datasets.load_dataset_builder
+    path = tmp_path / "rows.csv"
+    path.write_text("text,n\nNone,1\nNA,02\n")
 
-    def hub(*args, **options):
-        seen.append((args, options))
-        return DatasetDict(train=Dataset.from_dict({"text": ["a", "b"]}))
+    def hub(*args):
+        asked.append((args, load("csv", data_files=str(path))))
+        return asked[-1][1]
 
-    monkeypatch.setattr(datasets, "load_dataset", hub)
-    read_documents(config("Salesforce/wikitext", subset="wikitext-2-raw-v1"))
-    assert seen == [(("Salesforce/wikitext", "wikitext-2-raw-v1"), {})]
+    monkeypatch.setattr(datasets, "load_dataset_builder", hub)
+    rows = read_documents(config("org/rows", subset="small"))["train"]
+    assert rows.to_list() == [{"text": "None", "n": "1"}, {"text": "NA", "n": "02"}]
+    ((args, builder),) = asked
+    assert args == ("org/rows", "small")
+    assert Path(rows.cache_files[0]["filename"]).parent == Path(builder.cache_dir)
 
 
 def test_rows_that_only_a_script_would_make_are_refused_and_it_is_not_run(tmp_path):

@@ -101,7 +101,7 @@ def test_the_rows_that_max_steps_need_are_read(corpus, teacher_folder):
         ([{"txt": "a b"}] * 3, "no column 'text'; it has txt"),
         ([{"text": "a b c"}, {"text": None}], "document 1 of train has 'text' = None"),
         ([{"text": text} for text in sentences(3)], "ends after 3 documents"),
-        ([{"text": text} for text in sentences(1200)] + ["broken"], "cannot be read as a stream"),
+        ([{"text": text} for text in sentences(1200)] + ["broken"], "corpus.jsonl: 1 broken line"),
     ],
 )
 def test_a_stream_that_cannot_be_used_is_refused_with_a_reason(tmp_path, tokenizer, lines, expected):

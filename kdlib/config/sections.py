@@ -132,6 +132,13 @@ def _share_or_split(value: Any) -> float | str:
     return share
 
 
+def _separator(value: Any) -> Any:
+    tab = "\t" if value in ("\\t", "tab") else value
+    if isinstance(tab, str) and len(tab) != 1:
+        raise ValueError(f"found {value!r}; it is one character, or tab")
+    return tab
+
+
 class MixPart(Section):
     """One of several sources of text; its weight is a share of the training rows, where these sum to 1."""
 
@@ -156,6 +163,11 @@ class DataConfig(Section):
     mix: Annotated[list[MixPart], Field(min_length=2)] | None = None  # several sources, each with a weight
     streaming: bool = False  # of a corpus too large to be had: as much of its beginning as max_steps needs
     subset: str | None = None
+    train: str = "train"  # the split to train on, by the source's name for it
+    field: str | None = None  # of JSON: the key under which one object holds all rows
+    separator: Annotated[str, BeforeValidator(_separator)] | None = None  # of a table's fields; "," or a tab
+    header: list[str] | Literal[False] | None = None  # of a table that names no columns; false: by number
+    encoding: str | None = None  # of text, JSON and tables; UTF-8 where None
     text: str | list[str] = "text"  # of a classification, several columns make one text, a line each
     label: str = "label"
     labels: list[str] | None = None  # the classes' names, where the source gives numbers alone
@@ -189,7 +201,8 @@ class DataConfig(Section):
     @model_serializer(mode="wrap")
     def _stated(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what few have, so that older runs and sweeps are known again."""
-        rare = ("mix", "streaming", "answer_as", "prompt", "response", "messages", "ignore")
+        rare = {"mix", "streaming", "answer_as", "prompt", "response", "messages", "ignore"}
+        rare |= {"train", "field", "separator", "header", "encoding"}
         usual = {name: type(self).model_fields[name].default for name in rare}
         return {n: value for n, value in dump(self).items() if n not in usual or value != usual[n]}
 

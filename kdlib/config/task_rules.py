@@ -39,11 +39,6 @@ def _of_language(config: Any) -> Iterator[str]:
     if config.data.streaming and config.training.get("max_steps", -1) < 1:
         what = "a stream's end is not known, so the training says how much of it is read"
         yield f"data.streaming: needs training.max_steps: {what}; set it, or leave streaming out"
-    if isinstance(config.data.validation, str):
-        yield (
-            f"data.validation: found {config.data.validation!r}; {config.task} takes the source's split "
-            "of the name validation, or a share of the documents: write 0.1"
-        )
 
 
 def _of_classes(config: Any) -> Iterator[str]:

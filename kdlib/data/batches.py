@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.losses.signals import IGNORED
-from kdlib.sources.columns import columns_of
+from kdlib.sources.rows import columns_of
 from kdlib.tokens.vocabulary import Vocabularies, vocabulary_sizes
 
 Batch = dict[str, Any]  # tensors; under "spans" a dict of them

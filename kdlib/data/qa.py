@@ -22,10 +22,9 @@ from kdlib.data.batches import Prepared, collate, fingerprint, vocabulary_of
 from kdlib.data.pairs import limits, vocabularies, with_teacher
 from kdlib.data.qa_rows import Item, check_one_answer, split_items
 from kdlib.questions.forms import form_of
-from kdlib.sources.columns import AT_ONCE
 from kdlib.sources.places import read_splits
 from kdlib.sources.progress import Told
-from kdlib.sources.rows import refuse_rows
+from kdlib.sources.rows import AT_ONCE, refuse_rows
 from kdlib.tokens.answers import NO_END, Encoded, Fault, attempted, continued, conversations
 from kdlib.tokens.spans import PairReader
 from kdlib.tokens.vocabulary import beginning

@@ -23,8 +23,7 @@ from kdlib.questions.choices import (
     text_of,
 )
 from kdlib.questions.forms import Form, form_of
-from kdlib.sources.columns import AT_ONCE
-from kdlib.sources.rows import group_values, kept_once, own_splits, refuse_rows
+from kdlib.sources.rows import AT_ONCE, group_values, kept_once, own_splits, refuse_rows
 from kdlib.tokens.answers import Fault, attempted
 
 ROLES = ("system", "user", "assistant", "tool")

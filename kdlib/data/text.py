@@ -4,7 +4,6 @@ import random
 import re
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from kdlib.data import pairs
 from kdlib.data.batches import Prepared, collate, fingerprint, flat, lengths_of, vocabulary_of
 from kdlib.data.blocks import one_each, packed, tokenized
 from kdlib.errors import DataError
+from kdlib.sources.files import is_prose
 from kdlib.sources.mix import interleaved, split_sources
 from kdlib.sources.rows import group_values
 from kdlib.sources.stream import streamed
@@ -83,7 +83,7 @@ def _of_source(
 ) -> tuple[dict[str, Dataset], dict[str, Any]]:
     """One source's rows, whose documents are numbered from `first` on, and what is to be known about them."""
     rows, numbered, sides, notes = {}, first, [], {}
-    is_one_text = Path(config.source).suffix == ".txt"  # its paragraphs are parts of one text
+    is_one_text = is_prose(config.source)  # its paragraphs are parts of one text
     for name, limit in (("train", config.max_train_rows), ("validation", config.max_eval_rows)):
         groups = group_values(config, split[name], name)
         sides.append(set(groups or ()))

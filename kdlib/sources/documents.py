@@ -10,9 +10,8 @@ from datasets import Dataset, DatasetDict, Value
 
 from kdlib.config.sections import DataConfig
 from kdlib.errors import DataError
-from kdlib.sources.columns import AT_ONCE, columns_of
 from kdlib.sources.places import read_splits
-from kdlib.sources.rows import check_column, group_values, kept_once
+from kdlib.sources.rows import AT_ONCE, check_column, columns_of, group_values, kept_once, own_splits
 
 SIDES = ("train", "validation")
 TEXTS = (Value("string"), Value("large_string"))
@@ -21,8 +20,11 @@ DIGEST = 16  # bytes, by which a text is known again
 
 def read_documents(config: DataConfig) -> DatasetDict:
     """The source's documents, each with a text: "train", and "validation" where the source has it."""
-    documents = read_splits(config)
-    for split in {*SIDES} & set(documents):
+    source = read_splits(config)
+    own = own_splits(config, [name for name in source if name != "train"])
+    sides = {"train": "train", **{side: name for side, name in own.items() if side in SIDES}}
+    documents = DatasetDict({side: source[name] for side, name in sides.items()})
+    for split in documents:
         check_column(config, documents[split], config.text, "data.text")
         if (number := _without_text(documents[split], config.text)) is not None:
             text = documents[split][number][config.text]

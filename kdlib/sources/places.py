@@ -1,133 +1,118 @@
-"""Where texts and questions come from: a built-in name, a file, a folder, or the hub."""
+"""Where texts and questions come from: a built-in name, files, a folder, an archive, or the hub.
 
-import glob
-import json
-import mmap
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+What was read lies in the cache of `datasets`, by what the files were: not by their names alone, by which
+`datasets` itself knows a folder with a card.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetBuilder, DatasetDict
+from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.exceptions import DatasetGenerationError
 
 from kdlib.config.sections import HUB_IDS, DataConfig
-from kdlib.errors import DataError, listed, nearest, nearest_file
+from kdlib.errors import DataError, nearest, shown
 from kdlib.sources.built_in import BUILT_IN
+from kdlib.sources.files import OF_CODE, folder_of, form_of, has_card, is_local, is_saved, splits_of, stamp
+from kdlib.sources.readers import BROKEN, READERS
 
-NULL = re.compile(rb"null[ \t\r]*(?:\n|\Z)")
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+VERSION = "1"  # of what the readers make of a file
+SETTINGS = {  # setting → the readers that know it, and what they call it
+    "separator": (("csv",), "sep"),
+    "header": (("csv",), "names"),
+    "encoding": (("csv", "json", "text"), "encoding"),
+    "field": (("json",), "field"),
+}
 
 
 def read_splits(config: DataConfig) -> DatasetDict:
     """The source's splits: "train", which is not empty, and others where it has them; or streams of these.
 
-    `config.source` is a built-in name, a file (.jsonl, .csv, .parquet, .txt by paragraph), a folder saved by
-    `datasets` or holding such files, or a hub id.
+    `config.source` is a built-in name, a file, a pattern of files, a folder or archive of such, a folder that
+    `datasets` saved, or a hub id; "train" is the split that `config.train` names.
     """
-    path = Path(config.source).expanduser()
-    if config.source in BUILT_IN:
-        found = BUILT_IN[config.source]()
-    elif path.is_dir():
-        saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
-        read = datasets.load_from_disk if saved else partial(datasets.load_dataset, **_how(config))
-        found = _loaded(path, lambda: read(str(path)))
-    elif path.suffix in READERS or path.is_file():
-        found = _read_file(path, _how(config))
+    path = os.path.expanduser(config.source)
+    if config.source in BUILT_IN or is_saved(path):
+        _options(config, "", {})
+        with _told(config):
+            found = BUILT_IN[config.source]() if config.source in BUILT_IN else datasets.load_from_disk(path)
     else:
-        found = _from_hub(config)
+        builder = _builder(config)
+        with _told(config):
+            if config.streaming:
+                found = builder.as_streaming_dataset()
+            else:
+                builder.download_and_prepare()
+                found = builder.as_dataset()
     if isinstance(found, Dataset):
         found = DatasetDict(train=found)
-    if "train" not in found:
-        raise DataError(f"{config.source}: has the splits {', '.join(found)}; one named train is needed")
+    if config.train not in found:
+        asked = "" if config.train == "train" else f" and none of the name {config.train!r}"
+        has = f"has the splits {', '.join(found)}{asked}; name the one to train on in data.train"
+        raise DataError(f"{config.source}: {has}")
+    others = {name: rows for name, rows in found.items() if name not in ("train", config.train)}
+    found = type(found)({"train": found[config.train], **others})
     if isinstance(found, DatasetDict) and len(found["train"]) == 0:
         raise DataError(f"{config.source}: is empty; at least two documents are needed")
     return found
 
 
-def _how(config: DataConfig) -> dict[str, bool]:
-    return {"streaming": True} if config.streaming else {}
+def identity(config: DataConfig) -> str:
+    """What changes when the source does: its files as they are, or the hub's revision of it."""
+    path = os.path.expanduser(config.source)
+    if config.source in BUILT_IN:
+        return config.source
+    if is_saved(path):
+        return str([(file, stamp(file)) for file in sorted(map(str, Path(path).rglob("*")))])
+    builder = _builder(config)
+    files = (builder.config.data_files or {}).items()
+    return str([builder.hash, *((str(split), [*each], each.origin_metadata) for split, each in files)])
 
 
-def _read_file(path: Path, how: Mapping[str, Any]) -> DatasetDict:
-    if not path.exists():
-        raise DataError(f"{path}: no such file{nearest_file(path)}")
-    if path.suffix not in READERS:
-        raise DataError(f"{path}: unknown type of file; it may be {', '.join(READERS)}")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: is empty; at least two documents are needed")
-    options = {"data_files": glob.escape(str(path)), **how}
-    options |= {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
-    try:
-        return _loaded(path, lambda: datasets.load_dataset(READERS[path.suffix], **options))
-    except DataError:
-        if path.suffix == ".jsonl":
-            _check_lines(path)
-        raise
+def _builder(config: DataConfig) -> DatasetBuilder:
+    """What reads the source: of JSON, tables and text a reader of ours."""
+    if not is_local(config.source):
+        return _of_hub(config)
+    path, card = os.path.expanduser(config.source), None
+    with _told(config):
+        folder = folder_of(path)
+        if folder and has_card(folder):
+            card = datasets.load_dataset_builder(folder, config.subset)
+            splits = {str(name): [*files] for name, files in (card.config.data_files or {}).items()}
+        else:
+            splits = splits_of(folder or path)
+        if config.subset and not card:
+            what = f"data.subset: found {config.subset!r}, and these files have no card that names any"
+            raise DataError(f"{config.source}: {what}; leave it out")
+        every = [file for files in splits.values() for file in files]
+        reader, options = form_of(every, config.source)
+        if not any(map(os.path.getsize, every)):
+            raise DataError(f"{config.source}: is empty; at least two documents are needed")
+        told = _options(config, reader, {**options, **(_of_card(card) if card else {})})
+        stamped = {name: DataFilesList(each, [(stamp(x),) for x in each]) for name, each in splits.items()}
+        own = {"dataset_name": f"kdlib_{reader}", "hash": VERSION}
+        return READERS[reader](data_files=DataFilesDict(stamped), **own, **told)
 
 
-def _loaded(path: Path, load: Callable[[], DatasetDict | Dataset]) -> DatasetDict | Dataset:
-    for file in sorted(path.rglob("*.json*")) if path.is_dir() else [path]:
-        _check_nulls(file)
-    try:
-        with _no_script(path):
-            return load()
-    # pyarrow's and json's errors are ValueErrors
-    except (DatasetGenerationError, OSError, ValueError, KeyError) as error:
-        what, cause = path.suffix or "a folder of data files", error.__cause__ or error
-        raise DataError(f"{path}: cannot be read as {what}: {cause}") from error
+def _of_card(card: DatasetBuilder) -> dict[str, Any]:
+    """What a card says of its rows, and of how they are read, where that is not as usual."""
+    usual, own = vars(type(card.config)()), READERS.get(card.name, type(card)).BUILDER_CONFIG_CLASS
+    known = {name: each for name, each in vars(card.config).items() if hasattr(own, name)}
+    apart = ("name", "version", "data_dir", "data_files", "description", "features")
+    told = {name: each for name, each in known.items() if name not in apart and each != usual[name]}
+    return {**told, "features": card.info.features}
 
 
-@contextmanager
-def _no_script(source: object) -> Iterator[None]:
-    """Where `datasets` (4 and later) finds a loading script, which it never runs: an error that says so."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "scripts" not in str(error):
-            raise
-        raise DataError(
-            f"{source}: its rows are made by code of its own, which is never run here ({error}); name its "
-            "data files (.jsonl, .csv, .parquet), or a copy that has them"
-        ) from error
-
-
-def _check_nulls(path: Path) -> None:
-    """Refuse lines of JSON that are `null` and no more, of which pyarrow's reader dies, and its process."""
-    if path.suffix not in (".json", ".jsonl") or not path.is_file() or not path.stat().st_size:
-        return
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        for found in NULL.finditer(content):
-            if not content[content.rfind(b"\n", 0, found.start()) + 1 : found.start()].strip():
-                _check_lines(path)
-
-
-def _check_lines(path: Path) -> None:
-    """Name every broken line of a .jsonl file, where the reader would name a byte."""
-    broken = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    if line.strip() and not isinstance(json.loads(line), dict):
-                        broken.append(f"line {number}: not an object")
-                except json.JSONDecodeError as error:
-                    broken.append(f"line {number}: {error.msg}: {line.strip()[:60]!r}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-    if broken:
-        raise DataError(f"{path}: {len(broken)} broken lines{listed(broken, 5)}")
-
-
-def _from_hub(config: DataConfig) -> DatasetDict:
-    if config.source.startswith((".", "/", "~")):
-        raise DataError(f"{config.source}: no such file or folder")
+def _of_hub(config: DataConfig) -> DatasetBuilder:
+    """A hub's rows are read as others are, and lie where `datasets` looks for them without a network."""
     try:
         with _no_script(config.source):
-            return datasets.load_dataset(config.source, config.subset, **_how(config))
+            found = datasets.load_dataset_builder(config.source, config.subset)
     except (FileNotFoundError, ConnectionError, ValueError) as error:
         # ValueError: a subset must be named, or is not there
         known = HUB_IDS.get(config.source.lower())
@@ -137,3 +122,45 @@ def _from_hub(config: DataConfig) -> DatasetDict:
             f"no file, no folder and no built-in name ({', '.join(BUILT_IN)}); as a hub id (its "
             f"configuration goes into data.subset): {error}"
         ) from error
+    options = _options(config, found.name, _of_card(found))
+    if found.name not in ("json", "csv"):
+        return found
+    where = {
+        name: getattr(found, name) for name in ("dataset_name", "config_id", "hash", "base_path", "repo_id")
+    }
+    return READERS[found.name](data_files=found.config.data_files, **where, **options)
+
+
+def _options(config: DataConfig, reader: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """How a reader reads, with what the config says of it; a DataError where that is not its to know."""
+    told = {name: value for name in SETTINGS if (value := getattr(config, name)) is not None}
+    for name, value in told.items():
+        if reader not in SETTINGS[name][0]:
+            what = f"data.{name}: found {shown(value)}, which is of {' and '.join(SETTINGS[name][0])} files"
+            raise DataError(f"{config.source}: {what}; leave it out")
+    named = {SETTINGS[name][1]: value for name, value in told.items() if value is not False}
+    return {**options, **named, **({"header": None} if "header" in told else {})}
+
+
+@contextlib.contextmanager
+def _no_script(source: str) -> Iterator[None]:
+    """Where `datasets` (4 and later) finds a loading script, which it never runs: an error that says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "scripts" not in str(error):
+            raise
+        raise DataError(f"{source}: {OF_CODE.format(error)}") from error
+
+
+@contextlib.contextmanager
+def _told(config: DataConfig) -> Iterator[None]:
+    """A DataError of what cannot be read."""
+    try:
+        with _no_script(config.source):
+            yield
+    except (DatasetGenerationError, *BROKEN) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, DataError):
+            raise cause from None
+        raise DataError(f"{config.source}: cannot be read: {' '.join(str(cause).split())}") from error

@@ -1,25 +1,32 @@
 """What is asked of a source's rows: columns that are there, groups, own splits, each row on one side."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from datasets import Dataset
 
 from kdlib.config.sections import DataConfig
 from kdlib.errors import DataError, listed, nearest
+from kdlib.sources.files import ending
 
 GROUPED = "stdlib-sections"  # the built-in source whose rows say in `group` what they belong to
+AT_ONCE = 1000  # rows
 
 
 def check_column(config: DataConfig, rows: Dataset, column: str, setting: str) -> None:
     """Refuse a column that is not there; `setting` names it in the config."""
     if column not in rows.column_names:
-        what = setting.rpartition(".")[2]
-        raise DataError(
-            f"{config.source}: no column {column!r}; it has {', '.join(rows.column_names)}: name the "
-            f"one with the {what} in {setting}"
-        )
+        what, names = setting.rpartition(".")[2], rows.column_names
+        do = f"name the one with the {what} in {setting}"
+        if ending(config.source) in (".csv", ".tsv") and config.header is None:
+            do += (
+                "; set data.header where its first line names none, data.separator where no comma parts them"
+            )
+        elif len(rows) == 1 and isinstance(rows[0][names[0]], list):
+            do = f"where its rows stand under {names[0]!r}, set data.field: {names[0]}"
+        raise DataError(f"{config.source}: no column {column!r}; it has {', '.join(names)}: {do}")
 
 
 def group_values(config: DataConfig, rows: Dataset, split: str) -> list[str] | None:
@@ -98,3 +105,9 @@ def refuse_rows(config: DataConfig, faults: Sequence[str], what: str) -> None:
     if faults:
         count = f"{len(faults)} row{'s' * (len(faults) != 1)}"
         raise DataError(f"{config.source}: {count} {what}{listed(faults)}")
+
+
+def columns_of(rows: Dataset, column: str) -> Iterator[pa.ChunkedArray]:
+    """A column as it lies on the disk, some rows at a time: nothing becomes an object of Python's."""
+    for table in rows.select_columns([column]).with_format("arrow").iter(AT_ONCE):
+        yield table[column]

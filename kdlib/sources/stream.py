@@ -6,7 +6,6 @@ made again of the same beginning.
 """
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.config.sections import DataConfig
 from kdlib.errors import DataError
-from kdlib.sources.columns import columns_of
 from kdlib.sources.documents import SIDES, known_again
-from kdlib.sources.places import read_splits
-from kdlib.sources.rows import kept_once
+from kdlib.sources.places import identity, read_splits
+from kdlib.sources.rows import columns_of, kept_once, own_splits
 
 HEAD = 1000  # documents by which it is seen how many bytes a token stands for
 MARGIN = 1.1  # so much more is read, as tokens elsewhere may be longer, and what came twice goes
@@ -37,12 +35,15 @@ def streamed(config: DataConfig, tokenizer: Tokenizer) -> tuple[DataConfig, Data
     Raises:
         DataError: nothing to read, no such column, rows without a text, or an end before all is held out.
     """
-    has_own = "validation" in read_splits(config)
+    own = own_splits(config, [name for name in read_splits(config) if name != "train"])
     row_bytes = _row_bytes(config, tokenizer)
-    held_out = config.max_eval_rows or max(round(config.validation * config.max_train_rows), 1)
+    share = 0.1 if isinstance(config.validation, str) else config.validation
+    held_out = config.max_eval_rows or max(round(share * config.max_train_rows), 1)
     wanted = {"train": config.max_train_rows * MARGIN, "validation": held_out * MARGIN}
-    if has_own:
-        documents = DatasetDict({name: _made(config, name, wanted[name], row_bytes) for name in SIDES})
+    if name := own.get("validation"):
+        sides = {"train": "train", "validation": name}
+        made = {side: _made(config, split, wanted[side], row_bytes) for side, split in sides.items()}
+        documents = DatasetDict(made)
     else:
         every = _made(config, "train", sum(wanted.values()), row_bytes)
         passed = np.cumsum(_sizes(every, row_bytes))
@@ -82,11 +83,8 @@ def _row_bytes(config: DataConfig, tokenizer: Tokenizer) -> float | None:
 
 def _made(config: DataConfig, split: str, rows: float, row_bytes: float | None) -> Dataset:
     """{"text"} of the first documents of a split that have so many rows together, as a table."""
-    path = Path(config.source).expanduser()
-    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
     asked = {"config": config.as_dict(), "split": split, "rows": rows, "row_bytes": row_bytes}
-    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    asked["files"] = str(stamps)  # a list would be shared out among processes
+    asked["made_of"] = identity(config)
     try:
         made = Dataset.from_generator(
             _documents, Features({"text": Value("string")}), gen_kwargs=asked, split=split
@@ -102,9 +100,9 @@ def _made(config: DataConfig, split: str, rows: float, row_bytes: float | None) 
 
 
 def _documents(
-    config: Mapping[str, Any], split: str, rows: float, row_bytes: float | None, files: str
+    config: Mapping[str, Any], split: str, rows: float, row_bytes: float | None, made_of: str
 ) -> Iterator[dict[str, str]]:
-    """The generator of that table; `files` are for `datasets`: where they change, it is made anew."""
+    """The generator of that table; `made_of` is for `datasets`: where the source changes, it is made anew."""
     asked, passed = DataConfig(**config), 0.0
     for number, row in enumerate(read_splits(asked)[split]):
         text = _text_of(asked, row, split, number)
