@@ -272,10 +272,13 @@ def test_two_answers_to_one_question_are_refused(tmp_path, tokenizer):
             [{"prompt": "a", "response": " "}, {"prompt": "b", "response": "c"}],
             "row 0 of train: response is empty",
         ),
-        ([{"messages": [{"role": "user", "content": "a"}]}] * 2, "the assistant at the end"),
+        (
+            [{"messages": [{"role": "user", "content": "a"}]}] * 2,
+            "an answer of the assistant's that is to be learned",
+        ),
         (
             [{"messages": [{"role": "boss", "content": "a"}]}] * 2,
-            "with a role of system, user, assistant, tool",
+            "with a role of system, developer, user",
         ),
         (conversations(4), "messages need a chat template, and the tokenizer has none"),
         ([{**multiple_choice(1)[0], "answer": 0}], "1 question in train, of which 1 would be held out"),

@@ -12,14 +12,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kdlib.data.pairs import vocabularies, within
 from kdlib.errors import DataError, ModelError
+from kdlib.tokens.answers import roles, turn_end
 from kdlib.tokens.vocabulary import (
     Vocabularies,
     ids_of,
     pieces,
-    roles,
     token_bytes,
     trained_tokenizer,
-    turn_end,
 )
 
 TEXTS = [f"{line} {number * 7919} naïve “Ω” 東京\n\tdef f(x):" for number, line in enumerate(sentences(60))]

@@ -179,7 +179,8 @@ class DataConfig(Section):
     prompt: str = "prompt"
     response: str = "response"
     messages: str = "messages"
-    ignore: list[str] | None = None  # columns that are not looked at
+    ignore: list[str] | None = None  # columns, and what stands in messages, that are not looked at
+    chat_template: str | None = None  # which one, of a tokenizer that has several by name
     validation: Annotated[Any, AfterValidator(_share_or_split)] = 0.1
     test: Annotated[Any, AfterValidator(_share_or_split)] | None = None
     split_seed: Seed | None = None
@@ -201,7 +202,7 @@ class DataConfig(Section):
     @model_serializer(mode="wrap")
     def _stated(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what few have, so that older runs and sweeps are known again."""
-        rare = {"mix", "streaming", "answer_as", "prompt", "response", "messages", "ignore"}
+        rare = {"mix", "streaming", "answer_as", "prompt", "response", "messages", "ignore", "chat_template"}
         rare |= {"train", "field", "separator", "header", "encoding"}
         usual = {name: type(self).model_fields[name].default for name in rare}
         return {n: value for n, value in dump(self).items() if n not in usual or value != usual[n]}

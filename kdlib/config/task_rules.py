@@ -86,7 +86,7 @@ QUESTIONS = TaskRules(
     told_first=("choice_accuracy", "choice_agreement", "kl_to_teacher", "perplexity"),
     reads=(
         *("question", "choices", "answer", "answer_as", "prompt", "response", "messages", "ignore"),
-        *("test", "group"),
+        *("chat_template", "test", "group"),
     ),
     rows="questions",
     smoke={"max_length": None},  # a shorter row would lose its answer

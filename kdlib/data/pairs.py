@@ -17,9 +17,9 @@ from kdlib.errors import ModelError
 from kdlib.losses.alignment import SPANS, is_single, spans_in
 from kdlib.losses.signals import IGNORED
 from kdlib.sources.progress import Told
-from kdlib.tokens.answers import Encoded
+from kdlib.tokens.answers import Encoded, roles
 from kdlib.tokens.spans import Answer, Pair, PairReader, agreed, apart, edges_of, joined
-from kdlib.tokens.vocabulary import Vocabularies, pieces, roles, token_bytes, token_of_bytes
+from kdlib.tokens.vocabulary import Vocabularies, pieces, token_bytes, token_of_bytes
 
 IDS, NUMBER = datasets.List(datasets.Value("int32")), datasets.Value("int32")
 BOTH = {"input_ids": IDS, "teacher_input_ids": IDS, "spans": IDS}

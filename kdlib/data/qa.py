@@ -8,6 +8,7 @@ template or end of text after it: what is trained is what is scored.  A free ans
 template where there is one, and ends as the model is to end it: with the template's end of turn, or EOS.
 """
 
+import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -21,11 +22,12 @@ from kdlib.config.sections import DataConfig
 from kdlib.data.batches import Prepared, collate, fingerprint, vocabulary_of
 from kdlib.data.pairs import limits, vocabularies, with_teacher
 from kdlib.data.qa_rows import Item, check_one_answer, split_items
+from kdlib.errors import ModelError
 from kdlib.questions.forms import form_of
 from kdlib.sources.places import read_splits
 from kdlib.sources.progress import Told
 from kdlib.sources.rows import AT_ONCE, refuse_rows
-from kdlib.tokens.answers import NO_END, Encoded, Fault, attempted, continued, conversations
+from kdlib.tokens.answers import NO_END, Encoded, Fault, Talk, attempted, continued, conversations
 from kdlib.tokens.spans import PairReader
 from kdlib.tokens.vocabulary import beginning
 
@@ -61,6 +63,14 @@ def prepare(
     check_one_answer(config, [item for items in splits.values() for item in items])
     rows, choices = {}, {}
     written = encoded_choices if form.kind == "multiple choice" else encoded_response
+    if form.kind != "multiple choice":
+        written = partial(written, template=config.chat_template)
+        every = [each for each in (tokenizer, teacher) if each]
+        if config.chat_template and not any(isinstance(each.chat_template, Mapping) for each in every):
+            raise ModelError(
+                f"data.chat_template: found {config.chat_template}, and {tokenizer.name_or_path} has one "
+                "template, without a name; leave it out"
+            )
     write = partial(written, tokenizer=tokenizer, first=beginning(tokenizer))
     their_write = partial(written, tokenizer=teacher, first=beginning(teacher)) if teacher else None
     reader = PairReader(tokenizer, teacher) if teacher else None
@@ -206,22 +216,24 @@ def _with_tokens(item: Item, made: list[Encoded]) -> list[Encoded]:
 
 
 def encoded_response(
-    items: Sequence[Item], tokenizer: Tokenizer, first: Sequence[int]
+    items: Sequence[Item], tokenizer: Tokenizer, first: Sequence[int], template: str | None = None
 ) -> list[list[Encoded] | Fault]:
-    """Each free answer after its prompt, one row."""
+    """Each free answer after its prompt, one row; `template`: the name of one of several."""
     if tokenizer.chat_template:
-        asked = [item.messages or (("user", item.question), ("assistant", item.answers[0])) for item in items]
-        return conversations(asked, tokenizer)
-    if items[0].messages:
-        return [
-            Fault("messages need a chat template, and the tokenizer has none; write prompt and response")
-        ] * len(items)
+        return conversations([item.talk or _talk(item) for item in items], tokenizer, template)
     if tokenizer.eos_token_id is None:
         return [Fault(NO_END)] * len(items)
-    both = [(item.question, item.answers[0]) for item in items]
+    both = [(item.question, item.answers[0]) for item in items if item.talk is None]
     spaced = [
         (prompt, response if prompt[-1].isspace() or response[0].isspace() else f" {response}")
         for prompt, response in both
     ]
-    rows = continued(spaced, tokenizer, first, [tokenizer.eos_token_id])
-    return [[row] for row in rows]
+    rows = iter(continued(spaced, tokenizer, first, [tokenizer.eos_token_id]))
+    what = "messages need a chat template, and the tokenizer has none; write prompt and response"
+    return [[next(rows)] if item.talk is None else Fault(what) for item in items]
+
+
+def _talk(item: Item) -> Talk:
+    """A question and its answer as a conversation."""
+    both = zip(("user", "assistant"), (item.question, item.answers[0]), strict=True)
+    return Talk(json.dumps([{"role": role, "content": content} for role, content in both]))

@@ -10,7 +10,7 @@ import datasets
 from datasets import Dataset
 
 from kdlib.config.sections import DataConfig
-from kdlib.errors import DataError, shown
+from kdlib.errors import DataError
 from kdlib.questions.choices import (
     READINGS,
     Question,
@@ -20,13 +20,12 @@ from kdlib.questions.choices import (
     reading_of,
     right_among,
     right_choice,
-    text_of,
 )
 from kdlib.questions.forms import Form, form_of
+from kdlib.questions.messages import talk_in
 from kdlib.sources.rows import AT_ONCE, group_values, kept_once, own_splits, refuse_rows
-from kdlib.tokens.answers import Fault, attempted
+from kdlib.tokens.answers import Fault, Talk, attempted
 
-ROLES = ("system", "user", "assistant", "tool")
 UNASKED = "with nothing to ask or to answer; mend them, or take them out"
 
 
@@ -38,7 +37,7 @@ class Item:
     question: str  # what is asked; of messages, all that comes before the first answer
     answers: tuple[str, ...]  # the choices, or the one response
     right: int = 0
-    messages: tuple[tuple[str, str], ...] = ()  # (role, content)
+    talk: Talk | None = None  # all of it, where it is more than a question and an answer
     group: str = field(default="", compare=False)  # what it belongs to, where data.group says
 
 
@@ -56,7 +55,7 @@ def read_items(
                 f"{config.source}: {split} has {other} and train has {form}; needed is one form in all splits"
             )
         wheres = [f"row {number} of {split}" for number in range(len(rows))]
-        read = attempted(partial(READERS[form.kind], form), wheres, _each(rows))
+        read = attempted(partial(READERS[form.kind], config, form), wheres, _each(rows))
         found[split] = wheres, collected(config, f"of {split} {UNASKED}", wheres, read)
     if "answer" in form.columns:
         found = _understood(config, found, form, notes)
@@ -188,7 +187,7 @@ def _each(rows: Dataset) -> Iterator[dict[str, Any]]:
             yield dict(zip(batch, values, strict=True))
 
 
-def _multiple_choice(form: Form, where: str, row: Mapping[str, Any]) -> Question | Item:
+def _multiple_choice(config: DataConfig, form: Form, where: str, row: Mapping[str, Any]) -> Question | Item:
     question = joined(row, form.columns["question"])
     if "answer" in form.columns:
         choices, labels = choices_in({name: row[name] for name in form.columns["choices"]})
@@ -199,34 +198,16 @@ def _multiple_choice(form: Form, where: str, row: Mapping[str, Any]) -> Question
     return Item(where, question, choices, place)
 
 
-def _pair(form: Form, where: str, row: Mapping[str, Any]) -> Item:
-    (response,) = form.columns["response"]
-    return Item(where, joined(row, form.columns["prompt"]), (text_of(row[response], response),))
+def _talk(config: DataConfig, form: Form, where: str, row: Mapping[str, Any]) -> Item:
+    try:
+        talk, asked, answer = talk_in(form, row, config.ignore or ())
+    except RecursionError:
+        raise Fault("it has lists in lists beyond what can be read") from None
+    return Item(where, asked, (answer,), talk=talk)
 
 
-def _conversation(form: Form, where: str, row: Mapping[str, Any]) -> Item:
-    (column,) = form.columns["messages"]
-    messages = row[column]
-    if not isinstance(messages, list) or not messages:
-        raise Fault(f"{column} = {shown(messages)}; needed is a list of {{role, content}}")
-    for number, message in enumerate(messages):
-        if not isinstance(message, Mapping) or message.get("role") not in ROLES:
-            needed = f"{{role, content}} with a role of {', '.join(ROLES)}"
-            raise Fault(f"message {number} = {message!r}; needed is {needed}")
-        text_of(message.get("content"), f"the content of message {number}")
-    roles = [message["role"] for message in messages]
-    if roles[-1] != "assistant" or roles[0] == "assistant":
-        raise Fault(
-            f"the roles are {', '.join(roles)}; needed is a beginning by someone else, and the assistant "
-            "at the end"
-        )
-    spoken = tuple((message["role"], message["content"]) for message in messages)
-    asked = "\n".join(content for _, content in spoken[: roles.index("assistant")])
-    return Item(where, asked, (spoken[-1][1],), messages=spoken)
-
-
-READERS: dict[str, Callable[[Form, str, Mapping[str, Any]], Any]] = {
+READERS: dict[str, Callable[[DataConfig, Form, str, Mapping[str, Any]], Any]] = {
     "multiple choice": _multiple_choice,
-    "messages": _conversation,
-    "prompt and response": _pair,
+    "messages": _talk,
+    "prompt and response": _talk,
 }

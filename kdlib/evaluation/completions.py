@@ -15,6 +15,7 @@ from kdlib.errors import ModelError
 from kdlib.models.loading import device_of, load_model, load_tokenizer, positions_of
 from kdlib.models.saved import drawing
 from kdlib.runs.files import add_json_lines, json_lines
+from kdlib.tokens.templates import Refused, written
 
 WHAT_TELLS = ("temperature", "max_new_tokens", "chat")  # settings on which a completion depends
 
@@ -104,7 +105,13 @@ def _written(problem: Problem, tokenizer: Tokenizer, *, chat: bool) -> str:
     if not tokenizer.chat_template:
         raise ModelError("code.chat: the tokenizer has no chat template; set code.chat: false")
     asked = [{"role": "user", "content": problem.question}]
-    return tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    try:
+        return written(tokenizer, asked, begins=True)
+    except Refused as refused:
+        raise ModelError(
+            f"code.chat: found a chat template that refuses a user's message ({refused}); needed is one that "
+            "takes it: set code.chat: false"
+        ) from refused
 
 
 def _weights(source: str) -> list[list[Any]]:

@@ -4,12 +4,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
 from kdlib.generation.answers import Usage
 from kdlib.generation.config import Local, Stage
 from kdlib.generation.wires import NoReply, Reply
 from kdlib.prompts.prompt import Prompt
+from kdlib.tokens.templates import Refused, written
 
 HOUR = 3600.0
 
@@ -64,13 +63,11 @@ class LocalTeacher:
         """A prompt's tokens, in the model's chat template where it has one."""
         try:
             if self.tokenizer.chat_template:
-                text = self.tokenizer.apply_chat_template(
-                    prompt.as_sent(), add_generation_prompt=True, tokenize=False
-                )
+                text = written(self.tokenizer, prompt.as_sent(), begins=True)
                 ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             else:
                 ids = self.tokenizer("\n\n".join(text for _, text in prompt.messages))["input_ids"]
-        except TemplateError as error:
+        except Refused as error:
             return NoReply(f"the model's chat template does not take these messages: {error}")
         room = None if self.positions is None else self.positions - self.sampling.max_tokens
         if room is not None and len(ids) > room:

@@ -89,8 +89,8 @@ def reading_of(questions: Sequence[tuple[str, Question]], asked: str | None, col
         for (where, each), one, other in zip(questions, places[best[0]], places[name], strict=True):
             if one != other:
                 ways = [
-                    f"{READINGS[way][0]} ({where}: {each.answer!r} is "
-                    + ("none of them)" if place is None else f"{each.choices[place]!r})")
+                    f"{READINGS[way][0]} ({where}: {shown(each.answer)} is "
+                    + ("none of them)" if place is None else f"{shown(each.choices[place])})")
                     for way, place in ((best[0], one), (name, other))
                 ]
                 raise Fault(
@@ -116,7 +116,7 @@ def right_choice(question: Question, reading: str) -> int:
     if reading == "text" and len(same) > 1:
         both = " and ".join(map(str, same))
         raise Fault(
-            f"the answer {question.answer!r} is the text of the choices {both}; say which, by its number"
+            f"the answer {shown(question.answer)} is the text of the choices {both}; say which, by its number"
         )
     return place
 
@@ -127,7 +127,7 @@ def answer_in(value: Any, column: str) -> str:
         value = int(value)
     words = value.strip() if isinstance(value, str) else str(value)
     if value is None or value != value or isinstance(value, bool) or not words:
-        raise Fault(f"no answer: {column} = {value!r}; needed is a choice's number, letter or text")
+        raise Fault(f"no answer: {column} = {shown(value)}; needed is a choice's number, letter or text")
     return words
 
 
@@ -143,7 +143,7 @@ def choices_in(values: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, .
     if labels and len(labels) != len(found):
         raise Fault(f"{len(found)} choices with {len(labels)} labels")
     if len(set(labels)) < len(labels):
-        raise Fault(f"two choices have one label: {', '.join(labels)}")
+        raise Fault(f"two choices have one label: {shown(', '.join(labels))}")
     return tuple(text_of(each, f"choice {number}") for number, each in enumerate(found)), labels
 
 
@@ -193,10 +193,10 @@ def text_of(value: Any, what: str) -> str:
 
     2.0 is refused: among numbers with a fraction 2 looks the same, and which was written is lost.
     """
-    if type(value) is int or (type(value) is float and value % 1):
+    if type(value) is int or (type(value) is float and math.isfinite(value) and value % 1):
         return str(value)
     if not isinstance(value, str) or not value.strip():
-        found = "empty" if value is None or isinstance(value, str) else repr(value)
+        found = "empty" if value is None or isinstance(value, str) else shown(value)
         raise Fault(f"{what} is {found}; needed is a text")
     return value
 

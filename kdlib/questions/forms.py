@@ -54,15 +54,29 @@ def form_of(config: DataConfig, columns: Sequence[str]) -> Form:
             "reading: leave the columns out that are not meant, in data.ignore: […]"
         )
     (form,) = found
-    read = {*chain.from_iterable(form.columns.values()), *(config.ignore or ()), config.group}
+    is_talk = form.kind != "multiple choice"
+    every = {**form.columns, **(_beside(config, seen) if is_talk else {})}
+    read = {*chain.from_iterable(every.values()), *(config.ignore or ()), config.group}
     unread = tuple(name for name in columns if name not in read)
-    if form.kind != "multiple choice" and (odd := next(filter(ASKED.get, unread), None)):
+    if is_talk and (odd := next(filter(ASKED.get, unread), None)):
         raise DataError(
             f"{config.source}: found {odd!r} beside {form}, and it may say {ASKED[odd]}; needed is to know. "
             f"If it says nothing of the kind, write data.ignore: [{odd}]; else name it in data.choices, or "
             "take out the rows that are not to be learned"
         )
-    return Form(form.kind, form.columns, unread)
+    return Form(form.kind, every, unread)
+
+
+def _beside(config: DataConfig, seen: Mapping[str, list[str]]) -> dict[str, tuple[str, ...]]:
+    """What is read where it is there."""
+    found = {ours: [each for each in theirs.split(" | ") if each in seen] for ours, theirs in BESIDE.items()}
+    for ours, names in found.items():
+        if len(names) > 1:
+            raise DataError(
+                f"{config.source}: the columns {' and '.join(names)} can both be the {ours}; needed is one: "
+                f"leave the other out, as data.ignore: [{names[1]}]"
+            )
+    return {ours: tuple(seen[names[0]]) for ours, names in found.items() if names}
 
 
 def _seen(config: DataConfig, columns: Collection[str]) -> dict[str, list[str]]:
@@ -102,4 +116,5 @@ def _all(names: Sequence[str]) -> str:
 
 TABLE = read_beside(__file__)
 ASKED: dict[str, str] = TABLE.pop("asked")
+BESIDE: dict[str, str] = TABLE.pop("beside")
 KNOWN = list(_known(TABLE))

@@ -30,7 +30,8 @@ from kdlib.students.adapters import with_adapter
 from kdlib.students.depth import shallower
 from kdlib.students.student import Outline, chosen_layers, outline, own_config, own_tokenizer, reembedded
 from kdlib.students.width import narrower
-from kdlib.tokens.vocabulary import Vocabularies, pieces, roles, token_bytes
+from kdlib.tokens.answers import roles
+from kdlib.tokens.vocabulary import Vocabularies, pieces, token_bytes
 
 Check = Callable[[Any], Iterator[Any]]  # kdlib.diagnostics.context.Context → findings
 

@@ -1,4 +1,4 @@
-"""Vocabularies: the bytes of each token, the roles of special ones; one in another's tokens; a new one."""
+"""Vocabularies: the bytes of each token; one in another's tokens; a new one."""
 
 import json
 import math
@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jinja2 import TemplateError
 from tokenizers import Tokenizer as Backend, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer, PreTrainedTokenizerFast
@@ -118,29 +117,6 @@ def ids_of(tokenizer: Tokenizer, texts: Sequence[str], *, special: bool = False)
 def ending(tokenizer: Tokenizer) -> list[int]:
     """[EOS] where there is one, else []."""
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-
-
-def roles(ours: Tokenizer, theirs: Tokenizer) -> dict[int, int]:
-    """{a special token of ours: theirs in the same role}: the end of a turn, a text's beginning, and its end.
-
-    A token that has several roles is in the last of them.
-    """
-    named = [[getattr(each, f"{name}_token_id") for each in (ours, theirs)] for name in ("bos", "eos")]
-    both = [[turn_end(ours), turn_end(theirs)], *named]
-    return {one: other for one, other in both if None not in (one, other)}
-
-
-def turn_end(tokenizer: Tokenizer) -> int | None:
-    """The special token with which its chat template ends an answer; None where there is none."""
-    if not tokenizer.chat_template:
-        return None
-    talk = [{"role": "user", "content": "asked"}, {"role": "assistant", "content": "answered"}]
-    try:
-        after = tokenizer.apply_chat_template(talk, tokenize=False).rpartition("answered")[2]
-    except TemplateError:
-        return None
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-    return next(filter(special_ids(tokenizer).__contains__, ids), None)
 
 
 def _longest_matches(piece: bytes, known: Mapping[bytes, int], longest: int) -> list[int]:
