@@ -16,7 +16,7 @@ LAYERS = [  # from the ground up; benchmarks stand on top, and nothing imports t
     {"config", "hardware", "tokens"},
     {"losses", "runs", "prompts", "code", "sources", "questions", "migration"},
     {"data", "models", "plots", "filters"},
-    {"routing", "students"},
+    {"routing", "students", "cache"},
     {"tasks", "training", "reports", "generation"},
     {"evaluation", "diagnostics", "sweeps"},
     {"workbench"},

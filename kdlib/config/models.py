@@ -59,6 +59,28 @@ def with_base(raw: Any) -> Any:
     return {**raw, "teacher": {**teacher, "model": student.get("from", "teacher")}}
 
 
+class CacheConfig(Section):
+    """The teacher is asked once about each row, and a disk answers for it afterwards."""
+
+    form: Literal["auto", "hidden", "top_k", "samples"] = "auto"  # what is kept of each token: kdlib.cache
+    temperatures: list[Annotated[Number, Field(ge=0.01, le=100)]] | None = None  # of more than this schedule
+    folder: str | None = None  # of all caches; below the runs where None
+    max_gib: Annotated[Number, Field(gt=0)] | None = None
+
+    def form_for(self, loss: Any) -> str:
+        """What is kept: what this `loss:` looks at, unless it is said."""
+        if self.form != "auto":
+            return self.form
+        return "samples" if loss.samples else "top_k" if loss.top_k else "hidden"
+
+
+def _cache(value: Any) -> Any:
+    """`true`, or a form by itself, as a section."""
+    if value is False:
+        return None
+    return {} if value is True else {"form": value} if isinstance(value, str) else value
+
+
 Quantiser = Literal["torchao_int8", "bitsandbytes_int8", "bitsandbytes_nf4"]
 
 
@@ -74,6 +96,7 @@ class TeacherConfig(Section):
     quantization: Quantiser | None = None  # how its matrices are held, but for the head
     offload: bool = False  # with training.fsdp: in the CPU's memory, gathered layer by layer
     experts: Annotated[Any, BeforeValidator(_experts)] = "topk"  # while it teaches: kdlib.routing
+    cache: Annotated[CacheConfig | None, BeforeValidator(_cache)] = None  # true: asked once, then from disk
 
     @model_serializer(mode="wrap")
     def _stated(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from kdlib.config.terms import FEATURE_TERMS
 from kdlib.metrics.names import MEASURES, TO_TEACHER, rivals_of
 
 
@@ -148,8 +149,13 @@ def primary_in(results: Mapping[str, Any]) -> str:
 
 def misfits(config: Any) -> list[str]:
     """What does not go together in a config whose sections are sound one by one, a line each."""
-    found = [*_unread(config), *rules_of(config).misfits(config), *_of_stops(config), *_of_adapter(config)]
-    return [*found, *(_of_shards(config) if config.teacher else _without_teacher(config))]
+    found = [*_unread(config), *rules_of(config).misfits(config), *_of_stops(config)]
+    return [
+        *found,
+        *_of_adapter(config),
+        *_of_cache(config),
+        *(_of_shards(config) if config.teacher else _without_teacher(config)),
+    ]
 
 
 def _unread(config: Any) -> Iterator[str]:
@@ -202,6 +208,33 @@ def _of_shards(config: Any) -> Iterator[str]:
         yield f"teacher.quantization: {found}; leave it out, or training.fsdp and teacher_stage"
     if teacher.offload and not fsdp:
         yield "teacher.offload: goes with training.fsdp, which gathers it layer by layer; leave it out"
+
+
+def _of_cache(config: Any) -> Iterator[str]:
+    """What a teacher's answers on a disk cannot do."""
+    if not (config.teacher and config.teacher.cache):
+        return
+    teacher, loss, form = config.teacher, config.loss, config.teacher.cache.form_for(config.loss)
+    if teacher.source:
+        yield "teacher.cache: this teacher is the student's own model (from: student); leave it out"
+    if teacher.experts not in ("topk", "all"):
+        yield f"teacher.experts: {teacher.experts} asks anew in each step; leave teacher.cache out"
+    if loss.features.route or "attention" in config.terms:
+        what = "a gate over layers" if loss.features.route else "loss.weights.attention"
+        yield f"teacher.cache: what {what} looks at is not kept; leave one of them out"
+    if form == "hidden":
+        return
+    setting = getattr(loss, form)
+    if not setting:
+        yield f"teacher.cache.form: {form} keeps what loss.{form} looks at, which is null; set it, as to 32"
+    if others := sorted(config.terms - {"kd", "ce", "router_aux", *FEATURE_TERMS}):
+        what = f"loss.weights.{others[0]} looks at all tokens"
+        yield f"teacher.cache.form: found {form}, but {what}; take `cache: hidden`, or kd alone"
+    if form == "samples" and loss.divergence != "forward_kl":
+        found = f"samples serve forward_kl alone, found loss.divergence: {loss.divergence}"
+        yield f"teacher.cache.form: {found}; take `cache: hidden`"
+    if rules_of(config).unit == "row":
+        yield f"teacher.cache.form: found {form}, but classes are few; take `cache: hidden`"
 
 
 def _of_adapter(config: Any) -> Iterator[str]:

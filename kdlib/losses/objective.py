@@ -13,7 +13,7 @@ from kdlib.losses.chunked import TokenFunction, Weighted, differentiable_values,
 from kdlib.losses.divergences import KNOWN, Known, chosen
 from kdlib.losses.features import FEATURE_TERMS, FeatureTerm, Route, RouteAt, feature_terms, feature_values
 from kdlib.losses.ledger import Entry, Ledger
-from kdlib.losses.signals import Signal
+from kdlib.losses.signals import PartSignal, Signal
 from kdlib.losses.terms import (
     FORMULAS,
     ON_LOGITS,
@@ -153,10 +153,11 @@ class ObjectiveAt:
         }
 
     def terms_beside(self, teacher: TeacherSignal | None, **more: Weighted) -> dict[str, Weighted]:
-        """`logit_terms` and more, made of both vocabularies where the teacher has one of its own."""
+        """`logit_terms` and more, as this teacher's signal is read: of two vocabularies, or of a part."""
         terms = {**self.logit_terms, **more}
         if not isinstance(teacher, SpanSignal):
-            return terms
+            read_by = teacher.read_by if isinstance(teacher, PartSignal) else lambda name, term: term
+            return {name: read_by(name, term) for name, term in terms.items()}
         known = {name: across(name, teacher.vocabularies, self.top_k) for name in terms if name in ON_LOGITS}
         return {name: replace(term, function=known.get(name, term.function)) for name, term in terms.items()}
 
@@ -283,9 +284,8 @@ def row_sums(
 ) -> dict[str, Tensor]:
     """{term: [row_count] unweighted sums over the tokens of each row}, and under `tokens` their number.
 
-    And that of spans, under `spans` and `single`, where the teacher has a tokenizer of its own.
-
-    Row by row, so that ranks can drop the rows that a sampler repeated, and comparisons can resample rows.
+    And of spans, under `spans` and `single`, where the teacher has a tokenizer of its own.  Row by row, so
+    that ranks can drop the rows that a sampler repeated, and comparisons can resample rows.
 
     Args:
         rows: [N] the row of each kept token.  The others as of `token_values`.

@@ -152,6 +152,18 @@ class DenseSignal:
 
 
 @dataclass(frozen=True)
+class PartSignal(DenseSignal):
+    """What is left of a teacher's distributions where not all is kept: `values` are no logits, but packed.
+
+    See kdlib.cache.parts.
+    """
+
+    def read_by(self, name: str, term: Any) -> Any:
+        """The Weighted term of this name, made to read them; a ConfigError where too little was kept."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
 class LinearSignal:
     """Hidden states and the output head, so that logits are only ever made for the rows asked for."""
 

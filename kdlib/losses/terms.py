@@ -113,14 +113,19 @@ def top_k_pair(
     if k >= teacher.shape[-1]:
         return student, teacher
     ids = (teacher if by is None else by).topk(k, dim=-1).indices
+    ours, theirs = (of_tokens(each, ids, renormalise=renormalise) for each in (student, teacher))
+    return ours, theirs
 
-    def part(log_probs: Tensor) -> Tensor:
-        likeliest = widest(log_probs.gather(-1, ids))
-        if renormalise:
-            return likeliest.log_softmax(-1)
-        return torch.cat([likeliest, _log_mass_outside(log_probs, ids, likeliest)], -1)
 
-    return part(student), part(teacher)
+def of_tokens(log_probs: Tensor, ids: Tensor, *, renormalise: bool = False) -> Tensor:
+    """[N, k + 1] log-probabilities of these tokens, [N, k] ids, and of all others together.
+
+    Renormalise: [N, k], of these tokens given that one of them comes.
+    """
+    likeliest = widest(log_probs.gather(-1, ids))
+    if renormalise:
+        return likeliest.log_softmax(-1)
+    return torch.cat([likeliest, log_mass_outside(log_probs, ids, likeliest)], -1)
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,7 @@ class OnSamples:
         return (self.divergence(drawn[..., None], theirs[..., None]) / theirs.exp()).mean(-1)
 
 
-def _log_mass_outside(log_probs: Tensor, ids: Tensor, likeliest: Tensor) -> Tensor:
+def log_mass_outside(log_probs: Tensor, ids: Tensor, likeliest: Tensor) -> Tensor:
     """[N, 1] log of the mass of all tokens but these; -inf where none.
 
     Of a small rest its own sum, as 1 - mass would cancel; of a large one 1 - mass, whose error is smaller.

@@ -165,9 +165,12 @@ class Gate(nn.Module):
 
 
 def compared_layers(
-    config: Config, student: PreTrainedModel, teacher: PreTrainedModel, objective: Objective
+    config: Config, student: PreTrainedModel, teacher: Any, objective: Objective
 ) -> LayerPairs:
     """The layers that feature terms compare; the student gets what they need beside it, never saved in it.
+
+    Args:
+        teacher: a model; without a gate anything that has its config.
 
     Raises:
         ConfigError: a model has no such layer, or too few.

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
+from kdlib.cache.teacher import CachedTeacher
 from kdlib.config.run import Config
 from kdlib.data.batches import Prepared
 from kdlib.errors import ConfigError, KdlibError, RunError, Stopped, listed
@@ -56,7 +57,7 @@ def train(
     folder: StudentFolder,
     *,
     student: PreTrainedModel,
-    teacher: LiveTeacher | None,
+    teacher: LiveTeacher | CachedTeacher | None,
     tokenizer: PreTrainedTokenizerBase,
     prepared: Prepared,
     weights: Mapping[str, Any] | None = None,
@@ -69,7 +70,7 @@ def train(
     """Train one student into its folder, from its last checkpoint where there is one.
 
     Args:
-        teacher: None where no term needs one: a teacher's own stage.
+        teacher: a model, or what one said; None where no term needs one: a teacher's own stage.
         weights: in place of the config's: the baseline's.
         stop_after: a dry run of so many steps: no checkpoints, no models.
         dense: compute all logits at once: the slow reference.
@@ -115,7 +116,7 @@ def train(
                 print(f"{label}: {line}", flush=True)
             nan_report.put_aside(folder)
         objective = objective_of(config, weights, student)
-        pairs = compared_layers(config, student, teacher.model, objective) if teacher else ()
+        pairs = compared_layers(config, student, teacher.model or teacher, objective) if teacher else ()
         beside = any(name.startswith(BESIDE) for name, _ in student.named_children())
         if beside and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # DDP sees only its forward: they would count as unused

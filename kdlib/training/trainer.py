@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from kdlib.cache.teacher import CachedTeacher, CacheTrainer
 from kdlib.data.batches import Figures, perplexity, units_of_rows
 from kdlib.errors import RunError
 from kdlib.hardware import memory_gib
@@ -38,7 +39,7 @@ from kdlib.training.nan_search import Batch, Replay
 from kdlib.training.trackers import MetricsFile
 
 
-class DistillationTrainer(RoutingTrainer, GuardedTrainer):
+class DistillationTrainer(CacheTrainer, RoutingTrainer, GuardedTrainer):
     """A Trainer whose loss is an Objective's ledger, in training and in evaluation.
 
     Every term is divided by the kept tokens of the whole optimizer step, all micro-batches and ranks: batch
@@ -47,14 +48,14 @@ class DistillationTrainer(RoutingTrainer, GuardedTrainer):
 
     loss_is_scaled_for_ga = True  # gradient accumulation: the Trainer divides no more
     objective: Objective
-    teacher: LiveTeacher | None
+    teacher: LiveTeacher | CachedTeacher | None
     choices: Dataset | None
 
     def __init__(
         self,
         *,
         objective: Objective,
-        teacher: LiveTeacher | None,
+        teacher: LiveTeacher | CachedTeacher | None,
         vocabulary: int,
         folder: StudentFolder,
         workspace: Workspace | None = None,
@@ -191,7 +192,7 @@ class DistillationTrainer(RoutingTrainer, GuardedTrainer):
         """How a batch is asked once more: as in this step of training, or with an evaluation's terms."""
         at = at or self.now()
         asks = self.teacher and (at.needs_teacher if with_teacher is None else with_teacher)
-        models = {"teacher": self.teacher.model} if self.teacher and asks else {}
+        models = {"teacher": self.teacher.model} if self.teacher and self.teacher.model and asks else {}
         models["student"] = self.student  # last: a teacher that is its base has the same modules
         signals = partial(self.signals, self.student, at=at, with_teacher=with_teacher)
         chunk = self.workspace.chunk or PIECE

@@ -16,7 +16,7 @@ from kdlib.data.batches import Prepared
 from kdlib.diagnostics import doctor, forecast, memory, parity
 from kdlib.diagnostics.context import as_text
 from kdlib.errors import RunError, nearest
-from kdlib.evaluation import ablation, code, compare, predictions
+from kdlib.evaluation import ablation, caching, code, compare, predictions
 from kdlib.hardware import machine, precision_of, world_size
 from kdlib.models.loading import device_of
 from kdlib.models.sharing import ranks_of
@@ -61,8 +61,8 @@ def open_run(
     if name is None and not new:
         made = (each.name for each in runs.all_runs(root) if origin.items() <= each.manifest.items())
         if (name := next(made, None)) is None:
-            do = "run 00_setup first, or name one in `run`"
-            raise RunError(f"there is no {'smoke ' * smoke}run of {config} yet; {do}")
+            what = f"{'smoke ' * smoke}run of {config}"
+            raise RunError(f"there is no {what} yet; run 00_setup first, or name one in `run`")
     if name is not None and (root / name).exists():
         opened = runs.open_run(root, name)
         resolved = configs.parse(opened.config.as_dict(), overrides)
@@ -181,8 +181,11 @@ class Workbench:
         """What must be equal on this config, these models and this text, compared: a line each."""
         return parity.parity(self.config, **self._made())
 
-    def _made(self) -> dict[str, Any]:
-        pair = tasks.student_and_teacher(self.config, self.student(), self.prepared, lambda: self.teacher)
+    def _made(self, *, trains: bool = False) -> dict[str, Any]:
+        """What a training takes, the teacher as it `trains`: where it is asked once, what it said."""
+        load, place = lambda: self.teacher, (self.config, self.prepared, self.run.path.parent)
+        asked = partial(caching.in_training, *place, load) if trains else load
+        pair = tasks.student_and_teacher(self.config, self.student(), self.prepared, asked)
         return {**pair, "tokenizer": self.tokenizer, "prepared": self.prepared}
 
     def dry_run(self) -> pd.DataFrame:
@@ -252,13 +255,11 @@ class Workbench:
     def explore(self, *students: str) -> Predictions | None:
         """What the teacher and these students ("distilled", "baseline", "untrained") say of held-out rows.
 
-        A summary goes into explorers.json, for the explorers and the report.  A baseline that the config has
-        not is left out; without a teacher all.
+        A summary goes into explorers.json.  A baseline that is not there is left out; without a teacher all.
         """
         folders = {"distilled": self.run, "baseline": self.run.baseline}
-        known = (*folders, "untrained")
-        for name in set(students).difference(known):
-            hint = f"{nearest(name, known)}; there are {', '.join(known)}"
+        for name in set(students).difference(folders, ["untrained"]):
+            hint = f"{nearest(name, [*folders, 'untrained'])}; there are {', '.join(folders)}, untrained"
             raise RunError(f"there is no student {name!r}{hint}")
         if self.teacher is None:
             print("teacher: null, so there is nothing to explore")
@@ -270,10 +271,9 @@ class Workbench:
             if name == "teacher":
                 return self.teacher
             if name == "untrained":
-                model = self.student().to(dtype)
-            else:
-                model = self.task.load(compare.student_in(folders[name], self.prepared), self.prepared, dtype)
-            return tasks.asked(model, self.prepared)
+                return tasks.asked(self.student().to(dtype), self.prepared)
+            stored = compare.student_in(folders[name], self.prepared)
+            return tasks.asked(self.task.load(stored, self.prepared, dtype), self.prepared)
 
         names = ["teacher", *(name for name in students if name != "baseline" or self.config.baseline)]
         models = {name: partial(asked, name) for name in names}
@@ -295,6 +295,6 @@ class Workbench:
             return None
         if self.processes > 1 and not options:
             return on_ranks(self.run, self.processes)  # both students
-        made = self._made()
+        made = self._made(trains=True)
         print(f"{label}: {self.formula(weights, 0.0, made['student'])}")
         return training.train(self.config, folder, **made, label=label, weights=weights, **options)

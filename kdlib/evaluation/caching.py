@@ -1,0 +1,81 @@
+"""A config's teacher in its training: the model itself, or what it said, on a disk."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from kdlib.cache.making import Wanted, fill, opened, wanted
+from kdlib.cache.teacher import CachedTeacher
+from kdlib.config.run import Config
+from kdlib.data.batches import Prepared
+from kdlib.errors import ConfigError
+from kdlib.hardware import world_size
+from kdlib.losses.features import layer_pairs
+from kdlib.models.loading import device_of, load_config
+from kdlib.models.teacher import LiveTeacher
+from kdlib.students.student import outline
+from kdlib.tasks.base import task_of
+from kdlib.training.plan import extent, objective_of, training_arguments
+
+BATCH = 8  # rows that it is asked about at a time
+FOLDER = ".signals"  # of all caches, beside the runs
+
+
+def plan(config: Config, prepared: Prepared, root: Path) -> Wanted:
+    """What a config's cache holds, and where; `root`: of its runs.
+
+    Raises:
+        ConfigError: the training asks for what no cache holds.
+    """
+    objective = objective_of(config)
+    args = training_arguments(config, root / FOLDER)
+    steps, layers = extent(args, len(prepared.train)).steps or 1, []
+    if objective.in_full.needs_hidden:
+        pairs = layer_pairs(config.loss.features.fixed, *outline(config, task_of(config)).layers)
+        layers = sorted({theirs for _, theirs in pairs})
+    if prepared.vocabularies and config.teacher.cache.form_for(config.loss) != "hidden":
+        raise ConfigError("teacher.cache: a teacher with a tokenizer of its own needs `cache: hidden`")
+    return wanted(config, prepared, objective, root=root / FOLDER, steps=steps, layers=layers)
+
+
+def in_training(
+    config: Config, prepared: Prepared, root: Path, load: Callable[[], LiveTeacher | None]
+) -> LiveTeacher | CachedTeacher | None:
+    """The teacher as it trains a student: `load`ed; or, where it is asked once, what it said.
+
+    Raises:
+        ConfigError, RunError: see `plan` and kdlib.cache.making.fill.
+    """
+    if not (config.teacher and config.teacher.cache):
+        return load()
+    found = plan(config, prepared, root)
+    make(config, prepared, found, load)
+    return CachedTeacher(
+        *(opened(found, recipe) for recipe in found.recipes.values()),
+        vocabulary=prepared.teacher_vocabulary,
+        config=load_config(config.teacher.model),
+        reads=_reads(prepared),
+        vocabularies=prepared.vocabularies,
+    )
+
+
+def make(config: Config, prepared: Prepared, found: Wanted, load: Callable[[], Any]) -> None:
+    """Ask the teacher about the rows of a config that are missing in its caches."""
+    device, rows = device_of(config.wanted_device), {"taught": prepared.train, "exact": prepared.validation}
+
+    def there() -> LiveTeacher:
+        teacher = load()
+        teacher.to(device)
+        return teacher
+
+    how = {"batch": BATCH, "most": config.teacher.cache.max_gib, "reads": _reads(prepared)}
+    for name, recipe in found.recipes.items():
+        fill(found, recipe, rows[name], prepared.collate, there, **how)
+    if (world_size() or 1) > 1:
+        PartialState().wait_for_everyone()
+
+
+def _reads(prepared: Prepared) -> str:
+    return "teacher_" if "teacher_input_ids" in prepared.train.column_names else ""
