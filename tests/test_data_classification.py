@@ -10,7 +10,7 @@ from conftest import sentences, tiny_tokenizer
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from tokenizers.processors import TemplateProcessing
 
-from kdlib.config.sections import DataConfig
+from kdlib.config.data import DataConfig
 from kdlib.data.batches import fingerprint
 from kdlib.data.classification import class_table, prepare
 from kdlib.errors import DataError

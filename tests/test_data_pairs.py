@@ -7,7 +7,7 @@ import pytest
 from made_tokenizers import byte_level, texts, without
 from tokenizers.processors import TemplateProcessing
 
-from kdlib.config.sections import DataConfig
+from kdlib.config.data import DataConfig
 from kdlib.data.batches import collate
 from kdlib.data.pairs import class_of, coverage, of_teacher
 from kdlib.data.text import prepare

@@ -3,7 +3,7 @@ from made_questions import CHATML, conversations, multiple_choice, pairs, writte
 from made_tokenizers import byte_level, sentence_piece, without
 from tokenizers.processors import TemplateProcessing
 
-from kdlib.config.sections import DataConfig
+from kdlib.config.data import DataConfig
 from kdlib.data.qa import prepare
 from kdlib.errors import DataError
 from kdlib.losses.signals import IGNORED

@@ -5,8 +5,8 @@ from datasets import Dataset, DatasetDict
 from made_questions import CHATML, conversations, multiple_choice, pairs, question_tokenizer, written
 from tokenizers.processors import TemplateProcessing
 
+from kdlib.config.data import DataConfig
 from kdlib.config.run import parse
-from kdlib.config.sections import DataConfig
 from kdlib.data.qa import prepare
 from kdlib.data.text import units_of_tokens
 from kdlib.errors import ConfigError, DataError

@@ -9,7 +9,7 @@ from conftest import sentences, tiny_tokenizer
 from datasets import Dataset, DatasetDict
 from tokenizers.processors import TemplateProcessing
 
-from kdlib.config.sections import DataConfig
+from kdlib.config.data import DataConfig
 from kdlib.data.batches import collate
 from kdlib.data.blocks import packed
 from kdlib.data.text import prepare, units_of_tokens

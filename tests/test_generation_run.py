@@ -12,8 +12,8 @@ import yaml
 from conftest import tiny_tokenizer
 from made_generations import KEY, LIMITS, asked, dollars, rows_in
 
+from kdlib.config.data import DataConfig
 from kdlib.config.run import parse
-from kdlib.config.sections import DataConfig
 from kdlib.data.qa import prepare
 from kdlib.errors import RunError, Stopped, TeacherError
 from kdlib.generation import run as generation

@@ -7,7 +7,7 @@ import yaml
 from datasets import ClassLabel, Dataset, DatasetDict
 from made_questions import question_tokenizer, written
 
-from kdlib.config.sections import DataConfig
+from kdlib.config.data import DataConfig
 from kdlib.data.qa import prepare
 from kdlib.errors import DataError
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from made_questions import CHATML, question_tokenizer, written
 
-from kdlib.config.sections import DataConfig
+from kdlib.config.data import DataConfig
 from kdlib.data.qa import prepare
 from kdlib.errors import DataError, ModelError
 from kdlib.losses.signals import IGNORED

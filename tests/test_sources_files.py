@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 from made_files import CARD, FORMS, archive, file, lines, packed, table
 
-from kdlib.config.sections import DataConfig
+from kdlib.config.data import DataConfig
 from kdlib.errors import DataError
 from kdlib.sources.places import identity, read_splits
 from kdlib.sources.rows import check_column

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from conftest import sentences, tiny_tokenizer
 
+from kdlib.config.data import DataConfig
 from kdlib.config.run import parse
-from kdlib.config.sections import DataConfig
 from kdlib.data.batches import fingerprint
 from kdlib.data.kinds import kinds_of
 from kdlib.data.text import prepare, units_of_tokens

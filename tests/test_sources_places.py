@@ -12,8 +12,8 @@ import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
+from kdlib.config.data import DataConfig
 from kdlib.config.run import load
-from kdlib.config.sections import DataConfig
 from kdlib.data.classification import split_texts
 from kdlib.data.labelled_rows import counts
 from kdlib.data.text import units_of_tokens

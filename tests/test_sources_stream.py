@@ -4,8 +4,8 @@ import pytest
 from conftest import sentences, tiny_tokenizer
 from datasets import Dataset
 
+from kdlib.config.data import DataConfig
 from kdlib.config.run import parse
-from kdlib.config.sections import DataConfig
 from kdlib.data.text import prepare
 from kdlib.errors import ConfigError, DataError
 from kdlib.sources import stream

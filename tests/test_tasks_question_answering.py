@@ -10,8 +10,8 @@ from datasets import Dataset
 from made_log import read_metrics
 from made_questions import multiple_choice, question_tokenizer, tiny_gpt2, written
 
+from kdlib.config.data import DataConfig
 from kdlib.config.run import parse
-from kdlib.config.sections import DataConfig
 from kdlib.config.task_rules import RULES
 from kdlib.data.qa import prepare
 from kdlib.diagnostics.doctor import diagnose

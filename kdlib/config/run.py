@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ValidationError, ValidationInfo, model_validator
 
+from kdlib.config.data import DataConfig
 from kdlib.config.loss import BaselineConfig, LossConfig
 from kdlib.config.models import StudentConfig, TeacherConfig, with_base
 from kdlib.config.reading import Overrides, merged, overridden, read_text, read_yaml, sections_in
 from kdlib.config.sections import (
     CodeConfig,
     CompareConfig,
-    DataConfig,
     DiagnosticsConfig,
     EarlyStopping,
     LaunchConfig,

@@ -16,7 +16,7 @@ import pandas as pd
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from kdlib.config.sections import DataConfig
+from kdlib.config.data import DataConfig
 from kdlib.data.batches import Prepared, collate_classes, fingerprint
 from kdlib.data.labelled_rows import counts, read_texts, shown, unique
 from kdlib.data.text import cut_off

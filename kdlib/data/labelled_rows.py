@@ -11,7 +11,7 @@ import datasets
 import pandas as pd
 from datasets import Dataset
 
-from kdlib.config.sections import DataConfig
+from kdlib.config.data import DataConfig
 from kdlib.errors import DataError, nearest
 from kdlib.sources.places import read_splits
 from kdlib.sources.rows import check_column, group_values, own_splits, refuse_rows

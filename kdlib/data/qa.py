@@ -18,7 +18,7 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from kdlib.config.sections import DataConfig
+from kdlib.config.data import DataConfig
 from kdlib.data.batches import Prepared, collate, fingerprint, vocabulary_of
 from kdlib.data.pairs import limits, vocabularies, with_teacher
 from kdlib.data.qa_rows import Item, check_one_answer, split_items

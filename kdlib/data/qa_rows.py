@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 from datasets import Dataset
 
-from kdlib.config.sections import DataConfig
+from kdlib.config.data import DataConfig
 from kdlib.errors import DataError
 from kdlib.questions.choices import (
     READINGS,

@@ -11,7 +11,7 @@ import pandas as pd
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from kdlib.config.sections import DataConfig
+from kdlib.config.data import DataConfig
 from kdlib.data import pairs
 from kdlib.data.batches import Prepared, collate, fingerprint, flat, lengths_of, vocabulary_of
 from kdlib.data.blocks import one_each, packed, tokenized

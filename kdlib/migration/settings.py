@@ -7,8 +7,9 @@ of the cross-entropy in others, so it is asked which.
 import json
 from pathlib import Path
 
+from kdlib.config.data import HUB_IDS
 from kdlib.config.run import parse
-from kdlib.config.sections import HUB_IDS, flow
+from kdlib.config.sections import flow
 from kdlib.config.task_rules import CLASSES, QUESTIONS
 from kdlib.config.training_arguments import RESERVED, problem_with, scheduler_names, training_fields
 from kdlib.migration.student_aware import experts, inside, temperature

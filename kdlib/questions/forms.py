@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from itertools import chain, product
 from typing import Any
 
-from kdlib.config.sections import DataConfig, read_beside
+from kdlib.config.data import DataConfig
+from kdlib.config.sections import read_beside
 from kdlib.errors import DataError
 
 Columns = Mapping[str, tuple[str, ...]]  # ours → theirs

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from kdlib.config.sections import DataConfig
+from kdlib.config.data import DataConfig
 from kdlib.data.blocks import tokenized
 from kdlib.errors import DataError, ModelError, refuse_existing
 from kdlib.models.loading import load_model, load_tokenizer, parameters, plain_config, plain_generation

@@ -8,7 +8,7 @@ import pandas as pd
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, Value
 
-from kdlib.config.sections import DataConfig
+from kdlib.config.data import DataConfig
 from kdlib.errors import DataError
 from kdlib.sources.places import read_splits
 from kdlib.sources.rows import AT_ONCE, check_column, columns_of, group_values, kept_once, own_splits

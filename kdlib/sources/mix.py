@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 from datasets import Dataset, DatasetDict
 
-from kdlib.config.sections import DataConfig
+from kdlib.config.data import DataConfig
 from kdlib.errors import DataError
 from kdlib.sources.documents import SIDES, known_again, read_documents, split_documents
 from kdlib.sources.rows import kept_once

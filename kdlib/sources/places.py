@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetBuilder, DatasetDict
 from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.exceptions import DatasetGenerationError
 
-from kdlib.config.sections import HUB_IDS, DataConfig
+from kdlib.config.data import HUB_IDS, DataConfig
 from kdlib.errors import DataError, nearest, shown
 from kdlib.sources.built_in import BUILT_IN
 from kdlib.sources.files import OF_CODE, folder_of, form_of, has_card, is_local, is_saved, splits_of, stamp

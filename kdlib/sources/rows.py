@@ -7,7 +7,7 @@ import pandas as pd
 import pyarrow as pa
 from datasets import Dataset
 
-from kdlib.config.sections import DataConfig
+from kdlib.config.data import DataConfig
 from kdlib.errors import DataError, listed, nearest
 from kdlib.sources.files import ending
 

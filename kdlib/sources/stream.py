@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, Features, Value
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from kdlib.config.sections import DataConfig
+from kdlib.config.data import DataConfig
 from kdlib.errors import DataError
 from kdlib.sources.documents import SIDES, known_again
 from kdlib.sources.places import identity, read_splits

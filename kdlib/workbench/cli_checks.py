@@ -260,7 +260,7 @@ def tokenizer(
     All documents are read but those of the source's own validation split.
     """
     refuse_existing(folder)
-    from kdlib.config.sections import DataConfig
+    from kdlib.config.data import DataConfig
     from kdlib.sources.documents import read_documents
     from kdlib.tokens.vocabulary import trained_tokenizer
 
