@@ -315,12 +315,12 @@ def test_a_class_that_is_empty_on_one_side_is_named(tmp_path, tokenizer):
         (
             [{"text": text, "label": row % 3} for row, text in enumerate(sentences(20))],
             {"labels": ["a", "b"]},
-            "row 2 of train: label 2;",
+            "row 2 of train: label '2';",
         ),
         (
             [{"text": text, "label": ["a"]} for text in sentences(20)],
             {"labels": ["a", "b"]},
-            "label \"['a']\"",
+            "whose label is no class; needed is one name",
         ),
     ],
 )

@@ -231,6 +231,20 @@ def test_a_row_that_cannot_be_asked_is_named_and_nothing_is_dropped(tmp_path, to
     assert "1 row of train with nothing to ask or to answer; mend them, or take them out" in str(caught.value)
 
 
+def test_rows_that_cannot_be_asked_are_left_out_where_that_is_asked_and_counted(tmp_path, tokenizer):
+    rows = [{**row, "passage": f"p{n}"} for n, row in enumerate(multiple_choice(14))]
+    bad = [{**rows[3], "answer": None}, {**rows[4], "choices": ["one"]}, {**rows[5], "question": " "}]
+    made = prepared([*bad, *rows, {**rows[6], "answer": 9}], tmp_path, tokenizer, skip_unusable=True)
+    assert made.notes["unusable_rows_left_out"] == 4
+    assert made.notes["first_unusable_rows"][0].startswith("row 0 of train: ")
+    same = prepared(rows, tmp_path, tokenizer)
+    assert made.notes["fingerprint"] == same.notes["fingerprint"]
+    grouped = prepared([*bad, *rows], tmp_path, tokenizer, skip_unusable=True, group="passage")
+    assert {*grouped.train["group"], *grouped.validation["group"]} == {row["passage"] for row in rows}
+    with pytest.raises(DataError, match="no row of train with nothing"):
+        prepared(bad, tmp_path, tokenizer, skip_unusable=True)
+
+
 def test_the_first_ten_are_named_and_all_are_counted(tmp_path, tokenizer):
     with pytest.raises(DataError) as caught:
         prepared([{**row, "answer": "Z"} for row in multiple_choice(14)], tmp_path, tokenizer)

@@ -16,6 +16,7 @@ from kdlib.data.text import prepare, units_of_tokens
 from kdlib.errors import DataError
 from kdlib.losses.signals import IGNORED
 from kdlib.sources.documents import read_documents, split_documents
+from kdlib.workbench.tables import texts_in
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +176,26 @@ def test_what_is_left_out_is_noted(tmp_path, tokenizer):
     )
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_documents_without_a_text_are_left_out_and_counted_where_that_is_asked(
+    tmp_path, tokenizer, streaming
+):
+    texts = [*sentences(30), None, 7, *sentences(30, seed=2)]
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    how = {"packing": False, "streaming": streaming}
+    how |= {"max_train_rows": 50, "max_eval_rows": 5} if streaming else {}
+    with pytest.raises(DataError, match="document 30 of train has 'text' = None"):
+        prepare(config(path, **how), tokenizer, seed=0)
+    made = prepare(config(path, **how, skip_unusable=True), tokenizer, seed=0)
+    notes, first = made.notes, [*made.train["input_ids"], *made.validation["input_ids"]]
+    assert all(tokenizer.decode(ids).split()[0] in " ".join(sentences(9)) for ids in first)
+    assert notes["unusable_rows_left_out"] == 2
+    assert notes["first_unusable_rows"][0].startswith("document 30 of train has 'text' = None")
+    assert texts_in(notes)["left out"].startswith("2 rows that cannot be used, as document 30")
+    assert notes["train_documents"] + notes["validation_documents"] == 60
+
+
 def test_the_same_seed_gives_the_same_rows_and_another_seed_others(tmp_path, tokenizer):
     path = write(tmp_path, "jsonl")
     prints = [prepare(config(path), tokenizer, seed=seed).notes["fingerprint"] for seed in (0, 0, 1)]
@@ -228,7 +249,12 @@ def test_the_collator_masks_padding_and_the_first_token():
             "shorter than two tokens",
         ),
         ("text.jsonl", '{"text": "a b"}\n{"text": "b c d"}\n', {}, "lower max_length"),
-        ("text.jsonl", '{"text": "a b"}\n{"text": null}\n', {}, "every document needs a text"),
+        (
+            "text.jsonl",
+            '{"text": "a b"}\n{"text": null}\n',
+            {},
+            "1 row without a text, and every document needs one",
+        ),
         (
             "text.jsonl",
             '{"text": ["a"]}\n{"text": ["b"]}\n',

@@ -11,7 +11,7 @@ from kdlib.data.batches import fingerprint
 from kdlib.data.kinds import kinds_of
 from kdlib.data.text import prepare, units_of_tokens
 from kdlib.errors import ConfigError, DataError
-from kdlib.sources.mix import split_sources
+from kdlib.sources.documents import split_sources
 
 
 @pytest.fixture(scope="module")

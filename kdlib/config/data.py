@@ -65,6 +65,8 @@ class DataConfig(Section):
     text: str | list[str] = "text"  # of a classification, several columns make one text, a line each
     label: str = "label"
     labels: list[str] | None = None  # the classes' names, where the source gives numbers alone
+    merge_labels: bool = False  # names of a class that differ in case, spaces or Unicode's forms are one
+    skip_unusable: bool = False  # rows of which nothing can be learned are left out and counted, not refused
     group: str | None = None  # the column with what must not be divided: an author, a patient, a page
     question: str = "question"
     choices: str | list[str] = "choices"  # a column of lists, or a column for each
@@ -97,7 +99,7 @@ class DataConfig(Section):
     def _stated(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what few have, so that older runs and sweeps are known again."""
         rare = {"mix", "streaming", "answer_as", "prompt", "response", "messages", "ignore", "chat_template"}
-        rare |= {"train", "field", "separator", "header", "encoding"}
+        rare |= {"train", "field", "separator", "header", "encoding", "merge_labels", "skip_unusable"}
         usual = {name: type(self).model_fields[name].default for name in rare}
         return {n: value for n, value in dump(self).items() if n not in usual or value != usual[n]}
 

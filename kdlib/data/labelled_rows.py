@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from kdlib.config.data import DataConfig
 from kdlib.errors import DataError, nearest
+from kdlib.sources.labels import UNLABELLED, Unusable, label_values, merged, numbering
 from kdlib.sources.places import read_splits
 from kdlib.sources.rows import check_column, group_values, own_splits, refuse_rows
 
@@ -46,11 +47,12 @@ def read_texts(
     for name, rows in splits.items():
         for column, setting in named.items():
             check_column(config, rows, column, setting)
-        read = {"text": _joined(rows, columns), "label": _label_values(rows, config.label)}
+        read = {"text": _joined(rows, columns), "label": label_values(rows, config.label)}
         if (groups := group_values(config, rows, name)) is not None:
             read["group"] = groups
         frames[name] = pd.DataFrame(read, dtype=object)
-    if "test" in frames and set(frames["test"]["label"]) == {None}:
+    secret = {None, UNLABELLED} - {*frames["train"]["label"]}
+    if "test" in frames and {*frames["test"]["label"]} <= secret | {None}:
         if config.test is not None:
             raise DataError(
                 f"{config.source}: no row of {config.test!r} has a label, so nothing can be tested on it; "
@@ -58,12 +60,29 @@ def read_texts(
             )
         del frames["test"]
         notes["test"] = "none: the source's has no labels"
-    labels, numbers = _numbering(config, splits["train"].features[config.label], frames)
+    odd = [
+        f"row {row} of {name}: its label is {label}"
+        for name, frame in frames.items()
+        for row, label in enumerate(frame["label"])
+        if isinstance(label, Unusable) and not config.skip_unusable
+    ]
+    what = "whose label is no class; needed is one name, or whole number, for each row: mend them, or name "
+    refuse_rows(config, odd, f"{what}another column in data.label")
+    feature = splits["train"].features[config.label]
+    if not isinstance(feature, datasets.ClassLabel):
+        notes |= merged(config, frames)
+    labels, numbers = numbering(
+        config, feature, {label for each in frames.values() for label in each["label"]}
+    )
     what = f"cannot be used; each needs a text, and a label that is one of {some(labels)}. Correct them or "
     what += "leave them out, or see whether data.text, data.label and data.labels are meant so"
-    refuse_rows(config, list(_faults(frames, labels, numbers, known)), what)
-    for frame in frames.values():
-        frame["class"] = [numbers[label] for label in frame.pop("label")]
+    faults = list(_faults(frames, labels, numbers, known))
+    refuse_rows(config, [f"row {row} of {name}: {fault}" for name, row, fault in faults], what, notes)
+    for name, frame in frames.items():
+        frame = frame.drop([row for split, row, _ in faults if split == name]).reset_index(drop=True)
+        frames[name] = frame.assign(**{"class": [numbers[label] for label in frame["label"]]}).drop(
+            columns="label"
+        )
     return frames, labels, notes
 
 
@@ -108,63 +127,6 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:NAMED])) + (f", … ({len(names)} in all)" if len(names) > NAMED else "")
 
 
-def _label_values(rows: Dataset, column: str) -> list[Any]:
-    """What each row says of its class: a name, a whole number, or None where it says nothing."""
-    feature, values = rows.features[column], rows[column][:]
-    if isinstance(feature, datasets.ClassLabel):
-        return [None if value is None or value < 0 else feature.names[value] for value in values]
-    return [_label_value(value) for value in values]
-
-
-def _label_value(value: Any) -> Any:
-    if isinstance(value, float):  # a column of numbers with gaps
-        return None if value != value else int(value) if value.is_integer() else repr(value)
-    if isinstance(value, str):
-        return value if value.strip() else None
-    return value if value is None or type(value) is int else repr(value)
-
-
-def _numbering(
-    config: DataConfig, feature: Any, frames: Mapping[str, pd.DataFrame]
-) -> tuple[tuple[str, ...], dict[Any, int]]:
-    """The classes' names in order, and the number of each label."""
-    found = {label for frame in frames.values() for label in frame["label"]} - {None}
-    given = config.labels
-    if isinstance(feature, datasets.ClassLabel):
-        labels = _renamed(config, feature.names)
-        same = set(labels) == set(feature.names)
-        numbers = {name: labels.index(name) if same else number for number, name in enumerate(feature.names)}
-    elif found and all(isinstance(value, int) for value in found):
-        labels = given or [str(value) for value in sorted(found)]
-        first = int(bool(given) and found == set(range(1, len(labels) + 1)))
-        values = range(first, first + len(labels)) if given else sorted(found)
-        numbers = {value: number for number, value in enumerate(values)}
-    else:
-        labels = given or sorted(map(str, found))
-        numbers = {name: number for number, name in enumerate(labels)}
-    if len(labels) < 2 or len(set(labels)) < len(labels):
-        raise DataError(
-            f"{config.source}: the classes in {config.label!r} are {', '.join(map(repr, labels)) or 'none'}; "
-            "two or more, each once, are needed: name their column in data.label, and them in data.labels"
-        )
-    return tuple(labels), numbers
-
-
-def _renamed(config: DataConfig, names: Sequence[str]) -> Sequence[str]:
-    """The source's names of its classes, or the config's: these in another order, or others in this one."""
-    given = config.labels
-    if given is None or set(given) == set(names):
-        return given or names
-    moved = [label for number, label in enumerate(given) if label in names and names.index(label) != number]
-    if len(given) != len(names) or moved:
-        elsewhere = f"; {moved[0]!r} stands elsewhere there" if moved else ""
-        raise DataError(
-            f"{config.source}: data.labels: found {', '.join(given)}; the source has {', '.join(names)}. "
-            f"Write these in any order, or as many other names in this order{elsewhere}"
-        )
-    return given
-
-
 def _joined(rows: Dataset, columns: Sequence[str]) -> list[Any]:
     """The columns' texts, a line each, without those that are empty; what is no text as it is."""
 
@@ -181,22 +143,23 @@ def _faults(
     labels: Sequence[str],
     numbers: Mapping[Any, int],
     known: Sequence[str] | None,
-) -> Iterator[str]:
-    """What is wrong with each row of which nothing can be learned."""
+) -> Iterator[tuple[str, int, str]]:
+    """(split, row, what is wrong with it) of each of which nothing can be learned."""
     ours, taught = ({label.casefold() for label in names} for names in (labels, known or ()))
     if not ours & taught:  # names of something else: kdlib.models.classifier says so
         taught = ours
     for name, frame in frames.items():
         for row, (text, label) in enumerate(zip(frame["text"], frame["label"], strict=True)):
-            where, number = f"row {row} of {name}", numbers.get(label)
+            number, beside = numbers.get(label), f"; text {shown(text)}"
             if not isinstance(text, str):
-                yield f"{where}: its text is {shown(text)} ({type(text).__name__})"
+                yield name, row, f"its text is {shown(text)} ({type(text).__name__})"
             elif not text.strip():
-                yield f"{where}: its text is {shown(text)}"
+                yield name, row, f"its text is {shown(text)}"
             elif label is None:
-                yield f"{where}: no label; text {shown(text)}"
+                yield name, row, f"no label{beside}"
+            elif isinstance(label, Unusable):
+                yield name, row, f"its label is {label}{beside}"
             elif number is None:
-                yield f"{where}: label {label!r}{nearest(str(label), labels)}; text {shown(text)}"
+                yield name, row, f"label {label!r}{nearest(str(label), labels)}{beside}"
             elif labels[number].casefold() not in taught:
-                found = f"label {labels[number]!r}, which the teacher does not know"
-                yield f"{where}: {found}; text {shown(text)}"
+                yield name, row, f"label {labels[number]!r}, which the teacher does not know{beside}"

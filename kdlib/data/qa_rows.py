@@ -56,7 +56,7 @@ def read_items(
             )
         wheres = [f"row {number} of {split}" for number in range(len(rows))]
         read = attempted(partial(READERS[form.kind], config, form), wheres, _each(rows))
-        found[split] = wheres, collected(config, f"of {split} {UNASKED}", wheres, read)
+        found[split] = usable(config, f"of {split} {UNASKED}", wheres, read, notes)
     if "answer" in form.columns:
         found = _understood(config, found, form, notes)
     elif config.answer_as:
@@ -67,8 +67,8 @@ def read_items(
     made = {split: items for split, (_, items) in found.items()}
     for split, items in made.items():
         if (groups := group_values(config, splits[split], split)) is not None:
-            both = zip(items, groups, strict=True)
-            made[split] = [replace(item, group=group) for item, group in both]
+            of = {f"row {number} of {split}": group for number, group in enumerate(groups)}
+            made[split] = [replace(item, group=of[item.where]) for item in items]
     return made
 
 
@@ -92,10 +92,7 @@ def _understood(
         return Item(where, each.question, each.choices, right_choice(each, reading))
 
     return {
-        split: (
-            wheres,
-            collected(config, f"of {split} {UNASKED}", wheres, attempted(item, wheres, questions)),
-        )
+        split: usable(config, f"of {split} {UNASKED}", wheres, attempted(item, wheres, questions), notes)
         for split, (wheres, questions) in found.items()
     }
 
@@ -169,12 +166,16 @@ def check_one_answer(config: DataConfig, items: Sequence[Item]) -> None:
     refuse_rows(config, faults, "with another answer to a question asked before; keep one of each")
 
 
-def collected(config: DataConfig, what: str, wheres: Sequence[str], made: Iterable) -> list[Any]:
-    """These as they are; a DataError of all the `Fault`s among them, where there are any: `refuse_rows`."""
-    found = list(made)
-    both = zip(wheres, found, strict=True)
-    refuse_rows(config, [f"{where}: {each}" for where, each in both if isinstance(each, Fault)], what)
-    return found
+def usable(
+    config: DataConfig, what: str, wheres: Sequence[str], made: Iterable, notes: dict[str, Any]
+) -> tuple[list[str], list[Any]]:
+    """These, and where they stand, without the `Fault`s among them, which `refuse_rows` counts or refuses."""
+    both = list(zip(wheres, made, strict=True))
+    refuse_rows(config, [f"{where}: {each}" for where, each in both if isinstance(each, Fault)], what, notes)
+    kept = [(where, each) for where, each in both if not isinstance(each, Fault)]
+    if not kept:
+        raise DataError(f"{config.source}: no row {what}")
+    return [where for where, _ in kept], [each for _, each in kept]
 
 
 def _each(rows: Dataset) -> Iterator[dict[str, Any]]:

@@ -16,8 +16,8 @@ from kdlib.data import pairs
 from kdlib.data.batches import Prepared, collate, fingerprint, flat, lengths_of, vocabulary_of
 from kdlib.data.blocks import one_each, packed, tokenized
 from kdlib.errors import DataError
+from kdlib.sources.documents import interleaved, split_sources
 from kdlib.sources.files import is_prose
-from kdlib.sources.mix import interleaved, split_sources
 from kdlib.sources.rows import group_values
 from kdlib.sources.stream import streamed
 from kdlib.tokens.spans import PairReader
@@ -42,11 +42,12 @@ def prepare(
         ModelError: of one of two tokenizers it is not known which bytes its tokens stand for.
     """
     seed = seed if config.split_seed is None else config.split_seed
+    skipped: dict[str, Any] = {}
     if config.streaming:
-        part, split, repeated = streamed(config, tokenizer)
+        part, split, repeated = streamed(config, tokenizer, skipped)
         sources = [(part, split, False)]
     else:
-        sources, repeated = split_sources(config, seed=seed)
+        sources, repeated = split_sources(config, seed=seed, notes=skipped)
     reader = PairReader(tokenizer, teacher) if teacher else None
     made, numbered = [], 0
     for part, split, _ in sources:
@@ -58,7 +59,7 @@ def prepare(
     grouped = f", whole {config.group}s" if config.group else ""
     divided = "the beginning of a stream" if config.streaming else f"by document{grouped}"
     how = {"the source's own" if is_own else divided for _, _, is_own in sources}
-    notes = {"source": config.source, "split": ", or ".join(sorted(how, reverse=True)), **found}
+    notes = {"source": config.source, "split": ", or ".join(sorted(how, reverse=True)), **found, **skipped}
     notes["duplicate_documents_left_out"] = repeated
     notes["each_document_begins_with"] = tokenizer.decode(beginning(tokenizer))
     notes["each_document_ends_with"] = tokenizer.eos_token or ""

@@ -280,13 +280,13 @@ def _feature(kinds: set[type]) -> Any:
 
 
 def _column(values: list[Any], feature: Any) -> pa.Array:
-    """A column of a table; where its type is not known, as of the beginning of a stream, as it comes."""
-    if feature is not None and not isinstance(feature, Anything):
-        return pa.array(values, feature.pa_type)
-    if feature is None:
-        try:
-            return pa.array(values)
-        except (pa.ArrowInvalid, pa.ArrowTypeError):
-            pass
-    written = [None if value is None else json.dumps(value) for value in values]
-    return pa.array(written, pa.string()).cast(pa.json_()) if feature else pa.array(written, pa.string())
+    """A column of a table; of a stream, whose types are not known, as it comes, of mixed values the texts."""
+    if isinstance(feature, Anything):
+        written = [None if value is None else json.dumps(value) for value in values]
+        return pa.array(written, pa.string()).cast(pa.json_())
+    try:
+        return pa.array(values, feature and feature.pa_type)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        if feature is not None:
+            raise
+        return pa.array([value if isinstance(value, str) else None for value in values], pa.string())

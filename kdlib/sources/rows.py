@@ -1,6 +1,7 @@
 """What is asked of a source's rows: columns that are there, groups, own splits, each row on one side."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from kdlib.sources.files import ending
 
 GROUPED = "stdlib-sections"  # the built-in source whose rows say in `group` what they belong to
 AT_ONCE = 1000  # rows
+FIRST = 3  # of those left out that a run's notes name
 
 
 def check_column(config: DataConfig, rows: Dataset, column: str, setting: str) -> None:
@@ -100,9 +102,18 @@ def kept_once(
     return {name: kept[name] for name in splits}
 
 
-def refuse_rows(config: DataConfig, faults: Sequence[str], what: str) -> None:
-    """Raise where there are faults: `3 rows <what>`, and the first ten of them, a line each."""
-    if faults:
+def refuse_rows(
+    config: DataConfig, faults: Sequence[str], what: str, notes: dict[str, Any] | None = None
+) -> None:
+    """Raise where there are faults: `3 rows <what>`, and the first ten of them, a line each.
+
+    Args:
+        notes: of who leaves such rows out where `data.skip_unusable` says so; they are counted there.
+    """
+    if faults and notes is not None and config.skip_unusable:
+        notes["unusable_rows_left_out"] = notes.get("unusable_rows_left_out", 0) + len(faults)
+        notes["first_unusable_rows"] = [*notes.get("first_unusable_rows", ()), *faults][:FIRST]
+    elif faults:
         count = f"{len(faults)} row{'s' * (len(faults) != 1)}"
         raise DataError(f"{config.source}: {count} {what}{listed(faults)}")
 

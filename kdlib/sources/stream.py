@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.config.data import DataConfig
 from kdlib.errors import DataError
-from kdlib.sources.documents import SIDES, known_again
+from kdlib.sources.documents import SIDES, known_again, with_text
 from kdlib.sources.places import identity, read_splits
 from kdlib.sources.rows import columns_of, kept_once, own_splits
 
@@ -24,10 +24,15 @@ HEAD = 1000  # documents by which it is seen how many bytes a token stands for
 MARGIN = 1.1  # so much more is read, as tokens elsewhere may be longer, and what came twice goes
 
 
-def streamed(config: DataConfig, tokenizer: Tokenizer) -> tuple[DataConfig, DatasetDict, int]:
+def streamed(
+    config: DataConfig, tokenizer: Tokenizer, notes: dict[str, Any]
+) -> tuple[DataConfig, DatasetDict, int]:
     """The documents that `max_train_rows` need, and before them those held out; each text once.
 
     Held out is the beginning of the source's own validation split, else that of train.
+
+    Args:
+        notes: where it is counted which rows without a text were left out (`data.skip_unusable`).
 
     Returns:
         What the config says of these documents; them; and how many came twice and were left out.
@@ -40,12 +45,15 @@ def streamed(config: DataConfig, tokenizer: Tokenizer) -> tuple[DataConfig, Data
     share = 0.1 if isinstance(config.validation, str) else config.validation
     held_out = config.max_eval_rows or max(round(share * config.max_train_rows), 1)
     wanted = {"train": config.max_train_rows * MARGIN, "validation": held_out * MARGIN}
+
+    def made(split: str, rows: float) -> Dataset:
+        return with_text(config, _made(config, split, rows, row_bytes), split, "text", notes)
+
     if name := own.get("validation"):
         sides = {"train": "train", "validation": name}
-        made = {side: _made(config, split, wanted[side], row_bytes) for side, split in sides.items()}
-        documents = DatasetDict(made)
+        documents = DatasetDict({side: made(split, wanted[side]) for side, split in sides.items()})
     else:
-        every = _made(config, "train", sum(wanted.values()), row_bytes)
+        every = made("train", sum(wanted.values()))
         passed = np.cumsum(_sizes(every, row_bytes))
         first = int(np.searchsorted(passed, wanted["validation"])) + 1
         if first >= len(every):
@@ -70,7 +78,7 @@ def _row_bytes(config: DataConfig, tokenizer: Tokenizer) -> float | None:
             if config.text not in row:
                 has = f"it has {', '.join(row)}: name the one with the text in data.text"
                 raise DataError(f"{config.source}: no column {config.text!r}; {has}")
-            texts.append(_text_of(config, row, "train", number))
+            texts += filter(None, [_text_of(config, row, "train", number)])
     except (OSError, ValueError, RuntimeError) as error:  # pyarrow's and json's are ValueErrors
         raise DataError(f"{config.source}: cannot be read as a stream: {error}") from error
     if not texts:
@@ -101,20 +109,23 @@ def _made(config: DataConfig, split: str, rows: float, row_bytes: float | None) 
 
 def _documents(
     config: Mapping[str, Any], split: str, rows: float, row_bytes: float | None, made_of: str
-) -> Iterator[dict[str, str]]:
+) -> Iterator[dict[str, str | None]]:
     """The generator of that table; `made_of` is for `datasets`: where the source changes, it is made anew."""
     asked, passed = DataConfig(**config), 0.0
     for number, row in enumerate(read_splits(asked)[split]):
         text = _text_of(asked, row, split, number)
         yield {"text": text}
-        passed += len(text.encode()) / row_bytes if row_bytes else 1
+        if text is not None:
+            passed += len(text.encode()) / row_bytes if row_bytes else 1
         if passed >= rows:
             return
 
 
-def _text_of(config: DataConfig, row: Mapping[str, Any], split: str, number: int) -> str:
-    """A document's text; a DataError where it has none."""
+def _text_of(config: DataConfig, row: Mapping[str, Any], split: str, number: int) -> str | None:
+    """A document's text; a DataError where it has none, and None where such are left out."""
     if not isinstance(text := row.get(config.text), str):
+        if config.skip_unusable:
+            return None
         found = f"document {number} of {split} has {config.text!r} = {text!r} ({type(text).__name__})"
         raise DataError(f"{config.source}: {found}; every document needs a text")
     return text

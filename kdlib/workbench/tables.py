@@ -60,6 +60,11 @@ def texts_in(notes: Mapping[str, Any]) -> dict[str, str]:
         trained, held_out = (f"{part[f'{side}_rows']:,}" for side in ("train", "validation"))
         rows = f"{trained} rows, and {held_out} held out"
         found[f"of {part['source']}"] = f"{part['share']:.1%} of the training rows: {rows}"
+    if left_out := notes.get("unusable_rows_left_out"):
+        first = "; ".join(notes["first_unusable_rows"])
+        found["left out"] = f"{left_out:,} rows that cannot be used, as {first}"
+    if merged := notes.get("merged_labels"):
+        found["labels merged"] = "; ".join(merged)
     return found
 
 
