@@ -55,11 +55,9 @@ def test_rows_as_they_are_published_are_read_without_a_converter(tmp_path, token
 
 
 def test_mmlu_without_names_for_its_columns_is_read_by_their_places(tmp_path, tokenizer):
-    rows = [
-        {str(n): text for n, text in enumerate([f"Which, {i}?", "red", RIGHT, "blue", "black", "B"])}
-        for i in range(4)
-    ]
-    assert right(read(rows, tmp_path, tokenizer)) == ({RIGHT}, {4})
+    (tmp_path / "test.csv").write_text("".join(f'"Which, {n}?",red,{RIGHT},blue,black,B\n' for n in range(4)))
+    source = DataConfig(source=str(tmp_path / "test.csv"), header=False, max_length=256, validation=0.5)
+    assert right(prepare(source, tokenizer, seed=0)) == ({RIGHT}, {4})
 
 
 def test_a_number_that_stands_for_a_name_is_read_as_the_name(tmp_path, tokenizer):

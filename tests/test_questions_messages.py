@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from datasets import Dataset
 from made_questions import CHATML, question_tokenizer, written
 
 from kdlib.config.data import DataConfig
@@ -127,6 +128,24 @@ def test_tools_calls_and_reasoning_go_to_the_template_and_are_learned_where_the_
         assert learned == f"{call}<|im_end|>{SAID}<|im_end|>"
 
 
+def test_a_table_that_fills_every_message_with_all_keys_says_the_same(tmp_path, calling):
+    rows = [
+        [
+            *openai(("user", f"{ASKED} {n}")),
+            {"role": "assistant", "content": None, "tool_calls": [CALL], "weight": w},
+        ]
+        for n, w in enumerate((1, None))
+    ]
+    spoken = [{"messages": [*row, *openai(("tool", "1/2"), ("assistant", SAID))]} for row in rows]
+    written(spoken, tmp_path / "rows.jsonl")
+    Dataset.from_list(spoken).to_parquet(tmp_path / "rows.parquet")
+    made = [
+        prepare(DataConfig(source=str(tmp_path / f"rows.{kind}"), validation=0.5), calling, seed=0)
+        for kind in ("jsonl", "parquet")
+    ]
+    assert len({each.notes["fingerprint"] for each in made}) == 1
+
+
 @pytest.mark.parametrize("says", [{"weight": 0}, {"train": False}])
 def test_a_turn_that_says_so_is_read_and_not_learned(tmp_path, chatty, says):
     first = {"role": "assistant", "content": "So.", **says}
@@ -185,6 +204,16 @@ def test_the_end_of_a_text_that_a_template_writes_once_hides_no_answer(tmp_path)
     assert text.endswith("So.<|im_end|>\n<eos>")
     assert learned == f"{SAID}<|im_end|>So.<|im_end|>\n<eos>"
     assert made.notes["train_turns_read_only"] == 0
+
+
+def test_a_token_that_begins_before_an_answer_is_learned_with_it(tmp_path):
+    """As the space before a first word, where the template has it."""
+    joined = question_tokenizer(
+        "{% for m in messages %}[{{ m.role }}]: {{ m.content }}<|im_end|>{% endfor %}"
+    )
+    joined.add_tokens([": one"])
+    _, learned, _ = read({"messages": WHOLE}, tmp_path, joined)
+    assert learned == f": {SAID}<|im_end|>"
 
 
 SPOKEN = openai(("user", ASKED), ("assistant", SAID))
