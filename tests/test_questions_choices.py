@@ -51,7 +51,7 @@ def test_rows_as_they_are_published_are_read_without_a_converter(tmp_path, token
     answers, sizes = right(made)
     assert answers == {RIGHT}
     assert max(sizes) == 8 if rows == QUANTUM else max(sizes) <= 5
-    assert made.notes["form"].startswith("multiple choice (question: ")
+    assert made.notes["columns"].startswith("multiple choice (question: ")
 
 
 def test_mmlu_without_names_for_its_columns_is_read_by_their_places(tmp_path, tokenizer):

@@ -94,7 +94,7 @@ def test_earlier_turns_in_a_column_of_their_own_come_first(tmp_path, chatty):
     text, learned, made = read(row, tmp_path, chatty)
     assert text.index("How?") < text.index("So.") < text.index(f"{ASKED}\nA gate.")
     assert learned == f"So.<|im_end|>{SAID}<|im_end|>"
-    assert "(prompt: instruction + input; response: output; history: history)" in made.notes["form"]
+    assert "(prompt: instruction + input; response: output; history: history)" in made.notes["columns"]
 
 
 def test_tools_calls_and_reasoning_go_to_the_template_and_are_learned_where_the_assistant_says_them(

@@ -58,7 +58,12 @@ def prepare(
     seed = seed if config.split_seed is None else config.split_seed
     source = {name: rows for name, rows in read_splits(config).items() if len(rows)}
     form = form_of(config, source["train"].column_names)
-    notes = {"source": config.source, "form": str(form), "columns_not_read": [*form.unread]}
+    notes = {
+        "source": config.source,
+        "form": form.kind,
+        "columns": str(form),
+        "columns_not_read": [*form.unread],
+    }
     splits = split_items(config, source, form, seed=seed, notes=notes)
     check_one_answer(config, [item for items in splits.values() for item in items])
     rows, choices = {}, {}

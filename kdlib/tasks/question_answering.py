@@ -62,7 +62,7 @@ class QuestionAnswering(LanguageModeling):
 
     def facts(self, prepared: Prepared, tokenizer: Tokenizer, teacher: LiveTeacher | None) -> dict[str, str]:
         notes = prepared.notes
-        found = {"rows are": notes["form"], "answers": notes.get("answers", "")}
+        found = {"rows are": notes["columns"], "answers": notes.get("answers", "")}
         found["columns not read"] = cut(", ".join(notes["columns_not_read"]), 200)
         return {
             **super().facts(prepared, tokenizer, teacher),
