@@ -23,6 +23,17 @@ def test_a_new_run_holds_its_resolved_config_and_a_manifest(run, raw_config):
     assert run.status["state"] == "created"
 
 
+def test_a_runs_config_that_a_person_edits_is_read_as_any_config(run):
+    path = run.path / "config.yaml"
+    text = path.read_text()
+    path.write_text(text.replace("text: text", "text: 2024-01-01").replace("seed: 0", "seed: 010"))
+    assert run.config.data.text == "2024-01-01"
+    assert run.config.seed == 10
+    path.write_text(f"{text}\nseed: 1\n")
+    with pytest.raises(RunError, match=r"(?s)config.yaml: .*'seed' stands twice .*bring back a copy"):
+        _ = run.settings
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

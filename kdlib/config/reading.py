@@ -8,6 +8,7 @@ Reference: https://yaml.org/spec/1.2.2/#103-core-schema
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +18,7 @@ from kdlib.errors import ConfigError, nearest_file, refuse_keys, shown
 
 Overrides = Sequence[str] | Mapping[str, Any]
 MOST = 100_000  # values in one text, each alias written out
+DEEPEST = 1000  # lists and mappings in one text, were each within the one before
 INT = re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$")
 FLOAT = re.compile(
     r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.nan$"
@@ -30,8 +32,8 @@ CORE = {  # tag → its form, and what it may begin with
 }
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with YAML 1.2's words and numbers; no key twice."""
+class _Core(yaml.constructor.SafeConstructor, yaml.resolver.Resolver):
+    """What PyYAML's safe loaders make of nodes, with YAML 1.2's words and numbers; no key twice."""
 
     yaml_implicit_resolvers: dict = {}
 
@@ -51,9 +53,17 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_int)
+_Core.add_constructor("tag:yaml.org,2002:int", _Core.construct_int)
 for _tag, (_form, _first) in CORE.items():
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _form, _first)
+    _Core.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _form, _first)
+
+
+class _Loader(_Core, yaml.SafeLoader):
+    """Of any text."""
+
+
+class _Quick(_Core, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """The same, ten times faster where libyaml is there, which dies of a deeply nested text."""
 
 
 def read_yaml(text: str, name: str) -> Any:
@@ -63,7 +73,7 @@ def read_yaml(text: str, name: str) -> Any:
     """
     refuse_keys(text, name)
     try:
-        found = yaml.load(text, Loader=_Loader)
+        found = _loaded(text)
         if _size(found, {}) > MOST:
             raise ConfigError(f"{name}: its aliases unfold to over {MOST:,} values; write out what is meant")
         return found
@@ -72,6 +82,14 @@ def read_yaml(text: str, name: str) -> Any:
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
         # all but the first from PyYAML's own conversions: !!timestamp 2026-13-45, !!bool x
         raise ConfigError(f"{name}: not valid YAML: {error}") from None
+
+
+def _loaded(text: str) -> Any:
+    """What libyaml refuses, as halves of characters, PyYAML's own parser may read, or says why not."""
+    if sum(map(text.count, ("[", "{", "- ", "? "))) <= DEEPEST:
+        with suppress(yaml.YAMLError):
+            return yaml.load(text, Loader=_Quick)
+    return yaml.load(text, Loader=_Loader)
 
 
 def _size(value: Any, sizes: dict[int, int]) -> int:

@@ -11,15 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kdlib.errors import RunError, without_keys
 
 REFUSALS = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EFBIG", "ENOTDIR")
 GO_ON = "KDLIB_GO_ON"
-DEEPEST = 1000
 WHOLE = "kdlib writes it whole: bring back a copy, or delete it and make it again"
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, ten times faster where it was built
 
 
 @dataclass(frozen=True)
@@ -71,23 +67,6 @@ def read_json(path: Path, default: Any = None) -> Any:
     if default is not None and not isinstance(found, type(default)):
         needed = "an object" if isinstance(default, dict) else "a list"
         raise RunError(f"{path}: found {type(found).__name__}, needs {needed}; {WHOLE}")
-    return found
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The sections of a run's config.yaml.
-
-    Raises:
-        RunError: it holds none.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        is_deep = sum(map(text.count, ("[", "{", "- ", "? "))) > DEEPEST  # of which the C parser dies
-        found = yaml.load(text, Loader=yaml.SafeLoader if is_deep else LOADER)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise RunError(f"{path}: found no YAML ({error}); {WHOLE}") from error
-    if not isinstance(found, dict):
-        raise RunError(f"{path}: found {type(found).__name__}, needs sections; {WHOLE}")
     return found
 
 

@@ -16,16 +16,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from kdlib.config.reading import differences
+from kdlib.config.reading import differences, read_text, read_yaml
 from kdlib.config.run import BESIDE, Config, parse
-from kdlib.errors import Died, RunError, Stopped, nearest, refuse_keys, shown, without_controls
+from kdlib.errors import ConfigError, Died, RunError, Stopped, nearest, refuse_keys, shown, without_controls
 from kdlib.metrics.names import rivals_of, student_of
 from kdlib.runs.files import (
     WHOLE,
     StudentFolder,
     now,
     read_json,
-    read_settings,
     write_json,
     write_text,
     writing,
@@ -283,8 +282,14 @@ def _created(run: Run) -> str:
 
 
 @lru_cache(maxsize=64)
-def _read(path: Path, changed: int) -> Any:
-    return read_settings(path)
+def _read(path: Path, changed: int) -> dict[str, Any]:
+    try:
+        found = read_yaml(read_text(path), str(path))
+    except ConfigError as error:
+        raise RunError(f"{error}; {WHOLE}") from None
+    if not isinstance(found, dict):
+        raise RunError(f"{path}: found {type(found).__name__}, needs sections; {WHOLE}")
+    return found
 
 
 @lru_cache(maxsize=64)
