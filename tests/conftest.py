@@ -24,7 +24,8 @@ from browser import CHROMIUM, QUIET, answers, asked
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kdlib.runs.folder import PARENT, project_root
+from kdlib.runs.folder import project_root
+from kdlib.runs.processes import PARENT
 
 WORDS = [
     "the",

@@ -8,6 +8,7 @@ from kdlib.runs import folder as runs
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.folder import Run
 from kdlib.runs.log import append_metrics
+from kdlib.runs.processes import this_process
 
 
 def logged(step, *, steps=20, **changes):
@@ -49,8 +50,19 @@ def read_metrics(folder: StudentFolder) -> list[dict]:
     return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
+def stands(run: Run, state: str, message: str = "", **process) -> None:
+    """Make a run's files say this of it, whatever they said before; where it is running, in this process."""
+    run._note(state, message)
+    status = runs.read_json(run.path / "status.json") | process
+    runs.write_json(run.path / "status.json", status)
+    note = run.path.with_name(f".{run.name}.lock.json")
+    note.unlink(missing_ok=True)
+    if state == "running":
+        runs.write_json(note, {name: status[name] for name in (*this_process(), "since")})
+
+
 def logged_run(raw_config, folder) -> Run:
-    """Half of a training of 20 steps, planned, and evaluated twice."""
+    """Half of a training of 20 steps, planned, and evaluated twice, which goes on."""
     raw_config["training"]["max_steps"] = 20
     run = runs.create(folder / "runs", "first", parse(raw_config))
     for step in range(1, 11):
@@ -64,4 +76,5 @@ def logged_run(raw_config, folder) -> Run:
             for step in (1, 10, 20)
         ],
     )
+    stands(run, "running")
     return run

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+from made_log import stands
 
 from kdlib.config.run import parse
 from kdlib.runs import folder as runs, log as metrics
@@ -112,5 +113,5 @@ def made_run(
             metrics.append_metrics(folder, {**at, "eval/loss": 2.0, "eval/kl_to_teacher": 3 / step})
     if kl is not None:
         runs.write_json(run.path / "comparison_results.json", results(kl))
-    run.set_status(state, message)
+    stands(run, state, message)
     return run

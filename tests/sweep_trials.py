@@ -15,8 +15,9 @@ deed = json.loads((run.parent / "deeds.json").read_text()).get(run.name, "done")
 def status(state, message=""):
     (run / "whole.json").write_text(json.dumps({"state": state, "message": message}))
     os.replace(run / "whole.json", run / "status.json")
+    (run.parent / f".{run.name}.lock.json").unlink(missing_ok=True)
 def stopped(*_):
-    status("failed", "stopped at step 3 with a checkpoint")
+    status("stopped", "stopped at step 3 with a checkpoint")
     sys.exit(1)
 signal.signal(signal.SIGINT, signal.SIG_IGN if deed == "deaf" else stopped)
 with (run / "starts").open("a") as file:

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import yaml
 from IPython.core.interactiveshell import InteractiveShell
+from made_log import stands
 
 from kdlib.config import run as configs
 from kdlib.config.run import parse
@@ -252,7 +253,7 @@ def test_the_hubs_token_is_not_a_setting(raw_config):
 
 def test_what_a_run_leaves_holds_no_key_that_another_package_repeated(raw_config, tmp_path, monkeypatch):
     run, said = runs.create(tmp_path / "runs", "first", parse(raw_config)), f"401 for {KEY}, {KEYS[0]}"
-    run.set_status("failed", said)
+    stands(run, "failed", said)
     run.add_to_manifest(note={said: said})
     (run.path / "log.txt").write_text(said)
     without_keys_in(run.path / "log.txt")

@@ -7,6 +7,7 @@ import json
 
 import pandas as pd
 import pytest
+from made_log import stands
 
 from kdlib.generation.answers import Answer, AnswerLog, Failure, Usage
 from kdlib.plots import generation as plots
@@ -51,7 +52,7 @@ def run(tmp_path):
     for name, rows in ENDS.items():
         write_rows(made.path / f"{name}.jsonl", rows)
     write_json(made.path / "progress.json", ASKED | {name: len(rows) for name, rows in ENDS.items()})
-    made.set_status("done")
+    stands(made, "done")
     return made
 
 
@@ -99,7 +100,7 @@ def test_lengths_are_those_of_answers(run):
 
 def test_while_it_asks_the_rows_of_before_are_not_shown(run):
     write_json(run.path / "progress.json", ASKED)  # a run that goes on, after rows were written
-    run.set_status("running")
+    stands(run, "running")
     found = plots.generated(run)
     assert found.counts == {"answered": 5, "failed": 1, "not answered": 2}
     left = plots.live_figure(found).axes[0]

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from made_log import logged, logged_run
+from made_log import logged, logged_run, stands
 
 from kdlib.config.run import parse
 from kdlib.plots import training as plots
@@ -17,6 +17,7 @@ from kdlib.plots.training_panels import Panel, View, one
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run
 from kdlib.runs.log import Tail, append_metrics
+from kdlib.runs.processes import held
 from kdlib.runs.progress import headline, held_out_line, progress, where_line
 
 
@@ -147,7 +148,7 @@ def test_where_nothing_is_finite_or_shown_the_picture_is_drawn_all_the_same(run)
 @pytest.mark.parametrize("state", ["failed", "died"])
 def test_a_run_that_failed_or_died_says_so_and_why(run, state):
     later = time.time() + 1
-    run.set_status(state, "02_train: OutOfMemoryError")
+    stands(run, state, "02_train: OutOfMemoryError")
     os.utime(run.metrics, (later - 100, later - 100))
     now = progress(run)
     assert headline(now) == f"first  ·  {state}"
@@ -155,9 +156,12 @@ def test_a_run_that_failed_or_died_says_so_and_why(run, state):
     assert "OutOfMemoryError" in plots.dashboard(now).texts[2].get_text()
 
 
-def test_a_training_by_hand_that_is_quiet_is_said_to_be_and_one_that_ended_is_trained(run):
-    os.utime(run.metrics, (time.time() - 300,) * 2)
-    assert headline(progress(run)) == "first  ·  no news for 5 min"
+def test_a_training_that_noted_no_state_is_stopped_unless_a_process_works_on_it_or_it_came_to_its_end(run):
+    stands(run, "created")
+    assert headline(progress(run)) == "first  ·  stopped"
+    assert "left" not in where_line(progress(run))
+    with held(run.path):
+        assert headline(progress(run)) == "first  ·  training"
     run.history.write_text("[]")
     assert headline(progress(run)) == "first  ·  trained"
 

@@ -17,7 +17,8 @@ from kdlib.generation.run import wanted
 from kdlib.reports import run as of_trainings
 from kdlib.reports.generation import LINES, cut, render
 from kdlib.reports.index import render_index
-from kdlib.runs.folder import PARENT, Run, project_root
+from kdlib.runs.folder import Run, project_root
+from kdlib.runs.processes import PARENT
 from kdlib.workbench import cli
 from kdlib.workbench.runner import execute
 

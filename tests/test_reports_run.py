@@ -4,6 +4,7 @@ from xml.etree import ElementTree
 
 import nbformat
 import pytest
+from made_log import stands
 from made_runs import EVIL, RAW, made_run, results
 from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
@@ -73,7 +74,7 @@ def test_a_report_is_one_file_that_asks_for_nothing_outside(folder, page):
 def test_text_from_data_and_models_stays_text(run, tmp_path):
     runs.write_json(run.path / "comparison_results.json", results(text=EVIL))
     run.add_to_manifest(note=EVIL, formula=EVIL, config_file=EVIL, sweep=EVIL)
-    run.set_status("failed", EVIL)
+    stands(run, "failed", EVIL)
     said = [
         new_output("stream", name="stdout", text=EVIL),
         new_output("error", ename="E", evalue=EVIL, traceback=[EVIL]),
@@ -162,7 +163,7 @@ def test_a_report_of_a_failed_run_shows_what_there_is(tmp_path):
 
 def test_a_report_of_a_run_without_any_figure_shows_its_config(tmp_path):
     run = runs.create(tmp_path / "runs", "broken", parse(RAW))
-    run.set_status("failed", "00_setup: no such file")
+    stands(run, "failed", "00_setup: no such file")
     page = reports.render(run, tmp_path / "reports").read_text()
     assert "00_setup: no such file" in page
     assert "max_length: 16" in page

@@ -1,15 +1,14 @@
 """A run whose files are torn, or of another shape: said of it, with file and remedy, and of no other run."""
 
-import json
-
 import pytest
+from made_log import stands
 
 from kdlib.config.run import parse
 from kdlib.errors import KdlibError, RunError
 from kdlib.reports.index import render_index
 from kdlib.reports.summary import UNREADABLE, summaries
 from kdlib.runs import folder as runs
-from kdlib.runs.lock import lives, this_process
+from kdlib.runs.processes import lives, this_process
 from kdlib.runs.progress import progress
 
 JSON = [f"{name}.json" for name in ("manifest", "status", "plan", "comparison_results")]
@@ -62,16 +61,17 @@ def test_a_broken_file_is_named_with_a_remedy_and_harms_no_other_run(root, tmp_p
 
 @pytest.mark.parametrize("change", [{"pid": 2**40}, {"pid": -1}, {"pid": "x"}, {"pid_started": None}, {}])
 def test_a_process_that_is_gone_or_not_told_apart_does_not_run(root, change):
-    status = {"state": "running", **this_process(), **change}
+    process = {**this_process(), **change}
     if not change:
-        del status["pid_started"]
-    assert not lives(status)
-    (root / "sound" / "status.json").write_text(json.dumps(status))
-    assert runs.Run(root / "sound").status["state"] == "died"
+        del process["pid_started"]
+    assert not lives(process)
+    run = runs.Run(root / "sound")
+    stands(run, "running", **{"pid_started": None, **process})
+    assert run.status["state"] == "died"
 
 
 def test_a_run_that_was_stopped_within_a_second_of_its_last_line_is_shown_as_stopped(root):
     run = runs.Run(root / "sound")
     run.metrics.write_text('{"train/step": 1, "train/epoch": 0.1, "train/loss": 1.0, "time": "x"}\n')
-    run.set_status("stopped", "as asked")
+    stands(run, "stopped", "as asked")
     assert progress(run).state == "stopped"

@@ -5,11 +5,13 @@ import time
 
 import psutil
 import pytest
+from made_log import stands
 
 from kdlib.config.run import BESIDE, parse
 from kdlib.errors import RunError
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run, clean
+from kdlib.runs.processes import PARENT
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def test_who_hears_of_a_run_and_how_many_train_it_make_no_other_run_and_hold_fro
     assert change.partition(".")[0] in BESIDE
     changed = parse(raw_config, [change])
     for state, expected in [("done", run.config), ("running", run.config), ("stopped", changed)]:
-        run.set_status(state)
+        stands(run, state)
         assert runs.open_run(run.path.parent, "first", changed).config == expected, state
 
 
@@ -70,22 +72,17 @@ def test_a_run_that_is_not_there_names_the_nearest(run):
 
 
 def test_a_running_run_whose_process_is_gone_has_died(run):
-    code = (
-        "from pathlib import Path; from kdlib.runs.folder import Run; "
-        f"Run(Path({str(run.path)!r})).set_status('running')"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        stands(run, "running", pid=process.pid, pid_started=psutil.Process(process.pid).create_time())
+        assert run.status["state"] == "running"
     assert run.status["state"] == "died"
-    run.set_status("running")
-    assert run.status["state"] == "running"  # this process lives
+    assert run.status["message"] == "the process that ran it is gone"
 
 
 def test_a_killed_process_that_nobody_has_buried_is_gone_too(run):
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     started = psutil.Process(process.pid).create_time()
-    runs.write_json(
-        run.path / "status.json", {"state": "running", "pid": process.pid, "pid_started": started}
-    )
+    stands(run, "running", pid=process.pid, pid_started=started)
     assert run.status["state"] == "running"
     process.kill()
     until = time.monotonic() + 10
@@ -99,12 +96,12 @@ def test_only_a_run_that_is_done_loses_its_checkpoints(run):
     for folder in (run, run.baseline):
         (folder.checkpoints / "checkpoint-4").mkdir(parents=True)
         (folder.checkpoints / "checkpoint-4" / "weights").write_bytes(bytes(1000))
-    run.set_status("stopped", "stopped at step 4")
+    stands(run, "stopped", "stopped at step 4")
     with pytest.raises(
         RunError, match="is stopped, not done: it may go on from its checkpoints with --resume"
     ):
         clean(run)
-    run.set_status("done")
+    stands(run, "done")
     assert clean(run) >= 2000
     assert not run.checkpoints.exists()
     assert not run.baseline.checkpoints.exists()
@@ -128,7 +125,7 @@ def test_the_project_is_found_from_its_notebooks(monkeypatch):
     monkeypatch.chdir(root / "notebooks")
     assert runs.project_root() == root
     assert not runs.headless()
-    monkeypatch.setitem(os.environ, runs.PARENT, "kd")
+    monkeypatch.setitem(os.environ, PARENT, "kd")
     assert runs.headless()
 
 

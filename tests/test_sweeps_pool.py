@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -19,7 +20,7 @@ import pytest
 import sweep_trials
 import yaml
 from conftest import kd_process
-from made_log import read_metrics
+from made_log import read_metrics, stands
 from sweep_trials import Acted, Trained
 
 from kdlib.config import run as configs
@@ -27,6 +28,7 @@ from kdlib.errors import ConfigError, ModelError, RunError
 from kdlib.reports.index import render_index
 from kdlib.runs import child_processes, folder as runs
 from kdlib.runs.folder import Run, project_root
+from kdlib.runs.processes import held
 from kdlib.sweeps import pool, processes, report, results, run as sweep_run
 from kdlib.sweeps.config import SweepConfig
 from kdlib.sweeps.pool import Clock, Cost, Order
@@ -221,16 +223,18 @@ def test_a_process_holds_its_log_from_its_start(run, tmp_path):
 
 
 def test_a_run_that_runs_elsewhere_is_waited_for(run, tmp_path):
-    run.set_status("running")  # in this process, which lives
-    threading.Timer(1.0, run.set_status, ["done"]).start()
-    assert Acted(tmp_path, tmp_path)(run).state == "done"
+    with ThreadPoolExecutor() as threads:
+        with held(run.path):
+            waiting = threads.submit(Acted(tmp_path, tmp_path), run)
+            time.sleep(0.5)
+            assert not waiting.done()
+            run._note("done")
+        assert waiting.result().state == "done"
     assert not (run.path / "starts").exists()
 
 
 def test_a_run_of_a_machine_that_is_gone_is_gone_on_with(run, tmp_path):
-    runs.write_json(
-        run.path / "status.json", {"state": "running", "host": "gone", "pid": 1, "pid_started": 0}
-    )
+    stands(run, "running", host="gone")
     assert Acted(tmp_path, tmp_path)(run).state == "done"
     assert (run.path / "starts").read_text() == "x"
 
@@ -334,9 +338,11 @@ def test_a_cluster_that_cannot_do_the_work_says_why(cluster, tmp_path, monkeypat
 
 def test_a_sweep_that_is_running_is_not_started_twice_and_a_runs_name_is_not_a_sweeps(acted, run, tmp_path):
     acted(seeds=1)
-    Sweep(tmp_path / "runs" / "s").set_status("running")
-    with pytest.raises(RunError, match="sweep s is running already, in process"):
-        acted(seeds=1)
+    sweep = Sweep(tmp_path / "runs" / "s")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        stands(sweep, "running", pid=other.pid, pid_started=psutil.Process(other.pid).create_time())
+        with pytest.raises(RunError, match=f"run s is running already, on .*, process {other.pid},"):
+            acted(seeds=1)
     with pytest.raises(RunError, match="'one' is the name of a run"):
         sweep_run.begin(Sweep(run.path), None, [])
 

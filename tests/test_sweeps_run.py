@@ -12,6 +12,7 @@ import made_answers
 import matplotlib.figure
 import pandas as pd
 import pytest
+from made_log import stands
 from matplotlib.axis import Axis
 from matplotlib.transforms import Bbox
 
@@ -210,7 +211,7 @@ def finished(root: Path, trial, value: float, *, spread: float = 0.05, minutes: 
     found = {"models": {"teacher": distilled, "distilled": distilled}, "differences": [difference]}
     runs.write_json(run.path / "comparison_results.json", found)
     run.add_to_manifest(minutes=minutes)
-    run.set_status("done")
+    stands(run, "done")
     return run
 
 
@@ -235,12 +236,11 @@ def swept(trials_of, settings, tmp_path):
         )
         for number, (trial, value) in enumerate(zip(trials, values, strict=False)):
             if value is None:
-                runs.create(sweep.path.parent, trial.run, trial.config).set_status(
-                    "failed", f"02_train: {EVIL}"
-                )
+                failed = runs.create(sweep.path.parent, trial.run, trial.config)
+                stands(failed, "failed", f"02_train: {EVIL}")
             else:
                 finished(sweep.path.parent, trial, value, **(costs[number] if costs else {}))
-        sweep.set_status("done")
+        stands(sweep, "done")
         return sweep
 
     return make

@@ -22,7 +22,8 @@ from kdlib.config.task_rules import RULES
 from kdlib.reports import explorers
 from kdlib.reports.notebook_html import notebook_html
 from kdlib.runs import folder as runs
-from kdlib.runs.folder import PARENT, Run, project_root
+from kdlib.runs.folder import Run, project_root
+from kdlib.runs.processes import PARENT
 from kdlib.training.trackers import TRACKERS
 from kdlib.workbench.runner import NOTEBOOKS
 

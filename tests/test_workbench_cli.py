@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 from conftest import kd_process, sentences, tiny_model, tiny_tokenizer
-from made_log import read_metrics
+from made_log import read_metrics, stands
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdlib.config import run as configs
@@ -164,10 +164,8 @@ def test_a_parameter_that_the_command_sets_itself_is_refused(kd, config_file, tm
 
 def test_a_run_that_is_running_is_not_started_twice(kd, config_file, raw_config, tmp_path):
     busy = runs.create(tmp_path / "runs", "busy", parse(raw_config))
-    busy.set_status("running")
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        of_other = {"pid": other.pid, "pid_started": psutil.Process(other.pid).create_time()}
-        runs.write_json(busy.path / "status.json", busy.status | of_other)
+        stands(busy, "running", pid=other.pid, pid_started=psutil.Process(other.pid).create_time())
         status, said = kd("run", config_file, "--resume", "busy")
     assert (status, "is running already" in said) == (1, True), said
 

@@ -9,7 +9,7 @@ import time
 import nbformat
 import pytest
 from made_generations import asked
-from made_log import logged, logged_run
+from made_log import logged, logged_run, stands
 from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
@@ -19,8 +19,9 @@ from kdlib.plots.training_panels import View
 from kdlib.reports.html import page
 from kdlib.reports.scorecard import Line
 from kdlib.runs import folder as runs
-from kdlib.runs.folder import PARENT, Run
+from kdlib.runs.folder import Run
 from kdlib.runs.log import append_metrics
+from kdlib.runs.processes import PARENT
 from kdlib.runs.progress import headline
 from kdlib.workbench import dashboard
 from kdlib.workbench.runner import execute
@@ -79,7 +80,7 @@ def test_a_dashboard_follows_its_run_and_ends_with_its_cell(run, monkeypatch):
 def test_a_dashboard_ends_by_itself_when_its_run_is_over(run, monkeypatch):
     monkeypatch.setattr(dashboard, "PAUSE_S", 0.05)
     run.history.write_text("[]")
-    run.set_status("done")
+    stands(run, "done")
     board = dashboard.watch(str(run.path))
     board._ipython_display_()
     board.thread.join(timeout=30)

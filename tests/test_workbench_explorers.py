@@ -9,7 +9,7 @@ from kdlib.evaluation import predictions as evaluation
 from kdlib.plots.tokens import hardest
 from kdlib.reports import explorers as still
 from kdlib.runs import folder as runs
-from kdlib.runs.folder import PARENT
+from kdlib.runs.processes import PARENT
 from kdlib.tasks.language_modeling import TOKENS
 from kdlib.workbench import explorers
 from kdlib.workbench.explorers import HeatMapExplorer, ScheduleDesigner, TemperatureExplorer

@@ -23,7 +23,7 @@ from kdlib.reports.index import render_index
 from kdlib.reports.run import render
 from kdlib.runs.folder import Run
 from kdlib.workbench import runner
-from kdlib.runs.interrupts import bare_errors
+from kdlib.runs.processes import bare_errors
 def rendered(run):
     render_index(run.path.parent, Path("reports"))
     return render(run, Path("reports"))

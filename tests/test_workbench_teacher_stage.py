@@ -2,9 +2,12 @@
 changes, and it can be stopped.
 """
 
+import subprocess
+import sys
+
 import pytest
 from made_classifiers import LABELS, classification, classifier, source
-from made_log import read_metrics
+from made_log import read_metrics, stands
 
 from kdlib.config.run import Config, parse
 from kdlib.errors import RunError, Stopped
@@ -55,6 +58,16 @@ def test_a_teacher_is_trained_once_and_used_again(place, tmp_path, capsys):
     assert again.teacher.model == made.teacher.model
     assert "the teacher was trained before" in capsys.readouterr().out
     assert teacher_stage.resolved(other, tmp_path / "runs").teacher.model == made.teacher.model
+
+    run = teacher_stage.run_of(other, tmp_path / "runs")
+    assert run.status["state"] == "done"
+    with subprocess.Popen([sys.executable, "-c", ""]) as killed:  # before its last word
+        stands(run, "running", pid=killed.pid)
+    (run.checkpoints / "checkpoint-8").mkdir(parents=True)
+    assert run.status["state"] == "died"
+    teacher_stage.taught(other, asking(other, tmp_path, "third"))
+    assert run.status["state"] == "done"
+    assert not run.checkpoints.exists()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from kdlib.benchmarks.settings import BenchmarkConfig
 from kdlib.config import run as configs
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run
-from kdlib.runs.interrupts import bare_errors
+from kdlib.runs.processes import bare_errors
 from kdlib.workbench.cli_checks import (
     Overrides,
     ReportsFolder,

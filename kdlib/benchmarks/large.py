@@ -27,7 +27,7 @@ from kdlib.diagnostics.memory import forecast
 from kdlib.errors import ModelError
 from kdlib.hardware import GIB
 from kdlib.models.loading import blank, device_of, load_config, load_tokenizer
-from kdlib.runs.interrupts import bare_errors
+from kdlib.runs.processes import bare_errors
 
 SHAPES = {  # of OLMo-2-1124-7B and OLMo-2-0425-1B
     "teacher": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},

@@ -25,7 +25,7 @@ from kdlib.errors import ConfigError, RunError
 from kdlib.hardware import bf16_instructions
 from kdlib.models.loading import load_config, load_tokenizer
 from kdlib.runs import folder as runs
-from kdlib.runs.folder import Run
+from kdlib.runs.folder import Run, part
 
 DTYPES = ("float32", "bfloat16")
 PACKAGES = ("kdlib", "torch", "transformers", "accelerate", "trl", "liger-kernel", "torchtune")
@@ -102,6 +102,7 @@ class Study:
             index=list(self.results["machine"]),
         )
 
+    @part
     def check_heads(self) -> None:
         """Every case's value and gradients against float64."""
         for dtype, measurement, inputs in self._heads():
@@ -113,6 +114,7 @@ class Study:
             sizes = {"tokens": measurement.tokens, "vocabulary": inputs["vocabulary"]}
             self._add("heads", dtype, **sizes, skipped=skipped, agreement=found)
 
+    @part
     def time_heads(self) -> None:
         """Every case in interleaved rounds."""
         for dtype, measurement, inputs in self._heads():
@@ -122,6 +124,7 @@ class Study:
                 "heads", dtype, rounds=_followed(lines, f"{dtype}, {len(prepared)} cases", measurement.rounds)
             )
 
+    @part
     def measure_memory(self) -> None:
         """Every case's peak, each in a process of its own; ours also with more tokens."""
         for dtype, measurement, inputs in self._heads():
@@ -136,6 +139,7 @@ class Study:
                 lines.append(rounds.memory("ours", self._setting, **more))
             self._add("heads", dtype, memory=lines)
 
+    @part
     def time_steps(self) -> None:
         """Whole training steps in interleaved rounds, and the physical floor under them."""
         for precision in self.config.steps.precision if self.config.steps else ():

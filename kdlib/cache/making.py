@@ -32,7 +32,7 @@ from kdlib.models.loading import device_of, folder_of, load_config
 from kdlib.models.teacher import Inside, LiveTeacher
 from kdlib.runs.checkpoints import digest
 from kdlib.runs.files import synced, write_json, writing
-from kdlib.runs.lock import held
+from kdlib.runs.processes import held
 from kdlib.sources.progress import Told
 
 SHARD = 256 * 2**20  # bytes of a shard before it is compressed, about

@@ -19,7 +19,7 @@ from kdlib.generation.teachers import Teacher
 from kdlib.prompts.prompt import Prompt
 from kdlib.runs.files import go_on, now, write_json
 from kdlib.runs.folder import Run
-from kdlib.runs.interrupts import heard, interrupted
+from kdlib.runs.processes import heard, interrupted
 
 EVERY_S = 1.0  # that progress.json is written
 

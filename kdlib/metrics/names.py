@@ -101,6 +101,13 @@ def rivals_of(results: Mapping[str, Any]) -> list[str]:
     return sorted(rivals, key=lambda name: {"untrained": 1, "teacher": 2}.get(name, 0))
 
 
+def is_comparison(results: Any) -> bool:
+    """Whether a comparison left this: of a student and another model, with their differences."""
+    if not (isinstance(results, dict) and all(results.get(name) for name in ("models", "differences"))):
+        return False
+    return student_of(results) in results["models"] and bool(rivals_of(results))
+
+
 def difference(results: Mapping[str, Any], model: str, against: str, metric: str) -> dict[str, Any]:
     """The paired difference of two models in one metric, with its interval.
 

@@ -16,14 +16,15 @@ from kdlib.metrics.names import three_digits
 from kdlib.plots.axes import LABELS, thinned
 from kdlib.reports.html import page, report_link
 from kdlib.reports.scorecard import counted
-from kdlib.reports.summary import Summary, keys_of, summaries
+from kdlib.reports.summary import UNREADABLE, Summary, keys_of, summaries
 from kdlib.runs.files import write_text, writing
+from kdlib.runs.states import STATES
 
-STATES = {"running": 0, "created": 1, "done": 2, "stopped": 3, "failed": 4, "died": 5, "unreadable": 6}
+ORDER = {state: place for place, state in enumerate([*STATES, UNREADABLE])}
 COLUMNS: dict[str, Callable[[Summary], Any]] = {
     "run": lambda s: s.name,
     "made": lambda s: s.created or None,
-    "state": lambda s: STATES.get(s.state),
+    "state": lambda s: ORDER[s.state],
     "progress": lambda s: s.progress,
 }
 """Heading → what the rows are sorted by, the key figures of the runs besides; None comes last, both ways."""
@@ -57,7 +58,7 @@ def _page(found: Sequence[Summary], reports: Path) -> str:
         "cost": {name: [Cell(each.costs.get(name, "")) for each in found] for name in costs},
     }
     groups = {
-        "state": sorted({each.state for each in found}, key=lambda s: (STATES.get(s, len(STATES)), s)),
+        "state": sorted({each.state for each in found}, key=lambda s: ORDER[s]),
         "config": sorted({each.config for each in found} - {""}),
         "sweep": sorted({each.sweep for each in found} - {""}),
     }

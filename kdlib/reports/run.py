@@ -23,6 +23,7 @@ from kdlib.routing.figures import FILE, expert_figures
 from kdlib.routing.tables import expert_tables, routing_table
 from kdlib.runs.files import read_json
 from kdlib.runs.folder import Run
+from kdlib.runs.states import ILL, STATES
 from kdlib.runs.verdict import critical_findings
 
 NOT_FACTS = ("formula", "command", "stages", "doctor")  # of a manifest: told elsewhere
@@ -126,6 +127,8 @@ def run_content(run: Run, *, command: str = "kd run") -> dict[str, Any]:
         "run": run,
         "unit": "row" if rules_in(run.settings).unit == "row" else "kept token",
         "manifest": manifest,
+        "means": STATES[status["state"]].means,
+        "is_ill": status["state"] in ILL,
         "status": {**status, "message": unstyle(status.get("message", ""))},
         "explorers": static_html(run),
         "config": (run.path / "config.yaml").read_text(encoding="utf-8"),

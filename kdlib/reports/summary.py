@@ -18,7 +18,7 @@ from kdlib.plots.comparison import costs_of
 from kdlib.plots.generation import ENDS, dollars
 from kdlib.reports.scorecard import Line, scorecard
 from kdlib.runs.files import read_json
-from kdlib.runs.folder import Run
+from kdlib.runs.folder import Run, all_runs
 from kdlib.runs.log import duration, eval_table, plan_table, tail_of
 from kdlib.runs.progress import seconds_taken
 from kdlib.runs.verdict import Best, best_by, mean_at, value_at
@@ -83,8 +83,7 @@ class Summary:
 
 def summaries(root: Path) -> list[Summary]:
     """Every run below this folder, newest first."""
-    found = [summary(Run(path.parent)) for path in root.glob("*/config.yaml")]
-    return sorted(found, key=lambda each: (each.created, each.name), reverse=True)
+    return [summary(run) for run in all_runs(root)]
 
 
 def keys_of(found: Sequence[Summary]) -> dict[str, str]:

@@ -17,8 +17,7 @@ from kdlib import errors
 from kdlib.errors import Died, KdlibError, RunError
 from kdlib.runs.files import go_on, read_json, without_keys_in
 from kdlib.runs.folder import Run, working
-from kdlib.runs.interrupts import LAUNCHED, heard, interrupted
-from kdlib.runs.lock import held
+from kdlib.runs.processes import LAUNCHED, heard, held, interrupted
 
 LOGS = "ranks"  # in a run's folder: <launch>/attempt_0/<rank>/ with stdout.log, stderr.log, error.json
 FIRST = "[default0]:"  # what torchrun puts before a line of rank 0

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,22 @@ from kdlib.errors import RunError, without_keys
 REFUSALS = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EFBIG", "ENOTDIR")
 GO_ON = "KDLIB_GO_ON"
 WHOLE = "kdlib writes it whole: bring back a copy, or delete it and make it again"
+
+
+def project_root() -> Path:
+    """The folder that holds notebooks/ and configs/: this one or the nearest above (as in JupyterLab)."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "notebooks").is_dir() and (folder / "configs").is_dir():
+            return folder
+    return here
+
+
+def commit() -> str | None:
+    """Which one of the project's is checked out; None where it is no clone."""
+    command = ["git", "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=project_root(), check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 @dataclass(frozen=True)

@@ -8,47 +8,32 @@ import datetime
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any
 
 from kdlib.config.reading import differences, read_text, read_yaml
 from kdlib.config.run import BESIDE, Config, parse
 from kdlib.errors import ConfigError, Died, RunError, Stopped, nearest, refuse_keys, shown, without_controls
-from kdlib.metrics.names import rivals_of, student_of
+from kdlib.metrics.names import is_comparison
+from kdlib.runs import processes, states
+from kdlib.runs.checkpoints import removed_from
 from kdlib.runs.files import (
     WHOLE,
     StudentFolder,
+    commit,
     now,
+    project_root,
     read_json,
     write_json,
     write_text,
     writing,
 )
-from kdlib.runs.interrupts import heard, interrupted
-from kdlib.runs.lock import held, lives, started_this, this_process
-
-# set by the command that runs the notebooks: it keeps status.json, and nobody watches the cells
-PARENT = "KDLIB_RUN_BY"
-STATES = ("created", "running", "done", "stopped", "failed", "died")
-
-
-def project_root() -> Path:
-    """The folder that holds notebooks/ and configs/: this one or the nearest above (as in JupyterLab)."""
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / "notebooks").is_dir() and (folder / "configs").is_dir():
-            return folder
-    return here
-
-
-def headless() -> bool:
-    """True where notebooks are run by `kd run` and nobody can press a button."""
-    return PARENT in os.environ
+from kdlib.runs.processes import headless, heard, held, holder_of, interrupted, this_process
+from kdlib.runs.states import ILL, STATES
 
 
 @dataclass(frozen=True)
@@ -92,19 +77,26 @@ class Run(StudentFolder):
 
     @property
     def status(self) -> dict[str, Any]:
-        """{"state": one of STATES, "since": …, "message": …}
+        """{"state": one of STATES, "since": …, "message": …}, as all who look at the run are to see it."""
+        noted, by = self._noted()
+        left = {"is_begun": self.metrics.exists(), "is_trained": self.is_trained}
+        return states.put(noted, states.seen(noted["state"], by=by, **left))
 
-        A run that says "running" while the process that ran it is gone has died.
-        """
+    @property
+    def noted(self) -> dict[str, Any]:
+        """What status.json says: what its next state follows on."""
+        return self._noted()[0]
+
+    def _noted(self) -> tuple[dict[str, Any], str]:
+        """And who works, or worked, on the run since, as `states.seen` has it."""
         path = self.path / "status.json"
-        status = read_json(path, {"state": "created"})
-        if (state := status.get("state")) not in STATES:
-            raise RunError(
-                f"{path}: found the state {shown(state)}; it is one of {', '.join(STATES)}; {WHOLE}"
-            )
-        if state == "running" and not lives(status):
-            return {**status, "state": "died", "message": "the process that ran it is gone"}
-        return status
+        status = read_json(path, {"state": "created", "message": ""})
+        if (said := status.get("state")) not in STATES:
+            need = f"it is one of {', '.join(STATES)}"
+            raise RunError(f"{path}: found the state {shown(said)}; {need}; {WHOLE}")
+        is_held, is_own, is_gone = processes.hold_on(self.path, status)
+        by = "gone" if is_gone else "lives" if is_held and not is_own else ""
+        return states.put(status, states.noted(said, lives=is_own)), by
 
     @property
     def comparison(self) -> dict[str, Any] | None:
@@ -114,57 +106,49 @@ class Run(StudentFolder):
             RunError: it is not of a student and another model.
         """
         path = self.path / "comparison_results.json"
-        if not (results := read_json(path)):
-            return None
-        needed = ("models", "differences")
-        if not (isinstance(results, dict) and all(results.get(name) for name in needed)) or not (
-            student_of(results) in results["models"] and rivals_of(results)
-        ):
+        if (results := read_json(path)) and not is_comparison(results):
             need = "it needs models, the student and another, and their differences; run 03_compare again"
             raise RunError(f"{path}: found no comparison; {need}, or delete it")
-        return results
+        return results or None
 
     def set_status(self, state: str, message: str = "") -> None:
+        """Note how the run stands from now on; a ValueError where that cannot follow on what is noted."""
+        states.check(self.noted["state"], state)
+        self._note(state, message)
+
+    def _note(self, state: str, message: str = "") -> None:
         status = {"state": state, "message": without_controls(message), "since": now(), **this_process()}
         write_json(self.path / "status.json", status)
 
     def add_to_manifest(self, **entries: Any) -> None:
         write_json(self.path / "manifest.json", {**self.manifest, **entries})
 
-    def say_where_rows_changed(self, fingerprint: str) -> None:
-        """Print it where a training that has begun saw other rows than those of this fingerprint."""
-        before = self.manifest.get("data", {}).get("fingerprint")
-        if self.metrics.exists() and before not in (None, fingerprint):
-            why = "the source has changed, or kdlib's way of choosing them"
-            print(f"other rows than {self.name} began with ({why}): figures before and after do not compare")
-
     def finish(self) -> None:
         """Mark a run made by hand as done; the command that runs notebooks does it itself."""
         if not headless():
-            self.set_status("done")
+            with working(self):
+                pass
 
 
 @contextmanager
-def working(run: Run, failed: Callable[[Run], object] = bool) -> Iterator[None]:
+def working(run: Run, failed: Callable[[Run], object] = bool, *, whole: bool = True) -> Iterator[None]:
     """Inside, this process alone works on the run; status.json says that it does, and how it ended.
 
     What that process does or starts meanwhile is part of it: who began says how it ended.
 
     Args:
         failed: called after that with the run, where it did not end well.
+        whole: the run is done after that, and not only a part of it, as in a notebook that is run by hand.
 
     Raises:
         RunError: another process works on it.
     """
-    status = run.status
-    mine = status | this_process() == status or started_this(status)
-    if status["state"] == "running" and mine:
+    holder = holder_of(run.path)
+    if processes.started_this(holder) or (processes.is_this(holder) and run.noted["state"] == "running"):
         yield
         return
     with held(run.path), heard(interrupted, interrupted):
-        if (status := run.status)["state"] == "running":  # by a kdlib that knew no lock
-            do = f"in process {status['pid']}; wait for it, or stop it first"
-            raise RunError(f"run {run.name} is running already, {do}")
+        before = run.noted
         run.set_status("running")
         try:
             yield
@@ -175,7 +159,20 @@ def working(run: Run, failed: Callable[[Run], object] = bool) -> Iterator[None]:
                 run.set_status(state, str(error) or type(error).__name__)
                 failed(run)
             raise
-        run.set_status("done")
+        facts = {"is_begun": run.metrics.exists(), "is_trained": run.is_trained}
+        state = "done" if whole else states.at_rest(before["state"], **facts)
+        run.set_status(state, before.get("message", "") if state in ILL else "")
+
+
+def part(method: Callable) -> Callable:
+    """Of something that has a `run`: what this method does is a part of it, see `working`."""
+
+    @wraps(method)
+    def worked(self, *given, **options):
+        with working(self.run, whole=False):
+            return method(self, *given, **options)
+
+    return worked
 
 
 def new_name(root: Path, config_path: str | Path, *, smoke: bool = False) -> str:
@@ -195,17 +192,22 @@ def create(root: Path, name: str, config: Config, **origin: Any) -> Run:
     """
     check_new(root, name)
     refuse_keys([config.as_dict(), origin])
-    run = Run(root / name)
-    with writing(run.path):
-        run.notebooks.mkdir(parents=True)
+    made = Run(root / f".{os.getpid()}.new")  # a kill leaves no half of a run
+    shutil.rmtree(made.path, ignore_errors=True)
     try:
-        write_text(run.path / "config.yaml", config.as_yaml())
-        write_json(run.path / "manifest.json", {"run": name, "created": now(), "commit": _commit(), **origin})
-        run.set_status("created")
+        with writing(root / name):
+            made.notebooks.mkdir(parents=True)
+        write_text(made.path / "config.yaml", config.as_yaml())
+        about = {"run": name, "created": now(), "commit": commit(), **origin}
+        write_json(made.path / "manifest.json", about)
+        made._note("created")
+        check_new(root, name)
+        with writing(root / name):
+            made.path.rename(root / name)
     except RunError:
-        shutil.rmtree(run.path)
+        shutil.rmtree(made.path, ignore_errors=True)
         raise
-    return run
+    return Run(root / name)
 
 
 def check_new(root: Path, name: str) -> None:
@@ -246,14 +248,10 @@ def clean(run: Run) -> int:
         RunError: the run is not done.
     """
     with held(run.path):
-        if (state := run.status["state"]) != "done":
+        if (state := run.noted["state"]) != "done":
             advice = "it may go on from its checkpoints with --resume; or delete them by hand"
             raise RunError(f"run {run.name} is {state}, not done: {advice}")
-        folders = [student.checkpoints for student in (run, run.baseline)]
-        freed = sum(file.stat().st_size for folder in folders for file in folder.rglob("*"))
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
-        return freed
+        return removed_from(run, run.baseline)
 
 
 def default_root() -> Path:
@@ -270,7 +268,7 @@ def locate(run: str, root: Path | None = None) -> tuple[Path, str]:
 
 def all_runs(root: Path) -> list[Run]:
     """Every run below this folder, newest first."""
-    found = [Run(path.parent) for path in root.glob("*/config.yaml")]
+    found = [Run(path.parent) for path in root.glob("[!.]*/config.yaml")]
     return sorted(found, key=lambda run: (_created(run), run.name), reverse=True)
 
 
@@ -295,9 +293,3 @@ def _read(path: Path, changed: int) -> dict[str, Any]:
 @lru_cache(maxsize=64)
 def _resolved(path: Path, changed: int) -> Config:
     return parse(_read(path, changed), name=str(path))
-
-
-def _commit() -> str | None:
-    command = ["git", "rev-parse", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=project_root(), check=False)
-    return done.stdout.strip() if done.returncode == 0 else None

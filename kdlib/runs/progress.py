@@ -1,11 +1,7 @@
 """How a training stands, by its folder's files."""
 
-import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,15 +9,15 @@ import pyarrow as pa
 
 from kdlib.config.task_rules import rules_of
 from kdlib.metrics.names import MEASURES
+from kdlib.runs import states
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.folder import Run
 from kdlib.runs.log import Tail, duration, plan_table, tail_of, terms_in, time_left
+from kdlib.runs.states import ILL
 from kdlib.runs.verdict import best_by, moving_settings
 
-QUIET_S = 60.0  # without a line, after which a training that nobody keeps a status of may have stopped
 PAUSE, PAUSE_S = 10.0, 60.0  # more usual times than that, and more seconds, from line to line: it stood still
 RECENT = 50  # lines that a forecast goes by
-FINAL = ("done", "stopped", "failed", "died")
 HELD_OUT = {  # told of the last evaluation, by what is predicted
     "token": ("kl_to_teacher", "perplexity", "choice_accuracy", "agreement"),
     "row": ("accuracy", "log_loss", "kl_to_teacher"),
@@ -33,13 +29,12 @@ class Progress:
     """One student's training so far, or all of it."""
 
     name: str  # of the run, and of the student where it is not the distilled one
-    state: str  # created, running, quiet (no news for a while), trained, done, stopped, failed or died
+    state: str  # one of `states.STATES`
     tail: Tail
     plan: pd.DataFrame  # learning rate, weights and temperatures; empty where there is no plan.json
     phases: tuple[tuple[float, str], ...]  # of the curriculum: fraction of training at its end, its weights
     best_by: str  # the measure that chooses the best model
     message: str  # why it stopped or failed
-    quiet_s: float  # since the last line
     of: str  # what is predicted: a token or a row
     moving: Mapping[str, tuple[str, ...]]  # term → the settings that change its size while it trains
 
@@ -62,7 +57,7 @@ class Progress:
     def seconds_left(self) -> float | None:
         """By the pace of the last lines, evaluations and checkpoints included, and pauses not."""
         recent = self.tail.train.iloc[-RECENT:]
-        if self.state not in ("running", "quiet") or len(recent) < 2:
+        if self.state != "running" or len(recent) < 2:
             return None
         took = seconds_taken(recent, self.tail.evaluation)
         made = recent["step"].iloc[-1] - recent["step"].iloc[0]
@@ -76,8 +71,9 @@ class Progress:
 
 def progress(run: Run, folder: StudentFolder | None = None, tail: Tail | None = None) -> Progress:
     """How a run's distilled student stands, or that of another folder: the baseline; `tail` is its log."""
-    folder, config = folder or run, run.config
-    state, quiet_s = _state(run, folder)
+    folder, config, status = folder or run, run.config, run.status
+    facts = {"is_begun": folder.metrics.exists(), "is_trained": folder.is_trained}
+    state = states.of_student(status["state"], **facts)
     is_own = folder.path == run.path
     phases = config.loss.curriculum if is_own else None
     return Progress(
@@ -87,8 +83,7 @@ def progress(run: Run, folder: StudentFolder | None = None, tail: Tail | None = 
         plan=plan_table(folder),
         phases=tuple((phase.until, _words(phase.weights)) for phase in phases or []),
         best_by=config.training["metric_for_best_model"].removeprefix("eval_"),
-        message=run.status.get("message", "") if state in ("stopped", "failed", "died") else "",
-        quiet_s=quiet_s,
+        message=status.get("message", "") if state in ILL else "",
         of=rules_of(config).unit,
         moving=moving_settings(config, is_baseline=not is_own),
     )
@@ -97,8 +92,8 @@ def progress(run: Run, folder: StudentFolder | None = None, tail: Tail | None = 
 def headline(progress: Progress) -> str:
     """Which run, and how it stands."""
     going = "training" if len(progress.tail.train) else "nothing logged yet"
-    words = {"quiet": f"no news for {duration(progress.quiet_s)}", "created": going, "running": going}
-    return f"{progress.name}  ·  {words.get(progress.state, progress.state)}"
+    words = going if progress.state in ("created", "running") else progress.state
+    return f"{progress.name}  ·  {words}"
 
 
 def where_line(progress: Progress) -> str:
@@ -123,6 +118,14 @@ def held_out_line(progress: Progress) -> str:
     return "held-out: " + "  ·  ".join(parts) if parts else "no evaluation yet"
 
 
+def say_where_rows_changed(run: Run, fingerprint: str) -> None:
+    """Print it where a training that has begun saw other rows than those of this fingerprint."""
+    before = run.manifest.get("data", {}).get("fingerprint")
+    if run.metrics.exists() and before not in (None, fingerprint):
+        why = "the source has changed, or kdlib's way of choosing them"
+        print(f"other rows than {run.name} began with ({why}): figures before and after do not compare")
+
+
 def seconds_taken(train: pd.DataFrame, evaluation: pd.DataFrame | None = None) -> float | None:
     """How long a training took from the first to the last of its lines; None where they do not tell.
 
@@ -145,28 +148,6 @@ def seconds_taken(train: pd.DataFrame, evaluation: pd.DataFrame | None = None) -
             usual = np.quantile(took[kind], 0.5, method="lower")
             took[kind & (took > max(PAUSE * usual, PAUSE_S))] = usual
     return float(took.sum())
-
-
-def _state(run: Run, folder: StudentFolder) -> tuple[str, float]:
-    """The state, and the seconds since a log.  A training by hand keeps no status: its files tell."""
-    status, is_begun = run.status, folder.metrics.exists()
-    logged = folder.metrics.stat().st_mtime if is_begun else 0.0
-    quiet_s = time.time() - logged if is_begun else 0.0
-    state = status["state"]
-    if folder.is_trained:
-        return state if state == "done" else "trained", quiet_s
-    goes_on = is_begun and quiet_s < QUIET_S and math.floor(logged * 1000) / 1000 > _since(status)
-    if state == "running" or goes_on:  # after a failure too: by hand
-        return "running", quiet_s
-    return state if state in FINAL else "quiet" if is_begun else "created", quiet_s
-
-
-def _since(status: Mapping[str, Any]) -> float:
-    """When this state began, in seconds; 0 where that is not told."""
-    try:
-        return datetime.fromisoformat(str(status.get("since"))).timestamp()
-    except ValueError:
-        return 0.0
 
 
 def _words(weights: Mapping[str, object]) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,14 +14,14 @@ from typing import Any
 from tqdm import tqdm
 
 from kdlib.config.run import Config
-from kdlib.errors import RunError
+from kdlib.errors import RunError, Stopped
 from kdlib.metrics.names import with_interval
 from kdlib.reports.html import report_link
 from kdlib.runs import folder as runs
 from kdlib.runs.files import write_json
 from kdlib.runs.folder import Run
-from kdlib.runs.interrupts import heard
 from kdlib.runs.log import duration, time_left
+from kdlib.runs.processes import heard
 from kdlib.sweeps.cautions import findings
 from kdlib.sweeps.processes import AT_ONCE, Outcome, Work, ask, asked, outcome_of
 from kdlib.sweeps.results import FILE, Sweep, figures_of_student, setting_table, trial_table
@@ -114,7 +113,18 @@ class Pool:
     outcomes: list[Outcome] = field(default_factory=list)
 
     def run(self, supply: Listed | Search) -> Path:
-        """Run what the supply gives, so many at a time, a line for every event; returns the report's path."""
+        """Run what the supply gives, so many at a time; returns the report's path.
+
+        Raises:
+            RunError: runs failed, or it was stopped; the report is there.
+        """
+        with runs.working(self.sweep, failed=self._told):
+            self._run_all(supply)
+            self._close()
+        return self._told(self.sweep)
+
+    def _run_all(self, supply: Listed | Search) -> None:
+        """A line for every event."""
         at_work: dict[Future, tuple[Trial, Run]] = {}
         bar = tqdm(total=len(supply.ahead()), unit="run", disable=None, smoothing=0)
         with _stoppable(self.sweep.path), bar:
@@ -129,7 +139,6 @@ class Pool:
                     ahead = [*supply.ahead(), *(other.run for other, _ in at_work.values())]
                     supply.told(trial, self._settled(trial, outcome_of(ended, run), ahead))
                     bar.update()
-        return self._closed()
 
     def _opened(self, trial: Trial) -> Run:
         """The trial's run, made where it is new; and a line that says that it begins."""
@@ -140,7 +149,6 @@ class Pool:
         if (root / trial.run / "config.yaml").exists():
             run = runs.open_run(root, trial.run, trial.config)
         else:
-            shutil.rmtree(root / trial.run, ignore_errors=True)  # killed before it was whole
             origin = {"config_file": facts["file"], "smoke": self.base.smoke, "sweep": self.sweep.name}
             origin |= {"parameters": trial.parameters, "command": self.base.command(trial.parameters)}
             run = runs.create(root, trial.run, trial.config, **origin)
@@ -181,27 +189,30 @@ class Pool:
         if report_link(run.name, self.order.reports) is None:
             self.order.render_run(run, self.order.reports)
 
-    def _closed(self) -> Path:
-        """The last report, and how the sweep ended."""
-        failed = [each for each in self.outcomes if each.state not in ("done", "stopped")]
-        lines = [f"  {each.run.name}: {(each.message or each.state).splitlines()[0]}" for each in failed]
-        message = "\n".join([f"{len(failed)} of the runs failed:", *lines]) if failed else ""
-        if asked(self.sweep.path) or any(each.state == "stopped" for each in self.outcomes):
-            message = f"stopped; the same command goes on where it stopped{f'; {message}' if message else ''}"
-        self.sweep.set_status("failed" if message else "done", message)
+    def _close(self) -> None:
+        """Tidy up; raise a RunError where runs failed, and Stopped where the sweep was asked to stop."""
         for trial in self.sweep.facts["trials"]:
             run = self.sweep.run(trial["run"])
             if run.status["state"] == "done":
                 self._tidy(run)
-        reports = self.order.reports
-        page = self.render(self.sweep, reports)
-        self.order.render_index(self.sweep.path.parent, reports)
-        index = os.path.relpath(reports / "index.html")
-        trials = trial_table(self.sweep)
-        said = findings(self.sweep, trials, setting_table(self.sweep, trials))
-        print("\n".join([*said, f"report: {os.path.relpath(page)}    index: {index}"]), flush=True)
+        failed = [each for each in self.outcomes if each.state not in ("done", "stopped")]
+        lines = [f"  {each.run.name}: {(each.message or each.state).splitlines()[0]}" for each in failed]
+        message = "\n".join([f"{len(failed)} of the runs failed:", *lines]) if failed else ""
+        if asked(self.sweep.path) or any(each.state == "stopped" for each in self.outcomes):
+            again = "stopped; the same command goes on where it stopped"
+            raise Stopped(f"sweep {self.sweep.name}: {again}{f'; {message}' if message else ''}")
         if message:
             raise RunError(f"sweep {self.sweep.name}: {message}")
+
+    def _told(self, sweep: Sweep) -> Path:
+        """The last report, and what was found, printed; returns the report's path."""
+        reports = self.order.reports
+        page = self.render(sweep, reports)
+        self.order.render_index(sweep.path.parent, reports)
+        index = os.path.relpath(reports / "index.html")
+        trials = trial_table(sweep)
+        said = findings(sweep, trials, setting_table(sweep, trials))
+        print("\n".join([*said, f"report: {os.path.relpath(page)}    index: {index}"]), flush=True)
         return page
 
 

@@ -25,7 +25,7 @@ from kdlib.errors import ConfigError, RunError
 from kdlib.runs.child_processes import threads_of
 from kdlib.runs.files import without_keys_in, write_text
 from kdlib.runs.folder import Run, project_root
-from kdlib.runs.lock import is_free, is_here
+from kdlib.runs.processes import is_free
 
 LEFT_OUT = ("01_dry_run", "04_student_aware")  # what is seen of one run, by `kd run … --resume`
 GRACE = 90.0  # s to make a checkpoint in, after which a process is killed
@@ -89,15 +89,11 @@ class Work:
         return Outcome(run, "stopped" if asked(self.sweep) else status["state"], status["message"], seconds)
 
     def _wait_for(self, run: Run, log: IO[str]) -> bool:
-        """Until no process is at work on this run; False where the sweep is stopped before.
-
-        What another machine says is at work, and holds no lock, was killed with it.
-        """
+        """Until no process is at work on this run; False where the sweep is stopped before."""
         while not asked(self.sweep):
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                status = run.status
-                if is_free(run.path) and not (status["state"] == "running" and is_here(status)):  # by hand
+                if is_free(run.path):  # of those who work by hand too
                     return True
                 fcntl.flock(log, fcntl.LOCK_UN)
             time.sleep(5 * TICK)
@@ -140,10 +136,11 @@ class Work:
 
     def _explain(self, run: Run, code: int, *, in_time: bool) -> None:
         """Say in the status why a run is not done, where its own process did not."""
-        if not in_time:
+        state = run.noted["state"]
+        if not in_time and state in ("created", "stopped", "died"):
             limit = f"{self.timeout_s / 60:g}; the sweep, started again, goes on with it"
             run.set_status("failed", f"not done within timeout_minutes: {limit}")
-        elif code < 0 or run.status["state"] in ("created", "running"):
+        elif state in ("created", "died"):
             text = (run.path / "log.txt").read_text(encoding="utf-8", errors="replace").strip()
             last = text.splitlines()[-1].strip() if text else "it said nothing"
             run.set_status("died", f"its process ended with status {code}: {last}")

@@ -8,6 +8,7 @@ import pandas as pd
 from kdlib.config.sections import as_yaml
 from kdlib.metrics.names import with_interval
 from kdlib.reports import html
+from kdlib.runs.states import ILL
 from kdlib.sweeps import results
 from kdlib.sweeps.cautions import findings
 from kdlib.sweeps.figures import run_figures
@@ -55,7 +56,7 @@ def render(sweep: Sweep, reports: Path) -> Path:
         measure=measure,
         columns=[name for name in shown if name not in ("run", "state", "message")],
         rows=rows,
-        failed=[row for row in rows if row["state"] not in ("done", "running", "waiting")],
+        failed=[row for row in rows if row["state"] in ILL],
         pictures=list(pictures.values()),
         config=as_yaml(given, default_flow_style=None),
     )

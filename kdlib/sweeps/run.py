@@ -11,8 +11,8 @@ from kdlib.config.run import Config
 from kdlib.errors import KdlibError, RunError, refuse_keys
 from kdlib.runs.files import now, write_json, writing
 from kdlib.runs.folder import check_new
-from kdlib.runs.lock import held
 from kdlib.runs.log import duration
+from kdlib.runs.processes import held
 from kdlib.sweeps import report
 from kdlib.sweeps.config import SweepConfig
 from kdlib.sweeps.pool import Clock, Cost, Listed, Order, Pool, say
@@ -89,12 +89,9 @@ def searched(sweep: Sweep, settings: SweepConfig, base: Base, trials: Sequence[T
 
 
 def begin(sweep: Sweep, settings: SweepConfig, trials: Sequence[Trial], **facts: Any) -> None:
-    """Write down what the sweep is, and that it runs; a RunError where it cannot."""
+    """Write down what the sweep is; a RunError where it cannot."""
     if (sweep.path / "config.yaml").exists():
         raise RunError(f"{sweep.name!r} is the name of a run; choose another --name for the sweep")
-    if (status := sweep.status)["state"] == "running":
-        do = f"in process {status['pid']}; wait for it, or stop it first"
-        raise RunError(f"sweep {sweep.name} is running already, {do}")
     if not sweep.path.exists():
         check_new(sweep.path.parent, sweep.name)
     earlier = sweep.facts
@@ -106,7 +103,6 @@ def begin(sweep: Sweep, settings: SweepConfig, trials: Sequence[Trial], **facts:
         sweep.path.mkdir(parents=True, exist_ok=True)
         (sweep.path / STOP).unlink(missing_ok=True)
     write_json(sweep.path / FILE, about)
-    sweep.set_status("running")
     if gone := {trial["run"] for trial in earlier.get("trials", [])} - {trial.run for trial in trials}:
         names = ", ".join(sorted(gone))
         say(f"{len(gone)} runs of an earlier form of this sweep are not part of it now: {names}")

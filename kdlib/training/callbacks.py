@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from kdlib.errors import RunError
 from kdlib.metrics.names import MEASURES
-from kdlib.runs import interrupts
+from kdlib.runs import processes
 from kdlib.runs.files import StudentFolder, write_json
 from kdlib.runs.log import duration, time_left
 
@@ -132,7 +132,7 @@ class StopRequest(TrainerCallback):
 
     def heard(self) -> AbstractContextManager[None]:
         """Inside, signals are heard."""
-        return interrupts.heard(self._request, interrupts.interrupted)
+        return processes.heard(self._request, processes.interrupted)
 
     def _request(self) -> None:
         self.requested = True

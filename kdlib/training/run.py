@@ -22,8 +22,8 @@ from kdlib.routing.gates import compared_layers
 from kdlib.runs.checkpoints import is_in_parts, last_whole, ranks_in, restore_best, step_of
 from kdlib.runs.files import StudentFolder, go_on, is_refusal, write_error, write_json
 from kdlib.runs.folder import Run
-from kdlib.runs.lock import held
 from kdlib.runs.log import cut_metrics, history
+from kdlib.runs.processes import held
 from kdlib.runs.verdict import cut_units
 from kdlib.schedulers import from_spec
 from kdlib.training import nan_report, trackers

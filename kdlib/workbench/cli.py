@@ -18,8 +18,7 @@ from kdlib.runs import folder as runs
 from kdlib.runs.child_processes import as_rank
 from kdlib.runs.files import go_on, going_on
 from kdlib.runs.folder import Run
-from kdlib.runs.interrupts import LAUNCHED, bare_errors
-from kdlib.runs.lock import held
+from kdlib.runs.processes import LAUNCHED, bare_errors, held
 from kdlib.workbench.cli_checks import (
     Anyway,
     ConfigFile,

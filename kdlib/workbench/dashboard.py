@@ -29,7 +29,8 @@ from kdlib.reports.scorecard import Line, scorecard
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run
 from kdlib.runs.log import Tail
-from kdlib.runs.progress import FINAL, headline, progress, where_line
+from kdlib.runs.progress import headline, progress, where_line
+from kdlib.runs.states import ENDED
 
 SHARE = 0.05  # of the time, at most, that goes into watching
 PAUSE_S, HEADLESS_PAUSE_S = 1.0, 20.0  # between two looks, at least
@@ -74,8 +75,8 @@ class LiveRun:
         before, rivals = self.words, [self.candidates[name][1] for name in self.rivals]
         is_new = [self.tail(folder).read() for folder in (self.run, *rivals)]
         self.progress = progress(self.run, tail=self.tail(self.run))
-        if self.has_ended and self.progress.state in ("running", "quiet"):
-            self.progress = replace(self.progress, state="stopped")
+        if self.has_ended and self.progress.state == "running":
+            self.progress = replace(self.progress, state="stopped")  # who runs the notebooks will say so
         self.words = (headline(self.progress), where_line(self.progress), self.progress.message)
         return any(is_new) or self.words != before
 
@@ -189,7 +190,7 @@ class Dashboard:
             began, spent = time.monotonic(), time.thread_time()
             if self.refresh():
                 news = began
-            is_over = self.live.run.status["state"] in FINAL and not self.live.is_training
+            is_over = self.live.run.status["state"] in ENDED and not self.live.is_training
             if is_over or began - news > PATIENCE_S:
                 return
             pause = max(least, (time.thread_time() - spent) / SHARE)

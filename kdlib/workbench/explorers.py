@@ -27,7 +27,8 @@ from kdlib.plots.softening import (
 )
 from kdlib.plots.tokens import COLOURED_BY, candidate_bars, hardest, heat_map, of
 from kdlib.reports import explorers as still
-from kdlib.runs.folder import Run, headless
+from kdlib.runs.folder import Run
+from kdlib.runs.processes import headless
 
 USUAL_K = 256  # where the slider starts when the config has no top k
 OFFERED = ("kd", "ce", "hidden")  # terms that the designer has sliders for, beside the config's own

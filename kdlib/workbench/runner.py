@@ -17,8 +17,8 @@ from papermill.exceptions import PapermillExecutionError
 import kdlib
 from kdlib.errors import Died, RunError, Stopped, nearest, refuse_keys
 from kdlib.runs.files import go_on, without_keys_in, write_error, writing
-from kdlib.runs.folder import PARENT, Run, project_root, working
-from kdlib.runs.interrupts import heard, interrupted
+from kdlib.runs.folder import Run, project_root, working
+from kdlib.runs.processes import PARENT, heard, interrupted
 from kdlib.runs.verdict import refuse_unsound
 
 NOTEBOOKS = ("00_setup", "01_dry_run", "02_train", "03_compare")

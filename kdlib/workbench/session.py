@@ -27,8 +27,9 @@ from kdlib.routing import use
 from kdlib.runs import folder as runs
 from kdlib.runs.child_processes import on_ranks
 from kdlib.runs.files import StudentFolder
-from kdlib.runs.folder import Run
+from kdlib.runs.folder import Run, part
 from kdlib.runs.log import plan_table, training_table
+from kdlib.runs.progress import say_where_rows_changed
 from kdlib.runs.verdict import refuse_unsound
 from kdlib.students.student import check_pair, tokenizer_of
 from kdlib.tasks import base as tasks
@@ -100,7 +101,7 @@ class Workbench:
     def prepared(self) -> Prepared:
         print("reading the data …", flush=True)
         prepared = tasks.prepare(self.config, self.tokenizer)
-        self.run.say_where_rows_changed(prepared.notes["fingerprint"])
+        say_where_rows_changed(self.run, prepared.notes["fingerprint"])
         return prepared
 
     @cached_property
@@ -116,6 +117,7 @@ class Workbench:
             raise RunError(f"run {self.run.name} is not set up yet; run 00_setup first")
         return tasks.untrained_student(self.config, self.prepared, self.run.manifest["student_layers"])
 
+    @part
     def setup(self) -> pd.DataFrame:
         """Train the teacher where it must be, choose the student's layers, write the manifest."""
         self.config = teacher_stage.taught(self.run.config, self.run)
@@ -126,15 +128,9 @@ class Workbench:
         self.run.add_to_manifest(student_layers=layers)
         student, precision = self.student(), f"{dtype} ({reason})".replace("torch.", "")
         formula = self.formula(student=student)
-        self.run.add_to_manifest(
-            formula=formula,
-            seed=self.config.seed,
-            precision=precision,
-            data=notes,
-            versions=tables.versions(),
-            machine=machine(device),
-            **use.facts_of(self.teacher),
-        )
+        self.run.add_to_manifest(formula=formula, seed=self.config.seed, precision=precision, data=notes)
+        where = {"versions": tables.versions(), "machine": machine(device)}
+        self.run.add_to_manifest(**where, **use.facts_of(self.teacher))
         facts = {
             "teacher": tables.named_size(self.config.teacher, self.teacher),
             **tables.of_quantised(self.config, self.prepared, self.teacher),
@@ -167,6 +163,7 @@ class Workbench:
         """Where the dry run leaves its figures."""
         return StudentFolder(self.run.path / "dry_run")
 
+    @part
     def doctor(self) -> None:
         """Say what is wrong with this config, data and models before they train; kd doctor --fix mends.
 
@@ -188,6 +185,7 @@ class Workbench:
         pair = tasks.student_and_teacher(self.config, self.student(), self.prepared, asked)
         return {**pair, "tokenizer": self.tokenizer, "prepared": self.prepared}
 
+    @part
     def dry_run(self) -> pd.DataFrame:
         """Five optimizer steps of the real schedule and one evaluation; returns the terms, step by step."""
         shutil.rmtree(self.trial.path, ignore_errors=True)
@@ -221,10 +219,9 @@ class Workbench:
 
     def plan(self) -> pd.DataFrame:
         """The schedules at every tenth of the training that the dry run began."""
-        plan = plan_table(self.trial)
-        tenths = sorted({round(i * (len(plan) - 1) / 10) for i in range(11)})
-        return plan.iloc[tenths].set_index("step").map("{:.3g}".format)
+        return tables.of_plan(plan_table(self.trial))
 
+    @part
     def train(self, *, anyway: bool = False) -> None:
         """The distilled student, from its last checkpoint where there is one.
 
@@ -239,12 +236,14 @@ class Workbench:
         refuse_unsound(self.run.manifest)
         self._train(self.run, label="kd")
 
+    @part
     def train_baseline(self) -> None:
         """The same student, data, order, steps and learning rate, with the baseline's weights."""
         if self.config.baseline:
             refuse_unsound(self.run.manifest)
             self._train(self.run.baseline, label="baseline", weights=self.config.baseline.weights)
 
+    @part
     def compare(self) -> dict[str, Any]:
         """All models on the held-out rows, and on what `code` asks; writes files and the picture of it."""
         results = compare.compare_run(self.run, self.config, self.tokenizer, self.prepared)

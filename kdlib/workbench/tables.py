@@ -68,6 +68,12 @@ def texts_in(notes: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
+def of_plan(plan: pd.DataFrame) -> pd.DataFrame:
+    """The schedules at every tenth of a training."""
+    tenths = sorted({round(i * (len(plan) - 1) / 10) for i in range(11)})
+    return plan.iloc[tenths].set_index("step").map("{:.3g}".format)
+
+
 def of_shapes(models: Mapping[str, LiveTeacher | None], prepared: Prepared, unit: str) -> pd.DataFrame:
     """One training batch, and what each model makes of it, a column each; a `unit` is a token or a row."""
     batch = prepared.collate([prepared.train[i] for i in range(min(2, len(prepared.train)))])

@@ -21,7 +21,7 @@ from kdlib.models.sharing import ranks_of
 from kdlib.runs import folder as runs
 from kdlib.runs.files import go_on
 from kdlib.runs.folder import Run
-from kdlib.runs.lock import held
+from kdlib.runs.processes import held
 from kdlib.students.student import check_pair, tokenizer_of
 from kdlib.tasks import base as tasks
 from kdlib.training import run as training, trackers
@@ -108,6 +108,7 @@ def taught(config: Config, asked_by: Run) -> Config:
             )
         if run.is_trained:
             print(f"the teacher was trained before, in {run.name}", flush=True)
+            _tidy(run)
         else:
             print(f"{config.teacher.model} is trained for the task first, in {run.name}", flush=True)
             made = {"teacher": None, "tokenizer": tokenizer, "prepared": prepared, "asked_by": asked_by}
@@ -139,4 +140,12 @@ def _train(config: Config, run: Run, *, prepared: Prepared, **made: Any) -> None
             data=prepared.notes, formula=objective_of(config, student=student).at(0.0).formula
         )
         training.train(config, run, student=student, prepared=prepared, label="teacher", **made)
+    _tidy(run)
+
+
+def _tidy(run: Run) -> None:
+    """What remains to do for a teacher that is trained: also what an earlier process was killed before."""
+    if run.noted["state"] != "done":
+        with runs.working(run):
+            pass
     runs.clean(run)

@@ -1,6 +1,7 @@
 """One process at a time works on a run, and the next is told which; a polite kill is an interrupt."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,19 +10,20 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from made_log import stands
 
 from kdlib.config.run import parse
 from kdlib.errors import Died, RunError, Stopped
 from kdlib.runs import folder as runs
 from kdlib.runs.files import go_on, going_on
 from kdlib.runs.folder import Run, working
-from kdlib.runs.interrupts import heard
-from kdlib.runs.lock import held, is_free, this_process
+from kdlib.runs.processes import heard, held, is_free, this_process
+from kdlib.runs.states import STATES
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from kdlib.runs.lock import held
+from kdlib.runs.processes import held
 with held(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -29,7 +31,7 @@ with held(Path(sys.argv[1])):
 ASK = """
 import sys
 from pathlib import Path
-from kdlib.runs.lock import held
+from kdlib.runs.processes import held
 with held(Path(sys.argv[1])):
     pass
 """
@@ -66,7 +68,8 @@ def test_a_second_process_is_refused_and_told_who_holds_the_run(run, holder):
             pass
     with pytest.raises(RunError, match=who), working(run):
         pass
-    assert run.status["state"] == "created"  # who is refused writes nothing
+    assert run.noted["state"] == "created"  # who is refused writes nothing
+    assert run.status["state"] == "running"  # and all see that somebody works on it
     first.kill()
     first.wait()
     assert is_free(run.path)
@@ -113,9 +116,70 @@ def test_a_run_says_that_it_is_worked_on_and_how_that_ended(run, error, state):
     assert shown == ([state] if error else [])
 
 
+def test_a_part_that_ends_well_leads_to_where_the_files_stand(run):
+    """As notebooks that are run by hand: setup, a training, the comparison, and each of them again."""
+
+    def after(part=lambda: None) -> tuple[str, str]:
+        with working(run, whole=False):
+            assert run.status["state"] == "running"
+            with working(run):  # what a part consists of says nothing
+                part()
+            assert run.status["state"] == "running"
+        return run.status["state"], run.status["message"]
+
+    assert after() == ("created", "")
+    with pytest.raises(RunError), working(run, whole=False):
+        raise RunError("no such file")
+    assert run.status["state"] == "failed"
+    assert after() == ("created", "")  # what failed is made good
+    run.metrics.touch()
+    with pytest.raises(Stopped), working(run, whole=False):
+        raise Stopped("at step 4")
+    assert after() == ("stopped", "at step 4")  # a look at the first steps again trains it no further
+    assert after(lambda: run.history.write_text("[]")) == ("trained", "")
+    run.finish()
+    assert run.status["state"] == "done"
+    assert after() == ("done", "")
+
+
+def test_a_state_that_cannot_follow_is_an_error_of_ours(run):
+    for before, after in ((before, after) for before in STATES for after in STATES):
+        with held(run.path):
+            run._note(before)
+            if after in STATES[before].then:
+                run.set_status(after)
+                assert run.noted["state"] == after
+                continue
+            with pytest.raises(ValueError, match=f"a run that is {before} is never {after} next"):
+                run.set_status(after)
+            assert run.noted["state"] == before
+
+
+def test_a_run_that_was_copied_or_moved_while_it_ran_does_not_run_there(run):
+    with working(run):
+        copy = Run(Path(shutil.copytree(run.path, run.path.with_name("copy"))))
+        assert copy.status["state"] == "died"
+        with working(copy):  # and can go on
+            assert (run.status["state"], copy.status["state"]) == ("running", "running")
+    assert (run.status["state"], copy.status["state"]) == ("done", "done")
+
+
+def test_a_lock_that_somebody_deletes_still_keeps_others_out_and_a_torn_note_harms_nobody(run, holder):
+    first, lock = holder(), run.path.with_name(".first.lock")
+    lock.unlink()
+    with pytest.raises(RunError, match=f"is running already, on .*process {first.pid},"), held(run.path):
+        pass
+    first.kill()
+    first.wait()
+    lock.with_name(".first.lock.json").write_text("{")
+    with working(run):
+        lock.with_name(".first.lock.json").unlink()
+        assert run.status["state"] == "running"
+    assert run.status["state"] == "done"
+
+
 def test_a_run_of_another_machine_is_not_said_to_have_died(run):
-    away = {**this_process(), "host": "elsewhere", "pid": 1, "state": "running"}
-    runs.write_json(run.path / "status.json", away)
+    stands(run, "running", host="elsewhere", pid=1)
     assert run.status["state"] == "running"
 
 
