@@ -112,8 +112,8 @@ class Run(StudentFolder):
         return results or None
 
     def set_status(self, state: str, message: str = "") -> None:
-        """Note how the run stands from now on; a ValueError where that cannot follow on what is noted."""
-        states.check(self.noted["state"], state)
+        """Note how the run stands from now on; a ValueError where that cannot follow on how it stood."""
+        states.check(self.status["state"], state)
         self._note(state, message)
 
     def _note(self, state: str, message: str = "") -> None:
@@ -148,8 +148,8 @@ def working(run: Run, failed: Callable[[Run], object] = bool, *, whole: bool = T
         yield
         return
     with held(run.path), heard(interrupted, interrupted):
-        before = run.noted
-        run.set_status("running")
+        states.check((before := run.noted)["state"], "running")
+        run._note("running")
         try:
             yield
         except BaseException as error:

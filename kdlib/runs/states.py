@@ -73,7 +73,9 @@ def at_rest(before: str, *, is_begun: bool, is_trained: bool) -> str:
         return before
     if is_trained:
         return "trained"
-    return before if is_begun and before in ILL else "created"
+    if is_begun:
+        return before if before in ILL else "stopped"
+    return "created"
 
 
 def of_student(run: str, *, is_begun: bool, is_trained: bool) -> str:
