@@ -52,6 +52,10 @@ FORMS = {
     "TRL, preference": {"prompt": WHOLE[:2], "chosen": WHOLE[2:], "rejected": openai(("assistant", "no"))},
     "TRL, preference with the prompt in it": {"chosen": WHOLE, "rejected": WHOLE},
     "UltraFeedback": {"system": SYSTEM, "prompt": ASKED, "chosen": WHOLE[1:], "rejected": WHOLE[1:]},
+    "LLaMA-Factory, preference": {
+        **{"conversations": sharegpt(("human", ASKED)), "system": SYSTEM},
+        **{side: {"from": "gpt", "value": word} for side, word in (("chosen", SAID), ("rejected", "no"))},
+    },
     "a turn of the user's at the end": {"messages": [*WHOLE, *openai(("user", "Thank you."))]},
 }  # fmt: skip
 
@@ -270,6 +274,17 @@ REFUSED = {
 def test_what_cannot_be_used_is_refused_by_its_name(tmp_path, chatty, row, words):
     with pytest.raises(DataError, match=words):
         read(row, tmp_path, chatty)
+
+
+def test_columns_of_other_names_are_named(tmp_path, chatty):
+    _, learned, made = read({"ask": ASKED, "reply": SAID}, tmp_path, chatty, prompt="ask", response="reply")
+    assert (learned, made.notes["form"]) == (f"{SAID}<|im_end|>", "prompt and response")
+    _, learned, made = read({"talk": SPOKEN, "prompt": "x"}, tmp_path, chatty, messages="talk")
+    assert (learned, made.notes["columns_not_read"]) == (f"{SAID}<|im_end|>", ["prompt"])
+    with pytest.raises(
+        DataError, match="no column 'tlak'; it has talk: name the one with the messages in data.m"
+    ):
+        read({"talk": SPOKEN}, tmp_path, chatty, messages="tlak")
 
 
 def test_what_is_ignored_is_not_looked_at(tmp_path, chatty):

@@ -136,7 +136,9 @@ def _is_learned(message: Message, role: str, what: str) -> bool:
 
 
 def _answered(asked: list[Message], value: Any, column: str, ignored: Collection[str]) -> list[Message]:
-    """What is asked, and its answer: a text, or messages, which may begin with what is asked."""
+    """What is asked, and its answer: a text, a message, or messages, which may begin with what is asked."""
+    if isinstance(value, Mapping):
+        value = [value]
     if not isinstance(value, list):
         return [*asked, {"role": "assistant", "content": text_of(value, column)}]
     answer = _messages(value, column, ignored)
