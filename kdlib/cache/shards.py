@@ -5,6 +5,7 @@ written.  Its name is a digest of its keys: the same rows make the same files, i
 Arrow's files are mapped into memory, and only what is asked for is read.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
@@ -70,6 +71,15 @@ class Shards:
         """On the disk, with the teacher's head."""
         return sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
 
+    def __str__(self) -> str:
+        """`…/tiny_top_k_1f2e: top_k, 120 rows, 1,800 tokens, 0.2 MB, 98.1 bytes a token`, and its head."""
+        kept = sum(note["bytes"] for note in self.notes)
+        head = (self.folder / HEAD).stat().st_size if (self.folder / HEAD).exists() else 0
+        each = f"{kept / max(self.tokens, 1):.1f} bytes a token"
+        beside = f", and the teacher's head, {head / 1e6:,.1f} MB" if head else ""
+        rows = f"{len(self):,} rows, {self.tokens:,} tokens, {kept / 1e6:,.1f} MB, {each}{beside}"
+        return f"{os.path.relpath(self.folder)}: {self.about.get('form', 'nothing')}, {rows}"
+
     def has(self, key: bytes) -> bool:
         return self._place(key) is not None
 
@@ -94,11 +104,12 @@ class Shards:
         """What is kept of no token."""
         return {name: np.zeros((0, *shape), dtype) for name, (dtype, shape) in self._stored.items()}
 
-    def check(self) -> None:
-        """Read every byte; a RunError names the shards that are not as they were written."""
+    def check(self) -> bool:
+        """True, after every byte was read; a RunError names the shards that are not as they were written."""
         wrong = [n["file"] for n in self.notes if digest(self.folder / n["file"]) != n["digest"]]
         if wrong:
             raise RunError(f"{self.folder}: damaged are {', '.join(wrong)}; of each: {AGAIN}")
+        return True
 
     def add(self, rows: Sequence[tuple[bytes, Arrays]]) -> None:
         """Write a shard of these rows.

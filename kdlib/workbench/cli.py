@@ -39,7 +39,6 @@ from kdlib.workbench.cli_checks import (
     option,
 )
 
-BYTES = 4  # of a weight on disk
 RESUME = "After a stop, a crash or kill -9: go on with this run from its last checkpoint."
 
 app = typer.Typer(
@@ -248,6 +247,27 @@ def generate(
     print(f"rows: {os.path.relpath(opened.path / 'kept.jsonl')}    report: {os.path.relpath(page)}")
 
 
+@app.command()
+def cache(
+    config: ConfigFile,
+    check: option(bool, "--check", help="Also read every byte: are they as they were written?") = False,
+    override: Overrides = None,
+    runs_folder: RunsFolder = None,
+) -> None:
+    """Ask the teacher of CONFIG about each row once, and keep what it says on the disk for all trainings.
+
+    Runs with `teacher: {cache: true}` do so by themselves; here it is taken as said.
+    """
+    root, _ = folders(runs_folder, None)
+    resolved = configs.load(config, override or [])
+    entered(config, override, smoke=False)
+    from kdlib.workbench import teacher_stage
+
+    with going_on("the same command goes on"):
+        for made in teacher_stage.cached(resolved, root):
+            print(made, "; every byte is as it was written" if check and made.check() else "", sep="")
+
+
 def main() -> None:
     """Entry point."""
     with bare_errors():
@@ -273,21 +293,7 @@ def _rendered(run: Run, reports: Path) -> Path:
 
 
 def _cost(config: Config) -> Any:
-    """What a run of a sweep takes: memory by tensors without data, time by a few real steps."""
-    from kdlib.diagnostics import memory
-    from kdlib.diagnostics.forecast import MARGIN
     from kdlib.sweeps.pool import Cost
     from kdlib.workbench import measurement
 
-    found = memory.forecast(config)
-    return Cost(
-        seconds=measurement.measured(config).seconds,
-        peak=found.peak,
-        at_most=found.peak * (1 + MARGIN),
-        free=found.free,
-        weights=BYTES * found.parameters["student"],
-    )
-
-
-if __name__ == "__main__":
-    main()
+    return Cost(**measurement.cost(config))

@@ -20,6 +20,8 @@ from datasets import Dataset
 
 from kdlib.config import run as configs
 from kdlib.config.run import Config
+from kdlib.diagnostics import memory as memories
+from kdlib.diagnostics.forecast import MARGIN
 from kdlib.hardware import peak_memory, precision_of
 from kdlib.models.loading import device_of
 from kdlib.runs.child_processes import in_fresh_process
@@ -31,6 +33,7 @@ from kdlib.training.plan import extent, training_arguments
 from kdlib.training.trainer import DistillationTrainer
 
 STEPS, MEMORY_STEPS = 5, 2  # of the five the first is not timed
+BYTES = 4  # of a weight on disk
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,18 @@ def measured_here(config: Config, *, memory: bool, dense: bool = False) -> dict[
         return {"bytes": peak.bytes}
     others = max(_seconds_of_others() - busy, 0.0) / (time.perf_counter() - began)
     return asdict(by_steps(config, trainer, seconds, others))
+
+
+def cost(config: Config) -> dict[str, float]:
+    """A run's kdlib.sweeps.pool.Cost: memory by tensors without data, time by a few real steps."""
+    found = memories.forecast(config)
+    return {
+        "seconds": measured(config).seconds,
+        "peak": found.peak,
+        "at_most": found.peak * (1 + MARGIN),
+        "free": found.free,
+        "weights": BYTES * found.parameters["student"],
+    }
 
 
 def filled(rows: Dataset, length: int) -> Dataset:

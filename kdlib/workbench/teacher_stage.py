@@ -9,14 +9,18 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
+from kdlib.cache.making import opened
+from kdlib.cache.shards import Shards
 from kdlib.config.run import BESIDE, Config, parse
 from kdlib.data.batches import Prepared
-from kdlib.errors import RunError, Stopped
+from kdlib.errors import ConfigError, RunError, Stopped
+from kdlib.evaluation import caching
 from kdlib.models.sharing import ranks_of
 from kdlib.runs import folder as runs
 from kdlib.runs.files import go_on
@@ -114,6 +118,27 @@ def taught(config: Config, asked_by: Run) -> Config:
             made = {"teacher": None, "tokenizer": tokenizer, "prepared": prepared, "asked_by": asked_by}
             _train(own, run, **made)
     return resolved(config, root)
+
+
+def cached(config: Config, root: Path) -> list[Shards]:
+    """The caches that runs of a config below `root` train and are evaluated from, whole at the end.
+
+    A config without `teacher.cache` is taken to say `true`.
+
+    Raises:
+        ConfigError: it has no teacher, or asks for what no cache holds.
+        RunError: see kdlib.cache.making.fill.
+    """
+    if config.teacher is None:
+        raise ConfigError("teacher: found null, needs one that can be asked; name its model")
+    if not config.teacher.cache:
+        config = parse(config.as_dict(), {"teacher.cache": True})
+    preflight(config, trains=False)
+    config = taught(config, Run(root / caching.FOLDER))
+    prepared = tasks.prepare(config, tokenizer_of(config))
+    found = caching.plan(config, prepared, root)
+    caching.make(config, prepared, found, partial(tasks.load_teacher, config, prepared))
+    return [opened(found, recipe).shards for recipe in dict.fromkeys(found.recipes.values())]
 
 
 def _waiting(run: Run, asked_by: Run) -> Callable[[str], None]:

@@ -1,0 +1,82 @@
+"""`kd cache`, and what else of the workbench knows that a teacher may be asked once."""
+
+import re
+import sys
+
+import pytest
+
+from kdlib.cache.shards import Shards
+from kdlib.tasks import base as tasks
+from kdlib.workbench import cli
+
+
+@pytest.fixture
+def kd(tmp_path, monkeypatch, capsys):
+    """Runs `kd …` on the runs of this test: (exit status, what it said)."""
+
+    def call(*words: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["kd", *map(str, words), "--runs", str(tmp_path / "runs")])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        said = capsys.readouterr()
+        return caught.value.code or 0, said.out + said.err
+
+    return call
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """A list that grows by one where a teacher is loaded."""
+    found, honest = [], tasks.load_teacher
+    monkeypatch.setattr(tasks, "load_teacher", lambda *a, **o: (found.append(a), honest(*a, **o))[1])
+    return found
+
+
+def caches(tmp_path):
+    return sorted(path.parent for path in tmp_path.glob("runs/.signals/*/cache.json"))
+
+
+def test_kd_cache_asks_once_says_what_it_kept_and_finds_what_is_damaged(kd, config_file, tmp_path, loaded):
+    command = ("cache", config_file, "--check")
+    status, said = kd(*command)
+    assert status == 0, said
+    (folder,) = caches(tmp_path)  # hidden states are exact: those of held-out rows lie beside the others
+    found = Shards(folder)
+    assert len(found) == sum(note["rows"] for note in found.notes) > 20
+    line = f"{folder.name}: hidden, {len(found)} rows, {found.tokens:,} tokens"
+    assert line in said
+    assert "every byte is as it was written" in said
+    each = sum(note["bytes"] for note in found.notes) / found.tokens
+    assert f"{each:.1f} bytes a token, and the teacher's head" in said
+    assert len(loaded) == 2  # for the training's rows, and for the held-out ones
+
+    assert kd(*command)[0] == 0
+    assert len(loaded) == 2  # nothing is missing
+
+    assert kd("cache", config_file, "-o", "loss.top_k=8")[0] == 0
+    assert [path.name.split("_")[1] for path in caches(tmp_path)] == ["hidden", "top"]
+
+    path = folder / found.notes[0]["file"]
+    content = path.read_bytes()
+    path.write_bytes(
+        content[: len(content) // 2]
+        + bytes([content[len(content) // 2] ^ 1])
+        + content[len(content) // 2 + 1 :]
+    )
+    status, said = kd(*command)
+    assert status == 1
+    assert re.search(rf"kd: .*damaged are {path.name}.*delete it", said)
+
+
+def test_kd_cache_refuses_what_no_cache_serves_before_anybody_is_asked(kd, config_file, loaded, tmp_path):
+    for override, expected in (
+        ("teacher=null", "needs a teacher, and there is none"),
+        ("loss.weights={kd: 1, attention: 0.5}", "loss.weights.attention looks at is not kept"),
+        ("teacher.cache=topk", "teacher.cache.form: found 'topk'"),
+        ("loss={weights: {kd: 1}, top_k: 8, temperature: {linear: [4, 1]}}", "takes 12 values in 12 steps"),
+        ("data.source=missing.jsonl", "missing.jsonl: no such file"),
+    ):
+        status, said = kd("cache", config_file, "-o", override, "-o", "baseline=null")
+        assert (status, expected in said, "Traceback" in said) == (1, True, False), said
+    assert not loaded
+    assert not caches(tmp_path)
