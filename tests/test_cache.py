@@ -273,7 +273,7 @@ def test_two_ranks_make_what_one_does(home, tmp_path, small_shards, monkeypatch)
         monkeypatch.setenv("WORLD_SIZE", "2")
         making.fill(
             wanted, wanted.taught, made["prepared"].train, made["prepared"].collate,
-            lambda: made["teacher"], batch=caching.BATCH,
+            lambda: made["teacher"], batch=4,
         )  # fmt: skip
     assert stored(wanted.folder(wanted.taught)) == stored(whole.shards.folder)
 

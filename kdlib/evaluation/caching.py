@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 
 from kdlib.cache.making import Wanted, fill, opened, wanted
@@ -19,7 +20,6 @@ from kdlib.students.student import outline
 from kdlib.tasks.base import task_of
 from kdlib.training.plan import extent, objective_of, training_arguments
 
-BATCH = 8  # rows that it is asked about at a time
 FOLDER = ".signals"  # of all caches, beside the runs
 
 
@@ -70,9 +70,13 @@ def make(config: Config, prepared: Prepared, found: Wanted, load: Callable[[], A
         teacher.to(device)
         return teacher
 
-    how = {"batch": BATCH, "most": config.teacher.cache.max_gib, "reads": _reads(prepared)}
+    # as a training asks, so that rounding in bfloat16 is the same too
+    args = training_arguments(config, found.root)
+    batch, dtype = args.per_device_train_batch_size, torch.bfloat16 if args.bf16 else torch.float16
+    how = {"batch": batch, "most": config.teacher.cache.max_gib, "reads": _reads(prepared)}
     for name, recipe in found.recipes.items():
-        fill(found, recipe, rows[name], prepared.collate, there, **how)
+        with torch.autocast(device.type, dtype, enabled=args.bf16 or args.fp16):
+            fill(found, recipe, rows[name], prepared.collate, there, **how)
     if (world_size() or 1) > 1:
         PartialState().wait_for_everyone()
 
