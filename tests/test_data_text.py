@@ -57,13 +57,18 @@ def test_the_built_in_text_needs_no_file():
     assert sum(map(len, documents["train"]["text"])) > 400_000
 
 
-def test_no_document_is_on_both_sides(tmp_path):
+@pytest.mark.parametrize(("share", "count"), [(0.1, 3), (0.99, 29)])
+def test_no_document_is_on_both_sides_and_each_is_read_where_it_comes(share, count):
     texts = sentences(30) * 2  # every document twice
-    split = split_documents(DatasetDict(train=Dataset.from_dict({"text": texts})), config("x"), seed=0)
-    train, held_out = set(split["train"]["text"]), set(split["validation"]["text"])
-    assert not train & held_out
-    assert train | held_out == set(texts)
-    assert len(held_out) == 3
+    documents = DatasetDict(train=Dataset.from_dict({"text": texts}))
+    sides = [split_documents(documents, config("x", validation=share), seed=seed) for seed in (0, 0, 1)]
+    (train, held_out), again, other = ([side["text"][:] for side in split.values()] for split in sides)
+    assert len(held_out) == count
+    assert sorted([*train, *held_out], key=texts.index) == texts[:30]
+    for side in (train, held_out):  # a disk is read from its beginning to its end
+        assert sorted(side, key=texts.index) == side
+    assert (train, held_out) == tuple(again)
+    assert (train, held_out) != tuple(other)
 
 
 @pytest.mark.parametrize("validation", [sentences(40)[30:], sentences(40)[30:] * 2], ids=["once", "twice"])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from datasets import DatasetDict
 from made_runs import RAW
 
 from kdlib.config.run import parse
@@ -19,6 +20,7 @@ from kdlib.reports import index, run as reports
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run
 from kdlib.runs.log import eval_table, training_table
+from kdlib.sources import documents as sources
 from kdlib.sweeps.config import SweepConfig
 from kdlib.sweeps.trials import Base
 from kdlib.workbench import dashboard, session, teacher_stage
@@ -57,7 +59,12 @@ def test_a_run_of_before_is_watched(folder, name, said):
     assert board.live.png()
 
 
-def test_a_training_that_was_stopped_before_goes_on_as_if_it_never_had_been(folder, capsys):
+def test_a_training_that_was_stopped_before_goes_on_as_if_it_never_had_been(folder, capsys, monkeypatch):
+    def shuffled(documents, config, *, seed):  # as it was split then; now documents keep the source's order
+        split = documents["train"].train_test_split(test_size=6, seed=seed)
+        return DatasetDict(train=split["train"], validation=split["test"])
+
+    monkeypatch.setattr(sources, "split_documents", shuffled)
     bench = session.open_run("tiny.yaml", str(folder / "stopped"))
     bench.train()
     resumed, whole = Run(folder / "stopped"), Run(folder / "done")
