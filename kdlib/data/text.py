@@ -18,7 +18,7 @@ from kdlib.data.blocks import one_each, packed, tokenized
 from kdlib.errors import DataError
 from kdlib.sources.documents import interleaved, split_sources
 from kdlib.sources.files import is_prose
-from kdlib.sources.rows import group_values
+from kdlib.sources.rows import group_numbers, group_values
 from kdlib.sources.stream import streamed
 from kdlib.tokens.spans import PairReader
 from kdlib.tokens.vocabulary import beginning, ending
@@ -88,7 +88,7 @@ def _of_source(
     for name, limit in (("train", config.max_train_rows), ("validation", config.max_eval_rows)):
         groups = group_values(config, split[name], name)
         sides.append(set(groups or ()))
-        numbers = np.arange(len(split[name])) if groups is None else np.unique(groups, return_inverse=True)[1]
+        numbers = np.arange(len(split[name])) if groups is None else group_numbers(groups)[0]
         numbers = numbers * (alone or not is_one_text)
         numbered, numbers = numbered + int(numbers.max(initial=0)) + 1, numbers + numbered
         blocks, found = _blocks(split[name], config, tokenizer, reader, numbers)

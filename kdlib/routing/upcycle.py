@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -23,6 +24,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from kdlib.config.data import DataConfig
+from kdlib.data.batches import lengths_of
 from kdlib.data.blocks import tokenized
 from kdlib.errors import DataError, ModelError, refuse_existing
 from kdlib.models.loading import load_model, load_tokenizer, parameters, plain_config, plain_generation
@@ -140,15 +142,14 @@ def beginnings(source: str, tokenizer: Tokenizer) -> Tensor:
     Raises:
         DataError: it cannot be read, or no document is as long.
     """
-    documents = read_documents(DataConfig(source=source))["train"]
-    rows = [
-        ids[:LENGTH] for ids in tokenized(documents, "text", tokenizer)["input_ids"] if len(ids) >= LENGTH
-    ]
-    if not rows:
+    rows = tokenized(read_documents(DataConfig(source=source))["train"], "text", tokenizer)
+    long = np.flatnonzero(lengths_of(rows) >= LENGTH)
+    if not len(long):
         raise DataError(
             f"{source}: no document has {LENGTH} tokens, as calibrating routers needs; give another"
         )
-    return torch.tensor(rows[:: -(-len(rows) // ROWS)])
+    chosen = rows.select(long[:: -(-len(long) // ROWS)])
+    return torch.tensor([ids[:LENGTH] for ids in chosen["input_ids"]])
 
 
 def _check(dense: PreTrainedModel, experts: int, top_k: int) -> None:

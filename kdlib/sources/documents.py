@@ -16,6 +16,7 @@ from kdlib.sources.places import read_splits
 from kdlib.sources.rows import (
     check_column,
     columns_of,
+    group_numbers,
     group_values,
     kept_once,
     own_splits,
@@ -104,14 +105,15 @@ def split_documents(documents: DatasetDict, config: DataConfig, *, seed: int) ->
 
 def _whole_groups(config: DataConfig, groups: Sequence[str], count: int, seed: int) -> np.ndarray:
     """[documents] whether it is held out: whole groups, as they come, until they have so many documents."""
-    names, belongs, sizes = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
+    belongs, names = group_numbers(groups)
     if len(names) < 2:
         raise DataError(
             f"{config.source}: all documents are of one {config.group} (data.group), so nothing can be held "
             "out; give documents of two or more, or leave data.group out"
         )
     order = np.random.default_rng(seed).permutation(len(names))[:-1]
-    before = np.cumsum(sizes[order]) - sizes[order]
+    sizes = np.bincount(belongs)[order]
+    before = np.cumsum(sizes) - sizes
     return np.isin(belongs, order[before < count])
 
 

@@ -1,6 +1,7 @@
 """What is asked of a source's rows: columns that are there, groups, own splits, each row on one side."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -42,15 +43,20 @@ def group_values(config: DataConfig, rows: Dataset, split: str) -> list[str] | N
         check_column(config, rows, config.group, "data.group")
     if group not in rows.column_names:
         return None
-    values = rows[group][:]
-    faults = [
-        f"row {number} of {split}"
-        for number, value in enumerate(values)
-        if value is None or value != value or not str(value).strip()
-    ]
+    names: dict[str, str] = {}  # which may be long, and are held once
+    values, faults = [], []
+    for number, value in enumerate(chain.from_iterable(each.to_pylist() for each in columns_of(rows, group))):
+        values.append(names.setdefault(str(value), str(value)))
+        if value is None or value != value or not values[-1].strip():
+            faults.append(f"row {number} of {split}")
     what = f"have nothing in {group!r} (data.group), so they cannot be kept together with their like"
     refuse_rows(config, faults, f"{what}; name what each belongs to")
-    return list(map(str, values))
+    return values
+
+
+def group_numbers(groups: Sequence[str]) -> tuple[np.ndarray, Sequence[str]]:
+    """[rows] the number of each one's group, in the order of their names; and these, each once."""
+    return pd.factorize(np.array(groups, object), sort=True)
 
 
 def own_splits(config: DataConfig, names: Collection[str]) -> dict[str, str]:

@@ -18,8 +18,10 @@ BYTES = 256
 BYTE_OF = {letter: byte for byte, letter in bytes_to_unicode().items()}  # GPT-2's alphabet
 
 
-def trained_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
+def trained_tokenizer(texts: Iterable[str] | Iterable[list[str]], size: int) -> Tokenizer:
     """A byte-level BPE of so many tokens for these texts, digits one by one; the same for the same texts.
+
+    They are taken one after the other, or some at a time: what they are cut into is held, and not they.
 
     Two of its tokens are special: the end of a text, and padding.
 

@@ -262,13 +262,17 @@ def tokenizer(
     refuse_existing(folder)
     from kdlib.config.data import DataConfig
     from kdlib.sources.documents import read_documents
-    from kdlib.tokens.vocabulary import trained_tokenizer
+    from kdlib.sources.rows import columns_of
+    from kdlib.tokens.vocabulary import ids_of, trained_tokenizer
 
-    texts = read_documents(DataConfig(source=source, text=text))["train"][text]
-    made = trained_tokenizer(texts, vocabulary)
+    documents = read_documents(DataConfig(source=source, text=text))["train"]
+    made = trained_tokenizer((texts.to_pylist() for texts in columns_of(documents, text)), vocabulary)
     made.save_pretrained(folder)
-    sizes = len("".join(texts).encode()), sum(map(len, made(texts[:], verbose=False)["input_ids"]))
-    print(f"{folder}: {len(made):,} tokens, {sizes[0] / max(sizes[1], 1):.2f} bytes of this text each")
+    size, tokens = 0, 0
+    for texts in (each.to_pylist() for each in columns_of(documents, text)):
+        size += len("".join(texts).encode())
+        tokens += sum(map(len, ids_of(made, texts)))
+    print(f"{folder}: {len(made):,} tokens, {size / max(tokens, 1):.2f} bytes of this text each")
 
 
 @checks.command()
