@@ -21,7 +21,7 @@ from kdlib.errors import ModelError
 
 RENDERING = Path(__file__).with_name("rendering.py")
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
-SECONDS = 5  # of the processor, for twenty texts of one conversation
+SECONDS = 2  # of the processor, for twenty texts of one conversation
 AT_ONCE = 64  # conversations
 LOCK = threading.Lock()
 
