@@ -19,7 +19,8 @@ from kdlib.models.loading import parameters
 from kdlib.runs import folder as runs
 
 CPU = torch.device("cpu")
-OURS = {"ours_kd", "ours_hidden", "ours_routed", "ours_lora", "ours_sft"}
+CACHED = {"ours_from_hidden", "ours_from_top_k", "ours_from_samples"}
+OURS = {"ours_kd", "ours_hidden", "ours_routed", "ours_lora", "ours_sft", *CACHED}
 SETTING = heads.Setting(chunk=16, top_k=8)
 INPUTS = {
     "tokens": 43,

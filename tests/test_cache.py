@@ -88,6 +88,8 @@ def small_shards(monkeypatch):
         ("curriculum", {"top_k": 32, "temperature": {"steps": {0: 3.0, 0.5: 1.5}}}, 1e-3),
         ("features", {"weights": {"kd": 0.7, "ce": 0.3, "hidden": 0.5, "relational": 0.2}}, 1e-3),
         ("samples", {"samples": 64}, 0.03),
+        ("compiled", {"top_k": 32, "compile": True}, 1e-3),
+        ("compiled_samples", {"samples": 64, "compile": True}, 0.03),
     ],
 )
 def test_a_training_from_the_cache_is_that_of_the_live_teacher(home, name, loss, within):

@@ -255,9 +255,8 @@ def _head_targets(results: Mapping[str, Any]) -> Iterator[Target]:
     for name in OTHERS:
         yield Target(f"{CASES[name]}, float32: time ÷ forward KL", 1.5, _time(full, name, "ours"))
     yield Target("JSD(0.5), float32: time ÷ TRL", 0.6, _time(full, "ours_generalized_jsd", "trl_jsd"))
-    yield Target(
-        "JSD(0.5), float32: peak memory ÷ TRL", 0.1, _memory(full, "ours_generalized_jsd", "trl_jsd")
-    )
+    least = _memory(full, "ours_generalized_jsd", "trl_jsd")
+    yield Target("JSD(0.5), float32: peak memory ÷ TRL", 0.1, least)
     yield Target("part masked, float32: time ÷ unmasked", 0.6, _time(full, "ours_half_masked", "ours"))
     yield Target("peak memory above inputs and gradients with more tokens: change", 0.1, _growth(full))
 
@@ -266,13 +265,15 @@ def _step_targets(results: Mapping[str, Any]) -> Iterator[Target]:
     for precision, part in results["steps"].items():
         lines = part["rounds"]
         both = ratio(lines, "ours_kd", ("teacher", "trainer_sft"), "wall_s")
-        yield Target(
-            f"KD step, {precision}: time ÷ (teacher's forward pass + Trainer's SFT step)", 0.95, both
-        )
+        what = "time ÷ (teacher's forward pass + Trainer's SFT step)"
+        yield Target(f"KD step, {precision}: {what}", 0.95, both)
         faster = ratio(lines, "trl_gkd", "ours_kd", "wall_s")
         yield Target(f"KD step, {precision}: tokens per s ÷ TRL's GKDTrainer", 1.5, faster, at_least=True)
         lora = ratio(lines, "ours_lora", "ours_kd", "peak_bytes")
         yield Target(f"KD step of an adapter, {precision}: peak memory ÷ in full", 0.7, lora)
+        for form in ("hidden", "top_k", "samples"):
+            cached = ratio(lines, f"ours_from_{form}", "ours_sft", "wall_s")
+            yield Target(f"KD step from a disk, {form}, {precision}: time ÷ CE alone", 1.05, cached)
         routed = ratio(lines, "ours_routed", "ours_hidden", "wall_s")
         yield Target(f"hidden term routed, {precision}: time ÷ layers even", 1.1, routed)
         books = f"KD step, {precision}: ledger and guard, share of the step, a log every 10 steps"

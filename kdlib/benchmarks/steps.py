@@ -28,6 +28,9 @@ from kdlib.benchmarks.heads import CE, KD
 from kdlib.benchmarks.peers import module
 from kdlib.benchmarks.rounds import BooksClock, StepClock, rotated, seconds
 from kdlib.benchmarks.settings import StepsConfig
+from kdlib.cache.making import Wanted, fill, opened
+from kdlib.cache.parts import Recipe
+from kdlib.cache.teacher import CachedTeacher
 from kdlib.config.models import AdapterConfig
 from kdlib.config.run import parse
 from kdlib.data.batches import collate
@@ -102,25 +105,51 @@ def pair(settings: StepsConfig, *, precision: str, device: torch.device, seed: i
 
 
 def ours(
-    made: Pair, folder: Path, *, weights: Mapping[str, float], layers: Any = "even", lora: bool = False
+    made: Pair,
+    folder: Path,
+    *,
+    weights: Mapping[str, float],
+    layers: Any = "even",
+    lora: bool = False,
+    cache: Mapping[str, int] | None = None,
 ) -> Trainer:
-    """kdlib's trainer; `layers`: as a config has them in loss.features; `lora`: an adapter is trained."""
+    """kdlib's trainer.
+
+    Args:
+        layers: as a config has them in loss.features.
+        lora: an adapter is trained.
+        cache: the teacher is on a disk, as this setting of `loss:` looks at it; {}: its hidden states.
+    """
     asked, parts = made.settings, made.parts
     if lora:
         adapted(parts["model"], AdapterConfig())
     loss = {"weights": weights, "temperature": asked.temperature, "features": {"layers": layers}}
+    loss |= cache or {}
     rest = {"teacher": {"model": "-"}, "student": {"from": "-"}, "data": {"source": "-"}, "training": {}}
     objective = objective_of(config := parse({**rest, "loss": loss}))
+    live = LiveTeacher(made.teacher, len(made.tokenizer))
+    teacher = live if cache is None else on_disk(made, live, folder / "signals", cache)
     return DistillationTrainer(
         **parts,
         args=TrainingArguments(str(folder), **made.options),
         objective=objective,
         layer_pairs=compared_layers(config, parts["model"], made.teacher, objective),
-        teacher=LiveTeacher(made.teacher, len(made.tokenizer)) if "kd" in weights else None,
+        teacher=teacher if "kd" in weights else None,
         vocabulary=len(made.tokenizer),
         workspace=Workspace(asked.chunk, compiled=True),
         folder=StudentFolder(folder),
     )
+
+
+def on_disk(made: Pair, teacher: LiveTeacher, folder: Path, loss: Mapping[str, int]) -> CachedTeacher:
+    """What the teacher says of the rows, asked once."""
+    config, (form, count) = made.teacher.config, next(iter(loss.items()), ("hidden", 0))
+    recipe = Recipe(form, teacher.vocabulary, config.hidden_size, count, (made.settings.temperature,))
+    wanted = Wanted("teacher", {}, recipe, recipe, folder)
+    collated = partial(collate, pad_id=made.tokenizer.pad_token_id)
+    fill(wanted, recipe, made.rows, collated, lambda: teacher, batch=made.settings.batch)
+    found = opened(wanted, recipe)
+    return CachedTeacher(found, found, teacher.vocabulary, config)
 
 
 def trainer_sft(made: Pair, folder: Path) -> Trainer:
@@ -149,6 +178,9 @@ TRAINERS: dict[str, Callable[..., Trainer]] = {
     "ours_lora": partial(ours, weights={"kd": KD, "ce": CE}, lora=True),
     "ours_hidden": partial(ours, weights=HIDDEN),
     "ours_routed": partial(ours, weights=HIDDEN, layers={"route": {"top_k": 4}}),
+    "ours_from_hidden": partial(ours, weights={"kd": KD, "ce": CE}, cache={}),
+    "ours_from_top_k": partial(ours, weights={"kd": KD, "ce": CE}, cache={"top_k": 32}),
+    "ours_from_samples": partial(ours, weights={"kd": KD, "ce": CE}, cache={"samples": 12}),
     "ours_sft": partial(ours, weights={"ce": 1.0}),
     "trainer_sft": trainer_sft,
     "trl_sft": trl_sft,

@@ -200,8 +200,7 @@ class SamplesSignal(ReadPart):
             raise self._refused(name)
         if asked.count > self.recipe.count:
             raise self._refused(f"{name} of {asked.count} samples")
-        first = at * self.recipe.count
-        return OnDraws(slice(first, first + asked.count), at - len(self.recipe.temperatures))
+        return OnDraws(at * self.recipe.count, asked.count, at - len(self.recipe.temperatures))
 
 
 @dataclass(frozen=True)
@@ -212,8 +211,9 @@ class OnDraws:
     -log student over what the teacher draws, less the teacher's entropy.  Unbiased, value and gradient.
     """
 
-    columns: slice
-    entropy: int
+    first: int  # column of its ids
+    count: int
+    entropy: int  # its column
 
     def __call__(self, student: Tensor, teacher: Tensor, targets: Tensor, temperature: Tensor) -> Tensor:
         """
@@ -221,5 +221,6 @@ class OnDraws:
             teacher: as of SamplesSignal; targets: not looked at.
         """
         ours = log_probs(student, temperature)
-        drawn = ours.gather(-1, teacher[:, self.columns].long())
+        ids = teacher[:, self.first : self.first + self.count].long()
+        drawn = ours.gather(-1, ids)
         return temperature**2 * (-drawn.mean(-1) - teacher[:, self.entropy])
