@@ -119,6 +119,7 @@ BY_LINE = {"orient": "records", "lines": True}
 LIST, HELD = json.dumps(ROWS), json.dumps({"data": ROWS})
 BOTH = {"train": ROWS, "test": ROWS[:1]}
 SHARD = "rows/data/{}-00000-of-00001.parquet"
+DAMAGED = zstandard.compress(table().encode())[:-9] + bytes(9)
 BROKEN = LINES + '{"text": \nrows\n'
 
 JSON = {
@@ -134,7 +135,7 @@ JSON = {
     "JSON Lines as .ndjson": (file("rows.ndjson", LINES), {}, ROWS),
     "JSON Lines as .JSONL": (file("ROWS.JSONL", LINES), {}, ROWS),
     "JSON Lines in UTF-16": (file("rows.jsonl", LINES, "utf-16"), {"encoding": "utf-16"}, ROWS),
-    "the same, unsaid": (file("rows.jsonl", LINES, "utf-16"), {}, "no text in utf-8-sig .* data.encoding"),
+    "the same, unsaid": (file("rows.jsonl", LINES, "utf-16"), {}, "no text in utf-8 .* data.encoding"),
     "texts None, NA, null, dates, numbers": (file("rows.jsonl", lines(ODD)), {}, ODD),
     "JSON list (json)": (file("rows.json", LIST), {}, ROWS),
     "JSON list, indented": (file("rows.json", json.dumps(ROWS, indent=2)), {}, ROWS),
@@ -156,6 +157,13 @@ JSON = {
     "a list that holds null": (file("rows.json", json.dumps([*ROWS, None])), {}, "entry 4: not an object"),
     "broken lines": (file("rows.jsonl", BROKEN), {}, "2 broken lines\n  line 5: .*\n  line 6: "),
     "a broken list": (file("rows.json", LIST[:-9]), {}, "broken JSON in line 1, column"),
+    "one broken line": (file("rows.jsonl", LINES + "{"), {}, "rows.jsonl: 1 broken line\n  line 5: "),
+    "half a character": (file("rows.jsonl", LINES + '{"text": "\\ud83d"}'), {}, "line 5: .*surrogates"),
+    "a number of more than 64 bits": (
+        file("rows.jsonl", LINES + '{"n": 99999999999999999999}'),
+        {},
+        "64 bits",
+    ),
     "a key that stands twice": (file("rows.jsonl", '{"a": 1, "a": 2}\n'), {}, "'a' stands twice"),
 }
 COMPRESSED = {
@@ -181,6 +189,8 @@ COMPRESSED = {
         {},
         "gz: cannot be read: Compr",
     ),
+    "a .zst that is cut short": (packed("rows.txt.zst", TEXT, cut=3), {}, "zst: cannot be read: Compr"),
+    "a .zst that is damaged": (file("rows.csv.zst", DAMAGED), {}, "zst: cannot be read: .*corrupt"),
     "a .gz that is none": (file("rows.jsonl.gz", LINES), {}, "Not a gzipped file"),
     "a .gz of what it does not say": (packed("rows.gz", LINES), {}, "rows.gz: unknown type of file"),
     "a .gz with a line that is null": (packed("rows.jsonl.gz", LINES + "null"), {}, "line 5: not an object"),
@@ -270,6 +280,15 @@ OTHERS = {
 }
 FOLDERS = {
     "a folder that datasets saved": (written("saved", DatasetDict(train=SET).save_to_disk), {}, ROWS),
+    "a saved folder that is damaged": (
+        several(
+            "saved",
+            written("saved", SET.save_to_disk),
+            file("saved/dataset_info.json", json.dumps({"features": {"text": "string"}})),
+        ),
+        {},
+        "saved: is damaged, or not what datasets saved",
+    ),
     "a folder as on the hub": (
         several(
             "rows",

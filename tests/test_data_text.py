@@ -16,6 +16,7 @@ from kdlib.data.text import prepare, units_of_tokens
 from kdlib.errors import DataError
 from kdlib.losses.signals import IGNORED
 from kdlib.sources.documents import read_documents, split_documents
+from kdlib.sources.places import identity
 from kdlib.workbench.tables import texts_in
 
 
@@ -344,6 +345,10 @@ def test_rows_of_the_hub_are_read_as_others_are_and_lie_where_datasets_looks_for
     assert rows.to_list() == [{"text": "None", "n": "1"}, {"text": "NA", "n": "02"}]
     ((args, builder),) = asked
     assert args == ("org/rows", "small")
+    before = identity(config("org/rows"))
+    assert identity(config("org/rows")) == before
+    path.write_text("text,n\nNone,1\nNA,03\n")  # as another revision is other files
+    assert identity(config("org/rows")) != before
     assert Path(rows.cache_files[0]["filename"]).parent == Path(builder.cache_dir)
 
 

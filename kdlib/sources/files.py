@@ -8,7 +8,6 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +107,6 @@ def form_of(files: Sequence[str], source: str) -> tuple[str, dict[str, Any]]:
     if any(form != forms[0] for form in forms):
         both = ", ".join(f"{each} ({name})" for each, name in sorted(endings.items()))
         raise DataError(f"{source}: has files of several forms, {both}; {BY_PATTERN}")
-    if any(file.lower().endswith(".zst") for file in files) and not find_spec("zstandard"):
-        raise DataError(f"{source}: .zst needs zstandard; run: pip install 'kdlib[zstd]'")
     return forms[0]
 
 

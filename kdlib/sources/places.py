@@ -19,7 +19,7 @@ from kdlib.config.data import HUB_IDS, DataConfig
 from kdlib.errors import DataError, nearest, shown
 from kdlib.sources.built_in import BUILT_IN
 from kdlib.sources.files import OF_CODE, folder_of, form_of, has_card, is_local, is_saved, splits_of, stamp
-from kdlib.sources.readers import BROKEN, READERS
+from kdlib.sources.readers import BROKEN, HAS_ZSTD, READERS
 
 VERSION = "1"  # of what the readers make of a file
 SETTINGS = {  # setting → the readers that know it, and what they call it
@@ -39,8 +39,7 @@ def read_splits(config: DataConfig) -> DatasetDict:
     path = os.path.expanduser(config.source)
     if config.source in BUILT_IN or is_saved(path):
         _options(config, "", {})
-        with _told(config):
-            found = BUILT_IN[config.source]() if config.source in BUILT_IN else datasets.load_from_disk(path)
+        found = BUILT_IN[config.source]() if config.source in BUILT_IN else _saved(config, path)
     else:
         builder = _builder(config)
         with _told(config):
@@ -91,12 +90,23 @@ def _builder(config: DataConfig) -> DatasetBuilder:
             raise DataError(f"{config.source}: {what}; leave it out")
         every = [file for files in splits.values() for file in files]
         reader, options = form_of(every, config.source)
+        if not HAS_ZSTD and any(file.lower().endswith(".zst") for file in every):
+            raise DataError(f"{config.source}: needs backports.zstd; run: pip install 'kdlib[zstd]'")
         if not any(map(os.path.getsize, every)):
             raise DataError(f"{config.source}: is empty; at least two documents are needed")
         told = _options(config, reader, {**options, **(_of_card(card) if card else {})})
         stamped = {name: DataFilesList(each, [(stamp(x),) for x in each]) for name, each in splits.items()}
         own = {"dataset_name": f"kdlib_{reader}", "hash": VERSION}
         return READERS[reader](data_files=DataFilesDict(stamped), **own, **told)
+
+
+def _saved(config: DataConfig, path: str) -> DatasetDict | Dataset:
+    """What `datasets` saved in a folder, whose descriptions it takes at their word."""
+    try:
+        with _told(config):
+            return datasets.load_from_disk(path)
+    except (AttributeError, TypeError) as error:
+        raise DataError(f"{config.source}: is damaged, or not what datasets saved: {error}") from error
 
 
 def _of_card(card: DatasetBuilder) -> dict[str, Any]:
@@ -122,13 +132,13 @@ def _of_hub(config: DataConfig) -> DatasetBuilder:
             f"no file, no folder and no built-in name ({', '.join(BUILT_IN)}); as a hub id (its "
             f"configuration goes into data.subset): {error}"
         ) from error
-    options = _options(config, found.name, _of_card(found))
+    told = _options(config, found.name, {})
     if found.name not in ("json", "csv"):
         return found
     where = {
         name: getattr(found, name) for name in ("dataset_name", "config_id", "hash", "base_path", "repo_id")
     }
-    return READERS[found.name](data_files=found.config.data_files, **where, **options)
+    return READERS[found.name](data_files=found.config.data_files, **where, **{**_of_card(found), **told})
 
 
 def _options(config: DataConfig, reader: str, options: Mapping[str, Any]) -> dict[str, Any]:

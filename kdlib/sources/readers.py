@@ -8,11 +8,14 @@ It stands alone: `datasets` puts what opens compressed files in the place of `op
 """
 
 import json
+import os
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import chain
 from lzma import LZMAError
 from typing import Any
@@ -25,16 +28,18 @@ from datasets.packaged_modules.arrow import arrow
 from datasets.packaged_modules.csv import csv
 from datasets.packaged_modules.parquet import parquet
 from datasets.packaged_modules.text import text
-from datasets.utils.json import ujson_loads
 
 from kdlib.errors import DataError, listed, shown
+from kdlib.sources.progress import Told
 
 # pyarrow's, pandas' and json's own errors are ValueErrors
 BROKEN = (OSError, ValueError, LookupError, EOFError, RuntimeError, LZMAError, zlib.error, zipfile.BadZipFile)
+for _name in ("compression.zstd", "backports.zstd"):  # zstandard does not see where a file is cut short
+    with suppress(ImportError):
+        BROKEN = (*BROKEN, import_module(_name).ZstdError)
+HAS_ZSTD = any(error.__name__ == "ZstdError" for error in BROKEN)
 SCALARS = {str: "string", int: "int64", float: "float64", bool: "bool"}
-DEEP = (
-    500  # brackets in a line from which on it is tried whether `datasets` can read what is nested so deeply
-)
+SPACE = re.compile(r"\s*")
 
 
 class _ByFile:
@@ -68,7 +73,7 @@ class _ByFile:
         try:
             yield
         except UnicodeDecodeError as error:
-            name = self.config.encoding or "utf-8"
+            name = (getattr(self.config, "encoding", None) or "utf-8").removesuffix("-sig")
             do = "name its encoding in data.encoding, as cp1252 or utf-16"
             raise DataError(f"{file}: is no text in {name} ({error.reason}); {do}") from error
         except BROKEN as error:
@@ -106,26 +111,31 @@ class Json(_ByFile, text.Text):
 
     def _info(self) -> DatasetInfo:
         self.given, self.config.features = self.config.features, None  # they are the rows', not the lines'
+        self.object_of = _object
         return DatasetInfo(features=self.given)
 
     def _split_generators(self, dl_manager: Any) -> list:
-        splits = super()._split_generators(dl_manager)
-        if self.info.features is None and not dl_manager.is_streaming:
+        splits, self.is_stream = super()._split_generators(dl_manager), dl_manager.is_streaming
+        if self.info.features is None and not self.is_stream:
+            files = [file for split in splits for file in split.gen_kwargs["base_files"]]
+            tell, read = Told("reading", sum(map(os.path.getsize, files)), "bytes"), 0
             kinds: dict[str, set[type]] = {}
             for split in splits:
-                for _, rows in self._of_files(self._rows, **split.gen_kwargs):
+                for _, (rows, size) in self._of_files(self._rows, **split.gen_kwargs):
                     for name, value in chain.from_iterable(row.items() for row in rows):
                         kinds.setdefault(name, set()).add(type(value))
+                    tell(read := read + size)
             if not kinds:
-                raise DataError(f"{splits[0].gen_kwargs['base_files'][0]}: is empty; rows are needed")
+                raise DataError(f"{files[0]}: is empty; rows are needed")
             self.info.features = Features({name: _feature(each) for name, each in kinds.items()})
+            self.object_of = QUICK.decode  # each line was looked at
         return splits
 
     def _cast_table(self, table: pa.Table) -> pa.Table:
         return table
 
     def _tables(self, **one: Any) -> Iterator[pa.Table]:
-        for rows in self._rows(**one):
+        for rows, _ in self._rows(**one):
             features = self.info.features
             if self.given:
                 rows = [features.encode_example({n: row.get(n) for n in features}) for row in rows]
@@ -135,13 +145,14 @@ class Json(_ByFile, text.Text):
             columns = {n: _column([row.get(n) for row in rows], features and features[n]) for n in names}
             yield pa.table(columns, schema=features and features.arrow_schema)
 
-    def _rows(self, **one: Any) -> Iterator[list[dict[str, Any]]]:
-        """A file's objects, some at a time; a DataError that names each line which is none."""
+    def _rows(self, **one: Any) -> Iterator[tuple[list[dict[str, Any]], int]]:
+        """A file's objects, some at a time, and their characters; a DataError that names each broken line."""
         file = one["base_files"]
         pieces = (table["text"].to_pylist() for table in super()._tables(**one))
         first = next(pieces, [])
         if self.config.field or not _is_line(next((line for line in first if line.strip()), "")):
-            yield _of_document("\n".join(chain(first, *pieces)), file, self.config.field)
+            document = "\n".join(chain(first, *pieces))
+            yield _of_document(document, file, self.config.field), len(document)
             return
         faults: list[str] = []
         begun = 0
@@ -150,15 +161,17 @@ class Json(_ByFile, text.Text):
             for number, line in enumerate(lines, begun + 1):
                 if line.strip():
                     try:
-                        rows.append(_object(line))
+                        rows.append(self.object_of(line))
                     except (ValueError, RecursionError) as error:
                         what = error.msg if isinstance(error, json.JSONDecodeError) else error
                         faults.append(f"line {number}: {what}: {shown(line.strip()[:60])}")
             begun += len(lines)
             if not faults:
-                yield rows
+                yield rows, sum(map(len, lines))
+            elif self.is_stream:  # which may have no end
+                break
         if faults:
-            raise DataError(f"{file}: {len(faults)} broken lines{listed(faults, 5)}")
+            raise DataError(f"{file}: {len(faults)} broken line{'s'[len(faults) < 2 :]}{listed(faults, 5)}")
 
 
 class Csv(_ByFile, csv.Csv):
@@ -202,8 +215,7 @@ READERS = {"json": Json, "csv": Csv, "text": Text, "parquet": Parquet, "arrow": 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{shown(next(name for name in found if names.count(name) > 1))} stands twice")
+        raise ValueError(f"{shown(max(found, key=[name for name, _ in pairs].count))} stands twice")
     return found
 
 
@@ -220,20 +232,19 @@ def _constant(name: str) -> None:
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_int=_whole, parse_constant=_constant)
+QUICK = json.JSONDecoder(parse_constant=_constant)
 
 
 def _object(line: str) -> dict[str, Any]:
-    return _checked(DECODER.decode(line), line)
+    return _checked(DECODER.decode(line), is_escaped="\\u" in line)
 
 
-def _checked(value: Any, written: str) -> dict[str, Any]:
+def _checked(value: Any, *, is_escaped: bool) -> dict[str, Any]:
     """A row that can be kept; a ValueError where it is none."""
     if not isinstance(value, dict):
         raise ValueError("not an object")
-    if "\\u" in written:
+    if is_escaped:
         json.dumps(value, ensure_ascii=False).encode()  # half a character is none
-    if written.count("[") + written.count("{") > DEEP:
-        ujson_loads(json.dumps(value))
     return value
 
 
@@ -248,28 +259,25 @@ def _is_line(line: str) -> bool:
 def _of_document(document: str, file: str, field: str | None) -> list[dict[str, Any]]:
     """The objects of a file that is no object a line."""
     rows: list[dict[str, Any]] = []
-    at = 0
+    is_escaped, at = "\\u" in document, 0
     try:
-        while rest := document[at:].lstrip():
-            value, end = DECODER.raw_decode(document, len(document) - len(rest))
+        while (at := SPACE.match(document, at).end()) < len(document):  # type: ignore[union-attr]
+            value, at = DECODER.raw_decode(document, at)
             if field:
                 if not isinstance(value, dict) or field not in value:
                     has = f"its keys are {', '.join(value)}" if isinstance(value, dict) else "it is no object"
                     raise DataError(f"{file}: nothing under {field!r} (data.field); {has}")
                 value = value[field]
             rows += value if isinstance(value, list) else [value]
-            at = end
-        for number, row in enumerate(rows):
-            try:
-                _checked(row, document)
-            except ValueError as error:
-                raise ValueError(f"entry {number}: {error}") from error
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         found = document[error.pos :].split("\n")[0][:60]
         raise DataError(f"{file}: broken JSON in {where}: {error.msg}: {shown(found)}") from error
-    except RecursionError as error:
-        raise DataError(f"{file}: broken JSON: nested too deeply") from error
+    for number, row in enumerate(rows):
+        try:
+            _checked(row, is_escaped=is_escaped)
+        except ValueError as error:
+            raise DataError(f"{file}: entry {number}: {error}: {shown(row)}") from error
     return rows
 
 
