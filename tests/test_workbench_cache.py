@@ -1,11 +1,13 @@
 """`kd cache`, and what else of the workbench knows that a teacher may be asked once."""
 
+import gc
 import re
 import sys
 
 import pytest
 
 from kdlib.cache.shards import Shards
+from kdlib.cache.stock import keep
 from kdlib.tasks import base as tasks
 from kdlib.workbench import cli
 
@@ -80,3 +82,28 @@ def test_kd_cache_refuses_what_no_cache_serves_before_anybody_is_asked(kd, confi
         assert (status, expected in said, "Traceback" in said) == (1, True, False), said
     assert not loaded
     assert not caches(tmp_path)
+
+
+def test_kd_clean_lists_caches_and_deletes_those_that_nobody_uses(kd, config_file, tmp_path):
+    assert "no caches" in kd("clean", "--caches")[1]
+    assert kd("clean")[0] == 1
+    for override in ("loss.top_k=8", "loss.samples=4"):
+        assert kd("cache", config_file, "-o", override)[0] == 0
+    exact, samples, likeliest = caches(tmp_path)
+    (likeliest / "notes.txt").write_text("mine")
+    gc.collect()
+    used = Shards(samples)
+    keep(used)
+    for words in (["--caches"], ["--caches", "--yes"]):
+        status, said = kd("clean", *words)
+        assert status == 0
+        lines = {line.split()[0]: line for line in said.splitlines() if "tiny-teacher" in line}
+        assert len(lines) == 3
+        assert [name for name, line in lines.items() if line.endswith("in use")] == [samples.name]
+        assert re.search(rf" samples +{len(used)} +0.\d+ +20\d\d-\d\d-\d\d \d\d:\d\d", lines[samples.name])
+        assert ("2 of 3 deleted" in said) == ("--yes" in words)
+    assert caches(tmp_path) == [samples]
+    assert not exact.exists()
+    assert [path.name for path in likeliest.iterdir()] == ["notes.txt"]
+    del used
+    assert "1 of 1 deleted" in kd("clean", tmp_path / "runs" / ".signals", "--caches", "--yes")[1]

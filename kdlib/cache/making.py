@@ -19,7 +19,8 @@ from transformers.utils import cached_file
 
 from kdlib.cache.parts import Head, Recipe
 from kdlib.cache.rows import Arrays, as_arrays, asked_in, keys_of
-from kdlib.cache.shards import ABOUT, HEAD, Shards, differing
+from kdlib.cache.shards import Shards, differing
+from kdlib.cache.stock import ABOUT, HEAD, keep
 from kdlib.cache.teacher import SignalCache
 from kdlib.config.run import Config
 from kdlib.data.batches import Collate, Prepared
@@ -139,6 +140,7 @@ def opened(wanted: Wanted, recipe: Recipe) -> SignalCache:
         RunError: there are none, or another teacher's, or they are damaged.
     """
     shards = Shards(wanted.folder(recipe))
+    keep(shards)
     if not (found := shards.about):
         raise RunError(f"{shards.folder}: no cache of the teacher's signals; run `kd cache` first")
     asked = wanted.about(recipe)
@@ -177,6 +179,7 @@ def fill(
     rank, world = (int(os.environ.get(name, usual)) for name, usual in (("RANK", 0), ("WORLD_SIZE", 1)))
     with held(folder.with_name(f"{folder.name}.{rank}"), wait=partial(_say_waiting, folder)):
         shards = Shards(folder)
+        keep(shards)
         every = planned(rows, collate, recipe, batch=batch, reads=reads)
         groups = missing(shards, islice(every, rank, None, world))
         if not groups:

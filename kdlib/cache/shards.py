@@ -16,11 +16,11 @@ import numpy as np
 import pyarrow as pa
 
 from kdlib.cache.rows import KEY, Arrays, checksum, packed, unpacked
+from kdlib.cache.stock import ABOUT, HEAD
 from kdlib.errors import RunError
 from kdlib.runs.checkpoints import digest
 from kdlib.runs.files import read_json, synced, write_json, writing
 
-ABOUT, HEAD = "cache.json", "head.safetensors"
 FIXED = [("key", pa.binary(KEY)), ("tokens", pa.uint32()), ("checksum", pa.uint32())]
 AGAIN = "delete it and its .json, then `kd cache` makes these rows again"
 

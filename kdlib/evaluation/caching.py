@@ -8,6 +8,7 @@ import torch
 from accelerate import PartialState
 
 from kdlib.cache.making import Wanted, fill, opened, wanted
+from kdlib.cache.stock import FOLDER
 from kdlib.cache.teacher import CachedTeacher
 from kdlib.config.run import Config
 from kdlib.data.batches import Prepared
@@ -19,8 +20,6 @@ from kdlib.models.teacher import LiveTeacher
 from kdlib.students.student import outline
 from kdlib.tasks.base import task_of
 from kdlib.training.plan import extent, objective_of, training_arguments
-
-FOLDER = ".signals"  # of all caches, beside the runs
 
 
 def plan(config: Config, prepared: Prepared, root: Path) -> Wanted:

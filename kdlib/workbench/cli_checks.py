@@ -196,14 +196,23 @@ def compare(
 
 
 @checks.command()
-def clean(run: argument("A run's name, or its folder."), runs_folder: RunsFolder = None) -> None:
-    """Delete the checkpoints of RUN, which is done: models, figures and reports stay.
-
-    Checkpoints take most of the disk: 5 GB after a quickstart.
-    """
+def clean(
+    run: Annotated[str | None, typer.Argument(help="A run's name, or its folder; or of caches.")] = None,
+    caches: option(bool, "--caches", help="List what teachers said that is kept on the disk.") = False,
+    yes: option(bool, "--yes", help="With --caches: delete those that no process uses.") = False,
+    runs_folder: RunsFolder = None,
+) -> None:
+    """Delete the checkpoints of RUN, which is done, no models or figures; or look at --caches of all runs."""
     root, _ = folders(runs_folder, None)
-    freed = runs.clean(runs.open_run(*runs.locate(run, root)))
-    print(f"{run}: {freed / 2**30:.2f} GiB freed")
+    if caches:
+        from kdlib.cache import stock
+
+        print(stock.cleaned(Path(run) if run else root / stock.FOLDER, delete=yes))
+    elif run is None:
+        raise ConfigError("kd clean: found no RUN, needs a run's name; or --caches, of all runs")
+    else:
+        freed = runs.clean(runs.open_run(*runs.locate(run, root)))
+        print(f"{run}: {freed / 2**30:.2f} GiB freed")
 
 
 @checks.command()

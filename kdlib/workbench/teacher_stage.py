@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 
 from kdlib.cache.making import opened
 from kdlib.cache.shards import Shards
+from kdlib.cache.stock import FOLDER
 from kdlib.config.run import BESIDE, Config, parse
 from kdlib.data.batches import Prepared
 from kdlib.errors import ConfigError, RunError, Stopped
@@ -134,7 +135,7 @@ def cached(config: Config, root: Path) -> list[Shards]:
     if not config.teacher.cache:
         config = parse(config.as_dict(), {"teacher.cache": True})
     preflight(config, trains=False)
-    config = taught(config, Run(root / caching.FOLDER))
+    config = taught(config, Run(root / FOLDER))
     prepared = tasks.prepare(config, tokenizer_of(config))
     found = caching.plan(config, prepared, root)
     caching.make(config, prepared, found, partial(tasks.load_teacher, config, prepared))
