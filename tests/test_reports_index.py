@@ -1,4 +1,3 @@
-import json
 import re
 import subprocess
 import sys
@@ -6,6 +5,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from made_log import stands
 from made_runs import EVIL, RAW, made_run
 
 from kdlib.config.run import parse
@@ -51,9 +51,7 @@ def test_a_run_on_its_way_shows_how_far_it_is_and_its_figures_so_far(root):
 
 def test_a_run_whose_process_is_gone_is_shown_as_died(root, tmp_path):
     run = made_run(root, "gone", state="running", steps=0, kl=None)
-    runs.write_json(
-        run.path / "status.json", {**json.loads((run.path / "status.json").read_text()), "pid_started": 0.0}
-    )
+    stands(run, "running", pid_started=0.0)
     assert 'class="state died"' in index_of(root, tmp_path)
     assert "the run died" in reports.render(run, tmp_path / "reports").read_text()
 

@@ -9,9 +9,11 @@ from made_log import stands
 
 from kdlib.config.run import BESIDE, parse
 from kdlib.errors import RunError
+from kdlib.reports import run as reports
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run, clean
 from kdlib.runs.processes import PARENT
+from kdlib.runs.progress import edits
 
 
 @pytest.fixture
@@ -25,12 +27,18 @@ def test_a_new_run_holds_its_resolved_config_and_a_manifest(run, raw_config):
     assert run.status["state"] == "created"
 
 
-def test_a_runs_config_that_a_person_edits_is_read_as_any_config(run):
+def test_a_runs_config_that_a_person_edits_is_read_as_any_config_and_said_to_be_changed(run):
+    assert edits(run) == []
     path = run.path / "config.yaml"
     text = path.read_text()
     path.write_text(text.replace("text: text", "text: 2024-01-01").replace("seed: 0", "seed: 010"))
     assert run.config.data.text == "2024-01-01"
     assert run.config.seed == 10
+    lines = ["data.text: text -> 2024-01-01", "seed: 0 -> 10"]
+    assert sorted(edits(run)) == lines
+    page = reports.render(run, run.path.parent / "reports").read_text()
+    assert "config.yaml by hand since it was made" in page
+    assert all(line.replace(">", "&gt;") in page for line in lines)
     path.write_text(f"{text}\nseed: 1\n")
     with pytest.raises(RunError, match=r"(?s)config.yaml: .*'seed' stands twice .*bring back a copy"):
         _ = run.settings

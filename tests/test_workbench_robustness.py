@@ -15,6 +15,7 @@ from kdlib.config.run import parse
 from kdlib.reports import index as overview, run as reports
 from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run
+from kdlib.runs.processes import HEARS, this_process
 
 RUN = """
 import sys
@@ -106,6 +107,7 @@ def test_a_run_whose_command_is_killed_has_died_wherever_one_looks_and_leaves_no
 
 def test_an_interrupted_run_stops_before_its_next_notebook_and_says_how_to_go_on(waiting, tmp_path):
     process, run = waiting
+    runs.write_json(run.path / HEARS, this_process())  # as a training does
     process.send_signal(signal.SIGINT)
     until((run.path / "STOP").exists, "the interrupt is heard")
     (tmp_path / "go").touch()
@@ -120,12 +122,16 @@ def test_an_interrupted_run_stops_before_its_next_notebook_and_says_how_to_go_on
     assert "the run was stopped" in (tmp_path / "reports" / "waiting" / "report.html").read_text()
 
 
-def test_a_second_interrupt_stops_at_once_and_leaves_no_kernel(waiting):
+@pytest.mark.parametrize(("trains", "times"), [(True, 1), (True, 2), (False, 1), (False, 2)])
+def test_amid_setup_or_a_second_time_an_interrupt_stops_at_once_and_leaves_no_kernel(waiting, trains, times):
     process, run = waiting
     left = kernels(process)
-    process.send_signal(signal.SIGINT)
-    until((run.path / "STOP").exists, "the interrupt is heard")
-    process.send_signal(signal.SIGINT)
+    if trains:
+        runs.write_json(run.path / HEARS, this_process())
+        process.send_signal(signal.SIGINT)
+        until((run.path / "STOP").exists, "the interrupt is heard")
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert said.endswith("kd: interrupted; go on with --resume, or run this cell again\n")

@@ -148,7 +148,7 @@ def reopened(root: Path, name: str, config: GenerationConfig) -> Run:
             + "\nlimits, budget, prices and filters may differ; for the rest start a new run"
         )
     if lines := differences(before.as_dict(), config.as_dict()):
-        write_text(run.path / "config.yaml", config.as_yaml())
+        run.put_config(config)
         run.add_to_manifest(changed=[*run.manifest.get("changed", []), {"at": now(), "settings": lines}])
     return run
 

@@ -23,10 +23,11 @@ from kdlib.routing.figures import FILE, expert_figures
 from kdlib.routing.tables import expert_tables, routing_table
 from kdlib.runs.files import read_json
 from kdlib.runs.folder import Run
+from kdlib.runs.progress import edits
 from kdlib.runs.states import ILL, STATES
 from kdlib.runs.verdict import critical_findings
 
-NOT_FACTS = ("formula", "command", "stages", "doctor")  # of a manifest: told elsewhere
+NOT_FACTS = ("formula", "command", "stages", "doctor", "settings")  # of a manifest: told elsewhere
 OWN_PLACE = ("dashboard", plots.BARS, *ANSWER_FIGURES)  # figures that stand by themselves
 
 
@@ -127,6 +128,7 @@ def run_content(run: Run, *, command: str = "kd run") -> dict[str, Any]:
         "run": run,
         "unit": "row" if rules_in(run.settings).unit == "row" else "kept token",
         "manifest": manifest,
+        "edits": edits(run),
         "means": STATES[status["state"]].means,
         "is_ill": status["state"] in ILL,
         "status": {**status, "message": unstyle(status.get("message", ""))},

@@ -17,7 +17,7 @@ from kdlib import errors
 from kdlib.errors import Died, KdlibError, RunError
 from kdlib.runs.files import go_on, read_json, without_keys_in
 from kdlib.runs.folder import Run, working
-from kdlib.runs.processes import LAUNCHED, heard, held, interrupted
+from kdlib.runs.processes import LAUNCHED, heard, held, interrupted, is_stoppable
 
 LOGS = "ranks"  # in a run's folder: <launch>/attempt_0/<rank>/ with stdout.log, stderr.log, error.json
 FIRST = "[default0]:"  # what torchrun puts before a line of rank 0
@@ -63,6 +63,8 @@ def on_ranks(run: Run, count: int, *words: str) -> None:
     asked = threading.Event()
 
     def ask() -> None:
+        if not is_stoppable(run.path):
+            interrupted()
         asked.set()
         stop.touch()
         print("stopping after this step, with a checkpoint; interrupt again to stop at once", flush=True)

@@ -120,6 +120,11 @@ class Run(StudentFolder):
         status = {"state": state, "message": without_controls(message), "since": now(), **this_process()}
         write_json(self.path / "status.json", status)
 
+    def put_config(self, config: Config) -> None:
+        """Write config.yaml, and what it says into the manifest too: see `progress.edits`."""
+        write_text(self.path / "config.yaml", config.as_yaml())
+        self.add_to_manifest(settings=config.as_dict())
+
     def add_to_manifest(self, **entries: Any) -> None:
         write_json(self.path / "manifest.json", {**self.manifest, **entries})
 
@@ -137,7 +142,7 @@ def working(run: Run, failed: Callable[[Run], object] = bool, *, whole: bool = T
     What that process does or starts meanwhile is part of it: who began says how it ended.
 
     Args:
-        failed: called after that with the run, where it did not end well.
+        failed: called after that with the run, where it did not end well, and was not ended at once.
         whole: the run is done after that, and not only a part of it, as in a notebook that is run by hand.
 
     Raises:
@@ -157,7 +162,8 @@ def working(run: Run, failed: Callable[[Run], object] = bool, *, whole: bool = T
             state = "stopped" if asked else "died" if isinstance(error, Died) else "failed"
             with suppress(RunError):  # a full disk must not hide what went wrong
                 run.set_status(state, str(error) or type(error).__name__)
-                failed(run)
+                if not isinstance(error, KeyboardInterrupt):  # whom nobody is to wait for
+                    failed(run)
             raise
         facts = {"is_begun": run.metrics.exists(), "is_trained": run.is_trained}
         state = "done" if whole else states.at_rest(before["state"], **facts)
@@ -197,9 +203,8 @@ def create(root: Path, name: str, config: Config, **origin: Any) -> Run:
     try:
         with writing(root / name):
             made.notebooks.mkdir(parents=True)
-        write_text(made.path / "config.yaml", config.as_yaml())
-        about = {"run": name, "created": now(), "commit": commit(), **origin}
-        write_json(made.path / "manifest.json", about)
+        made.put_config(config)
+        made.add_to_manifest(run=name, created=now(), commit=commit(), **origin)
         made._note("created")
         check_new(root, name)
         with writing(root / name):
@@ -237,7 +242,7 @@ def open_run(root: Path, name: str, config: Config | None = None) -> Run:
             + "\ngive the settings it was made with, or start a new run"
         )
     if config and config != run.config and run.status["state"] not in ("running", "done"):
-        write_text(run.path / "config.yaml", config.as_yaml())
+        run.put_config(config)
     return run
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ LAUNCHED = "KDLIB_LAUNCHED"  # set where a launch of ranks began this process, w
 PARENT = "KDLIB_RUN_BY"
 INTERRUPTED = 130  # exit status
 OTHERS_S = 5.0  # that a rank waits for the first to say what is wrong
+ENDS_S = 1.5  # that an interrupted command may take to tidy up
+IS_COMMAND = "KDLIB_COMMAND"  # set to the number of the process that is one, and not a notebook's kernel
+HEARS = "hears_stop.json"  # in a run's folder, of the process that looks for STOP
+ENDING: list[str] = []  # the last words of this process, once it is interrupted; "" when they are said
 HEARD: list[int] = []  # signals that asked this process to stop; its exit status says so: 130, 143
 LOOK_S = 0.5
 LINGERS_S = 20.0  # what a killed process started, as workers that load its data, ends so much later at most
@@ -204,6 +209,8 @@ def heard(ask: Callable[[], object], again: Callable[[], object]) -> Iterator[No
         is_again = number == signal.SIGINT and number in asked and "TORCHELASTIC_RUN_ID" not in os.environ
         asked.append(number)
         HEARD.append(number)
+        if ENDING:  # it ends as fast as it can
+            return
         if is_again:
             again()
         elif len(asked) == 1:
@@ -218,11 +225,43 @@ def heard(ask: Callable[[], object], again: Callable[[], object]) -> Iterator[No
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if getattr(before[signal.SIGINT], "__name__", "") != hear.__name__:  # the outermost; a cell ends
+            ENDING.clear()
 
 
-def interrupted() -> None:
-    """Raise as Ctrl-C does where nothing hears it."""
-    raise KeyboardInterrupt(f"interrupted; {go_on()}")
+def interrupted(words: str = "") -> None:
+    """Raise as Ctrl-C does where nothing hears it; what ends then hears nothing more, and ends in time."""
+    ENDING.append(words or f"interrupted; {go_on()}")
+    if os.environ.get(IS_COMMAND) == str(os.getpid()):
+        timer = threading.Timer(ENDS_S, _end_in_time)
+        timer.daemon = True
+        timer.start()
+    raise KeyboardInterrupt(ENDING[-1])
+
+
+def _end_in_time() -> None:
+    if ENDING and "" not in ENDING:
+        print(f"kd: {ENDING[-1]}", file=sys.stderr, flush=True)
+    os._exit(128 + HEARD[-1])
+
+
+@contextmanager
+def hears_stop(*runs: Path) -> Iterator[None]:
+    """Inside, a file STOP in one of these folders of runs is seen by this process: see `is_stoppable`."""
+    for run in runs:
+        write_json(run / HEARS, this_process())
+    try:
+        yield
+    finally:
+        for run in runs:
+            (run / HEARS).unlink(missing_ok=True)
+
+
+def is_stoppable(run: Path) -> bool:
+    """Whether a training goes on that keeps a checkpoint when it finds STOP there; else nothing is lost."""
+    with suppress(RunError):
+        return lives(read_json(run / HEARS, {}))
+    return False
 
 
 @contextmanager
@@ -234,20 +273,23 @@ def bare_errors() -> Iterator[None]:
     Of several ranks with the same fault the first says it, and torchrun ends the others while they wait.
     """
     HEARD.clear()
-    try:
-        refuse_keys(sys.argv[1:], "the command")
-        yield
-    except KdlibError as error:
-        who = "kd"
-        if (rank := os.environ.get("RANK", "0")) != "0":
-            time.sleep(OTHERS_S)
-            who += f", rank {rank}"
-        if LAUNCHED not in os.environ:  # else who launched it says so
-            print(without_keys(f"{who}: {error}"), file=sys.stderr)
-        sys.exit(128 + HEARD[-1] if HEARD and isinstance(error, Stopped) else 1)
-    except (KeyboardInterrupt, SystemExit) as error:  # of Ctrl-C typer makes the latter, without a word
-        if isinstance(error, SystemExit) and error.code != INTERRUPTED:
-            raise
-        logging.getLogger("asyncio").disabled = True  # it tells of kernels that nobody waits for any more
-        print("kd: interrupted" + (f"; {go_on()}" if HEARD else ""), file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    at_once = partial(interrupted, "interrupted")
+    with heard(at_once, at_once):
+        try:
+            refuse_keys(sys.argv[1:], "the command")
+            yield
+        except KdlibError as error:
+            who = "kd"
+            if (rank := os.environ.get("RANK", "0")) != "0":
+                time.sleep(OTHERS_S)
+                who += f", rank {rank}"
+            if LAUNCHED not in os.environ:  # else who launched it says so
+                print(without_keys(f"{who}: {error}"), file=sys.stderr)
+            sys.exit(128 + HEARD[-1] if HEARD and isinstance(error, Stopped) else 1)
+        except (KeyboardInterrupt, SystemExit) as error:  # of Ctrl-C typer makes the latter, without a word
+            if isinstance(error, SystemExit) and error.code != INTERRUPTED:
+                raise
+            logging.getLogger("asyncio").disabled = True  # of kernels that nobody waits for any more
+            print(f"kd: {ENDING[-1] if ENDING else 'interrupted'}", file=sys.stderr, flush=True)
+            ENDING.append("")
+            sys.exit(128 + HEARD[-1] if HEARD else INTERRUPTED)

@@ -1,5 +1,6 @@
 """How a training stands, by its folder's files."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from kdlib.config.reading import differences
 from kdlib.config.task_rules import rules_of
 from kdlib.metrics.names import MEASURES
 from kdlib.runs import states
@@ -116,6 +118,18 @@ def held_out_line(progress: Progress) -> str:
             ever = "" if parts else f" (best {best:.3g} at step {step:,})"
             parts.append(f"{MEASURES[measure].name} {last:.3g}{ever}")
     return "held-out: " + "  ·  ".join(parts) if parts else "no evaluation yet"
+
+
+def edits(run: Run) -> list[str]:
+    """`training.learning_rate: 0.001 -> 0.01`: what somebody changed in a run's config.yaml by hand."""
+    made = run.manifest.get("settings")
+    return [] if made is None else differences(made, json.loads(json.dumps(run.settings, default=str)))
+
+
+def say_where_edited(run: Run) -> None:
+    """Print what `edits` finds."""
+    if lines := edits(run):
+        print(f"config.yaml of {run.name} was changed by hand since it was made:", *lines, sep="\n  ")
 
 
 def say_where_rows_changed(run: Run, fingerprint: str) -> None:

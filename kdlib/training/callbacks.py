@@ -3,8 +3,8 @@
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -130,9 +130,15 @@ class StopRequest(TrainerCallback):
         self.files = [folder / "STOP" for folder in folders]
         self.requested, self.stopped, self.saved = False, False, -1
 
-    def heard(self) -> AbstractContextManager[None]:
-        """Inside, signals are heard."""
-        return processes.heard(self._request, processes.interrupted)
+    @contextmanager
+    def heard(self, *, is_first: bool = True) -> Iterator[None]:
+        """Inside, signals are heard; the first of several ranks says in its run that STOP is looked for."""
+        runs = [file.parent for file in self.files if file.with_name("config.yaml").exists()]
+        with (
+            processes.hears_stop(*runs * is_first),
+            processes.heard(self._request, processes.interrupted),
+        ):
+            yield
 
     def _request(self) -> None:
         self.requested = True

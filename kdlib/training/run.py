@@ -157,7 +157,7 @@ def train(
         ends = StopAfter(stop_after) if stop_after else stop
         for callback in (PlanFile(folder, objective.planned), ends, tracking):
             trainer.add_callback(callback)
-        with nullcontext() if stop_after else stop.heard(), tracking:
+        with nullcontext() if stop_after else stop.heard(is_first=args.process_index == 0), tracking:
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         if stop_after:
             return trainer

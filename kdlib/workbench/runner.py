@@ -18,7 +18,7 @@ import kdlib
 from kdlib.errors import Died, RunError, Stopped, nearest, refuse_keys
 from kdlib.runs.files import go_on, without_keys_in, write_error, writing
 from kdlib.runs.folder import Run, project_root, working
-from kdlib.runs.processes import PARENT, heard, interrupted
+from kdlib.runs.processes import PARENT, heard, interrupted, is_stoppable
 from kdlib.runs.verdict import refuse_unsound
 
 NOTEBOOKS = ("00_setup", "01_dry_run", "02_train", "03_compare")
@@ -218,14 +218,17 @@ def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _stop_file(run: Run) -> Iterator[None]:
-    """Ctrl-C asks the training kernel for a checkpoint by a file named STOP; a second one ends everything."""
+    """Ctrl-C asks a training for a checkpoint by a file named STOP; a second one, or one amid anything else
+    than a training, ends all at once.
+    """
     stop = run.path / "STOP"
     stop.unlink(missing_ok=True)
 
     def ask() -> None:
+        if not is_stoppable(run.path):
+            interrupted()
         stop.touch()
-        words = "a training stops after this step, with a checkpoint; anything else when its notebook ends"
-        print(f"{words}; Ctrl-C again to stop at once", flush=True)
+        print("stopping after this step, with a checkpoint; Ctrl-C again to stop at once", flush=True)
 
     try:
         with heard(ask, interrupted):

@@ -29,7 +29,7 @@ from kdlib.runs.child_processes import on_ranks
 from kdlib.runs.files import StudentFolder
 from kdlib.runs.folder import Run, part
 from kdlib.runs.log import plan_table, training_table
-from kdlib.runs.progress import say_where_rows_changed
+from kdlib.runs.progress import say_where_edited, say_where_rows_changed
 from kdlib.runs.verdict import refuse_unsound
 from kdlib.students.student import check_pair, tokenizer_of
 from kdlib.tasks import base as tasks
@@ -81,6 +81,7 @@ class Workbench:
 
     def __init__(self, run: Run, processes: int | str | None = None) -> None:
         self.run, self.config = run, teacher_stage.resolved(run.config, run.path.parent)
+        say_where_edited(run)
         self.task = tasks.task_of(self.config)
         self.wanted_processes = processes or self.config.launch.processes
         pd.options.display.max_colwidth = None  # a formula is read whole
