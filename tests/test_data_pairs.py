@@ -8,6 +8,7 @@ from made_tokenizers import byte_level, texts, without
 from tokenizers.processors import TemplateProcessing
 
 from kdlib.config.data import DataConfig
+from kdlib.data import pairs
 from kdlib.data.batches import collate
 from kdlib.data.pairs import class_of, coverage, of_teacher
 from kdlib.data.text import prepare
@@ -99,6 +100,19 @@ def test_packed_rows_have_all_documents_end_to_end_but_for_the_last_block(source
     assert stream[: len(found)] == found
     assert len(stream) - len(found) < LENGTH
     assert owners(made.train) == owners(whole)[: len(found)]
+
+
+@pytest.mark.parametrize("together", [300, 12])
+def test_documents_are_packed_alike_however_many_are_read_at_a_time(
+    source, student, teacher, together, monkeypatch
+):
+    monkeypatch.setattr(pairs, "TOGETHER", together)
+    made = []
+    for at_once in (together, 4):
+        monkeypatch.setattr(pairs, "BATCH", at_once)
+        made.append(prepared(source, student, teacher).train.to_list())
+    assert made[0] == made[1]
+    assert len(made[0]) > 100
 
 
 def test_a_row_is_no_longer_than_the_teacher_may_read(source, student, teacher):

@@ -13,7 +13,8 @@ from conftest import sentences, tiny_experiment, tiny_tokenizer
 from transformers import AutoTokenizer
 
 from kdlib.config.run import parse
-from kdlib.data.pairs import first_of, row_of
+from kdlib.data.batches import row_of
+from kdlib.data.pairs import first_of
 from kdlib.diagnostics import doctor, parity
 from kdlib.losses.alignment import counted, single_in, spans_in
 from kdlib.losses.objective import EVAL_TERMS, values_of

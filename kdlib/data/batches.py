@@ -19,6 +19,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from kdlib.losses.alignment import SPANS
 from kdlib.losses.signals import IGNORED
 from kdlib.sources.rows import columns_of
 from kdlib.tokens.vocabulary import Vocabularies, vocabulary_sizes
@@ -127,6 +128,17 @@ def spans_of(rows: Sequence[Mapping[str, Any]], width: int, teacher_width: int) 
         found.append(np.column_stack([starts, sizes, np.full(len(ends), number)])[keep])
     names = ("starts", "teacher_starts", "sizes", "teacher_sizes", "rows")
     return dict(zip(names, np.vstack(found).T.copy(), strict=True))
+
+
+def row_of(batch: Batch, number: int) -> Batch:
+    """One row of a batch, padded as it is there."""
+    found = {name: each[number : number + 1] for name, each in batch.items() if isinstance(each, Tensor)}
+    if SPANS in batch:
+        widths = batch["input_ids"].shape[1], batch["teacher_input_ids"].shape[1]
+        before = dict(zip(("rows", "starts", "teacher_starts"), (1, *widths), strict=True))
+        here = batch[SPANS]["rows"] == number
+        found[SPANS] = {n: each[here] - number * before.get(n, 0) for n, each in batch[SPANS].items()}
+    return found
 
 
 def collate_classes(rows: Sequence[Mapping[str, Any]], *, pad_id: int, teacher_pad_id: int) -> Batch:

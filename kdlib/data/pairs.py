@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kdlib.data.batches import Batch, Prepared, learned, runs, spans_of
+from kdlib.data.blocks import BATCH, TOGETHER
 from kdlib.errors import ModelError
 from kdlib.losses.alignment import SPANS, is_single, spans_in
 from kdlib.losses.signals import IGNORED
@@ -181,28 +182,37 @@ def cut(documents: Dataset, most: tuple[int, int], *, is_packed: bool) -> Datase
     """Rows of so many tokens at most, cut where both do: documents end to end, or of each the first.
 
     Returns:
-        {"input_ids", "teacher_input_ids", "spans", "documents": [start, number, …]}; of packed ones the last
-        goes, unless the student's tokens fill it.
+        {"input_ids", "teacher_input_ids", "spans", "documents": [start, number, …]}; of `TOGETHER` packed
+        documents the last row goes, unless the student's tokens fill it.
     """
+    begun, owned, total = [], np.zeros(0, int), len(documents)  # of a row that what comes may fill
 
-    def blocks(batch):
-        parts = [
-            Pair(ours, theirs, edges_of(np.array(ends).reshape(-1, 2)))
-            for ours, theirs, ends in zip(*(batch[name] for name in BOTH), strict=True)
-        ]
-        if is_packed:
-            whole, sizes = joined(parts), [len(each.input_ids) for each in parts]
-            owners, cuts = np.repeat(batch["document"], sizes), pairwise(whole.cuts(most))
-            places = whole.edges[:, 0]
-            rows = [whole.row(*cut) | {"documents": runs(owners[slice(*places[[*cut]])])} for cut in cuts]
-            rows = rows if rows and len(rows[-1]["input_ids"]) == most[0] else rows[:-1]
-        else:
+    def blocks(batch, places):
+        nonlocal begun, owned
+        parts = [_pair(*each) for each in zip(*(batch[name] for name in BOTH), strict=True)]
+        if not is_packed:
             each = zip(parts, batch["document"], strict=True)
             rows = [part.row(*part.cuts(most)[:2]) | {"documents": [0, owner]} for part, owner in each]
+            return {name: [row[name] for row in rows] for name in ROWS}
+        if places[0] % TOGETHER == 0:
+            begun, owned = [], owned[:0]
+        whole = joined([*begun, *parts])
+        owners = np.append(owned, np.repeat(batch["document"], [len(each.input_ids) for each in parts]))
+        cuts, ends = whole.cuts(most), whole.edges[:, 0]
+        rows = [whole.row(*cut) | {"documents": runs(owners[slice(*ends[[*cut]])])} for cut in pairwise(cuts)]
+        is_last = places[-1] + 1 == total or (places[-1] + 1) % TOGETHER == 0
+        if rows and not (is_last and len(rows[-1]["input_ids"]) == most[0]):
+            rows.pop()
+        last = cuts[-2] if len(cuts) > 1 else 0
+        begun, owned = [_pair(*whole.row(last).values())], owners[ends[last] :]
         return {name: [row[name] for row in rows] for name in ROWS}
 
-    options = {"batched": True, "batch_size": 10_000, "remove_columns": documents.column_names}
-    return documents.map(blocks, features=ROWS, **options)
+    options = {"batched": True, "batch_size": BATCH, "with_indices": True}
+    return documents.map(blocks, features=ROWS, remove_columns=documents.column_names, **options)
+
+
+def _pair(ours: Sequence[int], theirs: Sequence[int], ends: Sequence[int]) -> Pair:
+    return Pair(ours, theirs, edges_of(np.array(ends).reshape(-1, 2)))
 
 
 def with_teacher(
@@ -246,19 +256,6 @@ def first_of(row: Mapping[str, Any], tokens: int, prompt: int = 1) -> dict[str, 
         "teacher_input_ids": row["teacher_input_ids"][other:other_last],
         "spans": np.vstack([*begun, after[1:] + left]).flatten().tolist(),
     }
-
-
-def row_of(batch: Batch, number: int) -> Batch:
-    """One row of a batch, padded as it is there."""
-    found = {
-        name: each[number : number + 1] for name, each in batch.items() if isinstance(each, torch.Tensor)
-    }
-    if SPANS in batch:
-        widths = batch["input_ids"].shape[1], batch["teacher_input_ids"].shape[1]
-        before = dict(zip(("rows", "starts", "teacher_starts"), (1, *widths), strict=True))
-        here = batch[SPANS]["rows"] == number
-        found[SPANS] = {n: each[here] - number * before.get(n, 0) for n, each in batch[SPANS].items()}
-    return found
 
 
 def of_teacher(batch: Batch) -> Batch:

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdlib.config.run import Config
 from kdlib.config.terms import ROUTE_WEIGHTS, ROUTER
-from kdlib.data.batches import Prepared
-from kdlib.data.pairs import first_of, of_teacher, row_of
+from kdlib.data.batches import Prepared, row_of
+from kdlib.data.pairs import first_of, of_teacher
 from kdlib.hardware import precision_of
 from kdlib.losses.alignment import SPANS, UNITS, counted, unit_of
 from kdlib.losses.buffers import Workspace
