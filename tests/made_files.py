@@ -287,7 +287,7 @@ FOLDERS = {
             file("saved/dataset_info.json", json.dumps({"features": {"text": "string"}})),
         ),
         {},
-        "saved: is damaged, or not what datasets saved",
+        "saved: its card or description is damaged",
     ),
     "a folder as on the hub": (
         several(
@@ -309,6 +309,16 @@ FOLDERS = {
         ),
         {},
         {"train": NUMBERED, "test": NUMBERED[:1]},
+    ),
+    "a folder with a damaged card": (
+        several("rows", file("rows/a.jsonl", LINES), file("rows/README.md", CARD.replace("- {", "-100 - {"))),
+        {},
+        "rows: its card or description is damaged: ",
+    ),
+    "a folder with a card of nothing": (
+        several("rows", file("rows/a.jsonl", LINES), file("rows/README.md", "---\nconfigs: 7\n---\n")),
+        {},
+        "rows: cannot be read: Expected configs to be a list",
     ),
     "a folder for each split": (
         several("rows", file("rows/train/a.jsonl", LINES), file("rows/test/a.jsonl", ONE)),

@@ -14,6 +14,7 @@ import datasets
 from datasets import Dataset, DatasetBuilder, DatasetDict
 from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.exceptions import DatasetGenerationError
+from yaml import YAMLError
 
 from kdlib.config.data import HUB_IDS, DataConfig
 from kdlib.errors import DataError, nearest, shown
@@ -39,7 +40,8 @@ def read_splits(config: DataConfig) -> DatasetDict:
     path = os.path.expanduser(config.source)
     if config.source in BUILT_IN or is_saved(path):
         _options(config, "", {})
-        found = BUILT_IN[config.source]() if config.source in BUILT_IN else _saved(config, path)
+        with _told(config), _at_its_word(config):
+            found = BUILT_IN[config.source]() if config.source in BUILT_IN else datasets.load_from_disk(path)
     else:
         builder = _builder(config)
         with _told(config):
@@ -81,7 +83,8 @@ def _builder(config: DataConfig) -> DatasetBuilder:
     with _told(config):
         folder = folder_of(path)
         if folder and has_card(folder):
-            card = datasets.load_dataset_builder(folder, config.subset)
+            with _at_its_word(config):
+                card = datasets.load_dataset_builder(folder, config.subset)
             splits = {str(name): [*files] for name, files in (card.config.data_files or {}).items()}
         else:
             splits = splits_of(folder or path)
@@ -98,15 +101,6 @@ def _builder(config: DataConfig) -> DatasetBuilder:
         stamped = {name: DataFilesList(each, [(stamp(x),) for x in each]) for name, each in splits.items()}
         own = {"dataset_name": f"kdlib_{reader}", "hash": VERSION}
         return READERS[reader](data_files=DataFilesDict(stamped), **own, **told)
-
-
-def _saved(config: DataConfig, path: str) -> DatasetDict | Dataset:
-    """What `datasets` saved in a folder, whose descriptions it takes at their word."""
-    try:
-        with _told(config):
-            return datasets.load_from_disk(path)
-    except (AttributeError, TypeError) as error:
-        raise DataError(f"{config.source}: is damaged, or not what datasets saved: {error}") from error
 
 
 def _of_card(card: DatasetBuilder) -> dict[str, Any]:
@@ -174,3 +168,13 @@ def _told(config: DataConfig) -> Iterator[None]:
         if isinstance(cause, DataError):
             raise cause from None
         raise DataError(f"{config.source}: cannot be read: {' '.join(str(cause).split())}") from error
+
+
+@contextlib.contextmanager
+def _at_its_word(config: DataConfig) -> Iterator[None]:
+    """A DataError where `datasets` believes a description that is none."""
+    try:
+        yield
+    except (AttributeError, TypeError, YAMLError) as error:
+        what = " ".join(str(error).split())
+        raise DataError(f"{config.source}: its card or description is damaged: {what}") from error
