@@ -1,15 +1,23 @@
 """`kd cache`, and what else of the workbench knows that a teacher may be asked once."""
 
 import gc
+import os
 import re
 import sys
+from contextlib import suppress
 
 import pytest
+from made_log import read_metrics
+from tiny_training import pieces
 
 from kdlib.cache.shards import Shards
 from kdlib.cache.stock import keep
+from kdlib.config.run import parse
+from kdlib.evaluation import caching
+from kdlib.reports import run as reports
+from kdlib.runs import folder as runs
 from kdlib.tasks import base as tasks
-from kdlib.workbench import cli
+from kdlib.workbench import cli, session
 
 
 @pytest.fixture
@@ -107,3 +115,53 @@ def test_kd_clean_lists_caches_and_deletes_those_that_nobody_uses(kd, config_fil
     assert [path.name for path in likeliest.iterdir()] == ["notes.txt"]
     del used
     assert "1 of 1 deleted" in kd("clean", tmp_path / "runs" / ".signals", "--caches", "--yes")[1]
+
+
+@pytest.mark.slow
+def test_a_run_that_asks_its_teacher_once_goes_to_its_report_and_trains_without_it(
+    raw_config, narrow, tmp_path, loaded
+):
+    teacher = {**raw_config["teacher"], "cache": True}
+    run = runs.create(
+        tmp_path / "runs", "run", parse({**raw_config, "student": {"from": narrow}, "teacher": teacher})
+    )
+    bench = session.Workbench(run)
+    said = bench.setup()[""]["teacher asked once"]
+    bench.doctor()
+    bench.dry_run()
+    (folder,) = caches(tmp_path)
+    (expected,) = re.findall(rf"{folder.name}, (.*) MB before it is compressed", said)
+    assert float(expected) == pytest.approx(2 * 32 * Shards(folder).tokens / 1e6, abs=0.06)
+    asked = len(loaded)
+    again = session.Workbench(run)
+    again.train()
+    again.train_baseline()
+    assert len(loaded) == asked
+    for student in (run, run.baseline):
+        assert len([row for row in read_metrics(student) if "eval/kl_to_teacher" in row]) == 3
+    assert again.compare()["models"]["distilled"]["kl_to_teacher"]["value"] > 0
+    assert "cannot be read whole" not in reports.render(run, tmp_path / "reports").read_text()
+
+
+def test_of_two_processes_that_need_the_same_cache_at_once_one_asks(raw_config, tmp_path):
+    """As two trials of a sweep do."""
+    config = parse({**raw_config, "teacher": {**raw_config["teacher"], "cache": "top_k"},
+                    "loss": {**raw_config["loss"], "top_k": 8}})  # fmt: skip
+    made = pieces(config)
+    asked = tmp_path / "asked"
+
+    def load():
+        with asked.open("a") as file:
+            file.write("once\n")
+        return made["teacher"]
+
+    children = []
+    for _ in range(2):
+        if (child := os.fork()) == 0:
+            with suppress(BaseException):
+                found = caching.in_training(config, made["prepared"], tmp_path / "runs", load)
+                os._exit(0 if len(found.taught.shards) else 1)
+            os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert asked.read_text().split() == ["once"] * 2  # about the training's rows, and the held-out ones

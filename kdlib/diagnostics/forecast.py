@@ -203,7 +203,7 @@ def advised(
 def as_text(data: Mapping[str, Any]) -> str:
     """What `advised` gave, for people; also "time" and "measured", where a few real steps were made."""
     notes = [f"note: {note}" for note in data["notes"]]
-    sections = (_parts(data), _fit(data), _layouts(data), _time(data), _cards(data), notes)
+    sections = (_parts(data), _fit(data), _layouts(data), _time(data), _caches(data), _cards(data), notes)
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
 
@@ -261,6 +261,12 @@ def _time(data: Mapping[str, Any]) -> list[str]:
     ahead, found = data["peak_in_training"], data["measured"]["peak_bytes"]
     sizes = f"forecast {_gib(ahead)} GiB, measured {_gib(found)}, ratio {ahead / found:.2f}"
     return [*lines, "", f"memory above the process's own, on a few real steps: {sizes}"]
+
+
+def _caches(data: Mapping[str, Any]) -> list[str]:
+    sizes = data.get("caches", {}).items()
+    what = "on the disk before it is compressed, without the teacher's head"
+    return [f"what the teacher says: {_gib(size)} GiB {what}, in {folder}" for folder, size in sizes]
 
 
 def _cards(data: Mapping[str, Any]) -> list[str]:

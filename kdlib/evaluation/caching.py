@@ -1,5 +1,6 @@
 """A config's teacher in its training: the model itself, or what it said, on a disk."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from accelerate import PartialState
 
 from kdlib.cache.making import Wanted, fill, opened, wanted
+from kdlib.cache.rows import asked_in
 from kdlib.cache.stock import FOLDER
 from kdlib.cache.teacher import CachedTeacher
 from kdlib.config.run import Config
@@ -20,6 +22,8 @@ from kdlib.models.teacher import LiveTeacher
 from kdlib.students.student import outline
 from kdlib.tasks.base import task_of
 from kdlib.training.plan import extent, objective_of, training_arguments
+
+COUNTED = 256  # rows whose tokens tell how many all have
 
 
 def plan(config: Config, prepared: Prepared, root: Path) -> Wanted:
@@ -78,6 +82,22 @@ def make(config: Config, prepared: Prepared, found: Wanted, load: Callable[[], A
             fill(found, recipe, rows[name], prepared.collate, there, **how)
     if (world_size() or 1) > 1:
         PartialState().wait_for_everyone()
+
+
+def expected(config: Config, prepared: Prepared, root: Path) -> dict[Path, int]:
+    """{cache: bytes that all its rows will take, about}: uncompressed, without the teacher's head.
+
+    By the tokens that some of the rows have.  Nothing, where the teacher is not asked once.
+    """
+    if not (config.teacher and config.teacher.cache):
+        return {}
+    found, sizes = plan(config, prepared, root), Counter[Path]()
+    for name, recipe in found.recipes.items():
+        rows = prepared.train if name == "taught" else prepared.validation
+        some = range(0, len(rows), max(len(rows) // COUNTED, 1))
+        tokens = sum(len(asked_in(prepared.collate([rows[number]])).rows) for number in some)
+        sizes[found.folder(recipe)] += round(recipe.bytes_per_token * tokens * len(rows) / max(len(some), 1))
+    return dict(sizes)
 
 
 def _reads(prepared: Prepared) -> str:

@@ -137,6 +137,7 @@ def forecast(
 
     options = {"memory": memory, "devices": ranks, "rows": rows}
     data = forecast.advised(resolved, memories.forecast, every_card=cards, **options)
+    data |= measurement.caches(resolved, runs.default_root())
     if measure:
         peak = measurement.measured_peak(resolved)
         data |= {"time": measurement.measured(resolved).as_dict(), "measured": {"peak_bytes": peak}}

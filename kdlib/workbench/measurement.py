@@ -4,6 +4,7 @@ The dry run looks at its own steps; `kd forecast --measure` and `kd sweep` have 
 """
 
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from kdlib.config import run as configs
 from kdlib.config.run import Config
 from kdlib.diagnostics import memory as memories
 from kdlib.diagnostics.forecast import MARGIN
+from kdlib.evaluation import caching
 from kdlib.hardware import peak_memory, precision_of
 from kdlib.models.loading import device_of
 from kdlib.runs.child_processes import in_fresh_process
@@ -125,6 +127,14 @@ def measured_here(config: Config, *, memory: bool, dense: bool = False) -> dict[
         return {"bytes": peak.bytes}
     others = max(_seconds_of_others() - busy, 0.0) / (time.perf_counter() - began)
     return asdict(by_steps(config, trainer, seconds, others))
+
+
+def caches(config: Config, root: Path) -> dict[str, dict[str, int]]:
+    """{"caches": {folder: bytes, about}} of a teacher that is asked once; {} of any other."""
+    if not (config.teacher and config.teacher.cache):
+        return {}
+    sizes = caching.expected(config, tasks.prepare(config, tokenizer_of(config)), root)
+    return {"caches": {os.path.relpath(folder): size for folder, size in sizes.items()}}
 
 
 def cost(config: Config) -> dict[str, float]:

@@ -133,8 +133,7 @@ class Workbench:
         where = {"versions": tables.versions(), "machine": machine(device)}
         self.run.add_to_manifest(**where, **use.facts_of(self.teacher))
         facts = {
-            "teacher": tables.named_size(self.config.teacher, self.teacher),
-            **tables.of_quantised(self.config, self.prepared, self.teacher),
+            **tables.of_teacher(self.config, self.prepared, self.teacher, self.run.path.parent),
             "student": tables.size_of(student) + (f": layers {layers} of its model" if layers else ""),
             **self.task.facts(self.prepared, self.tokenizer, self.teacher),
             **tables.texts_in(notes),

@@ -1,7 +1,9 @@
 """What a notebook shows of a run at its start: what was found, shapes, the first steps."""
 
+import os
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -10,6 +12,7 @@ from transformers import PreTrainedModel
 from kdlib.config.models import TeacherConfig
 from kdlib.config.run import Config
 from kdlib.data.batches import Prepared
+from kdlib.evaluation import caching
 from kdlib.evaluation.quantised import lost_by
 from kdlib.losses.alignment import said_of
 from kdlib.losses.signals import kept
@@ -42,11 +45,27 @@ def named_size(config: TeacherConfig | None, teacher: LiveTeacher | None) -> str
     return f"{whose}{config.model}: {size_of(teacher.model)}{routing}"
 
 
+def of_teacher(config: Config, prepared: Prepared, teacher: LiveTeacher | None, root: Path) -> dict[str, str]:
+    """Who teaches, what of it is lost where it is quantised, and what is kept where it is asked once."""
+    size, lost = named_size(config.teacher, teacher), of_quantised(config, prepared, teacher)
+    return {"teacher": size, **lost, **of_caches(config, prepared, root)}
+
+
 def of_quantised(config: Config, prepared: Prepared, teacher: LiveTeacher | None) -> dict[str, str]:
     """What a quantised teacher has lost; {} of any other."""
     if not (teacher and config.teacher and config.teacher.quantization):
         return {}
     return {"quantised teacher": f"{config.teacher.quantization}: {lost_by(config, prepared, teacher)}"}
+
+
+def of_caches(config: Config, prepared: Prepared, root: Path) -> dict[str, str]:
+    """What will be kept of a teacher that is asked once, below the runs' folder; {} of any other."""
+    sizes = caching.expected(config, prepared, root)
+    lines = [
+        f"{os.path.relpath(path)}, {size / 1e6:,.1f} MB before it is compressed"
+        for path, size in sizes.items()
+    ]
+    return {"teacher asked once": "; ".join(lines)} if lines else {}
 
 
 def texts_in(notes: Mapping[str, Any]) -> dict[str, str]:

@@ -64,14 +64,17 @@ def check_arguments(config: Config, *, trains: bool = False) -> TrainingArgument
 
 
 def preflight(config: Config, *, trains: bool = True) -> None:
-    """Refuse what can be refused before a run's folder is made: arguments, tokenizers, data.
+    """Refuse what can be refused before a run's folder is made: arguments, tokenizers, data, a cache.
 
     `trains`: whether this process will train, too.
     """
     args, tokenizer = check_arguments(config, trains=trains), tokenizer_of(config)
     check_pair(config, tokenizer)
     ranks = ranks_of(config.launch.processes, config.wanted_device)
-    extent(args, len(tasks.prepare(config, tokenizer).train), ranks)
+    prepared = tasks.prepare(config, tokenizer)
+    extent(args, len(prepared.train), ranks)
+    if config.teacher and config.teacher.cache:
+        caching.plan(config, prepared, Path("unused"))
 
 
 def run_of(config: Config, root: Path) -> Run:
