@@ -8,6 +8,7 @@ import nbformat
 import pytest
 from browser import MARKS
 from made_generations import asked as generated
+from made_log import stands
 from made_runs import EVIL, RAW, made_run, results
 from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
@@ -16,6 +17,9 @@ from kdlib.plots.tokens import SpanView
 from kdlib.reports import index as overview, run as reports
 from kdlib.reports.generation import render as rows_page
 from kdlib.runs import folder as runs
+from kdlib.runs.folder import Run
+from kdlib.sweeps import report as swept
+from kdlib.sweeps.results import Sweep
 
 pytestmark = MARKS
 
@@ -109,6 +113,64 @@ def test_nothing_in_a_run_acts_or_fetches_and_all_of_it_is_seen_as_text(browser,
     page = opened(browser, index)
     assert asks_for_nothing(page)
     assert EVIL in " ".join(page.inner_text("body").split())
+
+
+def test_nothing_in_a_sweep_a_comparison_programs_or_an_edited_config_acts(browser, tmp_path, monkeypatch):
+    root, folder = tmp_path / "runs", tmp_path / "reports"
+    texts = {"done": f"done {EVIL}", "failed": f"failed {EVIL}"}
+    for state, text in texts.items():
+        raw = {**RAW, "data": {**RAW["data"], "text": text}}
+        made_run(root, f"s_{state}", raw, state=state, message=f"said {EVIL}", kl=1.0, sweep=f"sweep {EVIL}")
+    sweep = Sweep(root / "s")
+    sweep.path.mkdir()
+    about = {name: f"{name} {EVIL}" for name in ("sweep", "file", "base", "command", "forecast", "created")}
+    trials = [{"run": f"s_{state}", "parameters": {"data.text": text}} for state, text in texts.items()]
+    about |= {"settings": {"base": EVIL}, "parameters": {"data.text": [*texts.values()]}, "trials": trials}
+    about |= {"metric": "kl_to_teacher", "smoke": False, "repeated": [f"repeated {EVIL}"]}
+    runs.write_json(sweep.path / "sweep.json", about)
+    stands(sweep, "failed", f"ended {EVIL}")
+
+    found = results(text=f"sample {EVIL}")
+    brief = "<img src=x onerror=hit()>$x_{"  # a folder's name, which is given to kd compare
+    named = {"distilled": f"mine {brief}", "teacher": f"theirs {brief}"}
+    found |= {"student": named["distilled"], "sources": {named["teacher"]: f"source {EVIL}"}}
+    found |= {"rule": f"rule {EVIL}", "precision": f"precision {EVIL}"}
+    for each in (found["models"], found["samples"]):
+        for name, other in named.items():
+            each[other] = each.pop(name)
+    for each in found["differences"]:
+        each |= {side: named.get(each[side], each[side]) for side in ("model", "against")}
+
+    for part in ("code_figures", "code_tables"):
+        monkeypatch.setattr(reports.plots, part, lambda every: {})
+    answer = {"verdict": f"verdict {EVIL}", "text": f"program {EVIL}", "message": f"raised {EVIL}"}
+    shown = {"task_id": f"task {EVIL}", "prompt": f"asked {EVIL}", "answers": {f"model {EVIL}": answer}}
+    code = {"benchmark": "mine", "problems": 1, "of": 1, "samples": 1, "interval": EVIL, "shown": [shown]}
+    code |= {"settings": {"temperature": 0, "chat": False, "allow_network": False}, "sources": {EVIL: EVIL}}
+
+    edited = root / "s_done" / "config.yaml"
+    edited.write_text(edited.read_text().replace("done <script>", "edited <script>"))
+    pages = {
+        swept.render(sweep, folder): ("base", "ended", "repeated", "done", "failed", "said"),
+        reports.render_comparison(found, tmp_path / "compared"): (
+            "sample",
+            "mine",
+            "theirs",
+            "source",
+            "precision",
+        ),
+        reports.render_code(f"name {EVIL}", [code], tmp_path / "code"): ("name", *answer, "task", "asked"),
+        reports.render(Run(root / "s_done"), folder): ("edited", "sweep", "said"),
+    }
+    words = {"text": "program", "message": "raised"}
+    for path, places in pages.items():
+        page = opened(browser, path)
+        page.eval_on_selector_all("details", "all => all.forEach(each => each.open = true)")
+        assert asks_for_nothing(page)
+        text = " ".join(page.inner_text("body").split())
+        for place in places:
+            evil = brief if place in ("mine", "theirs") else EVIL
+            assert f"{words.get(place, place)} {evil}" in text, (path, place)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ axis by size, other values side by side.
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -26,6 +27,7 @@ BEST, OTHER = COLOURS["distilled"], "#8a939b"
 FOUND = {"helps": (BEST, "o"), "harms": ("#d55e00", "X"), "open": (OTHER, "o")}  # told by colour and form
 CHARACTERS = 11  # of a title to the inch
 MANY = 12  # values, above which a parameter is a range rather than a grid
+LONGEST = 24  # characters of a value in a figure
 WIDE = 30  # the highest over the lowest value, above which an axis is logarithmic
 EMPTY = {"facecolor": "#f1f1f1", "edgecolor": "#c8c8c8", "hatch": "///", "linewidth": 0}
 
@@ -146,8 +148,8 @@ def heat_map(trials: pd.DataFrame, across: str, along: str, measure: Measure) ->
         elif several:
             text += f"\nn = {counts[row, column]}"
         axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", **style)
-    axes.set_xticks(np.arange(len(columns)) + 0.5, columns, fontsize=8)
-    axes.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=8)
+    for put, names in ((axes.set_xticks, columns), (axes.set_yticks, rows)):
+        put(np.arange(len(names)) + 0.5, [in_short(name) for name in names], fontsize=8)
     axes.set(xlabel=across, ylabel=along)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -201,7 +203,8 @@ def _places(axes: Axes, name: str, values: pd.Series) -> list[float]:
     elif numbers:
         axes.xaxis.set_major_locator(MaxNLocator(4))
     if not numbers or len(known) <= MANY:
-        axes.set_xticks(known if numbers else range(len(known)), labels, fontsize=8)
+        ticks = [in_short(text) for text in labels]
+        axes.set_xticks(known if numbers else range(len(known)), ticks, fontsize=8)
         axes.minorticks_off()
     return list(values) if numbers else [labels.index(plain(value)) for value in values]
 
@@ -231,7 +234,12 @@ def short(name: str) -> str:
 
 def label(row: pd.Series, names: Sequence[str]) -> str:
     """`temperature 2, kd:ce 0.7`"""
-    return ", ".join(f"{short(name)} {plain(row[name])}" for name in names) or "the base config"
+    return ", ".join(f"{short(name)} {in_short(row[name])}" for name in names) or "the base config"
+
+
+def in_short(value: Any) -> str:
+    """A value as a figure has room for it: of a long text its beginning."""
+    return plots.shortened(plain(value), LONGEST)
 
 
 def titled(figure: Figure, title: str) -> Figure:
