@@ -3,7 +3,7 @@
 The processes are real, with the real locks, notes, logs and checkpoints; what they train is nothing.  After
 each event every run is as a model of it says, and what a checkpoint had is there.
 
-LIVES=5000 pytest tests/test_runs_lives.py   makes so many.
+LIVES=500 pytest tests/test_runs_lives.py   makes so many.
 """
 
 import multiprocessing
@@ -38,7 +38,7 @@ from kdlib.runs.folder import Run, all_runs, clean, create, working
 from kdlib.runs.log import append_metrics, cut_metrics
 from kdlib.runs.progress import progress
 
-LIVES = int(os.environ.get("LIVES", "500"))
+LIVES = int(os.environ.get("LIVES", "60"))
 CONFIG = parse(RAW)
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 TORN = ["", "{", "[1]", '{"state": "asleep"}']

@@ -30,6 +30,8 @@ WEIGHTS = {"kd": 0.5, "ce": 0.2, "relational": 0.1}
 ROUTED = {"ce": 0.2, "hidden": 0.5, "route_balance": 0.1, "route_entropy": 0.05, "contrastive": 0.1}
 PHASES = [{"until": 0.5, "weights": {"hidden": 0.3}}, {"until": 1.0, "weights": {"hidden": 0.0}}]
 FEATURES = ("ce", "hidden", "relational", "contrastive")
+# uld has kinks, where rounding decides: see tests/test_training_spans.py, in float64
+SMOOTH = [name for name in SPAN_TERMS if name != "uld"]
 SAVED = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "optim_args": "momentum=0.9"}
 # what is changed in the tiny experiment; where it is `own`, the student has other sizes and an untied head;
 # where it has `tokens`, a tokenizer of its own; where `experts`, the teacher has a router that learns
@@ -52,7 +54,7 @@ CASES = {
     },
     "spans": {
         "tokens": True,
-        "loss": {"weights": {**dict.fromkeys((*SPAN_TERMS, *FEATURES), 0.2), "span_kl": 0.5}},
+        "loss": {"weights": {**dict.fromkeys((*SMOOTH, *FEATURES), 0.2), "span_kl": 0.5}},
         "training": EVALUATED,
     },
     "experts": {

@@ -30,7 +30,6 @@ from kdlib.runs import folder as runs
 from kdlib.runs.folder import Run
 from kdlib.runs.log import Tail
 from kdlib.runs.progress import headline, progress, where_line
-from kdlib.runs.states import ENDED
 
 SHARE = 0.05  # of the time, at most, that goes into watching
 PAUSE_S, HEADLESS_PAUSE_S = 1.0, 20.0  # between two looks, at least
@@ -190,7 +189,9 @@ class Dashboard:
             began, spent = time.monotonic(), time.thread_time()
             if self.refresh():
                 news = began
-            is_over = self.live.run.status["state"] in ENDED and not self.live.is_training
+            is_over = (
+                self.live.run.status["state"] == "done" and not self.live.is_training
+            )  # others may go on
             if is_over or began - news > PATIENCE_S:
                 return
             pause = max(least, (time.thread_time() - spent) / SHARE)
