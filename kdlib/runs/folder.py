@@ -32,7 +32,7 @@ from kdlib.runs.files import (
     write_text,
     writing,
 )
-from kdlib.runs.processes import headless, heard, held, holder_of, interrupted, this_process
+from kdlib.runs.processes import headless, heard_at_once, held, holder_of, this_process
 from kdlib.runs.states import ILL, STATES
 
 
@@ -152,7 +152,7 @@ def working(run: Run, failed: Callable[[Run], object] = bool, *, whole: bool = T
     if processes.started_this(holder) or (processes.is_this(holder) and run.noted["state"] == "running"):
         yield
         return
-    with held(run.path), heard(interrupted, interrupted):
+    with held(run.path), heard_at_once():
         states.check((before := run.noted)["state"], "running")
         run._note("running")
         try:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from kdlib.runs.files import go_on, now, read_json, write_json, writing
 LAUNCHED = "KDLIB_LAUNCHED"  # set where a launch of ranks began this process, whose words go to files
 # set by the command that runs the notebooks: it keeps status.json, and nobody watches the cells
 PARENT = "KDLIB_RUN_BY"
+RANK_OF = "TORCHELASTIC_RUN_ID"  # set by torchrun for each of several ranks
 INTERRUPTED = 130  # exit status
 OTHERS_S = 5.0  # that a rank waits for the first to say what is wrong
 ENDS_S = 1.5  # that an interrupted command may take to tidy up
@@ -156,10 +157,8 @@ def moment_of(note: Mapping[str, Any]) -> float:
 def is_free(folder: Path) -> bool:
     """Whether no process holds the run's lock at this moment."""
     run = run_of(folder)
-    if run in OURS:
-        return False
-    if not _beside(run).exists():
-        return True
+    if run in OURS or not _beside(run).exists():
+        return run not in OURS
     try:
         with FileLock(_beside(run)).acquire(timeout=0):
             return True
@@ -206,14 +205,12 @@ def heard(ask: Callable[[], object], again: Callable[[], object]) -> Iterator[No
     asked: list[int] = []
 
     def hear(number: int, frame: object) -> None:
-        is_again = number == signal.SIGINT and number in asked and "TORCHELASTIC_RUN_ID" not in os.environ
+        is_again = number == signal.SIGINT and number in asked and RANK_OF not in os.environ
         asked.append(number)
         HEARD.append(number)
-        if ENDING:  # it ends as fast as it can
-            return
-        if is_again:
+        if is_again and not ENDING:
             again()
-        elif len(asked) == 1:
+        elif len(asked) == 1 and not ENDING:  # else it ends as fast as it can
             ask()
 
     if threading.current_thread() is not threading.main_thread():
@@ -227,6 +224,16 @@ def heard(ask: Callable[[], object], again: Callable[[], object]) -> Iterator[No
             signal.signal(number, handler)
         if getattr(before[signal.SIGINT], "__name__", "") != hear.__name__:  # the outermost; a cell ends
             ENDING.clear()
+
+
+@contextmanager
+def heard_at_once(words: str = "") -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM end what is done as `interrupted` does; but not in a rank of several: while
+    it waits for others Python hears nothing, and the system ends it.
+    """
+    at_once = partial(interrupted, words)
+    with nullcontext() if RANK_OF in os.environ else heard(at_once, at_once):
+        yield
 
 
 def interrupted(words: str = "") -> None:
@@ -269,12 +276,10 @@ def bare_errors() -> Iterator[None]:
     """What a user can act on is printed bare, with exit status 1; a key in the command comes to nothing.
 
     A command that was asked to stop ends with 128 and the signal's number, as shells have it: 130 of Ctrl-C.
-
     Of several ranks with the same fault the first says it, and torchrun ends the others while they wait.
     """
     HEARD.clear()
-    at_once = partial(interrupted, "interrupted")
-    with heard(at_once, at_once):
+    with heard_at_once("interrupted"):
         try:
             refuse_keys(sys.argv[1:], "the command")
             yield
