@@ -294,7 +294,9 @@ class Lives(RuleBasedStateMachine):
         life = each.on
         is_note_left = self.is_note_whole(life)
         each.kill()
-        life.ends("died", "the process that ran it is gone")
+        is_told = life.is_noted or is_note_left  # else nobody can know that there was a process
+        begun = "trained" if life.is_trained else "stopped" if life.is_begun else "created"
+        life.ends("died" if is_told else begun, "the process that ran it is gone" * is_told)
         life.is_note_left = is_note_left
         self.processes[self.processes.index(each)] = Process()
 

@@ -100,7 +100,7 @@ def test_a_tracker_that_is_not_installed_is_refused_and_nothing_is_written(
     ("content", "expected"),
     [
         ("", "is empty"),
-        ('{"text": "one two three"}\nbroken\n', "1 broken lines\n  line 2"),
+        ('{"text": "one two three"}\nbroken\n', "1 broken line\n  line 2"),
         ('{"text": "a"}\n{"text": "b"}\n', "shorter than two tokens"),
     ],
 )
