@@ -131,10 +131,10 @@ def step_table(results: Mapping[str, Any], precision: str) -> pd.DataFrame:
 
 def floor_s(part: Mapping[str, Any], name: str = "ours_kd") -> float:
     """Seconds that a contender's matrix products take at the fastest product's speed: nobody can be below."""
-    models = {"teacher": "teacher"}.get(name, "student" if name.endswith("sft") else ("teacher", "student"))
-    return (
-        sum(flops for what, flops in part["flops"].items() if what.startswith(models)) / part["flops_per_s"]
-    )
+    alone = name.endswith("sft") or name.startswith("ours_from")  # whose teacher, if any, is on a disk
+    models = "teacher" if name == "teacher" else "student" if alone else ("teacher", "student")
+    flops = sum(flops for what, flops in part["flops"].items() if what.startswith(models))
+    return flops / part["flops_per_s"]
 
 
 def flops_table(results: Mapping[str, Any], precision: str) -> pd.DataFrame:
