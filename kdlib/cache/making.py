@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ import torch
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers.utils import cached_file
 
 from kdlib.cache.parts import Head, Recipe
@@ -28,12 +27,13 @@ from kdlib.errors import ConfigError, RunError
 from kdlib.hardware import GIB, precision_of
 from kdlib.losses.alignment import said_of
 from kdlib.losses.objective import Objective
-from kdlib.losses.signals import Features, Form, LinearSignal, kept, moved
+from kdlib.losses.signals import Form, LinearSignal, kept, moved
 from kdlib.models.loading import device_of, folder_of, load_config
 from kdlib.models.teacher import Inside, LiveTeacher
 from kdlib.runs.checkpoints import digest
 from kdlib.runs.files import synced, write_json, writing
 from kdlib.runs.processes import held
+from kdlib.sources.files import stamp
 from kdlib.sources.progress import Told
 
 SHARD = 256 * 2**20  # bytes of a shard before it is compressed, about
@@ -69,9 +69,7 @@ class Wanted:
 
     def about(self, recipe: Recipe) -> dict[str, Any]:
         """All that the rows of a recipe depend on beside their own content."""
-        kept = {
-            name: list(each) if isinstance(each, tuple) else each for name, each in asdict(recipe).items()
-        }
+        kept = json.loads(json.dumps(asdict(recipe)))  # as it comes back from the disk
         return {**self.teacher, **kept}
 
     @property
@@ -118,9 +116,8 @@ def wanted(
         "quantization": teacher.quantization,
     }
     taught = replace(taught, experts=teacher.experts)
-    return Wanted(
-        teacher.model, about, taught, exact, Path(cache.folder).expanduser() if cache.folder else root
-    )
+    place = Path(cache.folder).expanduser() if cache.folder else root
+    return Wanted(teacher.model, about, taught, exact, place)
 
 
 def weights_of(model: str) -> str:
@@ -129,8 +126,14 @@ def weights_of(model: str) -> str:
     if not folder.is_dir():  # snapshots/REVISION/config.json
         return Path(str(cached_file(model, "config.json"))).parent.name
     files = sorted({file for pattern in WEIGHTS for file in folder.glob(pattern)})
-    whole = "".join(f"{file.name} {digest(file)}\n" for file in files)
+    whole = "".join(f"{file.name} {_digest(file, stamp(str(file)))}\n" for file in files)
     return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+
+@lru_cache
+def _digest(file: Path, stamped: str) -> str:
+    """Of a file as it stands: each of a teacher's many GB is read once by a process."""
+    return digest(file)
 
 
 def opened(wanted: Wanted, recipe: Recipe) -> SignalCache:
@@ -254,7 +257,8 @@ class _Maker:
         found, signal, counts = *self._signal(numbers), 0
         for _, key, count in found:
             rows = torch.arange(counts, counts + count, device=signal.device)
-            own = replace(signal.select(rows), features=_some(signal.features, rows, count))
+            inside = signal.features and signal.features.select(rows, [count])
+            own = replace(signal.select(rows), features=inside)
             seed = int.from_bytes(key[:7])
             yield key, as_arrays(self.recipe.taken(own, seed), self.recipe.vocabulary)
             counts += count
@@ -267,10 +271,6 @@ class _Maker:
         batch = moved(batch, self.teacher.model.device)
         teaches = self.recipe.experts != "topk"
         return found, said_of(self.teacher(batch, kept(batch["labels"]), self.inside, teaches=teaches))
-
-
-def _some(features: Features | None, rows: Tensor, count: int) -> Features | None:
-    return features and features.select(rows, [count])
 
 
 def _say_waiting(folder: Path, who: str) -> None:

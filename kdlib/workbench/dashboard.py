@@ -189,9 +189,8 @@ class Dashboard:
             began, spent = time.monotonic(), time.thread_time()
             if self.refresh():
                 news = began
-            is_over = (
-                self.live.run.status["state"] == "done" and not self.live.is_training
-            )  # others may go on
+            # another process may go on with one that was stopped or killed
+            is_over = self.live.run.status["state"] == "done" and not self.live.is_training
             if is_over or began - news > PATIENCE_S:
                 return
             pause = max(least, (time.thread_time() - spent) / SHARE)
